@@ -1,0 +1,1 @@
+"""What is resident, and what must move."""

@@ -1,0 +1,1 @@
+"""One sparse layer's arithmetic."""

@@ -1,0 +1,65 @@
+"""One sparse layer, computed expert by expert as experts become available.
+
+Every (token, choice) pair gets a row of its own; the rows of a token are weighted and summed at the very end, in the
+order of its choices. So the result does not depend on the order in which experts arrive.
+"""
+
+# T tokens, K experts per token, H hidden, P = T * K pairs
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from transformers_moe_offload.cache.cache import ExpertCache, Weights
+from transformers_moe_offload.compute.mlp import ExpertMlp
+from transformers_moe_offload.compute.routing import Grouping, group_by_expert
+
+
+def sparse_forward(
+    cache: ExpertCache,
+    layer: int,
+    mlp: ExpertMlp,
+    experts: Any,
+    hidden_states: Tensor,
+    top_k_index: Tensor,
+    top_k_weights: Tensor,
+    *,
+    keeps_weights: bool = False,
+) -> Tensor:
+    """The experts' contribution to each token.
+
+    hidden_states (T, H), top_k_index (T, K) int64, top_k_weights (T, K) -> (T, H) in the dtype of hidden_states.
+    `experts` is the module whose activation is used. `keeps_weights` copies the weights out of the slots, for autograd.
+    """
+    grouping = group_by_expert(
+        top_k_index, top_k_weights, cache.num_experts(layer), keep_zero_weights=keeps_weights
+    )
+    outputs = {}
+    with cache.visit(layer, grouping.experts) as visit:
+        for expert, weights in visit:
+            if keeps_weights:
+                weights = cloned(weights)
+            rows = hidden_states if len(hidden_states) == 1 else hidden_states[grouping.tokens[expert]]
+            outputs[expert] = mlp(experts, rows, weights)
+    return combine([outputs[expert] for expert in grouping.experts], grouping, hidden_states, top_k_weights)
+
+
+def cloned(weights: Weights) -> Weights:
+    """The same weights in memory of their own."""
+    return {name: tensor.clone() for name, tensor in weights.items()}
+
+
+def combine(outputs: list[Tensor], grouping: Grouping, hidden_states: Tensor, top_k_weights: Tensor) -> Tensor:
+    """Weigh the experts' rows, (N, H) for each of `grouping.experts`, and sum them over each token's choices: (T, H).
+
+    Products are taken in the wider of the two dtypes and torch sums half precision in float32, so nothing is rounded
+    more often than by Transformers' `batched_mm` experts (`integrations/moe.py`, 5.23).
+    """
+    if grouping.has_idle:
+        outputs = [*outputs, hidden_states.new_zeros(1, hidden_states.shape[-1])]
+    rows = torch.cat(outputs)[grouping.row_of_pair]
+    by_token = rows.view(*top_k_weights.shape, rows.shape[-1])
+    return (by_token * top_k_weights.unsqueeze(-1)).sum(dim=1).to(hidden_states.dtype)

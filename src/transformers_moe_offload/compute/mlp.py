@@ -1,0 +1,49 @@
+"""One expert's arithmetic, as the flags of Transformers' experts decorator describe it.
+
+The activation, and the norm after the expert where there is one, are called on the experts module itself
+(`use_experts_implementation` in `transformers/integrations/moe.py`, 5.23), so that clamped, soft-capped and other
+gates need no code here.
+"""
+
+# N rows, H hidden, I intermediate
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+Weights = dict[str, Tensor]
+
+
+@dataclass(frozen=True)
+class ExpertMlp:
+    """How a class of experts computes."""
+
+    has_gate: bool = True
+    """Gate and up projection in one, `gate_up_proj`, then the module's `_apply_gate`; else `up_proj` and `act_fn`."""
+    has_bias: bool = False
+    is_transposed: bool = False
+    """Weights are stored (in, out) instead of (out, in)."""
+    has_post_expert_norm: bool = False
+
+    def __call__(self, experts: Any, rows: Tensor, weights: Weights) -> Tensor:
+        """rows (N, H), one expert's weights -> (N, H), not yet multiplied by the routing weights."""
+        if self.has_gate:
+            hidden = experts._apply_gate(self._project(rows, weights, "gate_up_proj"))
+        else:
+            hidden = experts.act_fn(self._project(rows, weights, "up_proj"))
+        out = self._project(hidden, weights, "down_proj")
+        if self.has_post_expert_norm:
+            normalised: Tensor = experts.post_expert_norm(out)
+            return normalised
+        return out
+
+    def _project(self, rows: Tensor, weights: Weights, name: str) -> Tensor:
+        bias = weights[f"{name}_bias"] if self.has_bias else None
+        if not self.is_transposed:
+            return functional.linear(rows, weights[name], bias)
+        return torch.addmm(bias, rows, weights[name]) if bias is not None else rows @ weights[name]

@@ -1,0 +1,71 @@
+"""Gradients through weights that do not stay.
+
+Autograd would keep every expert's weights until the backward pass, and they are views of slots that other experts
+will have overwritten by then. So the forward pass keeps only its inputs, and the backward pass computes the layer
+again with private copies of the weights.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+
+def recompute_in_backward(
+    compute: Callable[..., Tensor], compute_with_copies: Callable[..., Tensor], *inputs: Tensor
+) -> Tensor:
+    """`compute(*inputs)`, differentiable in its floating-point inputs.
+
+    `compute_with_copies` must be the same function, with weights that stay unchanged until it is differentiated.
+    """
+    out = _Recompute.apply(compute, compute_with_copies, *inputs)  # type: ignore[no-untyped-call]
+    assert isinstance(out, Tensor)
+    return out
+
+
+class _Recompute(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any, compute: Callable[..., Tensor], compute_with_copies: Callable[..., Tensor], *inputs: Tensor
+    ) -> Tensor:
+        ctx.compute_with_copies = compute_with_copies
+        ctx.random_state = _RandomState(inputs[0].device)
+        ctx.save_for_backward(*inputs)
+        return compute(*inputs)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor | None, ...]:
+        inputs = [
+            saved.detach().requires_grad_(needs_grad)
+            for saved, needs_grad in zip(ctx.saved_tensors, ctx.needs_input_grad[2:], strict=True)
+        ]
+        with torch.enable_grad(), ctx.random_state:
+            out = ctx.compute_with_copies(*inputs)
+        wanted = [tensor for tensor in inputs if tensor.requires_grad]
+        grads = iter(torch.autograd.grad(out, wanted, grad_outputs, allow_unused=True))
+        return (None, None, *(next(grads) if tensor.requires_grad else None for tensor in inputs))
+
+
+class _RandomState:
+    """Draws the same random numbers again: some architectures have dropout inside their experts."""
+
+    def __init__(self, device: torch.device) -> None:
+        self._device = device
+        self._cpu = torch.get_rng_state()
+        self._cuda = torch.cuda.get_rng_state(device) if device.type == "cuda" else None
+
+    def __enter__(self) -> None:
+        devices = [] if self._cuda is None else [self._device]
+        self._fork = torch.random.fork_rng(devices)
+        self._fork.__enter__()
+        torch.set_rng_state(self._cpu)
+        if self._cuda is not None:
+            torch.cuda.set_rng_state(self._cuda, self._device)
+
+    def __exit__(self, *error: Any) -> None:
+        self._fork.__exit__(*error)

@@ -1,0 +1,78 @@
+"""Who wants what: group the (token, choice) pairs of one layer by expert."""
+
+# T tokens, K experts per token, E experts, P = T * K pairs
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+FEW_PAIRS = 64
+"""Up to so many pairs Python groups faster than a chain of small torch kernels (a decode step: about 8 pairs)."""
+
+
+@dataclass(frozen=True)
+class Grouping:
+    """The pairs of a layer, grouped by the expert they need.
+
+    A pair is *idle* if it needs none: its weight is zero, or its index is no expert's (expert parallelism marks
+    experts of other ranks with `num_experts`; some architectures route to identity experts past the end).
+    """
+
+    tokens: dict[int, Tensor]
+    """Each needed expert, in ascending order -> the tokens that want it, (N,) int64."""
+    row_of_pair: Tensor
+    """Where a pair's row is when the experts' outputs are stacked in the order of `tokens`, (P,) int64; idle pairs
+    share one row more, at the end."""
+    has_idle: bool
+
+    @property
+    def experts(self) -> list[int]:
+        """The needed experts in ascending order."""
+        return list(self.tokens)
+
+
+def group_by_expert(
+    top_k_index: Tensor, top_k_weights: Tensor, num_experts: int, *, keep_zero_weights: bool = False
+) -> Grouping:
+    """Group pairs by expert: top_k_index (T, K) int64, top_k_weights (T, K) float -> Grouping.
+
+    A pair of weight zero adds nothing to the output and is idle, unless `keep_zero_weights`: the gradient of its
+    weight is not zero.
+    """
+    num_choices = top_k_index.shape[-1]
+    flat = top_k_index.reshape(-1)
+    is_idle = flat >= num_experts
+    if not keep_zero_weights:
+        is_idle = is_idle | (top_k_weights.reshape(-1) == 0)
+    flat = torch.where(is_idle, num_experts, flat)
+    if flat.numel() <= FEW_PAIRS:
+        return _group_few(flat.tolist(), num_choices, num_experts, flat.device)  # sync: device -> host
+    order = torch.argsort(flat, stable=True)
+    counts = torch.bincount(flat, minlength=num_experts + 1).tolist()  # sync: device -> host
+    num_idle = counts.pop()
+    tokens, start = {}, 0
+    for expert, count in enumerate(counts):
+        if count:
+            tokens[expert] = order[start : start + count] // num_choices
+            start += count
+    row_of_pair = torch.empty_like(order)
+    row_of_pair[order] = torch.arange(order.numel(), device=order.device).clamp_(max=order.numel() - num_idle)
+    return Grouping(tokens, row_of_pair, num_idle > 0)
+
+
+def _group_few(flat: list[int], num_choices: int, num_experts: int, device: torch.device) -> Grouping:
+    order = sorted(range(len(flat)), key=flat.__getitem__)
+    num_idle = flat.count(num_experts)
+    tokens: dict[int, list[int]] = {}
+    row_of_pair = [len(flat) - num_idle] * len(flat)
+    for row, pair in enumerate(order[: len(flat) - num_idle]):
+        tokens.setdefault(flat[pair], []).append(pair // num_choices)
+        row_of_pair[pair] = row
+    return Grouping(
+        {expert: torch.tensor(wanting, device=device) for expert, wanting in tokens.items()},
+        torch.tensor(row_of_pair, device=device),
+        num_idle > 0,
+    )

@@ -1,0 +1,39 @@
+"""What can go wrong, as one small tree.
+
+    MoeOffloadError
+    ├── ConfigError            an option that cannot be, or cannot be yet
+    ├── CapacityError          a budget too small to run the model at all
+    ├── CheckpointError        files that are missing, short, changed, or not what they say
+    └── UnsupportedModelError  a model without routed experts, or with experts we cannot offload
+
+Every message names what was wrong, the two things that disagree, and what to change.
+"""
+
+from __future__ import annotations
+
+
+class MoeOffloadError(Exception):
+    """Base class of every error this package raises on purpose."""
+
+
+class ConfigError(MoeOffloadError, ValueError):
+    """An option of `OffloadConfig` that cannot be honoured. Also a `ValueError`, as callers of Transformers expect."""
+
+
+class CapacityError(MoeOffloadError):
+    """A cache budget with which the model cannot run.
+
+    `smallest_budget` is the smallest `OffloadConfig.cache_budget`, in bytes, that works.
+    """
+
+    def __init__(self, message: str, *, smallest_budget: int) -> None:
+        super().__init__(message)
+        self.smallest_budget = smallest_budget
+
+
+class CheckpointError(MoeOffloadError):
+    """Checkpoint files that are missing, truncated, changed since they were opened, or inconsistent."""
+
+
+class UnsupportedModelError(MoeOffloadError):
+    """A model whose experts cannot be offloaded, with the reason."""

@@ -1,0 +1,57 @@
+"""Find the experts modules of a model that is still on meta, and turn them into sparse layers."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Iterator
+
+from torch import nn
+
+from transformers_moe_offload.errors import UnsupportedModelError
+from transformers_moe_offload.expert import ExpertSpec, FieldSpec
+from transformers_moe_offload.hf.layer import SparseLayer, bind
+from transformers_moe_offload.hf.layouts import ExpertsLayout, layout_of
+from transformers_moe_offload.hf.placeholders import take_out
+from transformers_moe_offload.memory.record import dtype_name
+
+
+def find_experts(model: nn.Module) -> Iterator[tuple[str, nn.Module, ExpertsLayout]]:
+    """Every module that holds routed experts, with its path and layout."""
+    for name, module in model.named_modules():
+        layout = layout_of(module)
+        if layout is not None:
+            yield name, module, layout
+
+
+def expert_spec(index: int, name: str, module: nn.Module, layout: ExpertsLayout) -> ExpertSpec:
+    """What the experts of a module are made of, read from its parameters' shapes."""
+    fields = tuple(FieldSpec(f.name, f.shape, dtype_name(f.dtype)) for f in layout.fields(module))
+    return ExpertSpec(index, name, layout.num_experts(module), fields)
+
+
+def take_over(model: nn.Module) -> list[SparseLayer]:
+    """Take all routed experts out of a model and put our layers in charge of their modules.
+
+    Raises `UnsupportedModelError` if there are none.
+    """
+    layers = []
+    for index, (name, module, layout) in enumerate(list(find_experts(model))):
+        fields, num_experts, eager_forward = layout.fields(module), layout.num_experts(module), layout.eager_forward(module)
+        order = take_out(module, fields)
+        layer = SparseLayer(index, name, type(module), layout, fields, num_experts, eager_forward, order)
+        bind(module, layer)
+        layers.append(layer)
+    if not layers:
+        raise UnsupportedModelError(
+            f"{type(model).__name__} has no routed experts that can be offloaded; {_what_there_is(model)}. "
+            f"Load it without moe_offload"
+        )
+    return layers
+
+
+def _what_there_is(model: nn.Module) -> str:
+    alike = sorted({type(m).__name__ for m in model.modules() if "expert" in type(m).__name__.lower()})
+    if alike:
+        return f"it has modules named {', '.join(alike)}, but not of a kind that routes tokens to experts"
+    kinds = sorted({type(m).__name__ for m in model.modules() if not inspect.getmodule(type(m)).__name__.startswith("torch.")})
+    return f"its modules are {', '.join(kinds[:6])}{', ...' if len(kinds) > 6 else ''}"

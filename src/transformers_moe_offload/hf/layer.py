@@ -1,0 +1,141 @@
+"""One offloaded sparse layer: the experts module in the model, and what it does instead of computing with its own
+weights.
+
+The module keeps its place and its attributes; its class is swapped for a subclass of itself whose `forward` comes
+here. Putting the class back is all it takes to undo that, and `deepcopy`, hooks and `isinstance` work as before.
+"""
+
+# T tokens, K experts per token, H hidden
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable
+from copy import deepcopy
+from functools import lru_cache
+from math import prod
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+
+from transformers_moe_offload.cache.cache import ExpertCache
+from transformers_moe_offload.compute.forward import sparse_forward
+from transformers_moe_offload.compute.mlp import ExpertMlp
+from transformers_moe_offload.compute.recompute import recompute_in_backward
+from transformers_moe_offload.expert import ExpertSpec
+from transformers_moe_offload.hf.eager import fetch_from, twin_of
+from transformers_moe_offload.hf.layouts import ExpertField, ExpertsLayout
+from transformers_moe_offload.memory.record import torch_dtype
+
+if TYPE_CHECKING:
+    from transformers_moe_offload.hf.runtime import OffloadRuntime
+
+
+class SparseLayer:
+    """What an experts module knows about its offloading."""
+
+    def __init__(
+        self,
+        index: int,
+        name: str,
+        plain_class: type[nn.Module],
+        layout: ExpertsLayout,
+        fields: tuple[ExpertField, ...],
+        num_experts: int,
+        eager_forward: Callable[..., Tensor],
+        parameter_order: dict[str, tuple[str, ...]],
+    ) -> None:
+        self.index = index
+        self.name = name
+        """Path of the module in the model."""
+        self.plain_class = plain_class
+        self.layout = layout
+        self.fields = fields
+        self.num_experts = num_experts
+        self.parameter_order = parameter_order
+        self.mlp: ExpertMlp | None = None
+        """The arithmetic of our own forward; None where the module's eager forward is used."""
+        self.device = torch.device("cpu")
+        self.runtime: OffloadRuntime | None = None
+        self.eager_forward = eager_forward
+        self._input_names = tuple(inspect.signature(eager_forward).parameters)[1:]
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> SparseLayer:
+        twin = object.__new__(SparseLayer)
+        memo[id(self)] = twin
+        vars(twin).update(vars(self))  # all of it is immutable but the runtime, which the copy has its own of
+        twin.runtime = deepcopy(self.runtime, memo)
+        return twin
+
+    @property
+    def expert_bytes(self) -> int:
+        """Bytes of one expert as the model was built, before files or casts had a say."""
+        return sum(prod(field.shape) * field.dtype.itemsize for field in self.fields)
+
+    def forward(self, module: nn.Module, *args: Any, **kwargs: Any) -> Tensor:
+        """Stand in for the module's forward, whatever its arguments are."""
+        inputs = args + tuple(kwargs[name] for name in self._input_names[len(args) :])
+        assert self.runtime is not None
+        cache = self.runtime.cache_for(self, inputs[0].device)
+        if torch.is_grad_enabled() and any(isinstance(x, Tensor) and x.requires_grad for x in inputs):
+            return recompute_in_backward(
+                lambda *xs: self._compute(module, cache, xs, keeps_weights=False),
+                lambda *xs: self._compute(module, cache, xs, keeps_weights=True),
+                *inputs,
+            )
+        return self._compute(module, cache, inputs, keeps_weights=False)
+
+    def moved(self, fn: Callable[[Tensor], Tensor], spec: ExpertSpec) -> None:
+        """The module is going through `nn.Module.to` or one of its relatives, which apply `fn` to every parameter."""
+        assert self.runtime is not None
+        dtype = spec.fields[0].dtype
+        probe = fn(torch.empty(0, dtype=torch_dtype(dtype), device=self.device))
+        if probe.device.type != "meta":
+            self.runtime.move(self, probe.device, probe.dtype)
+
+    def _compute(self, module: nn.Module, cache: ExpertCache, inputs: tuple[Any, ...], *, keeps_weights: bool) -> Tensor:
+        if self.mlp is not None:
+            return sparse_forward(cache, self.index, self.mlp, module, *inputs, keeps_weights=keeps_weights)
+        wanted = self.layout.wanted(self.num_experts, *inputs, keep_zero_weights=keeps_weights)
+        with cache.visit(self.index, wanted) as visit:
+            fetch = fetch_from(visit, self.fields, inputs[0].device, copies=keeps_weights)
+            return self.eager_forward(twin_of(module, self.plain_class, self.fields, fetch), *inputs)
+
+
+class OffloadedExperts(nn.Module):
+    """Mixed into the class of an experts module while it is offloaded."""
+
+    def forward(self, *args: Any, **kwargs: Any) -> Tensor:
+        """Compute with experts from the cache."""
+        return layer_of(self).forward(self, *args, **kwargs)
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Any:
+        layer = layer_of(self)
+        assert layer.runtime is not None
+        layer.moved(fn, layer.runtime.spec(layer))
+        return super()._apply(fn, recurse)
+
+
+def layer_of(module: nn.Module) -> SparseLayer:
+    """The offloading of an offloaded experts module."""
+    layer = vars(module)["_moe_offload_layer"]
+    assert isinstance(layer, SparseLayer)
+    return layer
+
+
+def bind(module: nn.Module, layer: SparseLayer) -> None:
+    """Let the layer compute for the module."""
+    vars(module)["_moe_offload_layer"] = layer
+    module.__class__ = _offloaded_class(layer.plain_class)
+
+
+def unbind(module: nn.Module) -> None:
+    """Let the module compute for itself again."""
+    layer = vars(module).pop("_moe_offload_layer")
+    module.__class__ = layer.plain_class
+
+
+@lru_cache(maxsize=None)
+def _offloaded_class(plain_class: type[nn.Module]) -> type[nn.Module]:
+    return type(plain_class.__name__, (OffloadedExperts, plain_class), {"__module__": plain_class.__module__})

@@ -1,0 +1,83 @@
+"""What we need to know about a kind of experts module, and what is the same for all kinds.
+
+A layout answers from the module in hand (its parameters and flags), never from the model's name or config.
+"""
+
+# T tokens, K experts per token
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from transformers_moe_offload.compute.mlp import ExpertMlp
+
+
+@dataclass(frozen=True)
+class ExpertField:
+    """One tensor of every expert of a module."""
+
+    name: str
+    paths: tuple[str, ...]
+    """Parameters that hold it, relative to the module: one that stacks all experts, or one for each expert."""
+    shape: tuple[int, ...]
+    """Shape for one expert."""
+    dtype: torch.dtype
+    is_stacked: bool
+    """Whether one parameter holds the tensor of all experts."""
+
+class ExpertsLayout(ABC):
+    """One kind of experts module."""
+
+    @staticmethod
+    @abstractmethod
+    def matches(module: nn.Module) -> bool:
+        """Whether a module is of this kind and still has its parameters."""
+
+    @abstractmethod
+    def num_experts(self, module: nn.Module) -> int:
+        """How many experts the module's parameters hold."""
+
+    @abstractmethod
+    def fields(self, module: nn.Module) -> tuple[ExpertField, ...]:
+        """The tensors each expert is made of."""
+
+    @abstractmethod
+    def wanted(self, num_experts: int, *args: Any, keep_zero_weights: bool = False) -> list[int]:
+        """The experts that a call of the module's forward needs, ascending."""
+
+    def eager_forward(self, module: nn.Module) -> Callable[..., Tensor]:
+        """The forward that Transformers wrote for the module's class, as an unbound function."""
+        return type(module).forward
+
+    def mlp(self, module: nn.Module) -> ExpertMlp | None:
+        """The arithmetic of one expert, if the module's forward is (T, H), (T, K), (T, K) -> (T, H) with it."""
+        return None
+
+
+def parameter(module: nn.Module, path: str) -> Tensor:
+    """A parameter by its path; unlike `get_parameter` also one we have taken out and left a placeholder for."""
+    owner, _, leaf = path.rpartition(".")
+    tensor = getattr(module.get_submodule(owner), leaf)
+    assert isinstance(tensor, Tensor)
+    return tensor
+
+
+def stacked_field(module: nn.Module, path: str, num_experts: int) -> ExpertField:
+    """A field whose parameter has all experts along its first dimension (or along its rows, E * R of them)."""
+    stack = parameter(module, path)
+    shape = tuple(stack.shape[1:])
+    if stack.dim() == 2 and stack.shape[0] != num_experts and stack.shape[0] % num_experts == 0:
+        shape = (stack.shape[0] // num_experts, *shape)
+    return ExpertField(path, (path,), shape, stack.dtype, is_stacked=True)
+
+
+def chosen(num_experts: int, top_k_index: Tensor, top_k_weights: Tensor, keep_zero_weights: bool) -> list[int]:
+    """Experts that some token chose with a weight: top_k_index (T, K) int64, top_k_weights (T, K)."""
+    index = top_k_index if keep_zero_weights else top_k_index[top_k_weights != 0]
+    return [expert for expert in index.unique().tolist() if expert < num_experts]  # sync: device -> host

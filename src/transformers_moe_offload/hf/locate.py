@@ -1,0 +1,183 @@
+"""Find every expert in the checkpoint files, without reading one.
+
+Transformers renames checkpoint keys and merges, splits or transposes what they hold while it loads
+(`core_model_loading.py`, 5.23: `rename_source_key`, `WeightConverter`). We replay the renaming on the names alone to
+learn which stored tensors make up each parameter, and keep the conversion to run it on one expert at a time.
+"""
+
+# E experts of a module
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from copy import deepcopy
+from dataclasses import dataclass, field
+from types import SimpleNamespace
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers.core_model_loading import (
+    Concatenate,
+    MergeModulelist,
+    WeightConverter,
+    WeightRenaming,
+    dot_natural_key,
+    rename_source_key,
+)
+
+from transformers_moe_offload.errors import CheckpointError, UnsupportedModelError
+from transformers_moe_offload.memory.checkpoint import Assemble, FieldSource
+from transformers_moe_offload.memory.safetensors_index import StoredTensor
+
+
+@dataclass
+class ParameterSource:
+    """The stored tensors that make up one parameter, by the pattern of the conversion that they match."""
+
+    converter: WeightConverter | None
+    """None where the parameter is stored as it is."""
+    stored: dict[str, list[StoredTensor]] = field(default_factory=dict)
+
+
+def trace_parameters(
+    model: Any, parameters: Mapping[str, Tensor], conversions: Sequence[Any], stored: Mapping[str, StoredTensor]
+) -> dict[str, ParameterSource]:
+    """For every parameter that the checkpoint fills, what fills it: name in the model -> source.
+
+    `parameters` are all of the model's, on meta, as they were before experts were taken out. Where one conversion
+    makes several parameters, all of them are listed.
+    """
+    conversions = deepcopy(list(conversions))  # conversions remember what they matched
+    renamings = [c for c in conversions if isinstance(c, WeightRenaming)]
+    converters = [c for c in conversions if isinstance(c, WeightConverter)]
+    by_pattern = {pattern: converter for converter in converters for pattern in converter.source_patterns}
+    prefix = model.base_model_prefix
+    sources: dict[str, ParameterSource] = {}
+    for key in sorted(stored, key=dot_natural_key):
+        name, pattern = rename_source_key(key, renamings, converters, prefix, parameters)
+        if name not in parameters and key in parameters:
+            name, pattern = rename_source_key(key, [], [], prefix, parameters)
+        if name not in parameters:
+            continue
+        converter = by_pattern[pattern] if pattern is not None else None
+        targets = [name]
+        if converter is not None:
+            first = converter.target_patterns[0]
+            targets = [name.replace(first, target) for target in converter.target_patterns]
+        source = sources.setdefault(name, ParameterSource(converter))
+        source.stored.setdefault(pattern or key, []).append(stored[key])
+        for target in targets[1:]:
+            sources.setdefault(target, source)
+    return sources
+
+
+def expert_sources(
+    name: str,
+    source: ParameterSource,
+    num_experts: int,
+    shape: tuple[int, ...],
+    casts: tuple[str, ...],
+    config: Any,
+) -> list[FieldSource]:
+    """Where each expert's part of a stacked parameter comes from.
+
+    `name` is the parameter's in the model, `shape` one expert's. Raises `CheckpointError` if the checkpoint does not
+    hold all experts.
+    """
+    pieces = [_pieces_of(name, source, expert, num_experts) for expert in range(num_experts)]
+    assemble = None if _is_concatenation(source) else _assemble_with(name, source, pieces[0], shape, config)
+    fields = [FieldSource(tuple(sum(by_pattern.values(), [])), casts, assemble) for by_pattern in pieces]
+    return [_checked(f"{name}[{expert}]", field, shape) for expert, field in enumerate(fields)]
+
+
+def whole_source(name: str, source: ParameterSource, shape: tuple[int, ...], casts: tuple[str, ...]) -> FieldSource:
+    """Where a parameter that belongs to a single expert comes from."""
+    if source.converter is not None:
+        raise UnsupportedModelError(
+            f"{name} is converted while it is loaded ({source.converter}), which is not supported for experts that are "
+            f"modules of their own"
+        )
+    return _checked(name, FieldSource(tuple(sum(source.stored.values(), [])), casts), shape)
+
+
+def _pieces_of(
+    name: str, source: ParameterSource, expert: int, num_experts: int
+) -> dict[str, list[StoredTensor]]:
+    """The stored pieces of one expert, by pattern, in the order of the conversion's patterns."""
+    patterns = list(source.stored)
+    if source.converter is not None:
+        patterns = [pattern for pattern in source.converter.source_patterns if pattern in source.stored]
+    return {pattern: _pick(name, source.stored[pattern], expert, num_experts) for pattern in patterns}
+
+
+def _pick(name: str, stored: list[StoredTensor], expert: int, num_experts: int) -> list[StoredTensor]:
+    if len(stored) == 1 and stored[0].shape and num_experts > 1:
+        stack = stored[0]
+        if stack.shape[0] >= num_experts and len(stack.shape) == 3:
+            # longcat_flash stacks rows for experts without weights behind those with weights: they are never read.
+            return [stack.row(expert, stack.shape[0])]
+        if stack.shape[0] % num_experts == 0:
+            return [stack.row(expert, num_experts)]
+    if len(stored) % num_experts == 0:
+        # One tensor an expert; a conversion with several targets (ernie4_5_vl_moe: text and vision experts) takes
+        # the experts of all of them, one target after the other.
+        return stored[expert::num_experts]
+    found = ", ".join(tensor.name for tensor in stored[:3])
+    raise CheckpointError(
+        f"the checkpoint holds {len(stored)} tensors for {name}, but the model has {num_experts} experts "
+        f"(found {found}, ...); the checkpoint is incomplete or belongs to another model"
+    )
+
+
+def _is_concatenation(source: ParameterSource) -> bool:
+    """Whether one expert's pieces, one after another in memory, are the expert."""
+    if source.converter is None:
+        return True
+    operations = source.converter.operations
+    return len(source.converter.target_patterns) == 1 and all(
+        (isinstance(operation, MergeModulelist) and operation.dim == 0)
+        or (isinstance(operation, Concatenate) and operation.dim == 1 and len(operations) > 1)
+        or (isinstance(operation, Concatenate) and operation.dim == 1 and _has_only_rows(source))
+        for operation in operations
+    )
+
+
+def _has_only_rows(source: ParameterSource) -> bool:
+    """Whether the stored tensors are stacks of matrices, whose concatenation along dim 1 appends rows."""
+    return all(len(tensor.shape) == 3 for tensors in source.stored.values() for tensor in tensors)
+
+
+def _assemble_with(
+    name: str, source: ParameterSource, pieces: Mapping[str, list[StoredTensor]], shape: tuple[int, ...], config: Any
+) -> Assemble:
+    """Run Transformers' own conversion on one expert's pieces."""
+    converter = source.converter
+    assert converter is not None
+    counts = {pattern: len(tensors) for pattern, tensors in pieces.items()}
+    # Operations may ask the model for the shape that a parameter should have; for them it has one expert.
+    one_expert = torch.empty((1, *shape), device="meta")
+    model = SimpleNamespace(config=config, get_parameter=lambda _: one_expert)
+
+    def assemble(tensors: list[Tensor]) -> Tensor:
+        remaining = iter(tensors)
+        conversion = deepcopy(converter)
+        for pattern, count in counts.items():
+            conversion.collected_tensors[pattern] = [next(remaining) for _ in range(count)]
+        converted: dict[str, Any] = conversion.convert(name, model=model, config=config)
+        out = converted[name] if name in converted else next(iter(converted.values()))
+        tensor: Tensor = out[0] if isinstance(out, list) else out
+        return tensor
+
+    return assemble
+
+
+def _checked(name: str, source: FieldSource, shape: tuple[int, ...]) -> FieldSource:
+    found = sum(math.prod(piece.shape) for piece in source.pieces)
+    if source.assemble is None and found != math.prod(shape):
+        raise CheckpointError(
+            f"the checkpoint holds {found:,} values for {name}, but the model expects {list(shape)} = "
+            f"{math.prod(shape):,}; the config does not belong to these weights"
+        )
+    return source

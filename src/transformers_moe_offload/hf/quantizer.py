@@ -1,0 +1,108 @@
+"""What Transformers calls while it loads a model with an `OffloadConfig`.
+
+Transformers knows one way to take part in loading: to be a quantizer. Ours changes no weight. It takes the experts
+out before the weights are loaded, learns where they are in the files, and attaches the runtime afterwards.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers.quantizers.base import HfQuantizer
+from transformers.utils import logging
+
+from transformers_moe_offload.config import OffloadConfig
+from transformers_moe_offload.errors import CheckpointError
+from transformers_moe_offload.hf.attach import attach
+from transformers_moe_offload.hf.checkpoint import Checkpoint, locate
+from transformers_moe_offload.hf.discover import take_over
+from transformers_moe_offload.hf.layer import SparseLayer
+from transformers_moe_offload.policies import make_policy
+
+logger = logging.get_logger(__name__)
+
+
+class MoeOffloadQuantizer(HfQuantizer):
+    """Loads a model without its routed experts, and attaches their offloading to it."""
+
+    quantization_config: OffloadConfig
+
+    def __init__(self, quantization_config: OffloadConfig, **kwargs: Any) -> None:
+        super().__init__(quantization_config, **kwargs)
+        # Nothing is quantized on the fly, so Transformers may load with several threads.
+        self.pre_quantized = True
+        self._layers: list[SparseLayer] = []
+        self._sources: list[Any] = []
+        self._checkpoint: Checkpoint | None = None
+
+    # In the order in which Transformers calls them.
+
+    def validate_environment(self, *args: Any, **kwargs: Any) -> None:
+        """Find out about a misspelt policy before anything is downloaded."""
+        make_policy(self.quantization_config.policy)
+
+    def update_device_map(self, device_map: Any) -> Any:
+        """Without a device map the dense weights go to the accelerator, as with any quantized model."""
+        if device_map is None and torch.cuda.is_available():
+            return {"": torch.cuda.current_device()}
+        return device_map
+
+    def _process_model_before_weight_loading(
+        self, model: Any, checkpoint_files: Sequence[str] | None = None, dtype: Any = None, **kwargs: Any
+    ) -> None:
+        if not checkpoint_files:
+            raise CheckpointError(
+                "offloading needs a checkpoint on disk to read experts from; "
+                "a model built from a config or a state_dict has none, so save it first"
+            )
+        parameters = dict(model.state_dict())
+        plan = model._get_dtype_plan(dtype)
+        self._checkpoint = Checkpoint.open([Path(file) for file in checkpoint_files], parameters, dtype, plan)
+        self._layers = take_over(model)
+        taken = {f"{layer.name}.{path}" for layer in self._layers for field in layer.fields for path in field.paths}
+        ignored = set(model._keys_to_ignore_on_load_unexpected or ())
+        model._keys_to_ignore_on_load_unexpected = ignored | {f"^{re.escape(name)}$" for name in taken}
+
+    def adjust_max_memory(self, max_memory: dict[int | str, int]) -> dict[int | str, int]:
+        """Leave room for the cache on every GPU, where its size is known before the dense weights are placed."""
+        budget = self.quantization_config.budget
+        gpus = [device for device in max_memory if isinstance(device, int)]
+        if not gpus or (budget.nbytes is None and budget.share is None):
+            return max_memory
+        all_bytes = sum(layer.num_experts * layer.expert_bytes for layer in self._layers)
+        share = budget.resolve(all_bytes, 0) // len(gpus)
+        return {d: max(0, limit - share) if d in gpus else limit for d, limit in max_memory.items()}
+
+    def update_weight_conversions(self, weight_conversions: list[Any], model: Any) -> list[Any]:
+        """The final list of conversions is known: locate the experts. The list stays as it is."""
+        assert self._checkpoint is not None
+        self._sources = locate(model, self._layers, self._checkpoint, weight_conversions)
+        return weight_conversions
+
+    def _process_model_after_weight_loading(self, model: Any, **kwargs: Any) -> None:
+        attach(model, self.quantization_config, self._layers, self._sources)
+        self._layers, self._sources, self._checkpoint = [], [], None
+
+    # What Transformers asks later.
+
+    def get_state_dict_and_metadata(self, model: Any) -> tuple[dict[str, torch.Tensor] | None, dict[str, str]]:
+        """For `save_pretrained`: the state dict of the plain model, experts included."""
+        return model.state_dict() | model.moe_offload.state_dict(), {}
+
+    def is_serializable(self, *args: Any, **kwargs: Any) -> bool:
+        """Whether `save_pretrained` works: it writes what the plain model would."""
+        return True
+
+    @property
+    def is_trainable(self) -> bool:
+        """Whether adapters can be trained: gradients flow through frozen experts."""
+        return True
+
+    @property
+    def is_compileable(self) -> bool:
+        """Which experts are needed is decided on the host, so `generate` must not compile the model."""
+        return False

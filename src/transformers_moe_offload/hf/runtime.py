@@ -1,0 +1,233 @@
+"""`model.moe_offload`: the handle on everything that was attached to a model."""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Iterator, Sequence
+from copy import deepcopy
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from transformers_moe_offload.cache.cache import ExpertCache
+from transformers_moe_offload.config import Budget, OffloadConfig
+from transformers_moe_offload.errors import MoeOffloadError
+from transformers_moe_offload.expert import ExpertId, ExpertSpec
+from transformers_moe_offload.hf.layer import SparseLayer, layer_of, unbind
+from transformers_moe_offload.hf.placeholders import put_back
+from transformers_moe_offload.hf.plan import OffloadPlan, Placement, build_caches, make_plan
+from transformers_moe_offload.memory.checkpoint import ExpertStore, LayerSource
+from transformers_moe_offload.memory.record import dtype_name
+from transformers_moe_offload.stats import CacheStats, LayerStats
+
+
+class OffloadRuntime:
+    """Statistics, plan and life cycle of a model's offloaded experts.
+
+    Caches are built when the first forward needs them and again when layers have moved to another device or dtype;
+    copies of a model share the files but have caches of their own.
+    """
+
+    def __init__(self, model: nn.Module, config: OffloadConfig, layers: Sequence[SparseLayer]) -> None:
+        self.config = config
+        self._model = weakref.ref(model)
+        self._layers = list(layers)
+        self._sources: dict[int, LayerSource] = {}
+        self._caches: dict[int, ExpertCache] = {}
+        self._kept_stats: dict[int, LayerStats] = {}
+        self._plan: OffloadPlan | None = None
+        self._is_closed = False
+        for layer in self._layers:
+            layer.runtime = self
+
+    # What users call.
+
+    def stats(self) -> CacheStats:
+        """Counts since loading or the last `reset_stats`, in total and by layer."""
+        return CacheStats.total({layer.name: self._layer_stats(layer) for layer in self._layers})
+
+    def reset_stats(self) -> None:
+        """Start counting from zero; what is resident stays."""
+        self._kept_stats = {}
+        for index, cache in self._caches.items():
+            cache.stats[index] = LayerStats()
+
+    @property
+    def plan(self) -> OffloadPlan:
+        """Where experts are and how many slots there are; prints as a table."""
+        self._ensure_caches()
+        assert self._plan is not None
+        return self._plan
+
+    def resize(self, cache_budget: int | str) -> None:
+        """Give the cache another budget; what was resident is loaded again when it is wanted.
+
+        A budget that cannot work raises `CapacityError` or `ConfigError` and changes nothing.
+        """
+        config = OffloadConfig.from_dict(self.config.to_dict() | {"cache_budget": cache_budget})
+        make_plan(self._placements(), config)
+        self.config = config
+        self._drop_caches(keep_stats=True)
+
+    def restore(self) -> Any:
+        """Read all experts into ordinary parameters and give the plain model back.
+
+        Afterwards nothing of ours is left in it. Needs memory for the whole model.
+        """
+        model = self._living_model()
+        loaded = [(module, layer, self.read_layer(layer)) for module, layer in self._modules()]
+        for module, layer, tensors in loaded:
+            unbind(module)
+            put_back(module, layer.parameter_order, tensors)
+        del model.moe_offload
+        for name in ("hf_quantizer", "_keys_to_ignore_on_load_unexpected"):
+            vars(model).pop(name, None)
+        self.close()
+        return model
+
+    def close(self) -> None:
+        """Free slots, threads and files now. The model cannot run afterwards."""
+        self._drop_caches(keep_stats=False)
+        self._sources.clear()
+        self._is_closed = True
+
+    # What the rest of `hf` calls.
+
+    def attach(self, sources: Sequence[LayerSource]) -> None:
+        """Take over where the experts are; raises `CapacityError` if the budget cannot work."""
+        self._sources = {source.spec.layer: source for source in sources}
+        self._plan = make_plan(self._placements(), self.config)
+
+    def spec(self, layer: SparseLayer) -> ExpertSpec:
+        """What a layer's experts are made of now."""
+        return self._source(layer).spec
+
+    def cache_for(self, layer: SparseLayer, device: torch.device) -> ExpertCache:
+        """The cache that serves a layer on the device where its inputs are."""
+        if device != layer.device:
+            layer.device = device
+            self._drop_caches(keep_stats=True)
+        cache = self._caches.get(layer.index)
+        if cache is None:
+            self._ensure_caches()
+            cache = self._caches[layer.index]
+        return cache
+
+    def move(self, layer: SparseLayer, device: torch.device, dtype: torch.dtype) -> None:
+        """A layer computes on another device or in another dtype from now on."""
+        source = self._source(layer)
+        if device == layer.device and dtype_name(dtype) == source.spec.fields[0].dtype:
+            return
+        layer.device = device
+        self._sources[layer.index] = source.cast(dtype_name(dtype))
+        self._drop_caches(keep_stats=True)
+
+    def read_layer(self, layer: SparseLayer) -> dict[str, Tensor]:
+        """All experts of a layer as ordinary parameters: path in the module -> tensor on the layer's device."""
+        store = ExpertStore([self._source(layer)])
+        layout = store.layout(layer.index)
+        dtypes = {field.name: field.dtype for field in self.spec(layer).fields}
+        tensors: dict[str, Tensor] = {}
+        module = self._living_model().get_submodule(layer.name)
+        record = torch.empty(layout.nbytes, dtype=torch.uint8)
+        for expert in range(layer.num_experts):
+            store.read_into(ExpertId(layer.index, expert), record)
+            views = layout.views(record)
+            for field in layer.fields:
+                view = views[field.name]
+                if not field.is_stacked:
+                    tensors[field.paths[expert]] = view.clone().to(layer.device)
+                    continue
+                path = field.paths[0]
+                if path not in tensors:
+                    owner, _, leaf = path.rpartition(".")
+                    shape = getattr(module.get_submodule(owner), leaf).shape
+                    dtype = getattr(torch, dtypes[field.name])
+                    tensors[path] = torch.zeros(shape, dtype=dtype, device=layer.device)
+                rows = view.shape[0] if tensors[path].dim() == view.dim() else None
+                target = tensors[path][expert * rows : (expert + 1) * rows] if rows else tensors[path][expert]
+                target.copy_(view)
+        return tensors
+
+    def state_dict(self) -> dict[str, Tensor]:
+        """All experts under the names that the plain model's `state_dict` gives them."""
+        return {
+            f"{layer.name}.{path}": tensor
+            for layer in self._layers
+            for path, tensor in self.read_layer(layer).items()
+        }
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> OffloadRuntime:
+        old_model = self._living_model()
+        twin = object.__new__(OffloadRuntime)
+        memo[id(self)] = twin
+        twin.config = self.config
+        twin._model = weakref.ref(memo.get(id(old_model), old_model))
+        twin._sources = dict(self._sources)
+        twin._caches = {}
+        twin._kept_stats = {}
+        twin._plan = None
+        twin._is_closed = self._is_closed
+        twin._layers = deepcopy(self._layers, memo)
+        return twin
+
+    def __repr__(self) -> str:
+        return f"OffloadRuntime({self.config!r})\n{self.plan}"
+
+    def _source(self, layer: SparseLayer) -> LayerSource:
+        if self._is_closed:
+            raise MoeOffloadError("this model's offloading was closed; load the model again to use it")
+        return self._sources[layer.index]
+
+    def _placements(self) -> list[Placement]:
+        return [Placement(self.spec(layer), layer.device) for layer in self._layers]
+
+    def _ensure_caches(self) -> None:
+        if self._caches:
+            return
+        self._plan = make_plan(self._placements(), self.config)
+        store = ExpertStore(list(self._sources.values()))
+        self._caches = build_caches(self._plan, store, self.config)
+        for index, stats in self._kept_stats.items():
+            self._caches[index].stats[index] = stats
+        self._kept_stats = {}
+
+    def _drop_caches(self, *, keep_stats: bool) -> None:
+        if keep_stats:
+            self._kept_stats |= {index: cache.stats[index] for index, cache in self._caches.items()}
+        self._caches = {}
+        self._plan = None
+
+    def _layer_stats(self, layer: SparseLayer) -> LayerStats:
+        cache = self._caches.get(layer.index)
+        return cache.stats[layer.index] if cache else self._kept_stats.get(layer.index, LayerStats())
+
+    def _modules(self) -> Iterator[tuple[nn.Module, SparseLayer]]:
+        model = self._living_model()
+        for layer in self._layers:
+            module = model.get_submodule(layer.name)
+            yield module, layer_of(module)
+
+    def _living_model(self) -> Any:
+        model = self._model()
+        assert model is not None
+        return model
+
+
+def cache_stats(model: Any) -> CacheStats:
+    """`model.moe_offload.stats()`, also for a model wrapped by PEFT."""
+    return runtime_of(model).stats()
+
+
+def restore(model: Any) -> Any:
+    """`model.moe_offload.restore()`: the plain model, with all experts in memory."""
+    return runtime_of(model).restore()
+
+
+def runtime_of(model: Any) -> OffloadRuntime:
+    """The handle of an offloaded model."""
+    runtime = getattr(model, "moe_offload", None)
+    if not isinstance(runtime, OffloadRuntime):
+        raise MoeOffloadError(f"{type(model).__name__} is not offloaded; load it with moe_offload=OffloadConfig(...)")
+    return runtime

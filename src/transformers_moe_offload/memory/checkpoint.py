@@ -1,0 +1,113 @@
+"""The disk tier: every expert of a model, read in place from the checkpoint's own safetensors files.
+
+Where the bytes of a field lie in the files as they should lie in memory they go straight into the record. Otherwise
+(another dtype, a transposed or interleaved layout) the pieces are read into scratch memory and assembled from there.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+from transformers_moe_offload.expert import ExpertId, ExpertSpec
+from transformers_moe_offload.memory.record import RecordLayout, torch_dtype
+from transformers_moe_offload.memory.safetensors_index import StoredTensor
+
+Assemble = Callable[[list[Tensor]], Tensor]
+"""Turns the pieces of one expert's field, in their stored order, into the field (up to leading dimensions of 1)."""
+
+
+@dataclass(frozen=True)
+class FieldSource:
+    """Where one field of one expert comes from."""
+
+    pieces: tuple[StoredTensor, ...]
+    casts: tuple[str, ...]
+    """Dtypes the pieces are cast to, one after another, before they are assembled; the last one is the field's."""
+    assemble: Assemble | None = None
+    """None where the pieces, one after another, are the field."""
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes that have to be read."""
+        return sum(piece.nbytes for piece in self.pieces)
+
+    @property
+    def is_verbatim(self) -> bool:
+        """Whether the stored bytes can go into a record as they are."""
+        return self.assemble is None and all({piece.dtype} == set(self.casts) for piece in self.pieces)
+
+    def then_cast(self, dtype: str) -> FieldSource:
+        """The same field, cast once more."""
+        return replace(self, casts=(*self.casts, dtype)) if self.casts[-1] != dtype else self
+
+    def read_into(self, record_bytes: memoryview, view: Tensor) -> None:
+        """Fill a field, given both as the bytes of the record it occupies and as a tensor."""
+        if self.is_verbatim:
+            start = 0
+            for piece in self.pieces:
+                piece.file.read_into(record_bytes[start : start + piece.nbytes], piece.offset)
+                start += piece.nbytes
+            return
+        tensors = [self._cast(_read(piece)) for piece in self.pieces]
+        if self.assemble is not None:
+            view.copy_(self.assemble(tensors).reshape(view.shape))
+        else:
+            torch.cat([tensor.reshape(-1) for tensor in tensors], out=view.view(-1))
+
+    def _cast(self, tensor: Tensor) -> Tensor:
+        for dtype in self.casts:
+            tensor = tensor.to(torch_dtype(dtype))
+        return tensor
+
+
+@dataclass(frozen=True)
+class LayerSource:
+    """Where the experts of one sparse layer come from, and what they are made of."""
+
+    spec: ExpertSpec
+    experts: tuple[tuple[FieldSource, ...], ...]
+    """For each expert the sources of `spec.fields`, in that order."""
+
+    def cast(self, dtype: str) -> LayerSource:
+        """The same layer with every field cast to another dtype."""
+        spec = replace(self.spec, fields=tuple(field.cast(dtype) for field in self.spec.fields))
+        return LayerSource(spec, tuple(tuple(s.then_cast(dtype) for s in sources) for sources in self.experts))
+
+
+class ExpertStore:
+    """Reads any expert of a model into a record. Read-only and safe to use from several threads."""
+
+    def __init__(self, layers: Sequence[LayerSource]) -> None:
+        self.layers = {source.spec.layer: source for source in layers}
+        self.layouts = {layer: RecordLayout(source.spec.fields) for layer, source in self.layers.items()}
+
+    def layout(self, layer: int) -> RecordLayout:
+        """The record layout of a sparse layer's experts."""
+        return self.layouts[layer]
+
+    def stored_bytes(self, expert: ExpertId) -> int:
+        """Bytes read from files for this expert."""
+        return sum(source.nbytes for source in self.layers[expert.layer].experts[expert.expert])
+
+    def read_into(self, expert: ExpertId, record: Tensor) -> None:
+        """Fill a record, (nbytes,) uint8 in host memory, or raise `CheckpointError` and leave it half filled."""
+        layout = self.layouts[expert.layer]
+        raw = memoryview(record.numpy())
+        views = layout.views(record)
+        for field, source in zip(layout.fields, self.layers[expert.layer].experts[expert.expert], strict=True):
+            start = layout.offsets[field.name]
+            source.read_into(raw[start : start + field.nbytes], views[field.name])
+
+    def __deepcopy__(self, memo: dict[int, object]) -> ExpertStore:
+        return self
+
+
+def _read(piece: StoredTensor) -> Tensor:
+    """One stored tensor, in memory of its own."""
+    raw = torch.empty(piece.nbytes, dtype=torch.uint8)
+    piece.file.read_into(memoryview(raw.numpy()), piece.offset)
+    return raw.view(torch_dtype(piece.dtype)).view(piece.shape)

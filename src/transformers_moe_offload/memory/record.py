@@ -1,0 +1,55 @@
+"""One expert as one contiguous record: where each of its tensors sits, and how to see them in a buffer."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from transformers_moe_offload.expert import FieldSpec
+
+ALIGNMENT = 64
+"""Bytes. A cache line, and what torch's CPU allocator gives every tensor: kernels that choose a path by alignment
+then choose the same one for a tensor in a record as for a tensor of its own."""
+
+
+def torch_dtype(name: str) -> torch.dtype:
+    """The dtype torch calls by this name, e.g. `bfloat16`."""
+    dtype = getattr(torch, name)
+    assert isinstance(dtype, torch.dtype)
+    return dtype
+
+
+def dtype_name(dtype: torch.dtype) -> str:
+    """The name of a dtype without `torch.`."""
+    return str(dtype).removeprefix("torch.")
+
+
+class RecordLayout:
+    """Offsets of an expert's tensors in its record. Two layouts with equal fields are equal."""
+
+    def __init__(self, fields: Sequence[FieldSpec]) -> None:
+        self.fields = tuple(fields)
+        self.offsets: dict[str, int] = {}
+        end = 0
+        for field in self.fields:
+            self.offsets[field.name] = end
+            end += -(-field.nbytes // ALIGNMENT) * ALIGNMENT
+        self.nbytes = max(end, ALIGNMENT)
+        """Bytes of the record, padding included."""
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, RecordLayout) and self.fields == other.fields
+
+    def __hash__(self) -> int:
+        return hash(self.fields)
+
+    def views(self, record: Tensor) -> dict[str, Tensor]:
+        """The tensors inside a record, without copying: record (nbytes,) uint8 -> each field's shape and dtype."""
+        seen = {}
+        for field in self.fields:
+            start = self.offsets[field.name]
+            raw = record[start : start + field.nbytes]
+            seen[field.name] = raw.view(torch_dtype(field.dtype)).view(field.shape)
+        return seen

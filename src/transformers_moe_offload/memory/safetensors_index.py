@@ -1,0 +1,145 @@
+"""Where each tensor of a checkpoint lies: file, offset, dtype, shape. Reads headers only.
+
+Format: https://github.com/huggingface/safetensors#format (8 bytes of little-endian header length, a JSON header, data).
+"""
+
+from __future__ import annotations
+
+import json
+import struct
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from math import prod
+from pathlib import Path
+from typing import Any
+
+from transformers_moe_offload.errors import CheckpointError
+from transformers_moe_offload.expert import ITEMSIZE
+from transformers_moe_offload.memory.disk import File
+
+_DTYPES = {
+    "F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat16",
+    "F8_E4M3": "float8_e4m3fn", "F8_E5M2": "float8_e5m2", "F8_E8M0": "float8_e8m0fnu",
+    "I64": "int64", "I32": "int32", "I16": "int16", "I8": "int8",
+    "U64": "uint64", "U32": "uint32", "U16": "uint16", "U8": "uint8", "BOOL": "bool", "C64": "complex64",
+}  # fmt: skip
+
+_MAX_HEADER_BYTES = 100_000_000  # the limit of the safetensors library itself
+
+
+@dataclass(frozen=True)
+class StoredTensor:
+    """One tensor of a checkpoint file."""
+
+    name: str
+    file: File
+    offset: int
+    """First byte in the file."""
+    dtype: str
+    shape: tuple[int, ...]
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the tensor."""
+        return prod(self.shape) * ITEMSIZE[self.dtype]
+
+    def row(self, index: int, num_rows: int) -> StoredTensor:
+        """Part `index` of `num_rows` equal parts along the first dimension; it lies in one piece."""
+        part = self.shape[0] // num_rows
+        shape = (part, *self.shape[1:])
+        nbytes = prod(shape) * ITEMSIZE[self.dtype]
+        return StoredTensor(f"{self.name}[{index}]", self.file, self.offset + index * nbytes, self.dtype, shape)
+
+
+def read_index(paths: Iterable[Path]) -> dict[str, StoredTensor]:
+    """All tensors of these files by name, or `CheckpointError` for the first file that is not as it should be."""
+    tensors: dict[str, StoredTensor] = {}
+    for path in paths:
+        for tensor in read_header(path):
+            if tensor.name in tensors:
+                raise CheckpointError(
+                    f"tensor {tensor.name} is stored twice, in {tensors[tensor.name].file.path} and in {path}"
+                )
+            tensors[tensor.name] = tensor
+    return tensors
+
+
+def read_header(path: Path) -> list[StoredTensor]:
+    """The tensors of one file, with every range checked against the size of the file."""
+    if path.suffix != ".safetensors":
+        raise CheckpointError(
+            f"{path} is not a safetensors file; experts are read in place from safetensors only, "
+            f"so convert the checkpoint first (load it without offloading and call save_pretrained)"
+        )
+    try:
+        nbytes = path.stat().st_size
+        with path.open("rb") as stream:
+            (header_bytes,) = struct.unpack("<Q", stream.read(8))
+            if header_bytes > min(_MAX_HEADER_BYTES, nbytes - 8):
+                raise CheckpointError(
+                    f"{path} has {nbytes:,} bytes, fewer than its header of {header_bytes:,} bytes; "
+                    f"the file is truncated or not a safetensors file: download it again"
+                )
+            header = json.loads(stream.read(header_bytes))
+    except OSError as error:
+        raise CheckpointError(f"cannot read {path}: {error.strerror}") from error
+    except (struct.error, ValueError) as error:
+        raise CheckpointError(f"{path} has no readable safetensors header: download it again") from error
+    file = File(path, nbytes)
+    return [
+        _checked(name, entry, file, 8 + header_bytes)
+        for name, entry in _entries(header, path).items()
+        if name != "__metadata__"
+    ]
+
+
+def check_index_file(index_path: Path, tensors: Mapping[str, StoredTensor]) -> None:
+    """Compare a `*.safetensors.index.json` with what the shards really hold."""
+    try:
+        weight_map = json.loads(index_path.read_text())["weight_map"]
+        names = dict(weight_map)
+    except OSError as error:
+        raise CheckpointError(f"cannot read {index_path}: {error.strerror}") from error
+    except (ValueError, KeyError, TypeError) as error:
+        raise CheckpointError(f"{index_path} is not a checkpoint index: it has no readable weight_map") from error
+    for name, shard in names.items():
+        if not isinstance(shard, str) or Path(shard).name != shard:
+            raise CheckpointError(
+                f"{index_path} places {name} in {shard!r}, which is not a plain file name inside the folder; "
+                f"refusing to read outside of {index_path.parent}"
+            )
+        stored = tensors.get(name)
+        if stored is None or stored.file.path.name != shard:
+            raise CheckpointError(
+                f"{index_path} places {name} in {shard}, but that file does not hold it; "
+                f"the shard is incomplete or belongs to another checkpoint: download it again"
+            )
+
+
+def _entries(header: Any, path: Path) -> dict[str, Any]:
+    if not isinstance(header, dict):
+        raise CheckpointError(f"{path} has a safetensors header that is not a JSON object: download it again")
+    return header
+
+
+def _checked(name: str, entry: Any, file: File, data_start: int) -> StoredTensor:
+    """One header entry as a `StoredTensor`, its range inside the file and as long as its shape says."""
+    try:
+        start, end = entry["data_offsets"]
+        shape = tuple(int(n) for n in entry["shape"])
+        dtype = entry["dtype"]
+    except (KeyError, TypeError, ValueError) as error:
+        raise CheckpointError(f"{file.path} describes tensor {name} in a way that cannot be read") from error
+    if dtype not in _DTYPES:
+        raise CheckpointError(f"{file.path} stores tensor {name} as {dtype}, which is not one of {sorted(_DTYPES)}")
+    tensor = StoredTensor(name, file, data_start + start, _DTYPES[dtype], shape)
+    if min((start, *shape), default=0) < 0 or end - start != tensor.nbytes:
+        raise CheckpointError(
+            f"{file.path} gives tensor {name} {end - start:,} bytes, but {dtype} {list(shape)} takes {tensor.nbytes:,}"
+        )
+    if data_start + end > file.nbytes:
+        raise CheckpointError(
+            f"{file.path} has {file.nbytes:,} bytes, but tensor {name} reaches to byte {data_start + end:,}; "
+            f"the file is truncated: download it again"
+        )
+    return tensor

@@ -1,0 +1,67 @@
+"""Count what the cache did, per sparse layer.
+
+Counts are per expert and forward: a forward in which four tokens want one expert counts it once.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field, fields
+
+
+@dataclass
+class LayerStats:
+    """What one sparse layer asked of the cache."""
+
+    hits: int = 0
+    """Experts that were resident when the layer asked."""
+    late_hits: int = 0
+    """Experts whose load was already under way when the layer asked."""
+    misses: int = 0
+    """Experts whose load started because the layer asked."""
+    prefetch_used: int = 0
+    """Experts loaded ahead of demand and then asked for. Zero until prefetching is available."""
+    prefetch_wasted: int = 0
+    """Experts loaded ahead of demand and evicted unused. Zero until prefetching is available."""
+    disk_bytes: int = 0
+    """Bytes read from checkpoint files."""
+    device_bytes: int = 0
+    """Bytes copied from host memory to an accelerator."""
+    stall_ms: float = 0.0
+    """Time the layer waited for loads, in milliseconds."""
+
+    def add(self, other: LayerStats) -> None:
+        """Add another layer's counts to these."""
+        for f in fields(LayerStats):
+            setattr(self, f.name, getattr(self, f.name) + getattr(other, f.name))
+
+    @property
+    def asked(self) -> int:
+        """Experts asked for."""
+        return self.hits + self.late_hits + self.misses
+
+    @property
+    def hit_rate(self) -> float:
+        """Share of the experts asked for that were resident; 0 before the first one."""
+        return self.hits / self.asked if self.asked else 0.0
+
+
+@dataclass
+class CacheStats(LayerStats):
+    """Totals over all sparse layers, and each layer's own counts by its module path."""
+
+    per_layer: Mapping[str, LayerStats] = field(default_factory=dict)
+
+    @classmethod
+    def total(cls, per_layer: Mapping[str, LayerStats]) -> CacheStats:
+        """Sum up the layers' counts."""
+        stats = cls(per_layer=per_layer)
+        for layer in per_layer.values():
+            stats.add(layer)
+        return stats
+
+    def __str__(self) -> str:
+        return (
+            f"{self.asked} experts asked for: {self.hits} hits ({self.hit_rate:.1%}), {self.late_hits} late hits, "
+            f"{self.misses} misses; {self.disk_bytes / 2**20:.1f} MiB read, {self.stall_ms:.0f} ms waited"
+        )
