@@ -14,9 +14,14 @@ from torch import Tensor
 from transformers_moe_offload.errors import CheckpointError
 from transformers_moe_offload.expert import ExpertSpec, FieldSpec
 from transformers_moe_offload.hf.layer import SparseLayer
-from transformers_moe_offload.hf.layouts import ExpertField
-from transformers_moe_offload.hf.locate import expert_sources, trace_parameters, whole_source
-from transformers_moe_offload.memory.checkpoint import FieldSource, LayerSource
+from transformers_moe_offload.hf.locate import (
+    ParameterSource,
+    expert_sources,
+    names_without_experts,
+    trace_parameters,
+    whole_source,
+)
+from transformers_moe_offload.memory.checkpoint import LayerSource
 from transformers_moe_offload.memory.record import dtype_name
 from transformers_moe_offload.memory.safetensors_index import StoredTensor, check_index_file, read_index
 
@@ -56,31 +61,42 @@ class Checkpoint:
         return self.parameters[name].dtype
 
 
-def locate(model: Any, layers: Sequence[SparseLayer], checkpoint: Checkpoint, conversions: Sequence[Any]) -> list[LayerSource]:
+def locate(
+    model: Any, layers: Sequence[SparseLayer], checkpoint: Checkpoint, conversions: Sequence[Any]
+) -> list[LayerSource]:
     """Where the experts of every sparse layer are."""
     traced = trace_parameters(model, checkpoint.parameters, conversions, checkpoint.tensors)
     sources = []
     for layer in layers:
         fields, by_field = [], []
         for field in layer.fields:
-            dtype = checkpoint.dtype_of(f"{layer.name}.{field.paths[0]}")
-            fields.append(FieldSpec(field.name, field.shape, dtype_name(dtype)))
-            by_field.append(_field_sources(layer, field, dtype, traced, model.config))
+            names = [f"{layer.name}.{path}" for path in field.paths]
+            dtype = dtype_name(checkpoint.dtype_of(names[0]))
+            found = [_source_of(model, name, traced) for name in names]
+            fields.append(FieldSpec(field.name, field.shape, dtype))
+            by_field.append(
+                expert_sources(names[0], found[0], field, layer.num_experts, (dtype,), model.config)
+                if field.is_stacked
+                else [whole_source(n, f, field.shape, (dtype,)) for n, f in zip(names, found, strict=True)]
+            )
         spec = ExpertSpec(layer.index, layer.name, layer.num_experts, tuple(fields))
         sources.append(LayerSource(spec, tuple(zip(*by_field, strict=True))))
+    _expect_unused(model, sources, conversions)
     return sources
 
 
-def _field_sources(
-    layer: SparseLayer, field: ExpertField, dtype: torch.dtype, traced: Mapping[str, Any], config: Any
-) -> list[FieldSource]:
-    casts = (dtype_name(dtype),)
-    names = [f"{layer.name}.{path}" for path in field.paths]
-    for name in names:
-        if name not in traced:
-            raise CheckpointError(
-                f"the checkpoint holds nothing for {name}; it is incomplete or belongs to another model"
-            )
-    if field.is_stacked:
-        return expert_sources(names[0], traced[names[0]], layer.num_experts, field.shape, casts, config)
-    return [whole_source(name, traced[name], field.shape, casts) for name in names]
+def _source_of(model: Any, name: str, traced: Mapping[str, ParameterSource]) -> ParameterSource:
+    tied = getattr(model, "all_tied_weights_keys", {})
+    for stored_name in (name, tied.get(name), *(other for other, source in tied.items() if source == name)):
+        if stored_name in traced:
+            return traced[stored_name]
+    raise CheckpointError(f"the checkpoint holds nothing for {name}; it is incomplete or belongs to another model")
+
+
+def _expect_unused(model: Any, sources: Sequence[LayerSource], conversions: Sequence[Any]) -> None:
+    """Tell Transformers that expert tensors are meant to be left in the files."""
+    pieces = [piece for s in sources for fields in s.experts for field in fields for piece in field.pieces]
+    keys = {piece.name for piece in pieces}
+    unused = names_without_experts(model, model.state_dict(), conversions, keys)
+    ignored = set(model._keys_to_ignore_on_load_unexpected or ())
+    model._keys_to_ignore_on_load_unexpected = ignored | {f"^{re.escape(name)}$" for name in unused}

@@ -10,9 +10,10 @@ learn which stored tensors make up each parameter, and keep the conversion to ru
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from copy import deepcopy
 from dataclasses import dataclass, field
+from itertools import chain
 from types import SimpleNamespace
 from typing import Any
 
@@ -28,6 +29,7 @@ from transformers.core_model_loading import (
 )
 
 from transformers_moe_offload.errors import CheckpointError, UnsupportedModelError
+from transformers_moe_offload.hf.layouts import ExpertField
 from transformers_moe_offload.memory.checkpoint import Assemble, FieldSource
 from transformers_moe_offload.memory.safetensors_index import StoredTensor
 
@@ -49,10 +51,7 @@ def trace_parameters(
     `parameters` are all of the model's, on meta, as they were before experts were taken out. Where one conversion
     makes several parameters, all of them are listed.
     """
-    conversions = deepcopy(list(conversions))  # conversions remember what they matched
-    renamings = [c for c in conversions if isinstance(c, WeightRenaming)]
-    converters = [c for c in conversions if isinstance(c, WeightConverter)]
-    by_pattern = {pattern: converter for converter in converters for pattern in converter.source_patterns}
+    renamings, converters, by_pattern = _split(conversions)
     prefix = model.base_model_prefix
     sources: dict[str, ParameterSource] = {}
     for key in sorted(stored, key=dot_natural_key):
@@ -62,34 +61,41 @@ def trace_parameters(
         if name not in parameters:
             continue
         converter = by_pattern[pattern] if pattern is not None else None
-        targets = [name]
-        if converter is not None:
-            first = converter.target_patterns[0]
-            targets = [name.replace(first, target) for target in converter.target_patterns]
         source = sources.setdefault(name, ParameterSource(converter))
         source.stored.setdefault(pattern or key, []).append(stored[key])
-        for target in targets[1:]:
+        for target in _targets(name, converter):
             sources.setdefault(target, source)
     return sources
 
 
-def expert_sources(
-    name: str,
-    source: ParameterSource,
-    num_experts: int,
-    shape: tuple[int, ...],
-    casts: tuple[str, ...],
-    config: Any,
-) -> list[FieldSource]:
-    """Where each expert's part of a stacked parameter comes from.
+def names_without_experts(
+    model: Any, remaining: Mapping[str, Tensor], conversions: Sequence[Any], keys: Iterable[str]
+) -> set[str]:
+    """The names under which Transformers will report that it has no use for these checkpoint keys.
 
-    `name` is the parameter's in the model, `shape` one expert's. Raises `CheckpointError` if the checkpoint does not
-    hold all experts.
+    It looks whether a key belongs to the model before it settles on a prefix, and reports every parameter that the
+    key's conversion would have filled; `remaining` are the model's parameters without the experts.
     """
-    pieces = [_pieces_of(name, source, expert, num_experts) for expert in range(num_experts)]
-    assemble = None if _is_concatenation(source) else _assemble_with(name, source, pieces[0], shape, config)
-    fields = [FieldSource(tuple(sum(by_pattern.values(), [])), casts, assemble) for by_pattern in pieces]
-    return [_checked(f"{name}[{expert}]", field, shape) for expert, field in enumerate(fields)]
+    renamings, converters, by_pattern = _split(conversions)
+    names = set()
+    for key in sorted(keys, key=dot_natural_key):
+        name, pattern = rename_source_key(key, renamings, converters, model.base_model_prefix, remaining)
+        names |= set(_targets(name, by_pattern[pattern] if pattern is not None else None))
+    return names
+
+
+def expert_sources(
+    name: str, source: ParameterSource, field: ExpertField, num_experts: int, casts: tuple[str, ...], config: Any
+) -> list[FieldSource]:
+    """Where each expert's part of a stacked parameter comes from; `name` is the parameter's in the model.
+
+    Raises `CheckpointError` if the checkpoint does not hold all experts.
+    """
+    assert field.num_entries is not None
+    pieces = [_pieces_of(name, source, expert, field.num_entries) for expert in range(num_experts)]
+    assemble = None if _is_concatenation(source) else _assemble_with(name, source, pieces[0], field.shape, config)
+    found = [FieldSource(tuple(chain(*by_pattern.values())), casts, assemble) for by_pattern in pieces]
+    return [_checked(f"{name}[{expert}]", one, field.shape) for expert, one in enumerate(found)]
 
 
 def whole_source(name: str, source: ParameterSource, shape: tuple[int, ...], casts: tuple[str, ...]) -> FieldSource:
@@ -99,34 +105,43 @@ def whole_source(name: str, source: ParameterSource, shape: tuple[int, ...], cas
             f"{name} is converted while it is loaded ({source.converter}), which is not supported for experts that are "
             f"modules of their own"
         )
-    return _checked(name, FieldSource(tuple(sum(source.stored.values(), [])), casts), shape)
+    return _checked(name, FieldSource(tuple(chain(*source.stored.values())), casts), shape)
 
 
-def _pieces_of(
-    name: str, source: ParameterSource, expert: int, num_experts: int
-) -> dict[str, list[StoredTensor]]:
+def _split(conversions: Sequence[Any]) -> tuple[list[Any], list[Any], dict[str, WeightConverter]]:
+    """Renamings, converters, and converters by source pattern, as the loader has them; copies, for they keep state."""
+    conversions = deepcopy(list(conversions))
+    renamings = [c for c in conversions if isinstance(c, WeightRenaming)]
+    converters = [c for c in conversions if isinstance(c, WeightConverter)]
+    return renamings, converters, {pattern: c for c in converters for pattern in c.source_patterns}
+
+
+def _targets(name: str, converter: WeightConverter | None) -> list[str]:
+    """All parameters that a conversion fills, given the name of the first."""
+    if converter is None:
+        return [name]
+    first = converter.target_patterns[0]
+    return [name.replace(first, target) for target in converter.target_patterns]
+
+
+def _pieces_of(name: str, source: ParameterSource, expert: int, num_entries: int) -> dict[str, list[StoredTensor]]:
     """The stored pieces of one expert, by pattern, in the order of the conversion's patterns."""
     patterns = list(source.stored)
     if source.converter is not None:
         patterns = [pattern for pattern in source.converter.source_patterns if pattern in source.stored]
-    return {pattern: _pick(name, source.stored[pattern], expert, num_experts) for pattern in patterns}
+    return {pattern: _pick(name, source.stored[pattern], expert, num_entries) for pattern in patterns}
 
 
-def _pick(name: str, stored: list[StoredTensor], expert: int, num_experts: int) -> list[StoredTensor]:
-    if len(stored) == 1 and stored[0].shape and num_experts > 1:
-        stack = stored[0]
-        if stack.shape[0] >= num_experts and len(stack.shape) == 3:
-            # longcat_flash stacks rows for experts without weights behind those with weights: they are never read.
-            return [stack.row(expert, stack.shape[0])]
-        if stack.shape[0] % num_experts == 0:
-            return [stack.row(expert, num_experts)]
-    if len(stored) % num_experts == 0:
+def _pick(name: str, stored: list[StoredTensor], expert: int, num_entries: int) -> list[StoredTensor]:
+    if len(stored) % num_entries == 0:
         # One tensor an expert; a conversion with several targets (ernie4_5_vl_moe: text and vision experts) takes
         # the experts of all of them, one target after the other.
-        return stored[expert::num_experts]
+        return stored[expert::num_entries]
+    if len(stored) == 1 and stored[0].shape and stored[0].shape[0] % num_entries == 0:
+        return [stored[0].row(expert, num_entries)]
     found = ", ".join(tensor.name for tensor in stored[:3])
     raise CheckpointError(
-        f"the checkpoint holds {len(stored)} tensors for {name}, but the model has {num_experts} experts "
+        f"the checkpoint holds {len(stored)} tensors for {name}, but the model has {num_entries} experts "
         f"(found {found}, ...); the checkpoint is incomplete or belongs to another model"
     )
 

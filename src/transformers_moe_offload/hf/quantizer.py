@@ -6,7 +6,6 @@ out before the weights are loaded, learns where they are in the files, and attac
 
 from __future__ import annotations
 
-import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -63,9 +62,6 @@ class MoeOffloadQuantizer(HfQuantizer):
         plan = model._get_dtype_plan(dtype)
         self._checkpoint = Checkpoint.open([Path(file) for file in checkpoint_files], parameters, dtype, plan)
         self._layers = take_over(model)
-        taken = {f"{layer.name}.{path}" for layer in self._layers for field in layer.fields for path in field.paths}
-        ignored = set(model._keys_to_ignore_on_load_unexpected or ())
-        model._keys_to_ignore_on_load_unexpected = ignored | {f"^{re.escape(name)}$" for name in taken}
 
     def adjust_max_memory(self, max_memory: dict[int | str, int]) -> dict[int | str, int]:
         """Leave room for the cache on every GPU, where its size is known before the dense weights are placed."""

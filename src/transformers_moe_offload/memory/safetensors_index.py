@@ -48,7 +48,7 @@ class StoredTensor:
         part = self.shape[0] // num_rows
         shape = (part, *self.shape[1:])
         nbytes = prod(shape) * ITEMSIZE[self.dtype]
-        return StoredTensor(f"{self.name}[{index}]", self.file, self.offset + index * nbytes, self.dtype, shape)
+        return StoredTensor(self.name, self.file, self.offset + index * nbytes, self.dtype, shape)
 
 
 def read_index(paths: Iterable[Path]) -> dict[str, StoredTensor]:

@@ -28,8 +28,14 @@ class ExpertField:
     shape: tuple[int, ...]
     """Shape for one expert."""
     dtype: torch.dtype
-    is_stacked: bool
-    """Whether one parameter holds the tensor of all experts."""
+    num_entries: int | None
+    """Experts that the one parameter has room for, some of which may have no weights; None where each expert has a
+    parameter of its own."""
+
+    @property
+    def is_stacked(self) -> bool:
+        """Whether one parameter holds the tensor of all experts."""
+        return self.num_entries is not None
 
 class ExpertsLayout(ABC):
     """One kind of experts module."""
@@ -71,10 +77,9 @@ def parameter(module: nn.Module, path: str) -> Tensor:
 def stacked_field(module: nn.Module, path: str, num_experts: int) -> ExpertField:
     """A field whose parameter has all experts along its first dimension (or along its rows, E * R of them)."""
     stack = parameter(module, path)
-    shape = tuple(stack.shape[1:])
-    if stack.dim() == 2 and stack.shape[0] != num_experts and stack.shape[0] % num_experts == 0:
-        shape = (stack.shape[0] // num_experts, *shape)
-    return ExpertField(path, (path,), shape, stack.dtype, is_stacked=True)
+    if stack.dim() == 2 and not path.endswith("_bias"):
+        return ExpertField(path, (path,), (stack.shape[0] // num_experts, stack.shape[1]), stack.dtype, num_experts)
+    return ExpertField(path, (path,), tuple(stack.shape[1:]), stack.dtype, stack.shape[0])
 
 
 def chosen(num_experts: int, top_k_index: Tensor, top_k_weights: Tensor, keep_zero_weights: bool) -> list[int]:

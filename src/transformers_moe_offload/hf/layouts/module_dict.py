@@ -33,7 +33,7 @@ class ModuleDictLayout(ExpertsLayout):
         for name, _ in module.get_submodule("expert_0").named_parameters():
             first = parameter(module, f"expert_0.{name}")
             paths = tuple(f"expert_{expert}.{name}" for expert in experts)
-            found.append(ExpertField(name, paths, tuple(first.shape), first.dtype, is_stacked=False))
+            found.append(ExpertField(name, paths, tuple(first.shape), first.dtype, num_entries=None))
         return tuple(found)
 
     def wanted(self, num_experts: int, *args: Any, keep_zero_weights: bool = False) -> list[int]:
