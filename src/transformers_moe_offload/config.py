@@ -1,7 +1,7 @@
 """`OffloadConfig`: everything a user can ask for, validated once, at the door.
 
-It is an ordinary frozen dataclass. Transformers treats it as a quantization config because it has a `quant_method`
-and can be written to and read from a dictionary; nothing here imports Transformers.
+A frozen dataclass that Transformers accepts as a quantization config, because it has a `quant_method` and can be
+written to and read from a dictionary; nothing here imports Transformers.
 """
 
 from __future__ import annotations
@@ -50,7 +50,7 @@ class Budget:
             text = value.strip().lower()
             if text == "auto":
                 return cls()
-            match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([a-z]*|%)", text)
+            match = re.fullmatch(r"(\d{1,18}(?:\.\d+)?)\s*([a-z]*|%)", text)  # 18 digits: every float of them is finite
             if match and match[2] == "%" and 0 < float(match[1]) <= 100:
                 return cls(share=float(match[1]) / 100)
             if match and match[2] in _UNITS and int(float(match[1]) * _UNITS[match[2]]) > 0:
@@ -70,7 +70,7 @@ class Budget:
 
 
 @dataclass(frozen=True, kw_only=True)
-class OffloadConfig:
+class OffloadConfig(dict[str, Any]):
     """How to offload the routed experts of a model.
 
     Pass it to any `from_pretrained` as `moe_offload=` or `quantization_config=`.
@@ -86,6 +86,9 @@ class OffloadConfig:
         io_workers: threads that read experts; None means one per core, four at most.
         pin_memory: stage reads for a GPU in page-locked memory; `"auto"` means wherever there is a GPU.
         host_budget, prefetch, experts, dense: not available yet; any value but the default is refused.
+
+    It is a dictionary of its fields, too: pipelines hand the model's keyword arguments to the tokenizer as well, which
+    writes them to JSON when it is saved.
     """
 
     quant_method: ClassVar[str] = "moe_offload"
@@ -113,10 +116,11 @@ class OffloadConfig:
             raise ConfigError(f"policy={self.policy!r} is not the name of a policy; register yours and pass its name")
         _choose("misses", self.misses, get_args(Misses), later={"compute": "computing misses on the host"})
         _choose("arithmetic", self.arithmetic, get_args(Arithmetic))
-        if self.io_workers is not None and (not isinstance(self.io_workers, int) or self.io_workers < 1):
+        if self.io_workers is not None and (type(self.io_workers) is not int or self.io_workers < 1):
             raise ConfigError(f"io_workers={self.io_workers!r} is not a positive number of threads")
-        if self.pin_memory not in (True, False, "auto"):
+        if not isinstance(self.pin_memory, bool) and self.pin_memory != "auto":
             raise ConfigError(f"pin_memory={self.pin_memory!r} is not one of True, False, 'auto'")
+        self.update(self.to_dict())
 
     @property
     def budget(self) -> Budget:
@@ -171,6 +175,6 @@ def _choose(option: str, value: object, choices: tuple[str, ...], later: Mapping
     """Refuse a value that is not one of the choices; `later` names the feature of choices still to come."""
     if value in choices:
         return
-    if later and value in later:
-        raise ConfigError(f"{option}={value!r}: {later[str(value)]} is not available yet; use one of {list(choices)}")
+    if later and isinstance(value, str) and value in later:
+        raise ConfigError(f"{option}={value!r}: {later[value]} is not available yet; use one of {list(choices)}")
     raise ConfigError(f"{option}={value!r} is not one of {list(choices)}")

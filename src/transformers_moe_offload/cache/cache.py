@@ -157,6 +157,7 @@ class Visit:
 
     def __iter__(self) -> Iterator[tuple[int, Weights]]:
         """Each wanted expert once, as it becomes available, with its weights; they are valid for one step."""
+        self._let_go()  # one taken before may have to make room
         residency = self._cache.residency
         # Residents first: the loads started here overlap with computing them.
         self._upcoming = dict.fromkeys(sorted(self._upcoming, key=lambda expert: not residency.is_resident(expert)))

@@ -16,9 +16,9 @@ from torch.autograd.function import once_differentiable
 
 
 def recompute_in_backward(
-    compute: Callable[..., Tensor], compute_with_copies: Callable[..., Tensor], *inputs: Tensor
+    compute: Callable[..., Tensor], compute_with_copies: Callable[..., Tensor], *inputs: Any
 ) -> Tensor:
-    """`compute(*inputs)`, differentiable in its floating-point inputs.
+    """`compute(*inputs)`, differentiable in those inputs that are floating-point tensors.
 
     `compute_with_copies` must be the same function, with weights that stay unchanged until it is differentiated.
     """
@@ -30,25 +30,30 @@ def recompute_in_backward(
 class _Recompute(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any, compute: Callable[..., Tensor], compute_with_copies: Callable[..., Tensor], *inputs: Tensor
+        ctx: Any, compute: Callable[..., Tensor], compute_with_copies: Callable[..., Tensor], *inputs: Any
     ) -> Tensor:
+        tensors = [value for value in inputs if isinstance(value, Tensor)]
         ctx.compute_with_copies = compute_with_copies
-        ctx.random_state = _RandomState(inputs[0].device)
-        ctx.save_for_backward(*inputs)
+        ctx.others = [None if isinstance(value, Tensor) else value for value in inputs]
+        ctx.is_tensor = [isinstance(value, Tensor) for value in inputs]
+        ctx.random_state = _RandomState(tensors[0].device)
+        ctx.save_for_backward(*tensors)
         return compute(*inputs)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor | None, ...]:
+        needs_grad = ctx.needs_input_grad[2:]
+        saved = iter(ctx.saved_tensors)
         inputs = [
-            saved.detach().requires_grad_(needs_grad)
-            for saved, needs_grad in zip(ctx.saved_tensors, ctx.needs_input_grad[2:], strict=True)
+            next(saved).detach().requires_grad_(needed) if is_tensor else other
+            for is_tensor, needed, other in zip(ctx.is_tensor, needs_grad, ctx.others, strict=True)
         ]
         with torch.enable_grad(), ctx.random_state:
             out = ctx.compute_with_copies(*inputs)
-        wanted = [tensor for tensor in inputs if tensor.requires_grad]
+        wanted = [value for value, needed in zip(inputs, needs_grad, strict=True) if needed]
         grads = iter(torch.autograd.grad(out, wanted, grad_outputs, allow_unused=True))
-        return (None, None, *(next(grads) if tensor.requires_grad else None for tensor in inputs))
+        return (None, None, *(next(grads) if needed else None for needed in needs_grad))
 
 
 class _RandomState:

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import nn
-from transformers.utils import logging
 
 from transformers_moe_offload.compute.mlp import ExpertMlp
 from transformers_moe_offload.config import OffloadConfig
@@ -16,7 +16,7 @@ from transformers_moe_offload.hf.probe import reproduces
 from transformers_moe_offload.hf.runtime import OffloadRuntime
 from transformers_moe_offload.memory.checkpoint import LayerSource
 
-logger = logging.get_logger(__name__)
+logger = logging.getLogger(__name__)
 
 
 def attach(model: Any, config: OffloadConfig, layers: Sequence[SparseLayer], sources: Sequence[LayerSource]) -> None:

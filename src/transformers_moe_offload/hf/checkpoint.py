@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -33,7 +34,6 @@ class Checkpoint:
     tensors: Mapping[str, StoredTensor]
     parameters: Mapping[str, Tensor]
     """All of the model's parameters and buffers, on meta, with the experts still in."""
-    dtype: torch.dtype
     dtype_plan: Mapping[str, torch.dtype]
     """Patterns of parameters that keep a dtype of their own."""
 
@@ -41,17 +41,22 @@ class Checkpoint:
     def open(
         cls,
         files: Sequence[Path],
+        *,
+        folder: Path,
         parameters: Mapping[str, Tensor],
-        dtype: torch.dtype,
-        dtype_plan: Mapping[str, torch.dtype] | None,
+        dtype_plan: Mapping[str, torch.dtype],
     ) -> Checkpoint:
-        """Read the headers of the files and check them against each other and the index file."""
+        """Read the headers of the files and check them against each other and the index file.
+
+        `folder` is what the model was loaded from; where that is a folder, files must lie inside of it.
+        """
+        if folder.is_dir():
+            _refuse_outside(folder, files)
         tensors = read_index(files)
-        names = {file.name for file in files}
-        for index_path in sorted(files[0].parent.glob("*.safetensors.index.json")):
-            if len(names) > 1 or index_path.name.startswith(files[0].stem):
+        if len(files) > 1:
+            for index_path in sorted(Path(os.path.commonpath(files)).glob("*.safetensors.index.json")):
                 check_index_file(index_path, tensors)
-        return cls(tensors, parameters, dtype, dtype_plan or {})
+        return cls(tensors, parameters, dtype_plan)
 
     def dtype_of(self, name: str) -> torch.dtype:
         """The dtype in which Transformers would load a parameter (`convert_and_load_state_dict_in_model`, 5.23)."""
@@ -61,6 +66,14 @@ class Checkpoint:
         return self.parameters[name].dtype
 
 
+def _refuse_outside(folder: Path, files: Sequence[Path]) -> None:
+    """File names come from an index that somebody else wrote. Links are followed: the Hub's cache is made of them."""
+    root = os.path.abspath(folder)
+    for file in files:
+        if os.path.commonpath([root, os.path.abspath(file)]) != root:
+            raise CheckpointError(f"the checkpoint's index names {file}; refusing to read outside of {folder}")
+
+
 def locate(
     model: Any, layers: Sequence[SparseLayer], checkpoint: Checkpoint, conversions: Sequence[Any]
 ) -> list[LayerSource]:
@@ -68,19 +81,22 @@ def locate(
     traced = trace_parameters(model, checkpoint.parameters, conversions, checkpoint.tensors)
     sources = []
     for layer in layers:
-        fields, by_field = [], []
+        fields, by_field = [], {}
         for field in layer.fields:
             names = [f"{layer.name}.{path}" for path in field.paths]
             dtype = dtype_name(checkpoint.dtype_of(names[0]))
             found = [_source_of(model, name, traced) for name in names]
             fields.append(FieldSpec(field.name, field.shape, dtype))
-            by_field.append(
-                expert_sources(names[0], found[0], field, layer.num_experts, (dtype,), model.config)
-                if field.is_stacked
-                else [whole_source(n, f, field.shape, (dtype,)) for n, f in zip(names, found, strict=True)]
-            )
+            if field.is_stacked:
+                by_field[field.name] = expert_sources(names[0], found[0], field, (dtype,), model.config)
+            else:
+                by_field[field.name] = [
+                    whole_source(name, source, field.shape, (dtype,)) for name, source in zip(names, found, strict=True)
+                ]
         spec = ExpertSpec(layer.index, layer.name, layer.num_experts, tuple(fields))
-        sources.append(LayerSource(spec, tuple(zip(*by_field, strict=True))))
+        experts = tuple(zip(*(entries[: layer.num_experts] for entries in by_field.values()), strict=True))
+        spare = {name: tuple(entries[layer.num_experts :]) for name, entries in by_field.items()}
+        sources.append(LayerSource(spec, experts, {name: rest for name, rest in spare.items() if rest}))
     _expect_unused(model, sources, conversions)
     return sources
 
@@ -95,8 +111,8 @@ def _source_of(model: Any, name: str, traced: Mapping[str, ParameterSource]) -> 
 
 def _expect_unused(model: Any, sources: Sequence[LayerSource], conversions: Sequence[Any]) -> None:
     """Tell Transformers that expert tensors are meant to be left in the files."""
-    pieces = [piece for s in sources for fields in s.experts for field in fields for piece in field.pieces]
-    keys = {piece.name for piece in pieces}
+    fields = [field for source in sources for group in (*source.experts, *source.spare.values()) for field in group]
+    keys = {piece.name for field in fields for piece in field.pieces}
     unused = names_without_experts(model, model.state_dict(), conversions, keys)
     ignored = set(model._keys_to_ignore_on_load_unexpected or ())
     model._keys_to_ignore_on_load_unexpected = ignored | {f"^{re.escape(name)}$" for name in unused}

@@ -13,13 +13,10 @@ from typing import Any
 from safetensors import SafetensorError
 from transformers import PretrainedConfig, PreTrainedModel
 from transformers.quantizers.auto import AUTO_QUANTIZATION_CONFIG_MAPPING, AUTO_QUANTIZER_MAPPING
-from transformers.utils import logging
 
 from transformers_moe_offload.config import OffloadConfig
 from transformers_moe_offload.errors import CheckpointError, ConfigError
 from transformers_moe_offload.hf.quantizer import MoeOffloadQuantizer
-
-logger = logging.get_logger(__name__)
 
 _HUB_OPTIONS = ("cache_dir", "force_download", "local_files_only", "proxies", "revision", "subfolder", "token")
 
@@ -58,15 +55,11 @@ def _accepting_moe_offload(plain: Any) -> Any:
                 f"both moe_offload and quantization_config={given!r} were given, but a model has one quantizer; "
                 f"pass one of them"
             )
-        config = config or (given if isinstance(given, OffloadConfig) else None)
+        if config is None and isinstance(given, OffloadConfig):
+            config = given
         if config is None:
             return plain(cls, pretrained_model_name_or_path, *model_args, **kwargs)
         _refuse_quantized_checkpoint(pretrained_model_name_or_path, kwargs)
-        if kwargs.get("experts_implementation") is not None:
-            logger.warning(
-                f"experts_implementation={kwargs['experts_implementation']!r} has no effect on offloaded experts; "
-                f"OffloadConfig.arithmetic chooses between 'fast' and 'exact'"
-            )
         kwargs["quantization_config"] = config
         try:
             return plain(cls, pretrained_model_name_or_path, *model_args, **kwargs)

@@ -85,14 +85,14 @@ def names_without_experts(
 
 
 def expert_sources(
-    name: str, source: ParameterSource, field: ExpertField, num_experts: int, casts: tuple[str, ...], config: Any
+    name: str, source: ParameterSource, field: ExpertField, casts: tuple[str, ...], config: Any
 ) -> list[FieldSource]:
-    """Where each expert's part of a stacked parameter comes from; `name` is the parameter's in the model.
+    """Where each entry of a stacked parameter comes from; `name` is the parameter's in the model.
 
-    Raises `CheckpointError` if the checkpoint does not hold all experts.
+    Raises `CheckpointError` if the checkpoint does not hold all of them.
     """
     assert field.num_entries is not None
-    pieces = [_pieces_of(name, source, expert, field.num_entries) for expert in range(num_experts)]
+    pieces = [_pieces_of(name, source, entry, field.num_entries) for entry in range(field.num_entries)]
     assemble = None if _is_concatenation(source) else _assemble_with(name, source, pieces[0], field.shape, config)
     found = [FieldSource(tuple(chain(*by_pattern.values())), casts, assemble) for by_pattern in pieces]
     return [_checked(f"{name}[{expert}]", one, field.shape) for expert, one in enumerate(found)]

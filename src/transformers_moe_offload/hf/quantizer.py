@@ -6,13 +6,13 @@ out before the weights are loaded, learns where they are in the files, and attac
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 from transformers.quantizers.base import HfQuantizer
-from transformers.utils import logging
 
 from transformers_moe_offload.config import OffloadConfig
 from transformers_moe_offload.errors import CheckpointError
@@ -22,7 +22,7 @@ from transformers_moe_offload.hf.discover import take_over
 from transformers_moe_offload.hf.layer import SparseLayer
 from transformers_moe_offload.policies import make_policy
 
-logger = logging.get_logger(__name__)
+logger = logging.getLogger(__name__)
 
 
 class MoeOffloadQuantizer(HfQuantizer):
@@ -50,6 +50,16 @@ class MoeOffloadQuantizer(HfQuantizer):
             return {"": torch.cuda.current_device()}
         return device_map
 
+    def update_attn_implementation(self, config: Any) -> Any:
+        """The one hook that sees the config before the model is built: say if an option in it will have no effect."""
+        asked_for = getattr(config, "_experts_implementation", None)
+        if asked_for is not None:
+            logger.warning(
+                f"experts_implementation={asked_for!r} has no effect on offloaded experts; "
+                f"OffloadConfig.arithmetic chooses between 'fast' and 'exact'"
+            )
+        return config
+
     def _process_model_before_weight_loading(
         self, model: Any, checkpoint_files: Sequence[str] | None = None, dtype: Any = None, **kwargs: Any
     ) -> None:
@@ -58,9 +68,12 @@ class MoeOffloadQuantizer(HfQuantizer):
                 "offloading needs a checkpoint on disk to read experts from; "
                 "a model built from a config or a state_dict has none, so save it first"
             )
-        parameters = dict(model.state_dict())
-        plan = model._get_dtype_plan(dtype)
-        self._checkpoint = Checkpoint.open([Path(file) for file in checkpoint_files], parameters, dtype, plan)
+        self._checkpoint = Checkpoint.open(
+            [Path(file) for file in checkpoint_files],
+            folder=Path(model.config.name_or_path),
+            parameters=dict(model.state_dict()),
+            dtype_plan=model._get_dtype_plan(dtype) or {},
+        )
         self._layers = take_over(model)
 
     def adjust_max_memory(self, max_memory: dict[int | str, int]) -> dict[int | str, int]:
@@ -81,6 +94,7 @@ class MoeOffloadQuantizer(HfQuantizer):
 
     def _process_model_after_weight_loading(self, model: Any, **kwargs: Any) -> None:
         attach(model, self.quantization_config, self._layers, self._sources)
+        vars(model).pop("_keys_to_ignore_on_load_unexpected", None)  # only of use while loading
         self._layers, self._sources, self._checkpoint = [], [], None
 
     # What Transformers asks later.

@@ -13,12 +13,12 @@ from torch import Tensor, nn
 from transformers_moe_offload.cache.cache import ExpertCache
 from transformers_moe_offload.config import Budget, OffloadConfig
 from transformers_moe_offload.errors import MoeOffloadError
-from transformers_moe_offload.expert import ExpertId, ExpertSpec
+from transformers_moe_offload.expert import ExpertSpec
 from transformers_moe_offload.hf.layer import SparseLayer, layer_of, unbind
 from transformers_moe_offload.hf.placeholders import put_back
 from transformers_moe_offload.hf.plan import OffloadPlan, Placement, build_caches, make_plan
 from transformers_moe_offload.memory.checkpoint import ExpertStore, LayerSource
-from transformers_moe_offload.memory.record import dtype_name
+from transformers_moe_offload.memory.record import dtype_name, torch_dtype
 from transformers_moe_offload.stats import CacheStats, LayerStats
 
 
@@ -125,38 +125,32 @@ class OffloadRuntime:
 
     def read_layer(self, layer: SparseLayer) -> dict[str, Tensor]:
         """All experts of a layer as ordinary parameters: path in the module -> tensor on the layer's device."""
-        store = ExpertStore([self._source(layer)])
-        layout = store.layout(layer.index)
-        dtypes = {field.name: field.dtype for field in self.spec(layer).fields}
+        source = self._source(layer)
         tensors: dict[str, Tensor] = {}
-        module = self._living_model().get_submodule(layer.name)
-        record = torch.empty(layout.nbytes, dtype=torch.uint8)
-        for expert in range(layer.num_experts):
-            store.read_into(ExpertId(layer.index, expert), record)
-            views = layout.views(record)
-            for field in layer.fields:
-                view = views[field.name]
-                if not field.is_stacked:
-                    tensors[field.paths[expert]] = view.clone().to(layer.device)
-                    continue
-                path = field.paths[0]
-                if path not in tensors:
-                    owner, _, leaf = path.rpartition(".")
-                    shape = getattr(module.get_submodule(owner), leaf).shape
-                    dtype = getattr(torch, dtypes[field.name])
-                    tensors[path] = torch.zeros(shape, dtype=dtype, device=layer.device)
-                rows = view.shape[0] if tensors[path].dim() == view.dim() else None
-                target = tensors[path][expert * rows : (expert + 1) * rows] if rows else tensors[path][expert]
-                target.copy_(view)
+        for position, field in enumerate(layer.fields):
+            entries = [expert[position] for expert in source.experts] + list(source.spare.get(field.name, ()))
+            if not field.is_stacked:
+                tensors |= {
+                    path: entry.read(field.shape).to(layer.device)
+                    for path, entry in zip(field.paths, entries, strict=True)
+                }
+                continue
+            dtype = torch_dtype(source.spec.fields[position].dtype)
+            stack = torch.empty((len(entries), *field.shape), dtype=dtype, device=layer.device)
+            for row, entry in zip(stack, entries, strict=True):
+                row.copy_(entry.read(field.shape))
+            tensors[field.paths[0]] = stack.flatten(0, 1) if field.is_flattened else stack
         return tensors
 
     def state_dict(self) -> dict[str, Tensor]:
-        """All experts under the names that the plain model's `state_dict` gives them."""
-        return {
-            f"{layer.name}.{path}": tensor
-            for layer in self._layers
-            for path, tensor in self.read_layer(layer).items()
-        }
+        """All experts under the names that the plain model's `state_dict` gives them; tied ones share memory there."""
+        tied = self._living_model().all_tied_weights_keys
+        tensors: dict[str, Tensor] = {}
+        for layer in self._layers:
+            for path, tensor in self.read_layer(layer).items():
+                name = f"{layer.name}.{path}"
+                tensors[name] = tensors.setdefault(tied.get(name, name), tensor)
+        return tensors
 
     def __deepcopy__(self, memo: dict[int, Any]) -> OffloadRuntime:
         old_model = self._living_model()

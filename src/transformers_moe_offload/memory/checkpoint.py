@@ -6,13 +6,14 @@ Where the bytes of a field lie in the files as they should lie in memory they go
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from math import prod
 
 import torch
 from torch import Tensor
 
-from transformers_moe_offload.expert import ExpertId, ExpertSpec
+from transformers_moe_offload.expert import ITEMSIZE, ExpertId, ExpertSpec
 from transformers_moe_offload.memory.record import RecordLayout, torch_dtype
 from transformers_moe_offload.memory.safetensors_index import StoredTensor
 
@@ -44,6 +45,13 @@ class FieldSource:
         """The same field, cast once more."""
         return replace(self, casts=(*self.casts, dtype)) if self.casts[-1] != dtype else self
 
+    def read(self, shape: tuple[int, ...]) -> Tensor:
+        """The field in memory of its own."""
+        raw = torch.empty(prod(shape) * ITEMSIZE[self.casts[-1]], dtype=torch.uint8)
+        view = raw.view(torch_dtype(self.casts[-1])).view(shape)
+        self.read_into(memoryview(raw.numpy()), view)
+        return view
+
     def read_into(self, record_bytes: memoryview, view: Tensor) -> None:
         """Fill a field, given both as the bytes of the record it occupies and as a tensor."""
         if self.is_verbatim:
@@ -71,11 +79,19 @@ class LayerSource:
     spec: ExpertSpec
     experts: tuple[tuple[FieldSource, ...], ...]
     """For each expert the sources of `spec.fields`, in that order."""
+    spare: Mapping[str, tuple[FieldSource, ...]] = field(default_factory=dict)
+    """By field, what the checkpoint stores behind the last expert and no expert uses: only of interest to whoever
+    writes the checkpoint again."""
 
     def cast(self, dtype: str) -> LayerSource:
         """The same layer with every field cast to another dtype."""
-        spec = replace(self.spec, fields=tuple(field.cast(dtype) for field in self.spec.fields))
-        return LayerSource(spec, tuple(tuple(s.then_cast(dtype) for s in sources) for sources in self.experts))
+        spec = replace(self.spec, fields=tuple(f.cast(dtype) for f in self.spec.fields))
+        experts = tuple(tuple(s.then_cast(dtype) for s in sources) for sources in self.experts)
+        spare = {name: tuple(s.then_cast(dtype) for s in sources) for name, sources in self.spare.items()}
+        return LayerSource(spec, experts, spare)
+
+    def __deepcopy__(self, memo: dict[int, object]) -> LayerSource:
+        return self
 
 
 class ExpertStore:
@@ -98,9 +114,9 @@ class ExpertStore:
         layout = self.layouts[expert.layer]
         raw = memoryview(record.numpy())
         views = layout.views(record)
-        for field, source in zip(layout.fields, self.layers[expert.layer].experts[expert.expert], strict=True):
-            start = layout.offsets[field.name]
-            source.read_into(raw[start : start + field.nbytes], views[field.name])
+        for spec, source in zip(layout.fields, self.layers[expert.layer].experts[expert.expert], strict=True):
+            start = layout.offsets[spec.name]
+            source.read_into(raw[start : start + spec.nbytes], views[spec.name])
 
     def __deepcopy__(self, memo: dict[int, object]) -> ExpertStore:
         return self

@@ -10,6 +10,7 @@ import struct
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from math import prod
+from operator import index
 from pathlib import Path
 from typing import Any
 
@@ -83,7 +84,7 @@ def read_header(path: Path) -> list[StoredTensor]:
             header = json.loads(stream.read(header_bytes))
     except OSError as error:
         raise CheckpointError(f"cannot read {path}: {error.strerror}") from error
-    except (struct.error, ValueError) as error:
+    except (struct.error, ValueError, RecursionError) as error:
         raise CheckpointError(f"{path} has no readable safetensors header: download it again") from error
     file = File(path, nbytes)
     return [
@@ -103,13 +104,13 @@ def check_index_file(index_path: Path, tensors: Mapping[str, StoredTensor]) -> N
     except (ValueError, KeyError, TypeError) as error:
         raise CheckpointError(f"{index_path} is not a checkpoint index: it has no readable weight_map") from error
     for name, shard in names.items():
-        if not isinstance(shard, str) or Path(shard).name != shard:
+        if not isinstance(shard, str) or Path(shard).is_absolute() or ".." in Path(shard).parts:
             raise CheckpointError(
-                f"{index_path} places {name} in {shard!r}, which is not a plain file name inside the folder; "
+                f"{index_path} places {name} in {shard!r}, which is not inside its folder; "
                 f"refusing to read outside of {index_path.parent}"
             )
         stored = tensors.get(name)
-        if stored is None or stored.file.path.name != shard:
+        if stored is None or stored.file.path != index_path.parent / shard:
             raise CheckpointError(
                 f"{index_path} places {name} in {shard}, but that file does not hold it; "
                 f"the shard is incomplete or belongs to another checkpoint: download it again"
@@ -125,12 +126,12 @@ def _entries(header: Any, path: Path) -> dict[str, Any]:
 def _checked(name: str, entry: Any, file: File, data_start: int) -> StoredTensor:
     """One header entry as a `StoredTensor`, its range inside the file and as long as its shape says."""
     try:
-        start, end = entry["data_offsets"]
-        shape = tuple(int(n) for n in entry["shape"])
+        start, end = (index(n) for n in entry["data_offsets"])
+        shape = tuple(index(n) for n in entry["shape"])
         dtype = entry["dtype"]
     except (KeyError, TypeError, ValueError) as error:
         raise CheckpointError(f"{file.path} describes tensor {name} in a way that cannot be read") from error
-    if dtype not in _DTYPES:
+    if dtype not in list(_DTYPES):  # a list, for what cannot be hashed
         raise CheckpointError(f"{file.path} stores tensor {name} as {dtype}, which is not one of {sorted(_DTYPES)}")
     tensor = StoredTensor(name, file, data_start + start, _DTYPES[dtype], shape)
     if min((start, *shape), default=0) < 0 or end - start != tensor.nbytes:

@@ -94,6 +94,8 @@ class CudaCopier:
         self._device = device
         self._pool = ThreadPoolExecutor(workers, thread_name_prefix="moe-offload-read")
         self._stream = torch.cuda.Stream(device)
+        # The slots' memory may have been another tensor's, which kernels under way still read.
+        self._stream.wait_stream(torch.cuda.current_stream(device))
         self._last_use: dict[int, torch.cuda.Event] = {}
         self._staging: queue.SimpleQueue[tuple[Tensor, torch.cuda.Event]] = queue.SimpleQueue()
         # One buffer being filled and one being copied per reader.
@@ -103,7 +105,7 @@ class CudaCopier:
 
     def start(self, expert: ExpertId, slot: Tensor) -> Transfer:
         """Begin to read an expert into a staging buffer and to copy it on from there."""
-        last_use = self._last_use.pop(slot.data_ptr(), None)
+        last_use = self._last_use.get(slot.data_ptr())  # kept: should this load fail, the next one waits
         landed = torch.cuda.Event()
         read, stream, staging = self._read, self._stream, self._staging
 

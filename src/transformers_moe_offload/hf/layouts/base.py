@@ -32,6 +32,9 @@ class ExpertField:
     """Experts that the one parameter has room for, some of which may have no weights; None where each expert has a
     parameter of its own."""
 
+    is_flattened: bool = False
+    """Whether the one parameter has no dimension for experts, but their rows one after another."""
+
     @property
     def is_stacked(self) -> bool:
         """Whether one parameter holds the tensor of all experts."""
@@ -78,7 +81,8 @@ def stacked_field(module: nn.Module, path: str, num_experts: int) -> ExpertField
     """A field whose parameter has all experts along its first dimension (or along its rows, E * R of them)."""
     stack = parameter(module, path)
     if stack.dim() == 2 and not path.endswith("_bias"):
-        return ExpertField(path, (path,), (stack.shape[0] // num_experts, stack.shape[1]), stack.dtype, num_experts)
+        shape = (stack.shape[0] // num_experts, stack.shape[1])
+        return ExpertField(path, (path,), shape, stack.dtype, num_experts, is_flattened=True)
     return ExpertField(path, (path,), tuple(stack.shape[1:]), stack.dtype, stack.shape[0])
 
 

@@ -1,0 +1,121 @@
+"""`moe-offload chat`: talk to a model whose experts are offloaded, and watch its cache."""
+
+from __future__ import annotations
+
+import contextlib
+import importlib
+import sys
+from collections.abc import Iterator
+from typing import Annotated, Any
+
+import typer
+from transformers import AutoModelForCausalLM, AutoTokenizer, set_seed
+
+from transformers_moe_offload.cli import options
+from transformers_moe_offload.cli.answer import Sampling, answer
+from transformers_moe_offload.cli.conversation import Conversation
+from transformers_moe_offload.cli.failures import CommandError, one_line_errors, reading, report
+from transformers_moe_offload.config import OffloadConfig
+from transformers_moe_offload.errors import MoeOffloadError
+from transformers_moe_offload.hf.plan import readable
+
+INTERRUPTED = 130
+"""The exit code that shells give a program which Ctrl-C has ended."""
+
+
+def chat(
+    model: options.Model,
+    cache_budget: options.CacheBudget = "auto",
+    policy: Annotated[str, typer.Option(help="Which expert leaves when another one needs its slot.")] = "lru",
+    arithmetic: Annotated[
+        str, typer.Option(help="'fast', or 'exact': bit for bit what Transformers computes.")
+    ] = "fast",
+    max_new_tokens: Annotated[int, typer.Option(min=1, help="Longest answer, in tokens.")] = 256,
+    temperature: Annotated[
+        float | None,
+        typer.Option(min=0.0, help="0 always takes the likeliest token. Default: what the model asks for."),
+    ] = None,
+    top_p: Annotated[
+        float | None, typer.Option(min=0.0, max=1.0, help="Sample from the likeliest tokens that make up this share.")
+    ] = None,
+    seed: Annotated[int, typer.Option(min=0, help="Seed of the sampling.")] = 0,
+    system: Annotated[str | None, typer.Option(help="System message, for models with a chat template.")] = None,
+    prompt: Annotated[str | None, typer.Option(help="Answer this and leave.")] = None,
+    dtype: options.Dtype = "auto",
+    device_map: Annotated[str | None, typer.Option(help="As in from_pretrained: 'auto', 'cpu', 'cuda:1', ...")] = None,
+    revision: options.Revision = "main",
+    token: options.Token = None,
+    local_files_only: options.LocalFilesOnly = False,
+    trust_remote_code: options.TrustRemoteCode = False,
+) -> None:
+    """Load a model with its experts offloaded and talk to it.
+
+    Ctrl-C stops an answer; Ctrl-C or Ctrl-D at the prompt leaves. When stdin is not a terminal each of its lines is a
+    prompt.
+    """
+    with one_line_errors():
+        config = OffloadConfig(cache_budget=cache_budget, policy=policy, arithmetic=arithmetic)  # type: ignore[arg-type]
+        sampling = Sampling(max_new_tokens, temperature, top_p)
+        origin = options.Origin(revision, token, local_files_only, trust_remote_code)
+        loading = {"dtype": options.parse_dtype(dtype) or "auto", "device_map": device_map}
+        if prompt is not None and not prompt.strip():
+            raise CommandError("--prompt is empty; write something, or leave it out to be asked")
+        with reading(f"cannot load {model!r}"):
+            tokenizer = AutoTokenizer.from_pretrained(model, **origin.for_classes())
+            conversation = Conversation(tokenizer, system)
+            loaded = AutoModelForCausalLM.from_pretrained(model, moe_offload=config, **loading, **origin.for_classes())
+        set_seed(seed)
+        try:
+            _talk(loaded, tokenizer, conversation, prompt, sampling)
+        except KeyboardInterrupt:
+            raise typer.Exit(INTERRUPTED) from None
+        finally:
+            loaded.moe_offload.close()
+
+
+def _talk(model: Any, tokenizer: Any, conversation: Conversation, prompt: str | None, sampling: Sampling) -> None:
+    """Answer the one prompt there is, or every line of stdin, or what somebody types.
+
+    Whoever types can go on after an error or a stopped answer; otherwise either one ends the command.
+    """
+    is_interactive = prompt is None and sys.stdin.isatty()
+    if is_interactive:
+        _greet(model, conversation)
+    for text in _typed() if is_interactive else _piped() if prompt is None else [prompt]:
+        try:
+            reply = answer(model, tokenizer, conversation.ask(text), sampling)
+        except MoeOffloadError as error:
+            if not is_interactive:
+                raise
+            report(error)
+            continue
+        conversation.answered(reply.text)
+        if reply.was_stopped and not is_interactive:
+            raise typer.Exit(INTERRUPTED)
+
+
+def _typed() -> Iterator[str]:
+    """Prompts from a terminal, until the user leaves."""
+    with contextlib.suppress(ImportError):  # not on Windows
+        importlib.import_module("readline")  # gives `input` a history and cursor keys
+    while True:
+        try:
+            prompt = input("> ")
+        except (EOFError, KeyboardInterrupt):
+            typer.echo()
+            return
+        if prompt.strip():
+            yield prompt
+
+
+def _piped() -> Iterator[str]:
+    """Prompts from the lines of stdin."""
+    return (line.rstrip("\n") for line in sys.stdin if line.strip())
+
+
+def _greet(model: Any, conversation: Conversation) -> None:
+    plan = model.moe_offload.plan
+    typer.echo(
+        f"{plan.num_slots} of {plan.num_experts} experts fit into the cache ({readable(plan.cache_bytes)} of "
+        f"{readable(plan.expert_bytes)}); {conversation.kind}. Ctrl-C stops an answer, Ctrl-D leaves."
+    )

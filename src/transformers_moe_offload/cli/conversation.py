@@ -1,0 +1,42 @@
+"""Turn what the user types into what the model reads: a chat where the tokenizer has a template, else plain text."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from transformers_moe_offload.cli.failures import CommandError
+
+
+class Conversation:
+    """A chat so far. Without a chat template every prompt stands alone and is continued."""
+
+    def __init__(self, tokenizer: Any, system: str | None) -> None:
+        self._tokenizer = tokenizer
+        self._has_template = bool(getattr(tokenizer, "chat_template", None))
+        if system is not None and not self._has_template:
+            raise CommandError("--system needs a model with a chat template, and this one only continues text")
+        self._messages = [] if system is None else [{"role": "system", "content": system}]
+
+    @property
+    def kind(self) -> str:
+        """What the model does with a prompt, in a word or two."""
+        return "chat" if self._has_template else "plain continuation, for there is no chat template"
+
+    def ask(self, prompt: str) -> dict[str, Any]:
+        """The inputs for `generate` that put this prompt to the model."""
+        if not self._has_template:
+            return dict(self._tokenizer(prompt, return_tensors="pt"))
+        self._messages.append({"role": "user", "content": prompt})
+        try:
+            inputs = self._tokenizer.apply_chat_template(
+                self._messages, add_generation_prompt=True, return_tensors="pt", return_dict=True
+            )
+        except Exception as error:  # a template is a program of its authors and may refuse, e.g. a system message
+            self._messages.pop()
+            raise CommandError(f"the model's chat template refuses the conversation: {error}") from error
+        return dict(inputs)
+
+    def answered(self, text: str) -> None:
+        """Remember the answer, whole or stopped, for the next prompt."""
+        if self._has_template:
+            self._messages.append({"role": "assistant", "content": text})

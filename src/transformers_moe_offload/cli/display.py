@@ -1,0 +1,98 @@
+"""Show an answer while it is being generated.
+
+On a terminal the text grows above a status line that keeps up with it. Anywhere else the text goes to stdout as it
+comes and one summary line to stderr, so that a redirected stdout holds the answers and nothing else.
+"""
+
+from __future__ import annotations
+
+import sys
+from typing import Protocol
+
+from rich.console import Console, Group
+from rich.live import Live
+from rich.text import Text
+
+
+class Display(Protocol):
+    """Where one answer goes."""
+
+    def write(self, text: str) -> None:
+        """More of the answer."""
+
+    def status(self, line: str) -> None:
+        """How it is going."""
+
+    def close(self, summary: str) -> None:
+        """The answer is complete, or has been stopped."""
+
+
+def make_display() -> Display:
+    """The display for the stdout there is."""
+    console = Console(highlight=False)
+    return LiveDisplay(console) if console.is_terminal else PlainDisplay()
+
+
+class PlainDisplay:
+    """Text to stdout, summary to stderr."""
+
+    def __init__(self) -> None:
+        self._ends_a_line = True
+
+    def write(self, text: str) -> None:
+        """Pass the text on at once."""
+        if text:
+            sys.stdout.write(text)
+            sys.stdout.flush()
+            self._ends_a_line = text.endswith("\n")
+
+    def status(self, line: str) -> None:
+        """Nothing: there is no line that could be written over."""
+
+    def close(self, summary: str) -> None:
+        """End the last line, and sum up."""
+        if not self._ends_a_line:
+            self.write("\n")
+        print(f"[{summary}]", file=sys.stderr, flush=True)
+
+
+class LiveDisplay:
+    """The line being written and the status below it are redrawn; finished lines scroll away above them.
+
+    Only two lines are ever redrawn, so an answer may be longer than the screen.
+    """
+
+    def __init__(self, console: Console) -> None:
+        self._console = console
+        self._line = ""
+        self._status = ""
+        self._live = Live(console=console, transient=True, auto_refresh=False)
+        self._live.start()
+
+    def write(self, text: str) -> None:
+        """Add to the last line; what is above it is final."""
+        text = text.replace("\x1b", "\N{SYMBOL FOR ESCAPE}")  # a model must not be able to steer the terminal
+        *finished, self._line = (self._line + text).split("\n")
+        *wrapped, last = Text(self._line).wrap(self._console, self._console.width) or [Text()]
+        if wrapped:
+            finished += [line.plain for line in wrapped]
+            self._line = last.plain
+        for line in finished:
+            self._console.print(Text(line))
+        self._redraw()
+
+    def status(self, line: str) -> None:
+        """Redraw the status line."""
+        self._status = line
+        self._redraw()
+
+    def close(self, summary: str) -> None:
+        """Leave the answer and a summary standing."""
+        self._live.stop()
+        if self._line:
+            self._console.print(Text(self._line))
+        self._console.print(Text(summary, style="dim"))
+
+    def _redraw(self) -> None:
+        status = Text(self._status, style="dim", no_wrap=True, overflow="ellipsis")
+        self._live.update(Group(Text(self._line), status), refresh=True)

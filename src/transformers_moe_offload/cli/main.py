@@ -1,0 +1,36 @@
+"""`moe-offload`: where the subcommands meet."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+import typer
+
+import transformers_moe_offload
+from transformers_moe_offload.cli.chat import chat
+from transformers_moe_offload.cli.plan import plan
+
+app = typer.Typer(
+    no_args_is_help=True,
+    pretty_exceptions_show_locals=False,
+    help="Run mixture-of-experts models with their experts on disk and a cache of them in memory.",
+)
+
+
+def _print_version(wanted: bool) -> None:
+    if wanted:
+        typer.echo(transformers_moe_offload.__version__)
+        raise typer.Exit
+
+
+@app.callback()
+def main(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_print_version, is_eager=True, help="Print the version and exit.")
+    ] = False,
+) -> None:
+    """Options that belong to no subcommand."""
+
+
+app.command()(plan)
+app.command()(chat)

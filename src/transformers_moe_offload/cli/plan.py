@@ -1,0 +1,131 @@
+"""`moe-offload plan`: what offloading a model would put where, before anything is downloaded."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from rich import box
+from rich.console import Console
+from rich.table import Table
+
+from transformers_moe_offload.cli import options
+from transformers_moe_offload.cli.blueprint import Blueprint, draw
+from transformers_moe_offload.cli.failures import one_line_errors
+from transformers_moe_offload.cli.traffic import Traffic, expect, experts_per_token
+from transformers_moe_offload.config import Budget, OffloadConfig
+from transformers_moe_offload.hf.plan import OffloadPlan, Placement, make_plan, readable
+from transformers_moe_offload.memory.available import HOST_SHARE, available_bytes
+from transformers_moe_offload.memory.record import RecordLayout, dtype_name
+
+TOLERANCE = 0.01
+"""Sizes that differ by less than this agree: checkpoints carry small extras, such as buffers that are not loaded."""
+
+
+def plan(
+    model: options.Model,
+    cache_budget: options.CacheBudget = "auto",
+    dtype: options.Dtype = "auto",
+    revision: options.Revision = "main",
+    token: options.Token = None,
+    local_files_only: options.LocalFilesOnly = False,
+    trust_remote_code: options.TrustRemoteCode = False,
+) -> None:
+    """Show where a model's weights would be, how many experts fit into the cache, and what a token would read.
+
+    Reads the config and the index of the checkpoint; downloads no weights.
+    """
+    with one_line_errors():
+        config = OffloadConfig(cache_budget=cache_budget)
+        origin = options.Origin(revision, token, local_files_only, trust_remote_code)
+        blueprint = draw(model, origin, options.parse_dtype(dtype))
+        device = torch.device("cuda", torch.cuda.current_device()) if torch.cuda.is_available() else torch.device("cpu")
+        offload_plan = make_plan(
+            [Placement(spec, device) for spec in blueprint.experts], _settled(config, blueprint, device)
+        )
+        console = Console()
+        console.print(_title(blueprint), style="bold", soft_wrap=True)
+        console.print(_tiers(blueprint, offload_plan, device))
+        console.print(_facts(blueprint, offload_plan))
+
+
+def _settled(config: OffloadConfig, blueprint: Blueprint, device: torch.device) -> OffloadConfig:
+    """The config with `auto` replaced by what it will come to once the dense weights have taken their room."""
+    if config.budget != Budget():
+        return config
+    share = HOST_SHARE if device.type == "cpu" else 1.0
+    left = int(available_bytes(device) - share * blueprint.dense_bytes)
+    all_slots = sum(spec.num_experts * RecordLayout(spec.fields).nbytes for spec in blueprint.experts)
+    return OffloadConfig(cache_budget=max(1, min(left, all_slots)))
+
+
+def _title(blueprint: Blueprint) -> str:
+    return f"{blueprint.name}: {type(blueprint.model).__name__}, {dtype_name(blueprint.dtype)}"
+
+
+def _tiers(blueprint: Blueprint, plan: OffloadPlan, device: torch.device) -> Table:
+    table = Table("tier", "holds", box=box.SIMPLE_HEAD)
+    table.add_column("bytes", justify="right", no_wrap=True)
+    for pool in plan.pools:
+        held = f"{pool.num_slots} of {pool.need.num_experts} experts ({pool.num_slots / pool.need.num_experts:.0%})"
+        table.add_row(f"cache ({pool.device})", held, readable(pool.cache_bytes))
+    table.add_row(f"dense ({device})", "everything but routed experts", readable(blueprint.dense_bytes))
+    table.add_row(
+        "disk", f"all {plan.num_experts} experts, as stored", readable(plan.expert_bytes * blueprint.read_share)
+    )
+    return table
+
+
+def _facts(blueprint: Blueprint, plan: OffloadPlan) -> Table:
+    table = Table.grid(padding=(0, 2))
+    table.add_column(no_wrap=True)
+    table.add_column(overflow="fold")
+    traffic = expect(blueprint.model, blueprint.experts, plan, blueprint.read_share)
+    table.add_row("sparse layers", str(len(blueprint.experts)))
+    table.add_row(
+        "experts", f"{plan.num_experts}, {_range([spec.num_experts for spec in blueprint.experts])} per layer"
+    )
+    table.add_row("experts per token", _experts_per_token(blueprint))
+    table.add_row("bytes per expert", _range([pool.need.slot_bytes for pool in plan.pools], readable))
+    table.add_row("all experts", readable(plan.expert_bytes))
+    table.add_row("dense weights", readable(blueprint.dense_bytes))
+    table.add_row("slots", f"{plan.num_slots} in a cache budget of {readable(plan.budget_bytes)}")
+    table.add_row("smallest budget", f"{readable(plan.smallest_budget)} ({plan.smallest_budget:,} bytes)")
+    table.add_row("expected bytes per token", _expected_bytes(traffic, plan))
+    table.add_row("checkpoint", _cross_check(blueprint))
+    return table
+
+
+def _range(values: list[int], write: Callable[[int], str] = str) -> str:
+    """One value, or the smallest and the largest of several."""
+    ends = sorted({min(values), max(values)})
+    return " to ".join(write(value) for value in ends)
+
+
+def _experts_per_token(blueprint: Blueprint) -> str:
+    counts = [experts_per_token(blueprint.model, spec.name) for spec in blueprint.experts]
+    known = [count for count in counts if count is not None]
+    return f"{_range(known)} per layer" if len(known) == len(counts) else "unknown: the model does not say"
+
+
+def _expected_bytes(traffic: Traffic | None, plan: OffloadPlan) -> str:
+    if traffic is None:
+        return "unknown, because the experts per token are"
+    absent = 1 - plan.cache_bytes / plan.expert_bytes
+    return (
+        f"{readable(traffic.nbytes)} from disk, if routing is uniform: {traffic.experts_per_token} experts a token, "
+        f"{absent:.0%} of them not in the cache"
+    )
+
+
+def _cross_check(blueprint: Blueprint) -> str:
+    stored, expected = blueprint.stored.nbytes, blueprint.total_bytes * blueprint.read_share
+    dtype = dtype_name(blueprint.stored.dtype or blueprint.dtype)
+    if stored is None:
+        return f"{readable(expected)} by its config in {dtype}; there is no index to check that with"
+    if abs(stored - expected) <= TOLERANCE * stored:
+        return f"{readable(stored)} by its index, which agrees with its config"
+    return (
+        f"{readable(stored)} by its index, but {readable(expected)} by its config in {dtype}: it holds weights that "
+        f"the model does not use, or lacks some, or stores them in another dtype"
+    )

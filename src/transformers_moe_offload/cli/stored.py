@@ -1,0 +1,69 @@
+"""What a checkpoint says about itself without its weights being downloaded.
+
+Asks for `model.safetensors.index.json`; of weight files that are on this machine already the headers are read.
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME, cached_file
+
+from transformers_moe_offload.cli.options import Origin
+from transformers_moe_offload.errors import CheckpointError
+from transformers_moe_offload.memory.record import torch_dtype
+from transformers_moe_offload.memory.safetensors_index import StoredTensor, read_header
+
+
+@dataclass(frozen=True)
+class Stored:
+    """Each fact is None where neither an index nor a header is at hand."""
+
+    nbytes: int | None
+    """Bytes of all tensors."""
+    dtype: torch.dtype | None
+    """Dtype of the first floating-point tensor: what Transformers loads a model in if its config names none."""
+
+
+def what_is_stored(name: str, origin: Origin) -> Stored:
+    """The facts about a checkpoint in a folder or on the Hub."""
+    index_path = _find(name, SAFE_WEIGHTS_INDEX_NAME, origin.for_files())
+    if index_path is None:
+        header = _header(name, SAFE_WEIGHTS_NAME, origin)
+        return Stored(sum(tensor.nbytes for tensor in header) or None, _first_float(header))
+    shard, total_bytes = _read_index(index_path)
+    return Stored(total_bytes, _first_float(_header(name, shard, origin)))
+
+
+def _read_index(index_path: Path) -> tuple[str, int | None]:
+    """The name of the first shard, and the total size if the index gives one."""
+    try:
+        index = json.loads(index_path.read_text())
+        shard = str(min(index["weight_map"].values()))
+        total_bytes = (index.get("metadata") or {}).get("total_size")
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise CheckpointError(f"{index_path} is not a checkpoint index: it has no readable weight_map") from error
+    if Path(shard).name != shard:
+        raise CheckpointError(f"{index_path} names {shard!r}, which is not a plain file name inside the folder")
+    return shard, int(total_bytes) if total_bytes else None
+
+
+def _header(name: str, file: str, origin: Origin) -> list[StoredTensor]:
+    path = _find(name, file, {**origin.for_files(), "local_files_only": True})
+    return read_header(path) if path is not None else []
+
+
+def _find(name: str, file: str, options: dict[str, object]) -> Path | None:
+    try:
+        path = cached_file(name, file, **options)
+    except OSError:  # not there, or not reachable: the plan does without
+        return None
+    return Path(path) if path is not None else None
+
+
+def _first_float(header: list[StoredTensor]) -> torch.dtype | None:
+    dtypes = (torch_dtype(tensor.dtype) for tensor in header)
+    return next((dtype for dtype in dtypes if dtype.is_floating_point), None)

@@ -1,0 +1,224 @@
+"""What is wrong with the input is said in one clear error, and nothing is left half done."""
+
+import json
+import shutil
+import struct
+
+import pytest
+import torch
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
+from transformers import AutoConfig, AutoModelForCausalLM, BitsAndBytesConfig, LlamaConfig, LlamaForCausalLM
+
+from transformers_moe_offload import (
+    CapacityError,
+    CheckpointError,
+    ConfigError,
+    OffloadConfig,
+    UnsupportedModelError,
+)
+
+
+def load(folder, **options):
+    return AutoModelForCausalLM.from_pretrained(folder, **{"moe_offload": OffloadConfig(cache_budget="50%")} | options)
+
+
+def shards(folder):
+    return sorted(folder.glob("*.safetensors"))
+
+
+def shard_with_experts(folder):
+    weight_map = json.loads((folder / "model.safetensors.index.json").read_text())["weight_map"]
+    return folder / next(shard for name, shard in weight_map.items() if ".experts." in name)
+
+
+def test_a_budget_too_small_names_the_smallest_that_works(checkpoint):
+    with pytest.raises(CapacityError, match=r"cache_budget is 10 bytes, but one slot .* takes [\d,]+ bytes") as refused:
+        load(checkpoint, moe_offload=OffloadConfig(cache_budget=10))
+    smallest = refused.value.smallest_budget
+    assert f"{smallest:,} bytes or more" in str(refused.value)
+    assert load(checkpoint, moe_offload=OffloadConfig(cache_budget=smallest)).moe_offload.plan.num_slots == 1
+    with pytest.raises(CapacityError):
+        load(checkpoint, moe_offload=OffloadConfig(cache_budget=smallest - 1))
+
+
+def test_an_unknown_policy_lists_the_choices(checkpoint):
+    with pytest.raises(ConfigError, match=r"policy='lruu' is not a known policy; choose one of \[.*'lru'"):
+        load(checkpoint, moe_offload=OffloadConfig(policy="lruu"))
+
+
+def test_a_misspelt_option_suggests_the_right_one(checkpoint):
+    with pytest.raises(ConfigError, match=r"no option 'cache_buget'; did you mean 'cache_budget'\?"):
+        load(checkpoint, moe_offload={"cache_buget": "1GB"})
+
+
+def test_both_ways_to_ask_are_one_too_many(checkpoint):
+    with pytest.raises(ConfigError, match="both moe_offload and quantization_config"):
+        load(checkpoint, quantization_config=BitsAndBytesConfig(load_in_8bit=True))
+
+
+def test_a_dense_model_is_named_with_what_it_is_made_of(tmp_path):
+    config = LlamaConfig(
+        hidden_size=32, intermediate_size=32, num_hidden_layers=1, num_attention_heads=2, vocab_size=64
+    )
+    LlamaForCausalLM(config).save_pretrained(tmp_path)
+    with pytest.raises(UnsupportedModelError, match=r"LlamaForCausalLM has no routed experts .* modules are Llama"):
+        load(tmp_path)
+
+
+def test_a_model_built_from_a_state_dict_has_no_files_to_read(checkpoint, plain):
+    with pytest.raises(CheckpointError, match="needs a checkpoint on disk"):
+        type(plain).from_pretrained(
+            None, config=AutoConfig.from_pretrained(checkpoint), state_dict=plain.state_dict(), moe_offload=True
+        )
+
+
+def test_a_truncated_shard_is_told_by_its_two_sizes(own_checkpoint):
+    shard = shard_with_experts(own_checkpoint)
+    size = shard.stat().st_size
+    with shard.open("r+b") as stream:
+        stream.truncate(size - 100)
+    with pytest.raises(CheckpointError, match=rf"has {size - 100:,} bytes, but tensor .* reaches to byte {size:,}"):
+        load(own_checkpoint)
+
+
+def test_a_shard_cut_inside_its_header_is_told(own_checkpoint):
+    shard = shard_with_experts(own_checkpoint)
+    with shard.open("r+b") as stream:
+        stream.truncate(50)
+    with pytest.raises(CheckpointError, match=r"has 50 bytes, fewer than its header of [\d,]+ bytes"):
+        load(own_checkpoint)
+
+
+def test_a_missing_shard_is_named(own_checkpoint):
+    shard = shard_with_experts(own_checkpoint)
+    shard.unlink()
+    with pytest.raises(CheckpointError, match=f"cannot read .*{shard.name}: No such file"):
+        load(own_checkpoint)
+
+
+def test_a_shard_that_holds_less_than_the_index_says_is_told(own_checkpoint):
+    shard = shard_with_experts(own_checkpoint)
+    tensors = load_file(shard)
+    gone = next(name for name in tensors if ".experts." in name)
+    del tensors[gone]
+    save_file(tensors, shard, metadata={"format": "pt"})
+    with pytest.raises(CheckpointError, match=f"places {gone} in {shard.name}, but that file does not hold it"):
+        load(own_checkpoint)
+
+
+def test_an_expert_missing_from_files_and_index_is_told(own_checkpoint, tmp_path):
+    tensors = {name: tensor for shard in shards(own_checkpoint) for name, tensor in load_file(shard).items()}
+    del tensors["model.layers.1.mlp.experts.3.up_proj.weight"]
+    whole = tmp_path / "whole"
+    whole.mkdir()
+    save_file(tensors, whole / "model.safetensors", metadata={"format": "pt"})
+    shutil.copy(own_checkpoint / "config.json", whole)
+    with pytest.raises(CheckpointError, match=r"holds 7 tensors for model.layers.1.*, but the model has 8 experts"):
+        load(whole)
+
+
+def test_a_config_of_another_size_is_told_by_both_sizes(own_checkpoint):
+    config = json.loads((own_checkpoint / "config.json").read_text())
+    config["moe_intermediate_size"] *= 2
+    (own_checkpoint / "config.json").write_text(json.dumps(config))
+    with pytest.raises(CheckpointError, match=r"holds [\d,]+ values for .*, but the model expects \["):
+        load(own_checkpoint)
+
+
+@pytest.mark.parametrize("outside", ["../stolen.safetensors", "nested/../../stolen.safetensors"])
+def test_an_index_that_points_out_of_the_folder_is_refused(outside, own_checkpoint):
+    (own_checkpoint / "nested").mkdir()
+    shard = shard_with_experts(own_checkpoint)
+    shard.rename(own_checkpoint / outside)
+    index = own_checkpoint / "model.safetensors.index.json"
+    index.write_text(index.read_text().replace(f'"{shard.name}"', json.dumps(outside)))
+    with pytest.raises(CheckpointError, match="refusing to read outside of"):
+        load(own_checkpoint)
+
+
+def test_an_index_with_an_absolute_path_is_refused(own_checkpoint, tmp_path):
+    shard = shard_with_experts(own_checkpoint)
+    target = tmp_path / shard.name
+    shard.rename(target)
+    index = own_checkpoint / "model.safetensors.index.json"
+    index.write_text(index.read_text().replace(f'"{shard.name}"', json.dumps(str(target))))
+    with pytest.raises(CheckpointError, match="refusing to read outside of"):
+        load(own_checkpoint)
+
+
+def test_a_bin_checkpoint_is_sent_to_be_converted(plain, own_checkpoint, tmp_path):
+    for shard in shards(own_checkpoint):
+        shard.unlink()
+    (own_checkpoint / "model.safetensors.index.json").unlink()
+    torch.save(plain.state_dict(), own_checkpoint / "pytorch_model.bin")
+    with pytest.raises(CheckpointError, match="not a safetensors file; .* convert the checkpoint first"):
+        load(own_checkpoint)
+
+
+def test_a_checkpoint_of_another_quantization_method_is_refused_by_name(own_checkpoint):
+    config = json.loads((own_checkpoint / "config.json").read_text())
+    config["quantization_config"] = {"quant_method": "fp8"}
+    (own_checkpoint / "config.json").write_text(json.dumps(config))
+    for options in ({}, {"config": AutoConfig.from_pretrained(own_checkpoint)}):
+        with pytest.raises(ConfigError, match="is already quantized with 'fp8'"):
+            load(own_checkpoint, **options)
+    with pytest.raises(ConfigError, match="is already quantized with 'fp8'"):
+        AutoModelForCausalLM.from_pretrained(own_checkpoint, quantization_config=OffloadConfig())
+
+
+def test_a_model_id_that_does_not_exist_fails_as_without_us():
+    with pytest.raises(OSError, match="some-model-that-is-nowhere"):
+        load("./some-model-that-is-nowhere", local_files_only=True)
+
+
+def test_garbage_instead_of_a_header_is_told(own_checkpoint):
+    shard = shard_with_experts(own_checkpoint)
+    shard.write_bytes(struct.pack("<Q", 20) + b"x" * 200)
+    with pytest.raises(CheckpointError, match="no readable safetensors header"):
+        load(own_checkpoint)
+
+
+class TestAFileThatChangesAfterLoading:
+    """The forward that needs it fails; the model works again when the file is back."""
+
+    @pytest.fixture
+    def model(self, own_checkpoint):
+        return load(own_checkpoint, moe_offload=OffloadConfig(cache_budget="50%", arithmetic="exact"))
+
+    def test_gone(self, model, own_checkpoint, token_ids, tmp_path, expected):
+        shard = shard_with_experts(own_checkpoint)
+        shard.rename(tmp_path / "elsewhere")
+        with pytest.raises(CheckpointError, match=f"cannot read .*{shard.name}.*; restore the file and try again"):
+            model(input_ids=token_ids)
+        (tmp_path / "elsewhere").rename(shard)
+        with torch.no_grad():
+            assert torch.equal(model(input_ids=token_ids).logits, expected)
+
+    def test_shorter_before_it_is_opened(self, model, own_checkpoint, token_ids, expected):
+        shard = shard_with_experts(own_checkpoint)
+        whole = shard.read_bytes()
+        shard.write_bytes(whole[:-1000])
+        size = len(whole)
+        with pytest.raises(CheckpointError, match=f"has {size - 1000:,} bytes, but had {size:,} when the model was"):
+            model(input_ids=token_ids)
+        shard.write_bytes(whole)
+        with torch.no_grad():
+            assert torch.equal(model(input_ids=token_ids).logits, expected)
+
+    def test_shorter_while_it_is_open(self, model, own_checkpoint, token_ids, expected):
+        with torch.no_grad():
+            model(input_ids=token_ids[:, :1])
+        # Transformers maps the dense weights from the files: cutting those would take the process down, us or not.
+        cut = [s for s in shards(own_checkpoint) if all(".experts." in name for name in safe_open(s, "pt").keys())]
+        assert cut
+        whole = {shard: shard.read_bytes() for shard in cut}
+        for shard in cut:
+            with shard.open("r+b") as stream:
+                stream.truncate(1000)
+        with pytest.raises(CheckpointError, match=r"ends at byte 1,000|has 1,000 bytes"):
+            model(input_ids=token_ids)
+        for shard, content in whole.items():
+            shard.write_bytes(content)
+        with torch.no_grad():
+            assert torch.equal(model(input_ids=token_ids).logits, expected)

@@ -1,0 +1,234 @@
+"""What is attached can be moved, copied, resized and detached, and nothing is left behind."""
+
+import copy
+import gc
+import os
+import threading
+import weakref
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM, PreTrainedModel
+from transformers.quantizers.auto import AUTO_QUANTIZATION_CONFIG_MAPPING, AUTO_QUANTIZER_MAPPING
+
+import transformers_moe_offload as tmo
+from transformers_moe_offload import CapacityError, ConfigError, MoeOffloadError, OffloadConfig
+
+
+@pytest.fixture
+def model(checkpoint):
+    return load(checkpoint)
+
+
+def load(folder, budget="50%", **options):
+    config = OffloadConfig(cache_budget=budget, arithmetic="exact")
+    return AutoModelForCausalLM.from_pretrained(folder, moe_offload=config, **options)
+
+
+@torch.no_grad()
+def logits(model, token_ids):
+    return model(input_ids=token_ids).logits
+
+
+class TestRestore:
+    def test_gives_the_plain_model_back(self, model, plain, token_ids, expected):
+        logits(model, token_ids)
+        restored = model.moe_offload.restore()
+        assert restored is model
+        assert not hasattr(model, "moe_offload")
+        assert getattr(model, "hf_quantizer", None) is None
+        assert [type(m) for m in model.modules()] == [type(m) for m in plain.modules()]
+        assert list(model.state_dict()) == list(plain.state_dict())
+        assert all(torch.equal(model.state_dict()[k], v) for k, v in plain.state_dict().items())
+        assert not any("moe_offload" in name for m in model.modules() for name in vars(m))
+        model.set_experts_implementation("eager")
+        assert torch.equal(logits(model, token_ids), expected)
+
+    def test_as_a_function_and_with_the_right_error_for_other_models(self, model, plain):
+        assert tmo.restore(model) is model
+        with pytest.raises(MoeOffloadError, match="Qwen3MoeForCausalLM is not offloaded"):
+            tmo.restore(plain)
+
+    def test_the_restored_parameters_train(self, model, token_ids):
+        tmo.restore(model)(input_ids=token_ids, labels=token_ids).loss.backward()
+        assert model.model.layers[0].mlp.experts.gate_up_proj.grad is not None
+
+
+class TestUninstall:
+    @pytest.fixture(autouse=True)
+    def install_again(self):
+        yield
+        tmo.install()
+
+    def test_leaves_transformers_as_it_was(self, checkpoint):
+        patched = PreTrainedModel.__dict__["from_pretrained"]
+        tmo.uninstall()
+        assert PreTrainedModel.__dict__["from_pretrained"].__func__ is patched.__func__.__wrapped__
+        assert "moe_offload" not in AUTO_QUANTIZER_MAPPING
+        assert "moe_offload" not in AUTO_QUANTIZATION_CONFIG_MAPPING
+        with pytest.raises(TypeError, match="moe_offload"):
+            AutoModelForCausalLM.from_pretrained(checkpoint, moe_offload=True)
+
+    def test_is_harmless_twice_and_so_is_install(self):
+        original = PreTrainedModel.__dict__["from_pretrained"].__func__.__wrapped__
+        tmo.uninstall()
+        tmo.uninstall()
+        tmo.install()
+        tmo.install()
+        assert PreTrainedModel.__dict__["from_pretrained"].__func__.__wrapped__ is original
+
+    def test_keeps_loaded_models_working(self, model, token_ids, expected):
+        tmo.uninstall()
+        assert torch.equal(logits(model, token_ids), expected)
+
+
+def test_two_models_do_not_disturb_each_other(checkpoint, token_ids, expected):
+    one, other = load(checkpoint, "30%"), load(checkpoint, "100%")
+    assert torch.equal(logits(one, token_ids), expected)
+    assert other.moe_offload.stats().asked == 0
+    assert torch.equal(logits(other, token_ids), expected)
+    del one
+    assert torch.equal(logits(other, token_ids), expected)
+
+
+def test_threads_that_share_a_model_get_the_right_answers(checkpoint, token_ids, expected):
+    model = load(checkpoint, "20%")
+    wrong = []
+
+    def run():
+        for _ in range(5):
+            if not torch.equal(logits(model, token_ids), expected):
+                wrong.append(True)
+
+    threads = [threading.Thread(target=run) for _ in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert not wrong
+
+
+def test_a_deleted_model_frees_its_slots_threads_and_files(checkpoint, token_ids):
+    def open_files():
+        names = [os.readlink(f"/proc/self/fd/{fd}") for fd in os.listdir("/proc/self/fd") if os.path.exists(f"/proc/self/fd/{fd}")]
+        return sum(str(checkpoint) in name for name in names)
+
+    def readers():
+        gc.collect()  # readers of other tests' models end once nothing refers to them
+        for thread in (found := [t for t in threading.enumerate() if t.name.startswith("moe-offload-read")]):
+            thread.join(timeout=0.2)
+        return sum(thread.is_alive() for thread in found)
+
+    files, threads = open_files(), readers()
+    model = load(checkpoint)
+    logits(model, token_ids)
+    cache = next(iter(model.moe_offload._caches.values()))
+    slot = weakref.ref(cache.pool.record(0))
+    assert open_files() > files
+    assert readers() > threads
+    del model, cache
+    assert readers() == threads
+    assert slot() is None
+    assert open_files() == files
+
+
+def test_a_closed_model_says_so(model, token_ids):
+    model.moe_offload.close()
+    with pytest.raises(MoeOffloadError, match="was closed; load the model again"):
+        logits(model, token_ids)
+
+
+class TestCopies:
+    @pytest.mark.parametrize("when", ["before the first forward", "after it"])
+    def test_a_deep_copy_is_independent(self, when, model, token_ids, expected):
+        if when == "after it":
+            logits(model, token_ids)
+        twin = copy.deepcopy(model)
+        assert twin.moe_offload is not model.moe_offload
+        assert torch.equal(logits(twin, token_ids), expected)
+        twin.to(torch.bfloat16)
+        logits(twin, token_ids)
+        assert torch.equal(logits(model, token_ids), expected)
+        del model
+        gc.collect()
+        assert tmo.restore(twin).dtype == torch.bfloat16
+
+
+class TestMoving:
+    @pytest.mark.parametrize("cast", ["to", "half", "bfloat16"])
+    def test_casting_gives_what_casting_the_plain_model_gives(self, cast, checkpoint, plain, token_ids):
+        def apply(model):
+            return model.to(torch.bfloat16) if cast == "to" else getattr(model, cast)()
+
+        ours, stock = apply(load(checkpoint)), apply(copy.deepcopy(plain))
+        assert torch.equal(logits(ours, token_ids), logits(stock, token_ids))
+
+    def test_casting_there_and_back_loses_what_it_loses_without_us(self, checkpoint, plain, token_ids):
+        ours = load(checkpoint).to(torch.bfloat16).to(torch.float32)
+        stock = copy.deepcopy(plain).to(torch.bfloat16).to(torch.float32)
+        assert torch.equal(logits(ours, token_ids), logits(stock, token_ids))
+
+    def test_moving_to_where_it_is_keeps_the_cache(self, model, token_ids):
+        logits(model, token_ids)
+        model.to("cpu").float().eval()
+        model.moe_offload.reset_stats()
+        logits(model, token_ids[:, :1])
+        assert model.moe_offload.stats().hits > 0
+
+
+class TestResize:
+    def test_results_stay_and_the_number_of_slots_follows(self, model, token_ids, expected):
+        before = model.moe_offload.plan.num_slots
+        for budget in ("100%", "20%"):
+            model.moe_offload.resize(budget)
+            assert torch.equal(logits(model, token_ids), expected)
+        assert model.moe_offload.plan.num_slots < before
+        assert model.moe_offload.plan.cache_bytes <= model.moe_offload.plan.budget_bytes
+
+    def test_statistics_survive(self, model, token_ids):
+        logits(model, token_ids)
+        before = model.moe_offload.stats()
+        model.moe_offload.resize("80%")
+        assert model.moe_offload.stats() == before
+
+    @pytest.mark.parametrize(("budget", "error"), [(5, CapacityError), ("lots", ConfigError)])
+    def test_a_budget_that_cannot_work_changes_nothing(self, budget, error, model, token_ids, expected):
+        slots = model.moe_offload.plan.num_slots
+        with pytest.raises(error):
+            model.moe_offload.resize(budget)
+        assert model.moe_offload.plan.num_slots == slots
+        assert torch.equal(logits(model, token_ids), expected)
+
+
+class TestTheHandle:
+    def test_statistics_add_up_over_layers(self, model, token_ids):
+        logits(model, token_ids)
+        stats = tmo.cache_stats(model)
+        assert stats.asked == sum(layer.asked for layer in stats.per_layer.values())
+        assert set(stats.per_layer) == {f"model.layers.{i}.mlp.experts" for i in range(len(stats.per_layer))}
+        assert all(type(getattr(stats, name)) is int for name in ("hits", "late_hits", "misses", "disk_bytes"))
+        model.moe_offload.reset_stats()
+        assert tmo.cache_stats(model).asked == 0
+
+    def test_every_miss_reads_one_expert(self, model, token_ids):
+        logits(model, token_ids)
+        stats, plan = model.moe_offload.stats(), model.moe_offload.plan
+        assert stats.disk_bytes == stats.misses * plan.pools[0].need.slot_bytes
+
+    def test_the_plan_prints_as_a_table(self, model):
+        text = str(model.moe_offload.plan)
+        for word in ("device", "sparse layers", "bytes per expert", "slots", "cpu", "smallest that works", "on disk"):
+            assert word in text
+        assert str(model.moe_offload.plan.smallest_budget) in text.replace(",", "")
+
+    def test_an_interrupted_forward_leaves_the_cache_usable(self, model, token_ids, expected, monkeypatch):
+        layer = model.model.layers[1].mlp.experts
+
+        def interrupt(*_):
+            raise KeyboardInterrupt
+
+        hook = layer.act_fn.register_forward_hook(interrupt)
+        with pytest.raises(KeyboardInterrupt):
+            logits(model, token_ids)
+        hook.remove()
+        assert torch.equal(logits(model, token_ids), expected)

@@ -1,0 +1,50 @@
+"""Importing the package is cheap and touches no device."""
+
+import json
+import subprocess
+import sys
+
+import transformers_moe_offload as tmo
+
+PUBLIC = [
+    "CacheStats", "CapacityError", "CheckpointError", "ConfigError", "LayerStats", "MoeOffloadError", "OffloadConfig",
+    "OffloadRuntime", "UnsupportedModelError", "cache_stats", "install", "register_policy", "restore", "uninstall",
+]  # fmt: skip
+
+
+def run(code: str) -> dict:
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+def test_the_public_names_are_these():
+    assert sorted(tmo.__all__) == sorted(PUBLIC)
+    assert all(hasattr(tmo, name) for name in PUBLIC)
+
+
+def test_importing_adds_little_to_importing_transformers():
+    spent = run(
+        "import json, time; import transformers.modeling_utils; from transformers.quantizers import auto;"
+        "start = time.process_time(); import transformers_moe_offload;"
+        "print(json.dumps({'seconds': time.process_time() - start}))"
+    )
+    assert spent["seconds"] < 0.5
+
+
+def test_importing_touches_no_device_and_loads_no_optional_package():
+    seen = run(
+        "import json, sys, torch; import transformers.modeling_utils; from transformers.quantizers import auto;"
+        "before = set(sys.modules); import transformers_moe_offload;"
+        "print(json.dumps({'cuda': torch.cuda.is_initialized(), 'added': sorted(set(sys.modules) - before)}))"
+    )
+    assert not seen["cuda"]
+    added = {name.partition(".")[0] for name in seen["added"]}
+    assert added <= {"transformers", "transformers_moe_offload", "psutil", "_psutil_linux"} | sys.stdlib_module_names
+
+
+def test_importing_reads_no_weights_and_starts_no_threads():
+    seen = run(
+        "import json, threading; import transformers_moe_offload;"
+        "print(json.dumps({'threads': [t.name for t in threading.enumerate()]}))"
+    )
+    assert seen["threads"] == ["MainThread"]
