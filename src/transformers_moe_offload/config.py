@@ -110,7 +110,8 @@ class OffloadConfig(dict[str, Any]):
         for name, feature in _NOT_YET.items():
             if getattr(self, name) != defaults[name]:
                 raise ConfigError(
-                    f"{name}={getattr(self, name)!r}: {feature} is not available yet; leave {name} at {defaults[name]!r}"
+                    f"{name}={getattr(self, name)!r}: {feature} is not available yet; "
+                    f"leave {name} at {defaults[name]!r}"
                 )
         if not isinstance(self.policy, str):
             raise ConfigError(f"policy={self.policy!r} is not the name of a policy; register yours and pass its name")
@@ -137,7 +138,8 @@ class OffloadConfig(dict[str, Any]):
         if isinstance(value, cls):
             return value
         if isinstance(value, Mapping):
-            return cls.from_dict(dict(value))
+            made: OffloadConfig = cls.from_dict(dict(value))
+            return made
         raise ConfigError(
             f"moe_offload={value!r} is not an OffloadConfig, a dictionary of its fields, 'auto', True, False or None"
         )

@@ -5,6 +5,7 @@ from pathlib import Path
 import pytest
 import torch
 from transformers import AutoModelForCausalLM, PreTrainedModel
+
 from zoo.build import build
 
 TINY_MOE = Path(__file__).parents[2] / "examples" / "models" / "tiny-moe"

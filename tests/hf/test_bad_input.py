@@ -6,7 +6,6 @@ import struct
 
 import pytest
 import torch
-from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, AutoModelForCausalLM, BitsAndBytesConfig, LlamaConfig, LlamaForCausalLM
 
@@ -152,7 +151,7 @@ def test_a_bin_checkpoint_is_sent_to_be_converted(plain, own_checkpoint, tmp_pat
         shard.unlink()
     (own_checkpoint / "model.safetensors.index.json").unlink()
     torch.save(plain.state_dict(), own_checkpoint / "pytorch_model.bin")
-    with pytest.raises(CheckpointError, match="not a safetensors file; .* convert the checkpoint first"):
+    with pytest.raises(CheckpointError, match=r"not a safetensors file; .* convert the checkpoint first"):
         load(own_checkpoint)
 
 
@@ -210,7 +209,7 @@ class TestAFileThatChangesAfterLoading:
         with torch.no_grad():
             model(input_ids=token_ids[:, :1])
         # Transformers maps the dense weights from the files: cutting those would take the process down, us or not.
-        cut = [s for s in shards(own_checkpoint) if all(".experts." in name for name in safe_open(s, "pt").keys())]
+        cut = [s for s in shards(own_checkpoint) if all(".experts." in name for name in load_file(s))]
         assert cut
         whole = {shard: shard.read_bytes() for shard in cut}
         for shard in cut:

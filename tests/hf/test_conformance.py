@@ -10,10 +10,10 @@ from contextlib import contextmanager
 import pytest
 import torch
 from torch import nn
-from zoo.build import LAYOUTS, build, inputs, output_tensor, save, zoo_names
 
 from transformers_moe_offload import CapacityError, OffloadConfig
 from transformers_moe_offload.hf.layer import OffloadedExperts, layer_of
+from zoo.build import LAYOUTS, build, inputs, output_tensor, save, zoo_names
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
@@ -48,9 +48,7 @@ def test_offloaded_logits_equal_eager_ones_at_every_cache_size(name, dtype, layo
     expected = forward(name, plain)
     for budget in (smallest_budget(plain, tmp_path), "50%", "100%"):
         config = OffloadConfig(cache_budget=budget, arithmetic="exact")
-        model, report = type(plain).from_pretrained(
-            tmp_path, dtype=dtype, moe_offload=config, output_loading_info=True
-        )
+        model, report = type(plain).from_pretrained(tmp_path, dtype=dtype, moe_offload=config, output_loading_info=True)
         assert not any(report.values()), report
         got = forward(name, model)
         if name in EQUAL_TO_ROUNDING and dtype == torch.float32:

@@ -34,7 +34,12 @@ MODES = {
     "static cache": {"do_sample": False, "cache_implementation": "static"},
     "prompt lookup": {"do_sample": False, "prompt_lookup_num_tokens": 3},
     "repetition penalty": {"do_sample": False, "repetition_penalty": 1.3},
-    "scores": {"do_sample": False, "output_scores": True, "output_router_logits": True, "return_dict_in_generate": True},
+    "scores": {
+        "do_sample": False,
+        "output_scores": True,
+        "output_router_logits": True,
+        "return_dict_in_generate": True,
+    },
 }
 
 
@@ -88,7 +93,9 @@ def test_a_second_decode_hits_what_the_first_one_loaded(tokenizer):
 
 def generate(model, batch, **mode) -> torch.Tensor:
     set_seed(0)
-    config = GenerationConfig(**{"max_new_tokens": 12, "pad_token_id": 0} | {k: v for k, v in mode.items() if k != "assistant_model"})
+    config = GenerationConfig(
+        **{"max_new_tokens": 12, "pad_token_id": 0} | {k: v for k, v in mode.items() if k != "assistant_model"}
+    )
     assistant = {"assistant_model": mode["assistant_model"]} if "assistant_model" in mode else {}
     out = model.generate(**batch, generation_config=config, **assistant)
     return out if isinstance(out, torch.Tensor) else out.sequences

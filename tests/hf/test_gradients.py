@@ -3,9 +3,9 @@
 import pytest
 import torch
 from transformers import AutoModelForCausalLM
-from zoo.build import build, inputs, output_tensor, save
 
 from transformers_moe_offload import OffloadConfig
+from zoo.build import build, inputs, output_tensor, save
 
 
 @pytest.mark.parametrize("name", ["qwen3_moe", "gpt_oss", "dbrx", "jetmoe", "switch_transformers", "zaya"])

@@ -93,24 +93,26 @@ def test_two_models_do_not_disturb_each_other(checkpoint, token_ids, expected):
 
 def test_threads_that_share_a_model_get_the_right_answers(checkpoint, token_ids, expected):
     model = load(checkpoint, "20%")
-    wrong = []
+    right = []
 
     def run():
-        for _ in range(5):
-            if not torch.equal(logits(model, token_ids), expected):
-                wrong.append(True)
+        right.extend(torch.equal(logits(model, token_ids), expected) for _ in range(5))
 
     threads = [threading.Thread(target=run) for _ in range(4)]
     for thread in threads:
         thread.start()
     for thread in threads:
         thread.join()
-    assert not wrong
+    assert right == [True] * 20
 
 
 def test_a_deleted_model_frees_its_slots_threads_and_files(checkpoint, token_ids):
     def open_files():
-        names = [os.readlink(f"/proc/self/fd/{fd}") for fd in os.listdir("/proc/self/fd") if os.path.exists(f"/proc/self/fd/{fd}")]
+        names = [
+            os.readlink(f"/proc/self/fd/{fd}")
+            for fd in os.listdir("/proc/self/fd")
+            if os.path.exists(f"/proc/self/fd/{fd}")
+        ]
         return sum(str(checkpoint) in name for name in names)
 
     def readers():

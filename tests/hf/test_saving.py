@@ -6,9 +6,9 @@ import pytest
 import torch
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
-from zoo.build import build, save
 
 from transformers_moe_offload import OffloadConfig
+from zoo.build import build, save
 
 
 def tensors_in(folder):
@@ -17,7 +17,17 @@ def tensors_in(folder):
 
 @pytest.mark.parametrize("original_format", [True, False])
 @pytest.mark.parametrize(
-    "name", ["qwen3_moe", "mixtral", "gpt_oss", "ernie4_5_vl_moe", "dbrx", "switch_transformers", "diffusion_gemma", "longcat_flash"]
+    "name",
+    [
+        "qwen3_moe",
+        "mixtral",
+        "gpt_oss",
+        "ernie4_5_vl_moe",
+        "dbrx",
+        "switch_transformers",
+        "diffusion_gemma",
+        "longcat_flash",
+    ],
 )
 def test_keys_and_values_are_the_plain_models(name, original_format, tmp_path):
     model_class = type(build(name))

@@ -110,7 +110,7 @@ class ExpertCache:
         for expert in list(self._in_flight):
             try:
                 self.finish_load(expert)
-            except Exception:  # noqa: BLE001, PERF203 - the visit that asked for it already raises, or no longer wants it
+            except Exception:  # noqa: PERF203 - the visit that asked for it already raises, or no longer wants it
                 continue
 
     def _record(self, expert: ExpertId, slot: int) -> Tensor:

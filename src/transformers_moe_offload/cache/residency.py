@@ -1,7 +1,7 @@
 """Know which expert is in which slot, and in what state. Bookkeeping only; nothing moves here.
 
-    absent ──start──▶ loading ──land──▶ resident ──evict──▶ absent
-                         └──────fail──────────────────────────▲
+absent ──start──▶ loading ──land──▶ resident ──evict──▶ absent
+                     └──────fail──────────────────────────▲
 """
 
 from __future__ import annotations

@@ -24,8 +24,19 @@ class Conversation:
 
     def ask(self, prompt: str) -> dict[str, Any]:
         """The inputs for `generate` that put this prompt to the model."""
-        if not self._has_template:
-            return dict(self._tokenizer(prompt, return_tensors="pt"))
+        inputs = self._in_template(prompt) if self._has_template else dict(self._tokenizer(prompt, return_tensors="pt"))
+        if inputs["input_ids"].numel() == 0:  # Transformers makes an empty tokenizer where its files are missing
+            raise CommandError(
+                "the tokenizer makes no tokens of the prompt; check that the model's folder has its files"
+            )
+        return inputs
+
+    def answered(self, text: str) -> None:
+        """Remember the answer, whole or stopped, for the next prompt."""
+        if self._has_template:
+            self._messages.append({"role": "assistant", "content": text})
+
+    def _in_template(self, prompt: str) -> dict[str, Any]:
         self._messages.append({"role": "user", "content": prompt})
         try:
             inputs = self._tokenizer.apply_chat_template(
@@ -35,8 +46,3 @@ class Conversation:
             self._messages.pop()
             raise CommandError(f"the model's chat template refuses the conversation: {error}") from error
         return dict(inputs)
-
-    def answered(self, text: str) -> None:
-        """Remember the answer, whole or stopped, for the next prompt."""
-        if self._has_template:
-            self._messages.append({"role": "assistant", "content": text})

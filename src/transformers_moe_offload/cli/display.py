@@ -18,7 +18,7 @@ class Display(Protocol):
     """Where one answer goes."""
 
     def write(self, text: str) -> None:
-        """More of the answer."""
+        """More of the answer. A `status` follows soon."""
 
     def status(self, line: str) -> None:
         """How it is going."""
@@ -65,7 +65,6 @@ class LiveDisplay:
     def __init__(self, console: Console) -> None:
         self._console = console
         self._line = ""
-        self._status = ""
         self._live = Live(console=console, transient=True, auto_refresh=False)
         self._live.start()
 
@@ -79,12 +78,11 @@ class LiveDisplay:
             self._line = last.plain
         for line in finished:
             self._console.print(Text(line))
-        self._redraw()
 
     def status(self, line: str) -> None:
-        """Redraw the status line."""
-        self._status = line
-        self._redraw()
+        """Redraw the last line and the status line."""
+        status = Text(line, style="dim", no_wrap=True, overflow="ellipsis")
+        self._live.update(Group(Text(self._line), status), refresh=True)
 
     def close(self, summary: str) -> None:
         """Leave the answer and a summary standing."""
@@ -92,7 +90,3 @@ class LiveDisplay:
         if self._line:
             self._console.print(Text(self._line))
         self._console.print(Text(summary, style="dim"))
-
-    def _redraw(self) -> None:
-        status = Text(self._status, style="dim", no_wrap=True, overflow="ellipsis")
-        self._live.update(Group(Text(self._line), status), refresh=True)

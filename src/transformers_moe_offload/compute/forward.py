@@ -34,15 +34,14 @@ def sparse_forward(
     hidden_states (T, H), top_k_index (T, K) int64, top_k_weights (T, K) -> (T, H) in the dtype of hidden_states.
     `experts` is the module whose activation is used. `keeps_weights` copies the weights out of the slots, for autograd.
     """
-    grouping = group_by_expert(
-        top_k_index, top_k_weights, cache.num_experts(layer), keep_zero_weights=keeps_weights
-    )
+    grouping = group_by_expert(top_k_index, top_k_weights, cache.num_experts(layer), keep_zero_weights=keeps_weights)
     outputs = {}
     with cache.visit(layer, grouping.experts) as visit:
         for expert, weights in visit:
             if keeps_weights:
                 weights = cloned(weights)
-            rows = hidden_states if len(hidden_states) == 1 else hidden_states[grouping.tokens[expert]]
+            tokens = grouping.tokens[expert]
+            rows = hidden_states if len(hidden_states) == len(tokens) == 1 else hidden_states[tokens]
             outputs[expert] = mlp(experts, rows, weights)
     return combine([outputs[expert] for expert in grouping.experts], grouping, hidden_states, top_k_weights)
 
@@ -58,7 +57,7 @@ def combine(outputs: list[Tensor], grouping: Grouping, hidden_states: Tensor, to
     Products are taken in the wider of the two dtypes and torch sums half precision in float32, so nothing is rounded
     more often than by Transformers' `batched_mm` experts (`integrations/moe.py`, 5.23).
     """
-    if grouping.has_idle:
+    if grouping.has_idle or not outputs:
         outputs = [*outputs, hidden_states.new_zeros(1, hidden_states.shape[-1])]
     rows = torch.cat(outputs)[grouping.row_of_pair]
     by_token = rows.view(*top_k_weights.shape, rows.shape[-1])

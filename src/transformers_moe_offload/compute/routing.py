@@ -73,6 +73,6 @@ def _group_few(flat: list[int], num_choices: int, num_experts: int, device: torc
         row_of_pair[pair] = row
     return Grouping(
         {expert: torch.tensor(wanting, device=device) for expert, wanting in tokens.items()},
-        torch.tensor(row_of_pair, device=device),
+        torch.tensor(row_of_pair, dtype=torch.int64, device=device),
         num_idle > 0,
     )

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Iterator
 
 from torch import nn
@@ -36,7 +35,11 @@ def take_over(model: nn.Module) -> list[SparseLayer]:
     """
     layers = []
     for index, (name, module, layout) in enumerate(list(find_experts(model))):
-        fields, num_experts, eager_forward = layout.fields(module), layout.num_experts(module), layout.eager_forward(module)
+        fields, num_experts, eager_forward = (
+            layout.fields(module),
+            layout.num_experts(module),
+            layout.eager_forward(module),
+        )
         order = take_out(module, fields)
         layer = SparseLayer(index, name, type(module), layout, fields, num_experts, eager_forward, order)
         bind(module, layer)
@@ -53,5 +56,5 @@ def _what_there_is(model: nn.Module) -> str:
     alike = sorted({type(m).__name__ for m in model.modules() if "expert" in type(m).__name__.lower()})
     if alike:
         return f"it has modules named {', '.join(alike)}, but not of a kind that routes tokens to experts"
-    kinds = sorted({type(m).__name__ for m in model.modules() if not inspect.getmodule(type(m)).__name__.startswith("torch.")})
+    kinds = sorted({type(m).__name__ for m in model.modules() if not type(m).__module__.startswith("torch.")})
     return f"its modules are {', '.join(kinds[:6])}{', ...' if len(kinds) > 6 else ''}"

@@ -40,9 +40,7 @@ def fetch_from(visit: Visit, fields: tuple[ExpertField, ...], device: torch.devi
 
 def twin_of(module: nn.Module, plain_class: type, fields: tuple[ExpertField, ...], fetch: Fetch) -> nn.Module:
     """A shallow copy of an experts module whose expert weights come from `fetch`."""
-    stand_ins: dict[str, Any] = {
-        field.paths[0]: _Stack(field, fetch) for field in fields if field.is_stacked
-    }
+    stand_ins: dict[str, Any] = {field.paths[0]: _Stack(field, fetch) for field in fields if field.is_stacked}
     twin = with_attributes(module, plain_class, stand_ins)
     if any(not field.is_stacked for field in fields):
         vars(twin)["_modules"] = _Modules(module._modules, fields, fetch)
@@ -92,7 +90,7 @@ class _Modules(Mapping[str, nn.Module]):
 
 def with_attributes(module: nn.Module, cls: type, values: Mapping[str, Any]) -> nn.Module:
     """A shallow copy of a module, as an instance of `cls`, with attributes set by path below it."""
-    twin = object.__new__(cls)
+    twin: nn.Module = object.__new__(cls)
     vars(twin).update(vars(module))
     below: dict[str, dict[str, Any]] = {}
     for path, value in values.items():

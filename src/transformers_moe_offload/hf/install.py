@@ -22,7 +22,7 @@ _HUB_OPTIONS = ("cache_dir", "force_download", "local_files_only", "proxies", "r
 
 
 def install() -> None:
-    """Make `moe_offload=` known to every `from_pretrained`. Importing the package does this; doing it again is harmless."""
+    """Make `moe_offload=` known to every `from_pretrained`. Importing the package does it; twice does no harm."""
     AUTO_QUANTIZER_MAPPING[OffloadConfig.quant_method] = MoeOffloadQuantizer
     AUTO_QUANTIZATION_CONFIG_MAPPING[OffloadConfig.quant_method] = OffloadConfig
     plain = PreTrainedModel.__dict__["from_pretrained"]
@@ -66,7 +66,7 @@ def _accepting_moe_offload(plain: Any) -> Any:
         except SafetensorError as error:
             raise CheckpointError(f"cannot read the checkpoint of {pretrained_model_name_or_path}: {error}") from error
 
-    from_pretrained._accepts_moe_offload = True
+    from_pretrained._accepts_moe_offload = True  # type: ignore[attr-defined]
     return from_pretrained
 
 

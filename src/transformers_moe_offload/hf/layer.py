@@ -12,7 +12,7 @@ from __future__ import annotations
 import inspect
 from collections.abc import Callable
 from copy import deepcopy
-from functools import lru_cache
+from functools import cache
 from math import prod
 from typing import TYPE_CHECKING, Any
 
@@ -94,7 +94,9 @@ class SparseLayer:
         if probe.device.type != "meta":
             self.runtime.move(self, probe.device, probe.dtype)
 
-    def _compute(self, module: nn.Module, cache: ExpertCache, inputs: tuple[Any, ...], *, keeps_weights: bool) -> Tensor:
+    def _compute(
+        self, module: nn.Module, cache: ExpertCache, inputs: tuple[Any, ...], *, keeps_weights: bool
+    ) -> Tensor:
         if self.mlp is not None:
             return sparse_forward(cache, self.index, self.mlp, module, *inputs, keeps_weights=keeps_weights)
         wanted = self.layout.wanted(self.num_experts, *inputs, keep_zero_weights=keeps_weights)
@@ -127,7 +129,7 @@ def layer_of(module: nn.Module) -> SparseLayer:
 def bind(module: nn.Module, layer: SparseLayer) -> None:
     """Let the layer compute for the module."""
     vars(module)["_moe_offload_layer"] = layer
-    module.__class__ = _offloaded_class(layer.plain_class)
+    module.__class__ = _offloaded_class(layer.plain_class)  # type: ignore[arg-type]
 
 
 def unbind(module: nn.Module) -> None:
@@ -136,6 +138,6 @@ def unbind(module: nn.Module) -> None:
     module.__class__ = layer.plain_class
 
 
-@lru_cache(maxsize=None)
-def _offloaded_class(plain_class: type[nn.Module]) -> type[nn.Module]:
+@cache
+def _offloaded_class(plain_class: Any) -> type[nn.Module]:
     return type(plain_class.__name__, (OffloadedExperts, plain_class), {"__module__": plain_class.__module__})

@@ -16,7 +16,7 @@ from transformers_moe_offload.hf.layouts import ExpertField
 
 
 def take_out(module: nn.Module, fields: Iterable[ExpertField]) -> dict[str, tuple[str, ...]]:
-    """Replace parameters by placeholders; returns the order of parameters of each owner that lost one, for `put_back`."""
+    """Replace parameters by placeholders; returns what `put_back` needs: each owner's parameters in their order."""
     order: dict[str, tuple[str, ...]] = {}
     for field in fields:
         for path in field.paths:

@@ -85,7 +85,9 @@ class OffloadPlan:
             for pool in self.pools
         ]
         widths = [max(len(row[i]) for row in (header, *rows)) for i in range(len(header))]
-        lines = ["  ".join(cell.rjust(width) for cell, width in zip(row, widths, strict=True)) for row in (header, *rows)]
+        lines = [
+            "  ".join(cell.rjust(width) for cell, width in zip(row, widths, strict=True)) for row in (header, *rows)
+        ]
         lines.append(
             f"cache budget {readable(self.budget_bytes)}, smallest that works {readable(self.smallest_budget)} "
             f"({self.smallest_budget:,} bytes); experts beyond the cache stay on disk"
@@ -127,11 +129,9 @@ def make_plan(placements: Sequence[Placement], config: OffloadConfig) -> Offload
     return OffloadPlan(tuple(pools), budget_bytes, smallest_budget(needs))
 
 
-def build_caches(
-    plan: OffloadPlan, store: ExpertStore, config: OffloadConfig
-) -> dict[int, ExpertCache]:
+def build_caches(plan: OffloadPlan, store: ExpertStore, config: OffloadConfig) -> dict[int, ExpertCache]:
     """One cache for each pool of the plan: layer -> the cache it uses."""
-    caches = {}
+    caches: dict[int, ExpertCache] = {}
     for pool in plan.pools:
         # Slots outlive any inference-mode block that happens to be open while they are made.
         with torch.inference_mode(False):

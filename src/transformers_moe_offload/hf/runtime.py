@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from transformers_moe_offload.cache.cache import ExpertCache
-from transformers_moe_offload.config import Budget, OffloadConfig
+from transformers_moe_offload.config import OffloadConfig
 from transformers_moe_offload.errors import MoeOffloadError
 from transformers_moe_offload.expert import ExpertSpec
 from transformers_moe_offload.hf.layer import SparseLayer, layer_of, unbind

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from transformers_moe_offload.expert import ITEMSIZE, ExpertId, ExpertSpec
-from transformers_moe_offload.memory.record import RecordLayout, torch_dtype
+from transformers_moe_offload.memory.record import RecordLayout, host_bytes, torch_dtype
 from transformers_moe_offload.memory.safetensors_index import StoredTensor
 
 Assemble = Callable[[list[Tensor]], Tensor]
@@ -49,7 +49,7 @@ class FieldSource:
         """The field in memory of its own."""
         raw = torch.empty(prod(shape) * ITEMSIZE[self.casts[-1]], dtype=torch.uint8)
         view = raw.view(torch_dtype(self.casts[-1])).view(shape)
-        self.read_into(memoryview(raw.numpy()), view)
+        self.read_into(host_bytes(raw), view)
         return view
 
     def read_into(self, record_bytes: memoryview, view: Tensor) -> None:
@@ -112,7 +112,7 @@ class ExpertStore:
     def read_into(self, expert: ExpertId, record: Tensor) -> None:
         """Fill a record, (nbytes,) uint8 in host memory, or raise `CheckpointError` and leave it half filled."""
         layout = self.layouts[expert.layer]
-        raw = memoryview(record.numpy())
+        raw = host_bytes(record)
         views = layout.views(record)
         for spec, source in zip(layout.fields, self.layers[expert.layer].experts[expert.expert], strict=True):
             start = layout.offsets[spec.name]
@@ -125,5 +125,5 @@ class ExpertStore:
 def _read(piece: StoredTensor) -> Tensor:
     """One stored tensor, in memory of its own."""
     raw = torch.empty(piece.nbytes, dtype=torch.uint8)
-    piece.file.read_into(memoryview(raw.numpy()), piece.offset)
+    piece.file.read_into(host_bytes(raw), piece.offset)
     return raw.view(torch_dtype(piece.dtype)).view(piece.shape)

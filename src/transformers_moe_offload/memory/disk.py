@@ -29,16 +29,7 @@ class File:
     def read_into(self, target: memoryview, offset: int) -> None:
         """Fill `target` with the file's bytes from `offset` on, or raise `CheckpointError`."""
         try:
-            opened = self._open()
-            done = 0
-            while done < len(target):
-                count = opened.read_into(target[done:], offset + done)
-                if count == 0:
-                    raise CheckpointError(
-                        f"{self.path} ends at byte {opened.size():,}, but an expert's weights reach "
-                        f"to byte {offset + len(target):,}; restore the file and try again"
-                    )
-                done += count
+            self._fill(self._open(), target, offset)
         except OSError as error:
             self.close()
             raise CheckpointError(
@@ -47,6 +38,17 @@ class File:
         except CheckpointError:
             self.close()
             raise
+
+    def _fill(self, opened: _Opened, target: memoryview, offset: int) -> None:
+        done = 0
+        while done < len(target):
+            count = opened.read_into(target[done:], offset + done)
+            if count == 0:
+                raise CheckpointError(
+                    f"{self.path} ends at byte {opened.size():,}, but an expert's weights reach "
+                    f"to byte {offset + len(target):,}; restore the file and try again"
+                )
+            done += count
 
     def close(self) -> None:
         """Forget the open file; reads that use it finish first, the next read opens it again."""

@@ -26,6 +26,11 @@ def dtype_name(dtype: torch.dtype) -> str:
     return str(dtype).removeprefix("torch.")
 
 
+def host_bytes(tensor: Tensor) -> memoryview:
+    """The memory of a contiguous uint8 tensor on the CPU, for reading into."""
+    return memoryview(tensor.numpy())  # type: ignore[arg-type]
+
+
 class RecordLayout:
     """Offsets of an expert's tensors in its record. Two layouts with equal fields are equal."""
 

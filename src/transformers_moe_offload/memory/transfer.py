@@ -87,9 +87,7 @@ class HostCopier:
 class CudaCopier:
     """Fills slots in GPU memory through a few staging buffers and one copy stream."""
 
-    def __init__(
-        self, read: Read, workers: int, device: torch.device, record_bytes: int, pin_memory: bool
-    ) -> None:
+    def __init__(self, read: Read, workers: int, device: torch.device, record_bytes: int, pin_memory: bool) -> None:
         self._read = read
         self._device = device
         self._pool = ThreadPoolExecutor(workers, thread_name_prefix="moe-offload-read")

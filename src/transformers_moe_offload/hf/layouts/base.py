@@ -40,6 +40,7 @@ class ExpertField:
         """Whether one parameter holds the tensor of all experts."""
         return self.num_entries is not None
 
+
 class ExpertsLayout(ABC):
     """One kind of experts module."""
 
