@@ -71,21 +71,28 @@ class ExpertCache:
                 self._policy.forget(load.victim)
                 self.residency.evict(load.victim)
             slot = self.residency.start(load.expert)
-            self._in_flight[load.expert] = self._copier.start(load.expert, self._record(load.expert, slot))
+            record = self.pool.record(slot)[: self.store.layout(load.expert.layer).nbytes]
+            try:
+                self._in_flight[load.expert] = self._copier.start(load.expert, record)
+            except BaseException:
+                self.residency.fail(load.expert)
+                raise
         return bool(planned.deferred)
 
     def finish_load(self, expert: ExpertId) -> None:
         """Wait until an expert that is loading is resident; if its load fails it is absent again."""
-        transfer = self._in_flight.pop(expert)
+        transfer = self._in_flight[expert]
         stats = self.stats[expert.layer]
         started = time.perf_counter()
         try:
             transfer.finish()
-        except BaseException:
+        except Exception:
+            del self._in_flight[expert]
             self.residency.fail(expert)
             raise
-        finally:
+        finally:  # a wait broken off by Ctrl-C leaves the load in flight: somebody may still be writing into the slot
             stats.stall_ms += (time.perf_counter() - started) * 1e3
+        del self._in_flight[expert]
         self.residency.land(expert)
         self._policy.admit(expert)
         stats.disk_bytes += self.store.stored_bytes(expert)
@@ -103,7 +110,7 @@ class ExpertCache:
 
     def retire(self, expert: ExpertId) -> None:
         """The work that reads a resident's weights has been submitted."""
-        self._copier.retire(self._record(expert, self.residency.slot(expert)))
+        self._copier.retire(self.pool.record(self.residency.slot(expert)))
 
     def settle(self) -> None:
         """Wait for every load under way; those that fail leave their experts absent."""
@@ -112,9 +119,6 @@ class ExpertCache:
                 self.finish_load(expert)
             except Exception:  # noqa: PERF203 - the visit that asked for it already raises, or no longer wants it
                 continue
-
-    def _record(self, expert: ExpertId, slot: int) -> Tensor:
-        return self.pool.record(slot)[: self.store.layout(expert.layer).nbytes]
 
 
 class Visit:
@@ -182,6 +186,9 @@ class Visit:
         if self._has_deferred or residency.is_absent(wanted):
             self._upcoming.pop(wanted, None)
             self._has_deferred = self._cache.start_loads([wanted, *self._upcoming])
+            if residency.is_absent(wanted):  # visits that ended early left slots loading, and nobody else may leave
+                self._cache.settle()
+                self._has_deferred = self._cache.start_loads([wanted, *self._upcoming])
         if residency.is_loading(wanted):
             self._cache.finish_load(wanted)
         self._upcoming.pop(wanted, None)

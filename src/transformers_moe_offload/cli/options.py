@@ -11,7 +11,10 @@ import typer
 from transformers_moe_offload.errors import ConfigError
 
 Model = Annotated[
-    str, typer.Argument(help="A folder with a checkpoint, or the id of a model on the Hub.", show_default=False)
+    str,
+    typer.Argument(
+        metavar="MODEL", help="A folder with a checkpoint, or the id of a model on the Hub.", show_default=False
+    ),
 ]
 CacheBudget = Annotated[
     str, typer.Option(help="Memory for experts: '6GiB', '500MB', '40%' of all experts, a number of bytes, or 'auto'.")

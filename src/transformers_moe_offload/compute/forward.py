@@ -37,7 +37,10 @@ def sparse_forward(
     grouping = group_by_expert(top_k_index, top_k_weights, cache.num_experts(layer), keep_zero_weights=keeps_weights)
     outputs = {}
     with cache.visit(layer, grouping.experts) as visit:
-        for expert, weights in visit:
+        # Gradients are summed, and random numbers drawn, in the order of computation; then it must not be chance.
+        is_ordered = keeps_weights or experts.training
+        arriving = ((expert, visit.take(expert)) for expert in grouping.experts) if is_ordered else visit
+        for expert, weights in arriving:
             if keeps_weights:
                 weights = cloned(weights)
             tokens = grouping.tokens[expert]

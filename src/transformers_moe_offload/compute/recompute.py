@@ -36,6 +36,12 @@ class _Recompute(torch.autograd.Function):
         ctx.compute_with_copies = compute_with_copies
         ctx.others = [None if isinstance(value, Tensor) else value for value in inputs]
         ctx.is_tensor = [isinstance(value, Tensor) for value in inputs]
+        device_type = tensors[0].device.type
+        ctx.autocast = torch.autocast(
+            device_type,
+            dtype=torch.get_autocast_dtype(device_type),
+            enabled=torch.is_autocast_enabled(device_type),
+        )
         ctx.random_state = _RandomState(tensors[0].device)
         ctx.save_for_backward(*tensors)
         return compute(*inputs)
@@ -49,8 +55,10 @@ class _Recompute(torch.autograd.Function):
             next(saved).detach().requires_grad_(needed) if is_tensor else other
             for is_tensor, needed, other in zip(ctx.is_tensor, needs_grad, ctx.others, strict=True)
         ]
-        with torch.enable_grad(), ctx.random_state:
+        with torch.enable_grad(), ctx.autocast, ctx.random_state:
             out = ctx.compute_with_copies(*inputs)
+        if not out.requires_grad:  # every pair was idle
+            return (None,) * (2 + len(inputs))
         wanted = [value for value, needed in zip(inputs, needs_grad, strict=True) if needed]
         grads = iter(torch.autograd.grad(out, wanted, grad_outputs, allow_unused=True))
         return (None, None, *(next(grads) if needed else None for needed in needs_grad))

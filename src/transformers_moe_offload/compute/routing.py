@@ -21,8 +21,8 @@ class Grouping:
     experts of other ranks with `num_experts`; some architectures route to identity experts past the end).
     """
 
-    tokens: dict[int, Tensor]
-    """Each needed expert, in ascending order -> the tokens that want it, (N,) int64."""
+    tokens: dict[int, Tensor | list[int]]
+    """Each needed expert, in ascending order -> the N tokens that want it."""
     row_of_pair: Tensor
     """Where a pair's row is when the experts' outputs are stacked in the order of `tokens`, (P,) int64; idle pairs
     share one row more, at the end."""
@@ -53,7 +53,8 @@ def group_by_expert(
     order = torch.argsort(flat, stable=True)
     counts = torch.bincount(flat, minlength=num_experts + 1).tolist()  # sync: device -> host
     num_idle = counts.pop()
-    tokens, start = {}, 0
+    tokens: dict[int, Tensor | list[int]] = {}
+    start = 0
     for expert, count in enumerate(counts):
         if count:
             tokens[expert] = order[start : start + count] // num_choices
@@ -71,8 +72,4 @@ def _group_few(flat: list[int], num_choices: int, num_experts: int, device: torc
     for row, pair in enumerate(order[: len(flat) - num_idle]):
         tokens.setdefault(flat[pair], []).append(pair // num_choices)
         row_of_pair[pair] = row
-    return Grouping(
-        {expert: torch.tensor(wanting, device=device) for expert, wanting in tokens.items()},
-        torch.tensor(row_of_pair, dtype=torch.int64, device=device),
-        num_idle > 0,
-    )
+    return Grouping(dict(tokens), torch.tensor(row_of_pair, dtype=torch.int64, device=device), num_idle > 0)

@@ -9,6 +9,7 @@ import json
 import struct
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
+from itertools import pairwise
 from math import prod
 from operator import index
 from pathlib import Path
@@ -87,11 +88,19 @@ def read_header(path: Path) -> list[StoredTensor]:
     except (struct.error, ValueError, RecursionError) as error:
         raise CheckpointError(f"{path} has no readable safetensors header: download it again") from error
     file = File(path, nbytes)
-    return [
+    tensors = [
         _checked(name, entry, file, 8 + header_bytes)
         for name, entry in _entries(header, path).items()
         if name != "__metadata__"
     ]
+    by_place = sorted((tensor for tensor in tensors if tensor.nbytes), key=lambda tensor: tensor.offset)
+    for before, after in pairwise(by_place):
+        if before.offset + before.nbytes > after.offset:
+            raise CheckpointError(
+                f"{path} has tensor {after.name} begin at byte {after.offset:,}, but tensor {before.name} ends "
+                f"at byte {before.offset + before.nbytes:,}: download it again"
+            )
+    return tensors
 
 
 def check_index_file(index_path: Path, tensors: Mapping[str, StoredTensor]) -> None:

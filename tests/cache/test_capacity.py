@@ -1,0 +1,69 @@
+import pytest
+from hypothesis import assume, given
+from hypothesis import strategies as st
+
+from transformers_moe_offload.cache.capacity import PoolNeed, layer_floor, share_out, smallest_budget
+from transformers_moe_offload.errors import CapacityError
+
+
+@st.composite
+def pools(draw):
+    num_layers = draw(st.integers(1, 8))
+    return PoolNeed(num_layers, num_layers * draw(st.integers(1, 64)), draw(st.integers(1, 10**9)))
+
+
+needs_of_pools = st.lists(pools(), min_size=1, max_size=4)
+
+
+@given(needs_of_pools, st.integers(1, 10**12))
+def test_slots_never_take_more_than_the_budget_and_every_pool_gets_one(needs, budget):
+    assume(budget >= smallest_budget(needs))
+    slots = share_out(budget, needs)
+    assert sum(n * need.slot_bytes for n, need in zip(slots, needs, strict=True)) <= budget
+    assert all(1 <= n <= need.num_experts for n, need in zip(slots, needs, strict=True))
+
+
+@given(needs_of_pools)
+def test_the_smallest_budget_works_and_one_byte_less_does_not(needs):
+    smallest = smallest_budget(needs)
+    assert share_out(smallest, needs) == [1] * len(needs)
+    with pytest.raises(CapacityError) as caught:
+        share_out(smallest - 1, needs)
+    assert caught.value.smallest_budget == smallest
+    assert f"{smallest - 1:,} bytes" in str(caught.value)
+    assert f"cache_budget to {smallest:,} bytes or more" in str(caught.value)
+
+
+@given(needs_of_pools, st.integers(0, 10**9))
+def test_a_budget_for_everything_gives_every_expert_a_slot(needs, more):
+    everything = sum(need.all_bytes for need in needs)
+    assert share_out(everything + more, needs) == [need.num_experts for need in needs]
+
+
+@given(needs_of_pools, st.integers(0, 10**9), st.integers(0, 10**9))
+def test_more_budget_never_means_fewer_slots(needs, spare, more):
+    smallest = smallest_budget(needs)
+    less_slots, more_slots = share_out(smallest + spare, needs), share_out(smallest + spare + more, needs)
+    assert all(a <= b for a, b in zip(less_slots, more_slots, strict=True))
+
+
+@given(pools(), st.integers(0, 10**12))
+def test_a_pool_alone_gets_all_the_slots_that_fit(need, budget):
+    assume(budget >= need.slot_bytes)
+    assert share_out(budget, [need]) == [min(need.num_experts, budget // need.slot_bytes)]
+
+
+def test_equal_pools_get_equal_shares():
+    assert share_out(1000, [PoolNeed(2, 16, 50), PoolNeed(2, 16, 50)]) == [10, 10]
+
+
+def test_the_budget_is_shared_by_bytes_and_not_by_experts():
+    small, large = PoolNeed(1, 101, 10), PoolNeed(1, 101, 30)
+    assert share_out(smallest_budget([small, large]) + 2000, [small, large]) == [51, 51]
+
+
+@given(st.integers(1, 500), st.integers(1, 100))
+def test_the_floors_of_all_layers_together_leave_slots_to_fight_for(num_slots, num_layers):
+    """So a layer that wants a slot always finds one: free, its own, or another layer's above its floor."""
+    floor = layer_floor(num_slots, num_layers)
+    assert 0 <= floor * num_layers < num_slots

@@ -1,0 +1,61 @@
+import torch
+
+from transformers_moe_offload.expert import FieldSpec
+from transformers_moe_offload.memory.record import ALIGNMENT, RecordLayout
+from transformers_moe_offload.memory.slots import SlotPool
+
+CPU = torch.device("cpu")
+BYTES = RecordLayout([FieldSpec("a", (4,), "uint8")])
+
+
+def test_a_pool_is_as_large_as_its_slots_together():
+    pool = SlotPool(3, 128, CPU)
+    assert len(pool) == 3
+    assert pool.nbytes == 384
+    assert all(pool.record(slot).shape == (128,) for slot in range(3))
+    assert all(pool.record(slot).dtype == torch.uint8 for slot in range(3))
+
+
+def test_slots_share_no_memory():
+    pool = SlotPool(3, 64, CPU)
+    for slot in range(3):
+        pool.record(slot).fill_(slot)
+    assert [pool.record(slot).unique().tolist() for slot in range(3)] == [[0], [1], [2]]
+
+
+def test_every_slot_starts_where_torch_would_put_a_tensor_of_its_own():
+    pool = SlotPool(5, 192, CPU)
+    assert all(pool.record(slot).data_ptr() % ALIGNMENT == 0 for slot in range(5))
+
+
+def test_a_slot_seen_as_an_expert_shows_what_is_in_it_now():
+    pool = SlotPool(2, 64, CPU)
+    views = pool.views(1, BYTES)
+    pool.record(1).fill_(9)
+    assert views["a"].tolist() == [9] * 4
+
+
+def test_looking_at_a_slot_again_makes_nothing_new():
+    pool = SlotPool(2, 64, CPU)
+    assert pool.views(0, BYTES) is pool.views(0, RecordLayout(BYTES.fields))
+    assert pool.views(0, BYTES) is not pool.views(1, BYTES)
+
+
+def test_one_slot_can_be_seen_through_two_layouts():
+    pool = SlotPool(1, 64, CPU)
+    pool.record(0).zero_()
+    wide = RecordLayout([FieldSpec("b", (2,), "int32")])
+    pool.views(0, BYTES)["a"].fill_(1)
+    assert pool.views(0, wide)["b"].tolist() == [0x01010101, 0]
+
+
+def test_weights_seen_first_in_inference_mode_can_be_copied_for_training_later():
+    """Views are kept, so those made while generating are the ones that training gets."""
+    pool = SlotPool(1, 64, CPU)
+    with torch.inference_mode():
+        pool.views(0, RecordLayout([FieldSpec("w", (2,), "float32")]))
+        pool.record(0).zero_()
+    weights = pool.views(0, RecordLayout([FieldSpec("w", (2,), "float32")]))["w"].clone()
+    x = torch.ones(2, requires_grad=True)
+    (weights * x).sum().backward()
+    assert x.grad.tolist() == [0, 0]

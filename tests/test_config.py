@@ -1,0 +1,187 @@
+import json
+from copy import deepcopy
+from dataclasses import FrozenInstanceError, fields
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from transformers_moe_offload.config import Budget, OffloadConfig
+from transformers_moe_offload.errors import ConfigError
+
+
+@pytest.mark.parametrize(
+    ("text", "nbytes"),
+    [
+        (1, 1),
+        (6442450944, 6 << 30),
+        ("1024", 1024),
+        ("6GiB", 6 << 30),
+        ("6 GB", 6 * 10**9),
+        (" 1.5gib ", 3 << 29),
+        ("500MB", 500 * 10**6),
+        ("3kb", 3000),
+        ("2KiB", 2048),
+        ("1TiB", 1 << 40),
+        ("7b", 7),
+    ],
+)
+def test_a_size_is_read_as_bytes(text, nbytes):
+    assert Budget.parse(text, "cache_budget") == Budget(nbytes=nbytes)
+
+
+@pytest.mark.parametrize(("text", "share"), [("40%", 0.4), ("100%", 1.0), ("0.5 %", 0.005)])
+def test_a_percentage_is_a_share_of_all_experts(text, share):
+    assert Budget.parse(text, "cache_budget") == Budget(share=share)
+
+
+@pytest.mark.parametrize(
+    "value",
+    [0, -1, True, 1.5, None, [], "", "0", "0GiB", "-1GiB", "0%", "101%", "GiB", "6GB iB", "6 parsecs", "1e9", "0.5b"],
+)
+def test_what_is_no_budget_is_refused_and_named(value):
+    with pytest.raises(ConfigError, match="cache_budget=") as caught:
+        OffloadConfig(cache_budget=value)
+    assert str(value) in str(caught.value)
+
+
+def test_a_size_beyond_all_floats_is_refused_like_any_other_nonsense():
+    with pytest.raises(ConfigError, match="cache_budget="):
+        OffloadConfig(cache_budget="9" * 400)
+
+
+@given(st.text() | st.integers() | st.floats() | st.none() | st.lists(st.integers(), max_size=2))
+def test_a_budget_is_either_positive_or_a_config_error(value):
+    try:
+        budget = Budget.parse(value, "cache_budget")
+    except ConfigError:
+        return
+    assert budget.nbytes is None or budget.nbytes > 0
+    assert budget.share is None or 0 < budget.share <= 1
+
+
+def test_bytes_are_taken_as_they_are():
+    assert Budget(nbytes=500).resolve(all_experts=100, available=10) == 500
+
+
+def test_a_share_is_of_all_experts_whatever_is_available():
+    assert Budget(share=0.4).resolve(all_experts=1000, available=10) == 400
+
+
+def test_auto_takes_what_is_available_and_never_more_than_all_experts_need():
+    assert Budget().resolve(all_experts=1000, available=10) == 10
+    assert Budget().resolve(all_experts=1000, available=5000) == 1000
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"policy": 3},
+        {"misses": "compute"},
+        {"misses": "never"},
+        {"misses": ["fetch"]},
+        {"arithmetic": "quick"},
+        {"arithmetic": {}},
+        {"io_workers": 0},
+        {"io_workers": -1},
+        {"io_workers": 1.5},
+        {"io_workers": "two"},
+        {"io_workers": True},
+        {"pin_memory": "yes"},
+        {"pin_memory": None},
+        {"pin_memory": 0},
+        {"host_budget": "6GiB"},
+        {"prefetch": "on"},
+        {"experts": "hqq"},
+        {"dense": 4},
+    ],
+    ids=str,
+)
+def test_an_option_that_cannot_be_honoured_is_refused_by_name(options):
+    (name,) = options
+    with pytest.raises(ConfigError, match=f"{name}="):
+        OffloadConfig(**options)
+
+
+def test_what_will_come_later_is_told_apart_from_what_is_wrong():
+    with pytest.raises(ConfigError, match="not available yet"):
+        OffloadConfig(misses="compute")
+    with pytest.raises(ConfigError, match="not one of"):
+        OffloadConfig(misses="comptue")
+
+
+def test_an_unknown_argument_is_an_error():
+    with pytest.raises(TypeError):
+        OffloadConfig(cache_bugdet="6GiB")
+
+
+def test_a_misspelt_key_of_a_dictionary_is_an_error_that_suggests_the_option():
+    with pytest.raises(ConfigError, match="no option 'cache_bugdet'; did you mean 'cache_budget'"):
+        OffloadConfig.from_dict({"cache_bugdet": "6GiB"})
+
+
+def test_a_key_unlike_any_option_is_an_error_that_lists_them():
+    with pytest.raises(ConfigError, match="options are cache_budget, host_budget"):
+        OffloadConfig.from_dict({"xyzzy": 1})
+
+
+def test_a_config_does_not_change_once_it_is_made():
+    with pytest.raises(FrozenInstanceError):
+        OffloadConfig().policy = "fifo"
+
+
+configs = st.builds(
+    OffloadConfig,
+    cache_budget=st.sampled_from([1, "6GiB", "40%", "auto"]),
+    misses=st.sampled_from(["auto", "fetch"]),
+    arithmetic=st.sampled_from(["fast", "exact"]),
+    io_workers=st.none() | st.integers(1, 64),
+    pin_memory=st.sampled_from([True, False, "auto"]),
+)
+
+
+@given(configs)
+def test_a_config_survives_json_in_full_and_as_a_difference(config):
+    assert OffloadConfig.from_dict(json.loads(config.to_json_string(use_diff=False))) == config
+    assert OffloadConfig.from_dict(json.loads(config.to_json_string(use_diff=True))) == config
+
+
+@given(configs)
+def test_a_copy_equals_the_config(config):
+    assert deepcopy(config) == config
+    assert hash(deepcopy(config)) == hash(config)
+
+
+def test_the_difference_holds_only_what_was_chosen_and_the_method():
+    assert OffloadConfig().to_diff_dict() == {"quant_method": "moe_offload"}
+    assert OffloadConfig(arithmetic="exact").to_diff_dict() == {"quant_method": "moe_offload", "arithmetic": "exact"}
+
+
+def test_the_dictionary_holds_every_option():
+    assert set(OffloadConfig().to_dict()) == {"quant_method"} | {f.name for f in fields(OffloadConfig)}
+
+
+def test_from_dict_hands_back_what_is_not_ours_when_transformers_asks():
+    config, unused = OffloadConfig.from_dict({"policy": "lru"}, return_unused_kwargs=True, torch_dtype="auto")
+    assert config == OffloadConfig()
+    assert unused == {"torch_dtype": "auto"}
+
+
+@pytest.mark.parametrize("value", [None, False])
+def test_no_offloading_is_no_config(value):
+    assert OffloadConfig.make(value) is None
+
+
+@pytest.mark.parametrize("value", [True, "auto", {}, OffloadConfig()])
+def test_offloading_without_wishes_is_the_default_config(value):
+    assert OffloadConfig.make(value) == OffloadConfig()
+
+
+def test_a_dictionary_stands_for_the_config_with_these_fields():
+    assert OffloadConfig.make({"cache_budget": "6GiB"}) == OffloadConfig(cache_budget="6GiB")
+
+
+@pytest.mark.parametrize("value", ["always", 1.5, ["auto"]])
+def test_what_stands_for_no_config_is_refused(value):
+    with pytest.raises(ConfigError, match="moe_offload="):
+        OffloadConfig.make(value)
