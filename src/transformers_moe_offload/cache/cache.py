@@ -117,7 +117,7 @@ class ExpertCache:
         for expert in list(self._in_flight):
             try:
                 self.finish_load(expert)
-            except Exception:  # noqa: PERF203 - the visit that asked for it already raises, or no longer wants it
+            except Exception:
                 continue
 
 

@@ -58,6 +58,12 @@ def share_out(budget_bytes: int, needs: Sequence[PoolNeed]) -> list[int]:
     for need in needs:
         extra = spare * (need.all_bytes - need.slot_bytes) // total // need.slot_bytes
         slots.append(min(need.num_experts, 1 + extra))
+    left = budget_bytes - sum(n * need.slot_bytes for n, need in zip(slots, needs, strict=True))
+    # Rounding down lost each pool less than a slot; what that adds up to goes to those served worst.
+    for i in sorted(range(len(needs)), key=lambda i: slots[i] / needs[i].num_experts):
+        if slots[i] < needs[i].num_experts and needs[i].slot_bytes <= left:
+            slots[i] += 1
+            left -= needs[i].slot_bytes
     return slots
 
 
