@@ -11,11 +11,13 @@ from dataclasses import dataclass
 
 from transformers_moe_offload.errors import CapacityError
 
-FLOOR_SHARE = 0.5
+FLOOR_SHARE = 1.0
 """Part of a layer's equal share of the slots that other layers cannot take from it.
 
-A global pool lets layers with varied routing use slots that others do not miss; the floor keeps one layer's burst
-(a long prompt) from emptying the rest. Half leaves both effects room.
+Layers take turns, so the residents that have gone unused for longest belong to the layer that is needed next: without
+a floor, LRU over all layers evicts exactly those. Hit rates of 600 sampled tokens of `examples/models/tiny-moe` (8
+layers of 16 experts, 4 chosen) with slots for 10, 25, 50 and 75 % of the experts: no floor 0, 40, 64, 86 %; half the
+share 0, 40, 64, 87 %; the whole share 9, 40, 69, 87 %. Only the slots that do not divide evenly float.
 """
 
 
