@@ -121,7 +121,7 @@ def test_a_deleted_model_frees_its_slots_threads_and_files(checkpoint, token_ids
             thread.join(timeout=0.2)
         return sum(thread.is_alive() for thread in found)
 
-    files, threads = open_files(), readers()
+    threads, files = readers(), open_files()
     model = load(checkpoint)
     logits(model, token_ids)
     cache = next(iter(model.moe_offload._caches.values()))

@@ -171,6 +171,11 @@ class Visit:
             yield expert.expert, self.take(expert.expert)
             self._let_go()
 
+    def in_order(self) -> Iterator[tuple[int, Weights]]:
+        """Each wanted expert once, in the order in which they were asked for, whatever arrives first."""
+        for expert in list(self._upcoming):
+            yield expert.expert, self.take(expert.expert)
+
     def take(self, expert: int) -> Weights:
         """The weights of one wanted expert, held until the next one is taken or the visit ends.
 

@@ -44,8 +44,9 @@ def smallest_budget(needs: Sequence[PoolNeed]) -> int:
 def share_out(budget_bytes: int, needs: Sequence[PoolNeed]) -> list[int]:
     """Slots for each pool; together they take at most `budget_bytes`.
 
-    Every pool gets one slot; the rest is shared in proportion to what the pools would need to hold everything.
-    Raises `CapacityError` if not even that first slot fits.
+    Every pool gets one slot; then slots go one by one to the pool with the smallest part of its experts covered, until
+    the next one does not fit. So a larger budget never means fewer slots anywhere.
+    Raises `CapacityError` if not even the first slots fit.
     """
     smallest = smallest_budget(needs)
     if budget_bytes < smallest:
@@ -54,18 +55,14 @@ def share_out(budget_bytes: int, needs: Sequence[PoolNeed]) -> list[int]:
             f"set OffloadConfig.cache_budget to {smallest:,} bytes or more",
             smallest_budget=smallest,
         )
-    spare = budget_bytes - smallest
-    total = sum(need.all_bytes - need.slot_bytes for need in needs) or 1
-    slots = []
-    for need in needs:
-        extra = spare * (need.all_bytes - need.slot_bytes) // total // need.slot_bytes
-        slots.append(min(need.num_experts, 1 + extra))
-    left = budget_bytes - sum(n * need.slot_bytes for n, need in zip(slots, needs, strict=True))
-    # Rounding down lost each pool less than a slot; what that adds up to goes to those served worst.
-    for i in sorted(range(len(needs)), key=lambda i: slots[i] / needs[i].num_experts):
-        if slots[i] < needs[i].num_experts and needs[i].slot_bytes <= left:
-            slots[i] += 1
-            left -= needs[i].slot_bytes
+    left = budget_bytes - smallest
+    slots = [1] * len(needs)
+    turns = ((count / need.num_experts, i) for i, need in enumerate(needs) for count in range(2, need.num_experts + 1))
+    for _, i in sorted(turns):
+        if needs[i].slot_bytes > left:
+            break
+        slots[i] += 1
+        left -= needs[i].slot_bytes
     return slots
 
 

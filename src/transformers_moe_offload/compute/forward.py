@@ -39,8 +39,7 @@ def sparse_forward(
     with cache.visit(layer, grouping.experts) as visit:
         # Gradients are summed, and random numbers drawn, in the order of computation; then it must not be chance.
         is_ordered = keeps_weights or experts.training
-        arriving = ((expert, visit.take(expert)) for expert in grouping.experts) if is_ordered else visit
-        for expert, weights in arriving:
+        for expert, weights in visit.in_order() if is_ordered else visit:
             if keeps_weights:
                 weights = cloned(weights)
             tokens = grouping.tokens[expert]

@@ -25,8 +25,8 @@ from transformers_moe_offload.stats import CacheStats, LayerStats
 class OffloadRuntime:
     """Statistics, plan and life cycle of a model's offloaded experts.
 
-    Caches are built when the first forward needs them and again when layers have moved to another device or dtype;
-    copies of a model share the files but have caches of their own.
+    Caches are built while the model is loaded, and again at the next forward after layers have moved to another device
+    or dtype. Copies of a model share the files but have caches of their own.
     """
 
     def __init__(self, model: nn.Module, config: OffloadConfig, layers: Sequence[SparseLayer]) -> None:
@@ -97,7 +97,7 @@ class OffloadRuntime:
     def attach(self, sources: Sequence[LayerSource]) -> None:
         """Take over where the experts are; raises `CapacityError` if the budget cannot work."""
         self._sources = {source.spec.layer: source for source in sources}
-        self._plan = make_plan(self._placements(), self.config)
+        self._ensure_caches()
 
     def spec(self, layer: SparseLayer) -> ExpertSpec:
         """What a layer's experts are made of now."""
