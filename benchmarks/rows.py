@@ -1,0 +1,45 @@
+"""What is compared: each row loads the same checkpoint in another way."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+IMPLEMENTATIONS = ("eager", "grouped_mm", "batched_mm")
+"""Transformers' own experts implementations (`integrations/moe.py`, 5.23); the best one of a kind counts."""
+
+BUDGETS = (10, 25, 50, 100)
+"""Percent of all experts."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Row:
+    """One way of running the model."""
+
+    kind: Literal["plain", "accelerate", "ours"]
+    """All in RAM; experts modules on disk by device map; experts offloaded by this package."""
+    implementation: str | None = None
+    """Transformers' experts implementation, for the first two kinds."""
+    budget_percent: int | None = None
+    arithmetic: str | None = None
+
+    @property
+    def name(self) -> str:
+        """How the row is called in tables and on the command line."""
+        if self.kind == "ours":
+            return f"ours {self.budget_percent}% {self.arithmetic}"
+        return f"{self.kind} {self.implementation}"
+
+
+def all_rows() -> list[Row]:
+    """Every row, in the order of the table."""
+    return [
+        *(Row(kind="plain", implementation=name) for name in IMPLEMENTATIONS),
+        *(Row(kind="accelerate", implementation=name) for name in IMPLEMENTATIONS),
+        *(Row(kind="ours", budget_percent=percent, arithmetic="fast") for percent in BUDGETS),
+        Row(kind="ours", budget_percent=100, arithmetic="exact"),
+    ]
+
+
+QUICK = ("plain eager", "accelerate eager", "ours 25% fast", "ours 100% fast", "ours 100% exact")
+"""One row of every kind."""

@@ -1,0 +1,62 @@
+"""The sizes of the made model and what follows from them. Pure arithmetic."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+BFLOAT16_BYTES = 2
+
+
+@dataclass(frozen=True, kw_only=True)
+class Shape:
+    """A Qwen3-MoE in bfloat16. The defaults have 2.25 GiB of experts, of which a token uses an eighth."""
+
+    hidden: int = 1024
+    intermediate: int = 768
+    """Of one expert."""
+    layers: int = 16
+    """All of them sparse."""
+    experts: int = 32
+    """Per layer."""
+    experts_per_token: int = 4
+    heads: int = 16
+    kv_heads: int = 4
+    head_dim: int = 64
+    vocab: int = 32_000
+    embedding_std: float = 1.0
+    """How much of the residual stream is the token's own embedding.
+
+    With 1 routing is close to uniform, the worst case for a cache: it hits about as often as experts are in it.
+    With Transformers' 0.02 the attention's average over the context drowns the token, every one is routed much like the
+    one before, and most experts are hit.
+    """
+    seed: int = 0
+
+    @property
+    def name(self) -> str:
+        """Tells made models of different shapes apart; their folder is called so."""
+        return (
+            f"qwen3-moe-h{self.hidden}-i{self.intermediate}-l{self.layers}-e{self.experts}-k{self.experts_per_token}"
+            f"-v{self.vocab}-d{self.embedding_std:g}-s{self.seed}"
+        )
+
+    @property
+    def expert_bytes(self) -> int:
+        """Bytes of one expert: gate, up and down projection."""
+        return 3 * self.hidden * self.intermediate * BFLOAT16_BYTES
+
+    @property
+    def layer_bytes(self) -> int:
+        """Bytes of all experts of a layer: what is fetched by whoever fetches a layer's tensors whole."""
+        return self.experts * self.expert_bytes
+
+    @property
+    def all_expert_bytes(self) -> int:
+        """Bytes of all experts."""
+        return self.layers * self.layer_bytes
+
+
+QUICK = Shape(
+    hidden=64, intermediate=32, layers=2, experts=8, experts_per_token=2, heads=4, kv_heads=2, head_dim=16, vocab=256
+)
+"""Small enough to run through every line in seconds; its figures mean nothing."""

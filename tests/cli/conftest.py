@@ -1,0 +1,78 @@
+"""The command, run in this process, and small checkpoints to run it on."""
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+from typer.testing import CliRunner
+
+from transformers_moe_offload.cli.main import app
+
+TINY_MOE = Path(__file__).parents[2] / "examples" / "models" / "tiny-moe"
+
+
+@pytest.fixture(autouse=True, scope="package")
+def one_thread():
+    """Matrices this small are computed faster by one thread than two threads take to meet."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.fixture(scope="session")
+def tiny_moe() -> Path:
+    return TINY_MOE
+
+
+@pytest.fixture
+def run(monkeypatch):
+    """Run `moe-offload` with these arguments; the result has `exit_code`, `stdout` and `stderr`."""
+    monkeypatch.setenv("COLUMNS", "200")
+
+    def run(*arguments, **options):
+        return CliRunner().invoke(app, [str(argument) for argument in arguments], **options)
+
+    return run
+
+
+@pytest.fixture
+def linked(tmp_path):
+    """Make a folder with the tiny MoE's files, as links, less the ones left out."""
+
+    def linked(without: str = "nothing", **overrides) -> Path:
+        folder = tmp_path / "model"
+        folder.mkdir()
+        for file in TINY_MOE.iterdir():
+            if not file.match(without):
+                (folder / file.name).symlink_to(file)
+        for name, changes in overrides.items():
+            file = folder / f"{name}.json"
+            content = json.loads(file.read_text()) | changes
+            file.unlink()
+            file.write_text(json.dumps(content))
+        return folder
+
+    return linked
+
+
+@pytest.fixture
+def dense_model(tmp_path) -> Path:
+    """The config and tokenizer of a model without experts."""
+    folder = tmp_path / "dense"
+    shutil.copytree(TINY_MOE, folder, ignore=shutil.ignore_patterns("*.safetensors*", "config.json"))
+    config = {"model_type": "llama", "architectures": ["LlamaForCausalLM"], "hidden_size": 64, "num_hidden_layers": 1}
+    config |= {"intermediate_size": 64, "num_attention_heads": 2, "num_key_value_heads": 2, "vocab_size": 4096}
+    (folder / "config.json").write_text(json.dumps(config | {"dtype": "bfloat16"}))
+    return folder
+
+
+def the_error(result) -> str:
+    """The one line a failed command leaves on stderr."""
+    assert result.exit_code == 2, result.output
+    assert "Traceback" not in result.output
+    lines = [line for line in result.stderr.splitlines() if line and not line.startswith("Loading weights")]
+    assert len(lines) == 1, result.stderr
+    return lines[0]
