@@ -29,8 +29,8 @@ from transformers_moe_offload import MoeOffloadError, OffloadConfig, cache_stats
 TINY_MOE = os.path.relpath(Path(__file__).parent / "models" / "tiny-moe")
 
 PROMPTS = {
-    "prose": "The system call returns",
-    "python": "class Reader:\n    def __init__(self, path):\n",
+    "prose": "If this option is set, the",
+    "python": 'def read(path):\n    """',
     "C": "#ifndef _LINUX_QUEUE_H\n#define _LINUX_QUEUE_H\n\nstruct",
 }
 
