@@ -85,7 +85,10 @@ class OffloadConfig(dict[str, Any]):
             better kernels and orders of summation and is at least as close to exact arithmetic.
         io_workers: threads that read experts; None means one per core, four at most.
         pin_memory: stage reads for a GPU in page-locked memory; `"auto"` means wherever there is a GPU.
-        host_budget, prefetch, experts, dense: not available yet; any value but the default is refused.
+        host_budget: not available yet; only `"auto"`.
+        prefetch: not available yet; only None.
+        experts: not available yet; only None, experts as they are stored.
+        dense: not available yet; only None.
 
     It is a dictionary of its fields, too: pipelines hand the model's keyword arguments to the tokenizer as well, which
     writes them to JSON when it is saved.
