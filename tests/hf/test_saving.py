@@ -4,6 +4,7 @@ import json
 
 import pytest
 import torch
+from peft import LoraConfig
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
@@ -62,3 +63,14 @@ def test_saving_does_not_change_the_model(checkpoint, token_ids, tmp_path):
         model.save_pretrained(tmp_path, max_shard_size="100KB")
         assert torch.equal(model(token_ids).logits, before)
     assert not [name for name in model.state_dict() if ".experts." in name]
+
+
+def test_saving_an_adapter_reads_no_experts(own_checkpoint, tmp_path):
+    model = AutoModelForCausalLM.from_pretrained(own_checkpoint, moe_offload=True)
+    model.add_adapter(LoraConfig(target_modules=["q_proj"]))
+    shards = {file: load_file(file) for file in own_checkpoint.glob("*.safetensors")}
+    for file, tensors in shards.items():
+        if all(".experts." in name for name in tensors):
+            file.unlink()
+    model.save_pretrained(tmp_path / "adapter")
+    assert {file.name for file in (tmp_path / "adapter").glob("*.safetensors")} == {"adapter_model.safetensors"}

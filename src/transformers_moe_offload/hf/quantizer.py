@@ -100,7 +100,9 @@ class MoeOffloadQuantizer(HfQuantizer):
     # What Transformers asks later.
 
     def get_state_dict_and_metadata(self, model: Any) -> tuple[dict[str, torch.Tensor] | None, dict[str, str]]:
-        """For `save_pretrained`: the state dict of the plain model, experts included."""
+        """For `save_pretrained`: the state dict of the plain model, experts included; an adapter needs none of them."""
+        if getattr(model, "_hf_peft_config_loaded", False):
+            return None, {}
         return model.state_dict() | model.moe_offload.state_dict(), {}
 
     def is_serializable(self, *args: Any, **kwargs: Any) -> bool:
