@@ -11,8 +11,8 @@ from transformers_moe_offload.memory.record import RecordLayout
 class SlotPool:
     """A number of equal buffers on one device.
 
-    Each slot is an allocation of its own, so that a pool can grow without moving what it holds and gives memory back
-    when it shrinks. On a CPU the memory is only taken when a slot is first written.
+    Each slot is an allocation of its own, so no single one has to be as large as the cache. On a CPU the memory of
+    larger slots is only taken when they are first written.
     """
 
     def __init__(self, num_slots: int, slot_bytes: int, device: torch.device) -> None:
