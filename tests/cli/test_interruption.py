@@ -68,11 +68,11 @@ class Terminal:
     def interrupt_until_it_leaves(self) -> int:
         """The exit code. A signal that comes between a prompt and the wait for input is only seen with the next key,
         so press again, as a person would."""
-        for _ in range(30):
+        for _ in range(5):
             self.interrupt()
             with contextlib.suppress(subprocess.TimeoutExpired):
-                return self.process.wait(timeout=1)
-        raise AssertionError("still at its prompt after 30 interrupts")
+                return self.process.wait(timeout=15)  # not sooner: a second interrupt would disturb the leaving
+        raise AssertionError("still at its prompt after 5 interrupts")
 
     def close(self) -> None:
         os.close(self._master)
