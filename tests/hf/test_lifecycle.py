@@ -13,6 +13,7 @@ from transformers.quantizers.auto import AUTO_QUANTIZATION_CONFIG_MAPPING, AUTO_
 
 import transformers_moe_offload as tmo
 from transformers_moe_offload import CapacityError, ConfigError, MoeOffloadError, OffloadConfig
+from zoo.build import build, save
 
 
 @pytest.fixture
@@ -169,6 +170,14 @@ class TestMoving:
         ours = load(checkpoint).to(torch.bfloat16).to(torch.float32)
         stock = copy.deepcopy(plain).to(torch.bfloat16).to(torch.float32)
         assert torch.equal(logits(ours, token_ids), logits(stock, token_ids))
+
+    def test_experts_that_nobody_wants_are_cast_along(self, tmp_path):
+        plain = build("jetmoe")  # its forward reaches for every expert, also for those without rows
+        save(plain, tmp_path, "fused")
+        config = OffloadConfig(cache_budget="50%", arithmetic="exact")
+        ours = type(plain).from_pretrained(tmp_path, moe_offload=config).to(torch.bfloat16)
+        one_token = torch.tensor([[3]])
+        assert torch.equal(logits(ours, one_token), logits(plain.to(torch.bfloat16), one_token))
 
     def test_moving_to_where_it_is_keeps_the_cache(self, model, token_ids):
         logits(model, token_ids)

@@ -118,7 +118,7 @@ class ExpertCache:
             try:
                 self.finish_load(expert)
             except Exception:
-                continue
+                continue  # the visit that asked for it raises already, or no longer wants it
 
 
 class Visit:

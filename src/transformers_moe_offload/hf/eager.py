@@ -14,26 +14,28 @@ import torch
 from torch import Tensor, nn
 
 from transformers_moe_offload.cache.cache import Visit
+from transformers_moe_offload.expert import ExpertSpec
 from transformers_moe_offload.hf.layouts import ExpertField
+from transformers_moe_offload.memory.record import torch_dtype
 
 Fetch = Callable[[str, int], Tensor]
 """One field of one expert: (field name, expert) -> its tensor."""
 
 
-def fetch_from(visit: Visit, fields: tuple[ExpertField, ...], device: torch.device, *, copies: bool) -> Fetch:
+def fetch_from(visit: Visit, spec: ExpertSpec, device: torch.device, *, copies: bool) -> Fetch:
     """Fetch wanted experts through a visit, and zeros for others.
 
     Some forwards index experts that no row is sent to, or only rows of weight zero: their weights never show in the
     output, so they are not worth loading. `copies` gives each expert memory of its own, for autograd.
     """
-    by_name = {field.name: field for field in fields}
+    by_name = {field.name: field for field in spec.fields}
 
     def fetch(name: str, expert: int) -> Tensor:
         if visit.wants(expert):
             tensor = visit.take(expert)[name]
             return tensor.clone() if copies else tensor
         field = by_name[name]
-        return torch.zeros((), dtype=field.dtype, device=device).expand(field.shape)
+        return torch.zeros((), dtype=torch_dtype(field.dtype), device=device).expand(field.shape)
 
     return fetch
 

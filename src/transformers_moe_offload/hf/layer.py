@@ -23,7 +23,6 @@ from transformers_moe_offload.cache.cache import ExpertCache
 from transformers_moe_offload.compute.forward import sparse_forward
 from transformers_moe_offload.compute.mlp import ExpertMlp
 from transformers_moe_offload.compute.recompute import recompute_in_backward
-from transformers_moe_offload.expert import ExpertSpec
 from transformers_moe_offload.hf.eager import fetch_from, twin_of
 from transformers_moe_offload.hf.layouts import ExpertField, ExpertsLayout
 from transformers_moe_offload.memory.record import torch_dtype
@@ -86,10 +85,10 @@ class SparseLayer:
             )
         return self._compute(module, cache, inputs, keeps_weights=False)
 
-    def moved(self, fn: Callable[[Tensor], Tensor], spec: ExpertSpec) -> None:
+    def moved(self, fn: Callable[[Tensor], Tensor]) -> None:
         """The module is going through `nn.Module.to` or one of its relatives, which apply `fn` to every parameter."""
         assert self.runtime is not None
-        dtype = spec.fields[0].dtype
+        dtype = self.runtime.spec(self).fields[0].dtype
         probe = fn(torch.empty(0, dtype=torch_dtype(dtype), device=self.device))
         if probe.device.type != "meta":
             self.runtime.move(self, probe.device, probe.dtype)
@@ -101,7 +100,8 @@ class SparseLayer:
             return sparse_forward(cache, self.index, self.mlp, module, *inputs, keeps_weights=keeps_weights)
         wanted = self.layout.wanted(self.num_experts, *inputs, keep_zero_weights=keeps_weights)
         with cache.visit(self.index, wanted) as visit:
-            fetch = fetch_from(visit, self.fields, inputs[0].device, copies=keeps_weights)
+            spec = cache.store.layers[self.index].spec
+            fetch = fetch_from(visit, spec, inputs[0].device, copies=keeps_weights)
             return self.eager_forward(twin_of(module, self.plain_class, self.fields, fetch), *inputs)
 
 
@@ -113,9 +113,7 @@ class OffloadedExperts(nn.Module):
         return layer_of(self).forward(self, *args, **kwargs)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Any:
-        layer = layer_of(self)
-        assert layer.runtime is not None
-        layer.moved(fn, layer.runtime.spec(layer))
+        layer_of(self).moved(fn)
         return super()._apply(fn, recurse)
 
 

@@ -81,8 +81,7 @@ class OffloadRuntime:
             unbind(module)
             put_back(module, layer.parameter_order, tensors)
         del model.moe_offload
-        for name in ("hf_quantizer", "_keys_to_ignore_on_load_unexpected"):
-            vars(model).pop(name, None)
+        vars(model).pop("hf_quantizer", None)
         self.close()
         return model
 
