@@ -83,6 +83,9 @@ class OffloadConfig(dict[str, Any]):
         misses: `"fetch"` loads an expert that is not resident and then uses it; `"auto"` chooses, today always `fetch`.
         arithmetic: `"exact"` computes the experts with the model's own eager code, bit for bit; `"fast"` may use
             better kernels and orders of summation and is at least as close to exact arithmetic.
+        mmap: on a CPU machine, use experts where they lie in the page cache instead of copying them into slots; the
+            cache then bounds what the process keeps mapped. `"auto"` does so where all experts fit into free RAM and
+            can be used as they are stored; False copies; True insists, and is an error where it cannot be done.
         io_workers: threads that read experts; None means one per core, four at most.
         pin_memory: stage reads for a GPU in page-locked memory; `"auto"` means wherever there is a GPU.
         host_budget: not available yet; only `"auto"`.
@@ -106,6 +109,7 @@ class OffloadConfig(dict[str, Any]):
     arithmetic: Arithmetic = "fast"
     io_workers: int | None = None
     pin_memory: bool | Literal["auto"] = "auto"
+    mmap: bool | Literal["auto"] = "auto"
 
     def __post_init__(self) -> None:
         Budget.parse(self.cache_budget, "cache_budget")
@@ -122,8 +126,10 @@ class OffloadConfig(dict[str, Any]):
         _choose("arithmetic", self.arithmetic, get_args(Arithmetic))
         if self.io_workers is not None and (type(self.io_workers) is not int or self.io_workers < 1):
             raise ConfigError(f"io_workers={self.io_workers!r} is not a positive number of threads")
-        if not isinstance(self.pin_memory, bool) and self.pin_memory != "auto":
-            raise ConfigError(f"pin_memory={self.pin_memory!r} is not one of True, False, 'auto'")
+        for name in ("pin_memory", "mmap"):
+            value = getattr(self, name)
+            if not isinstance(value, bool) and value != "auto":
+                raise ConfigError(f"{name}={value!r} is not one of True, False, 'auto'")
         self.update(self.to_dict())
 
     @property

@@ -20,9 +20,9 @@ class LayerStats:
     misses: int = 0
     """Experts whose load started because the layer asked."""
     prefetch_used: int = 0
-    """Experts loaded ahead of demand and then asked for. Zero until prefetching is available."""
+    """Experts loaded ahead of demand and then asked for."""
     prefetch_wasted: int = 0
-    """Experts loaded ahead of demand and evicted unused. Zero until prefetching is available."""
+    """Experts loaded ahead of demand and evicted unused."""
     disk_bytes: int = 0
     """Bytes read from checkpoint files."""
     device_bytes: int = 0

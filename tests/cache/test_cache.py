@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from stores import number, numbered_store
 from transformers_moe_offload.cache.cache import ExpertCache
 from transformers_moe_offload.expert import ExpertId
-from transformers_moe_offload.memory.slots import SlotPool
+from transformers_moe_offload.memory.slots import CopiedSlots, SlotPool
 from transformers_moe_offload.memory.transfer import FakeCopier, HostCopier
 from transformers_moe_offload.policies import LRU
 from transformers_moe_offload.stats import LayerStats
@@ -26,8 +26,8 @@ def store(tmp_path_factory):
 
 def cache_of(store, num_slots, copier=None, layers=(0,)):
     """A cache over FakeCopier, whose slots stay as they are, unless another copier is given."""
-    pool = SlotPool(num_slots, store.layout(0).nbytes, CPU)
-    return ExpertCache(store, layers, pool, LRU(), copier or FakeCopier())
+    slots = CopiedSlots(store, SlotPool(store.layout(0).nbytes, CPU), copier or FakeCopier())
+    return ExpertCache(slots, num_slots, dict.fromkeys(layers, NUM_EXPERTS), LRU())
 
 
 def reading_cache_of(store, num_slots, layers=(0,), workers=2):
@@ -110,7 +110,7 @@ def test_each_layer_counts_for_itself(store):
 
 
 def test_disk_bytes_count_what_was_stored_and_not_the_padding(store):
-    cache = cache_of(store, 2)
+    cache = reading_cache_of(store, 2)
     visit_all(cache, 0, [0, 1, 2])
     assert cache.stats[0].disk_bytes == 3 * (2 * 3 * 4 + 3 * 2)
     assert cache.stats[0].device_bytes == 0
@@ -210,6 +210,75 @@ def test_a_layer_keeps_its_floor_through_another_layers_long_prompt(store):
     assert cache.residency.count(1) == 4
 
 
+def test_a_long_prompt_leaves_the_experts_that_its_last_tokens_wanted(store):
+    """They are asked for last, whether they were resident before or not, and none is loaded twice."""
+    copier = FakeCopier()
+    cache = cache_of(store, 5, copier)
+    visit_all(cache, 0, [6, 2, 5, 7, 3])
+    visit_all(cache, 0, [2])
+    copier.started.clear()
+    visit_all(cache, 0, [2, 3, 0, 1, 4, 5, 6, 7])
+    assert residents(cache) == [1, 4, 5, 6, 7]
+    assert copier.started == [ExpertId(0, expert) for expert in (0, 1, 4)]
+
+
+def test_what_is_resident_after_a_visit_does_not_depend_on_what_arrived_first(store):
+    """Among experts asked for together the policy is told of those asked for first, first."""
+    for loaded_before in ([], [2], [0, 1], [2, 1]):
+        cache = cache_of(store, 3)
+        visit_all(cache, 0, loaded_before)
+        visit_all(cache, 0, [1, 0, 2])
+        visit_all(cache, 0, [5])
+        assert residents(cache) == [0, 2, 5], "1 is the one that had gone unused for longest"
+
+
+# Another number of slots.
+
+
+def test_a_cache_that_grows_keeps_its_residents(store):
+    cache = cache_of(store, 2)
+    visit_all(cache, 0, [0, 1])
+    cache.resize(4)
+    visit_all(cache, 0, [2, 3])
+    assert residents(cache) == [0, 1, 2, 3]
+    assert len(cache.slots.pool) == 4
+
+
+def test_a_cache_that_shrinks_lets_go_who_the_policy_says(store):
+    cache = cache_of(store, 4)
+    visit_all(cache, 0, [3, 0, 1, 2])
+    cache.resize(2)
+    assert residents(cache) == [1, 2]
+    assert len(cache.slots.pool) == 2
+    visit_all(cache, 0, [5])
+    assert residents(cache) == [2, 5]
+
+
+def test_a_cache_that_shrinks_and_grows_holds_the_right_experts(store):
+    cache = reading_cache_of(store, 6)
+    for num_slots in (6, 1, 3, 2, 8, 1, 5):
+        cache.resize(num_slots)
+        assert cache.slots.pool.nbytes == num_slots * store.layout(0).nbytes
+        with cache.visit(0, range(8)) as visit:
+            for expert, weights in visit:
+                assert numbers_in(weights) == {number(ExpertId(0, expert))}
+
+
+def test_a_cache_is_not_resized_under_somebody_who_uses_it(store):
+    cache = reading_cache_of(store, 4)
+    with cache.visit(0, range(8)) as visit:
+        iterator = iter(visit)
+        _, weights = next(iterator)
+        thread = threading.Thread(target=cache.resize, args=(1,))
+        thread.start()
+        thread.join(0.05)
+        assert numbers_in(weights) == {number(ExpertId(0, 0))}
+        assert cache.residency.num_slots == 4
+        list(iterator)
+    thread.join(10)
+    assert cache.residency.num_slots == 1
+
+
 # What goes wrong.
 
 
@@ -285,6 +354,8 @@ class InterruptedOnce(FakeCopier):
 
 
 class _InterruptedOnce:
+    seconds = 0.0
+
     def __init__(self, copier, expert, interrupts):
         self.copier, self.expert, self.interrupts = copier, expert, interrupts
 
@@ -296,6 +367,10 @@ class _InterruptedOnce:
             self.interrupts = False
             raise KeyboardInterrupt
         del self.copier.unfinished[self.expert]
+        return 0
+
+    def cancel(self):
+        return False
 
 
 def test_a_slot_whose_load_was_only_waited_for_in_vain_is_not_given_to_another_expert(store):
@@ -378,7 +453,11 @@ wanted_lists = st.lists(st.permutations(range(NUM_EXPERTS)).flatmap(
 
 
 class ObviousLru:
-    """The last `num_slots` different experts that were used are resident."""
+    """The last `num_slots` different experts that were used are resident.
+
+    All experts of a visit are used at once, in the order in which they were asked for; unless they are too many, then
+    in the order in which they are handed out.
+    """
 
     def __init__(self, num_slots):
         self.num_slots, self.recent, self.hits, self.misses = num_slots, [], 0, 0
@@ -388,8 +467,12 @@ class ObviousLru:
         absent = [expert for expert in wanted if expert not in self.recent]
         self.hits += len(present)
         self.misses += len(absent)
-        order = present + absent
-        self.recent = ([e for e in self.recent if e not in order] + order)[-self.num_slots :]
+        order, used = present + absent, wanted
+        if len(wanted) > self.num_slots:
+            kept = [expert for expert in present if expert in wanted[-self.num_slots :]]
+            kept = kept[-(self.num_slots - 2) :] if self.num_slots > 2 else []
+            order = used = [expert for expert in order if expert not in kept] + kept
+        self.recent = ([e for e in self.recent if e not in used] + list(used))[-self.num_slots :]
         return order, absent
 
 
@@ -425,7 +508,7 @@ def test_whatever_happens_an_expert_asked_for_is_the_expert_handed_out(store, tr
     def read(expert, slot):
         if expert in failing:
             raise OSError("unreadable")
-        store.read_into(expert, slot)
+        return store.read_into(expert, slot)
 
     cache = cache_of(store, num_slots, HostCopier(read, workers=2), layers=range(NUM_LAYERS))
     for layer, wanted, how in trace:
@@ -446,13 +529,13 @@ def test_whatever_happens_an_expert_asked_for_is_the_expert_handed_out(store, tr
         except OSError:
             assert {(layer, expert) for expert in wanted} & failing
         occupied = sum(cache.residency.count(each) for each in range(NUM_LAYERS))
-        assert occupied + cache.residency.num_free == num_slots == len(cache.pool)
+        assert occupied + cache.residency.num_free == num_slots == len(cache.slots.pool)
 
 
 def test_the_bytes_of_a_cache_are_those_of_its_slots_however_many_experts_pass_through(store):
     cache = reading_cache_of(store, 2)
-    slots = {cache.pool.record(i).data_ptr() for i in range(2)}
+    slots = {cache.slots.pool.record(i).data_ptr() for i in range(2)}
     with cache.visit(0, range(8)) as visit:
         for _, weights in visit:
             assert min(tensor.data_ptr() for tensor in weights.values()) in slots
-    assert cache.pool.nbytes == 2 * store.layout(0).nbytes
+    assert cache.slots.pool.nbytes == 2 * store.layout(0).nbytes

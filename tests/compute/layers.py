@@ -11,7 +11,7 @@ from transformers_moe_offload.cache.cache import ExpertCache
 from transformers_moe_offload.compute.forward import combine
 from transformers_moe_offload.compute.mlp import ExpertMlp
 from transformers_moe_offload.compute.routing import group_by_expert
-from transformers_moe_offload.memory.slots import SlotPool
+from transformers_moe_offload.memory.slots import CopiedSlots, SlotPool
 from transformers_moe_offload.memory.transfer import HostCopier
 from transformers_moe_offload.policies import LRU
 
@@ -31,8 +31,9 @@ class Layer:
         self.store = stacked_store(folder, {"0.up_proj": self.up, "0.down_proj": self.down})
 
     def cache(self, num_slots):
-        pool = SlotPool(num_slots, self.store.layout(0).nbytes, torch.device("cpu"))
-        return ExpertCache(self.store, [0], pool, LRU(), HostCopier(self.store.read_into, 2))
+        pool = SlotPool(self.store.layout(0).nbytes, torch.device("cpu"))
+        slots = CopiedSlots(self.store, pool, HostCopier(self.store.read_into, 2))
+        return ExpertCache(slots, num_slots, {0: self.store.layers[0].spec.num_experts}, LRU())
 
     def by_autograd(self, hidden, index, weights, experts=EXPERTS):
         """The layer's arithmetic over all weights in memory, expert by expert in ascending order."""

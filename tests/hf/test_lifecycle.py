@@ -126,7 +126,7 @@ def test_a_deleted_model_frees_its_slots_threads_and_files(checkpoint, token_ids
     model = load(checkpoint)
     logits(model, token_ids)
     cache = next(iter(model.moe_offload._caches.values()))
-    slot = weakref.ref(cache.pool.record(0))
+    slot = weakref.ref(cache.slots.pool.record(0))
     assert open_files() > files
     assert readers() > threads
     del model, cache
@@ -228,7 +228,7 @@ class TestTheHandle:
 
     def test_the_plan_prints_as_a_table(self, model):
         text = str(model.moe_offload.plan)
-        for word in ("device", "sparse layers", "bytes per expert", "slots", "cpu", "smallest that works", "on disk"):
+        for word in ("tier", "sparse layers", "bytes per expert", "slots", "cpu", "smallest that works", "on disk"):
             assert word in text
         assert str(model.moe_offload.plan.smallest_budget) in text.replace(",", "")
 

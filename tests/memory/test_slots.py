@@ -8,8 +8,15 @@ CPU = torch.device("cpu")
 BYTES = RecordLayout([FieldSpec("a", (4,), "uint8")])
 
 
+def pool_of(num_slots, slot_bytes):
+    pool = SlotPool(slot_bytes, CPU)
+    for slot in range(num_slots):
+        pool.add(slot)
+    return pool
+
+
 def test_a_pool_is_as_large_as_its_slots_together():
-    pool = SlotPool(3, 128, CPU)
+    pool = pool_of(3, 128)
     assert len(pool) == 3
     assert pool.nbytes == 384
     assert all(pool.record(slot).shape == (128,) for slot in range(3))
@@ -17,32 +24,32 @@ def test_a_pool_is_as_large_as_its_slots_together():
 
 
 def test_slots_share_no_memory():
-    pool = SlotPool(3, 64, CPU)
+    pool = pool_of(3, 64)
     for slot in range(3):
         pool.record(slot).fill_(slot)
     assert [pool.record(slot).unique().tolist() for slot in range(3)] == [[0], [1], [2]]
 
 
 def test_every_slot_starts_where_torch_would_put_a_tensor_of_its_own():
-    pool = SlotPool(5, 192, CPU)
+    pool = pool_of(5, 192)
     assert all(pool.record(slot).data_ptr() % ALIGNMENT == 0 for slot in range(5))
 
 
 def test_a_slot_seen_as_an_expert_shows_what_is_in_it_now():
-    pool = SlotPool(2, 64, CPU)
+    pool = pool_of(2, 64)
     views = pool.views(1, BYTES)
     pool.record(1).fill_(9)
     assert views["a"].tolist() == [9] * 4
 
 
 def test_looking_at_a_slot_again_makes_nothing_new():
-    pool = SlotPool(2, 64, CPU)
+    pool = pool_of(2, 64)
     assert pool.views(0, BYTES) is pool.views(0, RecordLayout(BYTES.fields))
     assert pool.views(0, BYTES) is not pool.views(1, BYTES)
 
 
 def test_one_slot_can_be_seen_through_two_layouts():
-    pool = SlotPool(1, 64, CPU)
+    pool = pool_of(1, 64)
     pool.record(0).zero_()
     wide = RecordLayout([FieldSpec("b", (2,), "int32")])
     pool.views(0, BYTES)["a"].fill_(1)
@@ -51,7 +58,7 @@ def test_one_slot_can_be_seen_through_two_layouts():
 
 def test_weights_seen_first_in_inference_mode_can_be_copied_for_training_later():
     """Views are kept, so those made while generating are the ones that training gets."""
-    pool = SlotPool(1, 64, CPU)
+    pool = pool_of(1, 64)
     with torch.inference_mode():
         pool.views(0, RecordLayout([FieldSpec("w", (2,), "float32")]))
         pool.record(0).zero_()

@@ -1,32 +1,29 @@
 """Keep experts resident and hand them to whoever computes. The only code that changes what is resident.
 
-A layer opens a *visit* with the experts it wants. Inside the visit it is given each of them once, held for as long as
-it is being used: `for expert, weights in visit` in the order in which they become available (residents first, then
-loads as they land), or `visit.take(expert)` in an order of its own. Loads for the rest of the visit go on meanwhile;
-if the layer wants more experts than there are slots, they pass through in waves.
+What is resident after a visit does not depend on what arrived first: victims are chosen when the visit begins, and the
+policy hears of all the experts of a visit at its end, in the order in which they were asked for. Only where experts
+pass in waves it hears of each wave before the next one, and there the order of use is fixed.
 """
 
 from __future__ import annotations
 
+import logging
 import threading
 import time
-from collections.abc import Iterator, Sequence
-from types import TracebackType
-
-from torch import Tensor
+from collections.abc import Callable, Iterable, Mapping, Sequence
 
 from transformers_moe_offload.cache.capacity import layer_floor
-from transformers_moe_offload.cache.planner import plan
+from transformers_moe_offload.cache.link import Link
+from transformers_moe_offload.cache.planner import Load, plan, plan_ahead
 from transformers_moe_offload.cache.residency import Residency
+from transformers_moe_offload.cache.visit import Visit
 from transformers_moe_offload.expert import ExpertId
-from transformers_moe_offload.memory.checkpoint import ExpertStore
-from transformers_moe_offload.memory.slots import SlotPool
-from transformers_moe_offload.memory.transfer import Copier, Transfer
+from transformers_moe_offload.memory.slots import Slots, Weights
+from transformers_moe_offload.memory.transfer import Transfer
 from transformers_moe_offload.policies import EvictionPolicy
 from transformers_moe_offload.stats import LayerStats
 
-Weights = dict[str, Tensor]
-"""One expert's tensors by field name. Views of a slot: they change when the slot is given to another expert."""
+logger = logging.getLogger(__name__)
 
 
 class ExpertCache:
@@ -35,48 +32,106 @@ class ExpertCache:
     One visit at a time: threads that share a model take turns layer by layer.
     """
 
-    def __init__(
-        self,
-        store: ExpertStore,
-        layers: Sequence[int],
-        pool: SlotPool,
-        policy: EvictionPolicy,
-        copier: Copier,
-    ) -> None:
-        self.store = store
-        self.pool = pool
-        self.residency = Residency(len(pool))
-        self.stats = {layer: LayerStats() for layer in layers}
+    def __init__(self, slots: Slots, num_slots: int, num_experts: Mapping[int, int], policy: EvictionPolicy) -> None:
+        """`num_experts` of each sparse layer that the cache serves, by the layer's index."""
+        self.slots = slots
+        self.residency = Residency(num_slots)
+        self.link = Link(slots.num_lanes)
+        self.stats = {layer: LayerStats() for layer in num_experts}
+        self.on_visit: Callable[[int, Sequence[int]], None] | None = None
+        """Called at the beginning of each visit with the layer and the experts it wants."""
+        self._num_experts = dict(num_experts)
         self._policy = policy
-        self._copier = copier
-        self._floor = layer_floor(len(pool), len(layers))
         self._in_flight: dict[ExpertId, Transfer] = {}
-        self._turn = threading.RLock()
+        self._unannounced: set[ExpertId] = set()
+        """Residents that the policy has not heard of, because the visit that brought them in goes on."""
+        self._ahead: set[ExpertId] = set()
+        """Experts on their way or resident that nobody has asked for yet."""
+        self._asked: frozenset[ExpertId] = frozenset()
+        """What the latest visit wants."""
+        self.turn = threading.RLock()
+        """Held during a visit."""
+        for slot in range(num_slots):
+            slots.add(slot)
 
     def num_experts(self, layer: int) -> int:
         """Experts of a sparse layer."""
-        return self.store.layers[layer].spec.num_experts
+        return self._num_experts[layer]
 
-    def visit(self, layer: int, wanted: Sequence[int]) -> Visit:
-        """Ask for experts of a layer, each named once, in the order in which they would best be used."""
-        return Visit(self, layer, [ExpertId(layer, expert) for expert in wanted])
+    def visit(self, layer: int, wanted: Sequence[int], started: Callable[[], None] | None = None) -> Visit:
+        """Ask for experts of a layer, each named once; the last ones are those most worth keeping for later.
+
+        `started` is called once the visit's own loads are under way; not in a visit that has to go in waves, which
+        leaves no room for anything else.
+        """
+        return Visit(self, layer, [ExpertId(layer, expert) for expert in wanted], started)
+
+    def holds_all(self, layer: int) -> bool:
+        """Whether every expert of a layer is resident or on its way."""
+        return self.residency.count(layer) == self._num_experts[layer]
+
+    def is_absent(self, expert: ExpertId) -> bool:
+        """Whether an expert would have to be loaded."""
+        return self.residency.is_absent(expert)
+
+    def load_ahead(self, expert: ExpertId) -> bool:
+        """Start to bring in an expert that nobody has asked for yet; returns whether there was a slot to spare.
+
+        Nobody who is wanted or on the way has to leave for it.
+        """
+        if not self.turn.acquire(blocking=False):
+            return False
+        try:
+            spared = self._asked | self._ahead
+            load = plan_ahead(expert, self.residency, self._policy.candidates(), spared, self._floor)
+            if load is not None:
+                self._start(load)
+                self._ahead.add(expert)
+            return load is not None
+        finally:
+            self.turn.release()
+
+    def resize(self, num_slots: int) -> None:
+        """Change the number of slots between two visits. Who can stay stays; the policy says who leaves."""
+        with self.turn:
+            self.settle()
+            while self.residency.num_slots < num_slots:
+                self.slots.add(self.residency.add_slot())
+            while self.residency.num_slots > num_slots:
+                if not self.residency.num_free:
+                    self._evict(next(iter(self._policy.candidates())))
+                self.slots.remove(self.residency.remove_slot())
 
     # What follows is for `Visit`, which holds the turn.
+
+    def begin(self, layer: int, wanted: Sequence[ExpertId]) -> None:
+        """Count and announce what a layer is about to use."""
+        stats = self.stats[layer]
+        self._asked = frozenset(wanted)
+        self._receive_ahead()
+        misses_before = stats.misses
+        for expert in wanted:
+            if expert in self._ahead:
+                self._ahead.remove(expert)
+                stats.prefetch_used += 1
+            if self.residency.is_resident(expert):
+                stats.hits += 1
+            elif self.residency.is_loading(expert):
+                stats.late_hits += 1
+            else:
+                stats.misses += 1
+        if stats.misses > misses_before:
+            self._cancel_ahead()
+        self.link.asked(stats.misses - misses_before)
+        self._policy.begin(layer, wanted)
+        if self.on_visit is not None:
+            self.on_visit(layer, [expert.expert for expert in wanted])
 
     def start_loads(self, upcoming: Sequence[ExpertId]) -> bool:
         """Start as many loads as there is room for; returns whether some had to be left for later."""
         planned = plan(upcoming, self.residency, self._policy.candidates(), self._floor)
         for load in planned.loads:
-            if load.victim is not None:
-                self._policy.forget(load.victim)
-                self.residency.evict(load.victim)
-            slot = self.residency.start(load.expert)
-            record = self.pool.record(slot)[: self.store.layout(load.expert.layer).nbytes]
-            try:
-                self._in_flight[load.expert] = self._copier.start(load.expert, record)
-            except BaseException:
-                self.residency.fail(load.expert)
-                raise
+            self._start(load)
         return bool(planned.deferred)
 
     def finish_load(self, expert: ExpertId) -> None:
@@ -85,32 +140,39 @@ class ExpertCache:
         stats = self.stats[expert.layer]
         started = time.perf_counter()
         try:
-            transfer.finish()
+            stats.disk_bytes += transfer.finish()
         except Exception:
             del self._in_flight[expert]
+            self._ahead.discard(expert)
             self.residency.fail(expert)
             raise
         finally:  # a wait broken off by Ctrl-C leaves the load in flight: somebody may still be writing into the slot
             stats.stall_ms += (time.perf_counter() - started) * 1e3
         del self._in_flight[expert]
+        self.link.loaded(transfer.seconds)
         self.residency.land(expert)
-        self._policy.admit(expert)
-        stats.disk_bytes += self.store.stored_bytes(expert)
-        if self.pool.device.type != "cpu":
-            stats.device_bytes += self.store.layout(expert.layer).nbytes
+        self._unannounced.add(expert)
+        stats.device_bytes += self.slots.device_bytes(expert)
 
     def has_landed(self, expert: ExpertId) -> bool:
         """Whether an expert that is loading could be used without waiting."""
         return self._in_flight[expert].is_done()
 
-    def use(self, expert: ExpertId) -> Weights:
+    def weights(self, expert: ExpertId) -> Weights:
         """The weights of a resident."""
-        self._policy.use(expert)
-        return self.pool.views(self.residency.slot(expert), self.store.layout(expert.layer))
+        return self.slots.weights(expert, self.residency.slot(expert))
 
     def retire(self, expert: ExpertId) -> None:
         """The work that reads a resident's weights has been submitted."""
-        self._copier.retire(self.pool.record(self.residency.slot(expert)))
+        self.slots.retire(self.residency.slot(expert))
+
+    def announce(self, used: Iterable[ExpertId]) -> None:
+        """Tell the policy who has been used, and who has come in without being used."""
+        for expert in used:
+            self._admit(expert)
+            self._policy.use(expert)
+        for expert in sorted(self._unannounced):
+            self._admit(expert)
 
     def settle(self) -> None:
         """Wait for every load under way; those that fail leave their experts absent."""
@@ -119,107 +181,49 @@ class ExpertCache:
                 self.finish_load(expert)
             except Exception:
                 continue  # the visit that asked for it raises already, or no longer wants it
+        self.announce(())
 
+    @property
+    def _floor(self) -> int:
+        return layer_floor(self.residency.num_slots, len(self._num_experts))
 
-class Visit:
-    """One layer's use of the experts it wants. Use it in a `with` block."""
-
-    def __init__(self, cache: ExpertCache, layer: int, wanted: Sequence[ExpertId]) -> None:
-        self._cache = cache
-        self._layer = layer
-        self._wanted = frozenset(wanted)
-        self._upcoming = dict.fromkeys(wanted)
-        self._has_deferred = False
-        self._held: ExpertId | None = None
-        self._held_weights: Weights = {}
-
-    def __enter__(self) -> Visit:
-        self._cache._turn.acquire()
+    def _start(self, load: Load) -> None:
+        if load.victim is not None:
+            self._evict(load.victim)
+        slot = self.residency.start(load.expert)
         try:
-            residency, stats = self._cache.residency, self._cache.stats[self._layer]
-            for expert in self._upcoming:
-                if residency.is_resident(expert):
-                    stats.hits += 1
-                elif residency.is_loading(expert):
-                    stats.late_hits += 1
-                else:
-                    stats.misses += 1
+            self._in_flight[load.expert] = self.slots.start(load.expert, slot)
         except BaseException:
-            self._cache._turn.release()
+            self.residency.fail(load.expert)
             raise
-        return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
-    ) -> None:
-        try:
-            self._let_go()
-            if kind is not None:
-                self._cache.settle()
-        finally:
-            self._cache._turn.release()
+    def _receive_ahead(self) -> None:
+        """Experts that have arrived ahead of demand are resident from now on."""
+        landed = [expert for expert in self._ahead if expert in self._in_flight and self.has_landed(expert)]
+        for expert in sorted(landed):
+            try:
+                self.finish_load(expert)
+            except Exception:
+                logger.debug(f"{expert} could not be loaded ahead of demand", exc_info=True)
+        if landed:
+            self.announce(())
 
-    def __iter__(self) -> Iterator[tuple[int, Weights]]:
-        """Each wanted expert once, as it becomes available, with its weights; they are valid for one step."""
-        self._let_go()  # one taken before may have to make room
-        residency = self._cache.residency
-        # Residents first: the loads started here overlap with computing them.
-        self._upcoming = dict.fromkeys(sorted(self._upcoming, key=lambda expert: not residency.is_resident(expert)))
-        self._has_deferred = self._cache.start_loads(list(self._upcoming))
-        while self._upcoming:
-            expert = self._next_available()
-            yield expert.expert, self.take(expert.expert)
-            self._let_go()
+    def _cancel_ahead(self) -> None:
+        """Demand needs the link: what was to come ahead of it and has not set out does not come."""
+        for expert in [expert for expert in self._ahead if expert in self._in_flight]:
+            if expert not in self._asked and self._in_flight[expert].cancel():
+                del self._in_flight[expert]
+                self.residency.fail(expert)
+                self._ahead.remove(expert)
 
-    def in_order(self) -> Iterator[tuple[int, Weights]]:
-        """Each wanted expert once, in the order in which they were asked for, whatever arrives first."""
-        for expert in list(self._upcoming):
-            yield expert.expert, self.take(expert.expert)
+    def _admit(self, expert: ExpertId) -> None:
+        if expert in self._unannounced:
+            self._unannounced.remove(expert)
+            self._policy.admit(expert)
 
-    def take(self, expert: int) -> Weights:
-        """The weights of one wanted expert, held until the next one is taken or the visit ends.
-
-        Taking the one that is held again costs nothing; any other may be taken again, too, and is loaded again if it
-        had to make room meanwhile.
-        """
-        wanted = ExpertId(self._layer, expert)
-        if wanted == self._held:
-            return self._held_weights
-        assert wanted in self._wanted, f"{wanted} was not asked for"
-        self._let_go()
-        residency = self._cache.residency
-        if self._has_deferred or residency.is_absent(wanted):
-            self._upcoming.pop(wanted, None)
-            self._has_deferred = self._cache.start_loads([wanted, *self._upcoming])
-            if residency.is_absent(wanted):  # visits that ended early left slots loading, and nobody else may leave
-                self._cache.settle()
-                self._has_deferred = self._cache.start_loads([wanted, *self._upcoming])
-        if residency.is_loading(wanted):
-            self._cache.finish_load(wanted)
-        self._upcoming.pop(wanted, None)
-        self._held_weights = self._cache.use(wanted)
-        self._held = wanted
-        return self._held_weights
-
-    def wants(self, expert: int) -> bool:
-        """Whether the visit asked for this expert."""
-        return ExpertId(self._layer, expert) in self._wanted
-
-    def _next_available(self) -> ExpertId:
-        """A resident if there is one, else a load that has landed, else the one that started first."""
-        residency, cache = self._cache.residency, self._cache
-        loading = []
-        for expert in self._upcoming:
-            if residency.is_resident(expert):
-                return expert
-            if residency.is_loading(expert):
-                if cache.has_landed(expert):
-                    return expert
-                loading.append(expert)
-        return loading[0] if loading else next(iter(self._upcoming))
-
-    def _let_go(self) -> None:
-        if self._held is not None:
-            self._cache.retire(self._held)
-            self._held = None
-            self._held_weights = {}
+    def _evict(self, expert: ExpertId) -> None:
+        if expert in self._ahead:
+            self._ahead.remove(expert)
+            self.stats[expert.layer].prefetch_wasted += 1
+        self._policy.forget(expert)
+        self.residency.evict(expert)

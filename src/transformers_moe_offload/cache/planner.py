@@ -6,7 +6,7 @@ Pure: reads a snapshot and returns a plan. `cache.py` carries the plan out.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Container, Iterable, Sequence
 from dataclasses import dataclass
 
 from transformers_moe_offload.cache.residency import Residency
@@ -27,6 +27,26 @@ class Plan:
 
     loads: tuple[Load, ...]
     deferred: tuple[ExpertId, ...]
+
+
+def order_of_use(wanted: Sequence[ExpertId], residency: Residency, num_slots: int | None = None) -> list[ExpertId]:
+    """Who is used when: residents first, then those on their way, then the absent.
+
+    Where the wanted pass through `num_slots` in waves, residents among the last ones wanted are used last instead:
+    they are worth keeping, and would have to leave if they were used first. Two slots stay free of them, one to
+    compute from while the other is filled.
+    """
+    kept: set[ExpertId] = set()
+    if num_slots is not None:
+        worth_keeping = [expert for expert in wanted[-num_slots:] if residency.is_resident(expert)]
+        kept = set(worth_keeping[-(num_slots - 2) :] if num_slots > 2 else ())
+
+    def turn(expert: ExpertId) -> int:
+        if expert in kept:
+            return 3
+        return 0 if residency.is_resident(expert) else 1 if residency.is_loading(expert) else 2
+
+    return sorted(wanted, key=turn)
 
 
 def plan(upcoming: Sequence[ExpertId], residency: Residency, candidates: Iterable[ExpertId], floor: int = 0) -> Plan:
@@ -66,10 +86,21 @@ def plan(upcoming: Sequence[ExpertId], residency: Residency, candidates: Iterabl
     return Plan(tuple(loads), tuple(deferred))
 
 
+def plan_ahead(
+    expert: ExpertId, residency: Residency, candidates: Iterable[ExpertId], spared: Container[ExpertId], floor: int
+) -> Load | None:
+    """Find a slot for an absent expert that nobody has asked for yet; None if it would cost a spared one or a floor."""
+    if residency.num_free:
+        return Load(expert, None)
+    counts = Counter({expert.layer: residency.count(expert.layer)})
+    victim = _next_victim(candidates, expert.layer, spared, residency, counts, floor)
+    return Load(expert, victim) if victim is not None else None
+
+
 def _next_victim(
     leaving: Iterable[ExpertId],
     layer: int,
-    needed: set[ExpertId],
+    needed: Container[ExpertId],
     residency: Residency,
     counts: Counter[int],
     floor: int,

@@ -18,6 +18,7 @@ class Residency:
     def __init__(self, num_slots: int) -> None:
         self.num_slots = num_slots
         self._free = list(range(num_slots - 1, -1, -1))
+        self._unused_numbers: list[int] = []
         self._slot_of: dict[ExpertId, int] = {}
         self._loading: set[ExpertId] = set()
         self._per_layer: Counter[int] = Counter()
@@ -26,6 +27,20 @@ class Residency:
     def num_free(self) -> int:
         """Slots that belong to nobody."""
         return len(self._free)
+
+    def add_slot(self) -> int:
+        """One slot more, free; its number was never used before or belongs to no slot any more."""
+        slot = self._unused_numbers.pop() if self._unused_numbers else self.num_slots
+        self._free.append(slot)
+        self.num_slots += 1
+        return slot
+
+    def remove_slot(self) -> int:
+        """One free slot less."""
+        slot = self._free.pop()
+        self._unused_numbers.append(slot)
+        self.num_slots -= 1
+        return slot
 
     def is_resident(self, expert: ExpertId) -> bool:
         """Whether the expert can be used now."""

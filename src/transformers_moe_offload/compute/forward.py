@@ -13,9 +13,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from transformers_moe_offload.cache.cache import ExpertCache, Weights
+from transformers_moe_offload.cache.cache import ExpertCache
 from transformers_moe_offload.compute.mlp import ExpertMlp
 from transformers_moe_offload.compute.routing import Grouping, group_by_expert
+from transformers_moe_offload.memory.slots import Weights
 
 
 def sparse_forward(
@@ -36,7 +37,7 @@ def sparse_forward(
     """
     grouping = group_by_expert(top_k_index, top_k_weights, cache.num_experts(layer), keep_zero_weights=keeps_weights)
     outputs = {}
-    with cache.visit(layer, grouping.experts) as visit:
+    with cache.visit(layer, grouping.by_last_use) as visit:
         # Gradients are summed, and random numbers drawn, in the order of computation; then it must not be chance.
         is_ordered = keeps_weights or experts.training
         for expert, weights in visit.in_order() if is_ordered else visit:

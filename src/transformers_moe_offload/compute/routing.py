@@ -27,6 +27,9 @@ class Grouping:
     """Where a pair's row is when the experts' outputs are stacked in the order of `tokens`, (P,) int64; idle pairs
     share one row more, at the end."""
     has_idle: bool
+    by_last_use: list[int]
+    """The needed experts, those that only earlier tokens want first: the last ones are what the next token is likely to
+    want, too."""
 
     @property
     def experts(self) -> list[int]:
@@ -51,17 +54,22 @@ def group_by_expert(
     if flat.numel() <= FEW_PAIRS:
         return _group_few(flat.tolist(), num_choices, num_experts, flat.device)  # sync: device -> host
     order = torch.argsort(flat, stable=True)
-    counts = torch.bincount(flat, minlength=num_experts + 1).tolist()  # sync: device -> host
+    pairs = torch.arange(flat.numel(), device=flat.device)
+    last_pair = torch.zeros(num_experts + 1, dtype=torch.int64, device=flat.device)
+    last_pair.scatter_reduce_(0, flat, pairs, "amax")
+    count = torch.bincount(flat, minlength=num_experts + 1)
+    counts, last_pairs = torch.stack([count, last_pair]).tolist()  # sync: device -> host
     num_idle = counts.pop()
     tokens: dict[int, Tensor | list[int]] = {}
     start = 0
-    for expert, count in enumerate(counts):
-        if count:
-            tokens[expert] = order[start : start + count] // num_choices
-            start += count
+    for expert, number in enumerate(counts):
+        if number:
+            tokens[expert] = order[start : start + number] // num_choices
+            start += number
     row_of_pair = torch.empty_like(order)
-    row_of_pair[order] = torch.arange(order.numel(), device=order.device).clamp_(max=order.numel() - num_idle)
-    return Grouping(tokens, row_of_pair, num_idle > 0)
+    row_of_pair[order] = pairs.clamp(max=order.numel() - num_idle)
+    by_last_use = sorted(tokens, key=lambda expert: (last_pairs[expert] // num_choices, expert))
+    return Grouping(tokens, row_of_pair, num_idle > 0, by_last_use)
 
 
 def _group_few(flat: list[int], num_choices: int, num_experts: int, device: torch.device) -> Grouping:
@@ -72,4 +80,6 @@ def _group_few(flat: list[int], num_choices: int, num_experts: int, device: torc
     for row, pair in enumerate(order[: len(flat) - num_idle]):
         tokens.setdefault(flat[pair], []).append(pair // num_choices)
         row_of_pair[pair] = row
-    return Grouping(dict(tokens), torch.tensor(row_of_pair, dtype=torch.int64, device=device), num_idle > 0)
+    by_last_use = sorted(tokens, key=lambda expert: (tokens[expert][-1], expert))
+    rows = torch.tensor(row_of_pair, dtype=torch.int64, device=device)
+    return Grouping(dict(tokens), rows, num_idle > 0, by_last_use)

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from transformers_moe_offload.cache.cache import Visit
+from transformers_moe_offload.cache.visit import Visit
 from transformers_moe_offload.expert import ExpertSpec
 from transformers_moe_offload.hf.layouts import ExpertField
 from transformers_moe_offload.memory.record import torch_dtype

@@ -100,8 +100,8 @@ class SparseLayer:
             return sparse_forward(cache, self.index, self.mlp, module, *inputs, keeps_weights=keeps_weights)
         wanted = self.layout.wanted(self.num_experts, *inputs, keep_zero_weights=keeps_weights)
         with cache.visit(self.index, wanted) as visit:
-            spec = cache.store.layers[self.index].spec
-            fetch = fetch_from(visit, spec, inputs[0].device, copies=keeps_weights)
+            assert self.runtime is not None
+            fetch = fetch_from(visit, self.runtime.spec(self), inputs[0].device, copies=keeps_weights)
             return self.eager_forward(twin_of(module, self.plain_class, self.fields, fetch), *inputs)
 
 

@@ -10,11 +10,13 @@ import torch
 from transformers_moe_offload.cache.cache import ExpertCache
 from transformers_moe_offload.cache.capacity import PoolNeed, share_out, smallest_budget
 from transformers_moe_offload.config import OffloadConfig
+from transformers_moe_offload.errors import ConfigError
 from transformers_moe_offload.expert import ExpertSpec
-from transformers_moe_offload.memory.available import available_bytes
+from transformers_moe_offload.memory.available import available_bytes, page_cache_holds
 from transformers_moe_offload.memory.checkpoint import ExpertStore
+from transformers_moe_offload.memory.mapped import MappedSlots
 from transformers_moe_offload.memory.record import RecordLayout
-from transformers_moe_offload.memory.slots import SlotPool
+from transformers_moe_offload.memory.slots import CopiedSlots, SlotPool, Slots
 from transformers_moe_offload.memory.transfer import Copier, CudaCopier, HostCopier, default_workers
 from transformers_moe_offload.policies import make_policy
 
@@ -25,6 +27,8 @@ class Placement:
 
     spec: ExpertSpec
     device: torch.device
+    is_mappable: bool = False
+    """Whether its experts can be used where they lie in the checkpoint's files."""
 
 
 @dataclass(frozen=True)
@@ -35,6 +39,8 @@ class PoolPlan:
     layers: tuple[int, ...]
     need: PoolNeed
     num_slots: int
+    is_mapped: bool = False
+    """Whether slots are mapped pages of the files instead of buffers."""
 
     @property
     def cache_bytes(self) -> int:
@@ -71,10 +77,10 @@ class OffloadPlan:
         return sum(pool.cache_bytes for pool in self.pools)
 
     def __str__(self) -> str:
-        header = ("device", "sparse layers", "experts", "bytes per expert", "all experts", "slots", "cache")
+        header = ("tier", "sparse layers", "experts", "bytes per expert", "all experts", "slots", "cache")
         rows = [
             (
-                str(pool.device),
+                f"{pool.device} (mapped)" if pool.is_mapped else str(pool.device),
                 str(pool.need.num_layers),
                 str(pool.need.num_experts),
                 readable(pool.need.slot_bytes),
@@ -105,45 +111,58 @@ def readable(nbytes: float) -> str:
 
 
 def make_plan(placements: Sequence[Placement], config: OffloadConfig) -> OffloadPlan:
-    """Share the budget out; raises `CapacityError` if it is too small."""
-    groups: dict[tuple[torch.device, int], list[ExpertSpec]] = {}
+    """Share the budget out; raises `CapacityError` if it is too small, `ConfigError` if `mmap=True` cannot be done."""
+    groups: dict[tuple[torch.device, int, bool], list[ExpertSpec]] = {}
     for placement in placements:
         slot_bytes = RecordLayout(placement.spec.fields).nbytes
-        groups.setdefault((placement.device, slot_bytes), []).append(placement.spec)
+        is_mappable = _is_mappable(placement, config)
+        groups.setdefault((placement.device, slot_bytes, is_mappable), []).append(placement.spec)
     needs = [
         PoolNeed(len(specs), sum(spec.num_experts for spec in specs), slot_bytes)
-        for (_, slot_bytes), specs in groups.items()
+        for (_, slot_bytes, _), specs in groups.items()
     ]
     all_bytes = sum(need.all_bytes for need in needs)
     budget = config.budget
     available = 0
     if budget.nbytes is None and budget.share is None:
-        available = sum(available_bytes(device) for device in {device for device, _ in groups})
+        available = sum(available_bytes(device) for device in {device for device, *_ in groups})
     budget_bytes = budget.resolve(all_bytes, available)
+    maps = config.mmap is True or (config.mmap == "auto" and page_cache_holds(all_bytes))
     pools = [
-        PoolPlan(device, tuple(spec.layer for spec in specs), need, num_slots)
-        for ((device, _), specs), need, num_slots in zip(
+        PoolPlan(device, tuple(spec.layer for spec in specs), need, num_slots, is_mapped=maps and is_mappable)
+        for ((device, _, is_mappable), specs), need, num_slots in zip(
             groups.items(), needs, share_out(budget_bytes, needs), strict=True
         )
     ]
     return OffloadPlan(tuple(pools), budget_bytes, smallest_budget(needs))
 
 
+def _is_mappable(placement: Placement, config: OffloadConfig) -> bool:
+    if config.mmap is True and not placement.is_mappable:
+        raise ConfigError(
+            f"mmap=True, but the experts of {placement.spec.name} cannot be used where they lie in the files (they are "
+            f"stored in another dtype, layout or order of parts than the model uses, or computed on an accelerator); "
+            f"leave mmap at 'auto'"
+        )
+    return placement.is_mappable and config.mmap is not False
+
+
 def build_caches(plan: OffloadPlan, store: ExpertStore, config: OffloadConfig) -> dict[int, ExpertCache]:
     """One cache for each pool of the plan: layer -> the cache it uses."""
     caches: dict[int, ExpertCache] = {}
     for pool in plan.pools:
-        # Slots outlive any inference-mode block that happens to be open while they are made.
-        with torch.inference_mode(False):
-            slots = SlotPool(pool.num_slots, pool.need.slot_bytes, pool.device)
-        copier = _copier(store, pool, config)
-        cache = ExpertCache(store, pool.layers, slots, make_policy(config.policy), copier)
+        num_experts = {layer: store.layers[layer].spec.num_experts for layer in pool.layers}
+        cache = ExpertCache(_slots(store, pool, config), pool.num_slots, num_experts, make_policy(config.policy))
         caches |= dict.fromkeys(pool.layers, cache)
     return caches
 
 
-def _copier(store: ExpertStore, pool: PoolPlan, config: OffloadConfig) -> Copier:
+def _slots(store: ExpertStore, pool: PoolPlan, config: OffloadConfig) -> Slots:
     workers = config.io_workers or default_workers()
+    if pool.is_mapped:
+        return MappedSlots(store, workers)
+    copier: Copier = HostCopier(store.read_into, workers)
     if pool.device.type == "cuda":
-        return CudaCopier(store.read_into, workers, pool.device, pool.need.slot_bytes, config.pin_memory is not False)
-    return HostCopier(store.read_into, workers)
+        is_pinned = config.pin_memory is not False
+        copier = CudaCopier(store.read_into, workers, pool.device, pool.need.slot_bytes, is_pinned)
+    return CopiedSlots(store, SlotPool(pool.need.slot_bytes, pool.device), copier)

@@ -5,12 +5,14 @@ from __future__ import annotations
 import weakref
 from collections.abc import Iterator, Sequence
 from copy import deepcopy
+from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from transformers_moe_offload.cache.cache import ExpertCache
+from transformers_moe_offload.compute.alignment import gives_equal_bits
 from transformers_moe_offload.config import OffloadConfig
 from transformers_moe_offload.errors import MoeOffloadError
 from transformers_moe_offload.expert import ExpertSpec
@@ -61,14 +63,19 @@ class OffloadRuntime:
         return self._plan
 
     def resize(self, cache_budget: int | str) -> None:
-        """Give the cache another budget; what was resident is loaded again when it is wanted.
+        """Give the cache another budget, also while a generation runs; the experts that fit stay where they are.
 
         A budget that cannot work raises `CapacityError` or `ConfigError` and changes nothing.
         """
         config = OffloadConfig.from_dict(self.config.to_dict() | {"cache_budget": cache_budget})
-        make_plan(self._placements(), config)
+        plan = make_plan(self._placements(), config)
         self.config = config
-        self._drop_caches(keep_stats=True)
+        if self._plan is None:
+            return
+        is_mapped = {pool.layers: pool.is_mapped for pool in self._plan.pools}
+        self._plan = replace(plan, pools=tuple(replace(pool, is_mapped=is_mapped[pool.layers]) for pool in plan.pools))
+        for pool in plan.pools:
+            self._caches[pool.layers[0]].resize(pool.num_slots)
 
     def restore(self) -> Any:
         """Read all experts into ordinary parameters and give the plain model back.
@@ -174,7 +181,16 @@ class OffloadRuntime:
         return self._sources[layer.index]
 
     def _placements(self) -> list[Placement]:
-        return [Placement(self.spec(layer), layer.device) for layer in self._layers]
+        store = ExpertStore(list(self._sources.values()))
+        return [Placement(self.spec(layer), layer.device, self._is_mappable(layer, store)) for layer in self._layers]
+
+    def _is_mappable(self, layer: SparseLayer, store: ExpertStore) -> bool:
+        """Whether a layer's experts can be used where they lie, with the same bits as from a slot."""
+        return (
+            layer.device.type == "cpu"
+            and store.is_mappable(layer.index)
+            and all(gives_equal_bits(field.shape, field.dtype) for field in self.spec(layer).fields)
+        )
 
     def _ensure_caches(self) -> None:
         if self._caches:

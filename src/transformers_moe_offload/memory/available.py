@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from pathlib import Path
 
 import psutil
@@ -13,6 +14,10 @@ HOST_SHARE = 0.5
 DEVICE_RESERVE = 1 << 30
 """Bytes of free GPU memory left to activations, the KV cache and library workspaces."""
 
+MAPPED_SHARE = 0.8
+"""Of the RAM that is free: experts that take no more of it stay in the page cache once they have been read. Beyond that
+mapped pages would be dropped and read again in the middle of a layer, where explicit reads are several times faster."""
+
 _CGROUP = Path("/sys/fs/cgroup")
 
 
@@ -21,7 +26,16 @@ def available_bytes(device: torch.device) -> int:
     if device.type == "cuda":
         free, _ = torch.cuda.mem_get_info(device)
         return max(0, free - DEVICE_RESERVE)
-    return int(min(psutil.virtual_memory().available, _cgroup_available()) * HOST_SHARE)
+    return int(_free_ram() * HOST_SHARE)
+
+
+def page_cache_holds(nbytes: int) -> bool:
+    """Whether there is RAM to spare for so many bytes of mapped files, on a system where we know how to map them."""
+    return sys.platform == "linux" and nbytes <= _free_ram() * MAPPED_SHARE
+
+
+def _free_ram() -> float:
+    return min(float(psutil.virtual_memory().available), _cgroup_available())
 
 
 def _cgroup_available() -> float:

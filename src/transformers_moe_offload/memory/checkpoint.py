@@ -24,6 +24,14 @@ Assemble = Callable[[list[Tensor]], Tensor]
 """Turns the pieces of one expert's field, in their stored order, into the field (up to leading dimensions of 1)."""
 
 
+class Stretch(NamedTuple):
+    """Stored bytes that lie in one piece."""
+
+    file: File
+    start: int
+    stop: int
+
+
 class Part(NamedTuple):
     """Stored bytes and the memory they go to."""
 
@@ -51,6 +59,19 @@ class FieldSource:
     def is_verbatim(self) -> bool:
         """Whether the stored bytes can go into a record as they are."""
         return self.assemble is None and all({piece.dtype} == set(self.casts) for piece in self.pieces)
+
+    @cached_property
+    def stretch(self) -> Stretch | None:
+        """Where the field lies as it should lie in memory, aligned to its elements; None if it does not."""
+        first = self.pieces[0]
+        if not self.is_verbatim or first.offset % ITEMSIZE[first.dtype]:
+            return None
+        end = first.offset
+        for piece in self.pieces:
+            if piece.file is not first.file or piece.offset != end:
+                return None
+            end += piece.nbytes
+        return Stretch(first.file, first.offset, end)
 
     def then_cast(self, dtype: str) -> FieldSource:
         """The same field, cast once more."""
@@ -125,8 +146,24 @@ class ExpertStore:
         """Bytes read from files for this expert."""
         return sum(source.nbytes for source in self.layers[expert.layer].experts[expert.expert])
 
-    def read_into(self, expert: ExpertId, record: Tensor) -> None:
-        """Fill a record, (nbytes,) uint8 in host memory, or raise `CheckpointError` and leave it half filled."""
+    def is_mappable(self, layer: int) -> bool:
+        """Whether the layer's experts can be used where they lie in the files.
+
+        A few may not: of the expert at the end of a file, one part lies in the next one.
+        """
+        experts = range(len(self.layers[layer].experts))
+        return 2 * sum(self.stretches(ExpertId(layer, expert)) is not None for expert in experts) > len(experts)
+
+    def stretches(self, expert: ExpertId) -> tuple[Stretch, ...] | None:
+        """Where each field of an expert lies in one piece; None if one of them does not."""
+        found = [source.stretch for source in self.layers[expert.layer].experts[expert.expert]]
+        return None if None in found else tuple(stretch for stretch in found if stretch is not None)
+
+    def read_into(self, expert: ExpertId, record: Tensor) -> int:
+        """Fill a record, (nbytes,) uint8 in host memory, and return the bytes read.
+
+        Raises `CheckpointError` and leaves the record half filled if a file is not what it was.
+        """
         layout = self.layouts[expert.layer]
         raw = host_bytes(record)
         views: Mapping[str, Tensor] = {}
@@ -139,6 +176,7 @@ class ExpertStore:
                 views = views or layout.views(record)
                 source.assemble_into(views[spec.name])
         _read_parts(parts)
+        return self.stored_bytes(expert)
 
     def __deepcopy__(self, memo: dict[int, object]) -> ExpertStore:
         return self

@@ -15,6 +15,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from transformers_moe_offload.errors import CheckpointError
+from transformers_moe_offload.memory.mapping import FileMap, changed_size
 
 
 class File:
@@ -26,6 +27,7 @@ class File:
         """Size of the file when it was indexed."""
         self._lock = threading.Lock()
         self._opened: _Opened | None = None
+        self._map: FileMap | None = None
 
     def read_into(self, target: memoryview, offset: int) -> None:
         """Fill `target` with the file's bytes from `offset` on, or raise `CheckpointError`."""
@@ -37,12 +39,24 @@ class File:
             self._fill(self._open(), list(targets), offset)
         except OSError as error:
             self.close()
-            raise CheckpointError(
-                f"cannot read {self.path}: {error.strerror}; restore the file and try again"
-            ) from error
+            raise self._unreadable(error) from error
         except CheckpointError:
             self.close()
             raise
+
+    def mapped(self) -> FileMap:
+        """The whole file, mapped; a file that was cut short since is looked for again."""
+        with self._lock:
+            if self._map is None or not self._map.is_whole():
+                self._map = None
+                try:
+                    self._map = FileMap(self.path, self.nbytes)
+                except OSError as error:
+                    raise self._unreadable(error) from error
+            return self._map
+
+    def _unreadable(self, error: OSError) -> CheckpointError:
+        return CheckpointError(f"cannot read {self.path}: {error.strerror}; restore the file and try again")
 
     def _fill(self, opened: _Opened, targets: list[memoryview], offset: int) -> None:
         end = offset + sum(len(target) for target in targets)
@@ -60,16 +74,14 @@ class File:
         """Forget the open file; reads that use it finish first, the next read opens it again."""
         with self._lock:
             self._opened = None
+            self._map = None
 
     def _open(self) -> _Opened:
         with self._lock:
             if self._opened is None:
                 opened = _Opened(self.path)
                 if opened.size() != self.nbytes:
-                    raise CheckpointError(
-                        f"{self.path} has {opened.size():,} bytes, but had {self.nbytes:,} when the model was loaded; "
-                        f"restore the file, or load the model again"
-                    )
+                    raise changed_size(self.path, opened.size(), self.nbytes)
                 self._opened = opened
             return self._opened
 

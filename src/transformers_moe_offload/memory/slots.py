@@ -1,25 +1,63 @@
-"""The fast tier: buffers that hold one expert's record each."""
+"""The fast tier: places that hold one expert each, and what brings experts into them.
+
+The cache knows slots by number. What a number stands for is one of two things: a buffer on a device that experts are
+copied into (`CopiedSlots`), or the right to have one expert's pages of the checkpoint mapped (`MappedSlots`).
+"""
 
 from __future__ import annotations
+
+from typing import Protocol
 
 import torch
 from torch import Tensor
 
+from transformers_moe_offload.expert import ExpertId
+from transformers_moe_offload.memory.checkpoint import ExpertStore
 from transformers_moe_offload.memory.record import RecordLayout
+from transformers_moe_offload.memory.transfer import Copier, Transfer
+
+Weights = dict[str, Tensor]
+"""One expert's tensors by field name. Views of a slot: they change when the slot is given to another expert."""
+
+
+class Slots(Protocol):
+    """Numbered places for experts."""
+
+    @property
+    def num_lanes(self) -> int:
+        """Experts that can be on their way at once."""
+
+    def add(self, slot: int) -> None:
+        """Make a place under a new number."""
+
+    def remove(self, slot: int) -> None:
+        """Give up a place that nobody uses."""
+
+    def start(self, expert: ExpertId, slot: int) -> Transfer:
+        """Begin to bring an expert in, in place of whoever was there. What used that one must have been retired."""
+
+    def retire(self, slot: int) -> None:
+        """Everything that reads this slot has been submitted; whatever is brought in next comes after that."""
+
+    def weights(self, expert: ExpertId, slot: int) -> Weights:
+        """The expert that was brought in, for as long as the slot is not given to another one."""
+
+    def device_bytes(self, expert: ExpertId) -> int:
+        """Bytes that cross to an accelerator when the expert is brought in."""
 
 
 class SlotPool:
-    """A number of equal buffers on one device.
+    """Equal buffers on one device.
 
     Each slot is an allocation of its own, so no single one has to be as large as the cache. On a CPU the memory of
     larger slots is only taken when they are first written.
     """
 
-    def __init__(self, num_slots: int, slot_bytes: int, device: torch.device) -> None:
+    def __init__(self, slot_bytes: int, device: torch.device) -> None:
         self.slot_bytes = slot_bytes
         self.device = device
-        self._slots = [self._allocate() for _ in range(num_slots)]
-        self._views: dict[tuple[int, RecordLayout], dict[str, Tensor]] = {}
+        self._slots: dict[int, Tensor] = {}
+        self._views: dict[int, dict[RecordLayout, Weights]] = {}
 
     def __len__(self) -> int:
         return len(self._slots)
@@ -29,16 +67,62 @@ class SlotPool:
         """Bytes of all slots."""
         return len(self._slots) * self.slot_bytes
 
+    def add(self, slot: int) -> None:
+        """Allocate a buffer."""
+        with torch.inference_mode(False):  # slots outlive the block that happens to be open while they are made
+            self._slots[slot] = torch.empty(self.slot_bytes, dtype=torch.uint8, device=self.device)
+        self._views[slot] = {}
+
+    def remove(self, slot: int) -> None:
+        """Free a buffer, once no tensor views it any more."""
+        del self._slots[slot], self._views[slot]
+
     def record(self, slot: int) -> Tensor:
         """A slot's bytes, (slot_bytes,) uint8."""
         return self._slots[slot]
 
-    def views(self, slot: int, layout: RecordLayout) -> dict[str, Tensor]:
+    def views(self, slot: int, layout: RecordLayout) -> Weights:
         """A slot seen as one expert. Valid until the slot is given to another expert; made once per slot."""
-        views = self._views.get((slot, layout))
+        views = self._views[slot].get(layout)
         if views is None:
-            views = self._views[slot, layout] = layout.views(self._slots[slot])
+            views = self._views[slot][layout] = layout.views(self._slots[slot])
         return views
 
-    def _allocate(self) -> Tensor:
-        return torch.empty(self.slot_bytes, dtype=torch.uint8, device=self.device)
+
+class CopiedSlots:
+    """Slots that are buffers, filled by a copier."""
+
+    def __init__(self, store: ExpertStore, pool: SlotPool, copier: Copier) -> None:
+        self.pool = pool
+        self._store = store
+        self._copier = copier
+
+    @property
+    def num_lanes(self) -> int:
+        """What the copier can carry at once."""
+        return self._copier.num_lanes
+
+    def add(self, slot: int) -> None:
+        """Allocate a buffer."""
+        self.pool.add(slot)
+
+    def remove(self, slot: int) -> None:
+        """Free a buffer."""
+        self._copier.retire(self.pool.record(slot))
+        self.pool.remove(slot)
+
+    def start(self, expert: ExpertId, slot: int) -> Transfer:
+        """Begin to fill the slot's buffer."""
+        return self._copier.start(expert, self.pool.record(slot)[: self._store.layout(expert.layer).nbytes])
+
+    def retire(self, slot: int) -> None:
+        """Whatever is copied into this buffer next comes after what reads it now."""
+        self._copier.retire(self.pool.record(slot))
+
+    def weights(self, expert: ExpertId, slot: int) -> Weights:
+        """The buffer seen as the expert."""
+        return self.pool.views(slot, self._store.layout(expert.layer))
+
+    def device_bytes(self, expert: ExpertId) -> int:
+        """The record, where the buffer is not in host memory."""
+        return 0 if self.pool.device.type == "cpu" else self._store.layout(expert.layer).nbytes

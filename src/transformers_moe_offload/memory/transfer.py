@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import os
 import queue
+import time
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Protocol
@@ -18,22 +19,33 @@ from torch import Tensor
 
 from transformers_moe_offload.expert import ExpertId
 
-Read = Callable[[ExpertId, Tensor], None]
-"""Fills a record in host memory with an expert, e.g. `ExpertStore.read_into`."""
+ReadInto = Callable[[ExpertId, Tensor], int]
+"""Fills a record in host memory with an expert and returns the bytes read from files, e.g. `ExpertStore.read_into`."""
 
 
 class Transfer(Protocol):
     """One expert on its way into one slot."""
 
+    @property
+    def seconds(self) -> float:
+        """How long the way was, without the time in the queue; 0 before the end."""
+
     def is_done(self) -> bool:
         """Whether `finish` would return at once."""
 
-    def finish(self) -> None:
-        """Make the slot usable by what the caller computes next, or raise what went wrong on the way."""
+    def finish(self) -> int:
+        """Make the slot usable by what the caller computes next and return the bytes that came from files, or raise
+        what went wrong on the way."""
+
+    def cancel(self) -> bool:
+        """Give up a transfer that has not begun; returns whether it had not."""
 
 
 class Copier(Protocol):
     """Moves experts into slots."""
+
+    num_lanes: int
+    """Experts that can be on their way at once."""
 
     def start(self, expert: ExpertId, slot: Tensor) -> Transfer:
         """Begin to fill a slot, (nbytes,) uint8. Its previous content may be in use until `retire` was called."""
@@ -50,35 +62,45 @@ def default_workers() -> int:
     return min(4, os.cpu_count() or 1)
 
 
-class _Read:
+class Read:
     """A read that a thread of the pool does, or, if none got to it yet, whoever waits for it."""
 
-    def __init__(self, pool: ThreadPoolExecutor, work: Callable[[], None]) -> None:
+    def __init__(self, pool: ThreadPoolExecutor, work: Callable[[], int]) -> None:
+        self.seconds = 0.0
         self._work = work
-        self._future: Future[None] = pool.submit(work)
+        self._future: Future[int] = pool.submit(self._run)
+
+    def _run(self) -> int:
+        began = time.perf_counter()
+        from_files = self._work()
+        self.seconds = time.perf_counter() - began
+        return from_files
 
     def is_done(self) -> bool:
+        """Whether the read is over."""
         return self._future.done()
 
-    def finish(self) -> None:
-        # Waiting costs a thread switch; when the read has not begun, the waiting thread does it itself.
-        if self._future.cancel():
-            self._work()
-        else:
-            self._future.result()
+    def finish(self) -> int:
+        """Wait for the read, or do it here: waiting costs a thread switch, so what has not begun is not waited for."""
+        return self._run() if self._future.cancel() else self._future.result()
+
+    def cancel(self) -> bool:
+        """Give the read up if it has not begun."""
+        return self._future.cancel()
 
 
 class HostCopier:
     """Fills slots in host memory."""
 
-    def __init__(self, read: Read, workers: int) -> None:
+    def __init__(self, read: ReadInto, workers: int) -> None:
+        self.num_lanes = workers
         self._read = read
         self._pool = ThreadPoolExecutor(workers, thread_name_prefix="moe-offload-read")
 
     def start(self, expert: ExpertId, slot: Tensor) -> Transfer:
         """Begin to read an expert straight into its slot."""
         read = self._read
-        return _Read(self._pool, lambda: read(expert, slot))
+        return Read(self._pool, lambda: read(expert, slot))
 
     def retire(self, slot: Tensor) -> None:
         """Nothing to do: CPU kernels have finished when they return."""
@@ -87,7 +109,8 @@ class HostCopier:
 class CudaCopier:
     """Fills slots in GPU memory through a few staging buffers and one copy stream."""
 
-    def __init__(self, read: Read, workers: int, device: torch.device, record_bytes: int, pin_memory: bool) -> None:
+    def __init__(self, read: ReadInto, workers: int, device: torch.device, record_bytes: int, pin_memory: bool) -> None:
+        self.num_lanes = workers
         self._read = read
         self._device = device
         self._pool = ThreadPoolExecutor(workers, thread_name_prefix="moe-offload-read")
@@ -107,21 +130,22 @@ class CudaCopier:
         landed = torch.cuda.Event()
         read, stream, staging = self._read, self._stream, self._staging
 
-        def work() -> None:
+        def work() -> int:
             buffer, drained = staging.get()
             try:
                 drained.synchronize()
-                read(expert, buffer[: slot.numel()])
+                from_files = read(expert, buffer[: slot.numel()])
                 with torch.cuda.stream(stream):
                     if last_use is not None:
                         stream.wait_event(last_use)
                     slot.copy_(buffer[: slot.numel()], non_blocking=True)  # copy: host -> device, async
                     drained.record(stream)
                     landed.record(stream)
+                return from_files
             finally:
                 staging.put((buffer, drained))
 
-        return _Upload(_Read(self._pool, work), landed, self._device)
+        return _Upload(Read(self._pool, work), landed, self._device)
 
     def retire(self, slot: Tensor) -> None:
         """Remember how far the compute stream has to get before the slot may be overwritten."""
@@ -133,21 +157,31 @@ class CudaCopier:
 class _Upload:
     """A read, and the copy to the GPU that follows it on the copy stream."""
 
-    def __init__(self, read: _Read, landed: torch.cuda.Event, device: torch.device) -> None:
+    def __init__(self, read: Read, landed: torch.cuda.Event, device: torch.device) -> None:
         self._read = read
         self._landed = landed
         self._device = device
 
+    @property
+    def seconds(self) -> float:
+        return self._read.seconds
+
     def is_done(self) -> bool:
         return self._read.is_done()
 
-    def finish(self) -> None:
-        self._read.finish()
+    def finish(self) -> int:
+        from_files = self._read.finish()
         torch.cuda.current_stream(self._device).wait_event(self._landed)
+        return from_files
+
+    def cancel(self) -> bool:
+        return self._read.cancel()
 
 
 class FakeCopier:
     """Moves nothing and remembers what it was asked; a transfer is finished when somebody waits for it."""
+
+    num_lanes = 1
 
     def __init__(self) -> None:
         self.started: list[ExpertId] = []
@@ -164,12 +198,18 @@ class FakeCopier:
 
 
 class _FakeTransfer:
+    seconds = 0.0
+
     def __init__(self, fails: bool) -> None:
         self._fails = fails
 
     def is_done(self) -> bool:
         return True
 
-    def finish(self) -> None:
+    def finish(self) -> int:
         if self._fails:
             raise OSError("the transfer was told to fail")
+        return 0
+
+    def cancel(self) -> bool:
+        return False

@@ -5,19 +5,28 @@ A policy knows the residents and how they were used. It orders them; the planner
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Protocol
 
 from transformers_moe_offload.errors import ConfigError
 from transformers_moe_offload.expert import ExpertId
 
+ORACLE = "belady"
+"""The policy that knows the future. It has no factory: only a replay, whose future is its trace, can make one."""
+
 
 class EvictionPolicy(Protocol):
     """Orders the residents for eviction.
 
-    The cache calls `admit` when an expert becomes resident, `use` each time a layer uses it (also right after
-    `admit`), and `forget` when it has left.
+    All experts that a layer wants are one request: the cache calls `begin`, asks for `candidates` if it needs room, and
+    then calls, in ascending order of experts, `admit` for those that have become resident and `use` for all that were
+    wanted. The order in which they arrived is not told. Only when they do not fit in together, and pass through the
+    slots in waves, are `admit`, `use` and `forget` called as they happen. An expert that was loaded ahead of demand is
+    admitted without being used; until it is used, it should leave before any that has been.
     """
+
+    def begin(self, layer: int, wanted: Sequence[ExpertId]) -> None:
+        """A layer is about to use these experts, all at once. Some may not be resident yet."""
 
     def admit(self, expert: ExpertId) -> None:
         """An expert has become resident."""
@@ -29,8 +38,13 @@ class EvictionPolicy(Protocol):
         """A resident has left."""
 
     def candidates(self) -> Iterator[ExpertId]:
-        """All residents, the one that should leave first at the front. The residents do not change meanwhile."""
+        """All residents, the one that should leave first at the front. The residents do not change meanwhile.
 
+        Few of them are taken, so they are worked out one at a time. Asking changes nothing.
+        """
+
+
+_METHODS = ("begin", "admit", "use", "forget", "candidates")
 
 _FACTORIES: dict[str, Callable[[], EvictionPolicy]] = {}
 
@@ -44,6 +58,8 @@ def register_policy(
     """
 
     def register(factory: Callable[[], EvictionPolicy]) -> Callable[[], EvictionPolicy]:
+        if name == ORACLE:
+            raise ConfigError(f"the name {ORACLE!r} stands for the oracle of replays; choose another name")
         if name in _FACTORIES and not exist_ok:
             raise ConfigError(f"a policy named {name!r} is already registered; choose another name")
         _FACTORIES[name] = factory
@@ -59,6 +75,15 @@ def policy_names() -> list[str]:
 
 def make_policy(name: str) -> EvictionPolicy:
     """A fresh policy by its registered name."""
+    if name == ORACLE:
+        raise ConfigError(
+            f"policy={ORACLE!r} needs to know the future, which only a replay does; choose one of {policy_names()}, "
+            f"and compare it with {ORACLE} by `moe-offload replay`"
+        )
     if name not in _FACTORIES:
         raise ConfigError(f"policy={name!r} is not a known policy; choose one of {policy_names()} or register your own")
-    return _FACTORIES[name]()
+    policy = _FACTORIES[name]()
+    missing = [method for method in _METHODS if not callable(getattr(policy, method, None))]
+    if missing:
+        raise ConfigError(f"policy={name!r}: {type(policy).__name__} has no method {', '.join(missing)}; add it")
+    return policy

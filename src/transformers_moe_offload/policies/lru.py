@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from itertools import chain
 
 from transformers_moe_offload.expert import ExpertId
 from transformers_moe_offload.policies.base import register_policy
@@ -11,23 +12,35 @@ from transformers_moe_offload.policies.base import register_policy
 
 @register_policy("lru")
 class LRU:
-    """Recency order in one ordered dictionary; every operation is O(1)."""
+    """Recency order in one ordered dictionary; every operation is O(1).
+
+    An `OrderedDict`, because a plain dictionary finds its first entry only after passing over those that have left.
+    """
 
     def __init__(self) -> None:
+        self._unused: OrderedDict[ExpertId, None] = OrderedDict()
         self._by_recency: OrderedDict[ExpertId, None] = OrderedDict()
 
+    def begin(self, layer: int, wanted: Sequence[ExpertId]) -> None:
+        """A layer is about to use experts: the uses will tell."""
+
     def admit(self, expert: ExpertId) -> None:
-        """An expert has become resident: it counts as just used."""
-        self._by_recency[expert] = None
+        """An expert has become resident."""
+        self._unused[expert] = None
 
     def use(self, expert: ExpertId) -> None:
         """A resident is being used: it will be the last to leave."""
+        self._unused.pop(expert, None)
+        self._by_recency[expert] = None
         self._by_recency.move_to_end(expert)
 
     def forget(self, expert: ExpertId) -> None:
         """A resident has left."""
-        del self._by_recency[expert]
+        if expert in self._unused:
+            del self._unused[expert]
+        else:
+            del self._by_recency[expert]
 
     def candidates(self) -> Iterator[ExpertId]:
-        """Residents, longest unused first."""
-        return iter(self._by_recency)
+        """Those never used, then the others, longest unused first."""
+        return chain(self._unused, self._by_recency)

@@ -1,0 +1,140 @@
+"""One layer's use of the experts it wants.
+
+A layer opens a visit, and is given each expert once, held for as long as it is being used: `for expert, weights in
+visit` in the order in which they become available (residents first, then loads as they land), or `visit.take(expert)`
+in an order of its own. Loads for the rest of the visit go on meanwhile; if the layer wants more experts than there are
+slots, they pass through in waves.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from types import TracebackType
+from typing import TYPE_CHECKING
+
+from transformers_moe_offload.cache.planner import order_of_use
+from transformers_moe_offload.expert import ExpertId
+from transformers_moe_offload.memory.slots import Weights
+
+if TYPE_CHECKING:
+    from transformers_moe_offload.cache.cache import ExpertCache
+
+
+class Visit:
+    """One layer's use of the experts it wants. Use it in a `with` block."""
+
+    def __init__(
+        self, cache: ExpertCache, layer: int, wanted: Sequence[ExpertId], started: Callable[[], None] | None
+    ) -> None:
+        self._cache = cache
+        self._layer = layer
+        self._wanted: dict[ExpertId, None] = dict.fromkeys(wanted)
+        self._upcoming: dict[ExpertId, None] = dict(self._wanted)
+        self._used: dict[ExpertId, None] = {}
+        """Taken since the policy last heard of this visit."""
+        self._started = started
+        self._has_deferred = False
+        self._in_waves = False
+        self._held: ExpertId | None = None
+        self._held_weights: Weights = {}
+
+    def __enter__(self) -> Visit:
+        self._cache.turn.acquire()
+        try:
+            self._cache.begin(self._layer, list(self._wanted))
+        except BaseException:
+            self._cache.turn.release()
+            raise
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        try:
+            self._let_go()
+            if kind is not None:
+                self._cache.settle()
+            order = self._used if self._in_waves else self._wanted
+            self._cache.announce(expert for expert in order if expert in self._used)
+        finally:
+            self._cache.turn.release()
+
+    def __iter__(self) -> Iterator[tuple[int, Weights]]:
+        """Each wanted expert once, as it becomes available, with its weights; they are valid for one step."""
+        self._let_go()  # one taken before may have to make room
+        residency = self._cache.residency
+        # Residents first: the loads started here overlap with computing them.
+        wanted = list(self._upcoming)
+        self._upcoming = dict.fromkeys(order_of_use(wanted, residency))
+        self._start_loads(list(self._upcoming))
+        self._in_waves = self._has_deferred
+        if self._in_waves:
+            num_slots = residency.count(self._layer)
+            self._upcoming = dict.fromkeys(order_of_use(wanted, residency, num_slots))
+        while self._upcoming:
+            expert = next(iter(self._upcoming)) if self._in_waves else self._next_available()
+            yield expert.expert, self.take(expert.expert)
+            self._let_go()
+
+    def in_order(self) -> Iterator[tuple[int, Weights]]:
+        """Each wanted expert once, in ascending order, whatever arrives first."""
+        for expert in sorted(self._upcoming):
+            yield expert.expert, self.take(expert.expert)
+
+    def take(self, expert: int) -> Weights:
+        """The weights of one wanted expert, held until the next one is taken or the visit ends.
+
+        Taking the one that is held again costs nothing; any other may be taken again, too, and is loaded again if it
+        had to make room meanwhile.
+        """
+        wanted = ExpertId(self._layer, expert)
+        if wanted == self._held:
+            return self._held_weights
+        assert wanted in self._wanted, f"{wanted} was not asked for"
+        self._let_go()
+        residency = self._cache.residency
+        if self._has_deferred or residency.is_absent(wanted):
+            self._upcoming.pop(wanted, None)
+            self._start_loads([wanted, *self._upcoming])
+            if residency.is_absent(wanted):  # visits that ended early left slots loading, and nobody else may leave
+                self._cache.settle()
+                self._start_loads([wanted, *self._upcoming])
+        if self._started is not None and not self._has_deferred:
+            self._started()
+        self._started = None
+        if residency.is_loading(wanted):
+            self._cache.finish_load(wanted)
+        self._upcoming.pop(wanted, None)
+        self._held_weights = self._cache.weights(wanted)
+        self._held = wanted
+        self._used[wanted] = None
+        return self._held_weights
+
+    def wants(self, expert: int) -> bool:
+        """Whether the visit asked for this expert."""
+        return ExpertId(self._layer, expert) in self._wanted
+
+    def _next_available(self) -> ExpertId:
+        """A resident if there is one, else a load that has landed, else the one that started first."""
+        residency, cache = self._cache.residency, self._cache
+        loading = []
+        for expert in self._upcoming:
+            if residency.is_resident(expert):
+                return expert
+            if residency.is_loading(expert):
+                if cache.has_landed(expert):
+                    return expert
+                loading.append(expert)
+        return loading[0] if loading else next(iter(self._upcoming))
+
+    def _start_loads(self, upcoming: Sequence[ExpertId]) -> None:
+        """The policy hears of those who have been used before it says who may leave."""
+        self._cache.announce(self._used)
+        self._used = {}
+        self._has_deferred = self._cache.start_loads(upcoming)
+
+    def _let_go(self) -> None:
+        if self._held is not None:
+            self._cache.retire(self._held)
+            self._held = None
+            self._held_weights = {}

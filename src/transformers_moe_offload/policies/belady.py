@@ -1,0 +1,52 @@
+"""Belady's oracle (1966): the resident leaves first that will be wanted last. For replays, which know what comes."""
+
+from __future__ import annotations
+
+from bisect import bisect_right
+from collections.abc import Iterable, Iterator, Sequence
+
+from transformers_moe_offload.expert import ExpertId
+from transformers_moe_offload.policies.ranking import Ranking
+
+
+class Belady:
+    """A ranking by next use; a use takes O(log n).
+
+    `visits` are the layer and the wanted experts of every visit that will be made, in order.
+    """
+
+    def __init__(self, visits: Iterable[tuple[int, Sequence[int]]]) -> None:
+        self._visits_of: dict[ExpertId, list[int]] = {}
+        self._num_visits = 0
+        for layer, wanted in visits:
+            for expert in wanted:
+                self._visits_of.setdefault(ExpertId(layer, expert), []).append(self._num_visits)
+            self._num_visits += 1
+        self._now = -1
+        self._ranking = Ranking()
+
+    def begin(self, layer: int, wanted: Sequence[ExpertId]) -> None:
+        """A layer is about to use experts: the future has come one visit nearer."""
+        self._now += 1
+
+    def admit(self, expert: ExpertId) -> None:
+        """An expert has become resident."""
+        self._rank(expert)
+
+    def use(self, expert: ExpertId) -> None:
+        """A resident is being used: what counts is the time after this one."""
+        self._rank(expert)
+
+    def forget(self, expert: ExpertId) -> None:
+        """A resident has left."""
+        self._ranking.remove(expert)
+
+    def candidates(self) -> Iterator[ExpertId]:
+        """Residents, those never wanted again at the front, then the one wanted last."""
+        return iter(self._ranking)
+
+    def _rank(self, expert: ExpertId) -> None:
+        visits = self._visits_of[expert]
+        after = bisect_right(visits, self._now)
+        next_use = visits[after] if after < len(visits) else self._num_visits
+        self._ranking.put(expert, (-next_use, 0))

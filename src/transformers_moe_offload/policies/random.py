@@ -1,0 +1,66 @@
+"""Anybody leaves, by lot: what a policy must beat to be worth its name."""
+
+from __future__ import annotations
+
+import random
+from collections import OrderedDict
+from collections.abc import Iterator, Sequence
+from itertools import chain
+
+from transformers_moe_offload.expert import ExpertId
+from transformers_moe_offload.policies.base import register_policy
+
+SEED = 0
+
+
+@register_policy("random")
+class Random:
+    """Residents in a list that is shuffled as far as somebody looks; every operation is O(1).
+
+    The lot is drawn anew after each eviction, from a seed, so a run can be repeated.
+    """
+
+    def __init__(self) -> None:
+        self._unused: OrderedDict[ExpertId, None] = OrderedDict()
+        self._experts: list[ExpertId] = []
+        self._place: dict[ExpertId, int] = {}
+        self._lots = random.Random(SEED)
+        self._lot = self._lots.getrandbits(32)
+
+    def begin(self, layer: int, wanted: Sequence[ExpertId]) -> None:
+        """A layer is about to use experts: it makes no difference."""
+
+    def admit(self, expert: ExpertId) -> None:
+        """An expert has become resident."""
+        self._unused[expert] = None
+
+    def use(self, expert: ExpertId) -> None:
+        """A resident is being used: after the first time it makes no difference."""
+        if expert in self._unused:
+            del self._unused[expert]
+            self._place[expert] = len(self._experts)
+            self._experts.append(expert)
+
+    def forget(self, expert: ExpertId) -> None:
+        """A resident has left: the last of the list takes its place."""
+        if expert in self._unused:
+            del self._unused[expert]
+            return
+        last, place = self._experts.pop(), self._place.pop(expert)
+        if last != expert:
+            self._experts[place] = last
+            self._place[last] = place
+        self._lot = self._lots.getrandbits(32)
+
+    def candidates(self) -> Iterator[ExpertId]:
+        """Those never used, then the others as the lot decides."""
+        return chain(self._unused, self._shuffled())
+
+    def _shuffled(self) -> Iterator[ExpertId]:
+        """The shuffle of Fisher and Yates, one step at a time and beside the list."""
+        lots, count = random.Random(self._lot), len(self._experts)
+        moved: dict[int, int] = {}
+        for place in range(count):
+            drawn = lots.randrange(place, count)
+            yield self._experts[moved.get(drawn, drawn)]
+            moved[drawn] = moved.pop(place, place)

@@ -1,0 +1,66 @@
+"""SIEVE (Zhang et al., NSDI 2024): first in, first out, but who was used since the hand last came by stays a round."""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from collections.abc import Iterator, Sequence
+from itertools import chain
+
+from transformers_moe_offload.expert import ExpertId
+from transformers_moe_offload.policies.base import register_policy
+
+
+@register_policy("sieve")
+class Sieve:
+    """A queue by age with a mark on those used again, and a hand that goes from old to new and takes marks away.
+
+    The queue is cut where the hand is. A use is O(1). An eviction moves the hand past the experts that were passed over
+    for it: past a marked one once for each time it was marked, past others only where the planner could not let them
+    go and had to look at them as well.
+    """
+
+    def __init__(self) -> None:
+        self._unused: OrderedDict[ExpertId, None] = OrderedDict()
+        self._behind: OrderedDict[ExpertId, bool] = OrderedDict()
+        """From the oldest to the hand: whether each is marked."""
+        self._ahead: OrderedDict[ExpertId, bool] = OrderedDict()
+        """From the hand to the newest."""
+
+    def begin(self, layer: int, wanted: Sequence[ExpertId]) -> None:
+        """A layer is about to use experts: the uses will tell."""
+
+    def admit(self, expert: ExpertId) -> None:
+        """An expert has become resident."""
+        self._unused[expert] = None
+
+    def use(self, expert: ExpertId) -> None:
+        """A resident is being used: it joins the queue, or is marked."""
+        if expert in self._unused:
+            del self._unused[expert]
+            self._ahead[expert] = False
+        elif expert in self._ahead:
+            self._ahead[expert] = True
+        else:
+            self._behind[expert] = True
+
+    def forget(self, expert: ExpertId) -> None:
+        """A resident has left: the hand has moved to where it was."""
+        if expert in self._unused:
+            del self._unused[expert]
+            return
+        has_left = False
+        while not has_left:
+            first, is_marked = self._ahead.popitem(last=False)
+            has_left = first == expert and not is_marked
+            if not has_left:
+                self._behind[first] = False
+            if not self._ahead:  # past the newest, the hand is at the oldest again, before anybody else joins
+                self._ahead, self._behind = self._behind, self._ahead
+
+    def candidates(self) -> Iterator[ExpertId]:
+        """Those never used, then those without a mark and those with one, both as the hand would come to them."""
+        return chain(self._unused, self._from_hand(is_marked=False), self._from_hand(is_marked=True))
+
+    def _from_hand(self, *, is_marked: bool) -> Iterator[ExpertId]:
+        for part in (self._ahead, self._behind):
+            yield from (expert for expert, mark in part.items() if mark == is_marked)

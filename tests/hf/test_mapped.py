@@ -1,0 +1,106 @@
+"""Experts used where they lie in the page cache: the same model, bit for bit, as with copies in slots."""
+
+import json
+import shutil
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from transformers import AutoModelForCausalLM
+
+from transformers_moe_offload import ConfigError, OffloadConfig
+from transformers_moe_offload.errors import CheckpointError
+from transformers_moe_offload.hf import plan as planning
+
+from .conftest import TINY_MOE
+
+BUDGETS = ["8%", "50%", "100%"]
+
+
+def load(folder, **options):
+    return AutoModelForCausalLM.from_pretrained(folder, moe_offload=OffloadConfig(**options))
+
+
+@torch.no_grad()
+def logits(model, token_ids):
+    return model(input_ids=token_ids).logits
+
+
+@pytest.mark.parametrize("budget", BUDGETS)
+@pytest.mark.parametrize("arithmetic", ["exact", "fast"])
+def test_mapped_and_copied_experts_give_the_same_bits(budget, arithmetic, token_ids):
+    mapped, copied = (
+        load(TINY_MOE, cache_budget=budget, arithmetic=arithmetic, mmap=choice) for choice in (True, False)
+    )
+    assert all(pool.is_mapped for pool in mapped.moe_offload.plan.pools)
+    assert not any(pool.is_mapped for pool in copied.moe_offload.plan.pools)
+    for ids in (token_ids, token_ids[:1, :1], token_ids[:, :2]):
+        assert torch.equal(logits(mapped, ids), logits(copied, ids))
+    counts = [(s.hits, s.misses, s.disk_bytes) for s in (mapped.moe_offload.stats(), copied.moe_offload.stats())]
+    assert counts[0] == counts[1]
+
+
+def test_experts_are_mapped_where_there_is_ram_to_spare_and_copied_where_there_is_none(monkeypatch):
+    assert "cpu (mapped)" in str(load(TINY_MOE, cache_budget="50%").moe_offload.plan)
+    monkeypatch.setattr(planning, "page_cache_holds", lambda nbytes: False)
+    assert "mapped" not in str(load(TINY_MOE, cache_budget="50%").moe_offload.plan)
+
+
+def test_a_model_moves_from_mapped_to_copied_experts_with_its_dtype(token_ids):
+    model = load(TINY_MOE, cache_budget="50%")
+    model.to(torch.float32)
+    assert not any(pool.is_mapped for pool in model.moe_offload.plan.pools), "the files hold bfloat16"
+    plain = AutoModelForCausalLM.from_pretrained(TINY_MOE, dtype=torch.float32)
+    assert torch.allclose(logits(model, token_ids), logits(plain, token_ids), atol=1e-4)
+
+
+def test_insisting_where_it_cannot_be_done_is_an_error_that_says_why():
+    with pytest.raises(ConfigError, match=r"mmap=True, but the experts of model\.layers\.0\.mlp\.experts cannot"):
+        AutoModelForCausalLM.from_pretrained(TINY_MOE, dtype=torch.float32, moe_offload=OffloadConfig(mmap=True))
+
+
+def test_resizing_keeps_residents_mapped(token_ids):
+    model = load(TINY_MOE, cache_budget="50%")
+    expected = logits(model, token_ids)
+    for budget in ("100%", "5%", "75%"):
+        model.moe_offload.resize(budget)
+        assert "cpu (mapped)" in str(model.moe_offload.plan)
+        assert torch.equal(logits(model, token_ids), expected)
+
+
+def test_gradients_are_those_of_copied_experts(token_ids):
+    grads = []
+    for choice in (True, False):
+        model = load(TINY_MOE, cache_budget="25%", mmap=choice)
+        model(input_ids=token_ids, labels=token_ids).loss.backward()
+        grads.append(model.model.layers[0].mlp.gate.weight.grad)
+    assert torch.equal(*grads)
+
+
+def test_a_file_cut_short_while_its_experts_are_mapped_fails_the_forward_and_not_the_process(tmp_path, token_ids):
+    folder = shutil.copytree(TINY_MOE, tmp_path / "own")
+    _gather_experts(folder, folder / "experts.safetensors")
+    model = load(folder, mmap=True, cache_budget="100%")
+    expected = logits(model, token_ids)
+    shard = folder / "experts.safetensors"
+    whole = shard.read_bytes()
+    with shard.open("r+b") as stream:
+        stream.truncate(1000)
+    with pytest.raises(CheckpointError, match=f"has 1,000 bytes, but had {len(whole):,}"):
+        logits(model, token_ids)
+    shard.write_bytes(whole)
+    assert torch.equal(logits(model, token_ids), expected)
+
+
+def _gather_experts(folder, target):
+    """Move all experts into a file of their own: Transformers maps dense weights from theirs, and cutting those would
+    take the process down, us or not."""
+    index = json.loads((folder / "model.safetensors.index.json").read_text())
+    experts = {}
+    for file in set(index["weight_map"].values()):
+        tensors = load_file(folder / file)
+        experts |= {name: tensors.pop(name) for name in list(tensors) if ".experts." in name}
+        save_file(tensors, folder / file, metadata={"format": "pt"})
+    save_file(experts, target, metadata={"format": "pt"})
+    index["weight_map"] |= dict.fromkeys(experts, target.name)
+    (folder / "model.safetensors.index.json").write_text(json.dumps(index))

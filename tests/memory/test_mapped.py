@@ -1,0 +1,171 @@
+import resource
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import save_file
+
+from stores import number, numbered_store, stacked_store
+from transformers_moe_offload.errors import CheckpointError
+from transformers_moe_offload.expert import ExpertId, ExpertSpec, FieldSpec
+from transformers_moe_offload.memory import mapping
+from transformers_moe_offload.memory.checkpoint import ExpertStore, FieldSource, LayerSource
+from transformers_moe_offload.memory.mapped import MappedSlots
+from transformers_moe_offload.memory.safetensors_index import read_index
+
+FIRST, SECOND = ExpertId(0, 0), ExpertId(0, 1)
+needs_linux = pytest.mark.skipif(not Path("/proc/self/smaps").exists(), reason="counts mapped pages in /proc")
+
+
+@pytest.fixture
+def store(tmp_path):
+    return numbered_store(tmp_path, 2, 4)
+
+
+def slots_of(store, count=1):
+    slots = MappedSlots(store, workers=1)
+    for slot in range(count):
+        slots.add(slot)
+    return slots
+
+
+def bring_in(slots, expert, slot=0):
+    from_files = slots.start(expert, slot).finish()
+    return from_files, slots.weights(expert, slot)
+
+
+def numbers_in(weights):
+    return {value for tensor in weights.values() for value in tensor.flatten().tolist()}
+
+
+def test_a_mapped_expert_is_the_expert_that_a_read_gives(store):
+    slots = slots_of(store)
+    for layer in range(2):
+        for index in range(4):
+            expert = ExpertId(layer, index)
+            record = torch.empty(store.layout(layer).nbytes, dtype=torch.uint8)
+            assert bring_in(slots, expert)[0] == store.read_into(expert, record)
+            read, mapped = store.layout(layer).views(record), slots.weights(expert, 0)
+            assert list(read) == list(mapped)
+            assert all(torch.equal(read[name], mapped[name]) for name in read)
+            assert all(read[name].dtype == mapped[name].dtype for name in read)
+
+
+def test_nothing_is_copied(store):
+    slots = slots_of(store, 2)
+    one, other = bring_in(slots, FIRST, 0)[1], bring_in(slots, FIRST, 1)[1]
+    assert all(one[name].data_ptr() == other[name].data_ptr() for name in one)
+
+
+def test_writing_to_a_mapped_expert_does_not_reach_the_file(store, tmp_path):
+    before = (tmp_path / "model.safetensors").read_bytes()
+    bring_in(slots_of(store), FIRST)[1]["weight"].zero_()
+    assert (tmp_path / "model.safetensors").read_bytes() == before
+
+
+def test_a_mapped_expert_seen_in_inference_mode_can_be_copied_for_training(store):
+    slots = slots_of(store)
+    with torch.inference_mode():
+        weights = bring_in(slots, FIRST)[1]
+    x = torch.ones(3, requires_grad=True)
+    (weights["weight"][0].clone() * x).sum().backward()
+    assert x.grad.tolist() == [number(FIRST)] * 3
+
+
+class TestAFileThatChanges:
+    def test_that_was_cut_short_is_told_by_its_two_sizes_and_works_again_when_it_is_back(self, store, tmp_path):
+        """Touching pages that are gone would end the process."""
+        path, slots = tmp_path / "model.safetensors", slots_of(store)
+        whole = path.read_bytes()
+        bring_in(slots, FIRST)
+        with path.open("r+b") as stream:
+            stream.truncate(100)
+        for _ in range(2):
+            with pytest.raises(CheckpointError, match=f"has 100 bytes, but had {len(whole):,} when"):
+                slots.weights(FIRST, 0)
+        path.write_bytes(whole)
+        assert numbers_in(slots.weights(FIRST, 0)) == {number(FIRST)}
+
+    def test_that_was_cut_short_fails_the_expert_that_comes_in(self, store, tmp_path):
+        path, slots = tmp_path / "model.safetensors", slots_of(store, 2)
+        bring_in(slots, FIRST)
+        whole = path.read_bytes()
+        with path.open("r+b") as stream:
+            stream.truncate(100)
+        with pytest.raises(CheckpointError, match="has 100 bytes"):
+            slots.start(SECOND, 1).finish()
+        path.unlink()
+        path.write_bytes(whole)
+        assert numbers_in(bring_in(slots, SECOND, 1)[1]) == {number(SECOND)}
+        assert numbers_in(slots.weights(FIRST, 0)) == {number(FIRST)}, "mapped anew from the file that replaced its own"
+
+    def test_that_is_gone_before_it_is_mapped_is_named(self, store, tmp_path):
+        path, slots = tmp_path / "model.safetensors", slots_of(store)
+        path.rename(tmp_path / "elsewhere")
+        with pytest.raises(CheckpointError, match=r"cannot read .*model\.safetensors: No such file"):
+            slots.start(FIRST, 0).finish()
+        (tmp_path / "elsewhere").rename(path)
+        assert numbers_in(bring_in(slots, FIRST)[1]) == {number(FIRST)}
+
+
+def test_an_expert_in_two_files_is_copied(tmp_path):
+    """As the last expert of a file often is: its gate projection in one, its up projection in the next."""
+    save_file({"gate": torch.full((2, 3), 1.0)}, tmp_path / "one.safetensors")
+    save_file({"up": torch.full((2, 3), 2.0)}, tmp_path / "two.safetensors")
+    index = read_index([tmp_path / "one.safetensors", tmp_path / "two.safetensors"])
+    fields = (FieldSpec("gate_up", (4, 3), "float32"),)
+    split = FieldSource((index["gate"], index["up"]), ("float32",))
+    store = ExpertStore([LayerSource(ExpertSpec(0, "experts", 1, fields), ((split,),))])
+    assert store.stretches(FIRST) is None
+    assert not store.is_mappable(0)
+    from_files, weights = bring_in(slots_of(store), FIRST)
+    assert from_files == 48
+    assert weights["gate_up"].tolist() == [[1.0] * 3] * 2 + [[2.0] * 3] * 2
+
+
+def test_what_has_to_be_cast_or_assembled_is_not_mappable(store):
+    assert store.is_mappable(0)
+    assert not ExpertStore([store.layers[0].cast("float16")]).is_mappable(0)
+
+
+@pytest.fixture
+def large_store(tmp_path):
+    return stacked_store(tmp_path, {"0.weight": torch.ones(4, 1 << 11, 1 << 10)})  # 8 MiB an expert
+
+
+def mapped_bytes(path):
+    """Bytes of a file that this process has mapped and touched."""
+    total, is_ours = 0, False
+    for line in Path("/proc/self/smaps").read_text().splitlines():
+        if "-" in line.split()[0] and ":" not in line.split()[0]:
+            is_ours = line.endswith(str(path))
+        elif is_ours and line.startswith("Rss:"):
+            total += int(line.split()[1]) << 10
+    return total
+
+
+@needs_linux
+def test_only_the_pages_of_those_in_slots_are_mapped(large_store, tmp_path):
+    """And what the kernel maps around them, which is less than 2 MiB on either side."""
+    path, slots = tmp_path / "model.safetensors", slots_of(large_store, 2)
+    for index, experts in enumerate([1, 2, 2, 2]):
+        bring_in(slots, ExpertId(0, index), index % 2)
+        assert 8 * experts <= mapped_bytes(path) / 2**20 <= 8 * experts + 4
+    slots.remove(0)
+    assert 8 <= mapped_bytes(path) / 2**20 <= 8 + 4
+
+
+@needs_linux
+def test_an_expert_that_has_come_in_causes_no_page_faults(large_store):
+    weights = bring_in(slots_of(large_store), SECOND)[1]
+    weights["weight"][:1].sum()
+    before = resource.getrusage(resource.RUSAGE_THREAD).ru_minflt
+    weights["weight"].view(-1)[::1024].sum()
+    assert resource.getrusage(resource.RUSAGE_THREAD).ru_minflt - before < 64, "there are 2048 pages"
+
+
+def test_without_the_advice_of_linux_pages_are_touched(store, monkeypatch):
+    monkeypatch.setattr(mapping, "_libc", lambda: None)
+    slots = slots_of(store)
+    for expert in (FIRST, SECOND):
+        assert numbers_in(bring_in(slots, expert)[1]) == {number(expert)}
