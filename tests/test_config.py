@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from transformers_moe_offload.config import Budget, OffloadConfig
+from transformers_moe_offload.config import Budget, OffloadConfig, PrefetchConfig
 from transformers_moe_offload.errors import ConfigError
 
 
@@ -185,3 +185,47 @@ def test_a_dictionary_stands_for_the_config_with_these_fields():
 def test_what_stands_for_no_config_is_refused(value):
     with pytest.raises(ConfigError, match="moe_offload="):
         OffloadConfig.make(value)
+
+
+class TestPrefetching:
+    def test_is_a_config_of_its_own_a_dictionary_or_none(self):
+        assert OffloadConfig(prefetch={"lookahead": 3}).prefetch == PrefetchConfig(lookahead=3)
+        assert OffloadConfig(prefetch=None).prefetch is None
+        with pytest.raises(ConfigError, match="prefetch=True is not a PrefetchConfig"):
+            OffloadConfig(prefetch=True)
+
+    def test_survives_json(self):
+        config = OffloadConfig(prefetch=PrefetchConfig(predictor="transition", max_bytes="1MiB"))
+        assert OffloadConfig.from_dict(json.loads(json.dumps(config))) == config
+        assert OffloadConfig.from_dict(json.loads(config.to_json_string())) == config
+        assert config.prefetch.max_nbytes == 2**20
+
+    def test_a_misspelt_option_suggests_the_right_one(self):
+        with pytest.raises(ConfigError, match="PrefetchConfig has no option 'look_ahead'; did you mean 'lookahead'"):
+            OffloadConfig(prefetch={"look_ahead": 2})
+
+    @pytest.mark.parametrize(
+        ("options", "message"),
+        [
+            ({"lookahead": 0}, "lookahead=0 is not a number of sparse layers from 1 to 4"),
+            ({"lookahead": 5}, "lookahead=5 is not"),
+            ({"lookahead": True}, "lookahead=True is not"),
+            ({"min_confidence": 1.5}, "min_confidence=1.5 is not from 0 to 1"),
+            ({"min_confidence": "high"}, "min_confidence='high' is not a number"),
+            ({"max_bytes": "auto"}, "max_bytes='auto' is not a size"),
+            ({"max_bytes": "10%"}, "max_bytes='10%' is not a size"),
+            ({"adaptive": 1}, "adaptive=1 is not True or False"),
+            ({"predictor": None}, "predictor=None is not the name"),
+        ],
+    )
+    def test_what_makes_no_sense_is_refused(self, options, message):
+        with pytest.raises(ConfigError, match=message):
+            PrefetchConfig(**options)
+
+
+@pytest.mark.parametrize("option", ["mmap", "pin_memory"])
+def test_a_switch_is_on_off_or_auto(option):
+    for value in (True, False, "auto"):
+        assert getattr(OffloadConfig(**{option: value}), option) == value
+    with pytest.raises(ConfigError, match=f"{option}='yes' is not one of True, False, 'auto'"):
+        OffloadConfig(**{option: "yes"})

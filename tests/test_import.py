@@ -8,7 +8,8 @@ import transformers_moe_offload as tmo
 
 PUBLIC = [
     "CacheStats", "CapacityError", "CheckpointError", "ConfigError", "LayerStats", "MoeOffloadError", "OffloadConfig",
-    "OffloadRuntime", "UnsupportedModelError", "cache_stats", "install", "register_policy", "restore", "uninstall",
+    "OffloadRuntime", "PrefetchConfig", "UnsupportedModelError", "cache_stats", "install", "register_policy",
+    "register_predictor", "restore", "uninstall",
 ]  # fmt: skip
 
 
@@ -39,7 +40,8 @@ def test_importing_touches_no_device_and_loads_no_optional_package():
     )
     assert not seen["cuda"]
     added = {name.partition(".")[0] for name in seen["added"]}
-    assert added <= {"transformers", "transformers_moe_offload", "psutil", "_psutil_linux"} | sys.stdlib_module_names
+    needed = {"transformers", "transformers_moe_offload", "psutil", "_psutil_linux", "numpy"}
+    assert added <= needed | sys.stdlib_module_names
 
 
 def test_importing_reads_no_weights_and_starts_no_threads():

@@ -8,7 +8,7 @@
 Importing this package teaches every `from_pretrained` the keyword `moe_offload`. It touches no device.
 """
 
-from transformers_moe_offload.config import OffloadConfig
+from transformers_moe_offload.config import OffloadConfig, PrefetchConfig
 from transformers_moe_offload.errors import (
     CapacityError,
     CheckpointError,
@@ -19,6 +19,7 @@ from transformers_moe_offload.errors import (
 from transformers_moe_offload.hf.install import install, uninstall
 from transformers_moe_offload.hf.runtime import OffloadRuntime, cache_stats, restore
 from transformers_moe_offload.policies import register_policy
+from transformers_moe_offload.prefetch.predictors import register_predictor
 from transformers_moe_offload.stats import CacheStats, LayerStats
 
 __version__ = "0.1.0.dev0"
@@ -32,10 +33,12 @@ __all__ = [
     "MoeOffloadError",
     "OffloadConfig",
     "OffloadRuntime",
+    "PrefetchConfig",
     "UnsupportedModelError",
     "cache_stats",
     "install",
     "register_policy",
+    "register_predictor",
     "restore",
     "uninstall",
 ]

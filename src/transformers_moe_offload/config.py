@@ -10,8 +10,8 @@ import difflib
 import json
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass, fields
-from typing import Any, ClassVar, Literal, get_args
+from dataclasses import asdict, dataclass, fields
+from typing import Any, ClassVar, Literal, TypeVar, get_args
 
 from transformers_moe_offload.errors import ConfigError
 
@@ -26,7 +26,6 @@ _UNITS = {
 
 _NOT_YET = {
     "host_budget": "a host tier with its own budget",
-    "prefetch": "prefetching",
     "experts": "quantizing experts",
     "dense": "quantizing dense layers",
 }
@@ -70,6 +69,48 @@ class Budget:
 
 
 @dataclass(frozen=True, kw_only=True)
+class PrefetchConfig:
+    """How to load experts before a layer asks for them.
+
+    Args:
+        predictor: who guesses: `"next_router"` asks the routers of the layers ahead about the hidden states of this
+            one, `"last_token"` expects what the layer wanted at the last token, `"transition"` learns which expert
+            follows which; or a name given to `register_predictor`.
+        lookahead: how many sparse layers ahead to guess, 1 to 4: the slower experts arrive, the earlier they must set
+            out, and the less sure the guesses are.
+        min_confidence: guesses that come true less often than this are not acted upon, 0 to 1.
+        max_bytes: most bytes to start loading ahead during one sparse layer; None means what the measured bandwidth
+            can carry in the time that demand leaves.
+        adaptive: try now and then whether steps are faster with prefetching, and leave it off while they are not.
+    """
+
+    predictor: str = "next_router"
+    lookahead: int = 1
+    min_confidence: float = 0.5
+    max_bytes: int | str | None = None
+    adaptive: bool = True
+
+    def __post_init__(self) -> None:
+        if not isinstance(self.predictor, str):
+            raise ConfigError(f"predictor={self.predictor!r} is not the name of a predictor; register yours first")
+        if type(self.lookahead) is not int or not 1 <= self.lookahead <= 4:
+            raise ConfigError(f"lookahead={self.lookahead!r} is not a number of sparse layers from 1 to 4")
+        if isinstance(self.min_confidence, bool) or not isinstance(self.min_confidence, int | float):
+            raise ConfigError(f"min_confidence={self.min_confidence!r} is not a number from 0 to 1")
+        if not 0 <= self.min_confidence <= 1:
+            raise ConfigError(f"min_confidence={self.min_confidence!r} is not from 0 to 1")
+        if self.max_bytes is not None and Budget.parse(self.max_bytes, "max_bytes").nbytes is None:
+            raise ConfigError(f"max_bytes={self.max_bytes!r} is not a size such as '64MiB', or None")
+        if not isinstance(self.adaptive, bool):
+            raise ConfigError(f"adaptive={self.adaptive!r} is not True or False")
+
+    @property
+    def max_nbytes(self) -> int | None:
+        """`max_bytes`, parsed."""
+        return None if self.max_bytes is None else Budget.parse(self.max_bytes, "max_bytes").nbytes
+
+
+@dataclass(frozen=True, kw_only=True)
 class OffloadConfig(dict[str, Any]):
     """How to offload the routed experts of a model.
 
@@ -88,8 +129,8 @@ class OffloadConfig(dict[str, Any]):
             can be used as they are stored; False copies; True insists, and is an error where it cannot be done.
         io_workers: threads that read experts; None means one per core, four at most.
         pin_memory: stage reads for a GPU in page-locked memory; `"auto"` means wherever there is a GPU.
+        prefetch: load experts before they are asked for: a `PrefetchConfig`, a dictionary of its fields, or None.
         host_budget: not available yet; only `"auto"`.
-        prefetch: not available yet; only None.
         experts: not available yet; only None, experts as they are stored.
         dense: not available yet; only None.
 
@@ -102,7 +143,7 @@ class OffloadConfig(dict[str, Any]):
     cache_budget: int | str = "auto"
     host_budget: int | str = "auto"
     policy: str = "lru"
-    prefetch: None = None
+    prefetch: PrefetchConfig | None = None
     experts: None = None
     dense: None = None
     misses: Misses = "auto"
@@ -130,6 +171,12 @@ class OffloadConfig(dict[str, Any]):
             value = getattr(self, name)
             if not isinstance(value, bool) and value != "auto":
                 raise ConfigError(f"{name}={value!r} is not one of True, False, 'auto'")
+        if isinstance(self.prefetch, Mapping):
+            object.__setattr__(self, "prefetch", _with_options(PrefetchConfig, self.prefetch))
+        if self.prefetch is not None and not isinstance(self.prefetch, PrefetchConfig):
+            raise ConfigError(
+                f"prefetch={self.prefetch!r} is not a PrefetchConfig, a dictionary of its fields, or None"
+            )
         self.update(self.to_dict())
 
     @property
@@ -158,28 +205,40 @@ class OffloadConfig(dict[str, Any]):
     @classmethod
     def from_dict(cls, config_dict: Mapping[str, Any], return_unused_kwargs: bool = False, **kwargs: Any) -> Any:
         """Build a config from a dictionary; unknown keys are an error that suggests the nearest option."""
-        options = {key: value for key, value in config_dict.items() if key != "quant_method"}
-        known = [f.name for f in fields(cls)]
-        for key in options:
-            if key not in known:
-                near = difflib.get_close_matches(key, known, n=1)
-                hint = f"did you mean {near[0]!r}?" if near else f"options are {', '.join(known)}"
-                raise ConfigError(f"OffloadConfig has no option {key!r}; {hint}")
-        config = cls(**options)
+        config = _with_options(cls, {key: value for key, value in config_dict.items() if key != "quant_method"})
         return (config, kwargs) if return_unused_kwargs else config
 
     def to_dict(self) -> dict[str, Any]:
         """The fields and `quant_method`, ready for JSON."""
-        return {"quant_method": self.quant_method} | {f.name: getattr(self, f.name) for f in fields(self)}
+        return {"quant_method": self.quant_method} | {f.name: self._plain(f.name) for f in fields(self)}
 
     def to_diff_dict(self) -> dict[str, Any]:
         """Only what differs from the defaults, and `quant_method`."""
-        changed = {f.name: getattr(self, f.name) for f in fields(self) if getattr(self, f.name) != f.default}
+        changed = {f.name: self._plain(f.name) for f in fields(self) if getattr(self, f.name) != f.default}
         return {"quant_method": self.quant_method} | changed
+
+    def _plain(self, name: str) -> Any:
+        """A field as JSON knows it."""
+        value = getattr(self, name)
+        return asdict(value) if isinstance(value, PrefetchConfig) else value
 
     def to_json_string(self, use_diff: bool = True) -> str:
         """`to_diff_dict` or `to_dict` as JSON text."""
         return json.dumps(self.to_diff_dict() if use_diff else self.to_dict(), indent=2, sort_keys=True) + "\n"
+
+
+_Config = TypeVar("_Config", OffloadConfig, PrefetchConfig)
+
+
+def _with_options(cls: type[_Config], options: Mapping[str, Any]) -> _Config:
+    """A config with these options; an unknown one is an error that suggests the nearest."""
+    known = [f.name for f in fields(cls)]
+    for key in options:
+        if key not in known:
+            near = difflib.get_close_matches(key, known, n=1)
+            hint = f"did you mean {near[0]!r}?" if near else f"options are {', '.join(known)}"
+            raise ConfigError(f"{cls.__name__} has no option {key!r}; {hint}")
+    return cls(**options)
 
 
 def _choose(option: str, value: object, choices: tuple[str, ...], later: Mapping[str, str] | None = None) -> None:

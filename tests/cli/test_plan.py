@@ -10,7 +10,7 @@ from transformers import AutoModelForCausalLM
 from transformers_moe_offload import OffloadConfig
 from transformers_moe_offload.cli.blueprint import draw
 from transformers_moe_offload.cli.options import Origin
-from transformers_moe_offload.cli.traffic import experts_per_token
+from transformers_moe_offload.hf.top_k import experts_per_token
 from transformers_moe_offload.hf.discover import find_experts
 from zoo.build import build
 

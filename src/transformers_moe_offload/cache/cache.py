@@ -58,10 +58,10 @@ class ExpertCache:
         """Experts of a sparse layer."""
         return self._num_experts[layer]
 
-    def visit(self, layer: int, wanted: Sequence[int], started: Callable[[], None] | None = None) -> Visit:
+    def visit(self, layer: int, wanted: Sequence[int], started: Callable[[Sequence[int]], None] | None = None) -> Visit:
         """Ask for experts of a layer, each named once; the last ones are those most worth keeping for later.
 
-        `started` is called once the visit's own loads are under way; not in a visit that has to go in waves, which
+        `started` is called with the wanted experts once the visit's own loads are under way; not in a visit that has to go in waves, which
         leaves no room for anything else.
         """
         return Visit(self, layer, [ExpertId(layer, expert) for expert in wanted], started)
@@ -90,6 +90,20 @@ class ExpertCache:
             return load is not None
         finally:
             self.turn.release()
+
+    def warm(self, experts: Iterable[ExpertId]) -> None:
+        """Bring experts into free slots before anybody asks for them, and wait until they are there."""
+        with self.turn:
+            coming = []
+            for expert in experts:
+                if self.residency.num_free and self.residency.is_absent(expert):
+                    self._start(Load(expert, None))
+                    coming.append(expert)
+            try:
+                for expert in coming:
+                    self.finish_load(expert)
+            finally:
+                self.settle()
 
     def resize(self, num_slots: int) -> None:
         """Change the number of slots between two visits. Who can stay stays; the policy says who leaves."""

@@ -24,7 +24,11 @@ class Visit:
     """One layer's use of the experts it wants. Use it in a `with` block."""
 
     def __init__(
-        self, cache: ExpertCache, layer: int, wanted: Sequence[ExpertId], started: Callable[[], None] | None
+        self,
+        cache: ExpertCache,
+        layer: int,
+        wanted: Sequence[ExpertId],
+        started: Callable[[Sequence[int]], None] | None,
     ) -> None:
         self._cache = cache
         self._layer = layer
@@ -100,7 +104,7 @@ class Visit:
                 self._cache.settle()
                 self._start_loads([wanted, *self._upcoming])
         if self._started is not None and not self._has_deferred:
-            self._started()
+            self._started([expert.expert for expert in self._wanted])
         self._started = None
         if residency.is_loading(wanted):
             self._cache.finish_load(wanted)

@@ -12,9 +12,10 @@ from rich.table import Table
 from transformers_moe_offload.cli import options
 from transformers_moe_offload.cli.blueprint import Blueprint, draw
 from transformers_moe_offload.cli.failures import one_line_errors
-from transformers_moe_offload.cli.traffic import Traffic, expect, experts_per_token
+from transformers_moe_offload.cli.traffic import Traffic, expect
 from transformers_moe_offload.config import Budget, OffloadConfig
 from transformers_moe_offload.hf.plan import OffloadPlan, Placement, make_plan, readable
+from transformers_moe_offload.hf.top_k import experts_per_token
 from transformers_moe_offload.memory.available import HOST_SHARE, available_bytes
 from transformers_moe_offload.memory.record import RecordLayout, dtype_name
 

@@ -2,18 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any
 
 from torch import nn
 
 from transformers_moe_offload.expert import ExpertSpec
 from transformers_moe_offload.hf.plan import OffloadPlan
-
-_CONFIG_NAMES = ("num_experts_per_tok", "num_experts_per_token", "top_k_experts", "moe_topk", "moe_top_k", "moe_k")
-"""What configs call it where the router asks its config at every call (gemma4, 5.23). Everywhere else the router, the
-block around it or the experts have it as `top_k`."""
+from transformers_moe_offload.hf.top_k import experts_per_token
 
 
 @dataclass(frozen=True)
@@ -24,17 +19,6 @@ class Traffic:
     """Over all sparse layers."""
     nbytes: float
     """Bytes that are not in the cache."""
-
-
-def experts_per_token(model: nn.Module, experts: str) -> int | None:
-    """How many experts of a module each token takes, `experts` being its path; None where the model does not say."""
-    module = model.get_submodule(experts)
-    block = model.get_submodule(experts.rpartition(".")[0])
-    around = [module, block, *(child for child in block.children() if child is not module)]
-    for place in around:
-        if _is_count(vars(place).get("top_k")):
-            return int(vars(place)["top_k"])
-    return next((count for place in around for count in _counts_in(getattr(place, "config", None))), None)
 
 
 def expect(
@@ -55,17 +39,3 @@ def expect(
             total += count
             nbytes += count * by_layer[layer].expert_nbytes * absent * read_share
     return Traffic(total, nbytes)
-
-
-def _counts_in(config: Any) -> Iterator[int]:
-    for name in _CONFIG_NAMES:
-        try:
-            count = getattr(config, name, None)
-        except RuntimeError:  # a config whose layers differ does not answer for all of them
-            continue
-        if count is not None and _is_count(count):
-            yield int(count)
-
-
-def _is_count(value: object) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool) and value > 0

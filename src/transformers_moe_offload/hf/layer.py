@@ -96,11 +96,14 @@ class SparseLayer:
     def _compute(
         self, module: nn.Module, cache: ExpertCache, inputs: tuple[Any, ...], *, keeps_weights: bool
     ) -> Tensor:
+        assert self.runtime is not None
+        started = None if keeps_weights else self.runtime.look_ahead_from(self, inputs[0])
         if self.mlp is not None:
-            return sparse_forward(cache, self.index, self.mlp, module, *inputs, keeps_weights=keeps_weights)
+            return sparse_forward(
+                cache, self.index, self.mlp, module, *inputs, keeps_weights=keeps_weights, started=started
+            )
         wanted = self.layout.wanted(self.num_experts, *inputs, keep_zero_weights=keeps_weights)
-        with cache.visit(self.index, wanted) as visit:
-            assert self.runtime is not None
+        with cache.visit(self.index, wanted, started) as visit:
             fetch = fetch_from(visit, self.runtime.spec(self), inputs[0].device, copies=keeps_weights)
             return self.eager_forward(twin_of(module, self.plain_class, self.fields, fetch), *inputs)
 

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import weakref
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from copy import deepcopy
 from dataclasses import replace
 from typing import Any
@@ -12,16 +13,19 @@ import torch
 from torch import Tensor, nn
 
 from transformers_moe_offload.cache.cache import ExpertCache
+from transformers_moe_offload.cache.warming import most_used
 from transformers_moe_offload.compute.alignment import gives_equal_bits
 from transformers_moe_offload.config import OffloadConfig
-from transformers_moe_offload.errors import MoeOffloadError
+from transformers_moe_offload.errors import ConfigError, MoeOffloadError
 from transformers_moe_offload.expert import ExpertSpec
 from transformers_moe_offload.hf.layer import SparseLayer, layer_of, unbind
+from transformers_moe_offload.hf.lookahead import Lookahead, look_ahead_in
 from transformers_moe_offload.hf.placeholders import put_back
 from transformers_moe_offload.hf.plan import OffloadPlan, Placement, build_caches, make_plan
 from transformers_moe_offload.memory.checkpoint import ExpertStore, LayerSource
 from transformers_moe_offload.memory.record import dtype_name, torch_dtype
 from transformers_moe_offload.stats import CacheStats, LayerStats
+from transformers_moe_offload.tracing import Trace, TraceRecorder
 
 
 class OffloadRuntime:
@@ -37,6 +41,8 @@ class OffloadRuntime:
         self._layers = list(layers)
         self._sources: dict[int, LayerSource] = {}
         self._caches: dict[int, ExpertCache] = {}
+        self._lookahead: Lookahead | None = None
+        self._recorder: TraceRecorder | None = None
         self._kept_stats: dict[int, LayerStats] = {}
         self._plan: OffloadPlan | None = None
         self._is_closed = False
@@ -76,6 +82,43 @@ class OffloadRuntime:
         self._plan = replace(plan, pools=tuple(replace(pool, is_mapped=is_mapped[pool.layers]) for pool in plan.pools))
         for pool in plan.pools:
             self._caches[pool.layers[0]].resize(pool.num_slots)
+
+    def warm(self, histogram: Trace | Mapping[str, Sequence[float]]) -> None:
+        """Load the experts that were used most, as far as slots are free, and wait for them.
+
+        `histogram` is a `Trace`, or, by the module path of a sparse layer, how often each of its experts was used.
+        """
+        counts = histogram.counts() if isinstance(histogram, Trace) else histogram
+        self._ensure_caches()
+        by_name = {layer.name: layer for layer in self._layers}
+        for name, uses in counts.items():
+            if name not in by_name:
+                raise ConfigError(f"the model has no sparse layer {name!r}; its first is {self._layers[0].name!r}")
+            if len(uses) != by_name[name].num_experts:
+                raise ConfigError(
+                    f"{len(uses)} counts for the experts of {name}, which has {by_name[name].num_experts}"
+                )
+        for cache in set(self._caches.values()):
+            layers = [layer for layer in self._layers if self._caches[layer.index] is cache]
+            wanted = {layer.index: counts[layer.name] for layer in layers if layer.name in counts}
+            cache.warm(most_used(wanted, cache.residency.num_slots))
+
+    @contextmanager
+    def trace(self) -> Iterator[Trace]:
+        """Record, inside a `with` block, which experts each sparse layer asks for; one generation at a time."""
+        if self._recorder is not None:
+            raise MoeOffloadError("this model is being traced already; leave the first `with` block first")
+        names = [layer.name for layer in self._layers]
+        num_experts = [layer.num_experts for layer in self._layers]
+        recorder = self._recorder = TraceRecorder(names, num_experts, stall_ms=lambda: self.stats().stall_ms)
+        self._ensure_caches()
+        self._plug_in(recorder)
+        try:
+            yield recorder.trace
+        finally:
+            recorder.finish_visit()
+            self._recorder = None
+            self._plug_in(None)
 
     def restore(self) -> Any:
         """Read all experts into ordinary parameters and give the plain model back.
@@ -119,6 +162,10 @@ class OffloadRuntime:
             self._ensure_caches()
             cache = self._caches[layer.index]
         return cache
+
+    def look_ahead_from(self, layer: SparseLayer, hidden: Tensor) -> Callable[[Sequence[int]], None] | None:
+        """What to call with the experts that a layer wants, once their loads are under way; hidden (..., H)."""
+        return None if self._lookahead is None else self._lookahead.started(layer.index, hidden)
 
     def move(self, layer: SparseLayer, device: torch.device, dtype: torch.dtype) -> None:
         """A layer computes on another device or in another dtype from now on."""
@@ -166,6 +213,8 @@ class OffloadRuntime:
         twin._model = weakref.ref(memo.get(id(old_model), old_model))
         twin._sources = dict(self._sources)
         twin._caches = {}
+        twin._lookahead = None
+        twin._recorder = None
         twin._kept_stats = {}
         twin._plan = None
         twin._is_closed = self._is_closed
@@ -198,14 +247,22 @@ class OffloadRuntime:
         self._plan = make_plan(self._placements(), self.config)
         store = ExpertStore(list(self._sources.values()))
         self._caches = build_caches(self._plan, store, self.config)
+        specs = {layer.index: self.spec(layer) for layer in self._layers}
+        self._lookahead = look_ahead_in(self._living_model(), self.config.prefetch, self._caches, specs)
         for index, stats in self._kept_stats.items():
             self._caches[index].stats[index] = stats
         self._kept_stats = {}
+        self._plug_in(self._recorder)
+
+    def _plug_in(self, recorder: TraceRecorder | None) -> None:
+        for cache in set(self._caches.values()):
+            cache.on_visit = None if recorder is None else recorder.record
 
     def _drop_caches(self, *, keep_stats: bool) -> None:
         if keep_stats:
             self._kept_stats |= {index: cache.stats[index] for index, cache in self._caches.items()}
         self._caches = {}
+        self._lookahead = None
         self._plan = None
 
     def _layer_stats(self, layer: SparseLayer) -> LayerStats:

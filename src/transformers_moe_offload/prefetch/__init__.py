@@ -1,0 +1,1 @@
+"""Which experts come next, and loading them before they are asked for."""

@@ -1,0 +1,117 @@
+"""Load experts before a layer asks for them, in the time in which the link would have nothing to do."""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Callable, Mapping, Sequence
+
+from torch import Tensor
+
+from transformers_moe_offload.cache.cache import ExpertCache
+from transformers_moe_offload.expert import ExpertId
+from transformers_moe_offload.prefetch.controller import Controller
+from transformers_moe_offload.prefetch.predictors import Predictor
+
+
+class Prefetcher:
+    """Watches a model's sparse layers and keeps some loads ahead of them. Serves one thread at a time.
+
+    Only for forwards of few tokens: a prompt wants most of a layer's experts, which nobody needs to guess.
+    """
+
+    def __init__(
+        self,
+        predictor: Predictor,
+        caches: Mapping[int, ExpertCache],
+        *,
+        lookahead: int,
+        min_confidence: float,
+        max_bytes: int | None = None,
+        record_bytes: Mapping[int, int],
+        controller: Controller | None = None,
+        clock: Callable[[], float] = time.perf_counter,
+    ) -> None:
+        """`caches` by sparse layer, in the order in which a token passes them; `record_bytes` of one expert of each.
+
+        `max_bytes` bounds what is started for one layer; None leaves it to the link's idle time. Without a controller
+        prefetching is always on.
+        """
+        self._predictor = predictor
+        self._caches = dict(caches)
+        self._layers = list(caches)
+        self._place = {layer: place for place, layer in enumerate(self._layers)}
+        self._lookahead = min(lookahead, len(self._layers) - 1)
+        self._min_confidence = min_confidence
+        self._max_bytes = max_bytes
+        self._record_bytes = record_bytes
+        self._controller = controller
+        self._clock = clock
+        self._step_began: tuple[float, int] | None = None
+        self._last: tuple[float, int] | None = None
+        """When the latest visit began, and of which layer in order."""
+        self._busy = threading.Lock()
+        self._period = 0.0
+
+    @property
+    def is_on(self) -> bool:
+        """Whether loads are started ahead, at present."""
+        return self._controller is None or self._controller.is_on
+
+    def visited(self, layer: int, wanted: Sequence[int], hidden: Tensor | None, num_tokens: int) -> None:
+        """A layer has begun a visit and started its own loads; hidden (T, H) is what reached it."""
+        if not self._busy.acquire(blocking=False):  # another thread's visit, of another cache
+            return
+        try:
+            self._measure(layer, num_tokens)
+            self._predictor.observe(layer, wanted)
+            if self.is_on and num_tokens <= _FEW_TOKENS:
+                self._look_ahead(layer, hidden)
+        finally:
+            self._busy.release()
+
+    def _look_ahead(self, layer: int, hidden: Tensor | None) -> None:
+        place = self._place[layer]
+        targets = [self._layers[(place + ahead) % len(self._layers)] for ahead in range(1, self._lookahead + 1)]
+        targets = [target for target in targets if not self._caches[target].holds_all(target)]
+        if not targets:
+            return
+        predictions = self._predictor.predict(layer, targets, hidden)
+        self._start([guess.expert for guess in predictions if guess.confidence >= self._min_confidence])
+
+    def _start(self, likely: Sequence[ExpertId]) -> None:
+        """Start loads, the likeliest first, until the link's spare time is spent."""
+        spent_seconds, spent_bytes = 0.0, 0
+        for expert in likely:
+            cache, nbytes = self._caches[expert.layer], self._record_bytes[expert.layer]
+            if not cache.is_absent(expert):
+                continue
+            spent_bytes += nbytes
+            spent_seconds += cache.link.seconds_per_load
+            if spent_seconds > cache.link.idle_seconds(self._period) or spent_bytes > (self._max_bytes or spent_bytes):
+                return
+            if not cache.load_ahead(expert):
+                return
+
+    def _measure(self, layer: int, num_tokens: int) -> None:
+        """Time between a layer and the next one, and from step to step."""
+        now, place = self._clock(), self._place[layer]
+        if place == 0:
+            self._step_is_over(now, num_tokens)
+        elif self._last is not None and self._last[1] == place - 1:
+            self._period += _SMOOTHING * (now - self._last[0] - self._period)
+        self._last = (now, place)
+
+    def _step_is_over(self, now: float, num_tokens: int) -> None:
+        """Tell the controller, if the step before was like the one that begins: a token each."""
+        if self._controller is not None and self._step_began is not None:
+            began, tokens_before = self._step_began
+            if tokens_before == num_tokens <= _FEW_TOKENS:
+                self._controller.took(now - began)
+        self._step_began = (now, num_tokens)
+
+
+_FEW_TOKENS = 8
+"""A decode step of a small batch."""
+
+_SMOOTHING = 1 / 16

@@ -1,0 +1,7 @@
+"""What a model asked of its cache, written down, and played again with other policies and sizes."""
+
+from transformers_moe_offload.tracing.recorder import TraceRecorder
+from transformers_moe_offload.tracing.replay import Replay, replay
+from transformers_moe_offload.tracing.trace import RecordedVisit, Trace, TraceError
+
+__all__ = ["RecordedVisit", "Replay", "Trace", "TraceError", "TraceRecorder", "replay"]

@@ -1,0 +1,60 @@
+"""Write down what a cache is asked for while a model runs.
+
+Plugs into `ExpertCache.on_visit`; who plugs it in, and when, is up to the caller.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+from transformers_moe_offload.tracing.trace import RecordedVisit, Trace
+
+
+class TraceRecorder:
+    """Appends every visit to `trace`.
+
+    A step begins when `begin_step` says so, or with a layer that does not come after the one before it. `stall_ms`, if
+    given, returns how long all layers have waited for loads so far; then the trace has each visit's share of it.
+    """
+
+    def __init__(
+        self,
+        layer_names: Sequence[str],
+        experts_per_layer: Sequence[int],
+        *,
+        experts_per_token: Sequence[int] | None = None,
+        stall_ms: Callable[[], float] | None = None,
+    ) -> None:
+        self.trace = Trace(
+            tuple(layer_names),
+            tuple(experts_per_layer),
+            tuple(experts_per_token) if experts_per_token is not None else None,
+            stall_ms=None if stall_ms is None else [],
+        )
+        self._total_stall_ms = stall_ms
+        self._stalled_before_ms = 0.0
+        self._announced_tokens: int | None = None
+        self._layer = -1
+
+    def begin_step(self, num_tokens: int) -> None:
+        """A forward over so many tokens begins; its first visit is still to come."""
+        self._announced_tokens = num_tokens
+
+    def record(self, layer: int, wanted: Sequence[int]) -> None:
+        """A layer has opened a visit."""
+        trace = self.trace
+        self.finish_visit()
+        if self._announced_tokens is not None or layer <= self._layer or not trace.step_tokens:
+            trace.step_tokens.append(self._announced_tokens or 0)
+            self._announced_tokens = None
+        self._layer = layer
+        trace.visits.append(RecordedVisit(layer, tuple(wanted), len(trace.step_tokens) - 1))
+        if self._total_stall_ms is not None and trace.stall_ms is not None:
+            trace.stall_ms.append(0.0)
+            self._stalled_before_ms = self._total_stall_ms()
+
+    def finish_visit(self) -> None:
+        """The visit recorded last is over: note how long it waited. The next visit does the same."""
+        if self._total_stall_ms is not None and self.trace.stall_ms:
+            # Whoever resets the statistics meanwhile sets the clock back.
+            self.trace.stall_ms[-1] = max(0.0, self._total_stall_ms() - self._stalled_before_ms)

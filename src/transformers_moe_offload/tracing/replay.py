@@ -1,0 +1,132 @@
+"""Play a trace again with another policy or another number of slots, and count.
+
+The cache, its planner and its floors are those that a model runs with; only the slots hold nothing. So without
+prefetching a replay has exactly the hits of a run. Belady's oracle alone is played by rules of its own: it is the limit
+for any policy, and what binds the others must not lower it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from transformers_moe_offload.cache.cache import ExpertCache
+from transformers_moe_offload.errors import ConfigError
+from transformers_moe_offload.expert import ExpertId
+from transformers_moe_offload.memory.slots import Weights
+from transformers_moe_offload.policies import ORACLE, Belady, make_policy
+from transformers_moe_offload.stats import LayerStats
+from transformers_moe_offload.tracing.trace import Trace
+
+
+@dataclass(frozen=True)
+class Replay:
+    """What one policy made of a trace with so many slots."""
+
+    policy: str
+    num_slots: int
+    per_layer: Mapping[int, LayerStats]
+
+    @property
+    def hits(self) -> int:
+        """Experts that were resident when they were asked for."""
+        return sum(stats.hits for stats in self.per_layer.values())
+
+    @property
+    def hit_rate(self) -> float:
+        """Share of the experts asked for that were resident; 0 if none were."""
+        asked = sum(stats.asked for stats in self.per_layer.values())
+        return self.hits / asked if asked else 0.0
+
+
+def replay(trace: Trace, policy: str, num_slots: int) -> Replay:
+    """Play a trace from an empty cache, all its layers sharing `num_slots` slots.
+
+    `policy` is a name given to `register_policy`, or `belady`.
+    """
+    if num_slots < 1:
+        raise ConfigError(f"a replay with {num_slots} slots cannot work: a layer needs 1 to pass its experts through")
+    if policy == ORACLE:
+        return Replay(policy, num_slots, _consult_oracle(trace, num_slots))
+    cache = ExpertCache(NoSlots(), num_slots, dict(enumerate(trace.num_experts)), make_policy(policy))
+    for layer, wanted in trace.requests():
+        with cache.visit(layer, wanted) as visit:
+            for _ in visit:
+                pass
+    return Replay(policy, num_slots, cache.stats)
+
+
+def _consult_oracle(trace: Trace, num_slots: int) -> dict[int, LayerStats]:
+    """The most hits that anybody could have who loads nothing ahead of demand.
+
+    After a visit it keeps those wanted soonest, of everybody who was in a slot before or during the visit; but one of
+    the visit's own must be among them, because the last one computed is still where it was. Every cache keeps some of
+    the same experts under the same condition, and the ones wanted soonest are the best to have, whatever comes.
+    """
+    requests = trace.requests()
+    policy = Belady(requests)
+    residents: set[ExpertId] = set()
+    stats = {layer: LayerStats() for layer in range(trace.num_layers)}
+    for layer, wanted in requests:
+        experts = [ExpertId(layer, expert) for expert in wanted]
+        policy.begin(layer, experts)
+        for expert in experts:
+            if expert in residents:
+                stats[layer].hits += 1
+            else:
+                stats[layer].misses += 1
+                policy.admit(expert)
+                residents.add(expert)
+            policy.use(expert)
+        staying = set(experts)
+        while len(residents) > num_slots:
+            victim = next(expert for expert in policy.candidates() if staying != {expert})
+            policy.forget(victim)
+            residents.remove(victim)
+            staying.discard(victim)
+    return stats
+
+
+class NoSlots:
+    """Slots that hold nothing: what is brought in is there at once."""
+
+    num_lanes = 1
+
+    def add(self, slot: int) -> None:
+        """Nothing to make."""
+
+    def remove(self, slot: int) -> None:
+        """Nothing to give up."""
+
+    def start(self, expert: ExpertId, slot: int) -> Landed:
+        """Nothing to bring."""
+        return Landed()
+
+    def retire(self, slot: int) -> None:
+        """Nobody reads."""
+
+    def weights(self, expert: ExpertId, slot: int) -> Weights:
+        """No weights."""
+        return {}
+
+    def device_bytes(self, expert: ExpertId) -> int:
+        """No bytes."""
+        return 0
+
+
+class Landed:
+    """A transfer that was over when it began."""
+
+    seconds = 0.0
+
+    def is_done(self) -> bool:
+        """It is."""
+        return True
+
+    def finish(self) -> int:
+        """No bytes came from files."""
+        return 0
+
+    def cancel(self) -> bool:
+        """Too late."""
+        return False

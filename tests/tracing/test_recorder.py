@@ -1,0 +1,61 @@
+"""A recorder notes visits as they come, in steps."""
+
+from transformers_moe_offload.tracing import TraceRecorder
+
+
+def test_a_step_ends_where_the_layers_begin_again():
+    recorder = TraceRecorder(["a", "b", "c"], [4, 4, 4])
+    for layer in (0, 1, 2, 0, 2, 2):
+        recorder.record(layer, [layer])
+    assert [visit.step for visit in recorder.trace.visits] == [0, 0, 0, 1, 1, 2]
+    assert recorder.trace.step_tokens == [0, 0, 0]
+
+
+def test_a_step_that_is_announced_has_its_number_of_tokens():
+    recorder = TraceRecorder(["a", "b"], [4, 4])
+    recorder.begin_step(7)
+    recorder.record(0, [0, 1])
+    recorder.record(1, [2])
+    recorder.begin_step(1)
+    recorder.record(1, [3])
+    recorder.record(1, [3])
+    assert [visit.step for visit in recorder.trace.visits] == [0, 0, 1, 2]
+    assert recorder.trace.step_tokens == [7, 1, 0]
+
+
+def test_a_step_without_a_visit_leaves_no_trace():
+    recorder = TraceRecorder(["a"], [4])
+    recorder.begin_step(3)
+    recorder.begin_step(5)
+    recorder.record(0, [1])
+    assert recorder.trace.step_tokens == [5]
+
+
+def test_the_order_in_which_experts_were_wanted_is_kept():
+    recorder = TraceRecorder(["a"], [4])
+    recorder.record(0, [3, 0, 2])
+    assert recorder.trace.visits[0].wanted == (3, 0, 2)
+
+
+def test_each_visit_has_its_share_of_the_stall():
+    waited = iter([10.0, 14.0, 14.0, 14.5, 14.5, 21.5])
+    recorder = TraceRecorder(["a"], [4], stall_ms=lambda: next(waited))
+    for _ in range(3):
+        recorder.record(0, [1])
+    recorder.finish_visit()
+    assert recorder.trace.stall_ms == [4.0, 0.5, 7.0]
+
+
+def test_a_stall_counted_from_zero_again_is_never_negative():
+    waited = iter([10.0, 2.0])
+    recorder = TraceRecorder(["a"], [4], stall_ms=lambda: next(waited))
+    recorder.record(0, [1])
+    recorder.finish_visit()
+    assert recorder.trace.stall_ms == [0.0]
+
+
+def test_without_a_clock_there_is_no_stall():
+    recorder = TraceRecorder(["a"], [4])
+    recorder.record(0, [1])
+    recorder.finish_visit()
+    assert recorder.trace.stall_ms is None

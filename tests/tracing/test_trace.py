@@ -1,0 +1,178 @@
+"""A trace comes back from its file as it was, and a file that is no sound trace is refused with the reason."""
+
+import os
+import re
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from transformers_moe_offload.errors import MoeOffloadError
+from transformers_moe_offload.tracing import RecordedVisit, Trace, TraceError, TraceRecorder
+
+
+def small_trace(**changes):
+    recorder = TraceRecorder(["layers.0.experts", "layers.1.experts"], [4, 8], experts_per_token=[2, 3])
+    for layer, wanted in [(0, [3, 1]), (1, [0, 7, 2]), (0, [1, 2]), (1, [5])]:
+        recorder.record(layer, wanted)
+    for name, value in changes.items():
+        setattr(recorder.trace, name, value)
+    return recorder.trace
+
+
+def arrays_of(path):
+    with np.load(path, allow_pickle=False) as archive:
+        return dict(archive)
+
+
+def saved_with(path, **changes):
+    """A trace's file with some arrays replaced, or left out where they are None."""
+    small_trace(stall_ms=[0.0, 1.5, 0.25, 0.0]).save(path)
+    arrays = arrays_of(path) | changes
+    np.savez(path, allow_pickle=True, **{name: array for name, array in arrays.items() if array is not None})
+    return path
+
+
+@given(st.data())
+@settings(max_examples=40, deadline=None)
+def test_a_trace_comes_back_as_it_was_saved(tmp_path_factory, data):
+    num_experts = data.draw(st.lists(st.integers(1, 5), min_size=1, max_size=3))
+    layers = st.integers(0, len(num_experts) - 1)
+    recorder = TraceRecorder(
+        [f"Schichten.{i}.größte" for i in range(len(num_experts))],
+        num_experts,
+        experts_per_token=data.draw(st.none() | st.just([1] * len(num_experts))),
+        stall_ms=data.draw(st.none() | st.just(lambda: 0.5)),
+    )
+    for layer in data.draw(st.lists(layers, max_size=12)):
+        if data.draw(st.booleans()):
+            recorder.begin_step(data.draw(st.integers(1, 9)))
+        recorder.record(layer, data.draw(st.permutations(range(num_experts[layer])))[: data.draw(st.integers(0, 5))])
+    path = tmp_path_factory.mktemp("trace") / "a.npz"
+    recorder.trace.save(path)
+    assert Trace.load(path) == recorder.trace
+
+
+def test_a_trace_says_how_much_it_holds():
+    assert str(small_trace()) == ("2 steps, 4 visits of 2 sparse layers with 12 experts; 8 times somebody was wanted")
+
+
+def test_saving_replaces_an_older_trace_and_leaves_nothing_else(tmp_path):
+    path = tmp_path / "trace.npz"
+    path.write_bytes(b"older")
+    small_trace().save(path)
+    assert Trace.load(path) == small_trace()
+    assert os.listdir(tmp_path) == ["trace.npz"]
+
+
+def test_a_name_without_a_suffix_is_kept(tmp_path):
+    small_trace().save(tmp_path / "trace")
+    assert Trace.load(tmp_path / "trace") == small_trace()
+
+
+def test_a_trace_that_cannot_be_written_whole_leaves_the_older_one_alone(tmp_path, monkeypatch):
+    path = tmp_path / "trace.npz"
+    small_trace().save(path)
+    before = path.read_bytes()
+
+    def full(file, **arrays):
+        file.write(b"half of")
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(np, "savez_compressed", full)
+    with pytest.raises(TraceError, match=r"cannot write the trace .*trace\.npz.*No space left"):
+        small_trace().save(path)
+    assert path.read_bytes() == before
+    assert os.listdir(tmp_path) == ["trace.npz"]
+
+
+def test_a_trace_cannot_be_saved_into_a_folder_that_is_not_there(tmp_path):
+    with pytest.raises(TraceError, match=r"cannot write the trace .*nowhere"):
+        small_trace().save(tmp_path / "nowhere" / "trace.npz")
+
+
+def test_a_file_that_is_cut_short_is_refused(tmp_path):
+    path = tmp_path / "trace.npz"
+    small_trace().save(path)
+    whole = path.read_bytes()
+    for length in range(0, len(whole), 97):
+        path.write_bytes(whole[:length])
+        with pytest.raises(TraceError, match=r"cannot read the trace .*trace\.npz"):
+            Trace.load(path)
+
+
+def test_a_file_with_a_flipped_bit_is_refused_or_still_says_the_same(tmp_path):
+    """Bits of names and times in an archive's headers mean nothing."""
+    path = tmp_path / "trace.npz"
+    small_trace().save(path)
+    whole = path.read_bytes()
+    refused = 0
+    for place in range(0, len(whole), 41):
+        path.write_bytes(whole[:place] + bytes([whole[place] ^ 0x10]) + whole[place + 1 :])
+        try:
+            assert Trace.load(path) == small_trace()
+        except MoeOffloadError:
+            refused += 1
+    assert refused > len(whole) / 41 / 4
+
+
+def test_a_file_that_is_not_there_and_a_file_of_something_else_are_refused(tmp_path):
+    with pytest.raises(TraceError, match=r"cannot read the trace .*missing\.npz.*No such file"):
+        Trace.load(tmp_path / "missing.npz")
+    np.save(tmp_path / "one.npy", np.arange(3))
+    with pytest.raises(TraceError, match="one array and not an archive"):
+        Trace.load(tmp_path / "one.npy")
+    np.savez(tmp_path / "other.npz", weights=np.arange(3))
+    with pytest.raises(TraceError, match=r"it has no format, .*wanted; record one with `moe-offload trace`"):
+        Trace.load(tmp_path / "other.npz")
+
+
+def test_nothing_in_a_trace_is_ever_unpickled(tmp_path):
+    class Bomb:
+        def __reduce__(self):
+            return (os.mkdir, (str(tmp_path / "exploded"),))
+
+    path = saved_with(tmp_path / "trace.npz", wanted=np.array([Bomb()], dtype=object))
+    with pytest.raises(TraceError, match="cannot read the trace"):
+        Trace.load(path)
+    assert not (tmp_path / "exploded").exists()
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"format": np.array([2])}, "its format is [2], and this version reads [1]"),
+        ({"starts": None}, "it has no starts"),
+        ({"scores": np.arange(3)}, "it has 'scores', which no trace has"),
+        ({"layer": np.array([0.0, 1.0, 0.0, 1.0])}, "its layer is float64 of shape (4,), not one row of"),
+        ({"wanted": np.arange(8).reshape(2, 4)}, "its wanted is int64 of shape (2, 4)"),
+        ({"num_experts": np.array([4])}, "it has 2 layers and 4 visits, but 1 entries of num_experts"),
+        ({"step": np.array([0, 0, 1])}, "but 3 entries of step"),
+        ({"starts": np.array([0, 2, 5, 7])}, "but 4 entries of starts"),
+        ({"stall_ms": np.array([1.0])}, "but 1 entries of stall_ms"),
+        ({"starts": np.array([0, 2, 5, 7, 9])}, "its starts do not divide the 8 experts"),
+        ({"starts": np.array([0, 5, 2, 7, 8])}, "its starts do not divide the 8 experts"),
+        ({"layer": np.array([0, 2, 0, 1])}, "a visit is of layer 2, and there are 2 layers"),
+        ({"layer": np.array([0, -1, 0, 1])}, "a visit is of layer -1"),
+        ({"wanted": np.array([3, 3, 0, 7, 2, 1, 2, 5])}, "a visit of layer 0 wants an expert twice: (3, 3)"),
+        ({"wanted": np.array([3, 1, 0, 8, 2, 1, 2, 5])}, "wants experts 0 to 8, and the layer has 8"),
+        ({"wanted": np.array([3, 1, 0, -1, 2, 1, 2, 5])}, "wants experts -1 to 2, and the layer has 8"),
+        ({"step": np.array([0, 1, 0, 1])}, "step 0 comes after step 1"),
+        ({"step": np.array([0, 0, 1, 2])}, "a visit is of step 2, and there are 2 steps"),
+        ({"step": np.array([-1, 0, 1, 1])}, "step -1 comes after step 0"),
+        ({"num_experts": np.array([4, 0])}, "layer 1 has 0 experts"),
+        ({"stall_ms": np.array([0.0, np.nan, 0, 0])}, "its stall_ms has entries that are no times"),
+    ],
+)
+def test_a_file_that_contradicts_itself_is_refused_with_what_disagrees(tmp_path, changes, message):
+    path = saved_with(tmp_path / "trace.npz", **changes)
+    with pytest.raises(TraceError, match=re.escape(message)):
+        Trace.load(path)
+
+
+def test_a_trace_loaded_and_one_recorded_are_of_one_kind(tmp_path):
+    small_trace().save(tmp_path / "trace.npz")
+    visit = Trace.load(tmp_path / "trace.npz").visits[1]
+    assert visit == RecordedVisit(layer=1, wanted=(0, 7, 2), step=0)
+    assert type(visit.layer) is int
