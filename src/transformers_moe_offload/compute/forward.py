@@ -8,6 +8,7 @@ order of its choices. So the result does not depend on the order in which expert
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -29,15 +30,17 @@ def sparse_forward(
     top_k_weights: Tensor,
     *,
     keeps_weights: bool = False,
+    started: Callable[[Sequence[int]], None] | None = None,
 ) -> Tensor:
     """The experts' contribution to each token.
 
     hidden_states (T, H), top_k_index (T, K) int64, top_k_weights (T, K) -> (T, H) in the dtype of hidden_states.
     `experts` is the module whose activation is used. `keeps_weights` copies the weights out of the slots, for autograd.
+    `started` is called with the wanted experts once their loads are under way.
     """
     grouping = group_by_expert(top_k_index, top_k_weights, cache.num_experts(layer), keep_zero_weights=keeps_weights)
     outputs = {}
-    with cache.visit(layer, grouping.by_last_use) as visit:
+    with cache.visit(layer, grouping.by_last_use, started) as visit:
         # Gradients are summed, and random numbers drawn, in the order of computation; then it must not be chance.
         is_ordered = keeps_weights or experts.training
         for expert, weights in visit.in_order() if is_ordered else visit:
