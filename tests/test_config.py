@@ -90,7 +90,7 @@ def test_auto_takes_what_is_available_and_never_more_than_all_experts_need():
         {"pin_memory": "yes"},
         {"pin_memory": None},
         {"pin_memory": 0},
-        {"host_budget": "6GiB"},
+        {"host_budget": "six"},
         {"prefetch": "on"},
         {"experts": "hqq"},
         {"dense": 4},
@@ -223,7 +223,7 @@ class TestPrefetching:
             PrefetchConfig(**options)
 
 
-@pytest.mark.parametrize("option", ["mmap", "pin_memory"])
+@pytest.mark.parametrize("option", ["mmap", "pin_memory", "direct_io"])
 def test_a_switch_is_on_off_or_auto(option):
     for value in (True, False, "auto"):
         assert getattr(OffloadConfig(**{option: value}), option) == value

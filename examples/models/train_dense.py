@@ -5,6 +5,7 @@ python train_dense.py --work DIR   # needs DIR/tokens; writes tiny-dense/ beside
 
 import argparse
 import json
+import os
 import shutil
 from pathlib import Path
 
@@ -60,11 +61,12 @@ def main() -> None:
     parser.add_argument("--work", type=Path, required=True, help="scratch folder of corpus.py and train_tokenizer.py")
     parser.add_argument("--steps", type=int, default=2200)
     parser.add_argument("--learning-rate", type=float, default=3e-3)
+    parser.add_argument("--threads", type=int, default=os.cpu_count(), help="CPU threads; default: one per core")
     parser.add_argument("--out", type=Path, default=HERE, help="where model and curve go; default: beside this file")
     arguments = parser.parse_args()
     work, out = arguments.work, arguments.out
     config = TrainingConfig(steps=arguments.steps, learning_rate=arguments.learning_rate)
-    torch.set_num_threads(1)
+    torch.set_num_threads(arguments.threads)
     torch.manual_seed(config.seed)
     model = LlamaForCausalLM(tiny_dense_config())
     model.set_attn_implementation(ATTENTION)

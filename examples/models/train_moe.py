@@ -5,6 +5,7 @@ python train_moe.py --work DIR     # needs DIR/tokens; writes tiny-moe/ beside t
 
 import argparse
 import json
+import os
 import shutil
 from pathlib import Path
 
@@ -69,13 +70,14 @@ def main() -> None:
     parser.add_argument("--work", type=Path, required=True, help="scratch folder of corpus.py and train_tokenizer.py")
     parser.add_argument("--steps", type=int, default=1900)
     parser.add_argument("--learning-rate", type=float, default=3e-3)
+    parser.add_argument("--threads", type=int, default=os.cpu_count(), help="CPU threads; default: one per core")
     parser.add_argument("--out", type=Path, default=HERE, help="where model and curve go; default: beside this file")
     arguments = parser.parse_args()
     work, out = arguments.work, arguments.out
     config = TrainingConfig(
         steps=arguments.steps, learning_rate=arguments.learning_rate, balance_weight=0.02, evaluate_every=200
     )
-    torch.set_num_threads(1)
+    torch.set_num_threads(arguments.threads)
     torch.manual_seed(config.seed)
     model = with_fast_experts(Qwen3MoeForCausalLM(tiny_moe_config()))
     model.set_attn_implementation(ATTENTION)

@@ -7,6 +7,7 @@ Attention, norms and embeddings stay the base's, which is what lets the speciali
 
 import argparse
 import json
+import os
 import shutil
 from pathlib import Path
 
@@ -45,10 +46,11 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=350)
     parser.add_argument("--learning-rate", type=float, default=2e-3)
     parser.add_argument("--domain", choices=DOMAINS, action="append", help="default: all three, one after the other")
+    parser.add_argument("--threads", type=int, default=os.cpu_count(), help="CPU threads; default: one per core")
     parser.add_argument("--out", type=Path, default=HERE, help="where model and curve go; default: beside this file")
     arguments = parser.parse_args()
     out = arguments.out
-    torch.set_num_threads(1)
+    torch.set_num_threads(arguments.threads)
     for domain in arguments.domain or DOMAINS:
         config = TrainingConfig(
             steps=arguments.steps,

@@ -25,7 +25,6 @@ _UNITS = {
 }  # fmt: skip
 
 _NOT_YET = {
-    "host_budget": "a host tier with its own budget",
     "experts": "quantizing experts",
     "dense": "quantizing dense layers",
 }
@@ -127,10 +126,13 @@ class OffloadConfig(dict[str, Any]):
         mmap: on a CPU machine, use experts where they lie in the page cache instead of copying them into slots; the
             cache then bounds what the process keeps mapped. `"auto"` does so where all experts fit into free RAM and
             can be used as they are stored; False copies; True insists, and is an error where it cannot be done.
+        direct_io: read experts past the page cache, where system and filesystem allow it; `"auto"` does so where not
+            all experts fit into free RAM.
         io_workers: threads that read experts; None means one per core, four at most.
         pin_memory: stage reads for a GPU in page-locked memory; `"auto"` means wherever there is a GPU.
         prefetch: load experts before they are asked for: a `PrefetchConfig`, a dictionary of its fields, or None.
-        host_budget: not available yet; only `"auto"`.
+        host_budget: on a machine with GPU, RAM that holds experts between disk and cache: as `cache_budget`; `"auto"`
+            takes half of the free RAM, and never more than all experts need.
         experts: not available yet; only None, experts as they are stored.
         dense: not available yet; only None.
 
@@ -151,9 +153,11 @@ class OffloadConfig(dict[str, Any]):
     io_workers: int | None = None
     pin_memory: bool | Literal["auto"] = "auto"
     mmap: bool | Literal["auto"] = "auto"
+    direct_io: bool | Literal["auto"] = "auto"
 
     def __post_init__(self) -> None:
         Budget.parse(self.cache_budget, "cache_budget")
+        Budget.parse(self.host_budget, "host_budget")
         defaults = {f.name: f.default for f in fields(self)}
         for name, feature in _NOT_YET.items():
             if getattr(self, name) != defaults[name]:
@@ -167,7 +171,7 @@ class OffloadConfig(dict[str, Any]):
         _choose("arithmetic", self.arithmetic, get_args(Arithmetic))
         if self.io_workers is not None and (type(self.io_workers) is not int or self.io_workers < 1):
             raise ConfigError(f"io_workers={self.io_workers!r} is not a positive number of threads")
-        for name in ("pin_memory", "mmap"):
+        for name in ("pin_memory", "mmap", "direct_io"):
             value = getattr(self, name)
             if not isinstance(value, bool) and value != "auto":
                 raise ConfigError(f"{name}={value!r} is not one of True, False, 'auto'")

@@ -40,6 +40,13 @@ def test_mapped_and_copied_experts_give_the_same_bits(budget, arithmetic, token_
     assert counts[0] == counts[1]
 
 
+def test_reading_past_the_page_cache_gives_the_same_bits(token_ids):
+    past, through = (load(TINY_MOE, cache_budget="25%", mmap=False, direct_io=choice) for choice in (True, False))
+    assert "read past the page cache" in str(past.moe_offload.plan)
+    assert torch.equal(logits(past, token_ids), logits(through, token_ids))
+    assert past.moe_offload.stats().disk_bytes == through.moe_offload.stats().disk_bytes > 0
+
+
 def test_experts_are_mapped_where_there_is_ram_to_spare_and_copied_where_there_is_none(monkeypatch):
     assert "cpu (mapped)" in str(load(TINY_MOE, cache_budget="50%").moe_offload.plan)
     monkeypatch.setattr(planning, "page_cache_holds", lambda nbytes: False)

@@ -8,6 +8,7 @@ from transformers import AutoModelForCausalLM
 
 from transformers_moe_offload import CapacityError, OffloadConfig
 from transformers_moe_offload.expert import ExpertSpec, FieldSpec
+from transformers_moe_offload.hf import plan as planning
 from transformers_moe_offload.hf.plan import Placement, make_plan
 from transformers_moe_offload.hf.quantizer import MoeOffloadQuantizer
 
@@ -64,6 +65,31 @@ class TestPlan:
         assert refused.value.smallest_budget == 64_000 + 6_400
         plan = make_plan(placements, OffloadConfig(cache_budget=refused.value.smallest_budget))
         assert [pool.num_slots for pool in plan.pools] == [1, 1]
+
+    def test_ram_holds_what_is_behind_accelerators_and_nothing_else(self):
+        placements = on("cuda:0", layer(0)) + on("cpu", layer(1))
+        plan = make_plan(placements, OffloadConfig(cache_budget="50%", host_budget="25%"))
+        assert plan.host_bytes == 8 * 64_000 // 4
+        assert "125.0 KiB of RAM hold experts, the others stay on disk" in str(plan)
+        assert make_plan(placements, OffloadConfig(cache_budget="50%")).host_bytes == 8 * 64_000
+
+    def test_a_host_budget_without_an_accelerator_is_told_to_have_no_effect(self, caplog):
+        plan = make_plan(on("cpu", layer(0)), OffloadConfig(cache_budget="50%", host_budget="1GB"))
+        assert plan.host_bytes == 0
+        assert "host_budget='1GB' has no effect" in caplog.text
+        assert "cache_budget='50%'" in caplog.text
+
+    @pytest.mark.parametrize(
+        ("has_room", "direct_io", "past_cache"),
+        [(True, "auto", False), (False, "auto", True), (True, True, True), (False, False, False)],
+    )
+    def test_files_are_read_past_the_page_cache_where_it_cannot_hold_them(
+        self, has_room, direct_io, past_cache, monkeypatch
+    ):
+        monkeypatch.setattr(planning, "page_cache_holds", lambda nbytes: has_room)
+        plan = make_plan(on("cpu", layer(0)), OffloadConfig(cache_budget="50%", direct_io=direct_io))
+        assert plan.reads_past_cache == past_cache
+        assert ("past the page cache" in str(plan)) == past_cache
 
     def test_a_budget_beyond_all_experts_makes_no_idle_slots(self):
         plan = make_plan(on("cpu", layer(0)), OffloadConfig(cache_budget="1TB"))

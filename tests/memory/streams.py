@@ -60,6 +60,7 @@ class Machine:
     def __init__(self):
         self.compute = Stream()
         self.made = []
+        self.kept_for = []
         self._current = threading.local()
 
     @property
@@ -112,3 +113,7 @@ class _DeviceMemory(torch.Tensor):
         target = self.as_subclass(torch.Tensor)
         self.machine.current_stream().enqueue(lambda: target.copy_(source))
         return self
+
+    def record_stream(self, stream):
+        """The allocator keeps the memory until the stream has got this far, whoever lets go of it."""
+        self.machine.kept_for.append((self.data_ptr(), stream))

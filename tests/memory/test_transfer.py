@@ -274,6 +274,12 @@ def test_reads_go_on_while_earlier_experts_are_still_being_copied(machine):
     assert [what_is_in(slot) for slot in slots] == [0] * 4, "two buffers for each reader, so nobody had to wait"
 
 
+def test_a_slot_that_is_dropped_while_it_is_being_filled_is_kept_for_the_copy(machine):
+    copier, slot = cuda_copier(), machine.slot(NBYTES)
+    copier.start(FIRST, slot).finish()
+    assert machine.kept_for == [(slot.data_ptr(), machine.copies)]
+
+
 def test_a_failed_read_gives_its_staging_buffer_back(machine):
     def read(expert, record):
         if expert != EXPERTS[-1]:

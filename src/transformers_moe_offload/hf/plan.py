@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -9,16 +10,19 @@ import torch
 
 from transformers_moe_offload.cache.cache import ExpertCache
 from transformers_moe_offload.cache.capacity import PoolNeed, share_out, smallest_budget
-from transformers_moe_offload.config import OffloadConfig
+from transformers_moe_offload.config import Budget, OffloadConfig
 from transformers_moe_offload.errors import ConfigError
 from transformers_moe_offload.expert import ExpertSpec
 from transformers_moe_offload.memory.available import available_bytes, page_cache_holds
-from transformers_moe_offload.memory.checkpoint import ExpertStore
+from transformers_moe_offload.memory.checkpoint import ExpertStore, LayerSource
+from transformers_moe_offload.memory.host import HostTier
 from transformers_moe_offload.memory.mapped import MappedSlots
 from transformers_moe_offload.memory.record import RecordLayout
 from transformers_moe_offload.memory.slots import CopiedSlots, SlotPool, Slots
 from transformers_moe_offload.memory.transfer import Copier, CudaCopier, HostCopier, default_workers
 from transformers_moe_offload.policies import make_policy
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -55,6 +59,10 @@ class OffloadPlan:
     pools: tuple[PoolPlan, ...]
     budget_bytes: int
     smallest_budget: int
+    host_bytes: int = 0
+    """RAM for experts on their way to accelerators."""
+    reads_past_cache: bool = False
+    """Whether files are read without the page cache."""
 
     @property
     def num_experts(self) -> int:
@@ -96,9 +104,15 @@ class OffloadPlan:
         ]
         lines.append(
             f"cache budget {readable(self.budget_bytes)}, smallest that works {readable(self.smallest_budget)} "
-            f"({self.smallest_budget:,} bytes); experts beyond the cache stay on disk"
+            f"({self.smallest_budget:,} bytes); {self._beyond_the_cache()}"
         )
         return "\n".join(lines)
+
+    def _beyond_the_cache(self) -> str:
+        on_disk = "stay on disk, read past the page cache" if self.reads_past_cache else "stay on disk"
+        if not self.host_bytes:
+            return f"experts beyond the cache {on_disk}"
+        return f"beyond the cache {readable(self.host_bytes)} of RAM hold experts, the others {on_disk}"
 
 
 def readable(nbytes: float) -> str:
@@ -134,7 +148,28 @@ def make_plan(placements: Sequence[Placement], config: OffloadConfig) -> Offload
             groups.items(), needs, share_out(budget_bytes, needs), strict=True
         )
     ]
-    return OffloadPlan(tuple(pools), budget_bytes, smallest_budget(needs))
+    return OffloadPlan(
+        tuple(pools),
+        budget_bytes,
+        smallest_budget(needs),
+        host_bytes=_host_bytes(pools, config),
+        reads_past_cache=config.direct_io is True
+        or (config.direct_io == "auto" and not page_cache_holds(all_bytes) and not maps),
+    )
+
+
+def _host_bytes(pools: Sequence[PoolPlan], config: OffloadConfig) -> int:
+    """RAM for the experts of pools on accelerators."""
+    budget = Budget.parse(config.host_budget, "host_budget")
+    behind = sum(pool.need.all_bytes for pool in pools if pool.device.type != "cpu")
+    if behind:
+        return budget.resolve(behind, available_bytes(torch.device("cpu")))
+    if config.host_budget != "auto":
+        logger.warning(
+            f"host_budget={config.host_budget!r} has no effect: every cache of experts is in RAM already, and "
+            f"cache_budget={config.cache_budget!r} is its size"
+        )
+    return 0
 
 
 def _is_mappable(placement: Placement, config: OffloadConfig) -> bool:
@@ -147,22 +182,24 @@ def _is_mappable(placement: Placement, config: OffloadConfig) -> bool:
     return placement.is_mappable and config.mmap is not False
 
 
-def build_caches(plan: OffloadPlan, store: ExpertStore, config: OffloadConfig) -> dict[int, ExpertCache]:
+def build_caches(plan: OffloadPlan, sources: Sequence[LayerSource], config: OffloadConfig) -> dict[int, ExpertCache]:
     """One cache for each pool of the plan: layer -> the cache it uses."""
+    store = ExpertStore(sources, past_cache=plan.reads_past_cache)
+    host = HostTier(store, plan.host_bytes)
     caches: dict[int, ExpertCache] = {}
     for pool in plan.pools:
         num_experts = {layer: store.layers[layer].spec.num_experts for layer in pool.layers}
-        cache = ExpertCache(_slots(store, pool, config), pool.num_slots, num_experts, make_policy(config.policy))
+        cache = ExpertCache(_slots(store, host, pool, config), pool.num_slots, num_experts, make_policy(config.policy))
         caches |= dict.fromkeys(pool.layers, cache)
     return caches
 
 
-def _slots(store: ExpertStore, pool: PoolPlan, config: OffloadConfig) -> Slots:
+def _slots(store: ExpertStore, host: HostTier, pool: PoolPlan, config: OffloadConfig) -> Slots:
     workers = config.io_workers or default_workers()
     if pool.is_mapped:
         return MappedSlots(store, workers)
     copier: Copier = HostCopier(store.read_into, workers)
     if pool.device.type == "cuda":
         is_pinned = config.pin_memory is not False
-        copier = CudaCopier(store.read_into, workers, pool.device, pool.need.slot_bytes, is_pinned)
+        copier = CudaCopier(host.read_into, workers, pool.device, pool.need.slot_bytes, is_pinned)
     return CopiedSlots(store, SlotPool(pool.need.slot_bytes, pool.device), copier)

@@ -245,8 +245,7 @@ class OffloadRuntime:
         if self._caches:
             return
         self._plan = make_plan(self._placements(), self.config)
-        store = ExpertStore(list(self._sources.values()))
-        self._caches = build_caches(self._plan, store, self.config)
+        self._caches = build_caches(self._plan, list(self._sources.values()), self.config)
         specs = {layer.index: self.spec(layer) for layer in self._layers}
         self._lookahead = look_ahead_in(self._living_model(), self.config.prefetch, self._caches, specs)
         for index, stats in self._kept_stats.items():

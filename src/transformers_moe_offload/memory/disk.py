@@ -8,6 +8,7 @@ that needs it, and is looked for again at the next read.
 
 from __future__ import annotations
 
+import errno
 import os
 import threading
 import weakref
@@ -15,6 +16,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from transformers_moe_offload.errors import CheckpointError
+from transformers_moe_offload.memory.direct import DirectReader
 from transformers_moe_offload.memory.mapping import FileMap, changed_size
 
 
@@ -28,14 +30,22 @@ class File:
         self._lock = threading.Lock()
         self._opened: _Opened | None = None
         self._map: FileMap | None = None
+        self._direct: DirectReader | None = None
+        self._refuses_direct = False
 
     def read_into(self, target: memoryview, offset: int) -> None:
         """Fill `target` with the file's bytes from `offset` on, or raise `CheckpointError`."""
         self.scatter_into([target], offset)
 
-    def scatter_into(self, targets: Sequence[memoryview], offset: int) -> None:
-        """Fill several targets, one after the other, with the file's bytes from `offset` on, in one read."""
+    def scatter_into(self, targets: Sequence[memoryview], offset: int, *, past_cache: bool = False) -> None:
+        """Fill several targets, one after the other, with the file's bytes from `offset` on, in one read.
+
+        `past_cache` leaves the page cache aside, where the system and the filesystem allow it.
+        """
         try:
+            direct = self._open_direct() if past_cache else None
+            if direct is not None and self._fill_directly(direct, targets, offset):
+                return
             self._fill(self._open(), list(targets), offset)
         except OSError as error:
             self.close()
@@ -63,18 +73,54 @@ class File:
         while offset < end:
             count = opened.read_into(targets, offset)
             if count == 0:
-                raise CheckpointError(
-                    f"{self.path} ends at byte {opened.size():,}, but an expert's weights reach "
-                    f"to byte {end:,}; restore the file and try again"
-                )
+                raise self._too_short(opened.size(), end)
             offset += count
             targets = _without_first(targets, count)
+
+    def _open_direct(self) -> DirectReader | None:
+        """The file opened past the page cache; None where that is refused."""
+        with self._lock:
+            if self._direct is None and not self._refuses_direct:
+                try:
+                    direct = DirectReader(self.path)
+                except FileNotFoundError:
+                    raise
+                except OSError:
+                    self._refuses_direct = True
+                    return None
+                if direct.size() != self.nbytes:
+                    raise changed_size(self.path, direct.size(), self.nbytes)
+                self._direct = direct
+            return self._direct
+
+    def _too_short(self, found: int, end: int) -> CheckpointError:
+        return CheckpointError(
+            f"{self.path} ends at byte {found:,}, but an expert's weights reach to byte {end:,}; "
+            f"restore the file and try again"
+        )
+
+    def _fill_directly(self, direct: DirectReader, targets: Sequence[memoryview], offset: int) -> bool:
+        """Fill the targets; returns False if direct reads turn out to be refused."""
+        nbytes = sum(len(target) for target in targets)
+        try:
+            found = direct.read(offset, nbytes)
+        except OSError as error:
+            if error.errno != errno.EINVAL:
+                raise
+            self._refuses_direct = True
+            return False
+        if len(found) < nbytes:
+            raise self._too_short(direct.size(), offset + nbytes)
+        for target in targets:
+            target[:], found = found[: len(target)], found[len(target) :]
+        return True
 
     def close(self) -> None:
         """Forget the open file; reads that use it finish first, the next read opens it again."""
         with self._lock:
             self._opened = None
             self._map = None
+            self._direct = None
 
     def _open(self) -> _Opened:
         with self._lock:

@@ -139,6 +139,7 @@ class CudaCopier:
                     if last_use is not None:
                         stream.wait_event(last_use)
                     slot.copy_(buffer[: slot.numel()], non_blocking=True)  # copy: host -> device, async
+                    slot.record_stream(stream)  # whoever drops the slot now, its memory waits for the copy
                     drained.record(stream)
                     landed.record(stream)
                 return from_files

@@ -1,0 +1,56 @@
+"""Read a file past the page cache.
+
+Where the experts do not fit into free RAM, the page cache can hold few of them, and at every read costs a copy and a
+search for victims: 4.5 MiB pieces of a cold file came at 1.0 GiB/s through it and at 1.3 to 2.0 past it (ext4 on a
+virtual disk, 1 to 4 threads). Disks want offsets, lengths and addresses in whole blocks then, so reads go through an
+aligned buffer, one for each thread.
+"""
+
+from __future__ import annotations
+
+import mmap
+import os
+import threading
+import weakref
+from pathlib import Path
+
+BLOCK = 4096
+"""Bytes. Every common disk's block divides it."""
+
+
+class DirectReader:
+    """One file, opened for direct reads. Raises `OSError` where system or filesystem do not offer them."""
+
+    def __init__(self, path: Path) -> None:
+        if not hasattr(os, "O_DIRECT"):
+            raise OSError("this system has no direct reads")
+        self._descriptor = os.open(path, os.O_RDONLY | os.O_DIRECT)
+        weakref.finalize(self, os.close, self._descriptor)
+
+    def size(self) -> int:
+        """Bytes of the file, now."""
+        return os.fstat(self._descriptor).st_size
+
+    def read(self, offset: int, nbytes: int) -> memoryview:
+        """The file's bytes from `offset` on, fewer than `nbytes` at its end; valid until the thread's next read."""
+        first = offset // BLOCK * BLOCK
+        length = -(-(offset + nbytes - first) // BLOCK) * BLOCK
+        buffer = _buffer(length)
+        filled = 0
+        while filled < length:
+            count = os.preadv(self._descriptor, [buffer[filled:length]], first + filled)
+            filled += count
+            if count % BLOCK or count == 0:  # the end of the file
+                break
+        return buffer[offset - first : min(offset - first + nbytes, filled)]
+
+
+_THREAD = threading.local()
+
+
+def _buffer(nbytes: int) -> memoryview:
+    """This thread's buffer, at the beginning of a page; grown where it is too small."""
+    buffer = getattr(_THREAD, "buffer", None)
+    if buffer is None or len(buffer) < nbytes:
+        buffer = _THREAD.buffer = memoryview(mmap.mmap(-1, nbytes))
+    return buffer
