@@ -22,9 +22,7 @@ import rows as all_the_rows
 import shape as shapes
 import typer
 from check import verdicts
-from conditions import conditions
 from job import JobFailedError, run_job
-from report import as_markdown, for_terminal, tables
 from rich.console import Console
 from rich.progress import Progress
 
@@ -63,9 +61,18 @@ def decode(
     protocol = replace(protocols.QUICK if quick else protocols.Protocol(), **lengths)
     chosen = _chosen_rows(row or (all_the_rows.QUICK if quick else ()))
 
-    from make_model import made_model  # here, because judging a file should not have to wait for torch
+    # Here, because judging a file should not have to wait for torch.
+    from make_model import made_model
+    from report import as_markdown, tables
 
-    result = _measure_all(made_model(shape, made), shape, protocol, chosen, threads)
+    from transformers_moe_offload.bench.conditions import conditions
+    from transformers_moe_offload.bench.tables import for_terminal
+
+    folder = made_model(shape, made)
+    result = {
+        "date": datetime.now(UTC).strftime("%Y-%m-%d-%H%M"),
+        "conditions": conditions(folder, threads),
+    } | _measure_all(folder, shape, protocol, chosen, threads)
     results.mkdir(parents=True, exist_ok=True)
     path = results / f"decode-{result['date']}.json"
     path.write_text(json.dumps(result, indent=1) + "\n")
@@ -90,8 +97,6 @@ def _measure_all(
     files = sorted(folder.glob("*.safetensors"))
     total_bytes = json.loads((folder / "model.safetensors.index.json").read_text())["metadata"]["total_size"]
     result: dict[str, Any] = {
-        "date": datetime.now(UTC).strftime("%Y-%m-%d-%H%M"),
-        "conditions": conditions(folder, threads),
         "shape": asdict(shape),
         "protocol": asdict(protocol),
         "expert_bytes": shape.expert_bytes,

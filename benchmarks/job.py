@@ -11,7 +11,10 @@ import subprocess
 import sys
 import tempfile
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from cap import Cap
 
 TAIL = 2000
 """Characters of a failed process's stderr that are kept."""
@@ -21,15 +24,32 @@ class JobFailedError(Exception):
     """The process ended without an answer; the message is the end of what it wrote to stderr."""
 
 
-def run_job(script: str, job: dict[str, Any], num_threads: int | None) -> Any:
-    """Run a script of this folder on a job and return its answer. Computes on the CPU, whatever else there is."""
+def run_job(
+    script: str,
+    job: dict[str, Any],
+    num_threads: int | None,
+    *,
+    cap: Cap | None = None,
+    python: str = sys.executable,
+) -> Any:
+    """Run a script of this folder on a job and return its answer. Computes on the CPU, whatever else there is.
+
+    Under a `cap` if one is given, and by another interpreter than this one if its packages are needed.
+    """
     environment = os.environ | {"CUDA_VISIBLE_DEVICES": "", "HF_HUB_OFFLINE": "1", "HF_HUB_DISABLE_PROGRESS_BARS": "1"}
     if num_threads is not None:
         environment["OMP_NUM_THREADS"] = str(num_threads)
     with tempfile.TemporaryDirectory() as folder:
         answer = Path(folder) / "answer.json"
-        command = [sys.executable, str(Path(__file__).with_name(script)), json.dumps(job), str(answer)]
-        done = subprocess.run(command, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
+        command = [python, str(Path(__file__).with_name(script)), json.dumps(job), str(answer)]
+        done = subprocess.run(
+            [*(cap.prefix if cap else ()), *command],
+            env=environment,
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.PIPE,
+            text=True,
+            preexec_fn=cap.join if cap else None,
+        )
         if done.returncode != 0:
             raise JobFailedError(f"exit code {done.returncode}: {done.stderr[-TAIL:].strip()}")
         return json.loads(answer.read_text())

@@ -19,19 +19,28 @@ def load(row: Row, folder: Path, offload_folder: Path) -> Any:
     options: dict[str, Any] = {"dtype": torch.bfloat16}
     if row.kind == "ours":
         assert row.arithmetic in ("fast", "exact")
-        options["moe_offload"] = OffloadConfig(cache_budget=f"{row.budget_percent}%", arithmetic=row.arithmetic)
+        options["moe_offload"] = OffloadConfig(
+            cache_budget=f"{row.budget_percent}%",
+            arithmetic=row.arithmetic,
+            mmap=False if row.is_copied else "auto",
+        )
     else:
         options["experts_implementation"] = row.implementation
     if row.kind == "accelerate":
-        options |= {"device_map": _experts_on_disk(folder), "offload_folder": offload_folder}
+        places = _experts_on_disk(folder, row.budget_percent or 0)
+        options |= {"device_map": places, "offload_folder": offload_folder}
     return AutoModelForCausalLM.from_pretrained(folder, **options)
 
 
-def _experts_on_disk(folder: Path) -> dict[str, str]:
-    """A device map with every experts module on disk and the rest in RAM, in as few entries as that takes."""
+def _experts_on_disk(folder: Path, kept_percent: int) -> dict[str, str]:
+    """A device map with experts modules on disk and the rest in RAM, in as few entries as that takes.
+
+    So many percent of the experts modules stay in RAM, the first ones, which is where accelerate puts them itself.
+    """
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(folder))
     experts = [name for name, _ in model.named_modules() if name.endswith(".experts")]
+    experts = experts[len(experts) * kept_percent // 100 :]
     places: dict[str, str] = {}
 
     def place(module: nn.Module, path: str) -> None:

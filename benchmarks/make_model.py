@@ -7,6 +7,7 @@ shards with an index. A shard is a layer here.
 from __future__ import annotations
 
 import json
+import math
 import os
 import shutil
 from collections.abc import Iterator
@@ -18,6 +19,9 @@ from safetensors.torch import save_file
 from shape import Shape
 from torch import Tensor
 from transformers import Qwen3MoeConfig
+
+BIAS = 0
+"""The hidden dimension that is the same in every token, where routers are to prefer some experts."""
 
 INDEX = "model.safetensors.index.json"
 
@@ -79,6 +83,8 @@ def _shards(shape: Shape) -> Iterator[dict[str, Tensor]]:
         return torch.ones(size, dtype=torch.bfloat16)
 
     embedding = draw(shape.vocab, shape.hidden, std=shape.embedding_std)
+    if shape.popularity:
+        embedding[:, BIAS] = shape.embedding_std
     yield {"model.embed_tokens.weight": embedding, "model.norm.weight": ones(shape.hidden)}
     queries, keys = shape.heads * shape.head_dim, shape.kv_heads * shape.head_dim
     for layer in range(shape.layers):
@@ -93,6 +99,11 @@ def _shards(shape: Shape) -> Iterator[dict[str, Tensor]]:
             "self_attn.k_norm.weight": ones(shape.head_dim),
             "mlp.gate.weight": draw(shape.experts, shape.hidden),
         }
+        if shape.popularity:
+            # A router has no bias of its own. Its logits spread by WEIGHT_STD * sqrt(hidden) over the tokens, so this
+            # spreads them by `popularity` times as much over the experts.
+            logit_std = WEIGHT_STD * math.sqrt(shape.hidden)
+            tensors["mlp.gate.weight"][:, BIAS] = draw(shape.experts, std=shape.popularity * logit_std)
         for expert in range(shape.experts):
             prefix = f"mlp.experts.{expert}"
             tensors[f"{prefix}.gate_proj.weight"] = draw(shape.intermediate, shape.hidden)

@@ -23,11 +23,13 @@ import transformers.models.qwen3_moe.modeling_qwen3_moe  # noqa: F401 - so that 
 from counters import Reads, forget_peak, peak_rss
 from job import serve
 from loading import FetchCounter, load
-from page_cache import drop, resident_share, warm
 from protocol import Protocol
 from rows import Row
 from torch import Tensor
-from transformers import LogitsProcessor, LogitsProcessorList
+from transformers import LogitsProcessorList
+
+from transformers_moe_offload.bench.clock import StepClock, laid_down
+from transformers_moe_offload.bench.page_cache import drop, resident_share, warm
 
 
 def measure(row: dict[str, Any], folder: str, scratch: str, protocol: dict[str, Any]) -> dict[str, Any]:
@@ -50,15 +52,15 @@ def _measure(row: Row, folder: Path, scratch: Path, protocol: Protocol) -> dict[
     read_while_decoding = copies or checkpoint
     fetched = FetchCounter(model)
 
-    digest = _run(model, protocol, fetched)["digest"]
+    digest = run(model, protocol, fetched)["digest"]
     runs: dict[str, list[dict[str, Any]]] = {"warm": [], "cold": []}
     for _ in range(protocol.runs):
         warm(read_while_decoding)
-        runs["warm"].append(_run(model, protocol, fetched))
+        runs["warm"].append(run(model, protocol, fetched))
     peak = max(load_peak_rss, peak_rss())
-    _unmap(model)
+    unmap(model)
     for _ in range(protocol.runs):
-        runs["cold"].append(_run(model, protocol, fetched, before_token=lambda: drop(read_while_decoding)))
+        runs["cold"].append(run(model, protocol, fetched, before_token=lambda: drop(read_while_decoding)))
     drop(read_while_decoding)
     return {
         "load_s": load_s,
@@ -71,81 +73,78 @@ def _measure(row: Row, folder: Path, scratch: Path, protocol: Protocol) -> dict[
         "torch_threads": torch.get_num_threads(),
         "digest": digest,
         **runs,
-        **_plan_of(model),
+        **plan_of(model),
     }
 
 
-def _unmap(model: Any) -> None:
+def unmap(model: Any) -> None:
     """Copy parameters that Transformers left where they are in the files: what is dropped is to be experts only."""
     for parameter in model.parameters():
         if parameter.device.type != "meta":
             parameter.data = parameter.data.clone()
 
 
-def _plan_of(model: Any) -> dict[str, int]:
+def plan_of(model: Any) -> dict[str, int]:
+    """Bytes that stay in RAM: parameters, and the cache if there is one."""
     dense = {id(tensor): tensor for tensor in model.parameters() if tensor.device.type != "meta"}
     facts = {"resident_parameter_bytes": sum(tensor.nbytes for tensor in dense.values())}
     if hasattr(model, "moe_offload"):
-        facts |= {"cache_bytes": model.moe_offload.plan.cache_bytes, "slots": model.moe_offload.plan.num_slots}
+        plan = model.moe_offload.plan
+        facts |= {"cache_bytes": plan.cache_bytes, "slots": plan.num_slots}
+        facts |= {"is_mapped": all(pool.is_mapped for pool in plan.pools)}
     return facts
 
 
-def _run(
+def run(
     model: Any, protocol: Protocol, fetched: FetchCounter, before_token: Callable[[], None] = lambda: None
 ) -> dict[str, Any]:
     """One prompt and its tokens; what is measured begins when the prompt has been read."""
     random = torch.Generator().manual_seed(protocol.seed)
     vocab = model.config.vocab_size
     prompt = torch.randint(vocab, (1, protocol.prompt_tokens), generator=random)
-    tokens = torch.randint(vocab, (protocol.decode_tokens + 1,), generator=random).tolist()
-    clock = _Clock(tokens, model, fetched, before_token)
+    tokens = torch.randint(vocab, (1, protocol.decode_tokens + 1), generator=random)
+    watch = _Watch(model, fetched, protocol.decode_tokens, before_token)
+    clock = StepClock(laid_down(tokens), watch.between)
     with torch.inference_mode():
         out = model.generate(
             prompt,
             attention_mask=torch.ones_like(prompt),
-            max_new_tokens=len(tokens),
+            max_new_tokens=tokens.shape[1],
             do_sample=False,
             logits_processor=LogitsProcessorList([clock]),
             pad_token_id=0,
         )
-    assert out[0, protocol.prompt_tokens :].tolist() == tokens
-    return clock.figures()
+    assert torch.equal(out[:, protocol.prompt_tokens :], tokens)
+    figures = {"tokens": len(clock.step_s), "elapsed_s": sum(clock.step_s), "token_s": clock.step_s}
+    return figures | watch.figures()
 
 
-class _Clock(LogitsProcessor):
-    """Called by `generate` after every forward: stops the clock, lays down the next token, starts the clock again."""
+class _Watch:
+    """Counts what happens while the clock runs, and takes a digest of all logits."""
 
-    def __init__(self, tokens: list[int], model: Any, fetched: FetchCounter, before_token: Callable[[], None]) -> None:
-        self._tokens = tokens
-        self._step = 0
+    def __init__(self, model: Any, fetched: FetchCounter, last_step: int, before_token: Callable[[], None]) -> None:
         self._runtime = getattr(model, "moe_offload", None)
         self._fetched = fetched
+        self._last_step = last_step
         self._before_token = before_token
         self._digest = hashlib.sha256()
-        self._token_s: list[float] = []
         self._reads = Reads(0, 0)
 
-    def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
-        """scores (1, V) float32 -> scores under which greedy choice can only take the token laid down."""
-        if self._step == 0:
+    def between(self, step: int, scores: Tensor) -> None:
+        """The clock stands still: scores (1, V) float32 are those of a step."""
+        if step == 0:
             self._forget_the_prompt()
         else:
-            self._token_s.append(time.perf_counter() - self._started)
             self._reads += Reads.now().since(self._reads_before)
         self._digest.update(scores.numpy().tobytes())
-        forced = torch.full_like(scores, -torch.inf)
-        forced[0, self._tokens[self._step]] = 0.0
-        self._step += 1
-        if self._step < len(self._tokens):
+        if step < self._last_step:
             self._before_token()
         self._reads_before = Reads.now()
-        self._started = time.perf_counter()
-        return forced
 
     def figures(self) -> dict[str, Any]:
-        """What was measured between the prompt and the last token, and a digest of all logits."""
-        figures = {"tokens": len(self._token_s), "elapsed_s": sum(self._token_s), "token_s": self._token_s}
-        figures |= asdict(self._reads) | {"fetched_bytes": self._fetched.nbytes, "digest": self._digest.hexdigest()}
+        """What was counted between the prompt and the last token."""
+        figures: dict[str, Any] = asdict(self._reads)
+        figures |= {"fetched_bytes": self._fetched.nbytes, "digest": self._digest.hexdigest()}
         if self._runtime is not None:
             stats = self._runtime.stats()
             names = ("hits", "late_hits", "misses", "disk_bytes", "stall_ms")

@@ -21,14 +21,18 @@ class Row:
     implementation: str | None = None
     """Transformers' experts implementation, for the first two kinds."""
     budget_percent: int | None = None
+    """Of the experts' bytes, for `ours`; of the experts modules that stay in RAM, for `accelerate`."""
     arithmetic: str | None = None
+    is_copied: bool = False
+    """Experts are copied into slots even where they could be used in the page cache."""
 
     @property
     def name(self) -> str:
         """How the row is called in tables and on the command line."""
         if self.kind == "ours":
-            return f"ours {self.budget_percent}% {self.arithmetic}"
-        return f"{self.kind} {self.implementation}"
+            return f"ours {self.budget_percent}% {self.arithmetic}{' copied' if self.is_copied else ''}"
+        kept = f" {self.budget_percent}%" if self.budget_percent else ""
+        return f"{self.kind} {self.implementation}{kept}"
 
 
 def all_rows() -> list[Row]:
@@ -36,10 +40,21 @@ def all_rows() -> list[Row]:
     return [
         *(Row(kind="plain", implementation=name) for name in IMPLEMENTATIONS),
         *(Row(kind="accelerate", implementation=name) for name in IMPLEMENTATIONS),
-        *(Row(kind="ours", budget_percent=percent, arithmetic="fast") for percent in BUDGETS),
+        *(
+            Row(kind="ours", budget_percent=percent, arithmetic="fast", is_copied=is_copied)
+            for is_copied in (False, True)
+            for percent in BUDGETS
+        ),
         Row(kind="ours", budget_percent=100, arithmetic="exact"),
     ]
 
 
-QUICK = ("plain eager", "accelerate eager", "ours 25% fast", "ours 100% fast", "ours 100% exact")
+QUICK = (
+    "plain eager",
+    "accelerate eager",
+    "ours 25% fast",
+    "ours 100% fast",
+    "ours 25% fast copied",
+    "ours 100% exact",
+)
 """One row of every kind."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 BFLOAT16_BYTES = 2
 
@@ -30,6 +30,14 @@ class Shape:
     With Transformers' 0.02 the attention's average over the context drowns the token, every one is routed much like the
     one before, and most experts are hit.
     """
+    popularity: float = 0.0
+    """How much more some experts are chosen than others, as the spread of a bias of the router's logits over their own.
+
+    0 is uniform, the worst case for a cache. With 0.7 an LRU cache of 25 % and 50 % of 64 experts, 8 chosen, hits 50 %
+    and 80 % of the time (16 layers, hidden size 1024, 150 tokens), as OLMoE was measured to (51 % and 80 %: colibri,
+    issues 1092 and 1050). The bias is all the locality there is: unlike in text, what a token takes says nothing about
+    the next one, and five beams take as many experts as five unrelated tokens.
+    """
     seed: int = 0
 
     @property
@@ -37,7 +45,7 @@ class Shape:
         """Tells made models of different shapes apart; their folder is called so."""
         return (
             f"qwen3-moe-h{self.hidden}-i{self.intermediate}-l{self.layers}-e{self.experts}-k{self.experts_per_token}"
-            f"-v{self.vocab}-d{self.embedding_std:g}-s{self.seed}"
+            f"-v{self.vocab}-d{self.embedding_std:g}{f'-p{self.popularity:g}' if self.popularity else ''}-s{self.seed}"
         )
 
     @property
@@ -56,7 +64,12 @@ class Shape:
         return self.layers * self.layer_bytes
 
 
+OLMOE = Shape(intermediate=512, experts=64, experts_per_token=8, popularity=0.7)
+"""Shaped like OLMoE-1B-7B: its experts, choices, layers, half its widths, and hit rates like its own; 3 GiB."""
+
 QUICK = Shape(
     hidden=64, intermediate=32, layers=2, experts=8, experts_per_token=2, heads=4, kv_heads=2, head_dim=16, vocab=256
 )
 """Small enough to run through every line in seconds; its figures mean nothing."""
+
+QUICK_OLMOE = replace(QUICK, experts=16, experts_per_token=4, popularity=0.7)

@@ -42,6 +42,7 @@ def test_every_kind_of_row_is_measured(result):
         "accelerate eager",
         "ours 25% fast",
         "ours 100% fast",
+        "ours 25% fast copied",
         "ours 100% exact",
     ]
     for row in result["rows"].values():
@@ -53,10 +54,13 @@ def test_every_kind_of_row_is_measured(result):
 def test_bytes_and_hits_are_true(result):
     rows, layers_by_k = result["rows"], 2 * 2
     for state in ("warm", "cold"):
-        cached = rows["ours 25% fast"][state][0]
-        assert cached["hits"] + cached["late_hits"] + cached["misses"] == 4 * layers_by_k
-        assert cached["disk_bytes"] == cached["misses"] * result["expert_bytes"] <= cached["rchar"]
-        assert cached["misses"] > 0
+        for name in ("ours 25% fast", "ours 25% fast copied"):
+            cached = rows[name][state][0]
+            assert cached["hits"] + cached["late_hits"] + cached["misses"] == 4 * layers_by_k
+            assert cached["disk_bytes"] == cached["misses"] * result["expert_bytes"]
+            assert cached["misses"] > 0
+        copied = rows["ours 25% fast copied"][state][0]
+        assert copied["disk_bytes"] <= copied["rchar"]
         assert rows["ours 100% fast"][state][0]["misses"] == 0
         assert rows["accelerate eager"][state][0]["fetched_bytes"] == 4 * result["all_expert_bytes"]
     assert rows["accelerate eager"]["copied_bytes"] >= result["all_expert_bytes"]

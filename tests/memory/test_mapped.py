@@ -1,4 +1,5 @@
 import resource
+import threading
 from pathlib import Path
 
 import pytest
@@ -153,6 +154,20 @@ def test_only_the_pages_of_those_in_slots_are_mapped(large_store, tmp_path):
         assert 8 * experts <= mapped_bytes(path) / 2**20 <= 8 * experts + 4
     slots.remove(0)
     assert 8 <= mapped_bytes(path) / 2**20 <= 8 + 4
+
+
+@needs_linux
+def test_a_load_that_is_cancelled_leaves_no_pages_of_the_one_before(large_store, tmp_path):
+    slots = slots_of(large_store)
+    bring_in(slots, ExpertId(0, 0))
+    gate = threading.Event()
+    slots._pool.submit(gate.wait, 10)  # keeps the only reader busy
+    try:
+        assert slots.start(ExpertId(0, 2), 0).cancel()
+    finally:
+        gate.set()
+    slots.remove(0)
+    assert mapped_bytes(tmp_path / "model.safetensors") < 4 << 20
 
 
 @needs_linux

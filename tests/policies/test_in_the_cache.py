@@ -43,19 +43,20 @@ class Witness(NoSlots):
     def retire(self, slot):
         self.held = None
 
-    def watch(self, policy):
-        """Learn from a policy who leaves, for slots are not told."""
 
-        forget = policy.forget
+class Watched:
+    """A policy that tells the witness who leaves, for slots are not told."""
 
-        def forget_here_too(expert):
-            slot = next(slot for slot, inside in self.inside.items() if inside == expert)
-            assert slot != self.held, f"{expert} is evicted while it is held"
-            del self.inside[slot]
-            forget(expert)
+    def __init__(self, policy, witness):
+        self.begin, self.admit, self.use, self.candidates = policy.begin, policy.admit, policy.use, policy.candidates
+        self.policy = policy
+        self.witness = witness
 
-        policy.forget = forget_here_too
-        return policy
+    def forget(self, expert):
+        slot = next(slot for slot, inside in self.witness.inside.items() if inside == expert)
+        assert slot != self.witness.held, f"{expert} is evicted while it is held"
+        del self.witness.inside[slot]
+        self.policy.forget(expert)
 
 
 def policy_for(name, visits):
@@ -70,7 +71,7 @@ def cache_with(policy, slots, num_slots):
 @settings(max_examples=200, deadline=None)
 def test_nobody_is_in_two_slots_and_nobody_held_is_evicted(name, visits, num_slots):
     slots = Witness()
-    policy = slots.watch(policy_for(name, visits))
+    policy = Watched(policy_for(name, visits), slots)
     cache = cache_with(policy, slots, num_slots)
     for layer, wanted in visits:
         with cache.visit(layer, wanted) as visit:

@@ -11,26 +11,6 @@ def test_a_step_ends_where_the_layers_begin_again():
     assert recorder.trace.step_tokens == [0, 0, 0]
 
 
-def test_a_step_that_is_announced_has_its_number_of_tokens():
-    recorder = TraceRecorder(["a", "b"], [4, 4])
-    recorder.begin_step(7)
-    recorder.record(0, [0, 1])
-    recorder.record(1, [2])
-    recorder.begin_step(1)
-    recorder.record(1, [3])
-    recorder.record(1, [3])
-    assert [visit.step for visit in recorder.trace.visits] == [0, 0, 1, 2]
-    assert recorder.trace.step_tokens == [7, 1, 0]
-
-
-def test_a_step_without_a_visit_leaves_no_trace():
-    recorder = TraceRecorder(["a"], [4])
-    recorder.begin_step(3)
-    recorder.begin_step(5)
-    recorder.record(0, [1])
-    assert recorder.trace.step_tokens == [5]
-
-
 def test_the_order_in_which_experts_were_wanted_is_kept():
     recorder = TraceRecorder(["a"], [4])
     recorder.record(0, [3, 0, 2])

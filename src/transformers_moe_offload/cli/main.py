@@ -7,8 +7,12 @@ from typing import Annotated
 import typer
 
 import transformers_moe_offload
+from transformers_moe_offload.cli.bench import bench
 from transformers_moe_offload.cli.chat import chat
 from transformers_moe_offload.cli.plan import plan
+from transformers_moe_offload.cli.replay import replay
+from transformers_moe_offload.cli.report import report
+from transformers_moe_offload.cli.trace import trace
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -34,3 +38,7 @@ def main(
 
 app.command()(plan)
 app.command()(chat)
+app.command()(bench)
+app.command()(trace)
+app.command()(replay)
+app.command()(report)

@@ -46,14 +46,8 @@ class MappedSlots:
 
     def start(self, expert: ExpertId, slot: int) -> Transfer:
         """Begin to map an expert, and to unmap whoever was there."""
-        leaving, coming = self._inside[slot], _Inside()
-        self._inside[slot] = coming
-
-        def work() -> int:
-            leaving.let_go()
-            return coming.bring_in(self._store, expert)
-
-        return Read(self._pool, work)
+        coming = self._inside[slot] = _Inside(before=self._inside[slot])
+        return Read(self._pool, lambda: coming.bring_in(self._store, expert))
 
     def retire(self, slot: int) -> None:
         """Nothing to do: CPU kernels have finished when they return."""
@@ -76,9 +70,11 @@ class MappedSlots:
 class _Inside:
     """Whoever is in a slot, or on the way there."""
 
-    def __init__(self) -> None:
+    def __init__(self, before: _Inside | None = None) -> None:
+        """`before` is in the slot until this one comes, which it may never do: a load can be cancelled."""
         self.weights: Weights = {}
         self._windows: list[_Window] = []
+        self._before = before
 
     def is_whole(self) -> bool:
         """Whether the expert is there, and the files it is mapped from, too."""
@@ -86,7 +82,7 @@ class _Inside:
 
     def bring_in(self, store: ExpertStore, expert: ExpertId) -> int:
         """Map the expert's pages, or read a copy of it; returns the bytes of the files that are used."""
-        self.weights, self._windows = {}, []
+        self.let_go()
         layout, stretches = store.layout(expert.layer), store.stretches(expert)
         with torch.inference_mode(False):  # kept for later, whatever block happens to be open
             if stretches is None:
@@ -107,6 +103,10 @@ class _Inside:
         return sum(window.stop - window.start for window in windows)
 
     def let_go(self) -> None:
-        """Unmap the pages."""
+        """Unmap the pages, also those of whoever was there before."""
+        if self._before is not None:
+            self._before.let_go()
+            self._before = None
         for window in self._windows:
             window.map.let_go(window.start, window.stop)
+        self.weights, self._windows = {}, []

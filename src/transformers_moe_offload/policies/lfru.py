@@ -52,8 +52,7 @@ class LFRU:
 
     def use(self, expert: ExpertId) -> None:
         """A resident is being used: its age is zero, and it may move up a class."""
-        if self._unused.pop(expert, self) is self:
-            del self._classes[self._class_of[expert]][expert]
+        self.forget(expert)
         now = self._passes.count
         uses, last = self._uses.get(expert, (0.0, now))
         uses = 1 + uses * 2 ** ((last - now) / HALF_LIFE)

@@ -22,9 +22,6 @@ class Ranking:
         self._heap: list[tuple[Key, ExpertId]] = []
         self._place: dict[ExpertId, int] = {}
 
-    def __contains__(self, expert: ExpertId) -> bool:
-        return expert in self._place
-
     def __iter__(self) -> Iterator[ExpertId]:
         heap = self._heap
         front = [(heap[0], 0)] if heap else []

@@ -13,8 +13,8 @@ from transformers_moe_offload.tracing.trace import RecordedVisit, Trace
 class TraceRecorder:
     """Appends every visit to `trace`.
 
-    A step begins when `begin_step` says so, or with a layer that does not come after the one before it. `stall_ms`, if
-    given, returns how long all layers have waited for loads so far; then the trace has each visit's share of it.
+    A step begins with a layer that does not come after the one before it. `stall_ms`, if given, returns how long all
+    layers have waited for loads so far; then the trace has each visit's share of it.
     """
 
     def __init__(
@@ -33,20 +33,14 @@ class TraceRecorder:
         )
         self._total_stall_ms = stall_ms
         self._stalled_before_ms = 0.0
-        self._announced_tokens: int | None = None
         self._layer = -1
-
-    def begin_step(self, num_tokens: int) -> None:
-        """A forward over so many tokens begins; its first visit is still to come."""
-        self._announced_tokens = num_tokens
 
     def record(self, layer: int, wanted: Sequence[int]) -> None:
         """A layer has opened a visit."""
         trace = self.trace
         self.finish_visit()
-        if self._announced_tokens is not None or layer <= self._layer or not trace.step_tokens:
-            trace.step_tokens.append(self._announced_tokens or 0)
-            self._announced_tokens = None
+        if layer <= self._layer or not trace.step_tokens:
+            trace.step_tokens.append(0)
         self._layer = layer
         trace.visits.append(RecordedVisit(layer, tuple(wanted), len(trace.step_tokens) - 1))
         if self._total_stall_ms is not None and trace.stall_ms is not None:

@@ -6,14 +6,20 @@ import contextlib
 import ctypes
 import mmap
 import os
+import sys
 from collections.abc import Iterable
+from functools import cache
 from pathlib import Path
 
 import numpy as np
 
 CHUNK = 8 << 20
 _PAGEOUT = 21  # MADV_PAGEOUT, Linux 5.4, not in Python's mmap module
-_libc = ctypes.CDLL(None, use_errno=True)
+
+
+def can_drop() -> bool:
+    """Whether this system can be asked to forget files."""
+    return sys.platform == "linux"
 
 
 def warm(files: Iterable[Path]) -> None:
@@ -50,7 +56,7 @@ def resident_share(files: Iterable[Path]) -> float:
             flags = np.empty(count, dtype=np.uint8)
             view = np.frombuffer(mapped, dtype=np.uint8)
             address, length = ctypes.c_void_p(view.ctypes.data), ctypes.c_size_t(len(mapped))
-            if _libc.mincore(address, length, ctypes.c_void_p(flags.ctypes.data)) != 0:
+            if _libc().mincore(address, length, ctypes.c_void_p(flags.ctypes.data)) != 0:
                 raise OSError(ctypes.get_errno(), f"mincore of {file}")
             del view
             resident += int((flags & 1).sum())
@@ -58,9 +64,14 @@ def resident_share(files: Iterable[Path]) -> float:
     return resident / pages if pages else 0.0
 
 
+@cache
+def _libc() -> ctypes.CDLL:
+    return ctypes.CDLL(None, use_errno=True)
+
+
 def _page_out_mappings(paths: set[str]) -> None:
     for line in Path("/proc/self/maps").read_text().splitlines():
         span, _, _, _, _, *path = line.split(maxsplit=5)
         if path and path[0] in paths:
             start, end = (int(address, 16) for address in span.split("-"))
-            _libc.madvise(ctypes.c_void_p(start), ctypes.c_size_t(end - start), _PAGEOUT)
+            _libc().madvise(ctypes.c_void_p(start), ctypes.c_size_t(end - start), _PAGEOUT)

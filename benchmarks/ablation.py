@@ -1,0 +1,91 @@
+"""What each idea is worth: the ablation of arXiv 2312.17238, table 2, in this framework and on one machine.
+
+    python benchmarks/ablation.py                         # the made model of 2.25 GiB, 25% of the experts in the cache
+    python benchmarks/ablation.py --model FOLDER          # another one
+    python benchmarks/ablation.py --quick                 # every line of it once, figures without meaning
+
+`variants.py` has the rows.
+"""
+
+from __future__ import annotations
+
+from datetime import UTC, datetime
+from pathlib import Path
+from statistics import median
+from typing import Annotated, Any
+
+import shape as shapes
+import typer
+from job import JobFailedError, run_job
+from make_model import made_model
+from outcome import HERE, Verdict, show, write
+from variants import prefetching, variants
+
+from transformers_moe_offload.bench.conditions import conditions
+from transformers_moe_offload.bench.tables import Table, mib
+
+STATES = ("warm", "cold")
+
+
+def measure_ablation(
+    model: Annotated[Path | None, typer.Option(help="A folder with a checkpoint; default is a made model.")] = None,
+    budget: Annotated[str, typer.Option(help="Cache budget of the rows that have a cache.")] = "25%",
+    quick: Annotated[bool, typer.Option("--quick", help="Tiny sizes, one run.")] = False,
+    runs: Annotated[int, typer.Option(min=1, help="Runs of each page cache state.")] = 3,
+    threads: Annotated[int | None, typer.Option(help="OMP_NUM_THREADS; default is what torch chooses.")] = None,
+    made: Annotated[Path, typer.Option(help="Where made models are kept.")] = HERE / "made",
+    results: Annotated[Path, typer.Option(help="Where results are written.")] = HERE / "results",
+) -> None:
+    """Measure all rows, each in a process of its own."""
+    folder = model or made_model(shapes.QUICK if quick else shapes.Shape(), made)
+    lengths = {"prompt_tokens": 16, "steps": 4 if quick else 16, "runs": 1 if quick else runs}
+    result: dict[str, Any] = {
+        "date": datetime.now(UTC).strftime("%Y-%m-%d-%H%M"),
+        "conditions": conditions(folder, threads),
+        "rows": {},
+        "failed": {},
+    }
+    for row in variants():
+        typer.echo(f"measuring {row.name}", err=True)
+        job = {"variant": row.name, "folder": str(folder), "budget": budget, "states": STATES} | lengths
+        try:
+            result["rows"][row.name] = run_job("ablate.py", job, threads)
+        except JobFailedError as failure:
+            result["failed"][row.name] = str(failure)
+    result["facts"] = {"model": str(folder), "budget": budget, "lengths": str(lengths)}
+    result["facts"] |= {name: found["says"] for name, found in result["rows"].items()}
+    if prefetching() is None:
+        result["facts"]["lru + prefetch"] = "left out: this version has no prefetch"
+    show(write(results, "ablation", result), result, [table(result, state) for state in STATES], [same_logits(result)])
+    raise typer.Exit(1 if result["failed"] else 0)
+
+
+def table(result: dict[str, Any], state: str) -> Table:
+    """Speed and bytes of each row, and its speed as a multiple of the first row's."""
+    rows, first_s = [], None
+    for name, found in result["rows"].items():
+        runs = found[state]
+        token_s = median(one["elapsed_s"] / len(one["forward_s"]) for one in runs)
+        first_s = first_s or token_s
+        moved = median(one["disk_bytes"] / len(one["forward_s"]) for one in runs)
+        rows.append([
+            name,
+            f"{1 / token_s:.2f}",
+            f"{first_s / token_s:.2f}",
+            f"{median(one['hits'] / one['asked'] for one in runs):.1%}",
+            mib(moved),
+            mib(moved * found["written_share"]),
+            str(found["model"]["slots"]),
+        ])  # fmt: skip
+    header = ["row", "tokens/s", "times the first", "hit rate", "read", "written back", "slots"]
+    return Table(f"Decoding, page cache {state} (read, written back: MiB per token)", header, rows)
+
+
+def same_logits(result: dict[str, Any]) -> Verdict:
+    """No row may change what is computed."""
+    digests = {found["digest"] for found in result["rows"].values()}
+    return "all rows have equal logits", len(digests) == 1 if digests else None
+
+
+if __name__ == "__main__":
+    typer.run(measure_ablation)

@@ -1,0 +1,113 @@
+"""Is anything slower with prefetch than without, and where is it faster?
+
+python benchmarks/prefetch_pays.py            # the small trained model, and one shaped like OLMoE
+python benchmarks/prefetch_pays.py --quick    # every line of it once, figures without meaning
+"""
+
+from __future__ import annotations
+
+from dataclasses import asdict
+from datetime import UTC, datetime
+from pathlib import Path
+from statistics import median
+from typing import Annotated, Any
+
+import shape as shapes
+import typer
+from job import JobFailedError, run_job
+from make_model import made_model
+from outcome import HERE, Verdict, show, write
+from residency import TINY_MOE
+
+from transformers_moe_offload.bench.conditions import conditions
+from transformers_moe_offload.bench.tables import Table
+from transformers_moe_offload.bench.workload import Workload
+
+SLOWER = 0.03
+"""By how much a row may be slower with prefetch."""
+
+BUDGETS = ("10%", "25%", "50%")
+
+
+def measure_prefetch(
+    quick: Annotated[bool, typer.Option("--quick", help="Tiny sizes, one round, one budget.")] = False,
+    rounds: Annotated[int, typer.Option(min=1, help="Runs of each row.")] = 7,
+    threads: Annotated[int | None, typer.Option(help="OMP_NUM_THREADS; default is what torch chooses.")] = None,
+    made: Annotated[Path, typer.Option(help="Where made models are kept.")] = HERE / "made",
+    results: Annotated[Path, typer.Option(help="Where results are written.")] = HERE / "results",
+) -> None:
+    """Measure every model, budget and page cache state; cold means that experts come from the disk."""
+    models = {
+        "tiny-moe": TINY_MOE,
+        "OLMoE-shaped": made_model(shapes.QUICK_OLMOE if quick else shapes.OLMOE, made),
+    }
+    works = [
+        Workload(name="decode", prompt_tokens=16, steps=4 if quick else 32),
+        Workload(name="batch 8", prompt_tokens=16, steps=2 if quick else 16, batch=8),
+        Workload(name="prefill 256", prompt_tokens=32 if quick else 256),
+    ]
+    rounds = 1 if quick else rounds
+    result: dict[str, Any] = {
+        "date": datetime.now(UTC).strftime("%Y-%m-%d-%H%M"),
+        "conditions": conditions(TINY_MOE, threads),
+        "rows": {},
+        "failed": {},
+    }
+    for name, folder in models.items():
+        for budget in BUDGETS[1:2] if quick else BUDGETS:
+            for state in ("warm", "cold"):
+                common = {"folder": str(folder), "works": [asdict(work) for work in works], "rounds": rounds}
+                job = common | {"budget": budget, "state": state, "is_copied": True}
+                row = f"{name}, {budget}, {state}"
+                typer.echo(f"measuring {row}", err=True)
+                try:
+                    result["rows"][row] = run_job("in_turns.py", job, threads)
+                except JobFailedError as failure:
+                    result["failed"][row] = str(failure)
+    result["facts"] = {"rounds": str(rounds)} | {
+        row: f"{found['model']['slots']} slots, with {found['passage']}" for row, found in result["rows"].items()
+    }
+    show(write(results, "prefetch-pays", result), result, [table(result)], [verdict(result)])
+    raise typer.Exit(1 if result["failed"] else 0)
+
+
+def gains(result: dict[str, Any]) -> dict[str, float]:
+    """Seconds without prefetch over seconds with it, by row: the median over the rounds."""
+    return {
+        f"{row}, {work}": median(
+            off["elapsed_s"] / on["elapsed_s"] for off, on in zip(runs["off"], runs["on"], strict=True)
+        )
+        for row, found in result["rows"].items()
+        for work, runs in found["works"].items()
+    }
+
+
+def table(result: dict[str, Any]) -> Table:
+    """Gain, and what prefetch did: experts brought in ahead that were used, and for nothing, of those asked for."""
+    rows = []
+    for row, found in result["rows"].items():
+        for work, runs in found["works"].items():
+            name, on = f"{row}, {work}", runs["on"]
+            rows.append([
+                name,
+                f"{gains(result)[name] - 1:+.1%}",
+                f"{median(one['hits'] / one['asked'] for one in runs['off']):.1%}",
+                f"{median(one['hits'] / one['asked'] for one in on):.1%}",
+                f"{median(one['prefetch_used'] / one['asked'] for one in on):.1%}",
+                f"{median(one['prefetch_wasted'] / one['asked'] for one in on):.1%}",
+            ])  # fmt: skip
+    return Table("With prefetch", ["row", "faster by", "hits without", "hits", "used", "wasted"], rows)
+
+
+def verdict(result: dict[str, Any]) -> Verdict:
+    """The worst row decides."""
+    found = gains(result)
+    if not found:
+        return "prefetch: rows missing", None
+    worst = min(found, key=found.__getitem__)
+    promise = f"prefetch makes no row more than {SLOWER:.0%} slower"
+    return f"{promise}; the worst is {worst}: {found[worst] - 1:+.1%}", found[worst] >= 1 - SLOWER
+
+
+if __name__ == "__main__":
+    typer.run(measure_prefetch)

@@ -1,0 +1,149 @@
+"""Decode with part of the experts resident, as a ratio of the speed with all of them; beams and a batch beside it.
+
+    python benchmarks/residency.py            # the small trained model, and one shaped like OLMoE
+    python benchmarks/residency.py --quick    # every line of it once, figures without meaning
+
+The page cache is warm. `mapped` uses experts where the page cache has them, `copied` reads them into slots.
+The OLMoE-shaped model has random weights but routers that prefer some experts: `shape.py` says how much and why.
+"""
+
+from __future__ import annotations
+
+from datetime import UTC, datetime
+from pathlib import Path
+from statistics import median
+from typing import Annotated, Any
+
+import shape as shapes
+import typer
+from job import JobFailedError, run_job
+from make_model import made_model
+from outcome import HERE, Verdict, show, write
+
+from transformers_moe_offload.bench.conditions import conditions
+from transformers_moe_offload.bench.tables import Table, mib
+
+PERCENTS = (10, 25, 40, 50, 100)
+COMPARED = 40
+
+AS_FAST = 0.8
+"""Of fully resident speed, with `COMPARED` percent resident."""
+
+BEAM_COST = 2.0
+"""Times as long as a greedy step."""
+
+TINY_MOE = HERE.parent / "examples" / "models" / "tiny-moe"
+
+
+def measure_residency(
+    quick: Annotated[bool, typer.Option("--quick", help="Tiny sizes, one round.")] = False,
+    rounds: Annotated[int, typer.Option(min=1, help="Runs of each residency.")] = 5,
+    threads: Annotated[int | None, typer.Option(help="OMP_NUM_THREADS; default is what torch chooses.")] = None,
+    made: Annotated[Path, typer.Option(help="Where made models are kept.")] = HERE / "made",
+    results: Annotated[Path, typer.Option(help="Where results are written.")] = HERE / "results",
+) -> None:
+    """Measure both models, mapped and copied."""
+    models = {
+        "tiny-moe": TINY_MOE,
+        "OLMoE-shaped": made_model(shapes.QUICK_OLMOE if quick else shapes.OLMOE, made),
+    }
+    lengths = {"prompt_tokens": 16, "steps": 4 if quick else 64, "rounds": 1 if quick else rounds}
+    result: dict[str, Any] = {
+        "date": datetime.now(UTC).strftime("%Y-%m-%d-%H%M"),
+        "conditions": conditions(TINY_MOE, threads),
+        "lengths": lengths,
+        "rows": {},
+        "failed": {},
+    }
+    for name, folder in models.items():
+        for is_copied in (False, True):
+            row = f"{name}, {'copied' if is_copied else 'mapped'}"
+            typer.echo(f"measuring {row}", err=True)
+            job = {"folder": str(folder), "is_copied": is_copied, "percents": PERCENTS, "compared": COMPARED} | lengths
+            try:
+                result["rows"][row] = run_job("resident.py", job, threads)
+            except JobFailedError as failure:
+                result["failed"][row] = str(failure)
+    result["facts"] = {"lengths": str(lengths)} | {
+        row: f"{found['model']['experts']} experts of {mib(found['model']['expert_bytes'])} MiB in all, "
+        f"{found['model']['dtype']}, {'mapped' if found['model']['is_mapped'] else 'copied'}, with {found['passage']}"
+        for row, found in result["rows"].items()
+    }
+    show(write(results, "residency", result), result, tables(result), verdicts(result))
+    raise typer.Exit(1 if result["failed"] else 0)
+
+
+def tables(result: dict[str, Any]) -> list[Table]:
+    """Decoding by residency, and what beams and a batch cost."""
+    decoding, others = [], []
+    for row, found in result["rows"].items():
+        resident_s = _seconds(found["runs"][str(PERCENTS[-1])])
+        for percent, runs in found["runs"].items():
+            speeds = sorted(len(one["forward_s"]) / one["elapsed_s"] for one in runs)
+            decoding.append([
+                f"{row}, {percent}%",
+                f"{1 / _seconds(runs):.2f}",
+                f"{speeds[0]:.2f} to {speeds[-1]:.2f}",
+                f"{median(one['hits'] / one['asked'] for one in runs):.1%}",
+                mib(median(one["disk_bytes"] / len(one["forward_s"]) for one in runs)),
+                f"{resident_s / _seconds(runs):.0%}",
+            ])  # fmt: skip
+        greedy, beams = found["searched"]["decode"], found["searched"]["beam 5"]
+        others.append([
+            row,
+            f"{_seconds(beams) / _seconds(greedy):.2f}",
+            f"{_asked(beams) / _asked(greedy):.2f}",
+            *(f"{_moved(batch, found):.0f} of {batch['wanted']}" for batch in found["batch"].values()),
+        ])  # fmt: skip
+    budgets = [f"{COMPARED}%", f"{PERCENTS[-1]}%", "one slot"]
+    return [
+        Table(
+            "Decoding, page cache warm (moved: MiB per token)",
+            ["model", "tokens/s", "min to max", "hit rate", "moved", "of resident"],
+            decoding,
+        ),
+        Table(
+            f"Beam 5 at {COMPARED}%, as multiples of greedy; batch 8: experts moved, of those wanted, by budget",
+            ["model", "time per step", "experts per step", *budgets],
+            others,
+        ),
+    ]
+
+
+def verdicts(result: dict[str, Any]) -> list[Verdict]:
+    """What is promised, for each model as it is loaded by default."""
+    found: list[Verdict] = []
+    for row, measured in result["rows"].items():
+        resident_s = _seconds(measured["runs"][str(PERCENTS[-1])])
+        share = resident_s / _seconds(measured["runs"][str(COMPARED)])
+        cost = _seconds(measured["searched"]["beam 5"]) / _seconds(measured["searched"]["decode"])
+        found.append(
+            (f"{row}: {COMPARED}% resident, at least {AS_FAST:.0%} of resident: {share:.0%}", share >= AS_FAST)
+        )
+        found.append((f"{row}: beam 5 at most {BEAM_COST:g} greedy steps: {cost:.2f}", cost <= BEAM_COST))
+        once = all(_moves_once(batch, measured) for batch in measured["batch"].values())
+        found.append((f"{row}: batch 8 moves each wanted expert that is not resident once", once))
+    return found
+
+
+def _moves_once(batch: dict[str, Any], found: dict[str, Any]) -> bool:
+    """Wanted as the routers count it; what moved is what was wanted and was not there."""
+    run = batch["run"]
+    return run["asked"] == batch["wanted"] and _moved(batch, found) == run["asked"] - run["hits"]
+
+
+def _moved(batch: dict[str, Any], found: dict[str, Any]) -> float:
+    one = found["model"]["expert_bytes"] / found["model"]["experts"]
+    return batch["run"]["disk_bytes"] / one
+
+
+def _seconds(runs: list[dict[str, Any]]) -> float:
+    return median(one["elapsed_s"] / len(one["forward_s"]) for one in runs)
+
+
+def _asked(runs: list[dict[str, Any]]) -> float:
+    return median(one["asked"] / len(one["forward_s"]) for one in runs)
+
+
+if __name__ == "__main__":
+    typer.run(measure_residency)

@@ -1,0 +1,171 @@
+"""The rows of the ablation: ways of offloading that others have, and ours built up step by step, in one framework.
+
+After table 2 of arXiv 2312.17238, whose rows are: everything, without prefetch, without the cache, and accelerate. Each
+variant changes where a model's experts are kept and how they move; the arithmetic is the same for all, and so are the
+logits.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+
+import transformers_moe_offload
+from transformers_moe_offload import OffloadConfig
+from transformers_moe_offload.bench.layers import cache_of, sparse_layers
+from transformers_moe_offload.expert import ExpertId
+from transformers_moe_offload.hf.layer import SparseLayer
+from transformers_moe_offload.memory.slots import CopiedSlots, Slots
+from transformers_moe_offload.memory.transfer import Transfer
+
+
+@dataclass(frozen=True)
+class Variant:
+    """A row of the ablation."""
+
+    name: str
+    says: str
+    """What it does, for the report."""
+    config: Callable[[str], OffloadConfig]
+    """From the budget."""
+    apply: Callable[[Any], None] = lambda model: None
+    """What is done to the model after it has been loaded."""
+
+
+def _copied(budget: str) -> OffloadConfig:
+    return OffloadConfig(cache_budget=budget, mmap=False, prefetch=None)
+
+
+def _keep_nothing(model: Any) -> None:
+    """So few slots that every layer flushes what the others had; the most of which no layer can keep its floor."""
+    runtime = model.moe_offload
+    plan = runtime.plan
+    num_slots = max(1, min(pool.need.num_layers for pool in plan.pools) - 1)
+    runtime.resize(num_slots * sum(pool.need.slot_bytes for pool in plan.pools))
+
+
+def _read_whole_layers(model: Any) -> None:
+    """Bring all experts of a layer in at each visit, the unwanted ones before the wanted."""
+    _keep_nothing(model)
+    for module, layer in sparse_layers(model):
+
+        def visit_the_others(module: nn.Module, args: Any, kwargs: Any, layer: SparseLayer = layer) -> None:
+            wanted = set((*args, *kwargs.values())[1].unique().tolist())
+            cache = cache_of(layer)
+            others = [expert for expert in range(cache.num_experts(layer.index)) if expert not in wanted]
+            with cache.visit(layer.index, others) as visit:
+                for _ in visit:
+                    pass
+
+        module.register_forward_pre_hook(visit_the_others, with_kwargs=True)
+
+
+def _imitate_published(model: Any) -> None:
+    for cache in {id(cache): cache for cache in (cache_of(layer) for _, layer in sparse_layers(model))}.values():
+        assert isinstance(cache.slots, CopiedSlots)
+        cache.slots = PublishedSlots(cache.slots)
+
+
+class PublishedSlots:
+    """Slots that move experts as the code published with arXiv 2312.17238 does.
+
+    Its cache (`expert_cache.py`) swaps: who is evicted is written back to the memory it once came from, although
+    nothing has changed it. One swap follows another, and the layer computes when the last is done. Its quota of slots
+    for each layer is what our floor comes to when the budget divides evenly among the layers.
+    """
+
+    def __init__(self, inner: CopiedSlots) -> None:
+        self._inner = inner
+        self._occupied: set[int] = set()
+        self._written_back = torch.empty(inner.pool.slot_bytes, dtype=torch.uint8)
+        self.read_bytes = 0
+        self.written_bytes = 0
+
+    def remove(self, slot: int) -> None:
+        """Free a buffer."""
+        self._occupied.discard(slot)
+        self._inner.remove(slot)
+
+    def start(self, expert: ExpertId, slot: int) -> Transfer:
+        """Write back who is there, bring the expert in, and wait for both."""
+        if slot in self._occupied:
+            record = self._inner.pool.record(slot)
+            self._written_back.copy_(record)  # sync: device -> host
+            self.written_bytes += record.nbytes
+        self._occupied.add(slot)
+        transfer = _Finished(self._inner.start(expert, slot))
+        self.read_bytes += transfer.finish()
+        return transfer
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._inner, name)  # everything else is as it was
+
+
+class _Finished:
+    """A transfer that has been waited for."""
+
+    def __init__(self, inner: Transfer) -> None:
+        self._inner = inner
+        self._from_files = inner.finish()
+
+    def is_done(self) -> bool:
+        return True
+
+    def finish(self) -> int:
+        return self._from_files
+
+    def cancel(self) -> bool:
+        return False
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._inner, name)
+
+
+def written_share(model: Any) -> float:
+    """Bytes written back for each byte read, since the model was loaded."""
+    slots: set[Slots] = {cache_of(layer).slots for _, layer in sparse_layers(model)}
+    published = [one for one in slots if isinstance(one, PublishedSlots)]
+    read_bytes = sum(one.read_bytes for one in published)
+    return sum(one.written_bytes for one in published) / read_bytes if read_bytes else 0.0
+
+
+def prefetching() -> dict[str, Any] | None:
+    """The option that switches prefetch on; None as long as there is none."""
+    config = getattr(transformers_moe_offload, "PrefetchConfig", None)
+    return None if config is None else {"prefetch": config()}
+
+
+def variants() -> list[Variant]:
+    """All rows that this version can do, slowest first."""
+    rows = [
+        Variant("whole layers", "all experts of a layer are read at each visit", _copied, _read_whole_layers),
+        Variant("no cache", "wanted experts are read, none is kept", _copied, _keep_nothing),
+        Variant(
+            "as published",
+            "LRU with a quota for each layer, write-back on eviction, computing waits for every load",
+            _copied,
+            _imitate_published,
+        ),
+        Variant("lru", "LRU, loads overlap with computing", _copied),
+    ]
+    ahead = prefetching()
+    if ahead is not None:
+        rows.append(
+            Variant(
+                "lru + prefetch",
+                "and loads ahead of demand",
+                lambda budget: OffloadConfig(cache_budget=budget, mmap=False, **ahead),
+            )
+        )
+    rows.append(
+        Variant(
+            "everything",
+            "this package as it is by default, with prefetch where there is any",
+            lambda budget: OffloadConfig(cache_budget=budget, **(ahead or {})),
+        )
+    )
+    return rows

@@ -1,0 +1,150 @@
+"""How fast bytes can get to the arithmetic: from the disk, from the page cache, through RAM, over the link to a GPU.
+
+These figures are to be limits, so the best of several passes counts and nothing is computed that need not be.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+
+from transformers_moe_offload.bench.page_cache import can_drop, drop, resident_share
+from transformers_moe_offload.memory.checkpoint import ExpertStore
+from transformers_moe_offload.memory.disk import File
+from transformers_moe_offload.memory.record import host_bytes
+
+SAMPLE_BYTES = 2 << 30
+"""Most that one pass reads: some seconds of a slow drive, and more than any drive's own buffer."""
+
+RAM_BYTES = 256 << 20
+"""Of each buffer that RAM is measured with: larger than the caches of any processor we know of."""
+
+
+class Range(NamedTuple):
+    """Bytes of a file that are read in one piece."""
+
+    path: Path
+    start: int
+    nbytes: int
+
+
+def expert_ranges(store: ExpertStore) -> list[Range]:
+    """What has to be read for each expert in turn; tensors that lie next to each other in a file are one range."""
+    ranges: list[Range] = []
+    for source in store.layers.values():
+        for expert in source.experts:
+            pieces = sorted(
+                Range(piece.file.path, piece.offset, piece.nbytes) for field in expert for piece in field.pieces
+            )
+            merged: list[Range] = []
+            for piece in pieces:
+                last = merged[-1] if merged else None
+                if last is not None and last.path == piece.path and last.start + last.nbytes == piece.start:
+                    merged[-1] = last._replace(nbytes=last.nbytes + piece.nbytes)
+                else:
+                    merged.append(piece)
+            ranges += merged
+    return ranges
+
+
+def sample(ranges: Sequence[Range], most_bytes: int = SAMPLE_BYTES) -> list[Range]:
+    """As many of the ranges as come to `most_bytes`, evenly spread."""
+    total = sum(found.nbytes for found in ranges)
+    step = max(1, -(-total // most_bytes))
+    return list(ranges[::step])
+
+
+def disk_bandwidth(ranges: Sequence[Range], threads: int, repeats: int) -> dict[str, float | None]:
+    """Bytes per second, cold and warm, and how much of the files was cached before the cold passes.
+
+    Cold is None where the page cache cannot be emptied.
+    """
+    chosen = sample(ranges)
+    files = sorted({found.path for found in chosen})
+    cold, cached = [], []
+    for _ in range(repeats if can_drop() else 0):
+        drop(files)
+        cached.append(resident_share(files))
+        cold.append(read_all(chosen, threads))
+    hot = [read_all(chosen, threads) for _ in range(repeats + 1)]  # the first pass may still have to fetch
+    return {
+        "cold_bytes_per_s": max(cold, default=None),
+        "warm_bytes_per_s": max(hot[1:]),
+        "cached_share_before_cold": max(cached, default=None),
+        "threads": threads,
+        "range_bytes": max(found.nbytes for found in chosen),
+    }
+
+
+def read_all(ranges: Sequence[Range], threads: int) -> float:
+    """Bytes per second over all ranges, read by some threads into buffers that exist."""
+    largest = max(found.nbytes for found in ranges)
+    buffers = [torch.ones(largest, dtype=torch.uint8) for _ in range(threads)]  # ones: memory that is really there
+    files = {path: File(path, path.stat().st_size) for path in {found.path for found in ranges}}
+
+    def read(worker: int) -> None:
+        target = host_bytes(buffers[worker])
+        for found in ranges[worker::threads]:
+            files[found.path].read_into(target[: found.nbytes], found.start)
+
+    try:
+        with ThreadPoolExecutor(threads) as pool:
+            started = time.perf_counter()
+            list(pool.map(read, range(threads)))
+            elapsed_s = time.perf_counter() - started
+    finally:
+        for file in files.values():
+            file.close()
+    return sum(found.nbytes for found in ranges) / elapsed_s
+
+
+def ram_bandwidth(dtype: torch.dtype, columns: int, repeats: int) -> dict[str, float]:
+    """Bytes per second of a copy (each byte counted once), and of the weights a matvec reads.
+
+    `columns` is how wide the matrices of the model are. As many threads as torch takes.
+    """
+    source = torch.zeros(RAM_BYTES, dtype=torch.uint8) + 1
+    target = torch.zeros_like(source) + 1
+    matrix = source.view(dtype)[: source.numel() // dtype.itemsize // columns * columns].view(-1, columns)
+    vector = torch.ones(columns, dtype=dtype)
+    return {
+        "copy_bytes_per_s": RAM_BYTES / _best_s(lambda: target.copy_(source), repeats),
+        "matvec_bytes_per_s": matrix.nbytes / _best_s(lambda: torch.mv(matrix, vector), repeats),
+    }
+
+
+def link_bandwidth(device: torch.device, record_bytes: int, repeats: int) -> dict[str, float]:
+    """Bytes per second from pinned and from ordinary memory to a GPU, one expert's record after another."""
+    copies = max(1, RAM_BYTES // record_bytes)
+    target = torch.empty(record_bytes, dtype=torch.uint8, device=device)
+
+    def speed(source: torch.Tensor) -> float:
+        def carry() -> None:
+            for _ in range(copies):
+                target.copy_(source, non_blocking=True)  # copy: host -> device, async
+            torch.cuda.synchronize(device)
+
+        return copies * record_bytes / _best_s(carry, repeats)
+
+    ordinary = torch.ones(record_bytes, dtype=torch.uint8)
+    return {
+        "pinned_bytes_per_s": speed(ordinary.pin_memory()),
+        "pageable_bytes_per_s": speed(ordinary),
+        "record_bytes": record_bytes,
+    }
+
+
+def _best_s(work: Callable[[], object], repeats: int) -> float:
+    """Seconds of the fastest of some calls, after one that is not counted."""
+    work()
+    seconds = []
+    for _ in range(repeats):
+        started = time.perf_counter()
+        work()
+        seconds.append(time.perf_counter() - started)
+    return min(seconds)

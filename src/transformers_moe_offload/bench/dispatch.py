@@ -1,0 +1,172 @@
+"""What a sparse layer costs beyond its arithmetic when every expert it wants is resident.
+
+The inputs are those of a real decode step, caught at the layers. Each part is then repeated by itself over all layers,
+one after another, so that it finds in the processor's caches what it finds there in a forward.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from statistics import median
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from transformers_moe_offload.bench.layers import cache_of, sparse_layers
+from transformers_moe_offload.compute.forward import cloned, combine
+from transformers_moe_offload.compute.routing import Grouping, group_by_expert
+from transformers_moe_offload.hf.layer import SparseLayer
+
+
+@dataclass
+class _Step:
+    """One layer, its inputs, and what the parts of its forward need of each other."""
+
+    module: nn.Module
+    layer: SparseLayer
+    args: tuple[Any, ...]
+    kwargs: dict[str, Any]
+    grouping: Grouping | None = None
+    work: list[tuple[Tensor, dict[str, Tensor]]] | None = None
+    outputs: list[Tensor] | None = None
+
+
+def dispatch(model: Any, prompt: Tensor, passes: int) -> dict[str, Any]:
+    """Microseconds per sparse layer at batch 1, in median, and the share of experts that were resident.
+
+    prompt (1, S) int64: its last token is the step. Parts are None where layers compute with their model's own eager
+    forward, which cannot be taken apart.
+    """
+    steps = _caught(model, prompt)
+    runtime = model.moe_offload
+    with torch.inference_mode():
+        for step in steps:
+            _whole(step)
+        runtime.reset_stats()
+        for step in steps:
+            _whole(step)
+        _prepare(steps, is_resident=runtime.stats().hit_rate == 1)
+        runtime.reset_stats()
+        timed = _time(steps, {"whole": _whole} | _parts(steps), passes)
+    overhead = {name: timed.get(name) for name in ("whole", "grouping", "visit", "arithmetic", "combine")}
+    whole, arithmetic = timed["whole"], timed.get("arithmetic")
+    if arithmetic is not None:
+        overhead["overhead"] = whole - arithmetic
+        overhead["rest"] = whole - sum(timed[name] for name in ("grouping", "visit", "arithmetic", "combine"))
+    return {
+        "us_per_layer": overhead,
+        "layers": len(steps),
+        "passes": passes,
+        "resident_share": runtime.stats().hit_rate,
+    }
+
+
+def _caught(model: Any, prompt: Tensor) -> list[_Step]:
+    """The inputs of each layer in a decode step after a prompt."""
+    caught: dict[str, _Step] = {}
+    hooks = []
+    for module, layer in sparse_layers(model):
+
+        def catch(module: nn.Module, args: Any, kwargs: Any, layer: SparseLayer = layer) -> None:
+            caught[layer.name] = _Step(module, layer, args, kwargs)
+
+        hooks.append(module.register_forward_pre_hook(catch, with_kwargs=True))
+    try:
+        with torch.inference_mode():
+            past = model(prompt[:, :-1], use_cache=True).past_key_values
+            model(prompt[:, -1:], past_key_values=past, use_cache=True)
+    finally:
+        for hook in hooks:
+            hook.remove()
+    return list(caught.values())
+
+
+def _whole(step: _Step) -> object:
+    return step.module(*step.args, **step.kwargs)
+
+
+def _prepare(steps: list[_Step], *, is_resident: bool) -> None:
+    """Take each forward apart once.
+
+    Weights are used where they are if all experts stay there, so that memory is as fast for the arithmetic alone as it
+    is for the whole; and copied otherwise, for a view of a slot does not outlive the expert's stay in it.
+    """
+    for step in steps:
+        if step.layer.mlp is None:
+            continue
+        hidden_states, top_k_index, top_k_weights = _inputs(step)
+        cache = cache_of(step.layer)
+        step.grouping = group_by_expert(top_k_index, top_k_weights, cache.num_experts(step.layer.index))
+        found = {}
+        with cache.visit(step.layer.index, step.grouping.by_last_use) as visit:
+            for expert, weights in visit:
+                found[expert] = weights if is_resident else cloned(weights)
+        step.work = [(hidden_states[step.grouping.tokens[expert]], found[expert]) for expert in step.grouping.experts]
+        step.outputs = [step.layer.mlp(step.module, rows, weights) for rows, weights in step.work]
+
+
+def _parts(steps: list[_Step]) -> dict[str, Callable[[_Step], object]]:
+    """Each part as something to do with one layer; none where a layer has no parts."""
+    if any(step.layer.mlp is None for step in steps):
+        return {}
+
+    def grouping(step: _Step) -> None:
+        _, top_k_index, top_k_weights = _inputs(step)
+        group_by_expert(top_k_index, top_k_weights, cache_of(step.layer).num_experts(step.layer.index))
+
+    def visit(step: _Step) -> None:
+        assert step.grouping is not None
+        with cache_of(step.layer).visit(step.layer.index, step.grouping.by_last_use) as opened:
+            for _ in opened:
+                pass
+
+    def arithmetic(step: _Step) -> None:
+        assert step.layer.mlp is not None
+        assert step.work is not None
+        for rows, weights in step.work:
+            step.layer.mlp(step.module, rows, weights)
+
+    def combination(step: _Step) -> None:
+        assert step.grouping is not None
+        assert step.outputs is not None
+        hidden_states, _, top_k_weights = _inputs(step)
+        combine(step.outputs, step.grouping, hidden_states, top_k_weights)
+
+    return {"grouping": grouping, "visit": visit, "arithmetic": arithmetic, "combine": combination}
+
+
+def _inputs(step: _Step) -> tuple[Tensor, Tensor, Tensor]:
+    hidden_states, top_k_index, top_k_weights = (*step.args, *step.kwargs.values())[:3]
+    return hidden_states, top_k_index, top_k_weights
+
+
+def _time(steps: list[_Step], parts: dict[str, Callable[[_Step], object]], passes: int) -> dict[str, float]:
+    """Microseconds per layer of each part, the median over passes in which the parts take turns.
+
+    The small parts are timed after a layer's arithmetic, which is not counted: in the whole forward, too, the weights
+    that stream through have pushed everything else out of the processor's caches.
+    """
+    seconds: dict[str, list[float]] = {name: [] for name in parts}
+    device = steps[0].layer.device
+    for _ in range(passes + 1):
+        for name, work in parts.items():
+            stream = parts["arithmetic"] if name not in ("whole", "arithmetic") else None
+            taken = 0.0
+            for step in steps:
+                if stream is not None:
+                    stream(step)
+                _wait_for(device)
+                started = time.perf_counter()
+                work(step)
+                _wait_for(device)
+                taken += time.perf_counter() - started
+            seconds[name].append(taken)
+    return {name: median(taken[1:]) / len(steps) * 1e6 for name, taken in seconds.items()}
+
+
+def _wait_for(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)

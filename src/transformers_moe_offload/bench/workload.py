@@ -1,0 +1,139 @@
+"""What a model is asked to do while it is measured, and one run of it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from statistics import median
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import LogitsProcessorList
+
+from transformers_moe_offload.bench.clock import Restrict, StepClock, among, laid_down
+from transformers_moe_offload.bench.layers import sparse_layers, store_of
+from transformers_moe_offload.bench.passage import Passage
+from transformers_moe_offload.expert import ExpertId
+
+CANDIDATES_PER_BEAM = 4
+"""Tokens a model that has learned nothing may choose among; twice the beams are needed by beam search itself."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Workload:
+    """One kind of work. `steps` is 0 where reading the prompt is what is measured."""
+
+    name: str
+    prompt_tokens: int
+    steps: int = 0
+    batch: int = 1
+    beams: int = 1
+
+    @property
+    def is_prefill(self) -> bool:
+        """Whether the prompt is measured, and not the tokens after it."""
+        return self.steps == 0
+
+    @property
+    def tokens(self) -> int:
+        """Tokens by which the seconds of a run are divided to get a speed; beams are steps of one sequence."""
+        return self.batch * (self.prompt_tokens if self.is_prefill else self.steps)
+
+    @property
+    def forwards(self) -> int:
+        """Forwards that are measured."""
+        return max(1, self.steps)
+
+
+@dataclass(frozen=True)
+class Run:
+    """What one run took. Counts are those of the measured forwards."""
+
+    elapsed_s: float
+    forward_s: list[float]
+    asked: int
+    hits: int
+    late_hits: int
+    misses: int
+    prefetch_used: int
+    prefetch_wasted: int
+    disk_bytes: int
+    device_bytes: int
+    stall_ms: float
+    needed_bytes: int
+    """Of the experts that were asked for and had to be brought in, ahead of time or not."""
+    layer_misses: list[int] = field(default_factory=list)
+
+
+def run(model: Any, workload: Workload, passage: Passage, before_forward: Callable[[], None] = lambda: None) -> Run:
+    """Do the work once; `before_forward` is called before every measured forward, while the clock stands still."""
+    runtime = model.moe_offload
+    sequences = passage.sequences(workload.batch, workload.prompt_tokens + workload.steps + 1)
+    prompt = sequences[:, : workload.prompt_tokens].to(model.device)
+
+    def between(step: int, scores: Tensor) -> None:
+        if step == 0 and not workload.is_prefill:
+            runtime.reset_stats()
+        if step < workload.steps:
+            before_forward()
+
+    clock = StepClock(_restriction(workload, passage, sequences[:, workload.prompt_tokens :]), between)
+    if workload.is_prefill:
+        runtime.reset_stats()
+        before_forward()
+    with torch.inference_mode():
+        clock.start()
+        model.generate(
+            prompt,
+            attention_mask=torch.ones_like(prompt),
+            min_new_tokens=workload.steps + 1,
+            max_new_tokens=workload.steps + 1,
+            do_sample=False,
+            num_beams=workload.beams,
+            logits_processor=LogitsProcessorList([clock]),
+            pad_token_id=0,
+        )
+    seconds = [clock.first_s] if workload.is_prefill else clock.step_s
+    assert len(seconds) == workload.forwards
+    return _run_of(model, seconds)
+
+
+def seconds_per_forward(runs: list[Run]) -> float:
+    """Median over the runs of the mean over a run's forwards."""
+    return median(one.elapsed_s / len(one.forward_s) for one in runs)
+
+
+def _restriction(workload: Workload, passage: Passage, following: Tensor) -> Restrict:
+    """The text goes on as it does. Beams choose for themselves, among few tokens where the model has learned nothing:
+    left alone it would repeat one of them."""
+    if workload.beams == 1:
+        return laid_down(following)
+    if passage.is_text:
+        return lambda step, scores: scores
+    count = CANDIDATES_PER_BEAM * workload.beams
+    return among(passage.sequences(1, (workload.steps + 1) * count).view(-1, count))
+
+
+def _run_of(model: Any, seconds: list[float]) -> Run:
+    stats, store = model.moe_offload.stats(), store_of(model)
+    needed_bytes, misses = 0, []
+    for _, layer in sparse_layers(model):
+        counts = stats.per_layer[layer.name]
+        needed_bytes += (counts.misses + counts.prefetch_used) * store.stored_bytes(ExpertId(layer.index, 0))
+        misses.append(counts.misses)
+    return Run(
+        elapsed_s=sum(seconds),
+        forward_s=seconds,
+        asked=stats.asked,
+        hits=stats.hits,
+        late_hits=stats.late_hits,
+        misses=stats.misses,
+        prefetch_used=stats.prefetch_used,
+        prefetch_wasted=stats.prefetch_wasted,
+        disk_bytes=stats.disk_bytes,
+        device_bytes=stats.device_bytes,
+        stall_ms=stats.stall_ms,
+        needed_bytes=needed_bytes,
+        layer_misses=misses,
+    )

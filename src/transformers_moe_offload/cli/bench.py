@@ -1,0 +1,119 @@
+"""`moe-offload bench`: how fast a model is on this machine, and how much of the machine's limit that is."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich.console import Console
+from rich.progress import Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from transformers_moe_offload.bench.passage import Passage, passage_for, text_passage
+from transformers_moe_offload.bench.protocol import QUICK, Protocol
+from transformers_moe_offload.bench.report import facts, tables
+from transformers_moe_offload.bench.session import measure
+from transformers_moe_offload.bench.tables import for_terminal
+from transformers_moe_offload.cli import options
+from transformers_moe_offload.cli.failures import CommandError, one_line_errors, reading
+from transformers_moe_offload.config import OffloadConfig, PrefetchConfig
+
+
+def bench(
+    model: options.Model,
+    cache_budget: options.CacheBudget = "auto",
+    policy: Annotated[str, typer.Option(help="Which expert leaves when another one needs its slot.")] = "lru",
+    arithmetic: Annotated[
+        str, typer.Option(help="'fast', or 'exact': bit for bit what Transformers computes.")
+    ] = "fast",
+    prefetch: Annotated[
+        str | None, typer.Option(help="Load experts ahead of demand, by this predictor. Default: load none ahead.")
+    ] = None,
+    mmap: Annotated[
+        bool | None, typer.Option(help="Use experts in the page cache, or copy them. Default: by the RAM that is free.")
+    ] = None,
+    json_file: Annotated[Path | None, typer.Option("--json", help="Write all results to this file, too.")] = None,
+    quick: Annotated[
+        bool, typer.Option("--quick", help="One short run of everything; the figures mean little.")
+    ] = False,
+    text: Annotated[
+        Path | None, typer.Option(help="Measure with this text. Default: this package's own sources.")
+    ] = None,
+    dtype: options.Dtype = "auto",
+    device_map: Annotated[str | None, typer.Option(help="As in from_pretrained: 'auto', 'cpu', 'cuda:1', ...")] = None,
+    revision: options.Revision = "main",
+    token: options.Token = None,
+    local_files_only: options.LocalFilesOnly = False,
+    trust_remote_code: options.TrustRemoteCode = False,
+) -> None:
+    """Measure disk, RAM and link, dispatch, decoding, prefill, a batch and beams, with cold and warm page cache.
+
+    Prints the limit that the machine sets, and how much of it was reached. Leave the machine alone meanwhile.
+    """
+    with one_line_errors():
+        config = OffloadConfig(
+            cache_budget=cache_budget,
+            policy=policy,
+            arithmetic=arithmetic,  # type: ignore[arg-type]
+            prefetch=None if prefetch is None else PrefetchConfig(predictor=prefetch),
+            mmap="auto" if mmap is None else mmap,
+        )
+        origin = options.Origin(revision, token, local_files_only, trust_remote_code)
+        loading = {"dtype": options.parse_dtype(dtype) or "auto", "device_map": device_map}
+        _check_file(json_file)
+        written = _read(text)
+        with reading(f"cannot load {model!r}"):
+            loaded = AutoModelForCausalLM.from_pretrained(model, moe_offload=config, **loading, **origin.for_classes())
+        try:
+            passage = _passage(model, loaded, written, origin, text)
+            result = _measured(loaded.eval(), passage, QUICK if quick else Protocol())
+        finally:
+            loaded.moe_offload.close()
+        _show(result)
+        if json_file is not None:
+            json_file.write_text(json.dumps(result, indent=1) + "\n")
+
+
+def _measured(model: Any, passage: Passage, protocol: Protocol) -> dict[str, Any]:
+    columns = (SpinnerColumn(), TextColumn("{task.description}"), TimeElapsedColumn())
+    with Progress(*columns, console=Console(stderr=True), transient=True) as progress:
+        task = progress.add_task("")
+        return measure(model, passage, protocol, lambda what: progress.update(task, description=what))
+
+
+def _passage(name: str, model: Any, text: str | None, origin: options.Origin, path: Path | None) -> Passage:
+    """The user's text, or what is at hand."""
+    if text is None:
+        return passage_for(model, name, **origin.for_classes())
+    with reading(f"--text needs a tokenizer, which cannot be read from {name!r}"):
+        tokenizer = AutoTokenizer.from_pretrained(name, **origin.for_classes())
+    return text_passage(tokenizer, text, str(path))
+
+
+def _read(text: Path | None) -> str | None:
+    if text is None:
+        return None
+    try:
+        return text.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise CommandError(f"cannot read --text {text}: {error}") from error
+
+
+def _check_file(path: Path | None) -> None:
+    """Before anything is measured, so that nothing has been measured in vain."""
+    if path is not None and (path.is_dir() or not path.parent.is_dir()):
+        what = "is a folder" if path.is_dir() else f"is in {path.parent}, which is not a folder"
+        raise CommandError(f"cannot write --json {path}: it {what}; name a file in a folder that exists")
+
+
+def _show(result: dict[str, Any]) -> None:
+    console = Console()
+    for name, value in facts(result).items():
+        console.print(f"{name}: {value}", soft_wrap=True, markup=False, highlight=False)
+    console.print()
+    for table in tables(result):
+        console.print(for_terminal(table))
+    for note in result["notes"]:
+        console.print(f"note: {note}", soft_wrap=True, markup=False, highlight=False)

@@ -1,0 +1,147 @@
+"""`moe-offload trace`: write down which experts real generations ask for."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Any
+
+import torch
+import typer
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from torch import Tensor
+from transformers import AutoModelForCausalLM, AutoTokenizer, StoppingCriteria, StoppingCriteriaList, set_seed
+
+from transformers_moe_offload.cli import options
+from transformers_moe_offload.cli.answer import Sampling
+from transformers_moe_offload.cli.chat import INTERRUPTED
+from transformers_moe_offload.cli.conversation import Conversation
+from transformers_moe_offload.cli.failures import CommandError, one_line_errors, reading
+from transformers_moe_offload.cli.interruption import Interruption
+from transformers_moe_offload.config import OffloadConfig
+from transformers_moe_offload.hf.top_k import experts_per_token
+from transformers_moe_offload.tracing import Trace
+
+
+def trace(
+    model: options.Model,
+    output: Annotated[Path, typer.Option("--output", "-o", help="The trace, an .npz file.", show_default=False)],
+    prompt: Annotated[
+        list[str] | None, typer.Option(help="Generate from this; may be given several times.", show_default=False)
+    ] = None,
+    prompts: Annotated[
+        Path | None, typer.Option(help="A text file; generate from each of its lines.", show_default=False)
+    ] = None,
+    cache_budget: options.CacheBudget = "auto",
+    policy: Annotated[str, typer.Option(help="Decides how long the recording takes, never what it holds.")] = "lru",
+    max_new_tokens: Annotated[int, typer.Option(min=1, help="Most tokens for each prompt.")] = 128,
+    temperature: Annotated[
+        float | None,
+        typer.Option(min=0.0, help="0 always takes the likeliest token. Default: what the model asks for."),
+    ] = None,
+    top_p: Annotated[
+        float | None, typer.Option(min=0.0, max=1.0, help="Sample from the likeliest tokens that make up this share.")
+    ] = None,
+    seed: Annotated[int, typer.Option(min=0, help="Seed of the sampling.")] = 0,
+    dtype: options.Dtype = "auto",
+    device_map: Annotated[str | None, typer.Option(help="As in from_pretrained: 'auto', 'cpu', 'cuda:1', ...")] = None,
+    revision: options.Revision = "main",
+    token: options.Token = None,
+    local_files_only: options.LocalFilesOnly = False,
+    trust_remote_code: options.TrustRemoteCode = False,
+) -> None:
+    """Generate from prompts and record which experts each layer wants, for `replay` and `report`.
+
+    Ctrl-C ends the recording after the token being generated, and what there is by then is written. The trace holds
+    no text.
+    """
+    with one_line_errors():
+        config = OffloadConfig(cache_budget=cache_budget, policy=policy)
+        sampling = Sampling(max_new_tokens, temperature, top_p)
+        origin = options.Origin(revision, token, local_files_only, trust_remote_code)
+        loading = {"dtype": options.parse_dtype(dtype) or "auto", "device_map": device_map}
+        texts = _texts(prompt, prompts)
+        if not output.parent.is_dir():
+            raise CommandError(f"cannot write {output}: there is no folder {output.parent}")
+        with reading(f"cannot load {model!r}"):
+            tokenizer = AutoTokenizer.from_pretrained(model, **origin.for_classes())
+            inputs = [Conversation(tokenizer, None).ask(text) for text in texts]
+            loaded = AutoModelForCausalLM.from_pretrained(model, moe_offload=config, **loading, **origin.for_classes())
+        set_seed(seed)
+        try:
+            recorded, was_stopped = _record(loaded, tokenizer, inputs, sampling)
+        finally:
+            loaded.moe_offload.close()
+        recorded.save(output)
+        typer.echo(f"{output}: {recorded}")
+        if was_stopped:
+            raise typer.Exit(INTERRUPTED)
+
+
+def _texts(prompt: list[str] | None, prompts: Path | None) -> list[str]:
+    """The prompts that were asked for, one way or the other."""
+    if (prompt is None) == (prompts is None):
+        raise CommandError("give prompts either with --prompt, as often as you like, or as the lines of --prompts FILE")
+    texts = prompt or []
+    if prompts is not None:
+        with reading(f"cannot read --prompts {prompts}"):
+            texts = prompts.read_text(encoding="utf-8").splitlines()
+    texts = [text for text in texts if text.strip()]
+    if not texts:
+        raise CommandError("there is nothing but blanks in the prompts; write something to generate from")
+    return texts
+
+
+def _record(model: Any, tokenizer: Any, inputs: list[dict[str, Any]], sampling: Sampling) -> tuple[Trace, bool]:
+    """The trace of generating from each of the inputs, and whether Ctrl-C ended it."""
+    columns = TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn()
+    console, forwards = Console(stderr=True), _Forwards()
+    hook = model.register_forward_pre_hook(forwards, with_kwargs=True)
+    with (
+        Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as progress,
+        Interruption() as interruption,
+        model.moe_offload.trace() as recorded,
+    ):
+        task = progress.add_task("tokens", total=len(inputs) * sampling.max_new_tokens)
+        for number, prompt in enumerate(inputs, start=1):
+            model.generate(
+                **{name: value.to(model.device) for name, value in prompt.items()},
+                **sampling.options(),
+                stopping_criteria=StoppingCriteriaList([interruption, _Ticks(progress, task)]),
+                pad_token_id=tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id,
+            )
+            if interruption.happened:
+                break
+            progress.update(task, completed=number * sampling.max_new_tokens)
+    hook.remove()
+    if len(forwards.num_tokens) == len(recorded.step_tokens):  # not where a forward goes through its layers twice
+        recorded.step_tokens = forwards.num_tokens
+    per_token = [experts_per_token(model, name) for name in recorded.layer_names]
+    if None not in per_token:
+        recorded.experts_per_token = tuple(per_token)
+    return recorded, interruption.happened
+
+
+class _Ticks(StoppingCriteria):
+    """Stops nothing; moves the progress bar on by a token."""
+
+    def __init__(self, progress: Progress, task: Any) -> None:
+        self._progress = progress
+        self._task = task
+
+    def __call__(self, input_ids: Tensor, scores: Any, **kwargs: Any) -> Tensor:
+        """Whether to stop, for each sequence: input_ids (B, T) int64 -> (B,) bool."""
+        self._progress.advance(self._task)
+        return torch.zeros(len(input_ids), dtype=torch.bool, device=input_ids.device)
+
+
+class _Forwards:
+    """A hook that notes how many tokens each forward takes."""
+
+    def __init__(self) -> None:
+        self.num_tokens: list[int] = []
+
+    def __call__(self, model: Any, arguments: tuple[Any, ...], keywords: dict[str, Any]) -> None:
+        """Before a forward: input_ids (B, T) int64."""
+        input_ids = keywords.get("input_ids", arguments[0] if arguments else None)
+        self.num_tokens.append(0 if input_ids is None else input_ids.numel())

@@ -1,0 +1,37 @@
+"""Import the scripts of `benchmarks/`, which find each other because they lie in one folder."""
+
+import importlib
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+ROOT = Path(__file__).parents[2]
+BENCHMARKS = ROOT / "benchmarks"
+
+
+@pytest.fixture(scope="module")
+def script():
+    """Import a script by name; its neighbours do not stay importable for other tests."""
+    before = set(sys.modules)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.syspath_prepend(str(BENCHMARKS))
+        yield importlib.import_module
+    for name in set(sys.modules) - before:
+        if str(getattr(sys.modules[name], "__file__", "")).startswith(str(BENCHMARKS)):
+            del sys.modules[name]
+
+
+@pytest.fixture(scope="module")
+def tiny_moe() -> str:
+    return str(ROOT / "examples" / "models" / "tiny-moe")
+
+
+@pytest.fixture(scope="module")
+def one_thread():
+    """Matrices this small are computed faster by one thread than two threads take to meet."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
