@@ -232,6 +232,24 @@ def test_what_is_resident_after_a_visit_does_not_depend_on_what_arrived_first(st
         assert residents(cache) == [0, 2, 5], "1 is the one that had gone unused for longest"
 
 
+def test_an_expert_that_the_system_took_back_is_a_miss_and_comes_in_again(store):
+    class Borrowed(CopiedSlots):
+        taken_back = frozenset()
+
+        def holds(self, slot):
+            return slot not in self.taken_back
+
+    copier = FakeCopier()
+    slots = Borrowed(store, SlotPool(store.layout(0).nbytes, CPU), copier)
+    cache = ExpertCache(slots, 3, {0: NUM_EXPERTS}, LRU())
+    visit_all(cache, 0, [0, 1])
+    slots.taken_back = {cache.residency.slot(ExpertId(0, 0))}
+    visit_all(cache, 0, [0, 1])
+    assert counts(cache.stats[0]) == (1, 0, 3)
+    assert copier.started == [ExpertId(0, 0), ExpertId(0, 1), ExpertId(0, 0)]
+    assert residents(cache) == [0, 1]
+
+
 # Another number of slots.
 
 

@@ -10,8 +10,8 @@ from transformers import AutoModelForCausalLM
 from transformers_moe_offload import OffloadConfig
 from transformers_moe_offload.cli.blueprint import draw
 from transformers_moe_offload.cli.options import Origin
-from transformers_moe_offload.hf.top_k import experts_per_token
 from transformers_moe_offload.hf.discover import find_experts
+from transformers_moe_offload.hf.top_k import experts_per_token
 from zoo.build import build
 
 from .conftest import TINY_MOE, the_error

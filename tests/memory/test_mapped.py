@@ -1,5 +1,6 @@
+import os
 import resource
-import threading
+import time
 from pathlib import Path
 
 import pytest
@@ -7,11 +8,13 @@ import torch
 from safetensors.torch import save_file
 
 from stores import number, numbered_store, stacked_store
+from transformers_moe_offload.bench.page_cache import drop
 from transformers_moe_offload.errors import CheckpointError
 from transformers_moe_offload.expert import ExpertId, ExpertSpec, FieldSpec
 from transformers_moe_offload.memory import mapping
-from transformers_moe_offload.memory.checkpoint import ExpertStore, FieldSource, LayerSource
-from transformers_moe_offload.memory.mapped import MappedSlots
+from transformers_moe_offload.memory.checkpoint import ExpertStore, FieldSource, LayerSource, Stretch
+from transformers_moe_offload.memory.disk import File
+from transformers_moe_offload.memory.mapped import MappedSlots, joined
 from transformers_moe_offload.memory.safetensors_index import read_index
 
 FIRST, SECOND = ExpertId(0, 0), ExpertId(0, 1)
@@ -73,32 +76,39 @@ def test_a_mapped_expert_seen_in_inference_mode_can_be_copied_for_training(store
     assert x.grad.tolist() == [number(FIRST)] * 3
 
 
+def cut(path):
+    """Cut a file short, and give the change time to be noticed."""
+    with path.open("r+b") as stream:
+        stream.truncate(100)
+    time.sleep(2 * mapping._LOOK_EVERY)
+
+
 class TestAFileThatChanges:
     def test_that_was_cut_short_is_told_by_its_two_sizes_and_works_again_when_it_is_back(self, store, tmp_path):
         """Touching pages that are gone would end the process."""
         path, slots = tmp_path / "model.safetensors", slots_of(store)
         whole = path.read_bytes()
         bring_in(slots, FIRST)
-        with path.open("r+b") as stream:
-            stream.truncate(100)
+        assert slots.holds(0)
+        cut(path)
+        assert not slots.holds(0)
         for _ in range(2):
             with pytest.raises(CheckpointError, match=f"has 100 bytes, but had {len(whole):,} when"):
-                slots.weights(FIRST, 0)
+                slots.start(FIRST, 0).finish()
         path.write_bytes(whole)
-        assert numbers_in(slots.weights(FIRST, 0)) == {number(FIRST)}
+        assert numbers_in(bring_in(slots, FIRST)[1]) == {number(FIRST)}
+        assert slots.holds(0)
 
-    def test_that_was_cut_short_fails_the_expert_that_comes_in(self, store, tmp_path):
+    def test_that_was_cut_short_and_replaced_is_mapped_anew(self, store, tmp_path):
         path, slots = tmp_path / "model.safetensors", slots_of(store, 2)
         bring_in(slots, FIRST)
         whole = path.read_bytes()
-        with path.open("r+b") as stream:
-            stream.truncate(100)
-        with pytest.raises(CheckpointError, match="has 100 bytes"):
-            slots.start(SECOND, 1).finish()
+        cut(path)
         path.unlink()
         path.write_bytes(whole)
         assert numbers_in(bring_in(slots, SECOND, 1)[1]) == {number(SECOND)}
-        assert numbers_in(slots.weights(FIRST, 0)) == {number(FIRST)}, "mapped anew from the file that replaced its own"
+        assert not slots.holds(0), "its pages are those of the file that was cut"
+        assert numbers_in(bring_in(slots, FIRST)[1]) == {number(FIRST)}
 
     def test_that_is_gone_before_it_is_mapped_is_named(self, store, tmp_path):
         path, slots = tmp_path / "model.safetensors", slots_of(store)
@@ -146,28 +156,39 @@ def mapped_bytes(path):
 
 
 @needs_linux
-def test_only_the_pages_of_those_in_slots_are_mapped(large_store, tmp_path):
-    """And what the kernel maps around them, which is less than 2 MiB on either side."""
+def test_a_slot_that_is_given_up_unmaps_its_expert(large_store, tmp_path):
+    """And what the kernel mapped around it, which is less than 2 MiB on either side, may stay."""
     path, slots = tmp_path / "model.safetensors", slots_of(large_store, 2)
-    for index, experts in enumerate([1, 2, 2, 2]):
-        bring_in(slots, ExpertId(0, index), index % 2)
-        assert 8 * experts <= mapped_bytes(path) / 2**20 <= 8 * experts + 4
+    bring_in(slots, ExpertId(0, 0), 0)
+    bring_in(slots, ExpertId(0, 2), 1)
+    assert 16 <= mapped_bytes(path) / 2**20 <= 16 + 6
     slots.remove(0)
-    assert 8 <= mapped_bytes(path) / 2**20 <= 8 + 4
+    assert 8 <= mapped_bytes(path) / 2**20 <= 8 + 6
 
 
 @needs_linux
-def test_a_load_that_is_cancelled_leaves_no_pages_of_the_one_before(large_store, tmp_path):
-    slots = slots_of(large_store)
-    bring_in(slots, ExpertId(0, 0))
-    gate = threading.Event()
-    slots._pool.submit(gate.wait, 10)  # keeps the only reader busy
-    try:
-        assert slots.start(ExpertId(0, 2), 0).cancel()
-    finally:
-        gate.set()
-    slots.remove(0)
-    assert mapped_bytes(tmp_path / "model.safetensors") < 4 << 20
+def test_an_expert_whose_pages_the_kernel_took_back_is_not_there(large_store, tmp_path):
+    slots = slots_of(large_store, 2)
+    bring_in(slots, ExpertId(0, 0), 0)
+    bring_in(slots, ExpertId(0, 2), 1)
+    slots.remove(1)  # unmapped, or the kernel would not drop its pages
+    slots.add(1)
+    assert slots.holds(0)
+    os.sync()
+    drop([tmp_path / "model.safetensors"])
+    assert not slots.holds(0)
+    bring_in(slots, ExpertId(0, 0), 0)
+    assert slots.holds(0)
+
+
+def test_matrices_side_by_side_in_a_file_are_brought_in_as_one():
+    one, other = File(Path("one"), 100), File(Path("other"), 100)
+    stretches = [Stretch(one, 30, 40), Stretch(other, 40, 50), Stretch(one, 10, 30), Stretch(one, 50, 60)]
+    assert sorted(joined(stretches), key=lambda s: (s.file.path, s.start)) == [
+        Stretch(one, 10, 40),
+        Stretch(one, 50, 60),
+        Stretch(other, 40, 50),
+    ]
 
 
 @needs_linux
@@ -180,7 +201,7 @@ def test_an_expert_that_has_come_in_causes_no_page_faults(large_store):
 
 
 def test_without_the_advice_of_linux_pages_are_touched(store, monkeypatch):
-    monkeypatch.setattr(mapping, "_libc", lambda: None)
+    monkeypatch.setattr(mapping, "_libc", lambda **how: None)
     slots = slots_of(store)
     for expert in (FIRST, SECOND):
         assert numbers_in(bring_in(slots, expert)[1]) == {number(expert)}

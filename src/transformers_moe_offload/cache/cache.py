@@ -61,8 +61,8 @@ class ExpertCache:
     def visit(self, layer: int, wanted: Sequence[int], started: Callable[[Sequence[int]], None] | None = None) -> Visit:
         """Ask for experts of a layer, each named once; the last ones are those most worth keeping for later.
 
-        `started` is called with the wanted experts once the visit's own loads are under way; not in a visit that has to go in waves, which
-        leaves no room for anything else.
+        `started` is called with the wanted experts once the visit's own loads are under way; not in a visit that has
+        to go in waves, which leaves no room for anything else.
         """
         return Visit(self, layer, [ExpertId(layer, expert) for expert in wanted], started)
 
@@ -125,6 +125,8 @@ class ExpertCache:
         self._receive_ahead()
         misses_before = stats.misses
         for expert in wanted:
+            if self.residency.is_resident(expert) and not self.slots.holds(self.residency.slot(expert)):
+                self._evict(expert)
             if expert in self._ahead:
                 self._ahead.remove(expert)
                 stats.prefetch_used += 1

@@ -2,32 +2,24 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
-from typing import NamedTuple
 
 import torch
 
 from transformers_moe_offload.expert import ExpertId
-from transformers_moe_offload.memory.checkpoint import ExpertStore
+from transformers_moe_offload.memory.checkpoint import ExpertStore, Stretch
 from transformers_moe_offload.memory.mapping import FileMap
 from transformers_moe_offload.memory.record import torch_dtype
 from transformers_moe_offload.memory.slots import Weights
 from transformers_moe_offload.memory.transfer import Read, Transfer
 
 
-class _Window(NamedTuple):
-    """Part of a mapped file."""
-
-    map: FileMap
-    start: int
-    stop: int
-
-
 class MappedSlots:
-    """Slots that stand for mapped pages: bringing an expert in maps its pages, and letting it go unmaps them.
+    """Slots that stand for mapped pages: bringing an expert in maps its pages and reads those that are not cached.
 
-    So the process holds no more of the files than the slots allow, while the page cache may hold all of them. An expert
-    that does not lie in the files as it should lie in memory is copied instead.
+    What leaves stays mapped until its slot is given up: the memory is the page cache's, and the kernel takes it back
+    when it is needed. An expert that does not lie in the files as it should lie in memory is copied instead.
     """
 
     def __init__(self, store: ExpertStore, workers: int) -> None:
@@ -38,29 +30,28 @@ class MappedSlots:
 
     def add(self, slot: int) -> None:
         """Nothing is allocated."""
-        self._inside[slot] = _Inside()
 
     def remove(self, slot: int) -> None:
         """Unmap whoever is there."""
-        self._inside.pop(slot).let_go()
+        inside = self._inside.pop(slot, None)
+        if inside is not None:
+            inside.let_go()
 
     def start(self, expert: ExpertId, slot: int) -> Transfer:
-        """Begin to map an expert, and to unmap whoever was there."""
-        coming = self._inside[slot] = _Inside(before=self._inside[slot])
+        """Begin to map an expert."""
+        coming = self._inside[slot] = _Inside()
         return Read(self._pool, lambda: coming.bring_in(self._store, expert))
 
     def retire(self, slot: int) -> None:
         """Nothing to do: CPU kernels have finished when they return."""
 
     def weights(self, expert: ExpertId, slot: int) -> Weights:
-        """The expert's tensors inside the mapped files.
+        """The expert's tensors inside the mapped files."""
+        return self._inside[slot].weights
 
-        A file that was cut short since is mapped anew if it is back, and raises `CheckpointError` otherwise.
-        """
-        inside = self._inside[slot]
-        if not inside.is_whole():
-            inside.bring_in(self._store, expert)
-        return inside.weights
+    def holds(self, slot: int) -> bool:
+        """Whether the kernel has not taken pages back meanwhile, and nobody has cut the file short."""
+        return self._inside[slot].is_there()
 
     def device_bytes(self, expert: ExpertId) -> int:
         """There is no accelerator."""
@@ -70,19 +61,21 @@ class MappedSlots:
 class _Inside:
     """Whoever is in a slot, or on the way there."""
 
-    def __init__(self, before: _Inside | None = None) -> None:
-        """`before` is in the slot until this one comes, which it may never do: a load can be cancelled."""
+    def __init__(self) -> None:
         self.weights: Weights = {}
-        self._windows: list[_Window] = []
-        self._before = before
+        self._maps: list[FileMap] = []
+        self._stretches: tuple[Stretch, ...] = ()
 
-    def is_whole(self) -> bool:
-        """Whether the expert is there, and the files it is mapped from, too."""
-        return bool(self.weights) and all(window.map.is_whole() for window in self._windows)
+    def is_there(self) -> bool:
+        """Whether the pages are in memory, and the files as long as they were."""
+        return all(
+            map.is_whole() and map.is_cached(stretch.start, stretch.stop)
+            for map, stretch in zip(self._maps, self._stretches, strict=True)
+        )
 
     def bring_in(self, store: ExpertStore, expert: ExpertId) -> int:
         """Map the expert's pages, or read a copy of it; returns the bytes of the files that are used."""
-        self.let_go()
+        self.weights = {}
         layout, stretches = store.layout(expert.layer), store.stretches(expert)
         with torch.inference_mode(False):  # kept for later, whatever block happens to be open
             if stretches is None:
@@ -90,23 +83,28 @@ class _Inside:
                 nbytes = store.read_into(expert, record)
                 self.weights = layout.views(record)
                 return nbytes
-            windows = [_Window(part.file.mapped(), part.start, part.stop) for part in stretches]
-            for window in windows:
-                window.map.bring_in(window.start, window.stop)
+            maps = [stretch.file.mapped() for stretch in stretches]
+            for stretch in joined(stretches):
+                stretch.file.mapped().bring_in(stretch.start, stretch.stop)
+            self._maps, self._stretches = maps, stretches
             self.weights = {
-                field.name: window.map.bytes[window.start : window.stop]
-                .view(torch_dtype(field.dtype))
-                .view(field.shape)
-                for field, window in zip(layout.fields, windows, strict=True)
+                field.name: map.bytes[stretch.start : stretch.stop].view(torch_dtype(field.dtype)).view(field.shape)
+                for field, map, stretch in zip(layout.fields, maps, stretches, strict=True)
             }
-        self._windows = windows
-        return sum(window.stop - window.start for window in windows)
+        return sum(stretch.stop - stretch.start for stretch in stretches)
 
     def let_go(self) -> None:
-        """Unmap the pages, also those of whoever was there before."""
-        if self._before is not None:
-            self._before.let_go()
-            self._before = None
-        for window in self._windows:
-            window.map.let_go(window.start, window.stop)
-        self.weights, self._windows = {}, []
+        """Unmap the pages."""
+        for map, stretch in zip(self._maps, self._stretches, strict=True):
+            map.let_go(stretch.start, stretch.stop)
+
+
+def joined(stretches: Iterable[Stretch]) -> list[Stretch]:
+    """The same bytes, with neighbours in a file made one: a checkpoint has an expert's matrices side by side."""
+    found: list[Stretch] = []
+    for stretch in sorted(stretches, key=lambda stretch: (id(stretch.file), stretch.start)):
+        if found and found[-1].file is stretch.file and found[-1].stop == stretch.start:
+            found[-1] = found[-1]._replace(stop=stretch.stop)
+        else:
+            found.append(stretch)
+    return found

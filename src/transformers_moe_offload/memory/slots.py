@@ -42,6 +42,9 @@ class Slots(Protocol):
     def weights(self, expert: ExpertId, slot: int) -> Weights:
         """The expert that was brought in, for as long as the slot is not given to another one."""
 
+    def holds(self, slot: int) -> bool:
+        """Whether the expert that was brought in is still there: the system can take back what is its own."""
+
     def device_bytes(self, expert: ExpertId) -> int:
         """Bytes that cross to an accelerator when the expert is brought in."""
 
@@ -122,6 +125,10 @@ class CopiedSlots:
     def weights(self, expert: ExpertId, slot: int) -> Weights:
         """The buffer seen as the expert."""
         return self.pool.views(slot, self._store.layout(expert.layer))
+
+    def holds(self, slot: int) -> bool:
+        """Always: the buffer is ours."""
+        return True
 
     def device_bytes(self, expert: ExpertId) -> int:
         """The record, where the buffer is not in host memory."""

@@ -109,6 +109,10 @@ class NoSlots:
         """No weights."""
         return {}
 
+    def holds(self, slot: int) -> bool:
+        """It is there."""
+        return True
+
     def device_bytes(self, expert: ExpertId) -> int:
         """No bytes."""
         return 0
