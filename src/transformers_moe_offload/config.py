@@ -124,8 +124,9 @@ class OffloadConfig(dict[str, Any]):
         arithmetic: `"exact"` computes the experts with the model's own eager code, bit for bit; `"fast"` may use
             better kernels and orders of summation and is at least as close to exact arithmetic.
         mmap: on a CPU machine, use experts where they lie in the page cache instead of copying them into slots; the
-            cache then bounds what the process keeps mapped. `"auto"` does so where all experts fit into free RAM and
-            can be used as they are stored; False copies; True insists, and is an error where it cannot be done.
+            pages stay the system's, which takes them back when it needs them. `"auto"` does so where all experts fit
+            into free RAM but not into the cache, and can be used as they are stored; False copies, so that
+            `cache_budget` bounds what the process holds; True insists, and is an error where it cannot be done.
         direct_io: read experts past the page cache, where system and filesystem allow it; `"auto"` does so where not
             all experts fit into free RAM.
         io_workers: threads that read experts; None means one per core, four at most.

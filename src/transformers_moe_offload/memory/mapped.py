@@ -12,35 +12,40 @@ from transformers_moe_offload.memory.checkpoint import ExpertStore, Stretch
 from transformers_moe_offload.memory.mapping import FileMap
 from transformers_moe_offload.memory.record import torch_dtype
 from transformers_moe_offload.memory.slots import Weights
-from transformers_moe_offload.memory.transfer import Read, Transfer
+from transformers_moe_offload.memory.transfer import Landed, Read, Transfer
 
 
 class MappedSlots:
     """Slots that stand for mapped pages: bringing an expert in maps its pages and reads those that are not cached.
 
     What leaves stays mapped until its slot is given up: the memory is the page cache's, and the kernel takes it back
-    when it is needed. An expert that does not lie in the files as it should lie in memory is copied instead.
+    when it is needed. So an expert that comes back is there at once, as a rule. One that does not lie in the files as
+    it should lie in memory is copied instead.
     """
 
     def __init__(self, store: ExpertStore, workers: int) -> None:
         self.num_lanes = workers
         self._store = store
         self._pool = ThreadPoolExecutor(workers, thread_name_prefix="moe-offload-read")
-        self._inside: dict[int, _Inside] = {}
+        self._experts: dict[ExpertId, _MappedExpert] = {}
+        self._inside: dict[int, _MappedExpert] = {}
 
     def add(self, slot: int) -> None:
         """Nothing is allocated."""
 
     def remove(self, slot: int) -> None:
         """Unmap whoever is there."""
-        inside = self._inside.pop(slot, None)
-        if inside is not None:
-            inside.let_go()
+        if slot in self._inside:
+            self._inside.pop(slot).let_go()
 
     def start(self, expert: ExpertId, slot: int) -> Transfer:
         """Begin to map an expert."""
-        coming = self._inside[slot] = _Inside()
-        return Read(self._pool, lambda: coming.bring_in(self._store, expert))
+        if slot in self._inside:
+            self._inside[slot].leave()
+        coming = self._inside[slot] = self._experts.setdefault(expert, _MappedExpert(self._store, expert))
+        if coming.is_there():
+            return Landed(coming.from_files)
+        return Read(self._pool, coming.bring_in)
 
     def retire(self, slot: int) -> None:
         """Nothing to do: CPU kernels have finished when they return."""
@@ -58,45 +63,57 @@ class MappedSlots:
         return 0
 
 
-class _Inside:
-    """Whoever is in a slot, or on the way there."""
+class _MappedExpert:
+    """One expert's place in the page cache."""
 
-    def __init__(self) -> None:
+    def __init__(self, store: ExpertStore, expert: ExpertId) -> None:
         self.weights: Weights = {}
+        self.from_files = store.stored_bytes(expert)
+        self._store = store
+        self._expert = expert
         self._maps: list[FileMap] = []
-        self._stretches: tuple[Stretch, ...] = ()
+        self._stretches: list[Stretch] = []
 
     def is_there(self) -> bool:
-        """Whether the pages are in memory, and the files as long as they were."""
-        return all(
+        """Whether it has come in, its pages are still in memory, and the files as long as they were."""
+        return bool(self.weights) and all(
             map.is_whole() and map.is_cached(stretch.start, stretch.stop)
             for map, stretch in zip(self._maps, self._stretches, strict=True)
         )
 
-    def bring_in(self, store: ExpertStore, expert: ExpertId) -> int:
+    def bring_in(self) -> int:
         """Map the expert's pages, or read a copy of it; returns the bytes of the files that are used."""
         self.weights = {}
-        layout, stretches = store.layout(expert.layer), store.stretches(expert)
+        layout, stretches = self._store.layout(self._expert.layer), self._store.stretches(self._expert)
         with torch.inference_mode(False):  # kept for later, whatever block happens to be open
             if stretches is None:
                 record = torch.empty(layout.nbytes, dtype=torch.uint8)
-                nbytes = store.read_into(expert, record)
+                self._store.read_into(self._expert, record)
                 self.weights = layout.views(record)
-                return nbytes
-            maps = [stretch.file.mapped() for stretch in stretches]
-            for stretch in joined(stretches):
-                stretch.file.mapped().bring_in(stretch.start, stretch.stop)
-            self._maps, self._stretches = maps, stretches
+                return self.from_files
+            self._stretches = joined(stretches)
+            self._maps = [stretch.file.mapped() for stretch in self._stretches]
+            for map, stretch in zip(self._maps, self._stretches, strict=True):
+                map.bring_in(stretch.start, stretch.stop)
             self.weights = {
-                field.name: map.bytes[stretch.start : stretch.stop].view(torch_dtype(field.dtype)).view(field.shape)
-                for field, map, stretch in zip(layout.fields, maps, stretches, strict=True)
+                field.name: part.file.mapped()
+                .bytes[part.start : part.stop]
+                .view(torch_dtype(field.dtype))
+                .view(field.shape)
+                for field, part in zip(layout.fields, stretches, strict=True)
             }
-        return sum(stretch.stop - stretch.start for stretch in stretches)
+        return self.from_files
+
+    def leave(self) -> None:
+        """Make room: a copy is dropped, and pages are the kernel's to take."""
+        if not self._maps:
+            self.weights = {}
 
     def let_go(self) -> None:
         """Unmap the pages."""
         for map, stretch in zip(self._maps, self._stretches, strict=True):
             map.let_go(stretch.start, stretch.stop)
+        self.weights = {}
 
 
 def joined(stretches: Iterable[Stretch]) -> list[Stretch]:

@@ -14,6 +14,7 @@ from transformers_moe_offload.cache.cache import ExpertCache
 from transformers_moe_offload.errors import ConfigError
 from transformers_moe_offload.expert import ExpertId
 from transformers_moe_offload.memory.slots import Weights
+from transformers_moe_offload.memory.transfer import Landed, Transfer
 from transformers_moe_offload.policies import ORACLE, Belady, make_policy
 from transformers_moe_offload.stats import LayerStats
 from transformers_moe_offload.tracing.trace import Trace
@@ -98,9 +99,9 @@ class NoSlots:
     def remove(self, slot: int) -> None:
         """Nothing to give up."""
 
-    def start(self, expert: ExpertId, slot: int) -> Landed:
+    def start(self, expert: ExpertId, slot: int) -> Transfer:
         """Nothing to bring."""
-        return Landed()
+        return Landed(from_files=0)
 
     def retire(self, slot: int) -> None:
         """Nobody reads."""
@@ -116,21 +117,3 @@ class NoSlots:
     def device_bytes(self, expert: ExpertId) -> int:
         """No bytes."""
         return 0
-
-
-class Landed:
-    """A transfer that was over when it began."""
-
-    seconds = 0.0
-
-    def is_done(self) -> bool:
-        """It is."""
-        return True
-
-    def finish(self) -> int:
-        """No bytes came from files."""
-        return 0
-
-    def cancel(self) -> bool:
-        """Too late."""
-        return False
