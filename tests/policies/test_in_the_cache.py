@@ -10,8 +10,9 @@ from transformers_moe_offload.cache.cache import ExpertCache
 from transformers_moe_offload.cache.capacity import layer_floor
 from transformers_moe_offload.cache.planner import plan
 from transformers_moe_offload.expert import ExpertId
+from transformers_moe_offload.memory.transfer import Landed
 from transformers_moe_offload.policies import Belady, make_policy, policy_names
-from transformers_moe_offload.tracing.replay import Landed, NoSlots
+from transformers_moe_offload.tracing.replay import NoSlots
 
 NUM_LAYERS, NUM_EXPERTS = 3, 6
 
@@ -33,7 +34,7 @@ class Witness(NoSlots):
         assert slot != self.held, f"{expert} overwrites {self.inside[slot]}, which is held"
         assert expert not in self.inside.values(), f"{expert} is brought into a second slot"
         self.inside[slot] = expert
-        return Landed()
+        return Landed(from_files=0)
 
     def weights(self, expert, slot):
         assert self.inside[slot] == expert
@@ -117,7 +118,7 @@ def test_a_load_that_cannot_start_leaves_a_policy_that_goes_on_working(name):
         def start(self, expert, slot):
             if expert.expert == 5:
                 raise OSError
-            return Landed()
+            return Landed(from_files=0)
 
     policy = make_policy(name)
     cache = cache_with(policy, Broken(), 4)
