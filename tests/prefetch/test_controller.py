@@ -1,9 +1,10 @@
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from transformers_moe_offload.prefetch.controller import BLOCK_STEPS, LONGEST_HOLD, TRIAL_BLOCKS, Controller
+from transformers_moe_offload.prefetch.controller import BLOCK_STEPS, LONGEST_HOLD, Controller
+from transformers_moe_offload.prefetch.controller import TRIAL as BLOCKS
 
-TRIAL = BLOCK_STEPS * TRIAL_BLOCKS
+TRIAL = BLOCK_STEPS * len(BLOCKS)
 
 
 def run(controller, steps, seconds_on, seconds_off):
@@ -44,6 +45,14 @@ def test_one_slow_step_decides_nothing():
     for step in range(TRIAL):
         controller.took(100.0 if step == 3 else 0.9 if controller.is_on else 1.0)
     assert controller.is_on
+
+
+def test_a_cache_that_fills_up_meanwhile_favours_neither_way():
+    for gain, expected in ((0.03, True), (0.0, False)):
+        controller = Controller()
+        for step in range(TRIAL):
+            controller.took((2.0 - step / TRIAL) * (1 - gain * controller.is_on))
+        assert controller.is_on == expected
 
 
 def test_the_first_step_after_a_change_is_not_counted():

@@ -12,7 +12,9 @@ from statistics import median
 BLOCK_STEPS = 5
 """Steps in a row with or without prefetching; the first of them still feels the block before and is not counted."""
 
-TRIAL_BLOCKS = 4
+TRIAL = (False, True, True, False)
+"""Whether the blocks of a trial are done with prefetching: in this order, what gets steadily faster, such as a cache
+that fills up, favours neither way."""
 
 FIRST_HOLD, LONGEST_HOLD = 64, 1024
 """Steps between two trials; twice as many after each trial that ends like the one before it. A trial of 20 steps, half
@@ -26,7 +28,7 @@ class Controller:
     """Told how long each step took, says how the next one is to be done."""
 
     def __init__(self) -> None:
-        self.is_on = True
+        self.is_on = TRIAL[0]
         self._times: dict[bool, list[float]] = {True: [], False: []}
         self._step = 0
         """Steps since the trial began, or, outside of trials, steps to go until the next one."""
@@ -40,14 +42,14 @@ class Controller:
             if self._step % BLOCK_STEPS:
                 self._times[self.is_on].append(seconds)
             self._step += 1
-            if self._step == BLOCK_STEPS * TRIAL_BLOCKS:
+            if self._step == BLOCK_STEPS * len(TRIAL):
                 self._conclude()
             else:
-                self.is_on = self._step // BLOCK_STEPS % 2 == 0
+                self.is_on = TRIAL[self._step // BLOCK_STEPS]
         else:
             self._step -= 1
             if self._step == 0:
-                self._in_trial, self.is_on = True, True
+                self._in_trial, self.is_on = True, TRIAL[0]
 
     def _conclude(self) -> None:
         pays = median(self._times[True]) < (1 - LEAST_GAIN) * median(self._times[False])
