@@ -3,22 +3,12 @@
 from pathlib import Path
 
 import pytest
-import torch
 from transformers import AutoModelForCausalLM
 
 from transformers_moe_offload import OffloadConfig
 from transformers_moe_offload.bench.passage import Passage, passage_for
 
 TINY_MOE = Path(__file__).parents[2] / "examples" / "models" / "tiny-moe"
-
-
-@pytest.fixture(autouse=True, scope="package")
-def one_thread():
-    """Matrices this small are computed faster by one thread than two threads take to meet."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 @pytest.fixture(scope="module")

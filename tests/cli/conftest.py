@@ -5,21 +5,11 @@ import shutil
 from pathlib import Path
 
 import pytest
-import torch
 from typer.testing import CliRunner
 
 from transformers_moe_offload.cli.main import app
 
 TINY_MOE = Path(__file__).parents[2] / "examples" / "models" / "tiny-moe"
-
-
-@pytest.fixture(autouse=True, scope="package")
-def one_thread():
-    """Matrices this small are computed faster by one thread than two threads take to meet."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 @pytest.fixture(scope="session")

@@ -12,9 +12,9 @@ from transformers_moe_offload.bench.page_cache import drop
 from transformers_moe_offload.errors import CheckpointError
 from transformers_moe_offload.expert import ExpertId, ExpertSpec, FieldSpec
 from transformers_moe_offload.memory import mapping
-from transformers_moe_offload.memory.checkpoint import ExpertStore, FieldSource, LayerSource, Stretch
+from transformers_moe_offload.memory.checkpoint import ExpertStore, FieldSource, LayerSource, Stretch, joined
 from transformers_moe_offload.memory.disk import File
-from transformers_moe_offload.memory.mapped import MappedSlots, joined
+from transformers_moe_offload.memory.mapped import MappedSlots
 from transformers_moe_offload.memory.safetensors_index import read_index
 
 FIRST, SECOND = ExpertId(0, 0), ExpertId(0, 1)

@@ -14,7 +14,7 @@ from typing import NamedTuple
 import torch
 
 from transformers_moe_offload.bench.page_cache import can_drop, drop, resident_share
-from transformers_moe_offload.memory.checkpoint import ExpertStore
+from transformers_moe_offload.memory.checkpoint import ExpertStore, Stretch, joined
 from transformers_moe_offload.memory.disk import File
 from transformers_moe_offload.memory.record import host_bytes
 
@@ -38,17 +38,8 @@ def expert_ranges(store: ExpertStore) -> list[Range]:
     ranges: list[Range] = []
     for source in store.layers.values():
         for expert in source.experts:
-            pieces = sorted(
-                Range(piece.file.path, piece.offset, piece.nbytes) for field in expert for piece in field.pieces
-            )
-            merged: list[Range] = []
-            for piece in pieces:
-                last = merged[-1] if merged else None
-                if last is not None and last.path == piece.path and last.start + last.nbytes == piece.start:
-                    merged[-1] = last._replace(nbytes=last.nbytes + piece.nbytes)
-                else:
-                    merged.append(piece)
-            ranges += merged
+            stored = [Stretch(p.file, p.offset, p.offset + p.nbytes) for field in expert for p in field.pieces]
+            ranges += [Range(found.file.path, found.start, found.stop - found.start) for found in joined(stored)]
     return ranges
 
 

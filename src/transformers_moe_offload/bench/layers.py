@@ -34,7 +34,7 @@ def cache_of(layer: SparseLayer) -> ExpertCache:
 
 def store_of(model: Any) -> ExpertStore:
     """The experts' files."""
-    return ExpertStore([layer.runtime._source(layer) for _, layer in sparse_layers(model) if layer.runtime is not None])
+    return ExpertStore([layer.runtime.source(layer) for _, layer in sparse_layers(model) if layer.runtime is not None])
 
 
 def files_of(store: ExpertStore) -> list[Path]:

@@ -24,10 +24,8 @@ from transformers_moe_offload.config import OffloadConfig, PrefetchConfig
 def bench(
     model: options.Model,
     cache_budget: options.CacheBudget = "auto",
-    policy: Annotated[str, typer.Option(help="Which expert leaves when another one needs its slot.")] = "lru",
-    arithmetic: Annotated[
-        str, typer.Option(help="'fast', or 'exact': bit for bit what Transformers computes.")
-    ] = "fast",
+    policy: options.Policy = "lru",
+    arithmetic: options.Arithmetic = "fast",
     prefetch: Annotated[
         str | None, typer.Option(help="Load experts ahead of demand, by this predictor. Default: load none ahead.")
     ] = None,
@@ -42,7 +40,7 @@ def bench(
         Path | None, typer.Option(help="Measure with this text. Default: this package's own sources.")
     ] = None,
     dtype: options.Dtype = "auto",
-    device_map: Annotated[str | None, typer.Option(help="As in from_pretrained: 'auto', 'cpu', 'cuda:1', ...")] = None,
+    device_map: options.DeviceMap = None,
     revision: options.Revision = "main",
     token: options.Token = None,
     local_files_only: options.LocalFilesOnly = False,

@@ -26,10 +26,8 @@ INTERRUPTED = 130
 def chat(
     model: options.Model,
     cache_budget: options.CacheBudget = "auto",
-    policy: Annotated[str, typer.Option(help="Which expert leaves when another one needs its slot.")] = "lru",
-    arithmetic: Annotated[
-        str, typer.Option(help="'fast', or 'exact': bit for bit what Transformers computes.")
-    ] = "fast",
+    policy: options.Policy = "lru",
+    arithmetic: options.Arithmetic = "fast",
     max_new_tokens: Annotated[int, typer.Option(min=1, help="Longest answer, in tokens.")] = 256,
     temperature: Annotated[
         float | None,
@@ -42,7 +40,7 @@ def chat(
     system: Annotated[str | None, typer.Option(help="System message, for models with a chat template.")] = None,
     prompt: Annotated[str | None, typer.Option(help="Answer this and leave.")] = None,
     dtype: options.Dtype = "auto",
-    device_map: Annotated[str | None, typer.Option(help="As in from_pretrained: 'auto', 'cpu', 'cuda:1', ...")] = None,
+    device_map: options.DeviceMap = None,
     revision: options.Revision = "main",
     token: options.Token = None,
     local_files_only: options.LocalFilesOnly = False,

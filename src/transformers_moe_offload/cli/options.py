@@ -19,6 +19,9 @@ Model = Annotated[
 CacheBudget = Annotated[
     str, typer.Option(help="Memory for experts: '6GiB', '500MB', '40%' of all experts, a number of bytes, or 'auto'.")
 ]
+Policy = Annotated[str, typer.Option(help="Which expert leaves when another one needs its slot.")]
+Arithmetic = Annotated[str, typer.Option(help="'fast', or 'exact': bit for bit what Transformers computes.")]
+DeviceMap = Annotated[str | None, typer.Option(help="As in from_pretrained: 'auto', 'cpu', 'cuda:1', ...")]
 Dtype = Annotated[str, typer.Option(help="'auto' (as stored), or a torch dtype such as 'bfloat16'.")]
 Revision = Annotated[str, typer.Option(help="Branch, tag or commit on the Hub.")]
 Token = Annotated[str | None, typer.Option(help="Access token of the Hub; default is the one you are logged in with.")]

@@ -44,7 +44,7 @@ def trace(
     ] = None,
     seed: Annotated[int, typer.Option(min=0, help="Seed of the sampling.")] = 0,
     dtype: options.Dtype = "auto",
-    device_map: Annotated[str | None, typer.Option(help="As in from_pretrained: 'auto', 'cpu', 'cuda:1', ...")] = None,
+    device_map: options.DeviceMap = None,
     revision: options.Revision = "main",
     token: options.Token = None,
     local_files_only: options.LocalFilesOnly = False,

@@ -186,7 +186,7 @@ def _is_mappable(placement: Placement, config: OffloadConfig) -> bool:
             f"stored in another dtype, layout or order of parts than the model uses, or computed on an accelerator); "
             f"leave mmap at 'auto'"
         )
-    return placement.is_mappable and config.mmap is not False
+    return placement.is_mappable
 
 
 def build_caches(plan: OffloadPlan, sources: Sequence[LayerSource], config: OffloadConfig) -> dict[int, ExpertCache]:

@@ -150,7 +150,13 @@ class OffloadRuntime:
 
     def spec(self, layer: SparseLayer) -> ExpertSpec:
         """What a layer's experts are made of now."""
-        return self._source(layer).spec
+        return self.source(layer).spec
+
+    def source(self, layer: SparseLayer) -> LayerSource:
+        """Where a layer's experts come from now."""
+        if self._is_closed:
+            raise MoeOffloadError("this model's offloading was closed; load the model again to use it")
+        return self._sources[layer.index]
 
     def cache_for(self, layer: SparseLayer, device: torch.device) -> ExpertCache:
         """The cache that serves a layer on the device where its inputs are."""
@@ -169,7 +175,7 @@ class OffloadRuntime:
 
     def move(self, layer: SparseLayer, device: torch.device, dtype: torch.dtype) -> None:
         """A layer computes on another device or in another dtype from now on."""
-        source = self._source(layer)
+        source = self.source(layer)
         if device == layer.device and dtype_name(dtype) == source.spec.fields[0].dtype:
             return
         layer.device = device
@@ -178,7 +184,7 @@ class OffloadRuntime:
 
     def read_layer(self, layer: SparseLayer) -> dict[str, Tensor]:
         """All experts of a layer as ordinary parameters: path in the module -> tensor on the layer's device."""
-        source = self._source(layer)
+        source = self.source(layer)
         tensors: dict[str, Tensor] = {}
         for position, field in enumerate(layer.fields):
             entries = [expert[position] for expert in source.experts] + list(source.spare.get(field.name, ()))
@@ -224,19 +230,15 @@ class OffloadRuntime:
     def __repr__(self) -> str:
         return f"OffloadRuntime({self.config!r})\n{self.plan}"
 
-    def _source(self, layer: SparseLayer) -> LayerSource:
-        if self._is_closed:
-            raise MoeOffloadError("this model's offloading was closed; load the model again to use it")
-        return self._sources[layer.index]
-
     def _placements(self) -> list[Placement]:
         store = ExpertStore(list(self._sources.values()))
         return [Placement(self.spec(layer), layer.device, self._is_mappable(layer, store)) for layer in self._layers]
 
     def _is_mappable(self, layer: SparseLayer, store: ExpertStore) -> bool:
-        """Whether a layer's experts can be used where they lie, with the same bits as from a slot."""
+        """Whether a layer's experts may be used where they lie, and can be, with the same bits as from a slot."""
         return (
-            layer.device.type == "cpu"
+            self.config.mmap is not False
+            and layer.device.type == "cpu"
             and store.is_mappable(layer.index)
             and all(gives_equal_bits(field.shape, field.dtype) for field in self.spec(layer).fields)
         )

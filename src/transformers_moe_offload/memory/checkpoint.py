@@ -6,7 +6,7 @@ Where the bytes of a field lie in the files as they should lie in memory they go
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from math import prod
@@ -30,6 +30,17 @@ class Stretch(NamedTuple):
     file: File
     start: int
     stop: int
+
+
+def joined(stretches: Iterable[Stretch]) -> list[Stretch]:
+    """The same bytes, with neighbours in a file made one: a checkpoint has an expert's matrices side by side."""
+    found: list[Stretch] = []
+    for stretch in sorted(stretches, key=lambda stretch: (stretch.file.path, stretch.start)):
+        if found and found[-1].file is stretch.file and found[-1].stop == stretch.start:
+            found[-1] = found[-1]._replace(stop=stretch.stop)
+        else:
+            found.append(stretch)
+    return found
 
 
 class Part(NamedTuple):

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
 
 import torch
 
 from transformers_moe_offload.expert import ExpertId
-from transformers_moe_offload.memory.checkpoint import ExpertStore, Stretch
+from transformers_moe_offload.memory.checkpoint import ExpertStore, Stretch, joined
 from transformers_moe_offload.memory.mapping import FileMap
 from transformers_moe_offload.memory.record import torch_dtype
 from transformers_moe_offload.memory.slots import Weights
@@ -114,14 +113,3 @@ class _MappedExpert:
         for map, stretch in zip(self._maps, self._stretches, strict=True):
             map.let_go(stretch.start, stretch.stop)
         self.weights = {}
-
-
-def joined(stretches: Iterable[Stretch]) -> list[Stretch]:
-    """The same bytes, with neighbours in a file made one: a checkpoint has an expert's matrices side by side."""
-    found: list[Stretch] = []
-    for stretch in sorted(stretches, key=lambda stretch: (id(stretch.file), stretch.start)):
-        if found and found[-1].file is stretch.file and found[-1].stop == stretch.start:
-            found[-1] = found[-1]._replace(stop=stretch.stop)
-        else:
-            found.append(stretch)
-    return found
