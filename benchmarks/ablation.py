@@ -9,19 +9,17 @@
 
 from __future__ import annotations
 
-from datetime import UTC, datetime
 from pathlib import Path
 from statistics import median
 from typing import Annotated, Any
 
 import shape as shapes
 import typer
-from job import JobFailedError, run_job
 from make_model import made_model
 from outcome import HERE, Verdict, show, write
+from series import measured_rows
 from variants import prefetching, variants
 
-from transformers_moe_offload.bench.conditions import conditions
 from transformers_moe_offload.bench.tables import Table, mib
 
 STATES = ("warm", "cold")
@@ -39,19 +37,9 @@ def measure_ablation(
     """Measure all rows, each in a process of its own."""
     folder = model or made_model(shapes.QUICK if quick else shapes.Shape(), made)
     lengths = {"prompt_tokens": 16, "steps": 4 if quick else 16, "runs": 1 if quick else runs}
-    result: dict[str, Any] = {
-        "date": datetime.now(UTC).strftime("%Y-%m-%d-%H%M"),
-        "conditions": conditions(folder, threads),
-        "rows": {},
-        "failed": {},
-    }
-    for row in variants():
-        typer.echo(f"measuring {row.name}", err=True)
-        job = {"variant": row.name, "folder": str(folder), "budget": budget, "states": STATES} | lengths
-        try:
-            result["rows"][row.name] = run_job("ablate.py", job, threads)
-        except JobFailedError as failure:
-            result["failed"][row.name] = str(failure)
+    common = {"folder": str(folder), "budget": budget, "states": STATES} | lengths
+    jobs = {row.name: common | {"variant": row.name} for row in variants()}
+    result = measured_rows("ablate.py", jobs, folder, threads)
     result["facts"] = {"model": str(folder), "budget": budget, "lengths": str(lengths)}
     result["facts"] |= {name: found["says"] for name, found in result["rows"].items()}
     if prefetching() is None:

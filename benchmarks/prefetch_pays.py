@@ -7,19 +7,14 @@ python benchmarks/prefetch_pays.py --quick    # every line of it once, figures w
 from __future__ import annotations
 
 from dataclasses import asdict
-from datetime import UTC, datetime
 from pathlib import Path
 from statistics import median
 from typing import Annotated, Any
 
-import shape as shapes
 import typer
-from job import JobFailedError, run_job
-from make_model import made_model
 from outcome import HERE, Verdict, show, write
-from residency import TINY_MOE
+from series import TINY_MOE, compared_models, measured_rows
 
-from transformers_moe_offload.bench.conditions import conditions
 from transformers_moe_offload.bench.tables import Table
 from transformers_moe_offload.bench.workload import Workload
 
@@ -37,33 +32,20 @@ def measure_prefetch(
     results: Annotated[Path, typer.Option(help="Where results are written.")] = HERE / "results",
 ) -> None:
     """Measure every model, budget and page cache state; cold means that experts come from the disk."""
-    models = {
-        "tiny-moe": TINY_MOE,
-        "OLMoE-shaped": made_model(shapes.QUICK_OLMOE if quick else shapes.OLMOE, made),
-    }
     works = [
         Workload(name="decode", prompt_tokens=16, steps=4 if quick else 32),
         Workload(name="batch 8", prompt_tokens=16, steps=2 if quick else 16, batch=8),
         Workload(name="prefill 256", prompt_tokens=32 if quick else 256),
     ]
     rounds = 1 if quick else rounds
-    result: dict[str, Any] = {
-        "date": datetime.now(UTC).strftime("%Y-%m-%d-%H%M"),
-        "conditions": conditions(TINY_MOE, threads),
-        "rows": {},
-        "failed": {},
+    common = {"works": [asdict(work) for work in works], "rounds": rounds, "is_copied": True}
+    jobs = {
+        f"{name}, {budget}, {state}": common | {"folder": str(folder), "budget": budget, "state": state}
+        for name, folder in compared_models(quick, made).items()
+        for budget in (BUDGETS[1:2] if quick else BUDGETS)
+        for state in ("warm", "cold")
     }
-    for name, folder in models.items():
-        for budget in BUDGETS[1:2] if quick else BUDGETS:
-            for state in ("warm", "cold"):
-                common = {"folder": str(folder), "works": [asdict(work) for work in works], "rounds": rounds}
-                job = common | {"budget": budget, "state": state, "is_copied": True}
-                row = f"{name}, {budget}, {state}"
-                typer.echo(f"measuring {row}", err=True)
-                try:
-                    result["rows"][row] = run_job("in_turns.py", job, threads)
-                except JobFailedError as failure:
-                    result["failed"][row] = str(failure)
+    result = measured_rows("in_turns.py", jobs, TINY_MOE, threads)
     result["facts"] = {"rounds": str(rounds)} | {
         row: f"{found['model']['slots']} slots, with {found['passage']}" for row, found in result["rows"].items()
     }

@@ -9,18 +9,14 @@ The OLMoE-shaped model has random weights but routers that prefer some experts: 
 
 from __future__ import annotations
 
-from datetime import UTC, datetime
 from pathlib import Path
 from statistics import median
 from typing import Annotated, Any
 
-import shape as shapes
 import typer
-from job import JobFailedError, run_job
-from make_model import made_model
 from outcome import HERE, Verdict, show, write
+from series import TINY_MOE, compared_models, measured_rows
 
-from transformers_moe_offload.bench.conditions import conditions
 from transformers_moe_offload.bench.tables import Table, mib
 
 PERCENTS = (10, 25, 40, 50, 100)
@@ -32,8 +28,6 @@ AS_FAST = 0.8
 BEAM_COST = 2.0
 """Times as long as a greedy step."""
 
-TINY_MOE = HERE.parent / "examples" / "models" / "tiny-moe"
-
 
 def measure_residency(
     quick: Annotated[bool, typer.Option("--quick", help="Tiny sizes, one round.")] = False,
@@ -43,27 +37,14 @@ def measure_residency(
     results: Annotated[Path, typer.Option(help="Where results are written.")] = HERE / "results",
 ) -> None:
     """Measure both models, mapped and copied."""
-    models = {
-        "tiny-moe": TINY_MOE,
-        "OLMoE-shaped": made_model(shapes.QUICK_OLMOE if quick else shapes.OLMOE, made),
-    }
     lengths = {"prompt_tokens": 16, "steps": 4 if quick else 64, "rounds": 1 if quick else rounds}
-    result: dict[str, Any] = {
-        "date": datetime.now(UTC).strftime("%Y-%m-%d-%H%M"),
-        "conditions": conditions(TINY_MOE, threads),
-        "lengths": lengths,
-        "rows": {},
-        "failed": {},
+    common = {"percents": PERCENTS, "compared": COMPARED} | lengths
+    jobs = {
+        f"{name}, {'copied' if is_copied else 'mapped'}": common | {"folder": str(folder), "is_copied": is_copied}
+        for name, folder in compared_models(quick, made).items()
+        for is_copied in (False, True)
     }
-    for name, folder in models.items():
-        for is_copied in (False, True):
-            row = f"{name}, {'copied' if is_copied else 'mapped'}"
-            typer.echo(f"measuring {row}", err=True)
-            job = {"folder": str(folder), "is_copied": is_copied, "percents": PERCENTS, "compared": COMPARED} | lengths
-            try:
-                result["rows"][row] = run_job("resident.py", job, threads)
-            except JobFailedError as failure:
-                result["failed"][row] = str(failure)
+    result = measured_rows("resident.py", jobs, TINY_MOE, threads) | {"lengths": lengths}
     result["facts"] = {"lengths": str(lengths)} | {
         row: f"{found['model']['experts']} experts of {mib(found['model']['expert_bytes'])} MiB in all, "
         f"{found['model']['dtype']}, {'mapped' if found['model']['is_mapped'] else 'copied'}, with {found['passage']}"

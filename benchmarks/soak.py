@@ -22,6 +22,7 @@ import psutil
 import torch
 import typer
 from outcome import HERE, Verdict, show, write
+from series import TINY_MOE
 from torch import Tensor
 from transformers import AutoModelForCausalLM
 
@@ -29,8 +30,6 @@ from transformers_moe_offload import OffloadConfig
 from transformers_moe_offload.bench.conditions import conditions
 from transformers_moe_offload.bench.passage import Passage, passage_for
 from transformers_moe_offload.bench.tables import MIB, Table, mib
-
-TINY_MOE = HERE.parent / "examples" / "models" / "tiny-moe"
 
 BUDGETS = ("5%", "10%", "25%", "40%", "75%", "100%")
 

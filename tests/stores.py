@@ -9,7 +9,9 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from transformers_moe_offload.expert import ExpertId, ExpertSpec, FieldSpec
-from transformers_moe_offload.memory.checkpoint import ExpertStore, FieldSource, LayerSource
+from transformers_moe_offload.memory.checkpoint import ExpertStore, LayerSource
+from transformers_moe_offload.memory.expert_source import ScatteredExpert
+from transformers_moe_offload.memory.field_source import FieldSource
 from transformers_moe_offload.memory.safetensors_index import StoredTensor, read_index
 
 WIDTH = 3
@@ -43,7 +45,9 @@ def _stacked_layer(layer: int, index: dict[str, StoredTensor]) -> LayerSource:
     num_experts = next(iter(stacks.values())).shape[0]
     fields = tuple(FieldSpec(name, stack.shape[1:], stack.dtype) for name, stack in stacks.items())
     sources = tuple(
-        tuple(FieldSource((stack.row(expert, num_experts),), (stack.dtype,)) for stack in stacks.values())
+        ScatteredExpert(
+            tuple(FieldSource((stack.row(expert, num_experts),), (stack.dtype,)) for stack in stacks.values())
+        )
         for expert in range(num_experts)
     )
     return LayerSource(ExpertSpec(layer, f"layers.{layer}.experts", num_experts, fields), sources)

@@ -8,7 +8,7 @@
 Importing this package teaches every `from_pretrained` the keyword `moe_offload`. It touches no device.
 """
 
-from transformers_moe_offload.config import OffloadConfig, PrefetchConfig
+from transformers_moe_offload.config import ExpertFormats, HqqFormat, OffloadConfig, PrefetchConfig
 from transformers_moe_offload.errors import (
     CapacityError,
     CheckpointError,
@@ -29,6 +29,8 @@ __all__ = [
     "CapacityError",
     "CheckpointError",
     "ConfigError",
+    "ExpertFormats",
+    "HqqFormat",
     "LayerStats",
     "MoeOffloadError",
     "OffloadConfig",

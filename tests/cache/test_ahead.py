@@ -7,29 +7,19 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from stores import number, numbered_store
+from stores import number
 from transformers_moe_offload.cache.cache import ExpertCache
 from transformers_moe_offload.expert import ExpertId
 from transformers_moe_offload.memory.slots import CopiedSlots, SlotPool
 from transformers_moe_offload.memory.transfer import FakeCopier, HostCopier
 from transformers_moe_offload.policies import LRU
 
-NUM_LAYERS, NUM_EXPERTS = 3, 8
-
-
-@pytest.fixture(scope="module")
-def store(tmp_path_factory):
-    return numbered_store(tmp_path_factory.mktemp("experts"), NUM_LAYERS, NUM_EXPERTS)
+from .caches import NUM_EXPERTS, NUM_LAYERS, visit_all
 
 
 def cache_of(store, num_slots, copier=None, layers=NUM_LAYERS):
     slots = CopiedSlots(store, SlotPool(store.layout(0).nbytes, torch.device("cpu")), copier or FakeCopier())
     return ExpertCache(slots, num_slots, dict.fromkeys(range(layers), NUM_EXPERTS), LRU())
-
-
-def visit_all(cache, layer, wanted):
-    with cache.visit(layer, wanted) as visit:
-        return [expert for expert, _ in visit]
 
 
 def prefetches(cache, layer):

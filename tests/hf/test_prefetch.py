@@ -1,11 +1,13 @@
 """Prefetching changes when experts come in, and nothing else."""
 
+from copy import deepcopy
+
 import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
 from transformers_moe_offload import ConfigError, OffloadConfig, PrefetchConfig, register_predictor
-from transformers_moe_offload.prefetch import predictors
+from transformers_moe_offload.prefetch.predictors import base
 
 from .conftest import TINY_MOE
 
@@ -66,7 +68,7 @@ def test_gradients_are_those_without_prefetching(prompt):
 
 
 def test_a_predictor_of_ones_own_is_asked(prompt, expected, monkeypatch):
-    monkeypatch.setattr(predictors, "_FACTORIES", dict(predictors._FACTORIES))
+    monkeypatch.setattr(base, "_PREDICTORS", deepcopy(base._PREDICTORS))
     asked = []
 
     @register_predictor("nobody")

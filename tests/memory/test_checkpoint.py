@@ -13,7 +13,9 @@ from safetensors.torch import save_file
 from stores import number, numbered_store
 from transformers_moe_offload.errors import CheckpointError
 from transformers_moe_offload.expert import ExpertId, ExpertSpec, FieldSpec
-from transformers_moe_offload.memory.checkpoint import ExpertStore, FieldSource, LayerSource
+from transformers_moe_offload.memory.checkpoint import ExpertStore, LayerSource
+from transformers_moe_offload.memory.expert_source import ScatteredExpert
+from transformers_moe_offload.memory.field_source import FieldSource
 from transformers_moe_offload.memory.record import dtype_name, torch_dtype
 from transformers_moe_offload.memory.safetensors_index import read_index
 
@@ -32,7 +34,7 @@ def index_of(folder, tensors):
 def store_of_one_field(sources, shape, dtype):
     """A layer whose experts have one tensor each, from one source each."""
     spec = ExpertSpec(0, "experts", len(sources), (FieldSpec("w", tuple(shape), dtype_name(dtype)),))
-    return ExpertStore([LayerSource(spec, tuple((source,) for source in sources))])
+    return ExpertStore([LayerSource(spec, tuple(ScatteredExpert((source,)) for source in sources))])
 
 
 def read(store, expert, layer=0):
@@ -219,7 +221,7 @@ def test_any_checkpoint_written_by_safetensors_comes_out_as_it_went_in(
         fields.append(FieldSpec(name, tuple(shape), dtype))
         for expert in range(num_experts):
             sources[expert].append(FieldSource((index[name].row(expert, num_experts),), (dtype,)))
-    layer = LayerSource(ExpertSpec(0, "experts", num_experts, tuple(fields)), tuple(map(tuple, sources)))
+    layer = LayerSource(ExpertSpec(0, "experts", num_experts, tuple(fields)), tuple(ScatteredExpert(tuple(fields)) for fields in sources))
     for dtype in casts:
         layer = layer.cast(dtype_name(dtype))
     store = ExpertStore([layer])

@@ -12,7 +12,9 @@ from transformers_moe_offload.bench.page_cache import drop
 from transformers_moe_offload.errors import CheckpointError
 from transformers_moe_offload.expert import ExpertId, ExpertSpec, FieldSpec
 from transformers_moe_offload.memory import mapping
-from transformers_moe_offload.memory.checkpoint import ExpertStore, FieldSource, LayerSource, Stretch, joined
+from transformers_moe_offload.memory.checkpoint import ExpertStore, LayerSource
+from transformers_moe_offload.memory.expert_source import ScatteredExpert
+from transformers_moe_offload.memory.field_source import FieldSource, Stretch, joined
 from transformers_moe_offload.memory.disk import File
 from transformers_moe_offload.memory.mapped import MappedSlots
 from transformers_moe_offload.memory.safetensors_index import read_index
@@ -126,7 +128,7 @@ def test_an_expert_in_two_files_is_copied(tmp_path):
     index = read_index([tmp_path / "one.safetensors", tmp_path / "two.safetensors"])
     fields = (FieldSpec("gate_up", (4, 3), "float32"),)
     split = FieldSource((index["gate"], index["up"]), ("float32",))
-    store = ExpertStore([LayerSource(ExpertSpec(0, "experts", 1, fields), ((split,),))])
+    store = ExpertStore([LayerSource(ExpertSpec(0, "experts", 1, fields), (ScatteredExpert((split,)),))])
     assert store.stretches(FIRST) is None
     assert not store.is_mappable(0)
     from_files, weights = bring_in(slots_of(store), FIRST)

@@ -125,10 +125,35 @@ def test_the_predictor_hears_of_every_visit_also_while_prefetching_is_off(tmp_pa
         def took(self, seconds):
             pass
 
-    setting = Setting(tmp_path, {1: {5: 0.9}}, controller=Off())
+    setting = Setting(tmp_path, {1: {5: 0.9}}, controller=Off)
     setting.visit(0, [3, 1])
     assert setting.oracle.observed == [(0, [3, 1])]
     assert setting.oracle.asked == []
+
+
+def test_each_number_of_tokens_has_a_controller_of_its_own(tmp_path):
+    made = []
+
+    class OnFromTwoSteps:
+        """Off until it has been told of two steps."""
+
+        is_on = False
+
+        def __init__(self):
+            self.steps = []
+            made.append(self)
+
+        def took(self, seconds):
+            self.steps.append(seconds)
+            self.is_on = len(self.steps) >= 2
+
+    setting = Setting(tmp_path, {1: {5: 0.9}}, controller=OnFromTwoSteps)
+    for num_tokens in (1, 1, 3, 3, 3, 500, 1):
+        for layer in range(NUM_LAYERS):
+            setting.visit(layer, [0], num_tokens=num_tokens)
+    assert [controller.steps for controller in made] == [[400.0], [400.0, 400.0]]
+    assert (setting.prefetcher.is_on(1), setting.prefetcher.is_on(3)) == (False, True)
+    assert not setting.prefetcher.is_on(500)
 
 
 def test_prompts_are_not_guessed_for(tmp_path):

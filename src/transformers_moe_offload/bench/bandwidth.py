@@ -14,8 +14,9 @@ from typing import NamedTuple
 import torch
 
 from transformers_moe_offload.bench.page_cache import can_drop, drop, resident_share
-from transformers_moe_offload.memory.checkpoint import ExpertStore, Stretch, joined
+from transformers_moe_offload.memory.checkpoint import ExpertStore
 from transformers_moe_offload.memory.disk import File
+from transformers_moe_offload.memory.field_source import Stretch, joined
 from transformers_moe_offload.memory.record import host_bytes
 
 SAMPLE_BYTES = 2 << 30
@@ -38,7 +39,7 @@ def expert_ranges(store: ExpertStore) -> list[Range]:
     ranges: list[Range] = []
     for source in store.layers.values():
         for expert in source.experts:
-            stored = [Stretch(p.file, p.offset, p.offset + p.nbytes) for field in expert for p in field.pieces]
+            stored = [Stretch(p.file, p.offset, p.offset + p.nbytes) for p in expert.pieces]
             ranges += [Range(found.file.path, found.start, found.stop - found.start) for found in joined(stored)]
     return ranges
 

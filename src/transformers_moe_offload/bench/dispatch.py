@@ -16,7 +16,8 @@ import torch
 from torch import Tensor, nn
 
 from transformers_moe_offload.bench.layers import cache_of, sparse_layers
-from transformers_moe_offload.compute.forward import cloned, combine
+from transformers_moe_offload.compute.forward import combine
+from transformers_moe_offload.compute.mlp import ExpertWeights
 from transformers_moe_offload.compute.routing import Grouping, group_by_expert
 from transformers_moe_offload.hf.layer import SparseLayer
 
@@ -30,7 +31,7 @@ class _Step:
     args: tuple[Any, ...]
     kwargs: dict[str, Any]
     grouping: Grouping | None = None
-    work: list[tuple[Tensor, dict[str, Tensor]]] | None = None
+    work: list[tuple[Tensor, ExpertWeights]] | None = None
     outputs: list[Tensor] | None = None
 
 
@@ -100,10 +101,13 @@ def _prepare(steps: list[_Step], *, is_resident: bool) -> None:
         hidden_states, top_k_index, top_k_weights = _inputs(step)
         cache = cache_of(step.layer)
         step.grouping = group_by_expert(top_k_index, top_k_weights, cache.num_experts(step.layer.index))
-        found = {}
+        assert step.layer.runtime is not None
+        coding = step.layer.runtime.source(step.layer).coding
+        found: dict[int, ExpertWeights] = {}
         with cache.visit(step.layer.index, step.grouping.by_last_use) as visit:
             for expert, weights in visit:
-                found[expert] = weights if is_resident else cloned(weights)
+                stored = weights if is_resident else {name: tensor.clone() for name, tensor in weights.items()}
+                found[expert] = stored if coding is None else coding.matrices(stored)
         step.work = [(hidden_states[step.grouping.tokens[expert]], found[expert]) for expert in step.grouping.experts]
         step.outputs = [step.layer.mlp(step.module, rows, weights) for rows, weights in step.work]
 

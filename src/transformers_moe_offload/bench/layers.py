@@ -45,5 +45,4 @@ def files_of(store: ExpertStore) -> list[Path]:
 def _pieces(store: ExpertStore) -> Iterator[Any]:
     for source in store.layers.values():
         for expert in source.experts:
-            for field in expert:
-                yield from field.pieces
+            yield from expert.pieces

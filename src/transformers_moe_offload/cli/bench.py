@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -18,6 +17,7 @@ from transformers_moe_offload.bench.session import measure
 from transformers_moe_offload.bench.tables import for_terminal
 from transformers_moe_offload.cli import options
 from transformers_moe_offload.cli.failures import CommandError, one_line_errors, reading
+from transformers_moe_offload.cli.results import write_json
 from transformers_moe_offload.config import OffloadConfig, PrefetchConfig
 
 
@@ -71,7 +71,7 @@ def bench(
             loaded.moe_offload.close()
         _show(result)
         if json_file is not None:
-            json_file.write_text(json.dumps(result, indent=1) + "\n")
+            write_json(json_file, result)
 
 
 def _measured(model: Any, passage: Passage, protocol: Protocol) -> dict[str, Any]:

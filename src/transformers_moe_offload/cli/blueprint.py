@@ -19,7 +19,7 @@ from transformers_moe_offload.cli.stored import Stored, what_is_stored
 from transformers_moe_offload.expert import ExpertSpec
 from transformers_moe_offload.hf.checkpoint import Checkpoint
 from transformers_moe_offload.hf.discover import expert_spec, find_experts, take_over
-from transformers_moe_offload.hf.install import refuse_quantized_checkpoint
+from transformers_moe_offload.hf.install import has_our_recipe
 
 
 @dataclass(frozen=True)
@@ -52,7 +52,7 @@ def draw(name: str, origin: Origin, dtype: torch.dtype | None) -> Blueprint:
     """
     with reading(f"{name!r} is neither a folder with a model nor one that can be read from the Hub"):
         config = AutoConfig.from_pretrained(name, **origin.for_classes())
-    refuse_quantized_checkpoint(name, {"config": config})
+    has_our_recipe(name, {"config": config})
     stored = what_is_stored(name, origin)
     dtype = dtype or config.dtype or stored.dtype or torch.get_default_dtype()
     with reading(f"no model can be built from the config of {name!r}"):

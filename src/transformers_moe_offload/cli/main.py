@@ -10,6 +10,8 @@ import transformers_moe_offload
 from transformers_moe_offload.cli.bench import bench
 from transformers_moe_offload.cli.chat import chat
 from transformers_moe_offload.cli.plan import plan
+from transformers_moe_offload.cli.push import push
+from transformers_moe_offload.cli.quantize import quantize
 from transformers_moe_offload.cli.replay import replay
 from transformers_moe_offload.cli.report import report
 from transformers_moe_offload.cli.trace import trace
@@ -38,6 +40,8 @@ def main(
 
 app.command()(plan)
 app.command()(chat)
+app.command()(quantize)
+app.command()(push)
 app.command()(bench)
 app.command()(trace)
 app.command()(replay)

@@ -15,8 +15,9 @@ import torch
 from torch import Tensor
 
 from transformers_moe_offload.cache.cache import ExpertCache
-from transformers_moe_offload.compute.mlp import ExpertMlp
+from transformers_moe_offload.compute.mlp import ExpertMlp, ExpertWeights
 from transformers_moe_offload.compute.routing import Grouping, group_by_expert
+from transformers_moe_offload.formats.coding import LayerCoding
 from transformers_moe_offload.memory.slots import Weights
 
 
@@ -29,13 +30,15 @@ def sparse_forward(
     top_k_index: Tensor,
     top_k_weights: Tensor,
     *,
+    coding: LayerCoding | None = None,
     keeps_weights: bool = False,
     started: Callable[[Sequence[int]], None] | None = None,
 ) -> Tensor:
     """The experts' contribution to each token.
 
     hidden_states (T, H), top_k_index (T, K) int64, top_k_weights (T, K) -> (T, H) in the dtype of hidden_states.
-    `experts` is the module whose activation is used. `keeps_weights` copies the weights out of the slots, for autograd.
+    `experts` is the module whose activation is used. `coding` says what the slots hold, if it is not the weights as
+    they are. `keeps_weights` copies the weights out of the slots, for autograd.
     `started` is called with the wanted experts once their loads are under way.
     """
     grouping = group_by_expert(top_k_index, top_k_weights, cache.num_experts(layer), keep_zero_weights=keeps_weights)
@@ -44,17 +47,18 @@ def sparse_forward(
         # Gradients are summed, and random numbers drawn, in the order of computation; then it must not be chance.
         is_ordered = keeps_weights or experts.training
         for expert, weights in visit.in_order() if is_ordered else visit:
-            if keeps_weights:
-                weights = cloned(weights)
+            opened = _opened(weights, coding, keeps_weights)
             tokens = grouping.tokens[expert]
             rows = hidden_states if len(hidden_states) == len(tokens) == 1 else hidden_states[tokens]
-            outputs[expert] = mlp(experts, rows, weights)
+            outputs[expert] = mlp(experts, rows, opened)
     return combine([outputs[expert] for expert in grouping.experts], grouping, hidden_states, top_k_weights)
 
 
-def cloned(weights: Weights) -> Weights:
-    """The same weights in memory of their own."""
-    return {name: tensor.clone() for name, tensor in weights.items()}
+def _opened(weights: Weights, coding: LayerCoding | None, keeps_weights: bool) -> ExpertWeights:
+    """What a slot holds, as matrices that can be multiplied with; in memory of their own if they are kept."""
+    if coding is None:
+        return {name: tensor.clone() for name, tensor in weights.items()} if keeps_weights else weights
+    return coding.decode(weights) if keeps_weights else coding.matrices(weights)
 
 
 def combine(outputs: list[Tensor], grouping: Grouping, hidden_states: Tensor, top_k_weights: Tensor) -> Tensor:

@@ -12,6 +12,7 @@ from torch import nn
 from transformers_moe_offload.compute.mlp import ExpertMlp
 from transformers_moe_offload.config import OffloadConfig
 from transformers_moe_offload.hf.layer import SparseLayer
+from transformers_moe_offload.hf.prebuilt.layout import GUARD
 from transformers_moe_offload.hf.probe import reproduces
 from transformers_moe_offload.hf.runtime import OffloadRuntime
 from transformers_moe_offload.memory.checkpoint import LayerSource
@@ -79,3 +80,5 @@ def _unmark_as_quantized(model: Any) -> None:
         if config is not None:
             vars(config).pop("quantization_config", None)
             vars(config).pop("_is_quantized", None)
+            if GUARD.stem in str(vars(config).get("auto_map")):  # a plain model needs no guard
+                del config.auto_map

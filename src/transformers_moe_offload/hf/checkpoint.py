@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +24,7 @@ from transformers_moe_offload.hf.locate import (
     whole_source,
 )
 from transformers_moe_offload.memory.checkpoint import LayerSource
+from transformers_moe_offload.memory.expert_source import ScatteredExpert
 from transformers_moe_offload.memory.record import dtype_name
 from transformers_moe_offload.memory.safetensors_index import StoredTensor, check_index_file, read_index
 
@@ -94,10 +96,13 @@ def locate(
                     whole_source(name, source, field.shape, (dtype,)) for name, source in zip(names, found, strict=True)
                 ]
         spec = ExpertSpec(layer.index, layer.name, layer.num_experts, tuple(fields))
-        experts = tuple(zip(*(entries[: layer.num_experts] for entries in by_field.values()), strict=True))
+        by_expert = zip(*(entries[: layer.num_experts] for entries in by_field.values()), strict=True)
+        experts = tuple(ScatteredExpert(entries) for entries in by_expert)
         spare = {name: tuple(entries[layer.num_experts :]) for name, entries in by_field.items()}
         sources.append(LayerSource(spec, experts, {name: rest for name, rest in spare.items() if rest}))
-    _expect_unused(model, sources, conversions)
+    pieces = (piece for source in sources for expert in source.experts for piece in expert.pieces)
+    spare = (piece for source in sources for fields in source.spare.values() for one in fields for piece in one.pieces)
+    expect_unused(model, {piece.name for piece in chain(pieces, spare)}, conversions)
     return sources
 
 
@@ -109,10 +114,8 @@ def _source_of(model: Any, name: str, traced: Mapping[str, ParameterSource]) -> 
     raise CheckpointError(f"the checkpoint holds nothing for {name}; it is incomplete or belongs to another model")
 
 
-def _expect_unused(model: Any, sources: Sequence[LayerSource], conversions: Sequence[Any]) -> None:
-    """Tell Transformers that expert tensors are meant to be left in the files."""
-    fields = [field for source in sources for group in (*source.experts, *source.spare.values()) for field in group]
-    keys = {piece.name for field in fields for piece in field.pieces}
+def expect_unused(model: Any, keys: Iterable[str], conversions: Sequence[Any]) -> None:
+    """Tell Transformers that expert tensors, by their keys in the checkpoint, are meant to be left in the files."""
     unused = names_without_experts(model, model.state_dict(), conversions, keys)
     ignored = set(model._keys_to_ignore_on_load_unexpected or ())
     model._keys_to_ignore_on_load_unexpected = ignored | {f"^{re.escape(name)}$" for name in unused}

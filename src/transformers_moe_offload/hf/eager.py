@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from transformers_moe_offload.cache.visit import Visit
 from transformers_moe_offload.expert import ExpertSpec
+from transformers_moe_offload.formats.coding import LayerCoding
 from transformers_moe_offload.hf.layouts import ExpertField
 from transformers_moe_offload.memory.record import torch_dtype
 
@@ -22,16 +23,21 @@ Fetch = Callable[[str, int], Tensor]
 """One field of one expert: (field name, expert) -> its tensor."""
 
 
-def fetch_from(visit: Visit, spec: ExpertSpec, device: torch.device, *, copies: bool) -> Fetch:
+def fetch_from(
+    visit: Visit, spec: ExpertSpec, device: torch.device, *, coding: LayerCoding | None, copies: bool
+) -> Fetch:
     """Fetch wanted experts through a visit, and zeros for others.
 
     Some forwards index experts that no row is sent to, or only rows of weight zero: their weights never show in the
-    output, so they are not worth loading. `copies` gives each expert memory of its own, for autograd.
+    output, so they are not worth loading. `coding` says what the visit gives, if it is not the weights as they are.
+    `copies` gives each expert memory of its own, for autograd.
     """
     by_name = {field.name: field for field in spec.fields}
 
     def fetch(name: str, expert: int) -> Tensor:
         if visit.wants(expert):
+            if coding is not None:
+                return coding.decode_field(name, visit.take(expert))
             tensor = visit.take(expert)[name]
             return tensor.clone() if copies else tensor
         field = by_name[name]

@@ -1,13 +1,16 @@
 """Register with Transformers, and take it back.
 
-Two entries in Transformers' own tables, and one patch: `PreTrainedModel.from_pretrained` learns the keyword
-`moe_offload`. The Auto classes pass unknown keywords on to it, so nothing else needs to be touched. The patch can go
-when Transformers lets a registered quantization method add keywords of its own.
+Two entries in Transformers' own tables, and two patches. `PreTrainedModel.from_pretrained` learns the keyword
+`moe_offload`; the Auto classes pass unknown keywords on to it, so nothing else needs to be touched. This patch can go
+when Transformers lets a registered quantization method add keywords of its own. `PreTrainedModel.save_pretrained`
+writes models with quantized weights in a format of ours; this one can go when a quantization method may write files.
 """
 
 from __future__ import annotations
 
 import functools
+import inspect
+from pathlib import Path
 from typing import Any
 
 from safetensors import SafetensorError
@@ -16,7 +19,9 @@ from transformers.quantizers.auto import AUTO_QUANTIZATION_CONFIG_MAPPING, AUTO_
 
 from transformers_moe_offload.config import OffloadConfig
 from transformers_moe_offload.errors import CheckpointError, ConfigError
-from transformers_moe_offload.hf.quantizer import MoeOffloadQuantizer
+from transformers_moe_offload.hf.quantizer import MoeOffloadQuantizer, asked_for
+from transformers_moe_offload.hf.runtime import OffloadRuntime
+from transformers_moe_offload.hf.saving import save_quantized
 
 _HUB_OPTIONS = ("cache_dir", "force_download", "local_files_only", "proxies", "revision", "subfolder", "token")
 
@@ -25,22 +30,26 @@ def install() -> None:
     """Make `moe_offload=` known to every `from_pretrained`. Importing the package does it; twice does no harm."""
     AUTO_QUANTIZER_MAPPING[OffloadConfig.quant_method] = MoeOffloadQuantizer
     AUTO_QUANTIZATION_CONFIG_MAPPING[OffloadConfig.quant_method] = OffloadConfig
-    plain = PreTrainedModel.__dict__["from_pretrained"]
+    plain = PreTrainedModel.__dict__["from_pretrained"].__func__
     if not _is_ours(plain):
-        PreTrainedModel.from_pretrained = classmethod(_accepting_moe_offload(plain.__func__))
+        PreTrainedModel.from_pretrained = classmethod(_accepting_moe_offload(plain))
+    if not _is_ours(PreTrainedModel.save_pretrained):
+        PreTrainedModel.save_pretrained = _saving_quantized(PreTrainedModel.save_pretrained)
 
 
 def uninstall() -> None:
     """Leave Transformers as it was before `install`. Models that are loaded keep working."""
     AUTO_QUANTIZER_MAPPING.pop(OffloadConfig.quant_method, None)
     AUTO_QUANTIZATION_CONFIG_MAPPING.pop(OffloadConfig.quant_method, None)
-    current = PreTrainedModel.__dict__["from_pretrained"]
+    current = PreTrainedModel.__dict__["from_pretrained"].__func__
     if _is_ours(current):
-        PreTrainedModel.from_pretrained = classmethod(current.__func__.__wrapped__)
+        PreTrainedModel.from_pretrained = classmethod(current.__wrapped__)
+    if _is_ours(PreTrainedModel.save_pretrained):
+        PreTrainedModel.save_pretrained = PreTrainedModel.save_pretrained.__wrapped__
 
 
 def _is_ours(method: Any) -> bool:
-    return getattr(method.__func__, "_accepts_moe_offload", False)
+    return getattr(method, "_is_of_moe_offload", False)
 
 
 def _accepting_moe_offload(plain: Any) -> Any:
@@ -59,31 +68,64 @@ def _accepting_moe_offload(plain: Any) -> Any:
             config = given
         if config is None:
             return plain(cls, pretrained_model_name_or_path, *model_args, **kwargs)
-        refuse_quantized_checkpoint(pretrained_model_name_or_path, kwargs)
-        kwargs["quantization_config"] = config
+        kwargs.pop("quantization_config", None)
+        if not has_our_recipe(pretrained_model_name_or_path, kwargs):
+            kwargs["quantization_config"] = config
+        token = asked_for.set(config)
         try:
             return plain(cls, pretrained_model_name_or_path, *model_args, **kwargs)
         except SafetensorError as error:
             raise CheckpointError(f"cannot read the checkpoint of {pretrained_model_name_or_path}: {error}") from error
+        finally:
+            asked_for.reset(token)
 
-    from_pretrained._accepts_moe_offload = True  # type: ignore[attr-defined]
+    from_pretrained._is_of_moe_offload = True  # type: ignore[attr-defined]
     return from_pretrained
 
 
-def refuse_quantized_checkpoint(name_or_path: Any, kwargs: dict[str, Any]) -> None:
-    """Say clearly that experts of another quantization method cannot be read yet, before anything is downloaded."""
+def _saving_quantized(plain: Any) -> Any:
+    """Wrap `save_pretrained` so that a model with quantized weights is saved as it is."""
+
+    @functools.wraps(plain)
+    def save_pretrained(self: Any, save_directory: Any, *args: Any, **kwargs: Any) -> Any:
+        runtime = getattr(self, "moe_offload", None)
+        if not isinstance(runtime, OffloadRuntime) or not runtime.is_quantized or self._hf_peft_config_loaded:
+            return plain(self, save_directory, *args, **kwargs)
+        options = inspect.signature(plain).bind(self, save_directory, *args, **kwargs).arguments
+        for name in ("variant", "distributed_checkpoint"):
+            if options.get(name):
+                raise ConfigError(f"{name}={options[name]!r} cannot be had for a model with quantized experts; leave it out")
+        if options.get("is_main_process", True):
+            save_quantized(self, Path(save_directory), options.get("state_dict"))
+        if options.get("push_to_hub"):
+            repo = {"repo_id": Path(save_directory).name, "token": options.get("token")}
+            self.push_to_hub(**repo | options.get("kwargs", {}))
+        return None
+
+    save_pretrained._is_of_moe_offload = True  # type: ignore[attr-defined]
+    return save_pretrained
+
+
+def has_our_recipe(name_or_path: Any, kwargs: dict[str, Any]) -> bool:
+    """Whether a checkpoint's experts are in a format of ours.
+
+    Raises `ConfigError` if they are in that of another quantization method, before anything is downloaded.
+    """
     config = kwargs.get("config")
     if isinstance(config, PretrainedConfig):
         method = getattr(config, "quantization_config", None)
     elif name_or_path is None:
-        return
+        return False
     else:
         options = {name: kwargs[name] for name in _HUB_OPTIONS if name in kwargs}
         method = PretrainedConfig.get_config_dict(config or name_or_path, **options)[0].get("quantization_config")
-    if method:
-        name = method.get("quant_method") if isinstance(method, dict) else method.quant_method
+    if not method:
+        return False
+    name = method.get("quant_method") if isinstance(method, dict) else method.quant_method
+    if name != OffloadConfig.quant_method:
         raise ConfigError(
             f"{name_or_path} is already quantized with {getattr(name, 'value', name)!r}; offloading experts that "
             f"another method has quantized is not supported yet. Load it without moe_offload, or use an unquantized "
             f"checkpoint of the model"
         )
+    return True

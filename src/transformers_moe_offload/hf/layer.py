@@ -98,13 +98,21 @@ class SparseLayer:
     ) -> Tensor:
         assert self.runtime is not None
         started = None if keeps_weights else self.runtime.look_ahead_from(self, inputs[0])
+        source = self.runtime.source(self)
         if self.mlp is not None:
             return sparse_forward(
-                cache, self.index, self.mlp, module, *inputs, keeps_weights=keeps_weights, started=started
+                cache,
+                self.index,
+                self.mlp,
+                module,
+                *inputs,
+                coding=source.coding,
+                keeps_weights=keeps_weights,
+                started=started,
             )
         wanted = self.layout.wanted(self.num_experts, *inputs, keep_zero_weights=keeps_weights)
         with cache.visit(self.index, wanted, started) as visit:
-            fetch = fetch_from(visit, self.runtime.spec(self), inputs[0].device, copies=keeps_weights)
+            fetch = fetch_from(visit, source.spec, inputs[0].device, coding=source.coding, copies=keeps_weights)
             return self.eager_forward(twin_of(module, self.plain_class, self.fields, fetch), *inputs)
 
 

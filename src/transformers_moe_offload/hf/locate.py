@@ -30,7 +30,7 @@ from transformers.core_model_loading import (
 
 from transformers_moe_offload.errors import CheckpointError, UnsupportedModelError
 from transformers_moe_offload.hf.layouts import ExpertField
-from transformers_moe_offload.memory.checkpoint import Assemble, FieldSource
+from transformers_moe_offload.memory.field_source import Assemble, FieldSource
 from transformers_moe_offload.memory.safetensors_index import StoredTensor
 
 

@@ -44,7 +44,7 @@ class Lookahead:
             min_confidence=config.min_confidence,
             max_bytes=config.max_nbytes,
             record_bytes={layer: spec.expert_nbytes for layer, spec in specs.items()},
-            controller=Controller() if config.adaptive else None,
+            controller=Controller if config.adaptive else None,
         )
 
     def started(self, layer: int, hidden: Tensor) -> Callable[[Sequence[int]], None]:
@@ -57,7 +57,8 @@ class Lookahead:
             rows = hidden.reshape(-1, hidden.shape[-1])
             probe = self._probes.get(layer)
             with torch.no_grad():
-                residual = probe.residual(rows) if probe is not None and self.prefetcher.is_on else None
+                is_on = self.prefetcher.is_on(len(rows))
+                residual = probe.residual(rows) if probe is not None and is_on else None
                 self.prefetcher.visited(layer, wanted, residual, len(rows))
 
         return look_ahead

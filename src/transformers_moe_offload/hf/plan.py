@@ -13,6 +13,7 @@ from transformers_moe_offload.cache.capacity import PoolNeed, share_out, smalles
 from transformers_moe_offload.config import Budget, OffloadConfig
 from transformers_moe_offload.errors import ConfigError
 from transformers_moe_offload.expert import ExpertSpec
+from transformers_moe_offload.formats.coding import LayerCoding
 from transformers_moe_offload.memory.available import available_bytes, page_cache_holds
 from transformers_moe_offload.memory.checkpoint import ExpertStore, LayerSource
 from transformers_moe_offload.memory.host import HostTier
@@ -31,8 +32,17 @@ class Placement:
 
     spec: ExpertSpec
     device: torch.device
+    coding: LayerCoding | None = None
+    """How its experts are quantized, if they are."""
     is_mappable: bool = False
     """Whether its experts can be used where they lie in the checkpoint's files."""
+    is_in_ram: bool = False
+    """Whether there are no such files, but memory of ours."""
+
+    @property
+    def slot_bytes(self) -> int:
+        """Bytes of one expert's record."""
+        return RecordLayout(self.spec.fields if self.coding is None else self.coding.stored).nbytes
 
 
 @dataclass(frozen=True)
@@ -126,14 +136,13 @@ def readable(nbytes: float) -> str:
 
 def make_plan(placements: Sequence[Placement], config: OffloadConfig) -> OffloadPlan:
     """Share the budget out; raises `CapacityError` if it is too small, `ConfigError` if `mmap=True` cannot be done."""
-    groups: dict[tuple[torch.device, int, bool], list[ExpertSpec]] = {}
+    groups: dict[tuple[torch.device, int, bool, bool], list[ExpertSpec]] = {}
     for placement in placements:
-        slot_bytes = RecordLayout(placement.spec.fields).nbytes
-        is_mappable = _is_mappable(placement, config)
-        groups.setdefault((placement.device, slot_bytes, is_mappable), []).append(placement.spec)
+        kind = (placement.device, placement.slot_bytes, _is_mappable(placement, config), placement.is_in_ram)
+        groups.setdefault(kind, []).append(placement.spec)
     needs = [
         PoolNeed(len(specs), sum(spec.num_experts for spec in specs), slot_bytes)
-        for (_, slot_bytes, _), specs in groups.items()
+        for (_, slot_bytes, _, _), specs in groups.items()
     ]
     all_bytes = sum(need.all_bytes for need in needs)
     budget = config.budget
@@ -150,9 +159,10 @@ def make_plan(placements: Sequence[Placement], config: OffloadConfig) -> Offload
             num_slots,
             # A cache that holds everything reads each expert once. In a slot it begins at a cache line, which made
             # decoding 1.07 times as fast as where a file happened to have it.
-            is_mapped=is_mappable and (config.mmap is True or (has_room and num_slots < need.num_experts)),
+            is_mapped=is_mappable
+            and (config.mmap is True or is_in_ram or (has_room and num_slots < need.num_experts)),
         )
-        for ((device, _, is_mappable), specs), need, num_slots in zip(
+        for ((device, _, is_mappable, is_in_ram), specs), need, num_slots in zip(
             groups.items(), needs, share_out(budget_bytes, needs), strict=True
         )
     ]
@@ -160,7 +170,7 @@ def make_plan(placements: Sequence[Placement], config: OffloadConfig) -> Offload
         tuple(pools),
         budget_bytes,
         smallest_budget(needs),
-        host_bytes=_host_bytes(pools, config),
+        host_bytes=0 if all(placement.is_in_ram for placement in placements) else _host_bytes(pools, config),
         reads_past_cache=config.direct_io is True or (config.direct_io == "auto" and not has_room),
     )
 

@@ -8,21 +8,30 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Sequence
+from contextvars import ContextVar
 from pathlib import Path
 from typing import Any
 
 import torch
 from transformers.quantizers.base import HfQuantizer
 
-from transformers_moe_offload.config import OffloadConfig
+from transformers_moe_offload.config import ExpertFormats, OffloadConfig
 from transformers_moe_offload.errors import CheckpointError
 from transformers_moe_offload.hf.attach import attach
-from transformers_moe_offload.hf.checkpoint import Checkpoint, locate
+from transformers_moe_offload.hf.checkpoint import Checkpoint, expect_unused, locate
+from transformers_moe_offload.hf.dense import prepare_dense, quantize_dense
 from transformers_moe_offload.hf.discover import take_over
 from transformers_moe_offload.hf.layer import SparseLayer
+from transformers_moe_offload.hf.prebuilt.layout import INDEX_NAME
+from transformers_moe_offload.hf.quantization import quantized
+from transformers_moe_offload.hf.records import locate_records, record_keys
 from transformers_moe_offload.policies import make_policy
 
 logger = logging.getLogger(__name__)
+
+asked_for: ContextVar[OffloadConfig | None] = ContextVar("asked_for", default=None)
+"""The config that a call of `from_pretrained` was given for a checkpoint that has a recipe of its own: Transformers lets
+no other one through to us."""
 
 
 class MoeOffloadQuantizer(HfQuantizer):
@@ -32,7 +41,11 @@ class MoeOffloadQuantizer(HfQuantizer):
 
     def __init__(self, quantization_config: OffloadConfig, **kwargs: Any) -> None:
         super().__init__(quantization_config, **kwargs)
-        # Nothing is quantized on the fly, so Transformers may load with several threads.
+        self._is_prebuilt = self.pre_quantized
+        """Whether the checkpoint's experts are in a format of ours."""
+        if self._is_prebuilt:
+            self.quantization_config = quantization_config.override(asked_for.get() or OffloadConfig())
+        # Transformers quantizes nothing on the fly, so it may load with several threads.
         self.pre_quantized = True
         self._layers: list[SparseLayer] = []
         self._sources: list[Any] = []
@@ -58,6 +71,8 @@ class MoeOffloadQuantizer(HfQuantizer):
                 f"experts_implementation={asked_for!r} has no effect on offloaded experts; "
                 f"OffloadConfig.arithmetic chooses between 'fast' and 'exact'"
             )
+        if self._is_prebuilt:
+            config.transformers_weights = INDEX_NAME
         return config
 
     def _process_model_before_weight_loading(
@@ -75,6 +90,8 @@ class MoeOffloadQuantizer(HfQuantizer):
             dtype_plan=model._get_dtype_plan(dtype) or {},
         )
         self._layers = take_over(model)
+        if self._is_prebuilt and self.quantization_config.dense is not None:
+            prepare_dense(model, self._layers, self.quantization_config.dense)
 
     def adjust_max_memory(self, max_memory: dict[int | str, int]) -> dict[int | str, int]:
         """Leave room for the cache on every GPU, where its size is known before the dense weights are placed."""
@@ -89,13 +106,27 @@ class MoeOffloadQuantizer(HfQuantizer):
     def update_weight_conversions(self, weight_conversions: list[Any], model: Any) -> list[Any]:
         """The final list of conversions is known: locate the experts. The list stays as it is."""
         assert self._checkpoint is not None
-        self._sources = locate(model, self._layers, self._checkpoint, weight_conversions)
+        if self._is_prebuilt:
+            formats = self.quantization_config.formats or ExpertFormats()
+            self._sources = locate_records(model, self._layers, self._checkpoint, formats)
+            expect_unused(model, record_keys(self._checkpoint.tensors), weight_conversions)
+        else:
+            self._sources = locate(model, self._layers, self._checkpoint, weight_conversions)
         return weight_conversions
 
     def _process_model_after_weight_loading(self, model: Any, **kwargs: Any) -> None:
+        if not self._is_prebuilt:
+            self._quantize(model)
         attach(model, self.quantization_config, self._layers, self._sources)
         vars(model).pop("_keys_to_ignore_on_load_unexpected", None)  # only of use while loading
         self._layers, self._sources, self._checkpoint = [], [], None
+
+    def _quantize(self, model: Any) -> None:
+        config = self.quantization_config
+        if config.formats is not None:
+            self._sources = quantized(model, self._layers, self._sources, config.formats)
+        if config.dense is not None:
+            quantize_dense(model, self._layers, config.dense)
 
     # What Transformers asks later.
 

@@ -9,26 +9,23 @@ contains router and experts: what is found either chooses as the model does, or 
 
 from __future__ import annotations
 
-import re
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
 
+from transformers_moe_offload.hf.choices import Choices, choices_of_block, choices_of_router
 from transformers_moe_offload.hf.layer import OffloadedExperts, layer_of
 from transformers_moe_offload.hf.layouts import ExpertField, ExpertsLayout, layout_of
+from transformers_moe_offload.hf.norms import PreNorm, find_norm, random_hidden
 
 _TOKENS = 32
 
 _LEAST_AGREEMENT = 0.9
 """Share of the experts chosen in the check that a probe must rank first. Of small models of all architectures of
 Transformers 5.23, those whose routers we reproduce reach 1 in float32 and 0.96 in bfloat16; others stay below 0.5."""
-
-_NORM_TOLERANCE = 1e-4
-"""A norm undone with its own weight is parallel to its input within 1e-5 in bfloat16; with weights taken for
-deviations from one, or the other way round, it is off by their variance, 1e-3 or so."""
 
 _SCORINGS: dict[str, Callable[[Tensor], Tensor]] = {
     "logits": lambda logits: logits,
@@ -67,35 +64,6 @@ class ParameterAt(NamedTuple):
         tensor = getattr(self.owner, self.name)
         assert isinstance(tensor, Tensor)
         return tensor
-
-
-@dataclass(frozen=True, eq=False)
-class PreNorm:
-    """The norm before the experts: RMS or layer norm, followed by a weight and perhaps a bias of its own."""
-
-    module: nn.Module
-    is_around_one: bool
-    """Whether the weight is kept as its deviation from one."""
-
-    @property
-    def weight(self) -> Tensor:
-        """The norm's weight, (H,)."""
-        weight = self.module.weight
-        assert isinstance(weight, Tensor)
-        return weight
-
-    def undo(self, hidden: Tensor) -> Tensor:
-        """Take weight and bias back: hidden (T, H) -> (T, H), zero where the weight is."""
-        weight, bias = self.weight, getattr(self.module, "bias", None)
-        if bias is not None:
-            hidden = hidden - bias
-        return (hidden / (1 + weight if self.is_around_one else weight)).nan_to_num_(0, 0, 0)
-
-    def redo(self, residual: Tensor) -> Tensor:
-        """Apply weight and bias: residual (T, H), as `undo` returns it -> (T, H)."""
-        weight, bias = self.weight, getattr(self.module, "bias", None)
-        hidden = torch.addcmul(residual, residual, weight) if self.is_around_one else residual * weight
-        return hidden if bias is None else hidden + bias
 
 
 @dataclass(frozen=True, eq=False)
@@ -182,17 +150,20 @@ def find_router(model: nn.Module, experts_path: str) -> RouterProbe | None:
         bias=ParameterAt(weight.owner, "bias") if getattr(weight.owner, "bias", None) is not None else None,
         correction=_find_correction(block, experts_name, num_experts, weight),
         input_scale=_find_input_scale(block.get_submodule(router_name), weight),
-        norm=_find_norm(model, block_path, weight),
+        norm=find_norm(model, block_path, weight().shape[1:]),
     )
     stream_dtype = next(model.parameters()).dtype  # that of the embedding; norms and routers may be kept in another
-    tried = _try(block, experts, router_name, probe, layout, stream_dtype)
-    if tried is None:
+    made = _try(block, experts, router_name, probe, layout, stream_dtype)
+    if made is None:
         return None
     limits = (None, *_group_limits(block.get_submodule(router_name), weight().shape[0]))
     is_ranked_by_logits = probe.correction is None and len(limits) == 1
     scorings = ("logits",) if is_ranked_by_logits else tuple(_SCORINGS)
     variants = [replace(probe, scoring=scoring, limit=limit) for limit in limits for scoring in scorings]
-    agreement, best = max(((tried.agreement(one), one) for one in variants), key=lambda pair: pair[0])
+    with torch.no_grad():
+        logits = probe.logits(probe.entering(made.reached))
+        rated = [(_agreement(variant.for_choice(logits), made.experts), variant) for variant in variants]
+    agreement, best = max(rated, key=lambda pair: pair[0])
     return best if agreement >= _LEAST_AGREEMENT else None
 
 
@@ -253,94 +224,6 @@ def _beside(block: nn.Module, experts_name: str) -> Iterator[tuple[str, nn.Modul
             yield path, module
 
 
-_NORMS_BEFORE_EXPERTS = (
-    r"pre_(feedforward|feed_forward|ffn?|mlp|moe)_.*norm.*",
-    r"(ffn?|mlp|moe|feed_forward)_(layer_?)?norm",
-    r".*norm_?2",
-    r"post_attention_(layer)?norm(\.0)?",
-)
-"""What the norm between attention and experts is called, surest name first. Of several that fit one name the last is
-meant: decoder layers with a dense MLP beside the experts declare the norm of that first."""
-
-_NORM_BEFORE_ATTENTION = r"input_(layer)?norm(\.0)?"
-
-
-def _find_norm(model: nn.Module, block_path: str, weight: ParameterAt) -> PreNorm | None:
-    """The norm whose output enters the block, from the nearest module around it that has norms."""
-    width = weight().shape[1:]
-    is_attention = re.search(r"attention|attn", block_path) is not None
-    path, block = block_path, model.get_submodule(block_path)
-    while path:
-        around = model.get_submodule(path)
-        norms = {
-            name: module
-            for name, module in around.named_modules()
-            if name.count(".") < 2 and re.search(r"norm", name) and _has_weight(module, width)
-        }
-        if around is not block:
-            inside = set(block.modules())
-            norms = {name: module for name, module in norms.items() if module not in inside}
-        name = _choose_norm(list(norms), is_attention, may_be_only_one=around is not block)
-        if name is not None:
-            return _pre_norm(norms[name])
-        if norms and around is not block:
-            return None
-        path = path.rpartition(".")[0]
-    return None
-
-
-def _has_weight(module: nn.Module, shape: torch.Size) -> bool:
-    weight = module._parameters.get("weight")
-    return weight is not None and weight.shape == shape
-
-
-def _choose_norm(names: list[str], is_attention: bool, *, may_be_only_one: bool) -> str | None:
-    before_attention = [name for name in names if re.fullmatch(_NORM_BEFORE_ATTENTION, name)]
-    if is_attention:
-        return before_attention[0] if before_attention else None
-    for pattern in _NORMS_BEFORE_EXPERTS:
-        fitting = [name for name in names if re.fullmatch(pattern, name)]
-        # Where nothing is normed before the attention, what comes after it norms its output, not the experts' input.
-        if fitting and (before_attention or not pattern.startswith("post_attention")):
-            return fitting[-1]
-    return names[0] if may_be_only_one and len(names) == 1 else None
-
-
-@torch.no_grad()
-def _pre_norm(module: nn.Module) -> PreNorm | None:
-    """How to undo a norm, found by trying; None if it does more than scale by its weight."""
-    weight = module._parameters["weight"]
-    assert weight is not None
-    if weight.is_meta:
-        return None
-    x = _random_hidden(1, weight)
-    normed = module(x)
-    directions = (x.float(), (x - x.mean()).float())
-    for is_around_one in (False, True):
-        norm = PreNorm(module, is_around_one)
-        undone = norm.undo(normed).float()
-        if max(nn.functional.cosine_similarity(undone, x).item() for x in directions) > 1 - _NORM_TOLERANCE:
-            return norm
-    return None
-
-
-@dataclass(frozen=True)
-class _Trial:
-    """What a block did with some random tokens."""
-
-    logits: Tensor
-    """(T, rows) of its router, as we compute them."""
-    chosen: list[list[int]]
-    """The experts of each token."""
-
-    def agreement(self, probe: RouterProbe) -> float:
-        """Share of the chosen experts that a probe ranks before all others."""
-        ranking = probe.for_choice(self.logits).argsort(descending=True).tolist()
-        pairs = zip(ranking, self.chosen, strict=True)
-        num_first = sum(len(set(ranked[: len(chosen)]) & set(chosen)) for ranked, chosen in pairs)
-        return num_first / max(1, sum(map(len, self.chosen)))
-
-
 @torch.no_grad()
 def _try(
     block: nn.Module,
@@ -349,70 +232,22 @@ def _try(
     probe: RouterProbe,
     layout: ExpertsLayout,
     stream_dtype: torch.dtype,
-) -> _Trial | None:
-    """Run the block up to its experts, or, where that needs more than hidden states, its router alone."""
-    residual = _random_hidden(_TOKENS, probe.weight() if probe.norm is None else probe.norm.weight)
+) -> Choices | None:
+    """What a block chooses for some random tokens, or, where it needs more than hidden states, its router alone."""
+    residual = random_hidden(_TOKENS, probe.weight() if probe.norm is None else probe.norm.weight)
     hidden = residual if probe.norm is None else probe.norm.module(residual)
     # A correction weighs more against small scores than against large ones: that tells scorings apart.
     factors = 2.0 ** (torch.arange(_TOKENS, device=hidden.device) % 4 - 1)
     hidden = (hidden * factors[:, None]).to(stream_dtype)
-    try:
-        calls = _calls_by_token(block, experts, hidden)
-        reached = torch.cat([inputs[0].flatten(0, -2)[:1] for inputs in calls])
-        chosen = [layout.wanted(probe.num_experts, *inputs) for inputs in calls]
-    except _CANNOT_RUN:
-        try:
-            outputs = block.get_submodule(router_name)(residual if probe.input_scale else hidden)
-        except _CANNOT_RUN:
-            return None
-        indices = [out for out in outputs if isinstance(out, Tensor) and not out.is_floating_point()]
-        if len(indices) != 1 or len(indices[0]) != _TOKENS:
-            return None  # it answers in a way that we do not know
-        reached, chosen = hidden, indices[0].tolist()
-    if reached.shape[-1] != probe.weight().shape[-1]:
-        return None
-    return _Trial(probe.logits(probe.entering(reached)), chosen)
+    made = choices_of_block(block, experts, layout, probe.num_experts, hidden)
+    if made is None:
+        named = choices_of_router(block.get_submodule(router_name), residual if probe.input_scale else hidden)
+        made = None if named is None else Choices(hidden, named)
+    return made if made is not None and made.reached.shape[-1] == probe.weight().shape[-1] else None
 
 
-def _calls_by_token(block: nn.Module, experts: nn.Module, hidden: Tensor) -> list[tuple[Any, ...]]:
-    """What the experts are called with for each token of hidden (T, H)."""
-    inputs = _inputs_of_experts(block, experts, hidden[None])
-    if all(isinstance(tensor, Tensor) for tensor in inputs):
-        rows = [tensor if len(tensor) == len(hidden) else tensor.flatten(0, -2) for tensor in inputs]
-        if all(len(tensor) == len(hidden) for tensor in rows):
-            return list(zip(*(tensor.split(1) for tensor in rows), strict=True))
-    return [_inputs_of_experts(block, experts, token[None]) for token in hidden.split(1)]
-
-
-_CANNOT_RUN = (RuntimeError, TypeError, ValueError, AttributeError, IndexError)
-"""What a module raises that needs more than a token's hidden states, such as positions or token ids."""
-
-
-class _ReachedExpertsError(Exception):
-    """Carries the inputs of the experts out of the block."""
-
-    def __init__(self, inputs: tuple[Any, ...]) -> None:
-        super().__init__()
-        self.inputs = inputs
-
-
-def _inputs_of_experts(block: nn.Module, experts: nn.Module, hidden: Tensor) -> tuple[Any, ...]:
-    """Run a block as far as its experts: hidden (1, N, H) -> the arguments that the experts get."""
-
-    def stop(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        raise _ReachedExpertsError(args + tuple(kwargs.values()))
-
-    hook = experts.register_forward_pre_hook(stop, prepend=True, with_kwargs=True)
-    try:
-        block(hidden)
-    except _ReachedExpertsError as reached:
-        return reached.inputs
-    finally:
-        hook.remove()
-    raise RuntimeError("the block does not call its experts")
-
-
-def _random_hidden(num_tokens: int, like: Tensor) -> Tensor:
-    """(N, H) in the dtype and on the device of a weight, always the same."""
-    random = torch.Generator().manual_seed(0)
-    return torch.randn(num_tokens, like.shape[-1], generator=random).to(like)
+def _agreement(scores: Tensor, chosen: list[list[int]]) -> float:
+    """Share of each token's chosen experts that scores (T, E) rank before all others."""
+    ranking = scores.argsort(descending=True).tolist()
+    num_first = sum(len(set(ranked[: len(own)]) & set(own)) for ranked, own in zip(ranking, chosen, strict=True))
+    return num_first / max(1, sum(map(len, chosen)))

@@ -18,12 +18,14 @@ from transformers_moe_offload.compute.alignment import gives_equal_bits
 from transformers_moe_offload.config import OffloadConfig
 from transformers_moe_offload.errors import ConfigError, MoeOffloadError
 from transformers_moe_offload.expert import ExpertSpec
+from transformers_moe_offload.hf.dense import restore_dense
 from transformers_moe_offload.hf.layer import SparseLayer, layer_of, unbind
 from transformers_moe_offload.hf.lookahead import Lookahead, look_ahead_in
+from transformers_moe_offload.hf.parameters import parameters_of
 from transformers_moe_offload.hf.placeholders import put_back
 from transformers_moe_offload.hf.plan import OffloadPlan, Placement, build_caches, make_plan
 from transformers_moe_offload.memory.checkpoint import ExpertStore, LayerSource
-from transformers_moe_offload.memory.record import dtype_name, torch_dtype
+from transformers_moe_offload.memory.record import dtype_name
 from transformers_moe_offload.stats import CacheStats, LayerStats
 from transformers_moe_offload.tracing import Trace, TraceRecorder
 
@@ -121,15 +123,16 @@ class OffloadRuntime:
             self._plug_in(None)
 
     def restore(self) -> Any:
-        """Read all experts into ordinary parameters and give the plain model back.
+        """Read all experts into ordinary parameters, decode what is quantized, and give the plain model back.
 
         Afterwards nothing of ours is left in it. Needs memory for the whole model.
         """
         model = self._living_model()
-        loaded = [(module, layer, self.read_layer(layer)) for module, layer in self._modules()]
+        loaded = [(module, layer, parameters_of(layer, self.source(layer))) for module, layer in self._modules()]
         for module, layer, tensors in loaded:
             unbind(module)
             put_back(module, layer.parameter_order, tensors)
+        restore_dense(model)
         del model.moe_offload
         vars(model).pop("hf_quantizer", None)
         self.close()
@@ -142,6 +145,16 @@ class OffloadRuntime:
         self._is_closed = True
 
     # What the rest of `hf` calls.
+
+    @property
+    def layers(self) -> tuple[SparseLayer, ...]:
+        """The sparse layers, in the order of the model."""
+        return tuple(self._layers)
+
+    @property
+    def is_quantized(self) -> bool:
+        """Whether there are weights in a format of ours."""
+        return self.config.experts is not None or self.config.dense is not None
 
     def attach(self, sources: Sequence[LayerSource]) -> None:
         """Take over where the experts are; raises `CapacityError` if the budget cannot work."""
@@ -182,31 +195,12 @@ class OffloadRuntime:
         self._sources[layer.index] = source.cast(dtype_name(dtype))
         self._drop_caches(keep_stats=True)
 
-    def read_layer(self, layer: SparseLayer) -> dict[str, Tensor]:
-        """All experts of a layer as ordinary parameters: path in the module -> tensor on the layer's device."""
-        source = self.source(layer)
-        tensors: dict[str, Tensor] = {}
-        for position, field in enumerate(layer.fields):
-            entries = [expert[position] for expert in source.experts] + list(source.spare.get(field.name, ()))
-            if not field.is_stacked:
-                tensors |= {
-                    path: entry.read(field.shape).to(layer.device)
-                    for path, entry in zip(field.paths, entries, strict=True)
-                }
-                continue
-            dtype = torch_dtype(source.spec.fields[position].dtype)
-            stack = torch.empty((len(entries), *field.shape), dtype=dtype, device=layer.device)
-            for row, entry in zip(stack, entries, strict=True):
-                row.copy_(entry.read(field.shape))
-            tensors[field.paths[0]] = stack.flatten(0, 1) if field.is_flattened else stack
-        return tensors
-
     def state_dict(self) -> dict[str, Tensor]:
         """All experts under the names that the plain model's `state_dict` gives them; tied ones share memory there."""
         tied = self._living_model().all_tied_weights_keys
         tensors: dict[str, Tensor] = {}
         for layer in self._layers:
-            for path, tensor in self.read_layer(layer).items():
+            for path, tensor in parameters_of(layer, self.source(layer)).items():
                 name = f"{layer.name}.{path}"
                 tensors[name] = tensors.setdefault(tied.get(name, name), tensor)
         return tensors
@@ -232,16 +226,24 @@ class OffloadRuntime:
 
     def _placements(self) -> list[Placement]:
         store = ExpertStore(list(self._sources.values()))
-        return [Placement(self.spec(layer), layer.device, self._is_mappable(layer, store)) for layer in self._layers]
+        return [
+            Placement(
+                self.spec(layer),
+                layer.device,
+                coding=self.source(layer).coding,
+                is_mappable=self._is_mappable(layer, store),
+                is_in_ram=self.source(layer).is_in_ram,
+            )
+            for layer in self._layers
+        ]
 
     def _is_mappable(self, layer: SparseLayer, store: ExpertStore) -> bool:
         """Whether a layer's experts may be used where they lie, and can be, with the same bits as from a slot."""
-        return (
-            self.config.mmap is not False
-            and layer.device.type == "cpu"
-            and store.is_mappable(layer.index)
-            and all(gives_equal_bits(field.shape, field.dtype) for field in self.spec(layer).fields)
-        )
+        if self.config.mmap is False or layer.device.type != "cpu" or not store.is_mappable(layer.index):
+            return False
+        if self.source(layer).coding is not None:  # records begin at the same alignment everywhere
+            return True
+        return all(gives_equal_bits(field.shape, field.dtype) for field in self.spec(layer).fields)
 
     def _ensure_caches(self) -> None:
         if self._caches:

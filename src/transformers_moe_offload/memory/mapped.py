@@ -7,7 +7,8 @@ from concurrent.futures import ThreadPoolExecutor
 import torch
 
 from transformers_moe_offload.expert import ExpertId
-from transformers_moe_offload.memory.checkpoint import ExpertStore, Stretch, joined
+from transformers_moe_offload.memory.checkpoint import ExpertStore
+from transformers_moe_offload.memory.field_source import Stretch, joined
 from transformers_moe_offload.memory.mapping import FileMap
 from transformers_moe_offload.memory.record import torch_dtype
 from transformers_moe_offload.memory.slots import Weights
@@ -94,9 +95,12 @@ class _MappedExpert:
             self._maps = [stretch.file.mapped() for stretch in self._stretches]
             for map, stretch in zip(self._maps, self._stretches, strict=True):
                 map.bring_in(stretch.start, stretch.stop)
+            if len(self._stretches) == 1:
+                place = self._stretches[0]
+                self._store.check(self._expert, self._maps[0].bytes[place.start : place.stop])
             self.weights = {
                 field.name: part.file.mapped()
-                .bytes[part.start : part.stop]
+                .bytes[part.start : part.start + field.nbytes]
                 .view(torch_dtype(field.dtype))
                 .view(field.shape)
                 for field, part in zip(layout.fields, stretches, strict=True)

@@ -66,8 +66,29 @@ def read_index(paths: Iterable[Path]) -> dict[str, StoredTensor]:
     return tensors
 
 
+def read_metadata(path: Path) -> dict[str, str]:
+    """What the header of one file says beside its tensors."""
+    metadata = _read_json(path)[0].get("__metadata__")
+    return {str(key): str(value) for key, value in metadata.items()} if isinstance(metadata, dict) else {}
+
+
 def read_header(path: Path) -> list[StoredTensor]:
     """The tensors of one file, with every range checked against the size of the file."""
+    header, data_start, nbytes = _read_json(path)
+    file = File(path, nbytes)
+    tensors = [_checked(name, entry, file, data_start) for name, entry in header.items() if name != "__metadata__"]
+    by_place = sorted((tensor for tensor in tensors if tensor.nbytes), key=lambda tensor: tensor.offset)
+    for before, after in pairwise(by_place):
+        if before.offset + before.nbytes > after.offset:
+            raise CheckpointError(
+                f"{path} has tensor {after.name} begin at byte {after.offset:,}, but tensor {before.name} ends "
+                f"at byte {before.offset + before.nbytes:,}: download it again"
+            )
+    return tensors
+
+
+def _read_json(path: Path) -> tuple[dict[str, Any], int, int]:
+    """A file's header, where its data begin, and its size."""
     if path.suffix != ".safetensors":
         raise CheckpointError(
             f"{path} is not a safetensors file; experts are read in place from safetensors only, "
@@ -87,20 +108,9 @@ def read_header(path: Path) -> list[StoredTensor]:
         raise CheckpointError(f"cannot read {path}: {error.strerror}") from error
     except (struct.error, ValueError, RecursionError) as error:
         raise CheckpointError(f"{path} has no readable safetensors header: download it again") from error
-    file = File(path, nbytes)
-    tensors = [
-        _checked(name, entry, file, 8 + header_bytes)
-        for name, entry in _entries(header, path).items()
-        if name != "__metadata__"
-    ]
-    by_place = sorted((tensor for tensor in tensors if tensor.nbytes), key=lambda tensor: tensor.offset)
-    for before, after in pairwise(by_place):
-        if before.offset + before.nbytes > after.offset:
-            raise CheckpointError(
-                f"{path} has tensor {after.name} begin at byte {after.offset:,}, but tensor {before.name} ends "
-                f"at byte {before.offset + before.nbytes:,}: download it again"
-            )
-    return tensors
+    if not isinstance(header, dict):
+        raise CheckpointError(f"{path} has a safetensors header that is not a JSON object: download it again")
+    return header, 8 + header_bytes, nbytes
 
 
 def check_index_file(index_path: Path, tensors: Mapping[str, StoredTensor]) -> None:
@@ -124,12 +134,6 @@ def check_index_file(index_path: Path, tensors: Mapping[str, StoredTensor]) -> N
                 f"{index_path} places {name} in {shard}, but that file does not hold it; "
                 f"the shard is incomplete or belongs to another checkpoint: download it again"
             )
-
-
-def _entries(header: Any, path: Path) -> dict[str, Any]:
-    if not isinstance(header, dict):
-        raise CheckpointError(f"{path} has a safetensors header that is not a JSON object: download it again")
-    return header
 
 
 def _checked(name: str, entry: Any, file: File, data_start: int) -> StoredTensor:

@@ -10,6 +10,7 @@ from typing import Protocol
 
 from transformers_moe_offload.errors import ConfigError
 from transformers_moe_offload.expert import ExpertId
+from transformers_moe_offload.registry import Registry
 
 ORACLE = "belady"
 """The policy that knows the future. It has no factory: only a replay, whose future is its trace, can make one."""
@@ -46,31 +47,25 @@ class EvictionPolicy(Protocol):
 
 _METHODS = ("begin", "admit", "use", "forget", "candidates")
 
-_FACTORIES: dict[str, Callable[[], EvictionPolicy]] = {}
+PolicyFactory = Callable[[], EvictionPolicy]
+
+_POLICIES: Registry[PolicyFactory] = Registry("policy")
 
 
-def register_policy(
-    name: str, *, exist_ok: bool = False
-) -> Callable[[Callable[[], EvictionPolicy]], Callable[[], EvictionPolicy]]:
+def register_policy(name: str, *, exist_ok: bool = False) -> Callable[[PolicyFactory], PolicyFactory]:
     """Class decorator that makes a policy available as `OffloadConfig(policy=name)`.
 
     The class is called without arguments, once per cache. A name that is taken is an error unless `exist_ok`.
     """
 
-    def register(factory: Callable[[], EvictionPolicy]) -> Callable[[], EvictionPolicy]:
-        if name == ORACLE:
-            raise ConfigError(f"the name {ORACLE!r} stands for the oracle of replays; choose another name")
-        if name in _FACTORIES and not exist_ok:
-            raise ConfigError(f"a policy named {name!r} is already registered; choose another name")
-        _FACTORIES[name] = factory
-        return factory
-
-    return register
+    if name == ORACLE:
+        raise ConfigError(f"the name {ORACLE!r} stands for the oracle of replays; choose another name")
+    return _POLICIES.register(name, exist_ok=exist_ok)
 
 
 def policy_names() -> list[str]:
     """The names that `OffloadConfig.policy` accepts."""
-    return sorted(_FACTORIES)
+    return _POLICIES.names()
 
 
 def make_policy(name: str) -> EvictionPolicy:
@@ -80,9 +75,7 @@ def make_policy(name: str) -> EvictionPolicy:
             f"policy={ORACLE!r} needs to know the future, which only a replay does; choose one of {policy_names()}, "
             f"and compare it with {ORACLE} by `moe-offload replay`"
         )
-    if name not in _FACTORIES:
-        raise ConfigError(f"policy={name!r} is not a known policy; choose one of {policy_names()} or register your own")
-    policy = _FACTORIES[name]()
+    policy = _POLICIES[name]()
     missing = [method for method in _METHODS if not callable(getattr(policy, method, None))]
     if missing:
         raise ConfigError(f"policy={name!r}: {type(policy).__name__} has no method {', '.join(missing)}; add it")

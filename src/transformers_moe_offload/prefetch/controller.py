@@ -1,24 +1,36 @@
 """Find out by trying whether prefetching pays, and leave it off while it does not.
 
 Loads that nobody asked for take time from the link, from slots and from the processor, so whether they help depends on
-the machine, the model and the text. Steps with and without them alternate for a while, their times are compared, and
-the better way is kept until the next trial.
+the machine, the model and the text. In a trial, steps with and without them take turns until it is clear which are
+faster; then that way is kept until the next trial.
 """
 
 from __future__ import annotations
 
-from statistics import median
+from collections.abc import Generator
+
+from transformers_moe_offload.prefetch.comparison import Comparison
+
+WARM_UP = 16
+"""Steps with prefetching at the beginning of a trial that are not counted: the predictor learns only while it is asked,
+and a cache that was empty fills up."""
 
 BLOCK_STEPS = 5
 """Steps in a row with or without prefetching; the first of them still feels the block before and is not counted."""
 
-TRIAL = (False, True, True, False)
-"""Whether the blocks of a trial are done with prefetching: in this order, what gets steadily faster, such as a cache
+ROUND = (False, True, True, False)
+"""Whether the blocks of a round are done with prefetching: in this order, what gets steadily faster, such as a cache
 that fills up, favours neither way."""
 
-FIRST_HOLD, LONGEST_HOLD = 64, 1024
-"""Steps between two trials; twice as many after each trial that ends like the one before it. A trial of 20 steps, half
-of which go the slower way, then costs less than a sixth of the difference, and soon a hundredth."""
+MOST_ROUNDS = 8
+"""Of a trial. Differences that are not clear by then are worth less than a longer trial would cost: with steps that
+vary by a tenth, a twentieth of a step."""
+
+TRIAL_COST = 0.01
+"""Part of the time until the next trial that a trial may have cost, by the steps that it did the slower way."""
+
+SHORTEST_HOLD, LONGEST_HOLD = 300, 3000
+"""Steps between two trials."""
 
 LEAST_GAIN = 0.01
 """Part of a step that prefetching must save to be kept."""
@@ -28,32 +40,40 @@ class Controller:
     """Told how long each step took, says how the next one is to be done."""
 
     def __init__(self) -> None:
-        self.is_on = TRIAL[0]
-        self._times: dict[bool, list[float]] = {True: [], False: []}
-        self._step = 0
-        """Steps since the trial began, or, outside of trials, steps to go until the next one."""
-        self._in_trial = True
-        self._hold = FIRST_HOLD
-        self._verdict: bool | None = None
+        self._steps = _steps()
+        self.is_on = next(self._steps)
 
     def took(self, seconds: float) -> None:
         """A step is over."""
-        if self._in_trial:
-            if self._step % BLOCK_STEPS:
-                self._times[self.is_on].append(seconds)
-            self._step += 1
-            if self._step == BLOCK_STEPS * len(TRIAL):
-                self._conclude()
-            else:
-                self.is_on = TRIAL[self._step // BLOCK_STEPS]
-        else:
-            self._step -= 1
-            if self._step == 0:
-                self._in_trial, self.is_on = True, TRIAL[0]
+        self.is_on = self._steps.send(seconds)
 
-    def _conclude(self) -> None:
-        pays = median(self._times[True]) < (1 - LEAST_GAIN) * median(self._times[False])
-        self._hold = min(2 * self._hold, LONGEST_HOLD) if pays == self._verdict else FIRST_HOLD
-        self.is_on = self._verdict = pays
-        self._times = {True: [], False: []}
-        self._in_trial, self._step = False, self._hold
+
+def _steps() -> Generator[bool, float, None]:
+    """Whether each step is to be done with prefetching; is sent how long it took."""
+    while True:
+        for _ in range(WARM_UP):
+            yield True
+        found, rounds = yield from _trial()
+        pays = found.gain > LEAST_GAIN
+        slower_steps = rounds * 2 * BLOCK_STEPS + (0 if pays else WARM_UP)
+        hold = slower_steps * abs(found.gain) / TRIAL_COST
+        for _ in range(round(min(max(hold, SHORTEST_HOLD), LONGEST_HOLD))):
+            yield pays
+
+
+def _trial() -> Generator[bool, float, tuple[Comparison, int]]:
+    """Rounds until the comparison is clear, or long enough; returns it, and how many there were."""
+    blocks: dict[bool, list[list[float]]] = {True: [], False: []}
+    rounds = 0
+    while True:
+        for is_on in ROUND:
+            block: list[float] = []
+            for step in range(BLOCK_STEPS):
+                seconds = yield is_on
+                if step:
+                    block.append(seconds)
+            blocks[is_on].append(block)
+        rounds += 1
+        found = Comparison.of(list(zip(blocks[False], blocks[True], strict=True)))
+        if rounds == MOST_ROUNDS or found.is_clear(LEAST_GAIN):
+            return found, rounds

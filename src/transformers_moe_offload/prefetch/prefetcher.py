@@ -29,12 +29,13 @@ class Prefetcher:
         min_confidence: float,
         max_bytes: int | None = None,
         record_bytes: Mapping[int, int],
-        controller: Controller | None = None,
+        controller: Callable[[], Controller] | None = None,
         clock: Callable[[], float] = time.perf_counter,
     ) -> None:
         """`caches` by sparse layer, in the order in which a token passes them; `record_bytes` of one expert of each.
 
-        `max_bytes` bounds what is started for one layer; None leaves it to the link's idle time. Without a controller
+        `max_bytes` bounds what is started for one layer; None leaves it to the link's idle time. `controller` makes one
+        for every number of tokens that steps have, as what pays for one need not pay for another; without it
         prefetching is always on.
         """
         self._predictor = predictor
@@ -45,7 +46,8 @@ class Prefetcher:
         self._min_confidence = min_confidence
         self._max_bytes = max_bytes
         self._record_bytes = record_bytes
-        self._controller = controller
+        self._new_controller = controller
+        self._controllers: dict[int, Controller] = {}
         self._clock = clock
         self._step_began: tuple[float, int] | None = None
         self._last: tuple[float, int] | None = None
@@ -53,10 +55,10 @@ class Prefetcher:
         self._busy = threading.Lock()
         self._period = 0.0
 
-    @property
-    def is_on(self) -> bool:
-        """Whether loads are started ahead, at present."""
-        return self._controller is None or self._controller.is_on
+    def is_on(self, num_tokens: int) -> bool:
+        """Whether loads are started ahead, at present, in steps of so many tokens."""
+        controller = self._controller(num_tokens)
+        return num_tokens <= _FEW_TOKENS and (controller is None or controller.is_on)
 
     def visited(self, layer: int, wanted: Sequence[int], hidden: Tensor | None, num_tokens: int) -> None:
         """A layer has begun a visit and started its own loads; hidden (T, H) is what reached it."""
@@ -65,7 +67,7 @@ class Prefetcher:
         try:
             self._measure(layer, num_tokens)
             self._predictor.observe(layer, wanted)
-            if self.is_on and num_tokens <= _FEW_TOKENS:
+            if self.is_on(num_tokens):
                 self._look_ahead(layer, hidden)
         finally:
             self._busy.release()
@@ -98,17 +100,26 @@ class Prefetcher:
         now, place = self._clock(), self._place[layer]
         if place == 0:
             self._step_is_over(now, num_tokens)
-        elif self._last is not None and self._last[1] == place - 1:
+        elif self._last is not None and self._last[1] == place - 1 and num_tokens <= _FEW_TOKENS:
             self._period += _SMOOTHING * (now - self._last[0] - self._period)
         self._last = (now, place)
 
     def _step_is_over(self, now: float, num_tokens: int) -> None:
-        """Tell the controller, if the step before was like the one that begins: a token each."""
-        if self._controller is not None and self._step_began is not None:
+        """Tell the controller, if the step before was like the one that begins: as many tokens."""
+        if self._step_began is not None:
             began, tokens_before = self._step_began
-            if tokens_before == num_tokens <= _FEW_TOKENS:
-                self._controller.took(now - began)
+            controller = self._controller(num_tokens)
+            if controller is not None and tokens_before == num_tokens:
+                controller.took(now - began)
         self._step_began = (now, num_tokens)
+
+    def _controller(self, num_tokens: int) -> Controller | None:
+        """Who decides about steps of so many tokens; nobody about prompts, or if it is decided already."""
+        if self._new_controller is None or num_tokens > _FEW_TOKENS:
+            return None
+        if num_tokens not in self._controllers:
+            self._controllers[num_tokens] = self._new_controller()
+        return self._controllers[num_tokens]
 
 
 _FEW_TOKENS = 8

@@ -65,6 +65,10 @@ class ExpertsLayout(ABC):
         """The forward that Transformers wrote for the module's class, as an unbound function."""
         return type(module).forward
 
+    def is_transposed(self, module: nn.Module) -> bool:
+        """Whether matrices are stored (in, out) instead of (out, in)."""
+        return False
+
     def mlp(self, module: nn.Module) -> ExpertMlp | None:
         """The arithmetic of one expert, if the module's forward is (T, H), (T, K), (T, K) -> (T, H) with it."""
         return None

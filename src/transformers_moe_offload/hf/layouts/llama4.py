@@ -40,6 +40,10 @@ class Llama4Layout(ExpertsLayout):
         is_used = _is_used(args[0].view(num_experts, -1, args[0].shape[-1]))
         return is_used.any(dim=1).nonzero().flatten().tolist()  # sync: device -> host
 
+    def is_transposed(self, module: nn.Module) -> bool:
+        """Rows are multiplied from the left."""
+        return True
+
     def eager_forward(self, module: nn.Module) -> Callable[..., Tensor]:
         """Ours: the same arithmetic on the rows that are not zero."""
         return _forward

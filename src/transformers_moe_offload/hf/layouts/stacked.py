@@ -50,6 +50,10 @@ class StackedLayout(ExpertsLayout):
         """The class's own loop over experts, without the decorator's dispatch."""
         return _eager_forward(module)
 
+    def is_transposed(self, module: nn.Module) -> bool:
+        """As the decorator says."""
+        return bool(getattr(module, "is_transposed", False))
+
     def mlp(self, module: nn.Module) -> ExpertMlp | None:
         """From the decorator's flags, or its defaults where it is missing."""
         if not hasattr(module, "_apply_gate") and getattr(module, "has_gate", True):

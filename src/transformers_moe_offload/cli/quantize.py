@@ -1,0 +1,182 @@
+"""`moe-offload quantize`: write a checkpoint with quantized experts, without ever building the model."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import replace
+from pathlib import Path
+from typing import Annotated, Any
+
+import torch
+import typer
+from rich import box
+from rich.console import Console
+from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.table import Table
+
+from transformers_moe_offload.cli import options
+from transformers_moe_offload.cli.blueprint import Blueprint, draw
+from transformers_moe_offload.cli.failures import CommandError, one_line_errors, reading
+from transformers_moe_offload.cli.push import push_folder
+from transformers_moe_offload.config import ExpertFormats, HqqFormat, OffloadConfig
+from transformers_moe_offload.hf.plan import readable
+from transformers_moe_offload.hf.prebuilt.card import auto_class_of, model_card
+from transformers_moe_offload.hf.prebuilt.fetch import fetch
+from transformers_moe_offload.hf.prebuilt.layout import prebuilt_config
+from transformers_moe_offload.hf.prebuilt.recipe import recipe_of
+from transformers_moe_offload.hf.prebuilt.resume import expect_place
+from transformers_moe_offload.hf.prebuilt.sizes import Sizes
+from transformers_moe_offload.hf.prebuilt.source import Quantization, contents
+from transformers_moe_offload.hf.prebuilt.writer import Prebuilt, as_json, write_prebuilt
+from transformers_moe_offload.memory.record import dtype_name
+
+
+def quantize(
+    source: Annotated[
+        str,
+        typer.Argument(
+            metavar="SRC", help="A folder with a checkpoint, or the id of a model on the Hub.", show_default=False
+        ),
+    ],
+    folder: Annotated[Path, typer.Argument(metavar="DST", help="The folder to write.", show_default=False)],
+    experts: Annotated[
+        str | None, typer.Option(help="Format of experts, bits x group size: '4x64', '3x64', '2x16'.")
+    ] = None,
+    layers: Annotated[
+        list[str] | None,
+        typer.Option(help="Another format for some sparse layers, as '0-3=4x64', or '5=none'; can be repeated."),
+    ] = None,
+    dense: Annotated[str | None, typer.Option(help="Format of attention and dense MLPs; default is as stored.")] = None,
+    no_optimize: Annotated[
+        bool, typer.Option("--no-optimize", help="Round to nearest: several times faster, a little worse.")
+    ] = False,
+    workers: Annotated[int | None, typer.Option(min=1, help="Experts at a time; default is one per core.")] = None,
+    overwrite: Annotated[
+        bool, typer.Option("--overwrite", help="Replace a complete checkpoint, once the new one is complete.")
+    ] = False,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Show the plan; write and download nothing.")] = False,
+    push: Annotated[str | None, typer.Option(help="Upload to this repository when done.")] = None,
+    private: Annotated[bool, typer.Option("--private", help="Make a new repository private.")] = False,
+    base_model: Annotated[str | None, typer.Option(help="The Hub's id of a model that is read from a folder.")] = None,
+    revision: options.Revision = "main",
+    token: options.Token = None,
+    local_files_only: options.LocalFilesOnly = False,
+) -> None:
+    """Quantize the experts of a model with HQQ, one by one, into a checkpoint that loads like any other.
+
+    Can be interrupted or killed at any time: run again, it goes on with what is missing.
+    """
+    with one_line_errors():
+        config = _config(experts, layers or [], dense, optimize=not no_optimize)
+        origin = options.Origin(revision, token, local_files_only, trust_remote_code=False)
+        _expect_apart(source, folder)
+        blueprint = draw(source, origin, None)
+        if getattr(blueprint.model.config, "quantization_config", None):
+            raise CommandError(f"{source!r} is quantized already; quantize the model that it was made from")
+        quantization = Quantization.of(blueprint.model, config, blueprint.dtype)
+        sizes = Sizes.of(quantization)
+        console = Console()
+        console.print(_title(blueprint), style="bold", soft_wrap=True)
+        console.print(_plan(config, sizes))
+        if dry_run:
+            return
+        expect_place(folder, overwrite=overwrite)
+        with reading(f"cannot read the weights of {source!r}"):
+            fetched = fetch(source, blueprint.model.config, origin.for_files())
+        recipe = recipe_of(fetched.name, fetched.revision, fetched.weights, dtype_name(blueprint.dtype), config)
+        content = Prebuilt(
+            *contents(quantization, fetched.weights, fetched.folder),
+            texts={
+                "config.json": as_json(prebuilt_config(_plain_config(blueprint), config.recipe())),
+                "README.md": model_card(
+                    push or folder.resolve().name,
+                    fetched,
+                    config,
+                    sizes,
+                    base_model=base_model,
+                    auto_class=auto_class_of(blueprint.model),
+                ),
+            },
+            copies=fetched.companions,
+        )
+        torch.set_num_threads(1)  # the workers are the parallel ones
+        with _progress(sum(shard.nbytes for shard in content.shards())) as advance:
+            write_prebuilt(folder, content, recipe, overwrite=overwrite, workers=workers, advance=advance)
+        console.print(f"wrote {folder}", soft_wrap=True)
+        if push is not None:
+            push_folder(folder, push, private=private, revision=None, token=token)
+
+
+def _config(experts: str | None, layers: list[str], dense: str | None, *, optimize: bool) -> OffloadConfig:
+    """What the options ask for."""
+    if experts is None and not layers and dense is None:
+        raise CommandError("nothing to quantize; say how: --experts 4x64, --layers 0-3=4x64 or --dense 4x64")
+    by_layer = {}
+    for option in layers:
+        key, is_given, text = option.partition("=")
+        if not is_given:
+            raise CommandError(f"--layers {option!r} names no format; write sparse layers and a format as 0-3=4x64")
+        by_layer[key.strip()] = _format(text, optimize)
+    formats = ExpertFormats(default=_format(experts, optimize), layers=by_layer)
+    return OffloadConfig(experts=formats, dense=_format(dense, optimize))
+
+
+def _format(text: str | None, optimize: bool) -> HqqFormat | None:
+    if text is None or text.strip() == "none":
+        return None
+    return replace(HqqFormat.parse(text), optimize=optimize)
+
+
+def _expect_apart(source: str, folder: Path) -> None:
+    """Reading from and writing to one folder would end badly."""
+    if not Path(source).is_dir():
+        return
+    source_path, target = Path(source).resolve(), folder.resolve()
+    if target.is_relative_to(source_path) or source_path.is_relative_to(target):
+        raise CommandError(f"DST {folder} and SRC {source} lie inside one another; write to a folder of its own")
+
+
+def _title(blueprint: Blueprint) -> str:
+    return f"{blueprint.name}: {type(blueprint.model).__name__}, {dtype_name(blueprint.dtype)}"
+
+
+def _plan(config: OffloadConfig, sizes: Sizes) -> Table:
+    table = Table("weights", "format", box=box.SIMPLE_HEAD)
+    for column in ("bits per weight", "before", "after"):
+        table.add_column(column, justify="right", no_wrap=True)
+    assert config.formats is not None
+    kinds = dict.fromkeys(
+        str(value or "as stored") for value in (config.formats.default, *config.formats.layers.values())
+    )
+    table.add_row(
+        f"{sizes.num_experts} experts",
+        "; ".join(kinds),
+        f"{sizes.bits_per_expert_weight:.2f}",
+        readable(sizes.plain_expert_bytes),
+        readable(sizes.expert_bytes),
+    )
+    bits = f"{config.dense.bits_per_weight:.2f}" if config.dense else ""
+    before, after = readable(sizes.plain_dense_bytes), readable(sizes.dense_bytes)
+    table.add_row("dense", str(config.dense or "as stored"), bits, before, after)
+    table.add_row("all", "", "", readable(sizes.plain_bytes), readable(sizes.nbytes))
+    return table
+
+
+def _plain_config(blueprint: Blueprint) -> dict[str, Any]:
+    """`config.json` as saving the plain model would write it."""
+    config = blueprint.model.config
+    config.dtype = dtype_name(blueprint.dtype)
+    config.architectures = [type(blueprint.model).__name__]
+    plain: dict[str, Any] = json.loads(config.to_json_string())
+    return plain
+
+
+@contextmanager
+def _progress(nbytes: int) -> Iterator[Callable[[int], None]]:
+    """A bar on stderr with the time that is left."""
+    columns = (TextColumn("quantizing"), BarColumn(), DownloadColumn(binary_units=True), TimeRemainingColumn())
+    with Progress(*columns, console=Console(stderr=True), transient=True) as progress:
+        task = progress.add_task("quantizing", total=nbytes)
+        yield lambda count: progress.advance(task, count)

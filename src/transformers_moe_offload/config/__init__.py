@@ -1,0 +1,8 @@
+"""What users may ask for: frozen dataclasses that are checked when they are made."""
+
+from transformers_moe_offload.config.budget import Budget
+from transformers_moe_offload.config.formats import ExpertFormats, HqqFormat
+from transformers_moe_offload.config.offload import Arithmetic, Misses, OffloadConfig
+from transformers_moe_offload.config.prefetch import PrefetchConfig
+
+__all__ = ["Arithmetic", "Budget", "ExpertFormats", "HqqFormat", "Misses", "OffloadConfig", "PrefetchConfig"]

@@ -1,0 +1,159 @@
+"""`HqqFormat`: how the matrices of experts, or of dense layers, are quantized; and which experts are how.
+
+The arithmetic of the format is in `formats/hqq.py`. Method: Half-Quadratic Quantization (Badri and Shaji, 2023), as
+the `hqq` package 0.2.8 computes it.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field, fields
+from typing import Any
+
+from transformers_moe_offload.config.options import choose, refuse_unknown, with_options
+from transformers_moe_offload.errors import ConfigError
+
+NBITS = (8, 4, 3, 2, 1)
+GROUP_SIZES = (16, 32, 64, 128)
+META_NBITS = (16, 8)
+
+
+@dataclass(frozen=True, kw_only=True)
+class HqqFormat:
+    """Weights as `nbits` integers, in groups along a matrix's input dimension that share a scale and a zero.
+
+    A weight is `(code - zero) * scale`.
+
+    Args:
+        nbits: bits of a code: 8, 4, 3, 2 or 1.
+        group_size: weights that share a scale and a zero: 16, 32, 64 or 128; it must divide the input dimension.
+        axis: 1, groups along the input dimension; hqq's axis 0 has no fast arithmetic and is refused.
+        meta_nbits: bits of a scale, and of a zero: 16 (float16), or 8, integers with a minimum and a step for each
+            128 of them, which saves 16 / `group_size` bits per weight and costs next to no accuracy.
+        optimize: fit zeros with hqq's solver; False rounds to nearest, which is faster and a little worse.
+    """
+
+    nbits: int = 4
+    group_size: int = 64
+    axis: int = 1
+    meta_nbits: int = 8
+    optimize: bool = True
+
+    def __post_init__(self) -> None:
+        for name, choices in (("nbits", NBITS), ("group_size", GROUP_SIZES), ("meta_nbits", META_NBITS)):
+            if isinstance(getattr(self, name), bool):
+                raise ConfigError(f"{name}={getattr(self, name)!r} is not one of {list(choices)}")
+            choose(name, getattr(self, name), choices)
+        choose("axis", self.axis, (1,))
+        choose("optimize", self.optimize, (True, False))
+
+    @property
+    def bits_per_weight(self) -> float:
+        """Bits that a weight takes on average, scales and zeros included."""
+        of_meta = 32.0 if self.meta_nbits == 16 else 16 + 2 * 32 / 128
+        return self.nbits + of_meta / self.group_size
+
+    def __str__(self) -> str:
+        return f"{self.nbits}-bit, groups of {self.group_size}"
+
+    @classmethod
+    def parse(cls, text: str) -> HqqFormat:
+        """Read `4x64` (bits x group size), as the command line writes a format; `4x64m16` asks for 16-bit meta."""
+        match = re.fullmatch(r"(\d+)x(\d+)(?:m(\d+))?", text.strip().lower())
+        if not match:
+            raise ConfigError(f"{text!r} is not a format; write bits and group size such as 4x64, or 4x64m16")
+        meta = {"meta_nbits": int(match[3])} if match[3] else {}
+        return cls(nbits=int(match[1]), group_size=int(match[2]), **meta)
+
+
+@dataclass(frozen=True, kw_only=True)
+class ExpertFormats:
+    """Which sparse layers' experts are stored how.
+
+    Args:
+        default: the format of every layer that `layers` does not name; None leaves them as they are.
+        layers: formats of single sparse layers, by their number in the order of the model, `"3"`, or by range,
+            `"0-3"`, both ends included.
+    """
+
+    default: HqqFormat | None = None
+    layers: Mapping[str, HqqFormat | None] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "default", make_format("default", self.default))
+        if not isinstance(self.layers, Mapping):
+            raise ConfigError(f"layers={self.layers!r} is not a dictionary of formats by layer")
+        formats = {str(key): make_format(f"layers[{key!r}]", value) for key, value in self.layers.items()}
+        object.__setattr__(self, "layers", formats)
+        seen: dict[int, str] = {}
+        for key in formats:
+            for number in _numbers(key):
+                if number in seen:
+                    raise ConfigError(f"layers names sparse layer {number} twice, in {seen[number]!r} and {key!r}")
+                seen[number] = key
+
+    def __hash__(self) -> int:
+        return hash((self.default, tuple(sorted(self.layers.items(), key=lambda item: item[0]))))
+
+    def __str__(self) -> str:
+        others = "".join(f"; sparse layers {key}: {value or 'as they are'}" for key, value in self.layers.items())
+        return f"{self.default or 'as they are'}{others}"
+
+    def of_layer(self, number: int) -> HqqFormat | None:
+        """The format of a sparse layer's experts."""
+        for key, value in self.layers.items():
+            if number in _numbers(key):
+                return value
+        return self.default
+
+    def check(self, num_layers: int) -> None:
+        """Raise `ConfigError` if a layer is named that the model does not have."""
+        for key in self.layers:
+            if _numbers(key)[-1] >= num_layers:
+                raise ConfigError(
+                    f"layers names sparse layer {key!r}, but the model has {num_layers}, 0 to {num_layers - 1}"
+                )
+
+    def plain(self) -> dict[str, Any]:
+        """As JSON knows it."""
+        return {
+            "default": plain_format(self.default),
+            "layers": {key: plain_format(value) for key, value in self.layers.items()},
+        }
+
+    @classmethod
+    def make(cls, value: object) -> ExpertFormats | None:
+        """What `experts=` stands for: one format for all, a dictionary of either class's fields, or None."""
+        if value is None or isinstance(value, cls):
+            return value
+        if isinstance(value, HqqFormat):
+            return cls(default=value)
+        if isinstance(value, Mapping):
+            if {"default", "layers"} & set(value):
+                return with_options(cls, value)
+            return cls(default=make_format("experts", value))
+        raise ConfigError(f"experts={value!r} is not an HqqFormat, a dictionary of its fields, or None")
+
+
+def plain_format(value: HqqFormat | None) -> dict[str, Any] | None:
+    """A format as JSON knows it."""
+    return None if value is None else asdict(value)
+
+
+def make_format(option: str, value: object) -> HqqFormat | None:
+    """What an option that takes a format stands for: a format, a dictionary of its fields, or None."""
+    if value is None or isinstance(value, HqqFormat):
+        return value
+    if isinstance(value, Mapping):
+        refuse_unknown("HqqFormat", value, [f.name for f in fields(HqqFormat)])
+        return HqqFormat(**value)
+    raise ConfigError(f"{option}={value!r} is not an HqqFormat, a dictionary of its fields, or None")
+
+
+def _numbers(key: str) -> range:
+    """The sparse layers that a key of `layers` names."""
+    match = re.fullmatch(r"(\d+)(?:-(\d+))?", key)
+    if not match or (match[2] and int(match[2]) < int(match[1])):
+        raise ConfigError(f"layers has {key!r}, which is not a layer's number such as '3' or a range such as '0-3'")
+    return range(int(match[1]), int(match[2] or match[1]) + 1)

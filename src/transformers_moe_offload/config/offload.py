@@ -1,0 +1,182 @@
+"""`OffloadConfig`: everything a user can ask for, validated once, at the door.
+
+A frozen dataclass that Transformers accepts as a quantization config, because it has a `quant_method` and can be
+written to and read from a dictionary; nothing here imports Transformers.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, fields
+from typing import Any, ClassVar, Literal, get_args
+
+from transformers_moe_offload.config.budget import Budget
+from transformers_moe_offload.config.formats import ExpertFormats, HqqFormat, make_format
+from transformers_moe_offload.config.options import choose, with_options
+from transformers_moe_offload.config.prefetch import PrefetchConfig
+from transformers_moe_offload.errors import ConfigError
+
+Arithmetic = Literal["fast", "exact"]
+Misses = Literal["auto", "fetch"]
+
+RECIPE_VERSION = 1
+"""Of what `config.json` of a checkpoint with quantized experts says about them."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class OffloadConfig(dict[str, Any]):
+    """How to offload the routed experts of a model.
+
+    Pass it to any `from_pretrained` as `moe_offload=` or `quantization_config=`.
+
+    Args:
+        cache_budget: bytes of the fast tier (GPU memory; RAM on a machine without GPU) that hold experts: an int,
+            `"6GiB"`, `"40%"` of all experts, or `"auto"`, which takes what is free after the dense weights, less a
+            reserve, and never more than all experts need. With several GPUs the budget is shared out among them.
+        policy: which expert leaves when another one needs its slot: `"lru"`, or a name given to `register_policy`.
+        misses: `"fetch"` loads an expert that is not resident and then uses it; `"auto"` chooses, today always `fetch`.
+        arithmetic: `"exact"` computes the experts with the model's own eager code, bit for bit; `"fast"` may use
+            better kernels and orders of summation and is at least as close to exact arithmetic.
+        mmap: on a CPU machine, use experts where they lie in the page cache instead of copying them into slots; the
+            pages stay the system's, which takes them back when it needs them. `"auto"` does so where all experts fit
+            into free RAM but not into the cache, and can be used as they are stored; False copies, so that
+            `cache_budget` bounds what the process holds; True insists, and is an error where it cannot be done.
+        direct_io: read experts past the page cache, where system and filesystem allow it; `"auto"` does so where not
+            all experts fit into free RAM.
+        io_workers: threads that read experts; None means one per core, four at most.
+        pin_memory: stage reads for a GPU in page-locked memory; `"auto"` means wherever there is a GPU.
+        prefetch: load experts before they are asked for: a `PrefetchConfig`, a dictionary of its fields, or None.
+        host_budget: on a machine with GPU, RAM that holds experts between disk and cache: as `cache_budget`; `"auto"`
+            takes half of the free RAM, and never more than all experts need.
+        experts: quantize the experts while loading: an `HqqFormat`, an `ExpertFormats` for different formats by layer
+            (or a dictionary of fields), or None, experts as they are stored. The quantized ones are kept in RAM;
+            `moe-offload quantize` writes them to disk once and for all.
+        dense: quantize the linear layers of attention and dense MLPs, too: an `HqqFormat` or None.
+
+    It is a dictionary of its fields, too: pipelines hand the model's keyword arguments to the tokenizer as well, which
+    writes them to JSON when it is saved.
+    """
+
+    quant_method: ClassVar[str] = "moe_offload"
+
+    cache_budget: int | str = "auto"
+    host_budget: int | str = "auto"
+    policy: str = "lru"
+    prefetch: PrefetchConfig | None = None
+    experts: HqqFormat | ExpertFormats | None = None
+    dense: HqqFormat | None = None
+    misses: Misses = "auto"
+    arithmetic: Arithmetic = "fast"
+    io_workers: int | None = None
+    pin_memory: bool | Literal["auto"] = "auto"
+    mmap: bool | Literal["auto"] = "auto"
+    direct_io: bool | Literal["auto"] = "auto"
+
+    def __post_init__(self) -> None:
+        Budget.parse(self.cache_budget, "cache_budget")
+        Budget.parse(self.host_budget, "host_budget")
+        if not isinstance(self.experts, HqqFormat):
+            object.__setattr__(self, "experts", ExpertFormats.make(self.experts))
+        object.__setattr__(self, "dense", make_format("dense", self.dense))
+        if not isinstance(self.policy, str):
+            raise ConfigError(f"policy={self.policy!r} is not the name of a policy; register yours and pass its name")
+        choose("misses", self.misses, get_args(Misses), later={"compute": "computing misses on the host"})
+        choose("arithmetic", self.arithmetic, get_args(Arithmetic))
+        if self.io_workers is not None and (type(self.io_workers) is not int or self.io_workers < 1):
+            raise ConfigError(f"io_workers={self.io_workers!r} is not a positive number of threads")
+        for name in ("pin_memory", "mmap", "direct_io"):
+            value = getattr(self, name)
+            if not isinstance(value, bool) and value != "auto":
+                raise ConfigError(f"{name}={value!r} is not one of True, False, 'auto'")
+        if isinstance(self.prefetch, Mapping):
+            object.__setattr__(self, "prefetch", with_options(PrefetchConfig, self.prefetch))
+        if self.prefetch is not None and not isinstance(self.prefetch, PrefetchConfig):
+            raise ConfigError(
+                f"prefetch={self.prefetch!r} is not a PrefetchConfig, a dictionary of its fields, or None"
+            )
+        self.update(self.to_dict())
+
+    @property
+    def formats(self) -> ExpertFormats | None:
+        """`experts`, by layer."""
+        return ExpertFormats.make(self.experts)
+
+    @property
+    def budget(self) -> Budget:
+        """`cache_budget`, parsed."""
+        return Budget.parse(self.cache_budget, "cache_budget")
+
+    def recipe(self) -> dict[str, Any]:
+        """What a checkpoint of a model that was quantized by this config has to say about it in `config.json`."""
+        return {
+            "quant_method": self.quant_method,
+            "version": RECIPE_VERSION,
+            "experts": self.formats and self.formats.plain(),
+            "dense": self._plain("dense"),
+        }
+
+    def override(self, given: OffloadConfig) -> OffloadConfig:
+        """This config of a quantized checkpoint, with the budgets and policies of one that was `given` for loading it.
+
+        Raises `ConfigError` if that one asks for another format.
+        """
+        for name, asked, stored in (("experts", given.formats, self.formats), ("dense", given.dense, self.dense)):
+            if asked is not None and asked != stored:
+                raise ConfigError(
+                    f"{name}={getattr(given, name)} was asked for, but the checkpoint was quantized with "
+                    f"{getattr(self, name)}; leave {name} out, or quantize the original checkpoint again"
+                )
+        made: OffloadConfig = self.from_dict(given.to_dict() | self.recipe())
+        return made
+
+    @classmethod
+    def make(cls, value: OffloadConfig | Mapping[str, Any] | str | bool | None) -> OffloadConfig | None:
+        """The config a `moe_offload=` argument stands for; None where it asks for no offloading."""
+        if value is None or value is False:
+            return None
+        if value is True or value == "auto":
+            return cls()
+        if isinstance(value, cls):
+            return value
+        if isinstance(value, Mapping):
+            made: OffloadConfig = cls.from_dict(dict(value))
+            return made
+        raise ConfigError(
+            f"moe_offload={value!r} is not an OffloadConfig, a dictionary of its fields, 'auto', True, False or None"
+        )
+
+    # What Transformers calls on a quantization config.
+
+    @classmethod
+    def from_dict(cls, config_dict: Mapping[str, Any], return_unused_kwargs: bool = False, **kwargs: Any) -> Any:
+        """Build a config from a dictionary; unknown keys are an error that suggests the nearest option."""
+        version = config_dict.get("version", RECIPE_VERSION)
+        if version != RECIPE_VERSION:
+            raise ConfigError(
+                f"the checkpoint's recipe has version {version!r}, and this version of transformers-moe-offload reads "
+                f"version {RECIPE_VERSION}; upgrade the package"
+            )
+        options = {key: value for key, value in config_dict.items() if key not in ("quant_method", "version")}
+        config = with_options(cls, options)
+        return (config, kwargs) if return_unused_kwargs else config
+
+    def to_dict(self) -> dict[str, Any]:
+        """The fields and `quant_method`, ready for JSON."""
+        return {"quant_method": self.quant_method} | {f.name: self._plain(f.name) for f in fields(self)}
+
+    def to_diff_dict(self) -> dict[str, Any]:
+        """Only what differs from the defaults, and `quant_method`."""
+        changed = {f.name: self._plain(f.name) for f in fields(self) if getattr(self, f.name) != f.default}
+        return {"quant_method": self.quant_method} | changed
+
+    def _plain(self, name: str) -> Any:
+        """A field as JSON knows it."""
+        value = getattr(self, name)
+        if isinstance(value, ExpertFormats):
+            return value.plain()
+        return asdict(value) if isinstance(value, PrefetchConfig | HqqFormat) else value
+
+    def to_json_string(self, use_diff: bool = True) -> str:
+        """`to_diff_dict` or `to_dict` as JSON text."""
+        return json.dumps(self.to_diff_dict() if use_diff else self.to_dict(), indent=2, sort_keys=True) + "\n"

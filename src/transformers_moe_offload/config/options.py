@@ -1,0 +1,36 @@
+"""What configs of all kinds do with what people pass them."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable, Mapping
+from dataclasses import fields
+from typing import Any, TypeVar
+
+from transformers_moe_offload.errors import ConfigError
+
+Config = TypeVar("Config")
+
+
+def with_options(cls: type[Config], options: Mapping[str, Any]) -> Config:
+    """A config with these options; an unknown one is an error that suggests the nearest."""
+    refuse_unknown(cls.__name__, options, [f.name for f in fields(cls)])  # type: ignore[arg-type]
+    return cls(**options)
+
+
+def refuse_unknown(owner: str, options: Iterable[str], known: list[str]) -> None:
+    """Raise `ConfigError` for the first option that is not known, with the nearest one that is."""
+    for key in options:
+        if key not in known:
+            near = difflib.get_close_matches(str(key), known, n=1)
+            hint = f"did you mean {near[0]!r}?" if near else f"options are {', '.join(known)}"
+            raise ConfigError(f"{owner} has no option {key!r}; {hint}")
+
+
+def choose(option: str, value: object, choices: tuple[Any, ...], later: Mapping[str, str] | None = None) -> None:
+    """Refuse a value that is not one of the choices; `later` names the feature of choices still to come."""
+    if value in choices:
+        return
+    if later and isinstance(value, str) and value in later:
+        raise ConfigError(f"{option}={value!r}: {later[value]} is not available yet; use one of {list(choices)}")
+    raise ConfigError(f"{option}={value!r} is not one of {list(choices)}")

@@ -1,0 +1,144 @@
+"""How one expert is stored: which of its fields are quantized, and what arrays each field becomes.
+
+A record, a slot or a file then holds these arrays like any other tensors; nobody else needs to know a format.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from functools import cached_property
+
+import torch
+from torch import Tensor
+
+from transformers_moe_offload.config.formats import HqqFormat
+from transformers_moe_offload.expert import FieldSpec
+from transformers_moe_offload.formats.hqq import packing_of, quantize
+from transformers_moe_offload.kernels.packed import PackedMatrix, Packing
+from transformers_moe_offload.kernels.reference import dequantize
+
+
+@dataclass(frozen=True)
+class FieldCoding:
+    """How one field of an expert is stored.
+
+    A quantized field `gate_up_proj` becomes `gate_up_proj.codes`, `gate_up_proj.scale` and so on; a dense one, with no
+    format, stays what it is. Matrices that are (in, out) in the module are packed as (out, in), so that groups run
+    along the input.
+    """
+
+    field: FieldSpec
+    format: HqqFormat | None = None
+    is_transposed: bool = False
+    loaded_dtype: str | None = None
+    """What the field is decoded to; None for the dtype that it has in `field`."""
+
+    def __post_init__(self) -> None:
+        _ = self.packing  # a format that does not fit is an error here, not when the first expert is encoded
+
+    @cached_property
+    def packing(self) -> Packing | None:
+        """How the field's matrix is packed; None for a dense field."""
+        if self.format is None:
+            return None
+        rows, cols = reversed(self.field.shape) if self.is_transposed else self.field.shape
+        return packing_of(rows, cols, self.format, name=self.field.name)
+
+    @cached_property
+    def parts(self) -> tuple[FieldSpec, ...]:
+        """The arrays that are stored."""
+        if self.packing is None:
+            return (self.field,)
+        return tuple(replace(part, name=f"{self.field.name}.{part.name}") for part in self.packing.parts)
+
+    @cached_property
+    def _part_names(self) -> tuple[tuple[str, str], ...]:
+        """Names of the arrays in the matrix, and in the expert."""
+        assert self.packing is not None
+        return tuple((own.name, part.name) for own, part in zip(self.packing.parts, self.parts, strict=True))
+
+    def encode(self, tensor: Tensor, name: str | None = None) -> dict[str, Tensor]:
+        """The arrays that store a tensor of the field's shape; `name` is what an error calls it."""
+        assert tensor.shape == self.field.shape
+        if self.format is None:
+            return {self.field.name: tensor.to(getattr(torch, self.field.dtype))}
+        matrix = quantize(tensor.t() if self.is_transposed else tensor, self.format, name=name or self.field.name)
+        return {part: matrix.parts[own] for own, part in self._part_names}
+
+    def decode(self, parts: Mapping[str, Tensor]) -> Tensor:
+        """The tensor that these arrays stand for, in the field's shape and the dtype it is loaded in."""
+        dtype = getattr(torch, self.loaded_dtype or self.field.dtype)
+        if self.format is None:
+            return parts[self.field.name].to(dtype)
+        weight = dequantize(self.matrix(parts), dtype)
+        return weight.t().contiguous() if self.is_transposed else weight
+
+    def matrix(self, parts: Mapping[str, Tensor]) -> PackedMatrix:
+        """The matrix (out, in) of a quantized field, made of the arrays as they are."""
+        assert self.packing is not None
+        return PackedMatrix(self.packing, {own: parts[part] for own, part in self._part_names})
+
+
+@dataclass(frozen=True)
+class LayerCoding:
+    """How the experts of one sparse layer are stored.
+
+    Matrices are quantized; biases, norms and whatever else has not exactly two dimensions stay as they are.
+    """
+
+    fields: tuple[FieldSpec, ...]
+    format: HqqFormat | None
+    """None where all fields are stored as they are."""
+    is_transposed: bool = False
+    loaded_dtype: str | None = None
+    """What fields are decoded to; None for the dtype that each of them has in `fields`."""
+
+    def __post_init__(self) -> None:
+        _ = self.codings
+
+    @cached_property
+    def codings(self) -> tuple[FieldCoding, ...]:
+        """How each field is stored, in the order of the fields."""
+        return tuple(
+            FieldCoding(field, self.format, self.is_transposed, self.loaded_dtype)
+            if len(field.shape) == 2 and not field.name.endswith("_bias")
+            else FieldCoding(field, loaded_dtype=self.loaded_dtype)
+            for field in self.fields
+        )
+
+    @cached_property
+    def stored(self) -> tuple[FieldSpec, ...]:
+        """All arrays of an expert, in the order in which they are stored."""
+        return tuple(part for coding in self.codings for part in coding.parts)
+
+    def encode(self, tensors: Mapping[str, Tensor], name: str = "the expert") -> dict[str, Tensor]:
+        """Quantize an expert: its fields -> the arrays of `stored`. An error calls it `name`."""
+        parts: dict[str, Tensor] = {}
+        for coding in self.codings:
+            field = coding.field.name
+            parts |= coding.encode(tensors[field], f"{field} of {name}")
+        return parts
+
+    def decode(self, parts: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """The fields of an expert from the arrays of `stored`, in their shapes and the dtype they are loaded in."""
+        return {coding.field.name: coding.decode(parts) for coding in self.codings}
+
+    def decode_field(self, name: str, parts: Mapping[str, Tensor]) -> Tensor:
+        """One of these fields."""
+        return self._by_name[name].decode(parts)
+
+    @cached_property
+    def _by_name(self) -> dict[str, FieldCoding]:
+        return {coding.field.name: coding for coding in self.codings}
+
+    def matrices(self, parts: Mapping[str, Tensor]) -> dict[str, Tensor | PackedMatrix]:
+        """What to compute with: packed matrices, and dense fields; nothing is copied, unless those have to be cast."""
+        return {
+            coding.field.name: coding.decode(parts) if coding.format is None else coding.matrix(parts)
+            for coding in self.codings
+        }
+
+    def cast(self, dtype: str) -> LayerCoding:
+        """The same for a model in another dtype: what is stored stays, and is decoded to that."""
+        return replace(self, loaded_dtype=dtype)

@@ -1,0 +1,130 @@
+"""Linear layers of attention and dense MLPs with their weights in low bits."""
+
+# N outputs, K inputs
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from transformers_moe_offload import kernels
+from transformers_moe_offload.config import HqqFormat
+from transformers_moe_offload.formats.hqq import packing_of, quantize
+from transformers_moe_offload.hf.layer import SparseLayer
+from transformers_moe_offload.kernels.packed import PackedMatrix, Packing
+from transformers_moe_offload.kernels.reference import dequantize
+from transformers_moe_offload.memory.record import torch_dtype
+
+_ROUTERS = {"router", "gate"}
+"""What Transformers calls the modules that score experts."""
+
+
+class HqqLinear(nn.Linear):
+    """A linear layer that holds a packed weight: `weight_codes`, `weight_scale` and so on, buffers of the module.
+
+    `weight` is the weight decoded, made anew at each access. Casting the layer changes what it decodes to, not what it
+    holds.
+    """
+
+    def __init__(
+        self, packing: Packing, *, bias: bool, dtype: torch.dtype, device: torch.device | str | None = None
+    ) -> None:
+        nn.Module.__init__(self)
+        self.in_features, self.out_features = packing.cols, packing.rows
+        self.packing = packing
+        self._dtype = dtype
+        for part in packing.parts:
+            empty = torch.empty(part.shape, dtype=torch_dtype(part.dtype), device=device)
+            self.register_buffer(f"weight_{part.name}", empty)
+        self.bias = nn.Parameter(torch.empty(packing.rows, dtype=dtype, device=device)) if bias else None
+
+    @classmethod
+    def quantize(cls, linear: nn.Linear, format: HqqFormat) -> HqqLinear:
+        """A linear layer's packed twin, on the same device; raises `ConfigError` if groups do not fit its inputs."""
+        matrix = quantize(linear.weight.detach(), format)
+        weight = linear.weight
+        made = cls(matrix.packing, bias=linear.bias is not None, dtype=weight.dtype, device="meta")
+        for name, part in matrix.parts.items():
+            setattr(made, f"weight_{name}", part.to(weight.device))
+        made.bias = linear.bias
+        return made.train(linear.training)
+
+    @property
+    def matrix(self) -> PackedMatrix:
+        """The weight as it is held."""
+        return PackedMatrix(
+            self.packing, {part.name: getattr(self, f"weight_{part.name}") for part in self.packing.parts}
+        )
+
+    @property
+    def weight(self) -> Tensor:  # type: ignore[override]
+        """The weight, decoded: (N, K)."""
+        return dequantize(self.matrix, self._dtype)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x (..., K) -> (..., N) in the dtype of x."""
+        if torch.is_autocast_enabled(x.device.type):
+            x = x.to(torch.get_autocast_dtype(x.device.type))
+        out = kernels.linear(x.reshape(-1, self.in_features), self.matrix).view(*x.shape[:-1], self.out_features)
+        return out if self.bias is None else out + self.bias
+
+    def dequantized(self) -> nn.Linear:
+        """An ordinary linear layer with the decoded weight."""
+        linear = nn.Linear(self.in_features, self.out_features, bias=self.bias is not None, device="meta")
+        linear.weight = nn.Parameter(self.weight)
+        linear.bias = self.bias
+        return linear.train(self.training)
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Any:
+        held = {name: buffer.dtype for name, buffer in self._buffers.items() if buffer is not None}
+        before = dict(self._buffers)
+        super()._apply(fn, recurse)
+        for name, dtype in held.items():
+            moved, plain = self._buffers[name], before[name]
+            if moved is not None and plain is not None and moved.dtype != dtype:
+                self._buffers[name] = plain.to(moved.device)
+        self._dtype = fn(torch.empty(0, dtype=self._dtype)).dtype
+        return self
+
+    def extra_repr(self) -> str:
+        """As `nn.Linear`, and the bits."""
+        return f"{super().extra_repr()}, nbits={self.packing.nbits}, group_size={self.packing.group_size}"
+
+
+def dense_linears(model: Any, layers: Iterable[SparseLayer]) -> Iterator[tuple[str, nn.Linear]]:
+    """The linear layers that `dense=` is about, by path: not the output embedding, not routers, nothing in experts."""
+    head = model.get_output_embeddings()
+    layers = list(layers)
+    counts = {(layer.name.rpartition(".")[0], count) for layer in layers for count in (1, layer.num_experts)}
+    inside = tuple(f"{layer.name}." for layer in layers)
+    for name, module in model.named_modules():
+        if type(module) is not nn.Linear or module is head or name.startswith(inside):
+            continue
+        if _ROUTERS & set(name.split(".")) or (name.rpartition(".")[0], module.out_features) in counts:
+            continue
+        yield name, module
+
+
+def quantize_dense(model: Any, layers: Iterable[SparseLayer], format: HqqFormat) -> None:
+    """Replace the weights of a loaded model's dense linear layers, one after the other."""
+    for name, linear in list(dense_linears(model, layers)):
+        model.set_submodule(name, HqqLinear.quantize(linear, format))
+
+
+def prepare_dense(model: Any, layers: Iterable[SparseLayer], format: HqqFormat) -> None:
+    """Make room in a model on meta for the packed weights of a checkpoint."""
+    for name, linear in list(dense_linears(model, layers)):
+        packing = packing_of(linear.out_features, linear.in_features, format)
+        weight = linear.weight
+        packed = HqqLinear(packing, bias=linear.bias is not None, dtype=weight.dtype, device=weight.device)
+        model.set_submodule(name, packed)
+
+
+def restore_dense(model: nn.Module) -> None:
+    """Put ordinary linear layers back, with decoded weights."""
+    for name, module in list(model.named_modules()):
+        if isinstance(module, HqqLinear):
+            model.set_submodule(name, module.dequantized())

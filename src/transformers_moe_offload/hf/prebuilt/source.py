@@ -1,0 +1,218 @@
+"""A plain checkpoint, expert by expert and dense tensor by tensor, as what a prebuilt one is written from.
+
+Nothing larger than one expert or one conversion's tensors is read at a time, and the model is never built with weights.
+"""
+
+# N outputs, K inputs of a linear layer
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from copy import deepcopy
+from dataclasses import dataclass, replace
+from functools import partial
+from pathlib import Path
+from typing import Any, TypeVar
+
+import torch
+from torch import Tensor, nn
+from transformers.conversion_mapping import get_model_conversion_mapping
+
+from transformers_moe_offload.config import ExpertFormats, HqqFormat, OffloadConfig
+from transformers_moe_offload.config.formats import GROUP_SIZES
+from transformers_moe_offload.errors import CheckpointError, ConfigError
+from transformers_moe_offload.expert import FieldSpec
+from transformers_moe_offload.formats.coding import LayerCoding
+from transformers_moe_offload.formats.hqq import packing_of, quantize
+from transformers_moe_offload.hf.checkpoint import Checkpoint, locate
+from transformers_moe_offload.hf.dense import dense_linears
+from transformers_moe_offload.hf.layer import OffloadedExperts, SparseLayer, layer_of
+from transformers_moe_offload.hf.layouts.base import parameter
+from transformers_moe_offload.hf.locate import ParameterSource, trace_parameters
+from transformers_moe_offload.hf.prebuilt.layout import DenseContent, LayerContent
+from transformers_moe_offload.memory.encoding import encoded_row
+from transformers_moe_offload.memory.field_source import FieldSource
+from transformers_moe_offload.memory.record import dtype_name
+
+T = TypeVar("T")
+
+
+@dataclass(frozen=True)
+class Quantization:
+    """A model on meta, its experts taken out, and how it is to be quantized; checked, before any weight is read."""
+
+    model: Any
+    layers: Sequence[SparseLayer]
+    codings: Sequence[LayerCoding]
+    packed: Mapping[str, nn.Linear]
+    """The linear layers that are quantized, by the names of their weights."""
+    dense: HqqFormat | None
+    checkpoint: Checkpoint
+    """What Transformers would decide about loading the plain model; without files yet."""
+
+    @classmethod
+    def of(cls, model: Any, config: OffloadConfig, dtype: torch.dtype) -> Quantization:
+        """How to quantize a model that is loaded in a dtype.
+
+        Raises `ConfigError` where a group size does not divide a matrix, with those that do.
+        """
+        layers = [layer_of(module) for module in model.modules() if isinstance(module, OffloadedExperts)]
+        formats = config.formats or ExpertFormats()
+        formats.check(len(layers))
+        packed = {f"{name}.weight": linear for name, linear in dense_linears(model, layers)} if config.dense else {}
+        codings = [_coding(model, layer, formats) for layer in layers]
+        made = cls(model, layers, codings, packed, config.dense, _undecided(model, layers, dtype))
+        for name in packed:
+            made.parts_of(name)
+        return made
+
+    def parts_of(self, name: str) -> tuple[FieldSpec, ...]:
+        """What is stored for a dense tensor."""
+        linear = self.packed.get(name)
+        if linear is None or self.dense is None:
+            shape = self.checkpoint.parameters[name].shape
+            return (FieldSpec(name, tuple(shape), dtype_name(self.checkpoint.dtype_of(name))),)
+        packing = _fitted(name, self.dense, partial(packing_of, linear.out_features, linear.in_features))
+        return tuple(FieldSpec(f"{name}_{part.name}", part.shape, part.dtype) for part in packing.parts)
+
+    def saved_names(self) -> dict[str, list[str]]:
+        """The names of the dense tensors that are stored, with all names of each: once where weights are tied."""
+        by_tensor: dict[int, list[str]] = {}
+        for name, tensor in self.model.state_dict(keep_vars=True).items():
+            if name not in (self.model._keys_to_ignore_on_save or ()):
+                by_tensor.setdefault(id(tensor), []).append(name)
+        saved: dict[str, list[str]] = {}
+        for names in by_tensor.values():
+            packed = [name for name in names if name in self.packed]
+            plain = next((name for name in names if name not in self.model.all_tied_weights_keys), names[0])
+            saved |= dict.fromkeys(packed or [plain], names)
+        return saved
+
+    def encode(self, name: str, tensor: Tensor) -> dict[str, Tensor]:
+        """The arrays of `parts_of`."""
+        if name not in self.packed or self.dense is None:
+            return {name: tensor}
+        return {f"{name}_{part}": array for part, array in quantize(tensor, self.dense, name=name).parts.items()}
+
+
+def contents(
+    quantization: Quantization, files: Sequence[Path], folder: Path
+) -> tuple[list[LayerContent], list[DenseContent]]:
+    """What to write, given the files of the plain checkpoint and the folder that they belong to."""
+    model, undecided = quantization.model, quantization.checkpoint
+    checkpoint = Checkpoint.open(files, folder=folder, parameters=undecided.parameters, dtype_plan=undecided.dtype_plan)
+    conversions = get_model_conversion_mapping(model)
+    sources = locate(model, quantization.layers, checkpoint, conversions)
+    layers = [
+        LayerContent(source.spec.name, source.spec.num_experts, coding.stored, partial(encoded_row, source, coding))
+        for source, coding in zip(sources, quantization.codings, strict=True)
+    ]
+    traced = trace_parameters(model, checkpoint.parameters, conversions, checkpoint.tensors)
+    return layers, list(_dense_contents(quantization, checkpoint, traced))
+
+
+def _undecided(model: Any, layers: Sequence[SparseLayer], dtype: torch.dtype) -> Checkpoint:
+    experts = {
+        f"{layer.name}.{path}": parameter(model.get_submodule(layer.name), path)
+        for layer in layers
+        for field in layer.fields
+        for path in field.paths
+    }
+    return Checkpoint({}, parameters=experts | model.state_dict(), dtype_plan=model._get_dtype_plan(dtype) or {})
+
+
+def _coding(model: Any, layer: SparseLayer, formats: ExpertFormats) -> LayerCoding:
+    fields = tuple(FieldSpec(field.name, field.shape, dtype_name(field.dtype)) for field in layer.fields)
+    is_transposed = layer.layout.is_transposed(model.get_submodule(layer.name))
+
+    def coding(format: HqqFormat | None) -> LayerCoding:
+        made = LayerCoding(fields, format, is_transposed)
+        _ = made.stored
+        return made
+
+    format = formats.of_layer(layer.index)
+    return coding(None) if format is None else _fitted(layer.name, format, coding)
+
+
+def _fitted(name: str, format: HqqFormat, fit: Callable[[HqqFormat], T]) -> T:
+    """What `fit` makes of a format; its `ConfigError` is given a name, and the group sizes with which there is none."""
+    try:
+        return fit(format)
+    except ConfigError as error:
+        sizes = [size for size in GROUP_SIZES if _fits(replace(format, group_size=size), fit)]
+        fitting = f"group sizes that fit are {sizes}" if sizes else "no group size fits"
+        raise ConfigError(f"{name}: {error}; {fitting}") from error
+
+
+def _fits(format: HqqFormat, fit: Callable[[HqqFormat], object]) -> bool:
+    try:
+        fit(format)
+    except ConfigError:
+        return False
+    return True
+
+
+def _dense_contents(
+    quantization: Quantization, checkpoint: Checkpoint, traced: Mapping[str, ParameterSource]
+) -> Iterator[DenseContent]:
+    """All tensors but the experts'; those that one conversion makes are one content."""
+    leaders: dict[int, str] = {}
+    for name, source in traced.items():
+        leaders.setdefault(id(source), name)
+    groups: dict[int, dict[str, str]] = {}
+    for name, aliases in quantization.saved_names().items():
+        found = next((alias for alias in (name, *aliases) if alias in traced), None)
+        if found is not None:
+            groups.setdefault(id(traced[found]), {})[found] = name
+        elif not _may_be_missing(quantization.model, name):
+            raise CheckpointError(
+                f"the checkpoint holds nothing for {name}; it is incomplete or belongs to another model"
+            )
+    for source_id, names in groups.items():
+        leader = leaders[source_id]
+        parts = tuple(part for name in names.values() for part in quantization.parts_of(name))
+        dtype = dtype_name(checkpoint.dtype_of(leader))
+        yield DenseContent(parts, partial(_read, quantization, leader, traced[leader], dtype, names))
+
+
+def _may_be_missing(model: Any, name: str) -> bool:
+    """Whether Transformers knows what a tensor is without being told by the checkpoint."""
+    patterns = model._keys_to_ignore_on_load_missing or ()
+    return name in dict(model.named_buffers()) or any(re.search(pattern, name) for pattern in patterns)
+
+
+def _read(
+    quantization: Quantization, leader: str, source: ParameterSource, dtype: str, names: Mapping[str, str]
+) -> dict[str, Tensor]:
+    """Run one conversion, and quantize what it makes; `names` are the names in the model -> the names to save it as."""
+    made = _convert(quantization.model, leader, source, dtype)
+    arrays: dict[str, Tensor] = {}
+    expected = quantization.checkpoint.parameters
+    for found, name in names.items():
+        if found not in made or made[found].shape != expected[name].shape:
+            shape = list(made[found].shape) if found in made else "nothing"
+            raise CheckpointError(
+                f"the checkpoint holds {shape} for {found}, but the model expects {list(expected[name].shape)}; the "
+                f"config does not belong to these weights"
+            )
+        arrays |= quantization.encode(name, made[found].to(quantization.checkpoint.dtype_of(name)))
+    return arrays
+
+
+def _convert(model: Any, leader: str, source: ParameterSource, dtype: str) -> dict[str, Tensor]:
+    """The parameters that a conversion makes, as Transformers would: `leader` is the first of them."""
+    tensors = {
+        pattern: [FieldSource((one,), (dtype,)).read(one.shape) for one in stored]
+        for pattern, stored in source.stored.items()
+    }
+    if source.converter is None:
+        ((tensor,),) = tensors.values()
+        return {leader: tensor}
+    conversion = deepcopy(source.converter)
+    for pattern in conversion.source_patterns:
+        if pattern in tensors:
+            conversion.collected_tensors[pattern] = tensors.pop(pattern)
+    with torch.no_grad():
+        converted: dict[str, Any] = conversion.convert(leader, model=model, config=model.config)
+    return {name: out[0] if isinstance(out, list) else out for name, out in converted.items()}

@@ -1,0 +1,59 @@
+"""`save_pretrained` of a model whose weights are quantized: a prebuilt checkpoint, as `moe-offload quantize` writes it.
+
+A complete checkpoint that is already in the folder is replaced as a whole, once the new one is complete.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+from transformers.modeling_utils import remove_tied_weights_from_state_dict
+
+from transformers_moe_offload.expert import FieldSpec
+from transformers_moe_offload.hf.prebuilt.layout import DenseContent, LayerContent, prebuilt_config, shards_of
+from transformers_moe_offload.hf.prebuilt.resume import replacing
+from transformers_moe_offload.hf.prebuilt.writer import as_json, finish, write_shards
+from transformers_moe_offload.hf.runtime import OffloadRuntime
+from transformers_moe_offload.memory.record import dtype_name
+from transformers_moe_offload.memory.safetensors_writer import write_text
+
+
+def save_quantized(model: Any, folder: Path, state_dict: Mapping[str, Tensor] | None = None) -> None:
+    """Write the model, in the format that it is in, into a folder that may hold other files.
+
+    `state_dict` are the weights to save in place of the model's own; those of the experts are always its own.
+    """
+    runtime: OffloadRuntime = model.moe_offload
+    recipe = runtime.config.recipe()
+    shards = shards_of(list(_layers(runtime)), list(_dense(model, state_dict)))
+    with replacing(folder, recipe | {"written_by": "save_pretrained"}) as place:
+        write_shards(place, shards)
+        write_text(place / "config.json", as_json(prebuilt_config(_plain_config(model), recipe)))
+        if model.can_generate():
+            model.generation_config.save_pretrained(place)
+        finish(place, shards)
+
+
+def _layers(runtime: OffloadRuntime) -> Iterator[LayerContent]:
+    for layer in runtime.layers:
+        source = runtime.source(layer)
+        yield LayerContent(layer.name, layer.num_experts, source.stored, source.read_record)
+
+
+def _dense(model: Any, state_dict: Mapping[str, Tensor] | None) -> Iterator[DenseContent]:
+    tensors = dict(model.state_dict() if state_dict is None else state_dict)
+    for name, tensor in remove_tied_weights_from_state_dict(tensors, model).items():
+        spec = FieldSpec(name, tuple(tensor.shape), dtype_name(tensor.dtype))
+        yield DenseContent((spec,), lambda name=name, tensor=tensor: {name: tensor.detach().cpu().contiguous()})
+
+
+def _plain_config(model: Any) -> dict[str, Any]:
+    model.config.dtype = dtype_name(model.dtype)
+    model.config.architectures = [type(model).__name__]
+    plain: dict[str, Any] = json.loads(model.config.to_json_string())
+    return plain
+

@@ -1,0 +1,44 @@
+"""Arithmetic with matrices in low bits.
+
+`linear` is what the rest of the package calls. It uses the compiled kernels on CPUs where they were built, else the
+torch reference; `available` says which, and why not the others.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from transformers_moe_offload.config.options import choose
+from transformers_moe_offload.kernels import cpu, native, reference
+from transformers_moe_offload.kernels.cpu import Activations
+from transformers_moe_offload.kernels.gradient import Linear
+from transformers_moe_offload.kernels.packed import PackedMatrix, Packing
+
+__all__ = ["Activations", "PackedMatrix", "Packing", "available", "linear"]
+
+
+def linear(rows: Tensor, matrix: PackedMatrix, *, activations: Activations = "exact") -> Tensor:
+    """rows (T, K) of any float dtype -> their products with the rows of the matrix, (T, N), in the rows' dtype.
+
+    Products are added up in float32. `activations="int8"` lets kernels that can round the rows to 8 bits, which is
+    faster and about 1 % off. Differentiable in the rows.
+    """
+    if activations != "exact":
+        choose("activations", activations, ("exact", "int8"))
+    if rows.requires_grad and torch.is_grad_enabled():
+        out: Tensor = Linear.apply(rows, matrix, activations, _linear)  # type: ignore[no-untyped-call]
+        return out
+    return _linear(rows, matrix, activations)
+
+
+def available() -> dict[str, str]:
+    """Each kind of kernel there could be, and its variant, or why it is not there."""
+    found = native.native()
+    return {"cpu": found.kernels or f"not there: {found.missing}", "torch": "any device"}
+
+
+def _linear(rows: Tensor, matrix: PackedMatrix, activations: Activations) -> Tensor:
+    if rows.device.type == "cpu" and rows.dtype in cpu.TYPES and native.library() is not None:
+        return cpu.linear(rows, matrix, activations)
+    return reference.linear(rows, matrix)

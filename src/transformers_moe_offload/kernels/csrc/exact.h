@@ -1,0 +1,188 @@
+/* Products with float32 weights, `(code - zero) * scale` rounded as the torch reference rounds them.
+ *
+ * Included once by each instruction set, after tile.h and its vectors:
+ *   LANES, vec, ints       floats, and codes, in a vector
+ *   WIDE_ROWS              rows of a tile that are multiplied by several inputs at once without leaving the registers
+ *   load, store, fused (a * b + c), sum, load_codes, shifted
+ *   struct values, values_of(scale, zero, nbits), weights(codes, values, nbits): codes may have bits above theirs
+ *   with_third(codes, high, place): 2-bit codes, which may have bits above theirs, and the bit of `high` at that place
+ *
+ * A product is added up lane by lane in the order of the columns and by one thread, so that it depends neither on the
+ * number of threads nor on the rows that are multiplied beside it.
+ */
+
+/* Columns that are decoded at a time: 8 rows of them in float32 are 16 KiB, which leaves most of an L1 to the input. */
+#define CHUNK 512
+
+/* Decode the columns of a tile from `column` on, at most MOST_GROUPS groups, whose scales and zeros have been read.
+ * `with_input`, which is one row, its products with the weights are added to `sums` (TILE_ROWS); else the weights are
+ * written to `out` (TILE_ROWS, CHUNK). `third_in_one`: the rows of the matrix in a row of bytes also have their third
+ * bits in one row of bytes, which is so if their number is a multiple of 8. */
+ALWAYS_INLINE void decode(const struct matrix *m, const struct tile *tile, int64_t column, int64_t length,
+                          const float *input, vec *sums, float *out, const int with_input, const int nbits,
+                          const int third_in_one, const int group_size)
+{
+    const int plane = nbits == 3 ? 2 : nbits, in_a_byte = 8 / plane, num_byte_rows = TILE_ROWS / in_a_byte;
+    const uint8_t *bytes[TILE_ROWS], *high[TILE_ROWS];
+    int place[TILE_ROWS];
+    vec sum[TILE_ROWS];
+    struct values values[TILE_ROWS];
+#pragma GCC unroll 8
+    for (int i = 0; i < TILE_ROWS; i++) {
+        if (i < num_byte_rows)
+            bytes[i] = tile->bytes[i] + column;
+        if (nbits == 3)
+            high[third_in_one ? i / in_a_byte : i] = third_bits(m, tile->row[i], &place[i]) + column;
+        if (with_input)
+            sum[i] = sums[i];
+    }
+    for (int64_t group = 0; group < length / group_size; group++) {
+        int64_t start = group * group_size;
+        for (int k = 0; k < group_size && (start + k) % 64 == 0; k += 64)
+#pragma GCC unroll 8
+            for (int b = 0; b < num_byte_rows; b++)
+                fetch_ahead(bytes[b] + start + k, num_byte_rows * m->cols);
+#pragma GCC unroll 8
+        for (int i = 0; i < TILE_ROWS; i++)
+            values[i] = values_of(tile->scale[i][group], tile->zero[i][group], nbits);
+        for (int64_t k = start; k < start + group_size; k += LANES) {
+#pragma GCC unroll 8
+            for (int i = 0; i < TILE_ROWS; i++) {
+                ints codes = shifted(load_codes(bytes[i / in_a_byte] + k), 8 - plane * (i % in_a_byte + 1));
+                if (nbits == 3)
+                    codes = with_third(codes, load_codes(high[third_in_one ? i / in_a_byte : i] + k), place[i]);
+                if (with_input)
+                    sum[i] = fused(weights(codes, values[i], nbits), load(input + k), sum[i]);
+                else
+                    store(out + i * CHUNK + k, weights(codes, values[i], nbits));
+            }
+        }
+    }
+#pragma GCC unroll 8
+    for (int i = 0; with_input && i < TILE_ROWS; i++)
+        sums[i] = sum[i];
+}
+
+ALWAYS_INLINE void decode_bits(const struct matrix *m, const struct tile *tile, int64_t column, int64_t length,
+                               const float *input, vec *sums, float *out, const int with_input, const int nbits,
+                               const int third_in_one)
+{
+    switch (m->group_size) {
+    case 16: decode(m, tile, column, length, input, sums, out, with_input, nbits, third_in_one, 16); break;
+    case 32: decode(m, tile, column, length, input, sums, out, with_input, nbits, third_in_one, 32); break;
+    case 64: decode(m, tile, column, length, input, sums, out, with_input, nbits, third_in_one, 64); break;
+    default: decode(m, tile, column, length, input, sums, out, with_input, nbits, third_in_one, 128);
+    }
+}
+
+ALWAYS_INLINE void decode_any(const struct matrix *m, const struct tile *tile, int64_t column, int64_t length,
+                              const float *input, vec *sums, float *out, const int with_input)
+{
+    switch (m->nbits) {
+    case 8: decode_bits(m, tile, column, length, input, sums, out, with_input, 8, 0); break;
+    case 4: decode_bits(m, tile, column, length, input, sums, out, with_input, 4, 0); break;
+    case 3:
+        if (m->rows % 8 == 0)
+            decode_bits(m, tile, column, length, input, sums, out, with_input, 3, 1);
+        else
+            decode_bits(m, tile, column, length, input, sums, out, with_input, 3, 0);
+        break;
+    case 2: decode_bits(m, tile, column, length, input, sums, out, with_input, 2, 0); break;
+    default: decode_bits(m, tile, column, length, input, sums, out, with_input, 1, 0);
+    }
+}
+
+static void decode_tile(const struct matrix *m, const struct tile *tile, int64_t column, int64_t length, float *out)
+{
+    decode_any(m, tile, column, length, NULL, NULL, out, 0);
+}
+
+static void multiply_packed(const struct matrix *m, const struct tile *tile, int64_t column, int64_t length,
+                            const float *input, vec *sums)
+{
+    decode_any(m, tile, column, length, input, sums, NULL, 1);
+}
+
+/* Add the products of some rows of a tile and some inputs to `sums` (T, TILE_ROWS). */
+ALWAYS_INLINE void multiply(const float *tile, const float *inputs, int64_t cols, int64_t length, vec *sums,
+                            const int rows, const int num_inputs)
+{
+    vec sum[8][3];
+#pragma GCC unroll 8
+    for (int i = 0; i < rows; i++)
+#pragma GCC unroll 3
+        for (int t = 0; t < num_inputs; t++)
+            sum[i][t] = sums[t * TILE_ROWS + i];
+    for (int64_t k = 0; k < length; k += LANES) {
+        vec x[3];
+#pragma GCC unroll 3
+        for (int t = 0; t < num_inputs; t++)
+            x[t] = load(inputs + t * cols + k);
+#pragma GCC unroll 8
+        for (int i = 0; i < rows; i++) {
+            vec w = load(tile + i * CHUNK + k);
+#pragma GCC unroll 3
+            for (int t = 0; t < num_inputs; t++)
+                sum[i][t] = fused(w, x[t], sum[i][t]);
+        }
+    }
+#pragma GCC unroll 8
+    for (int i = 0; i < rows; i++)
+#pragma GCC unroll 3
+        for (int t = 0; t < num_inputs; t++)
+            sums[t * TILE_ROWS + i] = sum[i][t];
+}
+
+static void multiply_tile(const float *tile, const struct product *p, int64_t column, int64_t length, vec *sums)
+{
+    int64_t cols = p->matrix->cols;
+    for (int64_t t = 0; t < p->inputs;) {
+        const float *inputs = p->rows + t * cols + column;
+        int64_t left = p->inputs - t;
+        vec *mine = sums + t * TILE_ROWS;
+        if (left == 1) {
+            multiply(tile, inputs, cols, length, mine, TILE_ROWS, 1);
+        } else {
+            for (int i = 0; i < TILE_ROWS; i += WIDE_ROWS) {
+                if (left == 2)
+                    multiply(tile + i * CHUNK, inputs, cols, length, mine + i, WIDE_ROWS, 2);
+                else
+                    multiply(tile + i * CHUNK, inputs, cols, length, mine + i, WIDE_ROWS, 3);
+            }
+        }
+        t += left < 3 ? left : 3;
+    }
+}
+
+/* Add up the lanes of the sums (T, TILE_ROWS). */
+static void write_tile(const struct product *p, const struct tile *tile, const vec *sums)
+{
+    for (int64_t t = 0; t < p->inputs; t++)
+        for (int i = 0; i < TILE_ROWS; i++)
+            if (tile->row[i] < p->matrix->rows)
+                put(p, t, tile->row[i], sum(sums[t * TILE_ROWS + i]));
+}
+
+static void exact_tiles(const struct product *p, int64_t first_tile, int64_t last_tile)
+{
+    const struct matrix *m = p->matrix;
+    _Alignas(64) float weights_of_tile[TILE_ROWS * CHUNK];
+    vec sums[MOST_INPUTS * TILE_ROWS];
+    struct tile tile;
+    int64_t at_once = p->inputs == 1 ? MOST_GROUPS * m->group_size : CHUNK;
+    for (int64_t number = first_tile; number < last_tile; number++) {
+        find_rows(m, number, &tile);
+        memset(sums, 0, (size_t)p->inputs * TILE_ROWS * sizeof(vec));
+        for (int64_t column = 0; column < m->cols; column += at_once) {
+            int64_t length = m->cols - column < at_once ? m->cols - column : at_once;
+            read_meta(m, column / m->group_size, length / m->group_size, &tile);
+            if (p->inputs == 1) {
+                multiply_packed(m, &tile, column, length, p->rows + column, sums);
+            } else {
+                decode_tile(m, &tile, column, length, weights_of_tile);
+                multiply_tile(weights_of_tile, p, column, length, sums);
+            }
+        }
+        write_tile(p, &tile, sums);
+    }
+}

@@ -1,0 +1,68 @@
+/* What the kernels are told: a packed matrix, the rows it multiplies, and where the products go.
+ *
+ * The layout of a matrix is that of packed.py. Letters: T rows of input, N rows and K columns of the matrix, g group
+ * size, G = K / g groups in a row, R rows of bytes.
+ */
+#ifndef LOWBIT_H
+#define LOWBIT_H
+
+#include <stdint.h>
+
+#define META_BLOCK 128 /* as in packed.py */
+
+enum float_type { FLOAT32 = 0, BFLOAT16 = 1, FLOAT16 = 2 };
+
+struct matrix {
+    int64_t rows, cols;
+    int nbits, group_size, meta_nbits;
+    const uint8_t *codes, *high;             /* high: of 3-bit codes only */
+    const void *scale, *zero;                /* uint16_t holding float16, or uint8_t */
+    const uint16_t *scale_range, *zero_range; /* of 8-bit scales and zeros only */
+};
+
+/* Rows of input as int8: x is about `scale[k / g] * codes[k]`. Columns and groups are padded with zeros. */
+struct rounded_rows {
+    int64_t cols, groups;
+    int8_t *codes;      /* (T, cols) */
+    float *scale, *sum; /* (T, groups); sum is scale times the sum of the group's codes */
+};
+
+struct product {
+    const struct matrix *matrix;
+    int64_t inputs;              /* T */
+    const float *rows;           /* (T, K), for `exact` */
+    struct rounded_rows rounded; /* for `rounded` */
+    void *out;                   /* (T, N) */
+    enum float_type out_type;
+};
+
+/* The rows of a matrix are multiplied a tile at a time: as many rows of bytes as hold TILE_ROWS rows of codes. */
+#define TILE_ROWS 8
+
+/* Most rows of input that one call to a kernel takes. */
+#define MOST_INPUTS 48
+
+/* The kernels of one instruction set. */
+struct kernels {
+    const char *name;
+    void (*exact)(const struct product *, int64_t first_tile, int64_t last_tile);
+    void (*rounded)(const struct product *, int64_t first_tile, int64_t last_tile);
+    void (*round)(const struct product *, const float *rows);
+    void (*to_float)(const void *values, enum float_type, int64_t count, float *out);
+};
+
+extern const struct kernels portable_kernels;
+#if defined(__x86_64__)
+extern const struct kernels avx2_kernels, avx512_kernels;
+#endif
+
+static inline int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
+
+/* Bits of a code in the plane `codes`: 3-bit codes have their third bit in `high`. */
+static inline int plane_nbits(int nbits) { return nbits == 3 ? 2 : nbits; }
+
+static inline int64_t byte_rows(const struct matrix *m) { return ceil_div(m->rows, 8 / plane_nbits(m->nbits)); }
+
+static inline int64_t tile_byte_rows(const struct matrix *m) { return TILE_ROWS * plane_nbits(m->nbits) / 8; }
+
+#endif

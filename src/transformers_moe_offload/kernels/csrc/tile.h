@@ -1,0 +1,102 @@
+/* One tile of a matrix: which rows it has, their scales and zeros, and where their third bits lie.
+ *
+ * Included once by each instruction set, after `halves_to_floats(const uint16_t *, int64_t, float *)`.
+ */
+
+#include <stddef.h>
+
+#include "half.h"
+#include "lowbit.h"
+
+#define ALWAYS_INLINE static inline __attribute__((always_inline))
+
+/* Most groups of a row that are looked at at once, and zeros after them, so that vectors may look past the end. */
+#define MOST_GROUPS 64
+#define PAD_GROUPS 32
+
+struct tile {
+    const uint8_t *bytes[TILE_ROWS]; /* rows of bytes, of their first column */
+    int64_t row[TILE_ROWS];          /* of the matrix; N or more where there is none */
+    float scale[TILE_ROWS][MOST_GROUPS + PAD_GROUPS], zero[TILE_ROWS][MOST_GROUPS + PAD_GROUPS];
+};
+
+/* A row of bytes that does not exist looks like the last one, and its rows of the matrix do not exist. */
+static void find_rows(const struct matrix *m, int64_t number, struct tile *tile)
+{
+    int64_t total = byte_rows(m), in_tile = tile_byte_rows(m), in_a_byte = 8 / plane_nbits(m->nbits);
+    for (int64_t b = 0; b < in_tile; b++) {
+        int64_t byte_row = number * in_tile + b;
+        tile->bytes[b] = m->codes + (byte_row < total ? byte_row : total - 1) * m->cols;
+        for (int64_t i = 0; i < in_a_byte; i++)
+            tile->row[b * in_a_byte + i] = byte_row < total ? byte_row + i * total : m->rows;
+    }
+}
+
+ALWAYS_INLINE void meta_to_floats(const struct matrix *m, const void *stored, const uint16_t *range, int64_t start,
+                                  int64_t count, float *out)
+{
+    if (m->meta_nbits == 16) {
+        halves_to_floats((const uint16_t *)stored + start, count, out);
+        return;
+    }
+    const uint8_t *values = (const uint8_t *)stored + start;
+    for (int64_t done = 0; done < count;) {
+        int64_t block = (start + done) / META_BLOCK, stop = (block + 1) * META_BLOCK - start;
+        float minimum_and_step[2];
+        halves_to_floats(range + 2 * block, 2, minimum_and_step);
+        for (stop = stop < count ? stop : count; done < stop; done++)
+            out[done] = minimum_and_step[0] + minimum_and_step[1] * (float)values[done];
+    }
+}
+
+/* Scales and zeros of the groups from `group` on. A row that does not exist gets zeros, and so weights of zero. */
+static void read_meta(const struct matrix *m, int64_t group, int64_t count, struct tile *tile)
+{
+    int64_t groups = m->cols / m->group_size;
+    for (int i = 0; i < TILE_ROWS; i++) {
+        if (tile->row[i] < m->rows) {
+            int64_t start = tile->row[i] * groups + group;
+            meta_to_floats(m, m->scale, m->scale_range, start, count, tile->scale[i]);
+            meta_to_floats(m, m->zero, m->zero_range, start, count, tile->zero[i]);
+            memset(tile->scale[i] + count, 0, PAD_GROUPS * sizeof(float));
+            memset(tile->zero[i] + count, 0, PAD_GROUPS * sizeof(float));
+        } else {
+            memset(tile->scale[i], 0, sizeof tile->scale[i]);
+            memset(tile->zero[i], 0, sizeof tile->zero[i]);
+        }
+    }
+}
+
+/* Of 3-bit codes: the bytes their third bit is in, and its place in them. Rows that do not exist look like row 0. */
+static const uint8_t *third_bits(const struct matrix *m, int64_t row, int *place)
+{
+    int64_t total = ceil_div(m->rows, 8);
+    row = row < m->rows ? row : 0;
+    *place = (int)(7 - row / total);
+    return m->high + row % total * m->cols;
+}
+
+/* Tiles follow each other in memory: while one is decoded, the same place of the next is fetched. */
+ALWAYS_INLINE void fetch_ahead(const uint8_t *bytes, int64_t tile_bytes)
+{
+    __builtin_prefetch(bytes + tile_bytes, 0, 2);
+}
+
+static void put(const struct product *p, int64_t input, int64_t row, float value)
+{
+    int64_t place = input * p->matrix->rows + row;
+    if (p->out_type == FLOAT32)
+        ((float *)p->out)[place] = value;
+    else
+        ((uint16_t *)p->out)[place] = p->out_type == BFLOAT16 ? bfloat_of_float(value) : half_of_float(value);
+}
+
+static void values_to_floats(const void *values, enum float_type type, int64_t count, float *out)
+{
+    const uint16_t *bits = (const uint16_t *)values;
+    if (type == FLOAT16)
+        halves_to_floats(bits, count, out);
+    else
+        for (int64_t k = 0; k < count; k++)
+            out[k] = float_of_bfloat(bits[k]);
+}

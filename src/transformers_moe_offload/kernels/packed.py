@@ -1,0 +1,78 @@
+"""A matrix in low bits: which arrays it is made of, and what a code in them means.
+
+Weight (n, k) is `(code[n, k] - zero[n, k // g]) * scale[n, k // g]`, in float32. Codes of 8, 4, 2 and 1 bits lie as
+hqq 0.2.8 packs them along axis 1 (`hqq/core/bitpack.py`): with `f = 8 / nbits` codes in a byte, byte (r, k) holds the
+codes of the rows r, r + R, r + 2R, ... of column k, the first one in the highest bits, where R is `ceil(N / f)`.
+3-bit codes are two planes of that kind: `codes` has their lower 2 bits, `high` the bit above.
+"""
+
+# N rows (outputs), K columns (inputs), g group size, G = K / g groups in a row, R rows of bytes
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import cached_property
+
+from torch import Tensor
+
+from transformers_moe_offload.expert import FieldSpec
+
+META_BLOCK = 128
+"""Scales, or zeros, that share a minimum and a step where they have 8 bits: 128 of them in the order of (N, G)."""
+
+
+@dataclass(frozen=True)
+class Packing:
+    """How a matrix of a certain shape is packed."""
+
+    rows: int
+    cols: int
+    nbits: int
+    group_size: int
+    meta_nbits: int
+
+    def __post_init__(self) -> None:
+        assert self.cols % self.group_size == 0
+
+    @property
+    def groups(self) -> int:
+        """Groups in a row."""
+        return self.cols // self.group_size
+
+    @cached_property
+    def parts(self) -> tuple[FieldSpec, ...]:
+        """The arrays of a packed matrix.
+
+        `codes` uint8 (R, K), with 3 bits `high` uint8 (ceil(N / 8), K); `scale` and `zero` (N, G), either float16, or
+        uint8 of which one is `minimum + step * value`, with `scale_range` and `zero_range` float16
+        (ceil(N * G / META_BLOCK), 2), minimum and step of each block.
+        """
+        plane = 2 if self.nbits == 3 else self.nbits
+        parts = [FieldSpec("codes", (-(-self.rows * plane // 8), self.cols), "uint8")]
+        if self.nbits == 3:
+            parts.append(FieldSpec("high", (-(-self.rows // 8), self.cols), "uint8"))
+        meta = (self.rows, self.groups)
+        if self.meta_nbits == 16:
+            return (*parts, FieldSpec("scale", meta, "float16"), FieldSpec("zero", meta, "float16"))
+        blocks = (-(-self.rows * self.groups // META_BLOCK), 2)
+        return (
+            *parts,
+            FieldSpec("scale", meta, "uint8"),
+            FieldSpec("zero", meta, "uint8"),
+            FieldSpec("scale_range", blocks, "float16"),
+            FieldSpec("zero_range", blocks, "float16"),
+        )
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all arrays."""
+        return sum(part.nbytes for part in self.parts)
+
+
+@dataclass(frozen=True)
+class PackedMatrix:
+    """A packed matrix: the arrays that `packing.parts` names, contiguous, on one device."""
+
+    packing: Packing
+    parts: Mapping[str, Tensor]

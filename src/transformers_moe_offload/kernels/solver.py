@@ -1,0 +1,136 @@
+"""The arithmetic of quantizing, group by group: find the range, fit the zero, choose the codes.
+
+The zero is fitted by the half-quadratic solver of HQQ (Badri and Shaji, 2023), with the defaults of hqq 0.2.8
+(`optimize_weights_proximal_legacy` in `hqq/core/optimize.py`, whose `kappa` is never applied): in turns, codes are
+rounded for the zero there is, residuals are split into the part that a p-norm of 0.7 would shrink away and the rest,
+and the zero becomes the mean that explains the rest.
+
+Two differences. hqq stops when the mean error of all groups no longer falls; here a group is finished when its zero
+no longer changes, so that it comes out the same whichever other groups are with it. And hqq fits to a scale that is
+rounded afterwards; here the scale is the one that is stored.
+"""
+
+# M groups, g weights in a group
+
+from __future__ import annotations
+
+import ctypes
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from transformers_moe_offload.kernels import native
+
+ITERATIONS = 20
+BETA, LP_NORM = 10.0, 0.7
+SHRUNK_AWAY = BETA ** (-1 / (2 - LP_NORM))
+"""Residuals up to this one, 0.17, shrink to nothing: there |r| <= |r|^(p - 1) / beta."""
+
+
+class Solver(Protocol):
+    """Works on groups (M, g) float32, contiguous, on any scale (M,) and zero (M,) float32."""
+
+    def chunk_of(self, groups: Tensor) -> int:
+        """How many weights to hand over at a time."""
+
+    def ranges(self, groups: Tensor) -> tuple[Tensor, Tensor]:
+        """The smallest and the largest weight of each group, (M,) each; not finite where a weight is not."""
+
+    def fit_zeros(self, groups: Tensor, scale: Tensor, start: Tensor, max_code: int) -> Tensor:
+        """The zeros that suit the scales, (M,), looked for from `start` (M,)."""
+
+    def nearest_codes(self, groups: Tensor, scale: Tensor, zero: Tensor, max_code: int) -> Tensor:
+        """The codes of which `(code - zero) * scale` is nearest to the weights, (M, g) uint8; 0 where scale is 0."""
+
+
+class TorchSolver:
+    """The solver in torch, on any device."""
+
+    def chunk_of(self, groups: Tensor) -> int:
+        """On a CPU 128 KiB, in one core's cache; and torch never splits so few among threads, on whose number the
+        rounding of powers would then depend. Elsewhere, everything."""
+        return 1 << 15 if groups.device.type == "cpu" else groups.numel()
+
+    def ranges(self, groups: Tensor) -> tuple[Tensor, Tensor]:
+        """As in the protocol."""
+        return groups.amin(1), groups.amax(1)
+
+    def fit_zeros(self, groups: Tensor, scale: Tensor, start: Tensor, max_code: int) -> Tensor:
+        """As in the protocol."""
+        scale = torch.where(scale == 0, 1.0, scale)
+        scaled, zero = groups / scale[:, None], start
+        mean, low, high = scaled.mean(1), scaled.amin(1), scaled.amax(1)
+        for _ in range(ITERATIONS):
+            codes = (scaled + zero[:, None]).round_().clamp_(0, max_code)
+            fitted = codes.mean(1) - mean
+            largest = torch.maximum(-(low + zero), high + zero - max_code).clamp_(min=0.5)
+            (kept,) = (largest * scale > SHRUNK_AWAY).nonzero(as_tuple=True)
+            if len(kept):
+                residuals = (scaled[kept] - codes[kept] + zero[kept, None]) * scale[kept, None]
+                fitted[kept] += _shrunk(residuals).mean(1) / scale[kept]
+            if torch.equal(fitted, zero):
+                break
+            zero = fitted
+        return zero
+
+    def nearest_codes(self, groups: Tensor, scale: Tensor, zero: Tensor, max_code: int) -> Tensor:
+        """As in the protocol."""
+        codes = (groups / torch.where(scale == 0, 1.0, scale)[:, None]).add_(zero[:, None]).round_()
+        return codes.clamp_(0, max_code).mul_((scale != 0)[:, None]).to(torch.uint8)
+
+
+class FusedSolver:
+    """The solver in C (`csrc/hqq_solver.c`), on the CPU, in the calling thread, which gives up the interpreter's lock.
+
+    Its zeros are those of `TorchSolver` but for rounding, thirty times as fast.
+    """
+
+    def __init__(self, library: ctypes.CDLL) -> None:
+        self._library = library
+
+    def chunk_of(self, groups: Tensor) -> int:
+        """512 KiB, in the second cache of one core."""
+        return 1 << 17
+
+    def ranges(self, groups: Tensor) -> tuple[Tensor, Tensor]:
+        """As in the protocol."""
+        low, high = groups.new_empty(len(groups)), groups.new_empty(len(groups))
+        self._library.moe_hqq_ranges(*_described(groups), _address(low), _address(high))
+        return low, high
+
+    def fit_zeros(self, groups: Tensor, scale: Tensor, start: Tensor, max_code: int) -> Tensor:
+        """As in the protocol."""
+        zero = start.clone()
+        self._library.moe_hqq_fit_zeros(*_described(groups), _address(scale), _address(zero), max_code)
+        return zero
+
+    def nearest_codes(self, groups: Tensor, scale: Tensor, zero: Tensor, max_code: int) -> Tensor:
+        """As in the protocol."""
+        codes = torch.empty(groups.shape, dtype=torch.uint8)
+        self._library.moe_hqq_nearest_codes(
+            *_described(groups), _address(scale), _address(zero), max_code, _address(codes)
+        )
+        return codes
+
+
+def solver_for(weight: Tensor) -> Solver:
+    """The fastest solver there is for a matrix."""
+    library = native.library() if weight.device.type == "cpu" else None
+    return TorchSolver() if library is None else FusedSolver(library)
+
+
+def _described(groups: Tensor) -> tuple[ctypes.c_void_p, ctypes.c_int64, ctypes.c_int]:
+    """What the C functions want to know of groups (M, g)."""
+    return _address(groups), ctypes.c_int64(groups.shape[0]), ctypes.c_int(groups.shape[1])
+
+
+def _address(values: Tensor) -> ctypes.c_void_p:
+    assert values.is_contiguous()
+    return ctypes.c_void_p(values.data_ptr())
+
+
+def _shrunk(residuals: Tensor) -> Tensor:
+    """What a p-norm leaves of residuals, which is nothing where they are small."""
+    size = residuals.abs()
+    return (size - size.pow(LP_NORM - 1) / BETA).clamp_(min=0).mul_(residuals.sign())

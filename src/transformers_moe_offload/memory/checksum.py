@@ -1,0 +1,57 @@
+"""Notice when stored bytes are not what was written: CRC-32 of an expert's record, and of every tensor in a file.
+
+A checksum finds bytes that a disk or a download damaged; it does not protect against somebody who changes them on
+purpose.
+"""
+
+from __future__ import annotations
+
+import zlib
+from collections.abc import Iterable
+from pathlib import Path
+
+from transformers_moe_offload.errors import CheckpointError
+from transformers_moe_offload.memory.safetensors_index import StoredTensor, read_header, read_metadata
+
+METADATA_KEY = "crc32"
+"""Where a safetensors header keeps the checksums of its tensors: in the order of their data, eight hex digits each."""
+
+_CHUNK_BYTES = 8 * 2**20  # reads of this size run at the disk's full speed
+
+
+def checksum(data: memoryview | bytes, before: int = 0) -> int:
+    """The CRC-32 of some bytes, or, given that of what came before, of all until here; releases the GIL."""
+    return zlib.crc32(data, before)
+
+
+def as_metadata(checksums: Iterable[int]) -> str:
+    """Checksums as the header of a file keeps them; as long for any values."""
+    return " ".join(f"{value:08x}" for value in checksums)
+
+
+def check_file(path: Path) -> list[StoredTensor]:
+    """The tensors of a file, after all of it was read and compared with the checksums in its header.
+
+    Raises `CheckpointError` for the first tensor that is not what was written.
+    """
+    tensors = sorted(read_header(path), key=lambda tensor: tensor.offset)
+    expected = read_metadata(path).get(METADATA_KEY, "").split()
+    if len(expected) != len(tensors):
+        raise CheckpointError(
+            f"{path} holds {len(tensors)} tensors and checksums for {len(expected)}; it was not written by moe-offload"
+        )
+    with path.open("rb") as stream:
+        for tensor, value in zip(tensors, expected, strict=True):
+            stream.seek(tensor.offset)
+            found, left = 0, tensor.nbytes
+            while left:
+                chunk = stream.read(min(left, _CHUNK_BYTES))
+                if not chunk:
+                    raise CheckpointError(f"{path} became shorter while it was read")
+                found, left = checksum(chunk, found), left - len(chunk)
+            if f"{found:08x}" != value:
+                raise CheckpointError(
+                    f"{path} holds tensor {tensor.name} with checksum {found:08x}, but it was written with {value}; "
+                    f"the file is damaged: download or write it again"
+                )
+    return tensors

@@ -1,0 +1,128 @@
+"""Where one expert is: its fields wherever the checkpoint has them, or a record that was written to be read whole."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Protocol
+from zlib import crc32
+
+from torch import Tensor
+
+from transformers_moe_offload.errors import CheckpointError
+from transformers_moe_offload.memory.field_source import FieldSource, Part, Stretch, read_parts
+from transformers_moe_offload.memory.record import ALIGNMENT, RecordLayout, host_bytes
+from transformers_moe_offload.memory.safetensors_index import StoredTensor
+
+
+class ExpertSource(Protocol):
+    """The stored bytes of one expert."""
+
+    @property
+    def pieces(self) -> tuple[StoredTensor, ...]:
+        """What has to be read."""
+
+    def stretches(self, layout: RecordLayout) -> tuple[Stretch, ...] | None:
+        """Where each field of a record lies as it should lie in memory, what follows it up to the next field
+        included; None if one of them does not."""
+
+    def read_into(self, record: Tensor, layout: RecordLayout, *, past_cache: bool = False) -> None:
+        """Fill a record, (nbytes,) uint8 in host memory.
+
+        Raises `CheckpointError` and leaves the record half filled if a file is not what it was.
+        """
+
+    def check(self, record: memoryview) -> None:
+        """Raise `CheckpointError` if a record is not what was written, where that can be told."""
+
+    def then_cast(self, dtype: str) -> ExpertSource:
+        """The same expert with its fields cast once more."""
+
+
+@dataclass(frozen=True)
+class ScatteredExpert:
+    """An expert whose fields are where an ordinary checkpoint has them."""
+
+    fields: tuple[FieldSource, ...]
+    """In the order of the record's fields."""
+
+    @property
+    def pieces(self) -> tuple[StoredTensor, ...]:
+        """The stored tensors of all fields."""
+        return tuple(piece for field in self.fields for piece in field.pieces)
+
+    def stretches(self, layout: RecordLayout) -> tuple[Stretch, ...] | None:
+        """Each field's, if it lies in one piece."""
+        found = [field.stretch for field in self.fields]
+        return None if None in found else tuple(stretch for stretch in found if stretch is not None)
+
+    def read_into(self, record: Tensor, layout: RecordLayout, *, past_cache: bool = False) -> None:
+        """Read verbatim fields into their places, and assemble the others there."""
+        raw = host_bytes(record)
+        views: Mapping[str, Tensor] = {}
+        parts: list[Part] = []
+        for spec, source in zip(layout.fields, self.fields, strict=True):
+            if source.is_verbatim:
+                start = layout.offsets[spec.name]
+                parts += source.parts(raw[start : start + spec.nbytes])
+            else:
+                views = views or layout.views(record)
+                source.assemble_into(views[spec.name])
+        read_parts(parts, past_cache=past_cache)
+
+    def check(self, record: memoryview) -> None:
+        """Ordinary checkpoints have no checksums."""
+
+    def then_cast(self, dtype: str) -> ScatteredExpert:
+        """Every field cast once more."""
+        return ScatteredExpert(tuple(field.then_cast(dtype) for field in self.fields))
+
+
+@dataclass(frozen=True)
+class RecordedExpert:
+    """An expert stored as the record that it is used as, in one piece."""
+
+    row: StoredTensor
+    """uint8 (row bytes,): the record, and zeros up to the next expert's."""
+    checksum: int | None = None
+    """CRC-32 of the row; None where there is none."""
+
+    @property
+    def pieces(self) -> tuple[StoredTensor, ...]:
+        """The row."""
+        return (self.row,)
+
+    def stretches(self, layout: RecordLayout) -> tuple[Stretch, ...] | None:
+        """The fields inside of the row."""
+        if self.row.offset % ALIGNMENT:
+            return None
+        starts = [self.row.offset + layout.offsets[field.name] for field in layout.fields]
+        ends = [*starts[1:], self.row.offset + layout.nbytes]
+        return tuple(Stretch(self.row.file, start, end) for start, end in zip(starts, ends, strict=True))
+
+    def read_into(self, record: Tensor, layout: RecordLayout, *, past_cache: bool = False) -> None:
+        """Read the record in one go."""
+        self.row.file.scatter_into([host_bytes(record)[: layout.nbytes]], self.row.offset, past_cache=past_cache)
+
+    def check(self, record: memoryview) -> None:
+        """Compare the checksum."""
+        if self.checksum is None:
+            return
+        found = crc32(bytes(self.row.nbytes - len(record)), crc32(record))
+        if found != self.checksum:
+            raise CheckpointError(
+                f"{self.row.file.path} is damaged: bytes {self.row.offset:,} to "
+                f"{self.row.offset + self.row.nbytes:,} have the checksum {found:#010x}, but {self.checksum:#010x} "
+                f"was written; download or quantize it again"
+            )
+
+    def then_cast(self, dtype: str) -> RecordedExpert:
+        """A record stays what it is; its coding says what it is decoded to."""
+        return self
+
+
+def recorded_experts(stack: StoredTensor, checksums: Sequence[int] | None = None) -> tuple[RecordedExpert, ...]:
+    """The experts of a stack of rows, uint8 (E, row bytes), with the checksum of each."""
+    rows = [stack.row(expert, stack.shape[0]) for expert in range(stack.shape[0])]
+    rows = [replace(row, shape=row.shape[1:]) for row in rows]
+    return tuple(RecordedExpert(row, None if checksums is None else checksums[e]) for e, row in enumerate(rows))

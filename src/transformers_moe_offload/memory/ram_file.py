@@ -1,0 +1,53 @@
+"""A file without a name that lives in RAM: the store of experts that were quantized while the model was loaded.
+
+Being a file, it is read, mapped and copied from like any checkpoint.
+"""
+
+from __future__ import annotations
+
+import os
+import tempfile
+import weakref
+from pathlib import Path
+from typing import Any
+
+from transformers_moe_offload.memory.disk import File
+
+
+class RamFile(File):
+    """So many bytes of RAM; it goes with the last object that refers to it.
+
+    Where the system has no anonymous memory files (Linux has), it is a temporary file, which the page cache holds as
+    long as there is room.
+    """
+
+    def __init__(self, name: str, nbytes: int) -> None:
+        """`name` is what tools that list open files show."""
+        if hasattr(os, "memfd_create"):
+            fd = os.memfd_create(name)
+            path = Path(f"/proc/self/fd/{fd}")
+            weakref.finalize(self, os.close, fd)
+        else:
+            fd, temporary = tempfile.mkstemp(prefix="moe-offload-")
+            path = Path(temporary)
+            weakref.finalize(self, _remove, fd, path)
+        os.truncate(fd, nbytes)
+        self._fd = fd
+        super().__init__(path, nbytes)
+
+    def write(self, content: memoryview, offset: int) -> None:
+        """Put bytes into their place. Safe from several threads for places that do not overlap."""
+        while content:
+            written = os.pwrite(self._fd, content, offset)
+            content, offset = content[written:], offset + written
+
+    def __reduce__(self) -> Any:
+        raise TypeError(
+            "experts that were quantized while the model was loaded are in this process's RAM and cannot be pickled; "
+            "save the model with save_pretrained and load it where it is needed"
+        )
+
+
+def _remove(fd: int, path: Path) -> None:
+    os.close(fd)
+    path.unlink(missing_ok=True)

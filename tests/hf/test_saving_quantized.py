@@ -1,0 +1,166 @@
+"""Models with quantized weights, saved and loaded again."""
+
+import shutil
+
+import pytest
+import torch
+from transformers import AutoConfig, AutoModel, AutoModelForCausalLM
+
+from transformers_moe_offload import CheckpointError, ConfigError, HqqFormat, OffloadConfig
+from zoo.build import build, inputs, output_tensor, save, zoo_names
+
+FORMAT = HqqFormat(group_size=16)
+QUANTIZED = OffloadConfig(experts=FORMAT, dense=FORMAT)
+
+
+@pytest.fixture(scope="module")
+def quantized(checkpoint):
+    return AutoModelForCausalLM.from_pretrained(checkpoint, moe_offload=QUANTIZED)
+
+
+@pytest.fixture
+def saved(quantized, tmp_path):
+    quantized.save_pretrained(tmp_path / "saved")
+    return tmp_path / "saved"
+
+
+@pytest.fixture(scope="module")
+def expected_quantized(quantized, token_ids):
+    with torch.no_grad():
+        return quantized(input_ids=token_ids).logits
+
+
+def logits(model, token_ids):
+    with torch.no_grad():
+        return model(input_ids=token_ids).logits
+
+
+def files(folder):
+    return {path.relative_to(folder): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+def test_a_saved_model_loads_without_any_option(saved, token_ids, expected_quantized):
+    model = AutoModelForCausalLM.from_pretrained(saved)
+    assert torch.equal(logits(model, token_ids), expected_quantized)
+    assert model.moe_offload.config.experts.default == FORMAT
+
+
+def test_saving_what_was_loaded_gives_the_same_bytes(saved, tmp_path):
+    AutoModelForCausalLM.from_pretrained(saved).save_pretrained(tmp_path / "again")
+    assert files(tmp_path / "again") == files(saved)
+
+
+def test_saving_over_what_was_loaded_gives_the_same_bytes(saved):
+    before = files(saved)
+    AutoModelForCausalLM.from_pretrained(saved).save_pretrained(saved)
+    assert files(saved) == before
+    assert not list(saved.parent.glob(".*")), "something was left beside the folder"
+
+
+def test_other_files_of_a_folder_survive_saving_into_it(quantized, saved):
+    (saved / "tokenizer.json").write_text("{}")
+    (saved / "original").mkdir()
+    (saved / "original" / "notes.txt").write_text("mine")
+    quantized.save_pretrained(saved)
+    assert (saved / "tokenizer.json").read_text() == "{}"
+    assert (saved / "original" / "notes.txt").read_text() == "mine"
+
+
+@pytest.mark.parametrize("budget", ["20%", "100%"])
+def test_budgets_and_policies_are_chosen_when_a_saved_model_is_loaded(saved, token_ids, expected_quantized, budget):
+    config = OffloadConfig(cache_budget=budget, policy="lfu", mmap=False)
+    model = AutoModelForCausalLM.from_pretrained(saved, moe_offload=config)
+    assert torch.equal(logits(model, token_ids), expected_quantized)
+    assert model.moe_offload.config.policy == "lfu"
+    assert model.moe_offload.plan.cache_bytes <= model.moe_offload.plan.budget_bytes
+    assert model.moe_offload.stats().misses > 0
+
+
+def test_the_format_of_a_saved_model_may_be_repeated_but_not_changed(saved):
+    AutoModelForCausalLM.from_pretrained(saved, moe_offload=QUANTIZED)
+    with pytest.raises(ConfigError, match=r"experts=3-bit.* but the checkpoint was quantized with 4-bit"):
+        AutoModelForCausalLM.from_pretrained(saved, moe_offload=OffloadConfig(experts=HqqFormat(nbits=3)))
+
+
+def test_the_class_that_saved_and_the_base_model_load_it_too(saved, quantized, token_ids, expected_quantized):
+    assert torch.equal(logits(type(quantized).from_pretrained(saved), token_ids), expected_quantized)
+    base = AutoModel.from_pretrained(saved)
+    with torch.no_grad():
+        hidden = base(input_ids=token_ids).last_hidden_state
+        assert torch.equal(quantized.lm_head(hidden), expected_quantized)
+
+
+def test_a_config_of_ones_own_keeps_the_recipe(saved, token_ids, expected_quantized):
+    config = AutoConfig.from_pretrained(saved)
+    model = AutoModelForCausalLM.from_pretrained(saved, config=config, moe_offload={"cache_budget": "50%"})
+    assert torch.equal(logits(model, token_ids), expected_quantized)
+
+
+def test_restoring_a_saved_model_makes_a_plain_one_that_saves_plainly(saved, tmp_path):
+    model = AutoModelForCausalLM.from_pretrained(saved).moe_offload.restore()
+    model.save_pretrained(tmp_path / "plain")
+    assert (tmp_path / "plain" / "model.safetensors").exists()
+    assert "moe_offload" not in (tmp_path / "plain" / "config.json").read_text()
+
+
+@pytest.mark.parametrize("name", zoo_names())
+def test_every_architecture_is_saved_and_loaded_in_low_bits(name, tmp_path):
+    plain = build(name, torch.bfloat16)
+    save(plain, tmp_path / "plain", "fused")
+    first = type(plain).from_pretrained(tmp_path / "plain", dtype=plain.dtype, moe_offload=QUANTIZED)
+    first.save_pretrained(tmp_path / "saved")
+    second, report = type(plain).from_pretrained(tmp_path / "saved", output_loading_info=True)
+    assert not any(report.values()), report
+    with torch.no_grad():
+        given = inputs(name, plain)
+        assert torch.equal(output_tensor(second(**given)), output_tensor(first(**given)))
+
+
+def damaged(saved, change):
+    shard = next(iter(sorted(saved.glob("moe_offload-*.safetensors"))))
+    content = bytearray(shard.read_bytes())
+    change(content)
+    shard.write_bytes(content)
+    return saved
+
+
+def flip_a_bit(content):
+    content[8192] ^= 1
+
+
+def test_a_damaged_expert_is_an_error_when_it_is_first_used(saved, token_ids):
+    for config in (OffloadConfig(), OffloadConfig(mmap=False)):
+        model = AutoModelForCausalLM.from_pretrained(damaged(saved, flip_a_bit), moe_offload=config)
+        with pytest.raises(CheckpointError, match=r"is damaged: bytes .* have the checksum"):
+            for _ in range(20):
+                logits(model, torch.randint(0, 100, (2, 9)))
+        damaged(saved, flip_a_bit)
+
+
+def test_a_shard_cut_short_is_refused_before_anything_is_loaded(saved):
+    with pytest.raises(CheckpointError, match="truncated"):
+        AutoModelForCausalLM.from_pretrained(damaged(saved, lambda content: content.__delitem__(slice(-100, None))))
+
+
+def test_a_recipe_of_another_version_or_with_an_unknown_field_is_refused(saved):
+    config = saved / "config.json"
+    text = config.read_text()
+    config.write_text(text.replace('"version": 1', '"version": 2'))
+    with pytest.raises(ConfigError, match=r"recipe has version 2, .* reads version 1"):
+        AutoModelForCausalLM.from_pretrained(saved)
+    config.write_text(text.replace('"dense": {', '"dens": {'))
+    with pytest.raises(ConfigError, match=r"no option 'dens'; did you mean 'dense'"):
+        AutoModelForCausalLM.from_pretrained(saved)
+
+
+def test_files_that_do_not_belong_to_the_config_are_refused(saved):
+    config = saved / "config.json"
+    config.write_text(config.read_text().replace('"nbits": 4', '"nbits": 3'))
+    with pytest.raises(CheckpointError, match="do not belong together"):
+        AutoModelForCausalLM.from_pretrained(saved)
+
+
+def test_a_missing_shard_is_an_error(saved):
+    shutil.move(sorted(saved.glob("moe_offload-*.safetensors"))[0], saved.parent / "elsewhere")
+    with pytest.raises((CheckpointError, OSError)):
+        AutoModelForCausalLM.from_pretrained(saved)
