@@ -77,7 +77,6 @@ def test_auto_takes_what_is_available_and_never_more_than_all_experts_need():
     "options",
     [
         {"policy": 3},
-        {"misses": "compute"},
         {"misses": "never"},
         {"misses": ["fetch"]},
         {"arithmetic": "quick"},
@@ -101,13 +100,6 @@ def test_an_option_that_cannot_be_honoured_is_refused_by_name(options):
     (name,) = options
     with pytest.raises(ConfigError, match=f"{name}="):
         OffloadConfig(**options)
-
-
-def test_what_will_come_later_is_told_apart_from_what_is_wrong():
-    with pytest.raises(ConfigError, match="not available yet"):
-        OffloadConfig(misses="compute")
-    with pytest.raises(ConfigError, match="not one of"):
-        OffloadConfig(misses="comptue")
 
 
 def test_an_unknown_argument_is_an_error():

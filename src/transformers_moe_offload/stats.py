@@ -19,6 +19,8 @@ class LayerStats:
     """Experts whose load was already under way when the layer asked."""
     misses: int = 0
     """Experts whose load started because the layer asked."""
+    computed: int = 0
+    """Of the misses, experts that the host computed where they were, instead of their being loaded."""
     prefetch_used: int = 0
     """Experts loaded ahead of demand and then asked for."""
     prefetch_wasted: int = 0

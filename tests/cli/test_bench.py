@@ -69,3 +69,17 @@ def test_unknown_policies_and_models_are_errors_of_one_line(run, tiny_moe, dense
 
 def test_a_budget_too_small_names_the_smallest(run, tiny_moe):
     assert "set --cache-budget to 110,592 bytes or more" in the_error(run("bench", tiny_moe, "--cache-budget", "1kB"))
+
+
+def test_kernels_are_measured_without_a_model(run, tmp_path):
+    path = tmp_path / "kernels.json"
+    result = run("bench", "--kernels", "--quick", "--json", path)
+    assert result.exit_code == 0, result.output
+    for word in ("768 x 2048", "4-bit, int8 input", "dense float32", "of memory", "cpu:"):
+        assert word in result.stdout
+    assert json.loads(path.read_text())["measured"][0]["shape"] == [768, 2048]
+
+
+def test_a_model_or_kernels_must_be_asked_for(run, tiny_moe):
+    for arguments in ([], [tiny_moe, "--kernels"]):
+        assert "give one of the two" in the_error(run("bench", *arguments))

@@ -4,7 +4,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from compute.layers import EXPERTS, MLP, E, H, Layer, inputs
-from transformers_moe_offload.compute.forward import cloned, sparse_forward
+from transformers_moe_offload.compute.forward import opened, sparse_forward
 
 DTYPES = [torch.float64, torch.float32, torch.bfloat16]
 
@@ -110,7 +110,7 @@ def test_bfloat16_is_at_least_as_close_to_float64_as_a_plain_loop_in_bfloat16(la
 def test_weights_that_were_cloned_survive_what_is_loaded_next(layers):
     cache = layers[torch.float32].cache(1)
     with cache.visit(0, [0, 1]) as visit:
-        kept = cloned(visit.take(0))
+        kept = opened(visit.take(0), None, keeps_weights=True)
         visit.take(1)
     assert torch.equal(kept["up_proj"], layers[torch.float32].up[0])
 

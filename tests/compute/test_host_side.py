@@ -7,10 +7,11 @@ import torch
 from torch import nn
 
 from transformers_moe_offload.cache.misses import MissRates
-from transformers_moe_offload.compute.forward import combine
+from transformers_moe_offload.compute.forward import sparse_forward
 from transformers_moe_offload.compute.host import HostCompute
 from transformers_moe_offload.compute.host_side import HostSide
-from transformers_moe_offload.compute.routing import group_by_expert
+
+from transformers_moe_offload.expert import ExpertId
 
 from .layers import MLP, E, Layer, inputs
 
@@ -21,6 +22,9 @@ SLOW_HOST = MissRates(fetch_s=0.0, expert_s=1.0, row_s=0.0, trip_s=0.0)
 
 class Experts(nn.Module):
     act_fn = staticmethod(torch.tanh)
+
+
+EXPERTS = Experts().eval()
 
 
 @pytest.fixture
@@ -38,17 +42,11 @@ def side_of(host, layer, rates, at_hand=range(E)):
     return HostSide(host, rates, lambda expert: expert.expert in at_hand, hold)
 
 
-def forward(side, cache, hidden, index, weights):
-    """The layer, its absent experts shared out; returns its output and what the host computed."""
-    grouping = group_by_expert(index, weights, E)
-    share = side.share(cache, 0, grouping)
-    rows = side.start(MLP, Experts(), hidden, 0, share)
-    outputs = {}
-    with cache.visit(0, [expert for expert in grouping.by_last_use if expert not in share]) as visit:
-        for expert, found in visit:
-            outputs[expert] = MLP(Experts(), hidden[grouping.tokens[expert]], found)
-        outputs |= rows.finish()
-    return combine([outputs[expert] for expert in grouping.experts], grouping, hidden, weights), set(share)
+def forward(side, cache, hidden, index, weights, experts=EXPERTS):
+    """The layer, its absent experts shared out; returns its output and how many experts the host computed."""
+    before = cache.stats[0].computed
+    out = sparse_forward(cache, 0, MLP, experts, hidden, index, weights, host=side)
+    return out, cache.stats[0].computed - before
 
 
 @pytest.mark.parametrize("num_slots", [1, 3, E])
@@ -67,7 +65,7 @@ def test_the_rates_decide_how_many_the_host_takes(host, tmp_path, rates, num_com
     layer = Layer(tmp_path, torch.float32)
     side = side_of(host, layer, rates)
     _, computed = forward(side, layer.cache(4), *inputs(1, 3, torch.float32))
-    assert len(computed) == num_computed
+    assert computed == num_computed
 
 
 def test_residents_and_experts_on_disk_are_not_the_hosts(host, tmp_path):
@@ -80,4 +78,27 @@ def test_residents_and_experts_on_disk_are_not_the_hosts(host, tmp_path):
     on_disk = wanted[-1]
     side = side_of(host, layer, SLOW_LINK, at_hand=set(range(E)) - {on_disk})
     _, computed = forward(side, cache, hidden, index, weights)
-    assert computed == set(wanted) - {wanted[0], on_disk}
+    assert computed == len(set(wanted) - {wanted[0], on_disk})
+    assert not cache.is_absent(ExpertId(0, on_disk))
+    assert all(cache.is_absent(ExpertId(0, expert)) for expert in wanted[1:-1])
+
+
+def test_an_expert_that_the_host_computes_counts_as_a_miss_and_is_heard_of(host, tmp_path):
+    layer = Layer(tmp_path, torch.float32)
+    cache, heard = layer.cache(2), []
+    cache.on_visit = lambda _, wanted: heard.append(wanted)
+    hidden, index, weights = inputs(1, 3, torch.float32)
+    forward(side_of(host, layer, SLOW_LINK), cache, hidden, index, weights)
+    assert cache.stats[0].misses == cache.stats[0].computed == 3
+    assert cache.stats[0].disk_bytes == 0
+    assert sorted(heard[0]) == sorted(index.flatten().tolist())
+
+
+def test_training_and_autocast_leave_the_host_out(host, tmp_path):
+    layer = Layer(tmp_path, torch.float32)
+    side = side_of(host, layer, SLOW_LINK)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        _, computed = forward(side, layer.cache(E), *inputs(1, 3, torch.float32))
+    assert computed == 0
+    _, computed = forward(side, layer.cache(E), *inputs(1, 3, torch.float32), experts=Experts().train())
+    assert computed == 0

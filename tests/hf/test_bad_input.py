@@ -157,12 +157,12 @@ def test_a_bin_checkpoint_is_sent_to_be_converted(plain, own_checkpoint, tmp_pat
 
 def test_a_checkpoint_of_another_quantization_method_is_refused_by_name(own_checkpoint):
     config = json.loads((own_checkpoint / "config.json").read_text())
-    config["quantization_config"] = {"quant_method": "fp8"}
+    config["quantization_config"] = {"quant_method": "gptq", "bits": 4}
     (own_checkpoint / "config.json").write_text(json.dumps(config))
     for options in ({}, {"config": AutoConfig.from_pretrained(own_checkpoint)}):
-        with pytest.raises(ConfigError, match="is already quantized with 'fp8'"):
+        with pytest.raises(ConfigError, match="is already quantized with 'gptq', whose experts cannot"):
             load(own_checkpoint, **options)
-    with pytest.raises(ConfigError, match="is already quantized with 'fp8'"):
+    with pytest.raises(ConfigError, match="is already quantized with 'gptq', whose experts cannot"):
         AutoModelForCausalLM.from_pretrained(own_checkpoint, quantization_config=OffloadConfig())
 
 

@@ -4,7 +4,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from transformers_moe_offload import OffloadConfig
+from transformers_moe_offload import HqqFormat, OffloadConfig
 
 from .conftest import TINY_MOE
 
@@ -79,3 +79,28 @@ def test_gradients_are_the_same_at_every_cache_size(batch):
         model(**batch, labels=batch["input_ids"]).loss.backward()
         grads.append(model.model.embed_tokens.weight.grad)
     torch.testing.assert_close(grads[0], grads[1], rtol=1e-2, atol=1e-4)
+
+
+def test_the_host_computes_misses_and_logits_stay_close(batch):
+    expected = logits(load("10%", arithmetic="fast"), batch)
+    config = OffloadConfig(cache_budget="10%", misses="compute")
+    model = AutoModelForCausalLM.from_pretrained(TINY_MOE, moe_offload=config)
+    with torch.no_grad():
+        model.generate(**batch, max_new_tokens=8, do_sample=False)
+    torch.testing.assert_close(logits(model, batch), expected, rtol=2e-2, atol=2e-2)
+    assert model.moe_offload.stats().computed > 0
+
+
+@pytest.mark.parametrize("nbits", [8, 4, 3, 2, 1])
+def test_quantized_experts_give_the_same_logits_at_every_cache_size(nbits, batch):
+    format = HqqFormat(nbits=nbits, group_size=32)
+    seen = [
+        logits(
+            AutoModelForCausalLM.from_pretrained(
+                TINY_MOE, moe_offload=OffloadConfig(cache_budget=budget, experts=format)
+            ),
+            batch,
+        )
+        for budget in ("10%", "50%", "100%")
+    ]
+    assert all(torch.equal(other, seen[0]) for other in seen)

@@ -104,3 +104,12 @@ def test_automatic_device_maps_leave_room_for_the_cache_on_every_gpu():
 def test_an_automatic_budget_is_sized_after_the_dense_weights_and_reserves_nothing():
     quantizer = MoeOffloadQuantizer(OffloadConfig(cache_budget="auto"))
     assert quantizer.adjust_max_memory({0: 10_000, "cpu": 7}) == {0: 10_000, "cpu": 7}
+
+
+def test_without_an_accelerator_there_is_nothing_for_the_host_to_take_over(checkpoint, token_ids, expected, caplog):
+    config = OffloadConfig(cache_budget="30%", arithmetic="exact", misses="compute")
+    model = AutoModelForCausalLM.from_pretrained(checkpoint, moe_offload=config)
+    assert "misses='compute' has no effect" in caplog.text
+    with torch.no_grad():
+        assert torch.equal(model(token_ids).logits, expected)
+    assert model.moe_offload.stats().computed == 0

@@ -6,7 +6,7 @@ import pytest
 import torch
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM
 
-from transformers_moe_offload import CheckpointError, ConfigError, HqqFormat, OffloadConfig
+from transformers_moe_offload import CheckpointError, ConfigError, HqqFormat, OffloadConfig, restore
 from zoo.build import build, inputs, output_tensor, save, zoo_names
 
 FORMAT = HqqFormat(group_size=16)
@@ -97,8 +97,8 @@ def test_a_config_of_ones_own_keeps_the_recipe(saved, token_ids, expected_quanti
 
 
 def test_restoring_a_saved_model_makes_a_plain_one_that_saves_plainly(saved, tmp_path):
-    model = AutoModelForCausalLM.from_pretrained(saved).moe_offload.restore()
-    model.save_pretrained(tmp_path / "plain")
+    model = AutoModelForCausalLM.from_pretrained(saved)
+    restore(model).save_pretrained(tmp_path / "plain")
     assert (tmp_path / "plain" / "model.safetensors").exists()
     assert "moe_offload" not in (tmp_path / "plain" / "config.json").read_text()
 

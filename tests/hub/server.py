@@ -14,7 +14,7 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any
 from urllib.parse import unquote, urlsplit
 
-TOKEN = "hf_of_the_owner"  # noqa: S105
+TOKEN = "hf_of_the_owner"
 
 
 @dataclass
@@ -48,7 +48,7 @@ class Hub:
         """What was uploaded as LFS, by its SHA-256."""
         self.unknown: list[str] = []
         self.refuses: Callable[[str, str], bool] = lambda method, path: False
-        """Requests to answer with an internal error."""
+        """Requests to turn down, as a Hub does that is over its quota."""
 
     def __enter__(self) -> "Hub":
         handler = type("Handler", (_Handler,), {"hub": self})
@@ -94,7 +94,7 @@ class _Handler(BaseHTTPRequestHandler):
         path = urlsplit(self.path).path
         self.body = self._read_body()
         if self.hub.refuses(self.command, path):
-            return self._send(500, {"error": "refused by the test"})
+            return self._send(403, {"error": "storage limit reached"})
         parts = [unquote(part) for part in path.strip("/").split("/")]
         match (self.command, *parts):
             case ("POST", "api", "repos", "create"):
@@ -119,6 +119,8 @@ class _Handler(BaseHTTPRequestHandler):
                 self._tree(f"{owner}/{name}", revision)
             case ("GET" | "HEAD", owner, name, "resolve", revision, *file):
                 self._resolve(f"{owner}/{name}", revision, "/".join(file))
+            case ("GET", "api", "agent-harnesses"):
+                self._send(404, {"error": "of no interest here"})
             case _:
                 self.hub.unknown.append(f"{self.command} {path}")
                 self._send(404, {"error": "not spoken here"})
@@ -182,16 +184,11 @@ class _Handler(BaseHTTPRequestHandler):
         if self._repo(name, to_write=True) is None:
             return
         asked = json.loads(self.body)["objects"]
-        missing = {"upload": {}}
-        objects = [
-            {"oid": one["oid"], "size": one["size"]}
-            | (
-                {}
-                if one["oid"] in self.hub.objects
-                else {"actions": {name: {"href": f"{self.hub.endpoint}/lfs/{one['oid']}"} for name in missing}}
-            )
-            for one in asked
-        ]
+        objects = []
+        for one in asked:
+            upload = {"actions": {"upload": {"href": f"{self.hub.endpoint}/lfs/{one['oid']}"}}}
+            is_there = one["oid"] in self.hub.objects
+            objects.append({"oid": one["oid"], "size": one["size"]} | ({} if is_there else upload))
         self._send(200, {"transfer": "basic", "objects": objects})
 
     def _put(self, oid: str) -> None:

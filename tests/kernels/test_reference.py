@@ -38,9 +38,7 @@ def test_the_hqq_package_dequantizes_to_the_same_weights(nbits, group_size):
 def test_weights_are_cast_once_at_the_end():
     matrix = random_matrix(40, 128)
     for dtype in (torch.bfloat16, torch.float16, torch.float64):
-        assert torch.equal(
-            reference.dequantize(matrix, dtype), reference.dequantize(matrix, torch.float32).to(dtype)
-        )
+        assert torch.equal(reference.dequantize(matrix, dtype), reference.dequantize(matrix, torch.float32).to(dtype))
 
 
 @pytest.mark.parametrize("nbits", NBITS)

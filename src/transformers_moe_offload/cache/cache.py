@@ -10,7 +10,7 @@ from __future__ import annotations
 import logging
 import threading
 import time
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Container, Iterable, Mapping, Sequence
 
 from transformers_moe_offload.cache.capacity import layer_floor
 from transformers_moe_offload.cache.link import Link
@@ -58,13 +58,20 @@ class ExpertCache:
         """Experts of a sparse layer."""
         return self._num_experts[layer]
 
-    def visit(self, layer: int, wanted: Sequence[int], started: Callable[[Sequence[int]], None] | None = None) -> Visit:
+    def visit(
+        self,
+        layer: int,
+        wanted: Sequence[int],
+        started: Callable[[Sequence[int]], None] | None = None,
+        computed: Container[int] = (),
+    ) -> Visit:
         """Ask for experts of a layer, each named once; the last ones are those most worth keeping for later.
 
         `started` is called with the wanted experts once the visit's own loads are under way; not in a visit that has
-        to go in waves, which leaves no room for anything else.
+        to go in waves, which leaves no room for anything else. Those `computed` by the host are wanted like the others,
+        but neither loaded nor given to the caller.
         """
-        return Visit(self, layer, [ExpertId(layer, expert) for expert in wanted], started)
+        return Visit(self, layer, [ExpertId(layer, expert) for expert in wanted], started, computed)
 
     def holds_all(self, layer: int) -> bool:
         """Whether every expert of a layer is resident or on its way."""
@@ -73,6 +80,11 @@ class ExpertCache:
     def is_absent(self, expert: ExpertId) -> bool:
         """Whether an expert would have to be loaded."""
         return self.residency.is_absent(expert)
+
+    @property
+    def num_loading(self) -> int:
+        """Loads under way."""
+        return len(self._in_flight)
 
     def load_ahead(self, expert: ExpertId) -> bool:
         """Start to bring in an expert that nobody has asked for yet; returns whether there was a slot to spare.
@@ -118,12 +130,12 @@ class ExpertCache:
 
     # What follows is for `Visit`, which holds the turn.
 
-    def begin(self, layer: int, wanted: Sequence[ExpertId]) -> None:
-        """Count and announce what a layer is about to use."""
+    def begin(self, layer: int, wanted: Sequence[ExpertId], computed: Container[int]) -> None:
+        """Count and announce what a layer is about to use, or has the host compute."""
         stats = self.stats[layer]
         self._asked = frozenset(wanted)
         self._receive_ahead()
-        misses_before = stats.misses
+        misses_before, num_computed = stats.misses, 0
         for expert in wanted:
             if self.residency.is_resident(expert) and not self.slots.holds(self.residency.slot(expert)):
                 self._evict(expert)
@@ -136,9 +148,12 @@ class ExpertCache:
                 stats.late_hits += 1
             else:
                 stats.misses += 1
-        if stats.misses > misses_before:
+                num_computed += expert.expert in computed
+        stats.computed += num_computed
+        num_loads = stats.misses - misses_before - num_computed
+        if num_loads:
             self._cancel_ahead()
-        self.link.asked(stats.misses - misses_before)
+        self.link.asked(num_loads)
         self._policy.begin(layer, wanted)
         if self.on_visit is not None:
             self.on_visit(layer, [expert.expert for expert in wanted])

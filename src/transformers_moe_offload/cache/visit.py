@@ -8,7 +8,7 @@ slots, they pass through in waves.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Container, Iterator, Sequence
 from types import TracebackType
 from typing import TYPE_CHECKING
 
@@ -29,11 +29,13 @@ class Visit:
         layer: int,
         wanted: Sequence[ExpertId],
         started: Callable[[Sequence[int]], None] | None,
+        computed: Container[int] = (),
     ) -> None:
         self._cache = cache
         self._layer = layer
         self._wanted: dict[ExpertId, None] = dict.fromkeys(wanted)
-        self._upcoming: dict[ExpertId, None] = dict(self._wanted)
+        self._computed = computed
+        self._upcoming: dict[ExpertId, None] = dict.fromkeys(one for one in wanted if one.expert not in computed)
         self._used: dict[ExpertId, None] = {}
         """Taken since the policy last heard of this visit."""
         self._started = started
@@ -45,7 +47,7 @@ class Visit:
     def __enter__(self) -> Visit:
         self._cache.turn.acquire()
         try:
-            self._cache.begin(self._layer, list(self._wanted))
+            self._cache.begin(self._layer, list(self._wanted), self._computed)
         except BaseException:
             self._cache.turn.release()
             raise

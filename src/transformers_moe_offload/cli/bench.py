@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -10,6 +12,9 @@ from rich.console import Console
 from rich.progress import Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from transformers_moe_offload.bench.conditions import described
+from transformers_moe_offload.bench.kernels import QUICK as QUICK_KERNELS
+from transformers_moe_offload.bench.kernels import KernelProtocol, kernel_tables, measure_kernels
 from transformers_moe_offload.bench.passage import Passage, passage_for, text_passage
 from transformers_moe_offload.bench.protocol import QUICK, Protocol
 from transformers_moe_offload.bench.report import facts, tables
@@ -22,7 +27,10 @@ from transformers_moe_offload.config import OffloadConfig, PrefetchConfig
 
 
 def bench(
-    model: options.Model,
+    model: Annotated[
+        str | None,
+        typer.Argument(metavar="[MODEL]", help="A folder with a checkpoint, or the id of a model on the Hub."),
+    ] = None,
     cache_budget: options.CacheBudget = "auto",
     policy: options.Policy = "lru",
     arithmetic: options.Arithmetic = "fast",
@@ -35,6 +43,9 @@ def bench(
     json_file: Annotated[Path | None, typer.Option("--json", help="Write all results to this file, too.")] = None,
     quick: Annotated[
         bool, typer.Option("--quick", help="One short run of everything; the figures mean little.")
+    ] = False,
+    kernels: Annotated[
+        bool, typer.Option("--kernels", help="Measure products with matrices in low bits instead of a model.")
     ] = False,
     text: Annotated[
         Path | None, typer.Option(help="Measure with this text. Default: this package's own sources.")
@@ -51,6 +62,11 @@ def bench(
     Prints the limit that the machine sets, and how much of it was reached. Leave the machine alone meanwhile.
     """
     with one_line_errors():
+        if (model is None) != kernels:
+            raise CommandError("bench measures a MODEL or, with --kernels, products of matrices: give one of the two")
+        if model is None:
+            _bench_kernels(json_file, QUICK_KERNELS if quick else KernelProtocol())
+            return
         config = OffloadConfig(
             cache_budget=cache_budget,
             policy=policy,
@@ -74,11 +90,32 @@ def bench(
             write_json(json_file, result)
 
 
+def _bench_kernels(json_file: Path | None, protocol: KernelProtocol) -> None:
+    _check_file(json_file)
+    with _progress() as begin:
+        result = measure_kernels(protocol, begin)
+    console = Console()
+    for name, value in (described(result["conditions"]) | result["kernels"]).items():
+        console.print(f"{name}: {value}", soft_wrap=True, markup=False, highlight=False)
+    console.print()
+    for table in kernel_tables(result):
+        console.print(for_terminal(table))
+    if json_file is not None:
+        write_json(json_file, result)
+
+
 def _measured(model: Any, passage: Passage, protocol: Protocol) -> dict[str, Any]:
+    with _progress() as begin:
+        return measure(model, passage, protocol, begin)
+
+
+@contextmanager
+def _progress() -> Iterator[Callable[[str], None]]:
+    """A line on stderr that says what is being done."""
     columns = (SpinnerColumn(), TextColumn("{task.description}"), TimeElapsedColumn())
     with Progress(*columns, console=Console(stderr=True), transient=True) as progress:
         task = progress.add_task("")
-        return measure(model, passage, protocol, lambda what: progress.update(task, description=what))
+        yield lambda what: progress.update(task, description=what)
 
 
 def _passage(name: str, model: Any, text: str | None, origin: options.Origin, path: Path | None) -> Passage:

@@ -13,13 +13,15 @@ import transformers
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig
 
-from transformers_moe_offload.cli.failures import reading
+from transformers_moe_offload.cli.failures import CommandError, reading
 from transformers_moe_offload.cli.options import Origin
 from transformers_moe_offload.cli.stored import Stored, what_is_stored
+from transformers_moe_offload.config import OffloadConfig
 from transformers_moe_offload.expert import ExpertSpec
 from transformers_moe_offload.hf.checkpoint import Checkpoint
+from transformers_moe_offload.hf.delegates.methods import DELEGATED, refusal
 from transformers_moe_offload.hf.discover import expert_spec, find_experts, take_over
-from transformers_moe_offload.hf.install import has_our_recipe
+from transformers_moe_offload.hf.install import method_of
 
 
 @dataclass(frozen=True)
@@ -52,7 +54,7 @@ def draw(name: str, origin: Origin, dtype: torch.dtype | None) -> Blueprint:
     """
     with reading(f"{name!r} is neither a folder with a model nor one that can be read from the Hub"):
         config = AutoConfig.from_pretrained(name, **origin.for_classes())
-    has_our_recipe(name, {"config": config})
+    _expect_known_sizes(name, method_of(name, {"config": config}))
     stored = what_is_stored(name, origin)
     dtype = dtype or config.dtype or stored.dtype or torch.get_default_dtype()
     with reading(f"no model can be built from the config of {name!r}"):
@@ -62,6 +64,19 @@ def draw(name: str, origin: Origin, dtype: torch.dtype | None) -> Blueprint:
     take_over(model)
     stored = Stored(stored.nbytes, stored.dtype or config.dtype)
     return Blueprint(name, model, experts, dtype, _saved_bytes(model), total_bytes, stored)
+
+
+def _expect_known_sizes(name: str, method: str | None) -> None:
+    """What experts of another method take is in the files, not in the config."""
+    if method in (None, OffloadConfig.quant_method):
+        return
+    if method not in DELEGATED:
+        raise refusal(name, str(method))
+    raise CommandError(
+        f"{name!r} is already quantized with {method!r}, and what its experts take is known once it is loaded: "
+        f"`moe-offload chat` runs it, and `model.moe_offload.plan` shows it; to quantize anew, start from an "
+        f"unquantized checkpoint"
+    )
 
 
 def _on_meta(config: PretrainedConfig, dtype: torch.dtype, trust_remote_code: bool) -> Any:

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
+from huggingface_hub import HfApi
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError
 
 from transformers_moe_offload.cli import options
@@ -32,7 +33,7 @@ def push_folder(folder: Path, repo: str, *, private: bool, revision: str | None,
     """Check and upload a folder, and say where it is."""
     check_prebuilt(folder)
     try:
-        url = upload(folder, repo, private=private or None, revision=revision, token=token)
+        url = upload(HfApi(token=token), folder, repo, private=private or None, revision=revision)
     except (HfHubHTTPError, HFValidationError, OSError) as error:
         raise CommandError(f"cannot upload to {repo!r}: {error}") from error
     typer.echo(f"pushed to {url}")

@@ -15,9 +15,10 @@ import torch
 from torch import Tensor
 
 from transformers_moe_offload.cache.cache import ExpertCache
+from transformers_moe_offload.compute.host_side import HostSide
 from transformers_moe_offload.compute.mlp import ExpertMlp, ExpertWeights
 from transformers_moe_offload.compute.routing import Grouping, group_by_expert
-from transformers_moe_offload.formats.coding import LayerCoding
+from transformers_moe_offload.formats.base import Coding
 from transformers_moe_offload.memory.slots import Weights
 
 
@@ -30,31 +31,38 @@ def sparse_forward(
     top_k_index: Tensor,
     top_k_weights: Tensor,
     *,
-    coding: LayerCoding | None = None,
+    coding: Coding | None = None,
     keeps_weights: bool = False,
     started: Callable[[Sequence[int]], None] | None = None,
+    host: HostSide | None = None,
 ) -> Tensor:
     """The experts' contribution to each token.
 
     hidden_states (T, H), top_k_index (T, K) int64, top_k_weights (T, K) -> (T, H) in the dtype of hidden_states.
     `experts` is the module whose activation is used. `coding` says what the slots hold, if it is not the weights as
     they are. `keeps_weights` copies the weights out of the slots, for autograd.
-    `started` is called with the wanted experts once their loads are under way.
+    `started` is called with the wanted experts once their loads are under way. `host` may compute some of those that are
+    absent, meanwhile.
     """
     grouping = group_by_expert(top_k_index, top_k_weights, cache.num_experts(layer), keep_zero_weights=keeps_weights)
-    outputs = {}
-    with cache.visit(layer, grouping.by_last_use, started) as visit:
-        # Gradients are summed, and random numbers drawn, in the order of computation; then it must not be chance.
-        is_ordered = keeps_weights or experts.training
+    # Gradients are summed, and random numbers drawn, in the order of computation; then it must not be chance.
+    is_ordered = keeps_weights or experts.training
+    outputs, share, computing = {}, {}, None
+    if host is not None and not is_ordered and not torch.is_autocast_enabled(hidden_states.device.type):
+        share = host.share(cache, layer, grouping, cache.num_loading)
+        computing = host.start(mlp, experts, hidden_states, layer, share) if share else None
+    with cache.visit(layer, grouping.by_last_use, started, share) as visit:
         for expert, weights in visit.in_order() if is_ordered else visit:
-            opened = _opened(weights, coding, keeps_weights)
+            matrices = opened(weights, coding, keeps_weights=keeps_weights)
             tokens = grouping.tokens[expert]
             rows = hidden_states if len(hidden_states) == len(tokens) == 1 else hidden_states[tokens]
-            outputs[expert] = mlp(experts, rows, opened)
+            outputs[expert] = mlp(experts, rows, matrices)
+        if computing is not None:
+            outputs |= computing.finish()
     return combine([outputs[expert] for expert in grouping.experts], grouping, hidden_states, top_k_weights)
 
 
-def _opened(weights: Weights, coding: LayerCoding | None, keeps_weights: bool) -> ExpertWeights:
+def opened(weights: Weights, coding: Coding | None, *, keeps_weights: bool) -> ExpertWeights:
     """What a slot holds, as matrices that can be multiplied with; in memory of their own if they are kept."""
     if coding is None:
         return {name: tensor.clone() for name, tensor in weights.items()} if keeps_weights else weights

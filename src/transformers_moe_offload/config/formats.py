@@ -63,8 +63,7 @@ class HqqFormat:
         match = re.fullmatch(r"(\d+)x(\d+)(?:m(\d+))?", text.strip().lower())
         if not match:
             raise ConfigError(f"{text!r} is not a format; write bits and group size such as 4x64, or 4x64m16")
-        meta = {"meta_nbits": int(match[3])} if match[3] else {}
-        return cls(nbits=int(match[1]), group_size=int(match[2]), **meta)
+        return cls(nbits=int(match[1]), group_size=int(match[2]), meta_nbits=int(match[3] or cls.meta_nbits))
 
 
 @dataclass(frozen=True, kw_only=True)

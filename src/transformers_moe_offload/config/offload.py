@@ -18,7 +18,7 @@ from transformers_moe_offload.config.prefetch import PrefetchConfig
 from transformers_moe_offload.errors import ConfigError
 
 Arithmetic = Literal["fast", "exact"]
-Misses = Literal["auto", "fetch"]
+Misses = Literal["auto", "fetch", "compute"]
 
 RECIPE_VERSION = 1
 """Of what `config.json` of a checkpoint with quantized experts says about them."""
@@ -35,7 +35,9 @@ class OffloadConfig(dict[str, Any]):
             `"6GiB"`, `"40%"` of all experts, or `"auto"`, which takes what is free after the dense weights, less a
             reserve, and never more than all experts need. With several GPUs the budget is shared out among them.
         policy: which expert leaves when another one needs its slot: `"lru"`, or a name given to `register_policy`.
-        misses: `"fetch"` loads an expert that is not resident and then uses it; `"auto"` chooses, today always `fetch`.
+        misses: on a machine with GPU, `"fetch"` moves an expert that is not resident there and then uses it; `"compute"`
+            has the host compute it instead where that is faster, which is not bit for bit the same; `"auto"` does so
+            where it is faster by a fifth, and never with `arithmetic="exact"`. Without a GPU there is only `"fetch"`.
         arithmetic: `"exact"` computes the experts with the model's own eager code, bit for bit; `"fast"` may use
             better kernels and orders of summation and is at least as close to exact arithmetic.
         mmap: on a CPU machine, use experts where they lie in the page cache instead of copying them into slots; the
@@ -81,7 +83,7 @@ class OffloadConfig(dict[str, Any]):
         object.__setattr__(self, "dense", make_format("dense", self.dense))
         if not isinstance(self.policy, str):
             raise ConfigError(f"policy={self.policy!r} is not the name of a policy; register yours and pass its name")
-        choose("misses", self.misses, get_args(Misses), later={"compute": "computing misses on the host"})
+        choose("misses", self.misses, get_args(Misses))
         choose("arithmetic", self.arithmetic, get_args(Arithmetic))
         if self.io_workers is not None and (type(self.io_workers) is not int or self.io_workers < 1):
             raise ConfigError(f"io_workers={self.io_workers!r} is not a positive number of threads")

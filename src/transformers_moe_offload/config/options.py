@@ -27,10 +27,7 @@ def refuse_unknown(owner: str, options: Iterable[str], known: list[str]) -> None
             raise ConfigError(f"{owner} has no option {key!r}; {hint}")
 
 
-def choose(option: str, value: object, choices: tuple[Any, ...], later: Mapping[str, str] | None = None) -> None:
-    """Refuse a value that is not one of the choices; `later` names the feature of choices still to come."""
-    if value in choices:
-        return
-    if later and isinstance(value, str) and value in later:
-        raise ConfigError(f"{option}={value!r}: {later[value]} is not available yet; use one of {list(choices)}")
-    raise ConfigError(f"{option}={value!r} is not one of {list(choices)}")
+def choose(option: str, value: object, choices: tuple[Any, ...]) -> None:
+    """Refuse a value that is not one of the choices."""
+    if value not in choices:
+        raise ConfigError(f"{option}={value!r} is not one of {list(choices)}")

@@ -94,7 +94,7 @@ def _packing(meta: Mapping[str, Any], name: str) -> Packing:
     for key, quantized in (("quant_scale", "scale_q"), ("quant_zero", "zero_q")):
         if quantized in meta or _plain(meta, key, name, default=False):
             raise CheckpointError(
-                f"{name} has {key}=True, that is {quantized!r}: numbers that hqq has quantized in turn; only plain ones "
+                f"{name} has {key}=True, or {quantized!r}: numbers that hqq quantized in turn; only plain ones "
                 "can be used"
             )
     packing = _plain(meta, "packing", name)

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from transformers_moe_offload.errors import CheckpointError
 from transformers_moe_offload.expert import ExpertSpec, FieldSpec
+from transformers_moe_offload.hf.delegates.methods import refuse_hqq
 from transformers_moe_offload.hf.layer import SparseLayer
 from transformers_moe_offload.hf.locate import (
     ParameterSource,
@@ -26,7 +27,7 @@ from transformers_moe_offload.hf.locate import (
 from transformers_moe_offload.memory.checkpoint import LayerSource
 from transformers_moe_offload.memory.expert_source import ScatteredExpert
 from transformers_moe_offload.memory.record import dtype_name
-from transformers_moe_offload.memory.safetensors_index import StoredTensor, check_index_file, read_index
+from transformers_moe_offload.memory.safetensors_index import StoredTensor, check_index_file, read_header, read_index
 
 
 @dataclass(frozen=True)
@@ -54,7 +55,9 @@ class Checkpoint:
         """
         if folder.is_dir():
             _refuse_outside(folder, files)
+        refuse_hqq((tensor.name for tensor in read_header(files[0])), folder)
         tensors = read_index(files)
+        refuse_hqq(tensors, folder)
         if len(files) > 1:
             for index_path in sorted(Path(os.path.commonpath(files)).glob("*.safetensors.index.json")):
                 check_index_file(index_path, tensors)
@@ -101,8 +104,8 @@ def locate(
         spare = {name: tuple(entries[layer.num_experts :]) for name, entries in by_field.items()}
         sources.append(LayerSource(spec, experts, {name: rest for name, rest in spare.items() if rest}))
     pieces = (piece for source in sources for expert in source.experts for piece in expert.pieces)
-    spare = (piece for source in sources for fields in source.spare.values() for one in fields for piece in one.pieces)
-    expect_unused(model, {piece.name for piece in chain(pieces, spare)}, conversions)
+    unused = (piece for source in sources for fields in source.spare.values() for one in fields for piece in one.pieces)
+    expect_unused(model, {piece.name for piece in chain(pieces, unused)}, conversions)
     return sources
 
 

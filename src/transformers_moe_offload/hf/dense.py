@@ -4,7 +4,9 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Iterable, Iterator
+from itertools import chain
 from typing import Any
 
 import torch
@@ -17,6 +19,8 @@ from transformers_moe_offload.hf.layer import SparseLayer
 from transformers_moe_offload.kernels.packed import PackedMatrix, Packing
 from transformers_moe_offload.kernels.reference import dequantize
 from transformers_moe_offload.memory.record import torch_dtype
+
+logger = logging.getLogger(__name__)
 
 _ROUTERS = {"router", "gate"}
 """What Transformers calls the modules that score experts."""
@@ -39,7 +43,9 @@ class HqqLinear(nn.Linear):
         for part in packing.parts:
             empty = torch.empty(part.shape, dtype=torch_dtype(part.dtype), device=device)
             self.register_buffer(f"weight_{part.name}", empty)
-        self.bias = nn.Parameter(torch.empty(packing.rows, dtype=dtype, device=device)) if bias else None
+        self.register_parameter(
+            "bias", nn.Parameter(torch.empty(packing.rows, dtype=dtype, device=device)) if bias else None
+        )
 
     @classmethod
     def quantize(cls, linear: nn.Linear, format: HqqFormat) -> HqqLinear:
@@ -71,6 +77,12 @@ class HqqLinear(nn.Linear):
         out = kernels.linear(x.reshape(-1, self.in_features), self.matrix).view(*x.shape[:-1], self.out_features)
         return out if self.bias is None else out + self.bias
 
+    def settle(self) -> None:
+        """Undo the cast to float32 of buffers whose names look like those of parameters that stay in float32."""
+        for part in self.packing.parts:
+            name = f"weight_{part.name}"
+            self._buffers[name] = getattr(self, name).to(torch_dtype(part.dtype))
+
     def dequantized(self) -> nn.Linear:
         """An ordinary linear layer with the decoded weight."""
         linear = nn.Linear(self.in_features, self.out_features, bias=self.bias is not None, device="meta")
@@ -94,14 +106,24 @@ class HqqLinear(nn.Linear):
         return f"{super().extra_repr()}, nbits={self.packing.nbits}, group_size={self.packing.group_size}"
 
 
-def dense_linears(model: Any, layers: Iterable[SparseLayer]) -> Iterator[tuple[str, nn.Linear]]:
-    """The linear layers that `dense=` is about, by path: not the output embedding, not routers, nothing in experts."""
+def dense_linears(
+    model: Any, layers: Iterable[SparseLayer], format: HqqFormat
+) -> Iterator[tuple[str, nn.Linear]]:
+    """The linear layers that `dense=` is about, by path: not the output embedding, not routers, nothing in experts.
+
+    Nor those whose weights are tied to others', or whose inputs the group size does not divide: these stay as they are.
+    """
     head = model.get_output_embeddings()
     layers = list(layers)
+    ties = getattr(model, "all_tied_weights_keys", None) or {}
+    tied = {name.removesuffix(".weight") for name in chain(ties, ties.values())}
     counts = {(layer.name.rpartition(".")[0], count) for layer in layers for count in (1, layer.num_experts)}
     inside = tuple(f"{layer.name}." for layer in layers)
     for name, module in model.named_modules():
-        if type(module) is not nn.Linear or module is head or name.startswith(inside):
+        if type(module) is not nn.Linear or module is head or name in tied or name.startswith(inside):
+            continue
+        if module.in_features % format.group_size:
+            logger.info(f"{name} stays as it is: group_size={format.group_size} does not divide {module.in_features}")
             continue
         if _ROUTERS & set(name.split(".")) or (name.rpartition(".")[0], module.out_features) in counts:
             continue
@@ -110,17 +132,24 @@ def dense_linears(model: Any, layers: Iterable[SparseLayer]) -> Iterator[tuple[s
 
 def quantize_dense(model: Any, layers: Iterable[SparseLayer], format: HqqFormat) -> None:
     """Replace the weights of a loaded model's dense linear layers, one after the other."""
-    for name, linear in list(dense_linears(model, layers)):
+    for name, linear in list(dense_linears(model, layers, format)):
         model.set_submodule(name, HqqLinear.quantize(linear, format))
 
 
 def prepare_dense(model: Any, layers: Iterable[SparseLayer], format: HqqFormat) -> None:
     """Make room in a model on meta for the packed weights of a checkpoint."""
-    for name, linear in list(dense_linears(model, layers)):
+    for name, linear in list(dense_linears(model, layers, format)):
         packing = packing_of(linear.out_features, linear.in_features, format)
         weight = linear.weight
         packed = HqqLinear(packing, bias=linear.bias is not None, dtype=weight.dtype, device=weight.device)
         model.set_submodule(name, packed)
+
+
+def settle_dense(model: nn.Module) -> None:
+    """The packed weights of a checkpoint have been loaded."""
+    for module in model.modules():
+        if isinstance(module, HqqLinear):
+            module.settle()
 
 
 def restore_dense(model: nn.Module) -> None:

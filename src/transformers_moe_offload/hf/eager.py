@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from transformers_moe_offload.cache.visit import Visit
 from transformers_moe_offload.expert import ExpertSpec
-from transformers_moe_offload.formats.coding import LayerCoding
+from transformers_moe_offload.formats.base import Coding
 from transformers_moe_offload.hf.layouts import ExpertField
 from transformers_moe_offload.memory.record import torch_dtype
 
@@ -24,7 +24,7 @@ Fetch = Callable[[str, int], Tensor]
 
 
 def fetch_from(
-    visit: Visit, spec: ExpertSpec, device: torch.device, *, coding: LayerCoding | None, copies: bool
+    visit: Visit, spec: ExpertSpec, device: torch.device, *, coding: Coding | None, copies: bool
 ) -> Fetch:
     """Fetch wanted experts through a visit, and zeros for others.
 

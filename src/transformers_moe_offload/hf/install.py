@@ -1,9 +1,10 @@
 """Register with Transformers, and take it back.
 
-Two entries in Transformers' own tables, and two patches. `PreTrainedModel.from_pretrained` learns the keyword
-`moe_offload`; the Auto classes pass unknown keywords on to it, so nothing else needs to be touched. This patch can go
-when Transformers lets a registered quantization method add keywords of its own. `PreTrainedModel.save_pretrained`
-writes models with quantized weights in a format of ours; this one can go when a quantization method may write files.
+Two entries in Transformers' own tables, a few that stand in front of its own, and two patches.
+`PreTrainedModel.from_pretrained` learns the keyword `moe_offload`; the Auto classes pass unknown keywords on to it, so
+nothing else needs to be touched. This patch can go when Transformers lets a registered quantization method add keywords
+of its own. `PreTrainedModel.save_pretrained` writes models with quantized weights in a format of ours; this one can go
+when a quantization method may write files.
 """
 
 from __future__ import annotations
@@ -19,6 +20,8 @@ from transformers.quantizers.auto import AUTO_QUANTIZATION_CONFIG_MAPPING, AUTO_
 
 from transformers_moe_offload.config import OffloadConfig
 from transformers_moe_offload.errors import CheckpointError, ConfigError
+from transformers_moe_offload.hf.delegates.methods import DELEGATED, refusal
+from transformers_moe_offload.hf.delegates.quantizer import delegating
 from transformers_moe_offload.hf.quantizer import MoeOffloadQuantizer, asked_for
 from transformers_moe_offload.hf.runtime import OffloadRuntime
 from transformers_moe_offload.hf.saving import save_quantized
@@ -30,6 +33,9 @@ def install() -> None:
     """Make `moe_offload=` known to every `from_pretrained`. Importing the package does it; twice does no harm."""
     AUTO_QUANTIZER_MAPPING[OffloadConfig.quant_method] = MoeOffloadQuantizer
     AUTO_QUANTIZATION_CONFIG_MAPPING[OffloadConfig.quant_method] = OffloadConfig
+    for method in DELEGATED:
+        if not _is_ours(AUTO_QUANTIZER_MAPPING[method]):
+            AUTO_QUANTIZER_MAPPING[method] = delegating(AUTO_QUANTIZER_MAPPING[method])
     plain = PreTrainedModel.__dict__["from_pretrained"].__func__
     if not _is_ours(plain):
         PreTrainedModel.from_pretrained = classmethod(_accepting_moe_offload(plain))
@@ -41,6 +47,9 @@ def uninstall() -> None:
     """Leave Transformers as it was before `install`. Models that are loaded keep working."""
     AUTO_QUANTIZER_MAPPING.pop(OffloadConfig.quant_method, None)
     AUTO_QUANTIZATION_CONFIG_MAPPING.pop(OffloadConfig.quant_method, None)
+    for method in DELEGATED:
+        if _is_ours(AUTO_QUANTIZER_MAPPING[method]):
+            AUTO_QUANTIZER_MAPPING[method] = AUTO_QUANTIZER_MAPPING[method].__wrapped__
     current = PreTrainedModel.__dict__["from_pretrained"].__func__
     if _is_ours(current):
         PreTrainedModel.from_pretrained = classmethod(current.__wrapped__)
@@ -69,8 +78,11 @@ def _accepting_moe_offload(plain: Any) -> Any:
         if config is None:
             return plain(cls, pretrained_model_name_or_path, *model_args, **kwargs)
         kwargs.pop("quantization_config", None)
-        if not has_our_recipe(pretrained_model_name_or_path, kwargs):
+        method = method_of(pretrained_model_name_or_path, kwargs)
+        if method is None:
             kwargs["quantization_config"] = config
+        elif method not in (OffloadConfig.quant_method, *DELEGATED):
+            raise refusal(pretrained_model_name_or_path, method)
         token = asked_for.set(config)
         try:
             return plain(cls, pretrained_model_name_or_path, *model_args, **kwargs)
@@ -106,26 +118,21 @@ def _saving_quantized(plain: Any) -> Any:
     return save_pretrained
 
 
-def has_our_recipe(name_or_path: Any, kwargs: dict[str, Any]) -> bool:
-    """Whether a checkpoint's experts are in a format of ours.
+def method_of(name_or_path: Any, kwargs: dict[str, Any]) -> str | None:
+    """The method that a checkpoint is quantized with, by the name that its config gives; None if there is none.
 
-    Raises `ConfigError` if they are in that of another quantization method, before anything is downloaded.
+    Asks for the config as `from_pretrained` with these keywords would.
     """
     config = kwargs.get("config")
     if isinstance(config, PretrainedConfig):
-        method = getattr(config, "quantization_config", None)
+        config = config.to_dict()
     elif name_or_path is None:
-        return False
+        return None
     else:
         options = {name: kwargs[name] for name in _HUB_OPTIONS if name in kwargs}
-        method = PretrainedConfig.get_config_dict(config or name_or_path, **options)[0].get("quantization_config")
-    if not method:
-        return False
-    name = method.get("quant_method") if isinstance(method, dict) else method.quant_method
-    if name != OffloadConfig.quant_method:
-        raise ConfigError(
-            f"{name_or_path} is already quantized with {getattr(name, 'value', name)!r}; offloading experts that "
-            f"another method has quantized is not supported yet. Load it without moe_offload, or use an unquantized "
-            f"checkpoint of the model"
-        )
-    return True
+        config = PretrainedConfig.get_config_dict(config or name_or_path, **options)[0]
+    found = config.get("quantization_config") or (config.get("text_config") or {}).get("quantization_config")
+    if not found:
+        return None
+    method = found.get("quant_method", "a method without a name")
+    return str(getattr(method, "value", method))

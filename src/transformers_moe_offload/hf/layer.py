@@ -109,6 +109,7 @@ class SparseLayer:
                 coding=source.coding,
                 keeps_weights=keeps_weights,
                 started=started,
+                host=self.runtime.host_side_of(self),
             )
         wanted = self.layout.wanted(self.num_experts, *inputs, keep_zero_weights=keeps_weights)
         with cache.visit(self.index, wanted, started) as visit:

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Mapping, Sequence
-from copy import deepcopy
+from copy import copy, deepcopy
 from dataclasses import dataclass, field
 from itertools import chain
 from types import SimpleNamespace
@@ -31,6 +31,7 @@ from transformers.core_model_loading import (
 from transformers_moe_offload.errors import CheckpointError, UnsupportedModelError
 from transformers_moe_offload.hf.layouts import ExpertField
 from transformers_moe_offload.memory.field_source import Assemble, FieldSource
+from transformers_moe_offload.memory.record import torch_dtype
 from transformers_moe_offload.memory.safetensors_index import StoredTensor
 
 
@@ -93,7 +94,9 @@ def expert_sources(
     """
     assert field.num_entries is not None
     pieces = [_pieces_of(name, source, entry, field.num_entries) for entry in range(field.num_entries)]
-    assemble = None if _is_concatenation(source) else _assemble_with(name, source, pieces[0], field.shape, config)
+    assemble = None
+    if not _is_concatenation(source):
+        assemble = _assemble_with(name, source, pieces[0], field.shape, casts[-1], config)
     found = [FieldSource(tuple(chain(*by_pattern.values())), casts, assemble) for by_pattern in pieces]
     return [_checked(f"{name}[{expert}]", one, field.shape) for expert, one in enumerate(found)]
 
@@ -165,21 +168,28 @@ def _has_only_rows(source: ParameterSource) -> bool:
 
 
 def _assemble_with(
-    name: str, source: ParameterSource, pieces: Mapping[str, list[StoredTensor]], shape: tuple[int, ...], config: Any
+    name: str,
+    source: ParameterSource,
+    pieces: Mapping[str, list[StoredTensor]],
+    shape: tuple[int, ...],
+    dtype: str,
+    config: Any,
 ) -> Assemble:
     """Run Transformers' own conversion on one expert's pieces."""
     converter = source.converter
     assert converter is not None
     counts = {pattern: len(tensors) for pattern, tensors in pieces.items()}
-    # Operations may ask the model for the shape that a parameter should have; for them it has one expert.
-    one_expert = torch.empty((1, *shape), device="meta")
-    model = SimpleNamespace(config=config, get_parameter=lambda _: one_expert)
+    # Operations may ask the model for the shape and dtype that a parameter should have; for them it has one expert.
+    one_expert = torch.empty((1, *shape), dtype=torch_dtype(dtype), device="meta")
+    module = SimpleNamespace(**{name.rpartition(".")[2]: one_expert})
+    model = SimpleNamespace(config=config, get_parameter=lambda _: one_expert, get_submodule=lambda _: module)
 
     def assemble(tensors: list[Tensor]) -> Tensor:
         remaining = iter(tensors)
-        conversion = deepcopy(converter)
-        for pattern, count in counts.items():
-            conversion.collected_tensors[pattern] = [next(remaining) for _ in range(count)]
+        conversion = copy(converter)
+        conversion.collected_tensors = {
+            pattern: [next(remaining) for _ in range(count)] for pattern, count in counts.items()
+        }
         converted: dict[str, Any] = conversion.convert(name, model=model, config=config)
         out = converted[name] if name in converted else next(iter(converted.values()))
         tensor: Tensor = out[0] if isinstance(out, list) else out

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 
@@ -13,14 +14,20 @@ from transformers_moe_offload.cache.capacity import PoolNeed, share_out, smalles
 from transformers_moe_offload.config import Budget, OffloadConfig
 from transformers_moe_offload.errors import ConfigError
 from transformers_moe_offload.expert import ExpertSpec
-from transformers_moe_offload.formats.coding import LayerCoding
+from transformers_moe_offload.formats.base import Coding
 from transformers_moe_offload.memory.available import available_bytes, page_cache_holds
 from transformers_moe_offload.memory.checkpoint import ExpertStore, LayerSource
 from transformers_moe_offload.memory.host import HostTier
 from transformers_moe_offload.memory.mapped import MappedSlots
 from transformers_moe_offload.memory.record import RecordLayout
 from transformers_moe_offload.memory.slots import CopiedSlots, SlotPool, Slots
-from transformers_moe_offload.memory.transfer import Copier, CudaCopier, HostCopier, default_workers
+from transformers_moe_offload.memory.transfer import (
+    Copier,
+    CudaCopier,
+    HostCopier,
+    ReadInto,
+    default_workers,
+)
 from transformers_moe_offload.policies import make_policy
 
 logger = logging.getLogger(__name__)
@@ -32,7 +39,7 @@ class Placement:
 
     spec: ExpertSpec
     device: torch.device
-    coding: LayerCoding | None = None
+    coding: Coding | None = None
     """How its experts are quantized, if they are."""
     is_mappable: bool = False
     """Whether its experts can be used where they lie in the checkpoint's files."""
@@ -199,8 +206,16 @@ def _is_mappable(placement: Placement, config: OffloadConfig) -> bool:
     return placement.is_mappable
 
 
-def build_caches(plan: OffloadPlan, sources: Sequence[LayerSource], config: OffloadConfig) -> dict[int, ExpertCache]:
-    """One cache for each pool of the plan: layer -> the cache it uses."""
+class Caches(NamedTuple):
+    """What a plan describes, built."""
+
+    of_layer: dict[int, ExpertCache]
+    """One cache for each pool: layer -> the cache it uses."""
+    host: HostTier
+
+
+def build_caches(plan: OffloadPlan, sources: Sequence[LayerSource], config: OffloadConfig) -> Caches:
+    """The caches of a plan, empty."""
     store = ExpertStore(sources, past_cache=plan.reads_past_cache)
     host = HostTier(store, plan.host_bytes)
     caches: dict[int, ExpertCache] = {}
@@ -208,15 +223,23 @@ def build_caches(plan: OffloadPlan, sources: Sequence[LayerSource], config: Offl
         num_experts = {layer: store.layers[layer].spec.num_experts for layer in pool.layers}
         cache = ExpertCache(_slots(store, host, pool, config), pool.num_slots, num_experts, make_policy(config.policy))
         caches |= dict.fromkeys(pool.layers, cache)
-    return caches
+    return Caches(caches, host)
 
 
 def _slots(store: ExpertStore, host: HostTier, pool: PoolPlan, config: OffloadConfig) -> Slots:
-    workers = config.io_workers or default_workers()
     if pool.is_mapped:
-        return MappedSlots(store, workers)
-    copier: Copier = HostCopier(store.read_into, workers)
-    if pool.device.type == "cuda":
-        is_pinned = config.pin_memory is not False
-        copier = CudaCopier(host.read_into, workers, pool.device, pool.need.slot_bytes, is_pinned)
-    return CopiedSlots(store, SlotPool(pool.need.slot_bytes, pool.device), copier)
+        return MappedSlots(store, _workers(config))
+    read_into = store.read_into if pool.device.type == "cpu" else host.read_into
+    return CopiedSlots(store, SlotPool(pool.need.slot_bytes, pool.device), copier_for(pool, read_into, config))
+
+
+def copier_for(pool: PoolPlan, read_into: ReadInto, config: OffloadConfig) -> Copier:
+    """What fills the slots of a pool with records that are read by `read_into`."""
+    if pool.device.type == "cpu":
+        return HostCopier(read_into, _workers(config))
+    is_pinned = config.pin_memory is not False
+    return CudaCopier(read_into, _workers(config), pool.device, pool.need.slot_bytes, is_pinned)
+
+
+def _workers(config: OffloadConfig) -> int:
+    return config.io_workers or default_workers()

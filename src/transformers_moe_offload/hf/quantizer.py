@@ -19,7 +19,7 @@ from transformers_moe_offload.config import ExpertFormats, OffloadConfig
 from transformers_moe_offload.errors import CheckpointError
 from transformers_moe_offload.hf.attach import attach
 from transformers_moe_offload.hf.checkpoint import Checkpoint, expect_unused, locate
-from transformers_moe_offload.hf.dense import prepare_dense, quantize_dense
+from transformers_moe_offload.hf.dense import prepare_dense, quantize_dense, settle_dense
 from transformers_moe_offload.hf.discover import take_over
 from transformers_moe_offload.hf.layer import SparseLayer
 from transformers_moe_offload.hf.prebuilt.layout import INDEX_NAME
@@ -41,7 +41,7 @@ class MoeOffloadQuantizer(HfQuantizer):
 
     def __init__(self, quantization_config: OffloadConfig, **kwargs: Any) -> None:
         super().__init__(quantization_config, **kwargs)
-        self._is_prebuilt = self.pre_quantized
+        self._is_prebuilt = bool(kwargs.get("pre_quantized"))
         """Whether the checkpoint's experts are in a format of ours."""
         if self._is_prebuilt:
             self.quantization_config = quantization_config.override(asked_for.get() or OffloadConfig())
@@ -115,7 +115,9 @@ class MoeOffloadQuantizer(HfQuantizer):
         return weight_conversions
 
     def _process_model_after_weight_loading(self, model: Any, **kwargs: Any) -> None:
-        if not self._is_prebuilt:
+        if self._is_prebuilt:
+            settle_dense(model)
+        else:
             self._quantize(model)
         attach(model, self.quantization_config, self._layers, self._sources)
         vars(model).pop("_keys_to_ignore_on_load_unexpected", None)  # only of use while loading

@@ -15,10 +15,12 @@ from torch import Tensor, nn
 from transformers_moe_offload.cache.cache import ExpertCache
 from transformers_moe_offload.cache.warming import most_used
 from transformers_moe_offload.compute.alignment import gives_equal_bits
+from transformers_moe_offload.compute.host_side import HostSide
 from transformers_moe_offload.config import OffloadConfig
 from transformers_moe_offload.errors import ConfigError, MoeOffloadError
 from transformers_moe_offload.expert import ExpertSpec
 from transformers_moe_offload.hf.dense import restore_dense
+from transformers_moe_offload.hf.host_sides import host_sides
 from transformers_moe_offload.hf.layer import SparseLayer, layer_of, unbind
 from transformers_moe_offload.hf.lookahead import Lookahead, look_ahead_in
 from transformers_moe_offload.hf.parameters import parameters_of
@@ -43,6 +45,7 @@ class OffloadRuntime:
         self._layers = list(layers)
         self._sources: dict[int, LayerSource] = {}
         self._caches: dict[int, ExpertCache] = {}
+        self._host_sides: dict[int, HostSide] = {}
         self._lookahead: Lookahead | None = None
         self._recorder: TraceRecorder | None = None
         self._kept_stats: dict[int, LayerStats] = {}
@@ -186,6 +189,10 @@ class OffloadRuntime:
         """What to call with the experts that a layer wants, once their loads are under way; hidden (..., H)."""
         return None if self._lookahead is None else self._lookahead.started(layer.index, hidden)
 
+    def host_side_of(self, layer: SparseLayer) -> HostSide | None:
+        """What the host does of a layer's misses; None where all of them are fetched."""
+        return self._host_sides.get(layer.index)
+
     def move(self, layer: SparseLayer, device: torch.device, dtype: torch.dtype) -> None:
         """A layer computes on another device or in another dtype from now on."""
         source = self.source(layer)
@@ -212,7 +219,7 @@ class OffloadRuntime:
         twin.config = self.config
         twin._model = weakref.ref(memo.get(id(old_model), old_model))
         twin._sources = dict(self._sources)
-        twin._caches = {}
+        twin._caches, twin._host_sides = {}, {}
         twin._lookahead = None
         twin._recorder = None
         twin._kept_stats = {}
@@ -249,7 +256,8 @@ class OffloadRuntime:
         if self._caches:
             return
         self._plan = make_plan(self._placements(), self.config)
-        self._caches = build_caches(self._plan, list(self._sources.values()), self.config)
+        self._caches, host = build_caches(self._plan, list(self._sources.values()), self.config)
+        self._host_sides = host_sides(self._living_model(), self._layers, self._plan, host, self.config)
         specs = {layer.index: self.spec(layer) for layer in self._layers}
         self._lookahead = look_ahead_in(self._living_model(), self.config.prefetch, self._caches, specs)
         for index, stats in self._kept_stats.items():
@@ -264,7 +272,9 @@ class OffloadRuntime:
     def _drop_caches(self, *, keep_stats: bool) -> None:
         if keep_stats:
             self._kept_stats |= {index: cache.stats[index] for index, cache in self._caches.items()}
-        self._caches = {}
+        for side in set(self._host_sides.values()):
+            side.compute.close()
+        self._caches, self._host_sides = {}, {}
         self._lookahead = None
         self._plan = None
 
@@ -280,7 +290,11 @@ class OffloadRuntime:
 
     def _living_model(self) -> Any:
         model = self._model()
-        assert model is not None
+        if model is None:
+            raise MoeOffloadError(
+                "the model of this handle is gone; keep a name for it, as in `model = ...from_pretrained(...)`, and use "
+                "`model.moe_offload`"
+            )
         return model
 
 

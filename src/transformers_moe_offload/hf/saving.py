@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator, Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -48,7 +49,11 @@ def _dense(model: Any, state_dict: Mapping[str, Tensor] | None) -> Iterator[Dens
     tensors = dict(model.state_dict() if state_dict is None else state_dict)
     for name, tensor in remove_tied_weights_from_state_dict(tensors, model).items():
         spec = FieldSpec(name, tuple(tensor.shape), dtype_name(tensor.dtype))
-        yield DenseContent((spec,), lambda name=name, tensor=tensor: {name: tensor.detach().cpu().contiguous()})
+        yield DenseContent((spec,), partial(_on_host, name, tensor))
+
+
+def _on_host(name: str, tensor: Tensor) -> dict[str, Tensor]:
+    return {name: tensor.detach().cpu().contiguous()}
 
 
 def _plain_config(model: Any) -> dict[str, Any]:

@@ -22,7 +22,9 @@ class Linear(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx: Any, rows: Tensor, matrix: PackedMatrix, activations: str, linear: Callable[..., Tensor]) -> Tensor:
+    def forward(
+        ctx: Any, rows: Tensor, matrix: PackedMatrix, activations: str, linear: Callable[..., Tensor]
+    ) -> Tensor:
         """rows (T, K) -> (T, N)."""
         ctx.matrix = matrix
         return linear(rows, matrix, activations)

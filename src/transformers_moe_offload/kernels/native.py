@@ -35,7 +35,9 @@ def native() -> Native:
     """The library this package was built with, looked for once."""
     spec = importlib.util.find_spec("transformers_moe_offload.kernels._cpu")
     if spec is None or spec.origin is None:
-        return Native(None, missing="they were not built; install a C compiler, then this package again from its sources")
+        return Native(
+            None, missing="they were not built; install a C compiler, then this package again from its sources"
+        )
     return opened(Path(spec.origin))
 
 

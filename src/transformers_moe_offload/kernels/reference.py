@@ -8,15 +8,14 @@ allocated: on CPUs, fresh pages cost more than the arithmetic (4096 x 14336, one
 
 from __future__ import annotations
 
-import threading
 from collections.abc import Iterator
-from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from transformers_moe_offload.kernels.packed import META_BLOCK, PackedMatrix
 from transformers_moe_offload.kernels.packing import unpack, unpack_rows
+from transformers_moe_offload.kernels.scratch import scratch
 
 __all__ = ["dequantize", "linear", "linear_transposed", "scales_and_zeros", "unpack"]
 
@@ -72,40 +71,14 @@ def _tiles(matrix: PackedMatrix) -> Iterator[tuple[int, Tensor]]:
     """First row and float32 weights (rows, K) of a few rows after another. The next tile overwrites the last one."""
     packing = matrix.packing
     scale, zero = (meta.unsqueeze(-1) for meta in scales_and_zeros(matrix))
-    scratch = _scratch(packing.cols, matrix.parts["codes"].device)
+    shape, device = (TILE_ROWS, packing.cols), matrix.parts["codes"].device
+    buffers = [scratch(name, shape, torch.uint8, device) for name in ("codes", "high")]
+    buffers.append(scratch("weights", shape, torch.float32, device))
     for start in range(0, packing.rows, TILE_ROWS):
         stop = min(start + TILE_ROWS, packing.rows)
-        codes, high, weights = (buffer[: stop - start] for buffer in scratch)
+        codes, high, weights = (buffer[: stop - start] for buffer in buffers)
         unpack_rows(matrix, start, codes, high)
         weights.copy_(codes)
         grouped = weights.view(stop - start, packing.groups, packing.group_size)
         grouped.sub_(zero[start:stop]).mul_(scale[start:stop])
         yield start, weights
-
-
-class _Scratch(NamedTuple):
-    """Buffers of one tile, (TILE_ROWS, K) each."""
-
-    codes: Tensor
-    high: Tensor
-    weights: Tensor
-
-
-class _Kept(threading.local):
-    """Of each thread, the largest buffers it has needed on each device."""
-
-    def __init__(self) -> None:
-        self.buffers: dict[torch.device, _Scratch] = {}
-
-
-_KEPT = _Kept()
-
-
-def _scratch(cols: int, device: torch.device) -> _Scratch:
-    kept = _KEPT.buffers.get(device)
-    size = TILE_ROWS * cols
-    if kept is None or kept.weights.numel() < size:
-        codes = torch.empty(size, dtype=torch.uint8, device=device)
-        kept = _Scratch(codes, torch.empty_like(codes), torch.empty(size, device=device))
-        _KEPT.buffers[device] = kept
-    return _Scratch(*(buffer[:size].view(TILE_ROWS, cols) for buffer in kept))

@@ -83,7 +83,9 @@ class TorchSolver:
 class FusedSolver:
     """The solver in C (`csrc/hqq_solver.c`), on the CPU, in the calling thread, which gives up the interpreter's lock.
 
-    Its zeros are those of `TorchSolver` but for rounding, thirty times as fast.
+    Its zeros are those of `TorchSolver` but for rounding, and the same on every processor. It finds them eight times as
+    fast, and matrices are quantized four times as fast in all (2048 x 1024, 4 bits, groups of 64, one Xeon core: 100
+    million weights a second against 24).
     """
 
     def __init__(self, library: ctypes.CDLL) -> None:

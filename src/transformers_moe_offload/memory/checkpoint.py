@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from transformers_moe_offload.expert import ExpertId, ExpertSpec, FieldSpec
-from transformers_moe_offload.formats.coding import LayerCoding
+from transformers_moe_offload.formats.base import Coding
 from transformers_moe_offload.memory.expert_source import ExpertSource
 from transformers_moe_offload.memory.field_source import FieldSource, Stretch
 from transformers_moe_offload.memory.ram_file import RamFile
@@ -29,7 +29,7 @@ class LayerSource:
     spare: Mapping[str, tuple[FieldSource, ...]] = field(default_factory=dict)
     """By field, what the checkpoint stores behind the last expert and no expert uses: only of interest to whoever
     writes the checkpoint again."""
-    coding: LayerCoding | None = None
+    coding: Coding | None = None
     """How records stand for the fields of `spec`; None where they hold them as they are."""
 
     @property

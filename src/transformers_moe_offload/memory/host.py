@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import threading
 from collections import OrderedDict
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 import torch
 from torch import Tensor
@@ -21,7 +23,7 @@ class HostTier:
 
     def __init__(self, store: ExpertStore, budget_bytes: int) -> None:
         self.budget_bytes = budget_bytes
-        self._store = store
+        self.store = store
         self._lock = threading.Lock()
         self._entries: OrderedDict[ExpertId, _Entry] = OrderedDict()
         self._spare: dict[int, list[Tensor]] = {}
@@ -36,17 +38,45 @@ class HostTier:
         """Fill a record, (nbytes,) uint8 in host memory, and return the bytes that came from files: 0 for a hit."""
         entry, is_new = self._enter(expert)
         if entry is None:
-            return self._store.read_into(expert, record)
+            return self.store.read_into(expert, record)
         try:
             from_files = self._fill(expert, entry) if is_new else 0
             entry.is_ready.wait()
             if entry.has_failed:  # for somebody else; the file may be back
-                return self._store.read_into(expert, record)
+                return self.store.read_into(expert, record)
             record.copy_(entry.record)
         finally:
             with self._lock:
                 entry.num_users -= 1
         return from_files
+
+    def has(self, expert: ExpertId) -> bool:
+        """Whether an expert could be had without reading a file."""
+        with self._lock:
+            entry = self._entries.get(expert)
+            return entry is not None and entry.is_ready.is_set() and not entry.has_failed
+
+    @contextmanager
+    def hold(self, expert: ExpertId) -> Iterator[Tensor]:
+        """An expert's record, uint8 (nbytes,), which stays what it is until the block ends."""
+        entry, is_new = self._enter(expert)
+        if entry is None:
+            yield self._read(expert)
+            return
+        try:
+            if is_new:
+                self._fill(expert, entry)
+            entry.is_ready.wait()
+            yield self._read(expert) if entry.has_failed else entry.record
+        finally:
+            with self._lock:
+                entry.num_users -= 1
+
+    def _read(self, expert: ExpertId) -> Tensor:
+        """A record that the tier has no room for."""
+        record = torch.empty(self.store.layout(expert.layer).nbytes, dtype=torch.uint8)
+        self.store.read_into(expert, record)
+        return record
 
     def _enter(self, expert: ExpertId) -> tuple[_Entry | None, bool]:
         """The expert's entry and whether it has yet to be filled; None where there is no room for it."""
@@ -56,7 +86,7 @@ class HostTier:
                 self._entries.move_to_end(expert)
                 entry.num_users += 1
                 return entry, False
-            record = self._make_room(self._store.layout(expert.layer).nbytes)
+            record = self._make_room(self.store.layout(expert.layer).nbytes)
             if record is None:
                 return None, False
             entry = self._entries[expert] = _Entry(record)
@@ -64,7 +94,7 @@ class HostTier:
 
     def _fill(self, expert: ExpertId, entry: _Entry) -> int:
         try:
-            return self._store.read_into(expert, entry.record)
+            return self.store.read_into(expert, entry.record)
         except BaseException:
             entry.has_failed = True
             with self._lock:

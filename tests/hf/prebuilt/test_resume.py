@@ -53,18 +53,11 @@ def write_slowly(folder, is_ready, options):
     write(folder, prebuilt(read=slow), **options)
 
 
-@pytest.fixture(scope="module")
-def processes():
-    """Processes that are forked off one that has imported everything."""
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["transformers_moe_offload.hf.prebuilt.writer"])
-    return context
-
-
-def run_and_kill(processes, folder, seconds, **options) -> bool:
+def run_and_kill(folder, seconds, **options) -> bool:
     """Whether the child was still at it."""
-    is_ready = processes.Event()
-    child = processes.Process(target=write_slowly, args=(folder, is_ready, options))
+    context = multiprocessing.get_context("fork")
+    is_ready = context.Event()
+    child = context.Process(target=write_slowly, args=(folder, is_ready, options))
     child.start()
     assert is_ready.wait(120)
     child.join(seconds)
@@ -73,12 +66,12 @@ def run_and_kill(processes, folder, seconds, **options) -> bool:
     return child.exitcode == -signal.SIGKILL
 
 
-def test_killed_at_any_moment_it_is_unloadable_or_whole_and_resumes_to_the_same_bytes(processes, tmp_path, expected):
+def test_killed_at_any_moment_it_is_unloadable_or_whole_and_resumes_to_the_same_bytes(tmp_path, expected):
     moments = random.Random(0)
     killed = 0
     for trial in range(20):
         folder = tmp_path / str(trial)
-        killed += run_and_kill(processes, folder, moments.uniform(0, 0.08))
+        killed += run_and_kill(folder, moments.uniform(0, 0.08))
         if is_complete(folder):
             assert files(folder) == expected
             continue
@@ -90,13 +83,13 @@ def test_killed_at_any_moment_it_is_unloadable_or_whole_and_resumes_to_the_same_
     assert killed > 0
 
 
-def test_killed_while_it_replaces_a_checkpoint_the_old_or_the_new_one_is_there(processes, tmp_path, expected):
+def test_killed_while_it_replaces_a_checkpoint_the_old_or_the_new_one_is_there(tmp_path, expected):
     moments = random.Random(1)
     folder = tmp_path / "folder"
     write(folder, recipe=OTHER_RECIPE)
     old = files(folder)
     for _ in range(8):
-        run_and_kill(processes, folder, moments.uniform(0, 0.08), overwrite=True)
+        run_and_kill(folder, moments.uniform(0, 0.08), overwrite=True)
         with pytest.raises(CheckpointError, match="holds a complete checkpoint"):
             write(folder)
         assert files(folder) in (old, expected)
@@ -164,7 +157,7 @@ def test_an_unfinished_checkpoint_by_another_recipe_is_refused_with_the_differen
 def test_a_complete_checkpoint_is_refused_unless_it_is_to_be_overwritten(tmp_path, expected):
     write(tmp_path / "folder", recipe=OTHER_RECIPE)
     old = files(tmp_path / "folder")
-    with pytest.raises(CheckpointError, match="holds a complete checkpoint; .*--overwrite"):
+    with pytest.raises(CheckpointError, match=r"holds a complete checkpoint; .*--overwrite"):
         write(tmp_path / "folder")
     assert files(tmp_path / "folder") == old
     write(tmp_path / "folder", overwrite=True)
@@ -206,5 +199,5 @@ def test_two_processes_do_not_write_to_one_folder(tmp_path):
 
 def test_a_place_that_cannot_be_a_folder_is_one_clear_error(tmp_path):
     (tmp_path / "file").write_text("")
-    with pytest.raises(CheckpointError, match="cannot write to .*file"):
+    with pytest.raises(CheckpointError, match=r"cannot write to .*file"):
         write(tmp_path / "file" / "folder")

@@ -7,6 +7,7 @@ from typing import Any
 
 import transformers
 from huggingface_hub import ModelCard, ModelCardData
+from yaml import YAMLError
 
 from transformers_moe_offload.config import ExpertFormats, OffloadConfig
 from transformers_moe_offload.hf.plan import readable
@@ -106,8 +107,8 @@ def _kept(source_card: Path | None) -> dict[str, Any]:
     if source_card is None:
         return {}
     try:
-        data = ModelCard.load(source_card).data
-    except (ValueError, OSError):
+        data = ModelCard.load(source_card, ignore_metadata_errors=True).data
+    except (ValueError, OSError, YAMLError):
         return {}
     return {key: data.get(key) for key in _KEPT if data.get(key) is not None}
 

@@ -32,13 +32,12 @@ def check_prebuilt(folder: Path, advance: Callable[[int], None] = lambda nbytes:
         advance(shard.stat().st_size)
 
 
-def upload(folder: Path, repo: str, *, private: bool | None, revision: str | None, token: str | None) -> str:
+def upload(api: HfApi, folder: Path, repo: str, *, private: bool | None = None, revision: str | None = None) -> str:
     """Create the repository where it is missing, and upload the folder; returns its address.
 
     The Hub may take a large folder in several commits. The index goes last, and an older one first, so that no commit
     in between can be loaded. After an interruption it can be run again: what the Hub has is not sent twice.
     """
-    api = HfApi(token=token)
     repo = api.create_repo(repo, private=private, exist_ok=True).repo_id
     if revision is not None:
         api.create_branch(repo, branch=revision, exist_ok=True)

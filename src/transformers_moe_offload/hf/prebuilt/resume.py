@@ -43,7 +43,7 @@ def place_for(folder: Path, recipe: Mapping[str, Any], *, overwrite: bool = Fals
     folder = Path(os.path.realpath(folder))
     expect_place(folder, overwrite=overwrite)
     if not is_complete(folder):
-        with _claimed(folder, recipe, among_others):
+        with _claimed(folder, recipe):
             yield folder
         return
     beside = _beside(folder)

@@ -60,12 +60,15 @@ class Quantization:
         layers = [layer_of(module) for module in model.modules() if isinstance(module, OffloadedExperts)]
         formats = config.formats or ExpertFormats()
         formats.check(len(layers))
-        packed = {f"{name}.weight": linear for name, linear in dense_linears(model, layers)} if config.dense else {}
+        linears = dense_linears(model, layers, config.dense) if config.dense is not None else ()
+        packed = {f"{name}.weight": linear for name, linear in linears}
         codings = [_coding(model, layer, formats) for layer in layers]
-        made = cls(model, layers, codings, packed, config.dense, _undecided(model, layers, dtype))
-        for name in packed:
-            made.parts_of(name)
-        return made
+        if config.dense is not None and not packed:
+            raise ConfigError(
+                f"{config.dense} fits none of the model's attention and dense MLP matrices; leave dense out, or choose "
+                f"a group_size that divides their inputs"
+            )
+        return cls(model, layers, codings, packed, config.dense, _undecided(model, layers, dtype))
 
     def parts_of(self, name: str) -> tuple[FieldSpec, ...]:
         """What is stored for a dense tensor."""
@@ -73,7 +76,7 @@ class Quantization:
         if linear is None or self.dense is None:
             shape = self.checkpoint.parameters[name].shape
             return (FieldSpec(name, tuple(shape), dtype_name(self.checkpoint.dtype_of(name))),)
-        packing = _fitted(name, self.dense, partial(packing_of, linear.out_features, linear.in_features))
+        packing = packing_of(linear.out_features, linear.in_features, self.dense)
         return tuple(FieldSpec(f"{name}_{part.name}", part.shape, part.dtype) for part in packing.parts)
 
     def saved_names(self) -> dict[str, list[str]]:
@@ -84,9 +87,7 @@ class Quantization:
                 by_tensor.setdefault(id(tensor), []).append(name)
         saved: dict[str, list[str]] = {}
         for names in by_tensor.values():
-            packed = [name for name in names if name in self.packed]
-            plain = next((name for name in names if name not in self.model.all_tied_weights_keys), names[0])
-            saved |= dict.fromkeys(packed or [plain], names)
+            saved[next((name for name in names if name not in self.model.all_tied_weights_keys), names[0])] = names
         return saved
 
     def encode(self, name: str, tensor: Tensor) -> dict[str, Tensor]:

@@ -23,6 +23,7 @@ static void halves_to_floats(const uint16_t *halves, int64_t count, float *out)
 
 #define LANES 8
 #define WIDE_ROWS 4
+#define FUSED_INPUTS 1
 typedef __m256 vec;
 typedef __m256i ints;
 

@@ -24,6 +24,7 @@ static void halves_to_floats(const uint16_t *halves, int64_t count, float *out)
 
 #define LANES 16
 #define WIDE_ROWS 8
+#define FUSED_INPUTS 2
 typedef __m512 vec;
 typedef __m512i ints;
 

@@ -2,7 +2,8 @@
  *
  * Included once by each instruction set, after tile.h and its vectors:
  *   LANES, vec, ints       floats, and codes, in a vector
- *   WIDE_ROWS              rows of a tile that are multiplied by several inputs at once without leaving the registers
+ *   WIDE_ROWS              rows of a tile that are multiplied by three inputs at once without leaving the registers
+ *   FUSED_INPUTS           1 or 2: as many are multiplied while a tile is decoded
  *   load, store, fused (a * b + c), sum, load_codes, shifted
  *   struct values, values_of(scale, zero, nbits), weights(codes, values, nbits): codes may have bits above theirs
  *   with_third(codes, high, place): 2-bit codes, which may have bits above theirs, and the bit of `high` at that place
@@ -15,17 +16,17 @@
 #define CHUNK 512
 
 /* Decode the columns of a tile from `column` on, at most MOST_GROUPS groups, whose scales and zeros have been read.
- * `with_input`, which is one row, its products with the weights are added to `sums` (TILE_ROWS); else the weights are
- * written to `out` (TILE_ROWS, CHUNK). `third_in_one`: the rows of the matrix in a row of bytes also have their third
+ * With inputs, at most FUSED_INPUTS, their products with the weights are added to `sums` (T, TILE_ROWS); with none, the
+ * weights are written to `out` (TILE_ROWS, CHUNK). `third_in_one`: the rows of the matrix in a row of bytes also have their third
  * bits in one row of bytes, which is so if their number is a multiple of 8. */
 ALWAYS_INLINE void decode(const struct matrix *m, const struct tile *tile, int64_t column, int64_t length,
-                          const float *input, vec *sums, float *out, const int with_input, const int nbits,
+                          const float *inputs, vec *sums, float *out, const int num_inputs, const int nbits,
                           const int third_in_one, const int group_size)
 {
     const int plane = nbits == 3 ? 2 : nbits, in_a_byte = 8 / plane, num_byte_rows = TILE_ROWS / in_a_byte;
     const uint8_t *bytes[TILE_ROWS], *high[TILE_ROWS];
     int place[TILE_ROWS];
-    vec sum[TILE_ROWS];
+    vec sum[TILE_ROWS][FUSED_INPUTS];
     struct values values[TILE_ROWS];
 #pragma GCC unroll 8
     for (int i = 0; i < TILE_ROWS; i++) {
@@ -33,8 +34,9 @@ ALWAYS_INLINE void decode(const struct matrix *m, const struct tile *tile, int64
             bytes[i] = tile->bytes[i] + column;
         if (nbits == 3)
             high[third_in_one ? i / in_a_byte : i] = third_bits(m, tile->row[i], &place[i]) + column;
-        if (with_input)
-            sum[i] = sums[i];
+#pragma GCC unroll 2
+        for (int t = 0; t < num_inputs; t++)
+            sum[i][t] = sums[t * TILE_ROWS + i];
     }
     for (int64_t group = 0; group < length / group_size; group++) {
         int64_t start = group * group_size;
@@ -51,44 +53,48 @@ ALWAYS_INLINE void decode(const struct matrix *m, const struct tile *tile, int64
                 ints codes = shifted(load_codes(bytes[i / in_a_byte] + k), 8 - plane * (i % in_a_byte + 1));
                 if (nbits == 3)
                     codes = with_third(codes, load_codes(high[third_in_one ? i / in_a_byte : i] + k), place[i]);
-                if (with_input)
-                    sum[i] = fused(weights(codes, values[i], nbits), load(input + k), sum[i]);
-                else
-                    store(out + i * CHUNK + k, weights(codes, values[i], nbits));
+                vec w = weights(codes, values[i], nbits);
+                if (!num_inputs)
+                    store(out + i * CHUNK + k, w);
+#pragma GCC unroll 2
+                for (int t = 0; t < num_inputs; t++)
+                    sum[i][t] = fused(w, load(inputs + t * m->cols + k), sum[i][t]);
             }
         }
     }
 #pragma GCC unroll 8
-    for (int i = 0; with_input && i < TILE_ROWS; i++)
-        sums[i] = sum[i];
+    for (int i = 0; i < TILE_ROWS; i++)
+#pragma GCC unroll 2
+        for (int t = 0; t < num_inputs; t++)
+            sums[t * TILE_ROWS + i] = sum[i][t];
 }
 
 ALWAYS_INLINE void decode_bits(const struct matrix *m, const struct tile *tile, int64_t column, int64_t length,
-                               const float *input, vec *sums, float *out, const int with_input, const int nbits,
+                               const float *inputs, vec *sums, float *out, const int num_inputs, const int nbits,
                                const int third_in_one)
 {
     switch (m->group_size) {
-    case 16: decode(m, tile, column, length, input, sums, out, with_input, nbits, third_in_one, 16); break;
-    case 32: decode(m, tile, column, length, input, sums, out, with_input, nbits, third_in_one, 32); break;
-    case 64: decode(m, tile, column, length, input, sums, out, with_input, nbits, third_in_one, 64); break;
-    default: decode(m, tile, column, length, input, sums, out, with_input, nbits, third_in_one, 128);
+    case 16: decode(m, tile, column, length, inputs, sums, out, num_inputs, nbits, third_in_one, 16); break;
+    case 32: decode(m, tile, column, length, inputs, sums, out, num_inputs, nbits, third_in_one, 32); break;
+    case 64: decode(m, tile, column, length, inputs, sums, out, num_inputs, nbits, third_in_one, 64); break;
+    default: decode(m, tile, column, length, inputs, sums, out, num_inputs, nbits, third_in_one, 128);
     }
 }
 
 ALWAYS_INLINE void decode_any(const struct matrix *m, const struct tile *tile, int64_t column, int64_t length,
-                              const float *input, vec *sums, float *out, const int with_input)
+                              const float *inputs, vec *sums, float *out, const int num_inputs)
 {
     switch (m->nbits) {
-    case 8: decode_bits(m, tile, column, length, input, sums, out, with_input, 8, 0); break;
-    case 4: decode_bits(m, tile, column, length, input, sums, out, with_input, 4, 0); break;
+    case 8: decode_bits(m, tile, column, length, inputs, sums, out, num_inputs, 8, 0); break;
+    case 4: decode_bits(m, tile, column, length, inputs, sums, out, num_inputs, 4, 0); break;
     case 3:
         if (m->rows % 8 == 0)
-            decode_bits(m, tile, column, length, input, sums, out, with_input, 3, 1);
+            decode_bits(m, tile, column, length, inputs, sums, out, num_inputs, 3, 1);
         else
-            decode_bits(m, tile, column, length, input, sums, out, with_input, 3, 0);
+            decode_bits(m, tile, column, length, inputs, sums, out, num_inputs, 3, 0);
         break;
-    case 2: decode_bits(m, tile, column, length, input, sums, out, with_input, 2, 0); break;
-    default: decode_bits(m, tile, column, length, input, sums, out, with_input, 1, 0);
+    case 2: decode_bits(m, tile, column, length, inputs, sums, out, num_inputs, 2, 0); break;
+    default: decode_bits(m, tile, column, length, inputs, sums, out, num_inputs, 1, 0);
     }
 }
 
@@ -98,9 +104,12 @@ static void decode_tile(const struct matrix *m, const struct tile *tile, int64_t
 }
 
 static void multiply_packed(const struct matrix *m, const struct tile *tile, int64_t column, int64_t length,
-                            const float *input, vec *sums)
+                            const float *inputs, int64_t num_inputs, vec *sums)
 {
-    decode_any(m, tile, column, length, input, sums, NULL, 1);
+    if (num_inputs == 1)
+        decode_any(m, tile, column, length, inputs, sums, NULL, 1);
+    else
+        decode_any(m, tile, column, length, inputs, sums, NULL, FUSED_INPUTS);
 }
 
 /* Add the products of some rows of a tile and some inputs to `sums` (T, TILE_ROWS). */
@@ -169,15 +178,15 @@ static void exact_tiles(const struct product *p, int64_t first_tile, int64_t las
     _Alignas(64) float weights_of_tile[TILE_ROWS * CHUNK];
     vec sums[MOST_INPUTS * TILE_ROWS];
     struct tile tile;
-    int64_t at_once = p->inputs == 1 ? MOST_GROUPS * m->group_size : CHUNK;
+    int64_t at_once = p->inputs <= FUSED_INPUTS ? MOST_GROUPS * m->group_size : CHUNK;
     for (int64_t number = first_tile; number < last_tile; number++) {
         find_rows(m, number, &tile);
         memset(sums, 0, (size_t)p->inputs * TILE_ROWS * sizeof(vec));
         for (int64_t column = 0; column < m->cols; column += at_once) {
             int64_t length = m->cols - column < at_once ? m->cols - column : at_once;
             read_meta(m, column / m->group_size, length / m->group_size, &tile);
-            if (p->inputs == 1) {
-                multiply_packed(m, &tile, column, length, p->rows + column, sums);
+            if (p->inputs <= FUSED_INPUTS) {
+                multiply_packed(m, &tile, column, length, p->rows + column, p->inputs, sums);
             } else {
                 decode_tile(m, &tile, column, length, weights_of_tile);
                 multiply_tile(weights_of_tile, p, column, length, sums);

@@ -14,6 +14,7 @@ static void halves_to_floats(const uint16_t *halves, int64_t count, float *out)
 
 #define LANES 4
 #define WIDE_ROWS 4
+#define FUSED_INPUTS 1
 typedef float vec __attribute__((vector_size(16)));
 typedef int32_t ints __attribute__((vector_size(16)));
 

@@ -1,0 +1,1 @@
+"""Checkpoints that another method has quantized, loaded together with that method's own quantizer."""

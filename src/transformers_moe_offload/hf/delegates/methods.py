@@ -1,0 +1,35 @@
+"""Which quantization methods other than ours a checkpoint may be in, and what is said about all others."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+from transformers_moe_offload.errors import CheckpointError, ConfigError
+
+DELEGATED = ("fp8", "mxfp8", "mxfp4")
+"""The methods, by the names that Transformers gives them, whose experts are opened one by one with the method's own
+code: block FP8, the same with scales that are powers of two, and MXFP4."""
+
+_ADVICE = {
+    "hqq": "quantize the original with `moe-offload quantize`, or, if it is in the layout of mixtral-offloading, "
+    "convert it with `moe-offload convert`",
+}
+_HQQ_CODES = ".W_q"
+"""What the names of codes end with in every layout of hqq."""
+
+
+def refusal(name: object, method: str) -> ConfigError:
+    """What to raise for a checkpoint, called `name`, of a method that is not among `DELEGATED`."""
+    advice = _ADVICE.get(method, "load it without moe_offload, or use an unquantized checkpoint of the model")
+    return ConfigError(
+        f"{name} is already quantized with {method!r}, whose experts cannot be offloaded (those of "
+        f"{', '.join(DELEGATED)} can); {advice}"
+    )
+
+
+def refuse_hqq(names: Iterable[str], where: object) -> None:
+    """Raise `CheckpointError` if there are tensors of hqq's among these: loaded as if they were none, a model would
+    lack half of its weights."""
+    found = next((name for name in names if name.endswith(_HQQ_CODES)), None)
+    if found is not None:
+        raise CheckpointError(f"{where} holds {found}, codes of the hqq package, which are not read; {_ADVICE['hqq']}")

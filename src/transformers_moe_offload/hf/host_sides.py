@@ -1,0 +1,91 @@
+"""Which layers of a model the host helps to compute, and how fast it is at it.
+
+Only where there is an accelerator, and experts in host memory behind it. Rates are measured once for each pool, when
+its cache is built.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from transformers_moe_offload.cache.misses import pays
+from transformers_moe_offload.compute.host import HostCompute, is_portable
+from transformers_moe_offload.compute.host_side import HostSide
+from transformers_moe_offload.compute.mlp import ExpertWeights
+from transformers_moe_offload.compute.rates import measured_rates
+from transformers_moe_offload.config import OffloadConfig
+from transformers_moe_offload.expert import ExpertId
+from transformers_moe_offload.hf.layer import SparseLayer
+from transformers_moe_offload.hf.plan import OffloadPlan, PoolPlan, copier_for
+from transformers_moe_offload.hf.top_k import experts_per_token
+from transformers_moe_offload.memory.checkpoint import ExpertStore
+from transformers_moe_offload.memory.host import HostTier
+from transformers_moe_offload.memory.record import torch_dtype
+
+logger = logging.getLogger(__name__)
+
+
+def host_sides(
+    model: nn.Module, layers: Sequence[SparseLayer], plan: OffloadPlan, host: HostTier, config: OffloadConfig
+) -> dict[int, HostSide]:
+    """By sparse layer, what the host does of its misses; empty where all of them are fetched."""
+    if config.misses == "fetch":
+        return {}
+    if all(pool.device.type == "cpu" for pool in plan.pools):
+        if config.misses == "compute":
+            logger.warning("misses='compute' has no effect: experts are computed on the CPU anyway")
+        return {}
+    if config.misses == "auto" and config.arithmetic == "exact":
+        return {}
+    by_index = {layer.index: layer for layer in layers}
+    found: dict[int, HostSide] = {}
+    for pool in plan.pools:
+        members = [by_index[index] for index in pool.layers]
+        if pool.device.type == "cpu" or not all(_is_portable(model, layer) for layer in members):
+            continue
+        side = _side_of(model, members[0], pool, host, config)
+        if config.misses == "compute" or pays(side.rates, experts_per_token(model, members[0].name) or 1):
+            found |= dict.fromkeys(pool.layers, side)
+        else:
+            side.compute.close()
+    return found
+
+
+def _is_portable(model: nn.Module, layer: SparseLayer) -> bool:
+    return layer.mlp is not None and is_portable(layer.mlp, model.get_submodule(layer.name))
+
+
+def _side_of(
+    model: nn.Module, layer: SparseLayer, pool: PoolPlan, host: HostTier, config: OffloadConfig
+) -> HostSide:
+    store, compute = host.store, HostCompute()
+    module, spec = model.get_submodule(layer.name), store.layers[layer.index].spec
+    hidden_size = spec.fields[0].shape[-2 if layer.layout.is_transposed(module) else -1]
+    assert layer.mlp is not None
+    rates = measured_rates(
+        layer.mlp,
+        module,
+        torch.zeros(1, hidden_size, dtype=torch_dtype(spec.fields[0].dtype), device=pool.device),
+        pool.need.slot_bytes,
+        lambda record: _opened(store, layer.index, record),
+        lambda read_into: copier_for(pool, read_into, config),
+        compute,
+    )
+
+    @contextmanager
+    def hold(expert: ExpertId) -> Iterator[ExpertWeights]:
+        with host.hold(expert) as record:
+            yield _opened(store, expert.layer, record)
+
+    return HostSide(compute, rates, host.has, hold)
+
+
+def _opened(store: ExpertStore, layer: int, record: Tensor) -> Any:
+    weights, coding = store.layout(layer).views(record), store.layers[layer].coding
+    return weights if coding is None else coding.matrices(weights)

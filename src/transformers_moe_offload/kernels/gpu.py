@@ -1,0 +1,45 @@
+"""Which kernels a GPU can run, and products by the best of them.
+
+Triton is part of torch's builds for GPUs, yet optional, and imported when it is first needed: that takes a second.
+"""
+
+# T rows of input, N rows and K columns of the matrix
+
+from __future__ import annotations
+
+import functools
+import importlib.util
+
+import torch
+from torch import Tensor
+
+from transformers_moe_offload.kernels import dequantized
+from transformers_moe_offload.kernels.packed import PackedMatrix
+
+TYPES = (torch.float32, torch.bfloat16, torch.float16)
+"""Of the rows that the kernels take."""
+
+CAPABILITY = (8, 0)
+"""The least that the kernels are for: tensor cores that multiply bfloat16."""
+
+
+def linear(rows: Tensor, matrix: PackedMatrix) -> Tensor:
+    """rows (T, K) of any float dtype, on a GPU -> their products with the rows of the matrix, (T, N)."""
+    if rows.dtype in TYPES and missing(rows.device) is None:
+        from transformers_moe_offload.kernels import triton
+
+        return triton.linear(rows, matrix)
+    return dequantized.linear(rows, matrix)
+
+
+@functools.cache
+def missing(device: torch.device | None = None) -> str | None:
+    """Why the Triton kernels cannot be used, on this device or at all; None if they can."""
+    if importlib.util.find_spec("triton") is None:
+        return "Triton is not installed; pip install triton"
+    if not torch.cuda.is_available():
+        return "torch sees no GPU"
+    found = torch.cuda.get_device_capability(device)
+    if found < CAPABILITY:
+        return f"{torch.cuda.get_device_name(device)} has compute capability {found}, not at least {CAPABILITY}"
+    return None

@@ -1,0 +1,64 @@
+"""Read a packed matrix inside a kernel: codes from their bytes, scales and zeros from theirs.
+
+A byte holds codes of `fields` rows of the matrix, which lie `byte_rows` apart (`kernels/packed.py`). A program takes
+some consecutive rows of bytes, `lines`, and computes all the rows of the matrix that are in them, so that every byte
+is read once.
+"""
+
+# N rows, K columns, R rows of bytes, F fields of a byte, L lines of a program, B pieces of a group at a time,
+# g the columns of a piece
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+from transformers_moe_offload.kernels.packed import META_BLOCK
+
+BLOCK = tl.constexpr(META_BLOCK)
+
+ALIGNED = tl.constexpr(16)
+"""Bytes that addresses in a record are a multiple of, so that a thread can load 16 at once."""
+
+
+@triton.jit
+def part(record, at, dtype: tl.constexpr):
+    """The array of numbers that lies `at` bytes into the record with this address."""
+    return tl.multiple_of((record + at).to(tl.pointer_type(dtype)), ALIGNED)
+
+
+@triton.jit
+def rows_of(line, num_rows, fields: tl.constexpr):
+    """Rows of the matrix whose codes are in these rows of bytes: line (L,) -> (F, L)."""
+    return tl.arange(0, fields)[:, None] * tl.cdiv(num_rows, fields) + line[None, :]
+
+
+@triton.jit
+def codes_at(codes, high, line, col, is_col, num_rows, num_cols, nbits: tl.constexpr):
+    """The codes in these rows of bytes: line (L,), col (B, g) with the mask is_col (B, 1) -> (F, L, B, g) int32."""
+    width: tl.constexpr = 2 if nbits == 3 else nbits
+    fields: tl.constexpr = 8 // width
+    is_byte = (line < tl.cdiv(num_rows, fields))[:, None, None] & is_col[None, :, :]
+    packed = tl.load(codes + (line[:, None, None] * num_cols + col[None, :, :]), mask=is_byte, other=0).to(tl.int32)
+    shift = 8 - width * (tl.arange(0, fields) + 1)
+    code = (packed[None, :, :, :] >> shift[:, None, None, None]) & (2**width - 1)
+    if nbits == 3:
+        row = rows_of(line, num_rows, fields)
+        high_rows = tl.cdiv(num_rows, 8)
+        is_high = (row < num_rows)[:, :, None, None] & is_col[None, None, :, :]
+        place = (row % high_rows)[:, :, None, None] * num_cols + col[None, None, :, :]
+        bits = tl.load(high + place, mask=is_high, other=0).to(tl.int32)
+        code |= ((bits >> (7 - row // high_rows)[:, :, None, None]) & 1) << 2
+    return code
+
+
+@triton.jit
+def meta_at(values, ranges, index, is_there, meta_nbits: tl.constexpr):
+    """Scales, or zeros, float32, at these places in the order of (N, G)."""
+    value = tl.load(values + index, mask=is_there, other=0).to(tl.float32)
+    if meta_nbits == 8:
+        block = 2 * (index // BLOCK)
+        minimum = tl.load(ranges + block, mask=is_there, other=0).to(tl.float32)
+        step = tl.load(ranges + block + 1, mask=is_there, other=0).to(tl.float32)
+        value = minimum + step * value
+    return value

@@ -1,0 +1,175 @@
+"""`moe-offload quantize` shows its plan, writes what loads, goes on where it was killed, and refuses what cannot be."""
+
+import json
+import multiprocessing
+import re
+import signal
+import time
+
+import pytest
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from transformers_moe_offload.hf.prebuilt.layout import INDEX_NAME
+from zoo.build import build
+
+from .conftest import the_error
+
+
+@pytest.fixture(scope="module")
+def source(tmp_path_factory):
+    """A model of four small layers, with a licence and a card."""
+    folder = tmp_path_factory.mktemp("source")
+    build("qwen3_moe").save_pretrained(folder)
+    (folder / "README.md").write_text("---\nlicense: apache-2.0\n---\n# The original\n")
+    (folder / "LICENSE").write_text("Apache License")
+    (folder / "pytorch_model.bin.index.json").write_text("{}")
+    return folder
+
+
+@pytest.fixture
+def folder(tmp_path):
+    return tmp_path / "quantized"
+
+
+def files(folder) -> dict[str, bytes]:
+    return {file.name: file.read_bytes() for file in folder.iterdir()}
+
+
+def test_the_tiny_moe_is_quantized_and_generates(run, tiny_moe, folder):
+    result = run("quantize", tiny_moe, folder, "--experts", "4x32", "--dense", "8x64", "--no-optimize")
+    assert result.exit_code == 0, result.output
+    assert re.search(r"128 experts\s+4-bit, groups of 32\s+4\.5\d\s+13\.5 MiB\s+3\.\d MiB", result.stdout)
+    assert re.search(r"dense\s+8-bit, groups of 64\s+8\.2\d\s+3\.1 MiB\s+2\.\d MiB", result.stdout)
+    assert result.stdout.rstrip().endswith(f"wrote {folder}")
+    model = AutoModelForCausalLM.from_pretrained(folder)
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    output = model.generate(**tokenizer("import os\n\ndef ", return_tensors="pt"), max_new_tokens=4, do_sample=False)
+    assert tokenizer.decode(output[0]).startswith("import os\n\ndef ")
+    assert model.moe_offload.stats().asked > 0
+
+
+def test_what_belongs_to_the_model_comes_along_and_other_weights_do_not(run, source, folder):
+    assert run("quantize", source, folder, "--experts", "4x16", "--base-model", "somebody/original").exit_code == 0
+    written = files(folder)
+    assert written["LICENSE"] == b"Apache License"
+    assert "generation_config.json" in written
+    assert not [name for name in written if name.endswith(".bin.index.json") or name.startswith("model")]
+    card = written["README.md"].decode()
+    assert "license: apache-2.0" in card
+    assert "base_model: somebody/original" in card
+
+
+def test_layers_have_the_formats_that_were_asked_for(run, source, folder):
+    options = ("--experts", "2x16", "--layers", "0=8x32m16", "--layers", "1-2=none", "--no-optimize")
+    assert run("quantize", source, folder, *options).exit_code == 0
+    recipe = json.loads((folder / "config.json").read_text())["quantization_config"]
+    assert recipe["experts"]["default"]["nbits"] == 2
+    assert recipe["experts"]["default"]["optimize"] is False
+    assert recipe["experts"]["layers"]["0"]["meta_nbits"] == 16
+    assert recipe["experts"]["layers"]["1-2"] is None
+    assert recipe["dense"] is None
+    AutoModelForCausalLM.from_pretrained(folder)
+
+
+def test_a_dry_run_writes_nothing_and_needs_no_weights(run, linked, folder):
+    result = run("quantize", linked(without="*.safetensors"), folder, "--experts", "3x32", "--dry-run")
+    assert result.exit_code == 0
+    assert re.search(r"128 experts\s+3-bit, groups of 32\s+3\.5\d", result.stdout)
+    assert not folder.exists()
+
+
+def test_killed_and_run_again_it_gives_the_bytes_of_a_run_that_was_not(run, tiny_moe, folder, tmp_path):
+    options = ("--experts", "2x32", "--workers", "1")
+    child = multiprocessing.get_context("fork").Process(target=run, args=("quantize", tiny_moe, folder, *options))
+    child.start()
+    while child.is_alive() and not list(folder.glob("moe_offload-00001-*")):
+        time.sleep(0.005)
+    child.kill()
+    child.join()
+    assert child.exitcode == -signal.SIGKILL
+    assert not (folder / INDEX_NAME).exists()
+    with pytest.raises((OSError, ValueError), match=r"config\.json"):
+        AutoModelForCausalLM.from_pretrained(folder)
+    assert run("quantize", tiny_moe, folder, *options).exit_code == 0
+    assert run("quantize", tiny_moe, tmp_path / "undisturbed" / "quantized", *options).exit_code == 0
+    assert files(folder) == files(tmp_path / "undisturbed" / "quantized")
+
+
+def test_a_complete_checkpoint_is_replaced_only_on_request(run, source, folder):
+    assert run("quantize", source, folder, "--experts", "4x16").exit_code == 0
+    before = files(folder)
+    error = the_error(run("quantize", source, folder, "--experts", "2x16"))
+    assert "holds a complete checkpoint; choose another folder, or pass --overwrite" in error
+    assert files(folder) == before
+    assert run("quantize", source, folder, "--experts", "2x16", "--overwrite").exit_code == 0
+    assert b'"nbits": 2' in (folder / "config.json").read_bytes()
+
+
+# Wrong input.
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ((), "nothing to quantize; say how: --experts 4x64"),
+        (("--experts", "four"), "'four' is not a format; write bits and group size such as 4x64"),
+        (("--experts", "5x64"), "nbits=5 is not one of [8, 4, 3, 2, 1]"),
+        (("--experts", "4x48"), "group_size=48 is not one of [16, 32, 64, 128]"),
+        (("--experts", "4x128"), "mlp.experts: group_size=128 does not divide the 64 inputs of gate_up_proj"),
+        (("--layers", "3"), "--layers '3' names no format; write sparse layers and a format as 0-3=4x64"),
+        (("--layers", "0-77=4x16"), "layers names sparse layer '0-77', but the model has 4, 0 to 3"),
+        (("--experts", "4x16", "--layers", "0=2x16", "--layers", "0-1=4x16"), "layers names sparse layer 0 twice"),
+    ],
+)
+def test_formats_that_cannot_be_are_refused_before_anything_is_written(run, source, folder, options, message):
+    assert message in the_error(run("quantize", source, folder, *options))
+    assert not folder.exists()
+
+
+@pytest.mark.parametrize("target", ["inside", ".", ".."])
+def test_source_and_target_inside_one_another_are_refused(run, source, target):
+    before = files(source)
+    error = the_error(run("quantize", source, source / target, "--experts", "4x16", "--overwrite"))
+    assert "lie inside one another" in error
+    assert files(source) == before
+
+
+def test_a_model_that_is_quantized_already_is_refused(run, source, folder, tmp_path):
+    assert run("quantize", source, folder, "--experts", "4x16").exit_code == 0
+    error = the_error(run("quantize", folder, tmp_path / "again", "--experts", "2x16"))
+    assert "is quantized already; quantize the model that it was made from" in error
+
+
+def test_a_model_that_another_method_has_quantized_is_refused_by_name(run, linked, folder):
+    model = linked(config={"quantization_config": {"quant_method": "fp8"}})
+    assert "already quantized with 'fp8'" in the_error(run("quantize", model, folder, "--experts", "4x32"))
+
+
+def test_a_model_without_experts_is_refused(run, dense_model, folder):
+    assert "has no routed experts" in the_error(run("quantize", dense_model, folder, "--experts", "4x64"))
+
+
+def test_a_model_that_is_not_there_is_refused(run, folder, tmp_path):
+    error = the_error(run("quantize", tmp_path / "typo", folder, "--experts", "4x64", "--local-files-only"))
+    assert "neither a folder with a model nor one that can be read" in error
+
+
+def test_weights_that_are_not_there_are_refused(run, linked, folder):
+    error = the_error(run("quantize", linked(without="*.safetensors*"), folder, "--experts", "4x32"))
+    assert "cannot read the weights of" in error
+    assert not folder.exists()
+
+
+def test_a_shard_that_is_cut_short_is_refused(run, linked, folder):
+    model = linked()
+    shard = model / "model-00002-of-00003.safetensors"
+    content = shard.read_bytes()
+    shard.unlink()
+    shard.write_bytes(content[:-1])
+    error = the_error(run("quantize", model, folder, "--experts", "4x32"))
+    assert "model-00002-of-00003.safetensors" in error
+    assert "truncated" in error
+
+
+def test_pushing_what_is_no_checkpoint_of_ours_is_refused(run, tiny_moe):
+    assert "is not a complete prebuilt checkpoint" in the_error(run("push", tiny_moe, "me/tiny"))
