@@ -75,7 +75,7 @@ def test_kernels_are_measured_without_a_model(run, tmp_path):
     path = tmp_path / "kernels.json"
     result = run("bench", "--kernels", "--quick", "--json", path)
     assert result.exit_code == 0, result.output
-    for word in ("768 x 2048", "4-bit, int8 input", "dense float32", "of memory", "cpu:"):
+    for word in ("768 x 2048", "4-bit, int8 input", "dense float32", "memory: ", "cpu: "):
         assert word in result.stdout
     assert json.loads(path.read_text())["measured"][0]["shape"] == [768, 2048]
 

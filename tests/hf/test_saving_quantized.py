@@ -1,12 +1,18 @@
 """Models with quantized weights, saved and loaded again."""
 
+import errno
+import multiprocessing
+import os
+import random
 import shutil
+import signal
 
 import pytest
 import torch
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM
 
 from transformers_moe_offload import CheckpointError, ConfigError, HqqFormat, OffloadConfig, restore
+from transformers_moe_offload.hf.prebuilt.resume import recover
 from zoo.build import build, inputs, output_tensor, save, zoo_names
 
 FORMAT = HqqFormat(group_size=16)
@@ -114,6 +120,40 @@ def test_every_architecture_is_saved_and_loaded_in_low_bits(name, tmp_path):
     with torch.no_grad():
         given = inputs(name, plain)
         assert torch.equal(output_tensor(second(**given)), output_tensor(first(**given)))
+
+
+def test_killed_while_saving_the_old_or_the_new_checkpoint_is_there(quantized, saved, checkpoint):
+    other = AutoModelForCausalLM.from_pretrained(checkpoint, moe_offload=OffloadConfig(experts=HqqFormat(group_size=32)))
+    states = [files(saved)]
+    other.save_pretrained(saved)
+    states.append(files(saved))
+    context, moments, killed = multiprocessing.get_context("fork"), random.Random(0), 0
+    for trial in range(20):
+        child = context.Process(target=(quantized, other)[trial % 2].save_pretrained, args=(saved,))
+        child.start()
+        child.join(moments.uniform(0, 0.1))
+        child.kill()
+        child.join()
+        killed += child.exitcode == -signal.SIGKILL
+        recover(saved)
+        assert files(saved) in states
+    assert killed > 0
+    other.save_pretrained(saved)
+    assert files(saved) == states[1]
+    assert [path.name for path in saved.parent.iterdir()] == [saved.name]
+
+
+def test_a_full_disk_leaves_the_old_checkpoint_and_nothing_else(quantized, saved, monkeypatch):
+    before = files(saved)
+    full = OSError(errno.ENOSPC, "No space left on device")
+
+    def fail(*args):
+        raise full
+
+    monkeypatch.setattr(os, "fsync", fail)
+    with pytest.raises(CheckpointError, match="No space left on device"):
+        quantized.save_pretrained(saved)
+    assert files(saved) == before
 
 
 def damaged(saved, change):

@@ -144,7 +144,11 @@ def test_calls_from_several_threads_do_not_disturb_each_other(instruction_set):
 def test_rows_that_are_not_contiguous_are_read_right(instruction_set):
     matrix, wide = random_matrix(16, 128), random_rows(4, 256)
     assert torch.equal(cpu.linear(wide[:, ::2], matrix), cpu.linear(wide[:, ::2].contiguous(), matrix))
-    assert cpu.linear(wide[:0, :128], matrix).shape == (0, 16)
+
+
+def test_no_rows_have_no_products(instruction_set):
+    for dtype in (torch.float32, torch.bfloat16):
+        assert cpu.linear(torch.empty(0, 128, dtype=dtype), random_matrix(16, 128)).shape == (0, 16)
 
 
 def test_an_instruction_set_that_does_not_exist_is_not_chosen(instruction_set):

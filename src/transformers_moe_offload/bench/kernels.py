@@ -20,7 +20,6 @@ from torch import Tensor
 from torch.nn import functional
 
 from transformers_moe_offload import kernels
-from transformers_moe_offload.bench.bandwidth import ram_bandwidth
 from transformers_moe_offload.bench.conditions import conditions
 from transformers_moe_offload.bench.tables import Table, mib
 from transformers_moe_offload.kernels import PackedMatrix, Packing, reference
@@ -33,7 +32,7 @@ class KernelProtocol:
     shapes: tuple[tuple[int, int], ...] = ((14336, 4096), (768, 2048))
     """Rows and columns: an expert's up projection in Mixtral 8x7B, and in Qwen3 30B-A3B."""
     inputs: tuple[int, ...] = (1, 8, 64)
-    rounds: int = 7
+    rounds: int = 5
     cold_bytes: int = 512 << 20
     """Of all methods' matrices together."""
 
@@ -69,7 +68,7 @@ def measure_kernels(protocol: KernelProtocol, begin: Callable[[str], None]) -> d
         for threads in sorted({1, all_threads}):
             with _threads(threads):
                 begin(f"memory, {threads} threads")
-                memory = ram_bandwidth(torch.float32, 4096, protocol.rounds)["matvec_bytes_per_s"]
+                memory = _memory_speed(protocol, _clock(threads))
                 for shape in protocol.shapes:
                     begin(f"{shape[0]} x {shape[1]}, {threads} threads")
                     found = {"shape": shape, "threads": threads, "memory_bytes_per_s": memory}
@@ -85,8 +84,8 @@ def kernel_tables(result: dict[str, Any]) -> list[Table]:
 def _table(found: dict[str, Any], inputs: Sequence[int]) -> Table:
     rows, cols = found["shape"]
     memory = found["memory_bytes_per_s"]
-    title = f"{rows} x {cols}, torch threads: {found['threads']}, memory: {memory / 1e9:.1f} GB/s (ms by rows of input)"
-    header = ["method", "MiB", *(f"{count} rows" if count > 1 else "1 row" for count in inputs), "GB/s", "of memory"]
+    title = f"{rows} x {cols}, threads: {found['threads']}, memory: {memory / 1e9:.1f} GB/s (ms by rows of input)"
+    header = ["method", "MiB", *(f"{count} rows" if count > 1 else "1 row" for count in inputs), "GB/s", "reached"]
     lines = []
     for method in found["methods"]:
         seconds = method["seconds"]
@@ -97,12 +96,8 @@ def _table(found: dict[str, Any], inputs: Sequence[int]) -> Table:
 
 
 def _measure(rows: int, cols: int, protocol: KernelProtocol, threads: int) -> list[dict[str, Any]]:
-    """Of each method, the median seconds for each number of rows of input.
-
-    One thread's are its processor time, which others' work on the machine disturbs less.
-    """
-    methods = _methods(rows, cols, protocol.cold_bytes)
-    clock = time.process_time if threads == 1 else time.perf_counter
+    """Of each method, the median seconds for each number of rows of input."""
+    methods, clock = _methods(rows, cols, protocol.cold_bytes), _clock(threads)
     medians: list[list[float]] = [[] for _ in methods]
     for count in protocol.inputs:
         taken: list[list[float]] = [[] for _ in methods]
@@ -121,6 +116,23 @@ def _measure(rows: int, cols: int, protocol: KernelProtocol, threads: int) -> li
     ]
 
 
+def _clock(threads: int) -> Callable[[], float]:
+    """One thread is timed by what it uses of the processor, which others' work on the machine disturbs less."""
+    return time.process_time if threads == 1 else time.perf_counter
+
+
+def _memory_speed(protocol: KernelProtocol, clock: Callable[[], float]) -> float:
+    """Bytes per second at which torch reads two float32 matrices in turns for products with a vector, at best."""
+    cols = 4096
+    matrices = [torch.ones((protocol.cold_bytes // 8 // cols, cols)) for _ in range(2)]
+    vector, seconds = torch.ones(cols), []
+    for turn in range(2 * protocol.rounds + 1):
+        started = clock()
+        torch.mv(matrices[turn % 2], vector)
+        seconds.append(clock() - started)
+    return matrices[0].nbytes / min(seconds[1:])
+
+
 def _methods(rows: int, cols: int, cold_bytes: int) -> list[Method]:
     """Ours by bits, the torch reference, and dense ones in torch."""
     packed = {nbits: _packed(rows, cols, nbits) for nbits in NBITS}
@@ -133,9 +145,7 @@ def _methods(rows: int, cols: int, cold_bytes: int) -> list[Method]:
         for suffix, product in (("", kernels.linear), (", int8 input", _rounded))
         for nbits in NBITS
     ]
-    methods.append(
-        Method("4-bit, torch reference", reference.linear, taken[4], packed[4].packing.nbytes, torch.float32)
-    )
+    methods.append(Method("4-bit, in torch", reference.linear, taken[4], packed[4].packing.nbytes, torch.float32))
     return methods + [
         Method(
             f"dense {str(dtype).removeprefix('torch.')}",

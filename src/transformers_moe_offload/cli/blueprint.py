@@ -17,6 +17,7 @@ from transformers_moe_offload.cli.failures import CommandError, reading
 from transformers_moe_offload.cli.options import Origin
 from transformers_moe_offload.cli.stored import Stored, what_is_stored
 from transformers_moe_offload.config import OffloadConfig
+from transformers_moe_offload.config import OffloadConfig
 from transformers_moe_offload.expert import ExpertSpec
 from transformers_moe_offload.hf.checkpoint import Checkpoint
 from transformers_moe_offload.hf.delegates.methods import DELEGATED, refusal
@@ -40,6 +41,12 @@ class Blueprint:
     """Bytes of everything that a checkpoint of the model holds, once where weights are tied."""
     stored: Stored
     """What the checkpoint says of itself, its dtype filled in from the config where it says none."""
+
+    @property
+    def recipe(self) -> OffloadConfig | None:
+        """How the checkpoint was quantized; None if it was not."""
+        stored = getattr(self.model.config, "quantization_config", None)
+        return None if stored is None else OffloadConfig.from_dict(stored)
 
     @property
     def read_share(self) -> float:

@@ -28,6 +28,8 @@ def chat(
     cache_budget: options.CacheBudget = "auto",
     policy: options.Policy = "lru",
     arithmetic: options.Arithmetic = "fast",
+    experts: options.ExpertsFormat = None,
+    dense: options.DenseFormat = None,
     max_new_tokens: Annotated[int, typer.Option(min=1, help="Longest answer, in tokens.")] = 256,
     temperature: Annotated[
         float | None,
@@ -52,7 +54,13 @@ def chat(
     prompt.
     """
     with one_line_errors():
-        config = OffloadConfig(cache_budget=cache_budget, policy=policy, arithmetic=arithmetic)  # type: ignore[arg-type]
+        config = OffloadConfig(
+            cache_budget=cache_budget,
+            policy=policy,
+            arithmetic=arithmetic,  # type: ignore[arg-type]
+            experts=options.parse_format(experts),
+            dense=options.parse_format(dense),
+        )
         sampling = Sampling(max_new_tokens, temperature, top_p)
         origin = options.Origin(revision, token, local_files_only, trust_remote_code)
         loading = {"dtype": options.parse_dtype(dtype) or "auto", "device_map": device_map}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import dataclass
 
 import torch
 from rich import box
@@ -14,10 +15,13 @@ from transformers_moe_offload.cli.blueprint import Blueprint, draw
 from transformers_moe_offload.cli.failures import one_line_errors
 from transformers_moe_offload.cli.traffic import Traffic, expect
 from transformers_moe_offload.config import Budget, OffloadConfig
+from transformers_moe_offload.formats.coding import LayerCoding
 from transformers_moe_offload.hf.plan import OffloadPlan, Placement, make_plan, readable
+from transformers_moe_offload.hf.prebuilt.sizes import Sizes
+from transformers_moe_offload.hf.prebuilt.source import Quantization
 from transformers_moe_offload.hf.top_k import experts_per_token
 from transformers_moe_offload.memory.available import HOST_SHARE, available_bytes
-from transformers_moe_offload.memory.record import RecordLayout, dtype_name
+from transformers_moe_offload.memory.record import dtype_name
 
 TOLERANCE = 0.01
 """Sizes that differ by less than this agree: checkpoints carry small extras, such as buffers that are not loaded."""
@@ -26,6 +30,8 @@ TOLERANCE = 0.01
 def plan(
     model: options.Model,
     cache_budget: options.CacheBudget = "auto",
+    experts: options.ExpertsFormat = None,
+    dense: options.DenseFormat = None,
     dtype: options.Dtype = "auto",
     revision: options.Revision = "main",
     token: options.Token = None,
@@ -34,29 +40,69 @@ def plan(
 ) -> None:
     """Show where a model's weights would be, how many experts fit into the cache, and what a token would read.
 
-    Reads the config and the index of the checkpoint; downloads no weights.
+    With `--experts` or `--dense`, for a model that is quantized while it is loaded. Reads the config and the index of the checkpoint; downloads no weights.
     """
     with one_line_errors():
-        config = OffloadConfig(cache_budget=cache_budget)
+        config = OffloadConfig(
+            cache_budget=cache_budget, experts=options.parse_format(experts), dense=options.parse_format(dense)
+        )
         origin = options.Origin(revision, token, local_files_only, trust_remote_code)
         blueprint = draw(model, origin, options.parse_dtype(dtype))
+        recipe = blueprint.recipe
+        weights = _Weights.of(blueprint, config if recipe is None else recipe.override(config))
         device = torch.device("cuda", torch.cuda.current_device()) if torch.cuda.is_available() else torch.device("cpu")
-        offload_plan = make_plan(
-            [Placement(spec, device) for spec in blueprint.experts], _settled(config, blueprint, device)
-        )
+        offload_plan = make_plan(weights.placements(device), _settled(config, weights, device))
         console = Console()
         console.print(_title(blueprint), style="bold", soft_wrap=True)
-        console.print(_tiers(blueprint, offload_plan, device))
-        console.print(_facts(blueprint, offload_plan))
+        console.print(_tiers(weights, offload_plan, device))
+        console.print(_facts(weights, offload_plan))
 
 
-def _settled(config: OffloadConfig, blueprint: Blueprint, device: torch.device) -> OffloadConfig:
+@dataclass(frozen=True)
+class _Weights:
+    """A model's weights, as they are or quantized."""
+
+    blueprint: Blueprint
+    codings: tuple[LayerCoding, ...]
+    formats: str
+    """How experts are stored, for people."""
+    dense_bytes: int
+    is_in_ram: bool
+    """Whether experts are quantized while the model is loaded."""
+
+    @classmethod
+    def of(cls, blueprint: Blueprint, config: OffloadConfig) -> _Weights:
+        """What a config makes of a model's weights."""
+        quantization = Quantization.of(blueprint.model, config, blueprint.dtype)
+        return cls(
+            blueprint,
+            tuple(quantization.codings),
+            "as stored" if config.formats is None or blueprint.recipe is not None else str(config.formats),
+            Sizes.of(quantization).dense_bytes if config.dense is not None else blueprint.dense_bytes,
+            config.formats is not None and blueprint.recipe is None,
+        )
+
+    def placements(self, device: torch.device) -> list[Placement]:
+        """Every sparse layer on a device."""
+        pairs = zip(self.blueprint.experts, self.codings, strict=True)
+        is_mapped = self.is_in_ram and device.type == "cpu"
+        return [
+            Placement(spec, device, coding, is_mappable=is_mapped, is_in_ram=self.is_in_ram) for spec, coding in pairs
+        ]
+
+    @property
+    def read_share(self) -> float:
+        """Bytes in the files for each byte in memory."""
+        return 1.0 if self.blueprint.recipe is not None else self.blueprint.read_share
+
+
+def _settled(config: OffloadConfig, weights: _Weights, device: torch.device) -> OffloadConfig:
     """The config with `auto` replaced by what it will come to once the dense weights have taken their room."""
     if config.budget != Budget():
         return config
     share = HOST_SHARE if device.type == "cpu" else 1.0
-    left = int(available_bytes(device) - share * blueprint.dense_bytes)
-    all_slots = sum(spec.num_experts * RecordLayout(spec.fields).nbytes for spec in blueprint.experts)
+    left = int(available_bytes(device) - share * weights.dense_bytes)
+    all_slots = sum(placement.spec.num_experts * placement.slot_bytes for placement in weights.placements(device))
     return OffloadConfig(cache_budget=max(1, min(left, all_slots)))
 
 
@@ -64,24 +110,24 @@ def _title(blueprint: Blueprint) -> str:
     return f"{blueprint.name}: {type(blueprint.model).__name__}, {dtype_name(blueprint.dtype)}"
 
 
-def _tiers(blueprint: Blueprint, plan: OffloadPlan, device: torch.device) -> Table:
+def _tiers(weights: _Weights, plan: OffloadPlan, device: torch.device) -> Table:
     table = Table("tier", "holds", box=box.SIMPLE_HEAD)
     table.add_column("bytes", justify="right", no_wrap=True)
     for pool in plan.pools:
         held = f"{pool.num_slots} of {pool.need.num_experts} experts ({pool.num_slots / pool.need.num_experts:.0%})"
         table.add_row(f"cache ({pool.device})", held, readable(pool.cache_bytes))
-    table.add_row(f"dense ({device})", "everything but routed experts", readable(blueprint.dense_bytes))
-    table.add_row(
-        "disk", f"all {plan.num_experts} experts, as stored", readable(plan.expert_bytes * blueprint.read_share)
-    )
+    table.add_row(f"dense ({device})", "everything but routed experts", readable(weights.dense_bytes))
+    store, share = ("RAM", 1.0) if weights.is_in_ram else ("disk", weights.read_share)
+    table.add_row(store, f"all {plan.num_experts} experts, {weights.formats}", readable(plan.expert_bytes * share))
     return table
 
 
-def _facts(blueprint: Blueprint, plan: OffloadPlan) -> Table:
+def _facts(weights: _Weights, plan: OffloadPlan) -> Table:
+    blueprint = weights.blueprint
     table = Table.grid(padding=(0, 2))
     table.add_column(no_wrap=True)
     table.add_column(overflow="fold")
-    traffic = expect(blueprint.model, blueprint.experts, plan, blueprint.read_share)
+    traffic = expect(blueprint.model, blueprint.experts, plan, weights.read_share)
     table.add_row("sparse layers", str(len(blueprint.experts)))
     table.add_row(
         "experts", f"{plan.num_experts}, {_range([spec.num_experts for spec in blueprint.experts])} per layer"
@@ -89,10 +135,11 @@ def _facts(blueprint: Blueprint, plan: OffloadPlan) -> Table:
     table.add_row("experts per token", _experts_per_token(blueprint))
     table.add_row("bytes per expert", _range([pool.need.slot_bytes for pool in plan.pools], readable))
     table.add_row("all experts", readable(plan.expert_bytes))
-    table.add_row("dense weights", readable(blueprint.dense_bytes))
+    table.add_row("dense weights", readable(weights.dense_bytes))
     table.add_row("slots", f"{plan.num_slots} in a cache budget of {readable(plan.budget_bytes)}")
     table.add_row("smallest budget", f"{readable(plan.smallest_budget)} ({plan.smallest_budget:,} bytes)")
-    table.add_row("expected bytes per token", _expected_bytes(traffic, plan))
+    source = "RAM" if weights.is_in_ram else "disk"
+    table.add_row("expected bytes per token", _expected_bytes(traffic, plan, source))
     table.add_row("checkpoint", _cross_check(blueprint))
     return table
 
@@ -109,17 +156,19 @@ def _experts_per_token(blueprint: Blueprint) -> str:
     return f"{_range(known)} per layer" if len(known) == len(counts) else "unknown: the model does not say"
 
 
-def _expected_bytes(traffic: Traffic | None, plan: OffloadPlan) -> str:
+def _expected_bytes(traffic: Traffic | None, plan: OffloadPlan, source: str) -> str:
     if traffic is None:
         return "unknown, because the experts per token are"
     absent = 1 - plan.cache_bytes / plan.expert_bytes
     return (
-        f"{readable(traffic.nbytes)} from disk, if routing is uniform: {traffic.experts_per_token} experts a token, "
+        f"{readable(traffic.nbytes)} from {source}, if routing is uniform: {traffic.experts_per_token} experts a token, "
         f"{absent:.0%} of them not in the cache"
     )
 
 
 def _cross_check(blueprint: Blueprint) -> str:
+    if blueprint.recipe is not None:
+        return f"quantized: experts {blueprint.recipe.formats}; dense layers {blueprint.recipe.dense or 'as they are'}"
     stored, expected = blueprint.stored.nbytes, blueprint.total_bytes * blueprint.read_share
     dtype = dtype_name(blueprint.stored.dtype or blueprint.dtype)
     if stored is None:

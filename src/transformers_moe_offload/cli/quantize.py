@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import replace
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -20,7 +19,7 @@ from transformers_moe_offload.cli import options
 from transformers_moe_offload.cli.blueprint import Blueprint, draw
 from transformers_moe_offload.cli.failures import CommandError, one_line_errors, reading
 from transformers_moe_offload.cli.push import push_folder
-from transformers_moe_offload.config import ExpertFormats, HqqFormat, OffloadConfig
+from transformers_moe_offload.config import ExpertFormats, OffloadConfig
 from transformers_moe_offload.hf.plan import readable
 from transformers_moe_offload.hf.prebuilt.card import auto_class_of, model_card
 from transformers_moe_offload.hf.prebuilt.fetch import fetch
@@ -41,14 +40,12 @@ def quantize(
         ),
     ],
     folder: Annotated[Path, typer.Argument(metavar="DST", help="The folder to write.", show_default=False)],
-    experts: Annotated[
-        str | None, typer.Option(help="Format of experts, bits x group size: '4x64', '3x64', '2x16'.")
-    ] = None,
+    experts: options.ExpertsFormat = None,
     layers: Annotated[
         list[str] | None,
         typer.Option(help="Another format for some sparse layers, as '0-3=4x64', or '5=none'; can be repeated."),
     ] = None,
-    dense: Annotated[str | None, typer.Option(help="Format of attention and dense MLPs; default is as stored.")] = None,
+    dense: options.DenseFormat = None,
     no_optimize: Annotated[
         bool, typer.Option("--no-optimize", help="Round to nearest: several times faster, a little worse.")
     ] = False,
@@ -118,15 +115,9 @@ def _config(experts: str | None, layers: list[str], dense: str | None, *, optimi
         key, is_given, text = option.partition("=")
         if not is_given:
             raise CommandError(f"--layers {option!r} names no format; write sparse layers and a format as 0-3=4x64")
-        by_layer[key.strip()] = _format(text, optimize)
-    formats = ExpertFormats(default=_format(experts, optimize), layers=by_layer)
-    return OffloadConfig(experts=formats, dense=_format(dense, optimize))
-
-
-def _format(text: str | None, optimize: bool) -> HqqFormat | None:
-    if text is None or text.strip() == "none":
-        return None
-    return replace(HqqFormat.parse(text), optimize=optimize)
+        by_layer[key.strip()] = options.parse_format(text, optimize=optimize)
+    formats = ExpertFormats(default=options.parse_format(experts, optimize=optimize), layers=by_layer)
+    return OffloadConfig(experts=formats, dense=options.parse_format(dense, optimize=optimize))
 
 
 def _expect_apart(source: str, folder: Path) -> None:

@@ -15,10 +15,13 @@ from torch import Tensor
 from transformers.modeling_utils import remove_tied_weights_from_state_dict
 
 from transformers_moe_offload.expert import FieldSpec
+from transformers_moe_offload.formats.coding import LayerCoding
+from transformers_moe_offload.formats.foreign import ForeignCoding
 from transformers_moe_offload.hf.prebuilt.layout import DenseContent, LayerContent, prebuilt_config, shards_of
 from transformers_moe_offload.hf.prebuilt.resume import replacing
 from transformers_moe_offload.hf.prebuilt.writer import as_json, finish, write_shards
 from transformers_moe_offload.hf.runtime import OffloadRuntime
+from transformers_moe_offload.memory.encoding import encoded_row
 from transformers_moe_offload.memory.record import dtype_name
 from transformers_moe_offload.memory.safetensors_writer import write_text
 
@@ -42,7 +45,11 @@ def save_quantized(model: Any, folder: Path, state_dict: Mapping[str, Tensor] | 
 def _layers(runtime: OffloadRuntime) -> Iterator[LayerContent]:
     for layer in runtime.layers:
         source = runtime.source(layer)
-        yield LayerContent(layer.name, layer.num_experts, source.stored, source.read_record)
+        if isinstance(source.coding, ForeignCoding):  # not in a format of ours
+            plain = LayerCoding(source.spec.fields, None)
+            yield LayerContent(layer.name, layer.num_experts, plain.stored, partial(encoded_row, source, plain))
+        else:
+            yield LayerContent(layer.name, layer.num_experts, source.stored, source.read_record)
 
 
 def _dense(model: Any, state_dict: Mapping[str, Tensor] | None) -> Iterator[DenseContent]:

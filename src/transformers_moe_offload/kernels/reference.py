@@ -63,8 +63,8 @@ def _meta(matrix: PackedMatrix, name: str) -> Tensor:
     stored = matrix.parts[name].float()
     if packing.meta_nbits == 16:
         return stored
-    minimum, step = matrix.parts[f"{name}_range"].float().repeat_interleave(META_BLOCK, 0)[: stored.numel()].t()
-    return (minimum + step * stored.view(-1)).view(packing.rows, packing.groups)
+    minimum, step = matrix.parts[f"{name}_range"].float().repeat_interleave(META_BLOCK, 0)[: stored.numel()].unbind(1)
+    return minimum.add(step * stored.view(-1)).view(packing.rows, packing.groups)
 
 
 def _tiles(matrix: PackedMatrix) -> Iterator[tuple[int, Tensor]]:

@@ -106,6 +106,8 @@ EXPORT int moe_linear(int64_t matrix_rows, int64_t cols, int nbits, int group_si
                       const void *zero_range, int64_t inputs, const void *rows, void *out, int type, int rounded,
                       int threads)
 {
+    if (!inputs)
+        return 0;
     const struct matrix matrix = {matrix_rows, cols,  nbits, group_size,  meta_nbits, codes,
                                   high,        scale, zero,  scale_range, zero_range};
     int64_t most = inputs < inputs_at_once(cols) ? inputs : inputs_at_once(cols);

@@ -21,11 +21,6 @@ from transformers_moe_offload.kernels.triton.tile import grouped_tile_kernel, ti
 PARTS = ("codes", "high", "scale", "zero", "scale_range", "zero_range")
 """Arrays of a matrix in the order in which kernels take them."""
 
-PRODUCTS = 64
-"""Of each row of input, by one program that multiplies tiles."""
-HEIGHTS = (16, 32, 64, 128)
-"""Rows of input in a tile; tensor cores take no fewer than 16."""
-
 LINES = 8
 """Rows of bytes of a program that multiplies one row."""
 CODES = 8192
@@ -33,6 +28,13 @@ CODES = 8192
 PIECE = 64
 """Columns that it adds up at a time, a group at most: each piece looks up its own scale and zero, and with as many pieces
 as threads the compiler does not let every thread look up all of them."""
+
+PRODUCTS = 64
+"""Of each row of input, by one program that multiplies tiles."""
+HEIGHTS = {torch.float32: (16,), torch.bfloat16: (16, 32, 64), torch.float16: (16, 32, 64)}
+"""Rows of input in a tile; tensor cores take no fewer than 16, and more leave registers wanting."""
+TILE_PIECES = {torch.float32: 16, torch.bfloat16: 64, torch.float16: 64}
+"""Columns of a tile, a group at most."""
 
 
 def linear(rows: Tensor, matrix: PackedMatrix) -> Tensor:
@@ -49,7 +51,7 @@ def linear(rows: Tensor, matrix: PackedMatrix) -> Tensor:
             sizes = _row_sizes(packing)
             row_kernel[1, _programs(packing, sizes)](*arguments, **sizes)
         elif count:
-            sizes = _tile_sizes(packing, count)
+            sizes = _tile_sizes(packing, rows.dtype, count)
             tile_kernel[triton.cdiv(count, sizes["height"]), _programs(packing, sizes)](*arguments, count, **sizes)
     return out
 
@@ -82,7 +84,7 @@ def grouped_linear(
             sizes = _row_sizes(packing)
             grouped_row_kernel[count, _programs(packing, sizes)](*arguments, **sizes, experts=experts)
         elif count:
-            sizes = _tile_sizes(packing, min(tokens, triton.cdiv(count, num_experts)))
+            sizes = _tile_sizes(packing, rows.dtype, min(tokens, triton.cdiv(count, num_experts)))
             grid = (_most_tiles(count, num_experts, sizes["height"]), _programs(packing, sizes))
             grouped_tile_kernel[grid](*arguments, count, **sizes, experts=experts)
     return out
@@ -96,12 +98,14 @@ def _row_sizes(packing: Packing) -> dict[str, int]:
     return _format(packing) | {"lines": LINES, "pieces": pieces, "piece_size": piece_size}
 
 
-def _tile_sizes(packing: Packing, count: int) -> dict[str, int]:
+def _tile_sizes(packing: Packing, dtype: torch.dtype, count: int) -> dict[str, int]:
     """For about so many rows of input with one matrix."""
-    height = next((height for height in HEIGHTS if height >= count), HEIGHTS[-1])
+    heights = HEIGHTS[dtype]
+    height = next((height for height in heights if height >= count), heights[-1])
     return _format(packing) | {
         "lines": PRODUCTS // _fields(packing),
         "height": height,
+        "piece_size": min(packing.group_size, TILE_PIECES[dtype]),
         "num_warps": 4 if height < 64 else 8,
     }
 

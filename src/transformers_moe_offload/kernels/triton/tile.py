@@ -6,7 +6,7 @@ dtype. float32 rows are multiplied with `code - zero` in float32.
 """
 
 # P rows of input, N rows and K columns of the matrix, E experts, F fields of a byte, L lines of a program,
-# T rows of a tile, g group size, G = K / g groups in a row
+# T rows of a tile, g columns of a piece of a group
 
 from __future__ import annotations
 
@@ -20,13 +20,13 @@ from transformers_moe_offload.kernels.triton.matrix import codes_at, meta_at, pa
 def tile_kernel(
     rows, out, codes, high, scale, zero, scale_range, zero_range, num_rows, num_cols, end,
     nbits: tl.constexpr, group_size: tl.constexpr, meta_nbits: tl.constexpr,
-    lines: tl.constexpr, height: tl.constexpr,
+    lines: tl.constexpr, height: tl.constexpr, piece_size: tl.constexpr,
 ):  # fmt: skip
     """Grid (ceil(P / T), ceil(R / L)). rows (P, K), out (P, N); `end` is P."""
     p = tl.program_id(0) * height + tl.arange(0, height).to(tl.int64)
     _multiply(
         rows, out, codes, high, scale, zero, scale_range, zero_range, num_rows, num_cols, p, p < end, num_cols,
-        nbits, group_size, meta_nbits, lines,
+        nbits, group_size, meta_nbits, lines, piece_size,
     )  # fmt: skip
 
 
@@ -35,7 +35,7 @@ def grouped_tile_kernel(
     rows, out, offsets, addresses, codes, high, scale, zero, scale_range, zero_range, num_rows, num_cols, num_experts,
     end,
     nbits: tl.constexpr, group_size: tl.constexpr, meta_nbits: tl.constexpr,
-    lines: tl.constexpr, height: tl.constexpr, experts: tl.constexpr,
+    lines: tl.constexpr, height: tl.constexpr, piece_size: tl.constexpr, experts: tl.constexpr,
 ):  # fmt: skip
     """Grid (tiles, ceil(R / L)), of tiles at least as many as there can be: those too many find nothing to do.
 
@@ -62,14 +62,16 @@ def grouped_tile_kernel(
             rows, out, part(record, codes, tl.uint8), part(record, high, tl.uint8),
             part(record, scale, stored), part(record, zero, stored),
             part(record, scale_range, tl.float16), part(record, zero_range, tl.float16),
-            num_rows, num_cols, p, p < stop, tl.where(is_expert, num_cols, 0), nbits, group_size, meta_nbits, lines,
+            num_rows, num_cols, p, p < stop, tl.where(is_expert, num_cols, 0),
+            nbits, group_size, meta_nbits, lines, piece_size,
         )  # fmt: skip
 
 
 @triton.jit
 def _multiply(
     rows, out, codes, high, scale, zero, scale_range, zero_range, num_rows, num_cols, p, is_row, used_cols,
-    nbits: tl.constexpr, group_size: tl.constexpr, meta_nbits: tl.constexpr, lines: tl.constexpr,
+    nbits: tl.constexpr, group_size: tl.constexpr, meta_nbits: tl.constexpr,
+    lines: tl.constexpr, piece_size: tl.constexpr,
 ):  # fmt: skip
     """Write the products of the rows p (T,) with the program's rows of the matrix; only of the first `used_cols`."""
     width: tl.constexpr = 2 if nbits == 3 else nbits
@@ -81,12 +83,12 @@ def _multiply(
     )
     num_groups = num_cols // group_size
     total = tl.zeros((p.shape[0], fields * lines), tl.float32)
-    for group in range(used_cols // group_size):
-        col = group * group_size + tl.arange(0, group_size)[None, :]
+    for piece in range(used_cols // piece_size):
+        col = piece * piece_size + tl.arange(0, piece_size)[None, :]
         x = tl.load(rows + p[:, None] * num_cols + col, mask=is_row[:, None], other=0)
         code = codes_at(codes, high, line, col, col >= 0, num_rows, num_cols, nbits)
-        code = tl.reshape(code, (fields * lines, group_size))
-        index = row * num_groups + group
+        code = tl.reshape(code, (fields * lines, piece_size))
+        index = row * num_groups + piece // (group_size // piece_size)
         centre = meta_at(zero, zero_range, index, is_mine, meta_nbits)
         unit = meta_at(scale, scale_range, index, is_mine, meta_nbits)
         if x.dtype == tl.float32:
