@@ -173,3 +173,10 @@ def test_a_shard_that_is_cut_short_is_refused(run, linked, folder):
 
 def test_pushing_what_is_no_checkpoint_of_ours_is_refused(run, tiny_moe):
     assert "is not a complete prebuilt checkpoint" in the_error(run("push", tiny_moe, "me/tiny"))
+
+
+@pytest.mark.parametrize("repo", ["a/b/c", "me/has a space"])
+def test_a_repository_that_cannot_be_is_refused_before_anything_is_written(run, source, folder, repo):
+    error = the_error(run("quantize", source, folder, "--experts", "4x16", "--push", repo))
+    assert f"cannot upload to {repo!r}" in error
+    assert not folder.exists()

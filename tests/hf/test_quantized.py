@@ -7,7 +7,7 @@ import torch
 from torch import nn
 from transformers import AutoModelForCausalLM
 
-from transformers_moe_offload import ConfigError, ExpertFormats, HqqFormat, OffloadConfig
+from transformers_moe_offload import ConfigError, ExpertFormats, HqqFormat, OffloadConfig, kernels
 from transformers_moe_offload.hf.dense import HqqLinear
 from zoo.build import build, inputs, output_tensor, save
 
@@ -76,7 +76,9 @@ def test_fast_arithmetic_is_as_close_to_the_decoded_weights_as_a_plain_model(nam
 @pytest.mark.parametrize("meta_nbits", [16, 8])
 @pytest.mark.parametrize("nbits", [8, 4, 3, 2, 1])
 @pytest.mark.parametrize("arithmetic", ["fast", "exact"])
-def test_results_do_not_depend_on_where_quantized_experts_are(nbits, meta_nbits, arithmetic, checkpoint, plain, token_ids):
+def test_results_do_not_depend_on_where_quantized_experts_are(
+    nbits, meta_nbits, arithmetic, checkpoint, plain, token_ids
+):
     format = HqqFormat(nbits=nbits, meta_nbits=meta_nbits, **SMALL_GROUPS)
     seen = []
     for placement in ({"mmap": False, "cache_budget": "20%"}, {"mmap": False, "cache_budget": "100%"}, {"mmap": True}):
@@ -98,7 +100,9 @@ def test_fewer_bits_are_further_from_the_original_and_take_less_memory(checkpoin
 
 
 def test_layers_may_have_different_formats(checkpoint, plain, token_ids, expected):
-    formats = ExpertFormats(default=HqqFormat(nbits=2, **SMALL_GROUPS), layers={"0": None, "1-2": {"nbits": 8, **SMALL_GROUPS}})
+    formats = ExpertFormats(
+        default=HqqFormat(nbits=2, **SMALL_GROUPS), layers={"0": None, "1-2": {"nbits": 8, **SMALL_GROUPS}}
+    )
     mixed = load(checkpoint, plain, experts=formats)
     restored = mixed.moe_offload.restore()
     layers = [(old, new) for old, new in zip(plain.model.layers, restored.model.layers, strict=True)]
@@ -153,7 +157,9 @@ def test_dense_layers_are_quantized_but_embeddings_routers_and_the_head(checkpoi
 
 
 def test_a_model_with_dense_layers_in_low_bits_computes_with_the_decoded_weights(checkpoint, plain, token_ids):
-    model = load(checkpoint, plain, dense=HqqFormat(nbits=8, **SMALL_GROUPS), experts=HqqFormat(nbits=8, **SMALL_GROUPS))
+    model = load(
+        checkpoint, plain, dense=HqqFormat(nbits=8, **SMALL_GROUPS), experts=HqqFormat(nbits=8, **SMALL_GROUPS)
+    )
     with torch.no_grad():
         got = model(input_ids=token_ids).logits
     twin = decoded(plain, model)
@@ -197,3 +203,16 @@ def test_auto_classes_take_the_format_as_a_dictionary(checkpoint, token_ids):
     with torch.no_grad():
         model(input_ids=token_ids)
     assert model.moe_offload.stats().misses > 0
+
+
+def test_rounding_activations_to_8_bits_is_asked_for_by_name_and_a_little_off(checkpoint, plain, token_ids):
+    options = {"experts": HqqFormat(**SMALL_GROUPS), "dense": HqqFormat(**SMALL_GROUPS)}
+    with torch.no_grad():
+        exact = load(checkpoint, plain, **options)(input_ids=token_ids).logits
+        rounded = load(checkpoint, plain, arithmetic="int8", **options)(input_ids=token_ids).logits
+        again = load(checkpoint, plain, arithmetic="int8", cache_budget="20%", mmap=False, **options)
+        assert torch.equal(again(input_ids=token_ids).logits, rounded)
+    error = (rounded - exact).norm() / exact.norm()
+    assert error < 0.05
+    if "not there" not in kernels.available()["cpu"]:
+        assert error > 0

@@ -123,7 +123,9 @@ def test_every_architecture_is_saved_and_loaded_in_low_bits(name, tmp_path):
 
 
 def test_killed_while_saving_the_old_or_the_new_checkpoint_is_there(quantized, saved, checkpoint):
-    other = AutoModelForCausalLM.from_pretrained(checkpoint, moe_offload=OffloadConfig(experts=HqqFormat(group_size=32)))
+    other = AutoModelForCausalLM.from_pretrained(
+        checkpoint, moe_offload=OffloadConfig(experts=HqqFormat(group_size=32))
+    )
     states = [files(saved)]
     other.save_pretrained(saved)
     states.append(files(saved))

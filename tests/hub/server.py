@@ -99,6 +99,8 @@ class _Handler(BaseHTTPRequestHandler):
         match (self.command, *parts):
             case ("POST", "api", "repos", "create"):
                 self._create(json.loads(self.body))
+            case ("GET", "api", "whoami-v2"):
+                self._send(200 if self._is_owner() else 401, {"name": "somebody", "type": "user"})
             case ("POST", "api", "validate-yaml"):
                 self._send(200, {"errors": [], "warnings": []})
             case ("POST", "api", "models", owner, name, "branch", branch):

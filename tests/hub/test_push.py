@@ -1,11 +1,12 @@
 """Checkpoints go to a Hub and come back, through the real client; what is not whole does not get there."""
 
+import json
 import os
 import subprocess
 import sys
 
 import pytest
-from huggingface_hub import HfApi
+from huggingface_hub import HfApi, ModelCard
 from huggingface_hub.errors import HfHubHTTPError
 
 from transformers_moe_offload.errors import CheckpointError
@@ -13,7 +14,7 @@ from transformers_moe_offload.hf.prebuilt.layout import INDEX_NAME
 from transformers_moe_offload.hf.prebuilt.publish import check_prebuilt, upload
 from zoo.build import build
 
-from .server import TOKEN, Hub
+from .server import TOKEN, Hub, Repo
 
 REPO = "somebody/tiny-3bit"
 
@@ -71,12 +72,15 @@ result = CliRunner().invoke(app, ["quantize", source, folder, *options])
 assert result.exit_code == 0, (result.output, result.exception)
 print(result.stdout.splitlines()[-1])
 ids = torch.arange(12)[None]
-logits = [AutoModelForCausalLM.from_pretrained(name)(input_ids=ids).logits for name in (folder, repo)]
-print(torch.equal(*logits))
+first, second = (AutoModelForCausalLM.from_pretrained(name) for name in (folder, repo))
+second.push_to_hub("somebody/again")
+third = AutoModelForCausalLM.from_pretrained("somebody/again")
+expected = first(input_ids=ids).logits
+print([torch.equal(model(input_ids=ids).logits, expected) for model in (second, third)])
 """
 
 
-def test_a_model_is_quantized_pushed_and_loaded_by_its_id(hub, source, tmp_path):
+def test_a_model_on_the_hub_is_quantized_pushed_and_loaded_by_its_id(hub, source, tmp_path):
     environment = os.environ | {
         "HF_ENDPOINT": hub.endpoint,
         "HF_HOME": str(tmp_path / "home"),
@@ -84,12 +88,18 @@ def test_a_model_is_quantized_pushed_and_loaded_by_its_id(hub, source, tmp_path)
         "HF_HUB_DISABLE_XET": "1",
         "OMP_NUM_THREADS": "1",
     }
+    hub.repos["somebody/plain"] = Repo(is_private=False)
+    revision = hub.repos["somebody/plain"].add_commit("main", contents(source))
     folder = tmp_path / "folder"
-    arguments = [sys.executable, "-c", ROUND_TRIP, str(source), str(folder), REPO]
+    arguments = [sys.executable, "-c", ROUND_TRIP, "somebody/plain", str(folder), REPO]
     result = subprocess.run(arguments, env=environment, capture_output=True, text=True, timeout=200)
-    assert result.stdout.splitlines() == [f"pushed to {hub.endpoint}/{REPO}", "True"], result.stderr
+    assert result.stdout.splitlines() == [f"pushed to {hub.endpoint}/{REPO}", "[True, True]"], result.stderr
     assert uploaded(hub) == contents(folder)
     assert hub.repos[REPO].is_private
+    assert json.loads(hub.files(REPO)["moe_offload.recipe.json"])["source"]["revision"] == revision
+    weights = {name for name in contents(folder) if name.endswith(".safetensors")}
+    assert all(hub.files("somebody/again")[name] == hub.files(REPO)[name] for name in weights)
+    assert ModelCard(hub.files(REPO)["README.md"].decode()).data.base_model == "somebody/plain"
 
 
 def test_everything_but_the_index_is_there_before_the_index(hub, api, quantized):

@@ -221,7 +221,10 @@ def test_any_checkpoint_written_by_safetensors_comes_out_as_it_went_in(
         fields.append(FieldSpec(name, tuple(shape), dtype))
         for expert in range(num_experts):
             sources[expert].append(FieldSource((index[name].row(expert, num_experts),), (dtype,)))
-    layer = LayerSource(ExpertSpec(0, "experts", num_experts, tuple(fields)), tuple(ScatteredExpert(tuple(fields)) for fields in sources))
+    layer = LayerSource(
+        ExpertSpec(0, "experts", num_experts, tuple(fields)),
+        tuple(ScatteredExpert(tuple(fields)) for fields in sources),
+    )
     for dtype in casts:
         layer = layer.cast(dtype_name(dtype))
     store = ExpertStore([layer])

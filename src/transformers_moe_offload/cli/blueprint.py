@@ -17,7 +17,6 @@ from transformers_moe_offload.cli.failures import CommandError, reading
 from transformers_moe_offload.cli.options import Origin
 from transformers_moe_offload.cli.stored import Stored, what_is_stored
 from transformers_moe_offload.config import OffloadConfig
-from transformers_moe_offload.config import OffloadConfig
 from transformers_moe_offload.expert import ExpertSpec
 from transformers_moe_offload.hf.checkpoint import Checkpoint
 from transformers_moe_offload.hf.delegates.methods import DELEGATED, refusal

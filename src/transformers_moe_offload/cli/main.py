@@ -9,6 +9,7 @@ import typer
 import transformers_moe_offload
 from transformers_moe_offload.cli.bench import bench
 from transformers_moe_offload.cli.chat import chat
+from transformers_moe_offload.cli.convert import convert
 from transformers_moe_offload.cli.plan import plan
 from transformers_moe_offload.cli.push import push
 from transformers_moe_offload.cli.quantize import quantize
@@ -41,6 +42,7 @@ def main(
 app.command()(plan)
 app.command()(chat)
 app.command()(quantize)
+app.command()(convert)
 app.command()(push)
 app.command()(bench)
 app.command()(trace)

@@ -20,10 +20,12 @@ Model = Annotated[
 CacheBudget = Annotated[
     str, typer.Option(help="Memory for experts: '6GiB', '500MB', '40%' of all experts, a number of bytes, or 'auto'.")
 ]
-ExpertsFormat = Annotated[str | None, typer.Option(help="Format of experts, bits x group size: '4x64', '3x64', '2x16'.")]
+ExpertsFormat = Annotated[
+    str | None, typer.Option(help="Format of experts, bits x group size: '4x64', '3x64', '2x16'.")
+]
 DenseFormat = Annotated[str | None, typer.Option(help="Format of attention and dense MLPs; default is as stored.")]
 Policy = Annotated[str, typer.Option(help="Which expert leaves when another one needs its slot.")]
-Arithmetic = Annotated[str, typer.Option(help="'fast', or 'exact': bit for bit what Transformers computes.")]
+Arithmetic = Annotated[str, typer.Option(help="'fast', 'exact': bit for bit what Transformers computes, or 'int8'.")]
 DeviceMap = Annotated[str | None, typer.Option(help="As in from_pretrained: 'auto', 'cpu', 'cuda:1', ...")]
 Dtype = Annotated[str, typer.Option(help="'auto' (as stored), or a torch dtype such as 'bfloat16'.")]
 Revision = Annotated[str, typer.Option(help="Branch, tag or commit on the Hub.")]

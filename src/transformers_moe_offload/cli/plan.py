@@ -40,7 +40,8 @@ def plan(
 ) -> None:
     """Show where a model's weights would be, how many experts fit into the cache, and what a token would read.
 
-    With `--experts` or `--dense`, for a model that is quantized while it is loaded. Reads the config and the index of the checkpoint; downloads no weights.
+    With `--experts` or `--dense`, for a model that is quantized while it is loaded. Reads the config and the index of
+    the checkpoint; downloads no weights.
     """
     with one_line_errors():
         config = OffloadConfig(
@@ -161,8 +162,8 @@ def _expected_bytes(traffic: Traffic | None, plan: OffloadPlan, source: str) -> 
         return "unknown, because the experts per token are"
     absent = 1 - plan.cache_bytes / plan.expert_bytes
     return (
-        f"{readable(traffic.nbytes)} from {source}, if routing is uniform: {traffic.experts_per_token} experts a token, "
-        f"{absent:.0%} of them not in the cache"
+        f"{readable(traffic.nbytes)} from {source}, if routing is uniform: {traffic.experts_per_token} experts a "
+        f"token, {absent:.0%} of them not in the cache"
     )
 
 

@@ -11,7 +11,7 @@ from huggingface_hub.errors import HfHubHTTPError, HFValidationError
 
 from transformers_moe_offload.cli import options
 from transformers_moe_offload.cli.failures import CommandError, one_line_errors
-from transformers_moe_offload.hf.prebuilt.publish import check_prebuilt, upload
+from transformers_moe_offload.hf.prebuilt.publish import check_prebuilt, expect_complete, upload
 
 
 def push(
@@ -29,8 +29,19 @@ def push(
         push_folder(folder, repo, private=private, revision=revision, token=token)
 
 
+def expect_pushable(repo: str, token: str | None) -> None:
+    """Raise `CommandError` for a repository that cannot be, or a token that the Hub does not know."""
+    try:
+        HfApi(token=token).repo_exists(repo)
+        HfApi(token=token).whoami()
+    except (HfHubHTTPError, HFValidationError, OSError) as error:
+        raise CommandError(f"cannot upload to {repo!r}: {error}") from error
+
+
 def push_folder(folder: Path, repo: str, *, private: bool, revision: str | None, token: str | None) -> None:
     """Check and upload a folder, and say where it is."""
+    expect_complete(folder)
+    expect_pushable(repo, token)
     check_prebuilt(folder)
     try:
         url = upload(HfApi(token=token), folder, repo, private=private or None, revision=revision)

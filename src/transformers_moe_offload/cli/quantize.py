@@ -2,23 +2,20 @@
 
 from __future__ import annotations
 
-import json
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 import torch
 import typer
 from rich import box
 from rich.console import Console
-from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
 from transformers_moe_offload.cli import options
 from transformers_moe_offload.cli.blueprint import Blueprint, draw
 from transformers_moe_offload.cli.failures import CommandError, one_line_errors, reading
-from transformers_moe_offload.cli.push import push_folder
+from transformers_moe_offload.cli.push import expect_pushable, push_folder
+from transformers_moe_offload.cli.writing import expect_apart, plain_config, progress
 from transformers_moe_offload.config import ExpertFormats, OffloadConfig
 from transformers_moe_offload.hf.plan import readable
 from transformers_moe_offload.hf.prebuilt.card import auto_class_of, model_card
@@ -68,7 +65,7 @@ def quantize(
     with one_line_errors():
         config = _config(experts, layers or [], dense, optimize=not no_optimize)
         origin = options.Origin(revision, token, local_files_only, trust_remote_code=False)
-        _expect_apart(source, folder)
+        expect_apart(source, folder)
         blueprint = draw(source, origin, None)
         if getattr(blueprint.model.config, "quantization_config", None):
             raise CommandError(f"{source!r} is quantized already; quantize the model that it was made from")
@@ -80,13 +77,15 @@ def quantize(
         if dry_run:
             return
         expect_place(folder, overwrite=overwrite)
+        if push is not None:
+            expect_pushable(push, token)
         with reading(f"cannot read the weights of {source!r}"):
             fetched = fetch(source, blueprint.model.config, origin.for_files())
         recipe = recipe_of(fetched.name, fetched.revision, fetched.weights, dtype_name(blueprint.dtype), config)
         content = Prebuilt(
             *contents(quantization, fetched.weights, fetched.folder),
             texts={
-                "config.json": as_json(prebuilt_config(_plain_config(blueprint), config.recipe())),
+                "config.json": as_json(prebuilt_config(plain_config(blueprint), config.recipe())),
                 "README.md": model_card(
                     push or folder.resolve().name,
                     fetched,
@@ -99,7 +98,7 @@ def quantize(
             copies=fetched.companions,
         )
         torch.set_num_threads(1)  # the workers are the parallel ones
-        with _progress(sum(shard.nbytes for shard in content.shards())) as advance:
+        with progress("quantizing", sum(shard.nbytes for shard in content.shards())) as advance:
             write_prebuilt(folder, content, recipe, overwrite=overwrite, workers=workers, advance=advance)
         console.print(f"wrote {folder}", soft_wrap=True)
         if push is not None:
@@ -118,15 +117,6 @@ def _config(experts: str | None, layers: list[str], dense: str | None, *, optimi
         by_layer[key.strip()] = options.parse_format(text, optimize=optimize)
     formats = ExpertFormats(default=options.parse_format(experts, optimize=optimize), layers=by_layer)
     return OffloadConfig(experts=formats, dense=options.parse_format(dense, optimize=optimize))
-
-
-def _expect_apart(source: str, folder: Path) -> None:
-    """Reading from and writing to one folder would end badly."""
-    if not Path(source).is_dir():
-        return
-    source_path, target = Path(source).resolve(), folder.resolve()
-    if target.is_relative_to(source_path) or source_path.is_relative_to(target):
-        raise CommandError(f"DST {folder} and SRC {source} lie inside one another; write to a folder of its own")
 
 
 def _title(blueprint: Blueprint) -> str:
@@ -153,21 +143,3 @@ def _plan(config: OffloadConfig, sizes: Sizes) -> Table:
     table.add_row("dense", str(config.dense or "as stored"), bits, before, after)
     table.add_row("all", "", "", readable(sizes.plain_bytes), readable(sizes.nbytes))
     return table
-
-
-def _plain_config(blueprint: Blueprint) -> dict[str, Any]:
-    """`config.json` as saving the plain model would write it."""
-    config = blueprint.model.config
-    config.dtype = dtype_name(blueprint.dtype)
-    config.architectures = [type(blueprint.model).__name__]
-    plain: dict[str, Any] = json.loads(config.to_json_string())
-    return plain
-
-
-@contextmanager
-def _progress(nbytes: int) -> Iterator[Callable[[int], None]]:
-    """A bar on stderr with the time that is left."""
-    columns = (TextColumn("quantizing"), BarColumn(), DownloadColumn(binary_units=True), TimeRemainingColumn())
-    with Progress(*columns, console=Console(stderr=True), transient=True) as progress:
-        task = progress.add_task("quantizing", total=nbytes)
-        yield lambda count: progress.advance(task, count)

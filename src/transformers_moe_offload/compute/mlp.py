@@ -18,6 +18,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from transformers_moe_offload import kernels
+from transformers_moe_offload.kernels import Activations
 from transformers_moe_offload.kernels.packed import PackedMatrix
 
 ExpertWeights = Mapping[str, Tensor | PackedMatrix]
@@ -34,6 +35,8 @@ class ExpertMlp:
     is_transposed: bool = False
     """Weights are stored (in, out) instead of (out, in)."""
     has_post_expert_norm: bool = False
+    activations: Activations = "exact"
+    """What products with matrices in low bits may do to their inputs."""
 
     def __call__(self, experts: Any, rows: Tensor, weights: ExpertWeights) -> Tensor:
         """rows (N, H), one expert's weights -> (N, H), not yet multiplied by the routing weights."""
@@ -57,7 +60,7 @@ class ExpertMlp:
         matrix, bias = weights[name], weights[f"{name}_bias"] if self.has_bias else None
         assert not isinstance(bias, PackedMatrix)
         if isinstance(matrix, PackedMatrix):
-            out = kernels.linear(rows, matrix)
+            out = kernels.linear(rows, matrix, activations=self.activations)
             return out if bias is None else out + bias
         if len(rows) == 1 and bias is None and rows.device.type == "cpu" and not torch.is_autocast_enabled("cpu"):
             return torch.mv(matrix.t() if self.is_transposed else matrix, rows[0]).unsqueeze(0)

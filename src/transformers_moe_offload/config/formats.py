@@ -28,7 +28,8 @@ class HqqFormat:
     Args:
         nbits: bits of a code: 8, 4, 3, 2 or 1.
         group_size: weights that share a scale and a zero: 16, 32, 64 or 128; it must divide the input dimension.
-        axis: 1, groups along the input dimension; hqq's axis 0 has no fast arithmetic and is refused.
+        axis: 1, groups along the input dimension; 0, along the outputs, is only read: `moe-offload convert` finds it in
+            checkpoints that others have quantized. It has no arithmetic of its own, so experts are decoded at each use.
         meta_nbits: bits of a scale, and of a zero: 16 (float16), or 8, integers with a minimum and a step for each
             128 of them, which saves 16 / `group_size` bits per weight and costs next to no accuracy.
         optimize: fit zeros with hqq's solver; False rounds to nearest, which is faster and a little worse.
@@ -45,7 +46,7 @@ class HqqFormat:
             if isinstance(getattr(self, name), bool):
                 raise ConfigError(f"{name}={getattr(self, name)!r} is not one of {list(choices)}")
             choose(name, getattr(self, name), choices)
-        choose("axis", self.axis, (1,))
+        choose("axis", self.axis, (1, 0))
         choose("optimize", self.optimize, (True, False))
 
     @property
@@ -55,7 +56,7 @@ class HqqFormat:
         return self.nbits + of_meta / self.group_size
 
     def __str__(self) -> str:
-        return f"{self.nbits}-bit, groups of {self.group_size}"
+        return f"{self.nbits}-bit, groups of {self.group_size}{'' if self.axis else ' along the outputs'}"
 
     @classmethod
     def parse(cls, text: str) -> HqqFormat:

@@ -17,7 +17,7 @@ from transformers_moe_offload.config.options import choose, with_options
 from transformers_moe_offload.config.prefetch import PrefetchConfig
 from transformers_moe_offload.errors import ConfigError
 
-Arithmetic = Literal["fast", "exact"]
+Arithmetic = Literal["fast", "exact", "int8"]
 Misses = Literal["auto", "fetch", "compute"]
 
 RECIPE_VERSION = 1
@@ -39,7 +39,8 @@ class OffloadConfig(dict[str, Any]):
             has the host compute it instead where that is faster, which is not bit for bit the same; `"auto"` does so
             where it is faster by a fifth, and never with `arithmetic="exact"`. Without a GPU there is only `"fetch"`.
         arithmetic: `"exact"` computes the experts with the model's own eager code, bit for bit; `"fast"` may use
-            better kernels and orders of summation and is at least as close to exact arithmetic.
+            better kernels and orders of summation and is at least as close to exact arithmetic; `"int8"` is `"fast"` with
+            the inputs of products with quantized weights rounded to 8 bits, which is faster yet and about 1 % off.
         mmap: on a CPU machine, use experts where they lie in the page cache instead of copying them into slots; the
             pages stay the system's, which takes them back when it needs them. `"auto"` does so where all experts fit
             into free RAM but not into the cache, and can be used as they are stored; False copies, so that

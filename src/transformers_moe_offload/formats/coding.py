@@ -14,6 +14,7 @@ from torch import Tensor
 
 from transformers_moe_offload.config.formats import HqqFormat
 from transformers_moe_offload.expert import FieldSpec
+from transformers_moe_offload.formats.columns import num_stacked, put_back
 from transformers_moe_offload.formats.hqq import packing_of, quantize
 from transformers_moe_offload.kernels.packed import PackedMatrix, Packing
 from transformers_moe_offload.kernels.reference import dequantize
@@ -43,6 +44,8 @@ class FieldCoding:
         if self.format is None:
             return None
         rows, cols = reversed(self.field.shape) if self.is_transposed else self.field.shape
+        if self.format.axis == 0:
+            rows, cols = cols, rows
         return packing_of(rows, cols, self.format, name=self.field.name)
 
     @cached_property
@@ -58,6 +61,11 @@ class FieldCoding:
         assert self.packing is not None
         return tuple((own.name, part.name) for own, part in zip(self.packing.parts, self.parts, strict=True))
 
+    @property
+    def has_arithmetic(self) -> bool:
+        """Whether there are kernels for the matrix as it is packed."""
+        return self.format is not None and self.format.axis == 1
+
     def encode(self, tensor: Tensor, name: str | None = None) -> dict[str, Tensor]:
         """The arrays that store a tensor of the field's shape; `name` is what an error calls it."""
         assert tensor.shape == self.field.shape
@@ -72,10 +80,12 @@ class FieldCoding:
         if self.format is None:
             return parts[self.field.name].to(dtype)
         weight = dequantize(self.matrix(parts), dtype)
+        if self.format.axis == 0:
+            weight = put_back(weight, self.format.group_size, num_stacked(self.field.name))
         return weight.t().contiguous() if self.is_transposed else weight
 
     def matrix(self, parts: Mapping[str, Tensor]) -> PackedMatrix:
-        """The matrix (out, in) of a quantized field, made of the arrays as they are."""
+        """The matrix (out, in) of a quantized field, made of the arrays as they are; with axis 0, what is packed."""
         assert self.packing is not None
         return PackedMatrix(self.packing, {own: parts[part] for own, part in self._part_names})
 
@@ -133,9 +143,10 @@ class LayerCoding:
         return {coding.field.name: coding for coding in self.codings}
 
     def matrices(self, parts: Mapping[str, Tensor]) -> dict[str, Tensor | PackedMatrix]:
-        """What to compute with: packed matrices, and dense fields; nothing is copied, unless those have to be cast."""
+        """What to compute with: packed matrices where there are kernels for them, which copies nothing, and dense
+        fields."""
         return {
-            coding.field.name: coding.decode(parts) if coding.format is None else coding.matrix(parts)
+            coding.field.name: coding.matrix(parts) if coding.has_arithmetic else coding.decode(parts)
             for coding in self.codings
         }
 

@@ -34,6 +34,8 @@ def quantize(
     The same weights give the same bytes, whatever else the process does. A weight that is infinite or not a number is
     a `CheckpointError`, in which the matrix is called `name`.
     """
+    if format.axis != 1:
+        raise ConfigError(f"{name} cannot be quantized with axis={format.axis}, which is only read; choose axis=1")
     rows, cols = weight.shape
     packing = packing_of(rows, cols, format, name=name)
     solver = solver or solver_for(weight)

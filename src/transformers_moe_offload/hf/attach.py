@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -11,10 +12,12 @@ from torch import nn
 
 from transformers_moe_offload.compute.mlp import ExpertMlp
 from transformers_moe_offload.config import OffloadConfig
+from transformers_moe_offload.hf.dense import HqqLinear
 from transformers_moe_offload.hf.layer import SparseLayer
 from transformers_moe_offload.hf.prebuilt.layout import GUARD
 from transformers_moe_offload.hf.probe import reproduces
 from transformers_moe_offload.hf.runtime import OffloadRuntime
+from transformers_moe_offload.kernels import Activations
 from transformers_moe_offload.memory.checkpoint import LayerSource
 
 logger = logging.getLogger(__name__)
@@ -26,6 +29,9 @@ def attach(model: Any, config: OffloadConfig, layers: Sequence[SparseLayer], sou
     _choose_arithmetic(model, config, layers)
     for layer in layers:
         layer.device = _device_of(model, layer.name)
+    for module in model.modules():
+        if isinstance(module, HqqLinear):
+            module.activations = activations_of(config)
     runtime.attach(sources)
     model.moe_offload = runtime
     _unmark_as_quantized(model)
@@ -46,7 +52,12 @@ def _choose_arithmetic(model: nn.Module, config: OffloadConfig, layers: Sequence
             if not verdicts[kind]:
                 logger.info(f"{layer.plain_class.__name__} computes in a way of its own; using its eager forward")
         if verdicts[kind]:
-            layer.mlp = mlp
+            layer.mlp = replace(mlp, activations=activations_of(config))
+
+
+def activations_of(config: OffloadConfig) -> Activations:
+    """What the config allows products with matrices in low bits to do to their inputs."""
+    return "int8" if config.arithmetic == "int8" else "exact"
 
 
 def _device_of(model: Any, name: str) -> torch.device:

@@ -16,6 +16,7 @@ from transformers_moe_offload import kernels
 from transformers_moe_offload.config import HqqFormat
 from transformers_moe_offload.formats.hqq import packing_of, quantize
 from transformers_moe_offload.hf.layer import SparseLayer
+from transformers_moe_offload.kernels import Activations
 from transformers_moe_offload.kernels.packed import PackedMatrix, Packing
 from transformers_moe_offload.kernels.reference import dequantize
 from transformers_moe_offload.memory.record import torch_dtype
@@ -40,6 +41,7 @@ class HqqLinear(nn.Linear):
         self.in_features, self.out_features = packing.cols, packing.rows
         self.packing = packing
         self._dtype = dtype
+        self.activations: Activations = "exact"
         for part in packing.parts:
             empty = torch.empty(part.shape, dtype=torch_dtype(part.dtype), device=device)
             self.register_buffer(f"weight_{part.name}", empty)
@@ -74,7 +76,8 @@ class HqqLinear(nn.Linear):
         """x (..., K) -> (..., N) in the dtype of x."""
         if torch.is_autocast_enabled(x.device.type):
             x = x.to(torch.get_autocast_dtype(x.device.type))
-        out = kernels.linear(x.reshape(-1, self.in_features), self.matrix).view(*x.shape[:-1], self.out_features)
+        rows = x.reshape(-1, self.in_features)
+        out = kernels.linear(rows, self.matrix, activations=self.activations).view(*x.shape[:-1], self.out_features)
         return out if self.bias is None else out + self.bias
 
     def settle(self) -> None:
@@ -106,9 +109,7 @@ class HqqLinear(nn.Linear):
         return f"{super().extra_repr()}, nbits={self.packing.nbits}, group_size={self.packing.group_size}"
 
 
-def dense_linears(
-    model: Any, layers: Iterable[SparseLayer], format: HqqFormat
-) -> Iterator[tuple[str, nn.Linear]]:
+def dense_linears(model: Any, layers: Iterable[SparseLayer], format: HqqFormat) -> Iterator[tuple[str, nn.Linear]]:
     """The linear layers that `dense=` is about, by path: not the output embedding, not routers, nothing in experts.
 
     Nor those whose weights are tied to others', or whose inputs the group size does not divide: these stay as they are.

@@ -23,9 +23,7 @@ Fetch = Callable[[str, int], Tensor]
 """One field of one expert: (field name, expert) -> its tensor."""
 
 
-def fetch_from(
-    visit: Visit, spec: ExpertSpec, device: torch.device, *, coding: Coding | None, copies: bool
-) -> Fetch:
+def fetch_from(visit: Visit, spec: ExpertSpec, device: torch.device, *, coding: Coding | None, copies: bool) -> Fetch:
     """Fetch wanted experts through a visit, and zeros for others.
 
     Some forwards index experts that no row is sent to, or only rows of weight zero: their weights never show in the

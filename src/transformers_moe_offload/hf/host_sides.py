@@ -61,9 +61,7 @@ def _is_portable(model: nn.Module, layer: SparseLayer) -> bool:
     return layer.mlp is not None and is_portable(layer.mlp, model.get_submodule(layer.name))
 
 
-def _side_of(
-    model: nn.Module, layer: SparseLayer, pool: PoolPlan, host: HostTier, config: OffloadConfig
-) -> HostSide:
+def _side_of(model: nn.Module, layer: SparseLayer, pool: PoolPlan, host: HostTier, config: OffloadConfig) -> HostSide:
     store, compute = host.store, HostCompute()
     module, spec = model.get_submodule(layer.name), store.layers[layer.index].spec
     hidden_size = spec.fields[0].shape[-2 if layer.layout.is_transposed(module) else -1]

@@ -106,7 +106,9 @@ def _saving_quantized(plain: Any) -> Any:
         options = inspect.signature(plain).bind(self, save_directory, *args, **kwargs).arguments
         for name in ("variant", "distributed_checkpoint"):
             if options.get(name):
-                raise ConfigError(f"{name}={options[name]!r} cannot be had for a model with quantized experts; leave it out")
+                raise ConfigError(
+                    f"{name}={options[name]!r} cannot be had for a model with quantized experts; leave it out"
+                )
         if options.get("is_main_process", True):
             save_quantized(self, Path(save_directory), options.get("state_dict"))
         if options.get("push_to_hub"):

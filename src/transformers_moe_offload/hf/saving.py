@@ -68,4 +68,3 @@ def _plain_config(model: Any) -> dict[str, Any]:
     model.config.architectures = [type(model).__name__]
     plain: dict[str, Any] = json.loads(model.config.to_json_string())
     return plain
-

@@ -1,7 +1,7 @@
 """Arithmetic with matrices in low bits.
 
-`linear` is what the rest of the package calls. It uses the compiled kernels on CPUs where they were built, else the
-torch reference; `available` says which, and why not the others.
+`linear` is what the rest of the package calls. It uses the compiled kernels on CPUs where they were built, Triton's on
+GPUs, else torch; `available` says which, and why not the others.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from transformers_moe_offload.config.options import choose
-from transformers_moe_offload.kernels import cpu, native, reference
+from transformers_moe_offload.kernels import cpu, gpu, native, reference
 from transformers_moe_offload.kernels.cpu import Activations
 from transformers_moe_offload.kernels.gradient import Linear
 from transformers_moe_offload.kernels.packed import PackedMatrix, Packing
@@ -35,10 +35,17 @@ def linear(rows: Tensor, matrix: PackedMatrix, *, activations: Activations = "ex
 def available() -> dict[str, str]:
     """Each kind of kernel there could be, and its variant, or why it is not there."""
     found = native.native()
-    return {"cpu": found.kernels or f"not there: {found.missing}", "torch": "any device"}
+    missing = gpu.missing()
+    return {
+        "cpu": found.kernels or f"not there: {found.missing}",
+        "gpu": "triton" if missing is None else f"not there: {missing}",
+        "torch": "any device",
+    }
 
 
 def _linear(rows: Tensor, matrix: PackedMatrix, activations: Activations) -> Tensor:
     if rows.device.type == "cpu" and rows.dtype in cpu.TYPES and native.library() is not None:
         return cpu.linear(rows, matrix, activations)
+    if rows.device.type == "cuda":
+        return gpu.linear(rows, matrix)
     return reference.linear(rows, matrix)

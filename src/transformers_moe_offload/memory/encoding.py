@@ -37,9 +37,7 @@ def encoded_row(source: LayerSource, coding: LayerCoding, expert: int) -> Tensor
     return row
 
 
-def encoded_in_ram(
-    source: LayerSource, coding: LayerCoding, workers: int, done: Callable[[], None]
-) -> LayerSource:
+def encoded_in_ram(source: LayerSource, coding: LayerCoding, workers: int, done: Callable[[], None]) -> LayerSource:
     """The same layer, its experts coded, in RAM; `done` is called after each expert."""
     num_experts, nbytes = len(source.experts), row_bytes(coding)
     file = RamFile(source.spec.name, num_experts * nbytes)

@@ -131,10 +131,15 @@ def file_bytes(tensors: Sequence[FieldSpec], metadata: Mapping[str, str] | None 
 
 def write_text(path: Path, text: str) -> None:
     """Write a small file so that it is there whole or not at all, also after a power failure."""
+    write_bytes(path, text.encode())
+
+
+def write_bytes(path: Path, content: bytes) -> None:
+    """The same for what is not text."""
     partial = path.with_name(path.name + PARTIAL)
     try:
-        with partial.open("w", encoding="utf-8", newline="\n") as stream:
-            stream.write(text)
+        with partial.open("wb") as stream:
+            stream.write(content)
             stream.flush()
             os.fsync(stream.fileno())
         partial.replace(path)
@@ -142,7 +147,8 @@ def write_text(path: Path, text: str) -> None:
     except OSError as error:
         partial.unlink(missing_ok=True)
         raise CheckpointError(
-            f"cannot write {path}: {error.strerror}; {_free_bytes(path.parent):,} bytes are free"
+            f"cannot write {path}: {error.strerror}; it takes {len(content):,} bytes, and "
+            f"{_free_bytes(path.parent):,} are free"
         ) from error
 
 

@@ -14,17 +14,22 @@ from transformers_moe_offload.memory.safetensors_index import check_index_file, 
 from transformers_moe_offload.memory.safetensors_writer import PARTIAL
 
 
-def check_prebuilt(folder: Path, advance: Callable[[int], None] = lambda nbytes: None) -> None:
-    """Read all of a checkpoint and compare it with its index and its checksums; `advance` hears of the bytes read.
-
-    Raises `CheckpointError` for the first thing that is not as it was written.
-    """
+def expect_complete(folder: Path) -> None:
+    """Raise `CheckpointError` if a folder is no prebuilt checkpoint, or one that is still being written."""
     for name in (INDEX_NAME, "config.json", GUARD.name):
         if not (folder / name).is_file():
             raise CheckpointError(
                 f"{folder} is not a complete prebuilt checkpoint: it has no {name}; "
                 f"write one with `moe-offload quantize`, or run that again to finish this one"
             )
+
+
+def check_prebuilt(folder: Path, advance: Callable[[int], None] = lambda nbytes: None) -> None:
+    """Read all of a checkpoint and compare it with its index and its checksums; `advance` hears of the bytes read.
+
+    Raises `CheckpointError` for the first thing that is not as it was written.
+    """
+    expect_complete(folder)
     shards = sorted(folder.glob("moe_offload-*.safetensors"))
     check_index_file(folder / INDEX_NAME, read_index(shards))
     for shard in shards:

@@ -8,6 +8,7 @@ new one is written beside it, and the two change places at the end.
 from __future__ import annotations
 
 import json
+import logging
 import os
 import shutil
 from collections.abc import Iterator, Mapping
@@ -26,6 +27,8 @@ try:
     import fcntl
 except ImportError:  # Windows
     fcntl = None  # type: ignore[assignment]
+
+logger = logging.getLogger(__name__)
 
 
 def is_complete(folder: Path) -> bool:
@@ -120,18 +123,17 @@ def recover(folder: Path) -> None:
 
 
 def is_finished(shard: Shard, folder: Path) -> bool:
-    """Whether a shard is there and is what was written, by the checksums in it."""
+    """Whether a shard is there and is what was written, by the checksums in it; a damaged one is reported."""
     path = folder / shard.name
     if not path.exists():
         return False
     try:
         found, metadata = check_file(path), read_metadata(path)
-    except CheckpointError:
+    except CheckpointError as error:
+        logger.warning(f"writing {path} again: {error}")
         return False
-    return (
-        shard.metadata.items() <= metadata.items()
-        and tuple(FieldSpec(tensor.name, tensor.shape, tensor.dtype) for tensor in found) == shard.tensors
-    )
+    tensors = tuple(FieldSpec(tensor.name, tensor.shape, tensor.dtype) for tensor in found)
+    return tensors == shard.tensors and shard.metadata.items() <= metadata.items()
 
 
 def _beside(folder: Path) -> Path:

@@ -3,8 +3,6 @@
 Nothing larger than one expert or one conversion's tensors is read at a time, and the model is never built with weights.
 """
 
-# N outputs, K inputs of a linear layer
-
 from __future__ import annotations
 
 import re
@@ -16,7 +14,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from transformers.conversion_mapping import get_model_conversion_mapping
 
 from transformers_moe_offload.config import ExpertFormats, HqqFormat, OffloadConfig
@@ -45,9 +43,11 @@ class Quantization:
     model: Any
     layers: Sequence[SparseLayer]
     codings: Sequence[LayerCoding]
-    packed: Mapping[str, nn.Linear]
-    """The linear layers that are quantized, by the names of their weights."""
+    """How experts are stored, by layer."""
+    packed: frozenset[str]
+    """Names of the dense weights that are quantized."""
     dense: HqqFormat | None
+    """How."""
     checkpoint: Checkpoint
     """What Transformers would decide about loading the plain model; without files yet."""
 
@@ -61,7 +61,7 @@ class Quantization:
         formats = config.formats or ExpertFormats()
         formats.check(len(layers))
         linears = dense_linears(model, layers, config.dense) if config.dense is not None else ()
-        packed = {f"{name}.weight": linear for name, linear in linears}
+        packed = frozenset(f"{name}.weight" for name, _ in linears)
         codings = [_coding(model, layer, formats) for layer in layers]
         if config.dense is not None and not packed:
             raise ConfigError(
@@ -72,11 +72,10 @@ class Quantization:
 
     def parts_of(self, name: str) -> tuple[FieldSpec, ...]:
         """What is stored for a dense tensor."""
-        linear = self.packed.get(name)
-        if linear is None or self.dense is None:
-            shape = self.checkpoint.parameters[name].shape
-            return (FieldSpec(name, tuple(shape), dtype_name(self.checkpoint.dtype_of(name))),)
-        packing = packing_of(linear.out_features, linear.in_features, self.dense)
+        shape = tuple(self.checkpoint.parameters[name].shape)
+        if name not in self.packed or self.dense is None:
+            return (FieldSpec(name, shape, dtype_name(self.checkpoint.dtype_of(name))),)
+        packing = packing_of(*shape, self.dense)
         return tuple(FieldSpec(f"{name}_{part.name}", part.shape, part.dtype) for part in packing.parts)
 
     def saved_names(self) -> dict[str, list[str]]:

@@ -7,7 +7,6 @@ and one dense tensor at a time. What is written does not depend on the number of
 from __future__ import annotations
 
 import json
-import logging
 import os
 import shutil
 from collections import deque
@@ -34,9 +33,7 @@ from transformers_moe_offload.hf.prebuilt.layout import (
 from transformers_moe_offload.hf.prebuilt.resume import is_finished, place_for
 from transformers_moe_offload.memory.checksum import checksum
 from transformers_moe_offload.memory.record import host_bytes
-from transformers_moe_offload.memory.safetensors_writer import PARTIAL, SafetensorsWriter, write_text
-
-logger = logging.getLogger(__name__)
+from transformers_moe_offload.memory.safetensors_writer import SafetensorsWriter, write_bytes, write_text
 
 T = TypeVar("T")
 Advance = Callable[[int], None]
@@ -52,7 +49,7 @@ class Prebuilt:
     texts: Mapping[str, str]
     """Small files by name: `config.json`, `README.md`."""
     copies: Sequence[Path] = field(default_factory=tuple)
-    """Files that are copied as they are: the tokenizer's."""
+    """Small files that are copied as they are: the tokenizer's."""
 
     def shards(self) -> list[Shard]:
         """The weight files."""
@@ -74,15 +71,10 @@ def write_prebuilt(
     """
     shards = content.shards()
     with place_for(folder, recipe, overwrite=overwrite) as place:
-        finished = {shard.name for shard in shards if is_finished(shard, place)}
-        for shard in shards:
-            if shard.name not in finished and (place / shard.name).exists():
-                logger.warning(f"{place / shard.name} is damaged; writing it again")
-                (place / shard.name).unlink()
-        _expect_room(place, [shard for shard in shards if shard.name not in finished])
-        write_shards(place, shards, finished=finished, workers=workers, advance=advance)
+        _expect_room(place, [shard for shard in shards if not (place / shard.name).exists()])
+        write_shards(place, shards, resumes=True, workers=workers, advance=advance)
         for source in content.copies:
-            _copy(source, place / source.name)
+            write_bytes(place / source.name, source.read_bytes())
         for name, text in content.texts.items():
             write_text(place / name, text)
         finish(place, shards)
@@ -92,16 +84,16 @@ def write_shards(
     folder: Path,
     shards: Sequence[Shard],
     *,
-    finished: set[str] | frozenset[str] = frozenset(),
+    resumes: bool = False,
     workers: int | None = None,
     advance: Advance | None = None,
 ) -> None:
-    """Write the shards whose names are not among the finished ones."""
+    """Write all shards; with `resumes` only those that are not there, or are not what was written."""
     total = sum(shard.nbytes for shard in shards)
     with tqdm(total=total, unit="B", unit_scale=True, desc="Writing shards", disable=advance is not None) as bar:
         done: Advance = advance or bar.update
         for shard in shards:
-            if shard.name in finished:
+            if resumes and is_finished(shard, folder):
                 done(shard.nbytes)
                 continue
             with SafetensorsWriter(folder / shard.name, shard.tensors, shard.metadata) as writer:
@@ -167,13 +159,3 @@ def _expect_room(folder: Path, shards: Sequence[Shard]) -> None:
             f"the checkpoint takes {needed:,} more bytes in {folder}, but {free:,} are free; free some, write "
             f"elsewhere, or use fewer bits"
         )
-
-
-def _copy(source: Path, target: Path) -> None:
-    partial = target.with_name(target.name + PARTIAL)
-    try:
-        shutil.copyfile(source, partial)
-        partial.replace(target)
-    except OSError as error:
-        partial.unlink(missing_ok=True)
-        raise CheckpointError(f"cannot copy {source} to {target}: {error.strerror}") from error

@@ -26,13 +26,13 @@ LINES = 8
 CODES = 8192
 """That such a program holds at a time, 64 for each thread."""
 PIECE = 64
-"""Columns that it adds up at a time, a group at most: each piece looks up its own scale and zero, and with as many pieces
-as threads the compiler does not let every thread look up all of them."""
+"""Columns that it adds up at a time, a group at most. Each piece looks up its own scale and zero; with as many pieces as
+threads, the compiler does not let every thread look up all of them."""
 
 PRODUCTS = 64
 """Of each row of input, by one program that multiplies tiles."""
-HEIGHTS = {torch.float32: (16,), torch.bfloat16: (16, 32, 64), torch.float16: (16, 32, 64)}
-"""Rows of input in a tile; tensor cores take no fewer than 16, and more leave registers wanting."""
+HEIGHTS = {torch.float32: (16, 32), torch.bfloat16: (16, 32, 64), torch.float16: (16, 32, 64)}
+"""Rows of input in a tile; tensor cores take no fewer than 16, and with more than these registers run out."""
 TILE_PIECES = {torch.float32: 16, torch.bfloat16: 64, torch.float16: 64}
 """Columns of a tile, a group at most."""
 
@@ -48,10 +48,10 @@ def linear(rows: Tensor, matrix: PackedMatrix) -> Tensor:
     arguments = (rows, out, *parts, packing.rows, cols)
     with torch.cuda.device_of(rows):
         if count == 1:
-            sizes = _row_sizes(packing)
+            sizes = row_sizes(packing)
             row_kernel[1, _programs(packing, sizes)](*arguments, **sizes)
         elif count:
-            sizes = _tile_sizes(packing, rows.dtype, count)
+            sizes = tile_sizes(packing, rows.dtype, count)
             tile_kernel[triton.cdiv(count, sizes["height"]), _programs(packing, sizes)](*arguments, count, **sizes)
     return out
 
@@ -81,25 +81,24 @@ def grouped_linear(
     experts = triton.next_power_of_2(num_experts + 1)
     with torch.cuda.device_of(rows):
         if count and tokens == 1:
-            sizes = _row_sizes(packing)
+            sizes = row_sizes(packing)
             grouped_row_kernel[count, _programs(packing, sizes)](*arguments, **sizes, experts=experts)
         elif count:
-            sizes = _tile_sizes(packing, rows.dtype, min(tokens, triton.cdiv(count, num_experts)))
-            grid = (_most_tiles(count, num_experts, sizes["height"]), _programs(packing, sizes))
+            sizes = tile_sizes(packing, rows.dtype, min(tokens, triton.cdiv(count, num_experts)))
+            grid = (most_tiles(count, num_experts, sizes["height"]), _programs(packing, sizes))
             grouped_tile_kernel[grid](*arguments, count, **sizes, experts=experts)
     return out
 
 
-def _row_sizes(packing: Packing) -> dict[str, int]:
+def row_sizes(packing: Packing) -> dict[str, int]:
+    """How the kernels that multiply one row are cut."""
     piece_size = min(packing.group_size, PIECE)
-    pieces = min(
-        CODES // (LINES * _fields(packing) * piece_size), triton.next_power_of_2(packing.cols // piece_size)
-    )
+    pieces = min(CODES // (LINES * _fields(packing) * piece_size), triton.next_power_of_2(packing.cols // piece_size))
     return _format(packing) | {"lines": LINES, "pieces": pieces, "piece_size": piece_size}
 
 
-def _tile_sizes(packing: Packing, dtype: torch.dtype, count: int) -> dict[str, int]:
-    """For about so many rows of input with one matrix."""
+def tile_sizes(packing: Packing, dtype: torch.dtype, count: int) -> dict[str, int]:
+    """How the kernels that multiply tiles are cut, for about so many rows of input with one matrix."""
     heights = HEIGHTS[dtype]
     height = next((height for height in heights if height >= count), heights[-1])
     return _format(packing) | {
@@ -108,6 +107,14 @@ def _tile_sizes(packing: Packing, dtype: torch.dtype, count: int) -> dict[str, i
         "piece_size": min(packing.group_size, TILE_PIECES[dtype]),
         "num_warps": 4 if height < 64 else 8,
     }
+
+
+def most_tiles(count: int, num_experts: int, height: int) -> int:
+    """That rows sorted by expert can fill, whoever they belong to.
+
+    Each of those that have rows, nobody among them, can leave all but one row of its last tile empty.
+    """
+    return (count + min(num_experts + 1, count) * (height - 1)) // height
 
 
 def _format(packing: Packing) -> dict[str, int]:
@@ -121,12 +128,4 @@ def _fields(packing: Packing) -> int:
 
 def _programs(packing: Packing, sizes: Mapping[str, int]) -> int:
     """That it takes to compute a row of output."""
-    return triton.cdiv(triton.cdiv(packing.rows, _fields(packing)), sizes["lines"])
-
-
-def _most_tiles(count: int, num_experts: int, height: int) -> int:
-    """That rows sorted by expert can fill, whoever they belong to.
-
-    Each of those that have rows, nobody among them, can leave all but one row of its last tile empty.
-    """
-    return (count + min(num_experts + 1, count) * (height - 1)) // height
+    return -(-packing.rows // (_fields(packing) * sizes["lines"]))

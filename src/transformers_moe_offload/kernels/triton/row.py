@@ -32,7 +32,7 @@ def row_kernel(
     tl.store(out + p * num_rows + row, product.to(out.dtype.element_ty), mask=_is_mine(line, row, num_rows, 8 // width))
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["num_experts"])
 def grouped_row_kernel(
     rows, out, offsets, addresses, codes, high, scale, zero, scale_range, zero_range, num_rows, num_cols, num_experts,
     nbits: tl.constexpr, group_size: tl.constexpr, meta_nbits: tl.constexpr,

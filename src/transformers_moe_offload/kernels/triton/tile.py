@@ -16,7 +16,7 @@ import triton.language as tl
 from transformers_moe_offload.kernels.triton.matrix import codes_at, meta_at, part, rows_of
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["end"])
 def tile_kernel(
     rows, out, codes, high, scale, zero, scale_range, zero_range, num_rows, num_cols, end,
     nbits: tl.constexpr, group_size: tl.constexpr, meta_nbits: tl.constexpr,
@@ -30,7 +30,7 @@ def tile_kernel(
     )  # fmt: skip
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["num_experts", "end"])
 def grouped_tile_kernel(
     rows, out, offsets, addresses, codes, high, scale, zero, scale_range, zero_range, num_rows, num_cols, num_experts,
     end,
@@ -87,12 +87,12 @@ def _multiply(
         col = piece * piece_size + tl.arange(0, piece_size)[None, :]
         x = tl.load(rows + p[:, None] * num_cols + col, mask=is_row[:, None], other=0)
         code = codes_at(codes, high, line, col, col >= 0, num_rows, num_cols, nbits)
-        code = tl.reshape(code, (fields * lines, piece_size))
+        code = tl.reshape(code, (fields * lines, piece_size)).to(tl.float32)
         index = row * num_groups + piece // (group_size // piece_size)
         centre = meta_at(zero, zero_range, index, is_mine, meta_nbits)
         unit = meta_at(scale, scale_range, index, is_mine, meta_nbits)
         if x.dtype == tl.float32:
-            terms = tl.dot(x, tl.trans(code.to(tl.float32) - centre[:, None]), input_precision="ieee")
+            terms = tl.dot(x, tl.trans(code - centre[:, None]), input_precision="ieee")
         else:
             terms = tl.dot(x, tl.trans(code.to(x.dtype))) - tl.sum(x.to(tl.float32), axis=1)[:, None] * centre[None, :]
         total += terms * unit[None, :]
