@@ -41,8 +41,8 @@ def sparse_forward(
     hidden_states (T, H), top_k_index (T, K) int64, top_k_weights (T, K) -> (T, H) in the dtype of hidden_states.
     `experts` is the module whose activation is used. `coding` says what the slots hold, if it is not the weights as
     they are. `keeps_weights` copies the weights out of the slots, for autograd.
-    `started` is called with the wanted experts once their loads are under way. `host` may compute some of those that are
-    absent, meanwhile.
+    `started` is called with the wanted experts once their loads are under way. `host` may compute some of those that
+    are absent, meanwhile.
     """
     grouping = group_by_expert(top_k_index, top_k_weights, cache.num_experts(layer), keep_zero_weights=keeps_weights)
     # Gradients are summed, and random numbers drawn, in the order of computation; then it must not be chance.

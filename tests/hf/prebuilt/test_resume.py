@@ -44,13 +44,22 @@ def interrupt(folder, count: int = 12, **options):
 # Killed.
 
 
-def write_slowly(folder, is_ready, options):
-    def slow(number, expert):
-        time.sleep(0.002)
-        return record(number, expert)
+def slow(number, expert):
+    time.sleep(0.004)
+    return record(number, expert)
 
+
+def write_slowly(folder, is_ready, options):
     is_ready.set()
     write(folder, prebuilt(read=slow), **options)
+
+
+@pytest.fixture(scope="module")
+def span(tmp_path_factory) -> float:
+    """Seconds that an undisturbed run takes: within them lie the moments to kill one."""
+    start = time.perf_counter()
+    write(tmp_path_factory.mktemp("timed"), prebuilt(read=slow))
+    return time.perf_counter() - start
 
 
 def run_and_kill(folder, seconds, **options) -> bool:
@@ -66,12 +75,12 @@ def run_and_kill(folder, seconds, **options) -> bool:
     return child.exitcode == -signal.SIGKILL
 
 
-def test_killed_at_any_moment_it_is_unloadable_or_whole_and_resumes_to_the_same_bytes(tmp_path, expected):
+def test_killed_at_any_moment_it_is_unloadable_or_whole_and_resumes_to_the_same_bytes(tmp_path, expected, span):
     moments = random.Random(0)
     killed = 0
     for trial in range(20):
         folder = tmp_path / str(trial)
-        killed += run_and_kill(folder, moments.uniform(0, 0.08))
+        killed += run_and_kill(folder, moments.uniform(0, span))
         if is_complete(folder):
             assert files(folder) == expected
             continue
@@ -83,13 +92,13 @@ def test_killed_at_any_moment_it_is_unloadable_or_whole_and_resumes_to_the_same_
     assert killed > 0
 
 
-def test_killed_while_it_replaces_a_checkpoint_the_old_or_the_new_one_is_there(tmp_path, expected):
+def test_killed_while_it_replaces_a_checkpoint_the_old_or_the_new_one_is_there(tmp_path, expected, span):
     moments = random.Random(1)
     folder = tmp_path / "folder"
     write(folder, recipe=OTHER_RECIPE)
     old = files(folder)
     for _ in range(8):
-        run_and_kill(folder, moments.uniform(0, 0.08), overwrite=True)
+        run_and_kill(folder, moments.uniform(0, span), overwrite=True)
         with pytest.raises(CheckpointError, match="holds a complete checkpoint"):
             write(folder)
         assert files(folder) in (old, expected)

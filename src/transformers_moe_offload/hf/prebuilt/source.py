@@ -75,7 +75,8 @@ class Quantization:
         shape = tuple(self.checkpoint.parameters[name].shape)
         if name not in self.packed or self.dense is None:
             return (FieldSpec(name, shape, dtype_name(self.checkpoint.dtype_of(name))),)
-        packing = packing_of(*shape, self.dense)
+        rows, cols = shape
+        packing = packing_of(rows, cols, self.dense)
         return tuple(FieldSpec(f"{name}_{part.name}", part.shape, part.dtype) for part in packing.parts)
 
     def saved_names(self) -> dict[str, list[str]]:
