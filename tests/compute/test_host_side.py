@@ -10,7 +10,6 @@ from transformers_moe_offload.cache.misses import MissRates
 from transformers_moe_offload.compute.forward import sparse_forward
 from transformers_moe_offload.compute.host import HostCompute
 from transformers_moe_offload.compute.host_side import HostSide
-
 from transformers_moe_offload.expert import ExpertId
 
 from .layers import MLP, E, Layer, inputs

@@ -13,9 +13,9 @@ from transformers_moe_offload.errors import CheckpointError
 from transformers_moe_offload.expert import ExpertId, ExpertSpec, FieldSpec
 from transformers_moe_offload.memory import mapping
 from transformers_moe_offload.memory.checkpoint import ExpertStore, LayerSource
+from transformers_moe_offload.memory.disk import File
 from transformers_moe_offload.memory.expert_source import ScatteredExpert
 from transformers_moe_offload.memory.field_source import FieldSource, Stretch, joined
-from transformers_moe_offload.memory.disk import File
 from transformers_moe_offload.memory.mapped import MappedSlots
 from transformers_moe_offload.memory.safetensors_index import read_index
 

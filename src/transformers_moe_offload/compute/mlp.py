@@ -65,5 +65,5 @@ class ExpertMlp:
         if len(rows) == 1 and bias is None and rows.device.type == "cpu" and not torch.is_autocast_enabled("cpu"):
             return torch.mv(matrix.t() if self.is_transposed else matrix, rows[0]).unsqueeze(0)
         if not self.is_transposed:
-            return functional.linear(rows, matrix, bias)
+            return functional.linear(rows, matrix, bias) if bias is not None else kernels.dense.linear(rows, matrix)
         return torch.addmm(bias, rows, matrix) if bias is not None else rows @ matrix

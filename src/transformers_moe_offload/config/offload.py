@@ -35,12 +35,14 @@ class OffloadConfig(dict[str, Any]):
             `"6GiB"`, `"40%"` of all experts, or `"auto"`, which takes what is free after the dense weights, less a
             reserve, and never more than all experts need. With several GPUs the budget is shared out among them.
         policy: which expert leaves when another one needs its slot: `"lru"`, or a name given to `register_policy`.
-        misses: on a machine with GPU, `"fetch"` moves an expert that is not resident there and then uses it; `"compute"`
-            has the host compute it instead where that is faster, which is not bit for bit the same; `"auto"` does so
-            where it is faster by a fifth, and never with `arithmetic="exact"`. Without a GPU there is only `"fetch"`.
+        misses: on a machine with GPU, `"fetch"` moves an expert that is not resident there and then uses it;
+            `"compute"` has the host compute it instead where that is faster, which is not bit for bit the same;
+            `"auto"` does so where it is faster by a fifth, and never with `arithmetic="exact"`. Without a GPU there
+            is only `"fetch"`.
         arithmetic: `"exact"` computes the experts with the model's own eager code, bit for bit; `"fast"` may use
-            better kernels and orders of summation and is at least as close to exact arithmetic; `"int8"` is `"fast"` with
-            the inputs of products with quantized weights rounded to 8 bits, which is faster yet and about 1 % off.
+            better kernels and orders of summation and is at least as close to exact arithmetic; `"int8"` is `"fast"`
+            with the inputs of products with quantized weights rounded to 8 bits, which is faster yet and about 1 %
+            off.
         mmap: on a CPU machine, use experts where they lie in the page cache instead of copying them into slots; the
             pages stay the system's, which takes them back when it needs them. `"auto"` does so where all experts fit
             into free RAM but not into the cache, and can be used as they are stored; False copies, so that

@@ -30,8 +30,8 @@ from transformers_moe_offload.policies import make_policy
 logger = logging.getLogger(__name__)
 
 asked_for: ContextVar[OffloadConfig | None] = ContextVar("asked_for", default=None)
-"""The config that a call of `from_pretrained` was given for a checkpoint that has a recipe of its own: Transformers lets
-no other one through to us."""
+"""The config that a call of `from_pretrained` was given for a checkpoint that has a recipe of its own: Transformers
+lets no other one through to us."""
 
 
 class MoeOffloadQuantizer(HfQuantizer):

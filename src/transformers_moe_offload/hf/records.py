@@ -17,10 +17,9 @@ from transformers_moe_offload.formats.coding import LayerCoding
 from transformers_moe_offload.hf.checkpoint import Checkpoint
 from transformers_moe_offload.hf.layer import SparseLayer
 from transformers_moe_offload.memory.checkpoint import LayerSource
-from transformers_moe_offload.memory.encoding import row_bytes
 from transformers_moe_offload.memory.expert_source import recorded_experts
 from transformers_moe_offload.memory.field_source import read_stored
-from transformers_moe_offload.memory.record import dtype_name
+from transformers_moe_offload.memory.record import RecordLayout, dtype_name
 from transformers_moe_offload.memory.safetensors_index import StoredTensor, read_metadata
 
 RECORDS, CHECKSUMS = "records", "checksums"
@@ -62,10 +61,11 @@ def _locate(model: Any, layer: SparseLayer, checkpoint: Checkpoint, formats: Exp
             f"{stack.file.path} holds records of {described(held)} for {path}, but the config of the checkpoint makes "
             f"them {described(coding.stored)}; its files do not belong together"
         )
-    if stack.dtype != "uint8" or stack.shape != (layer.num_experts, row_bytes(coding)):
+    expected = (layer.num_experts, RecordLayout(coding.stored).row_bytes)
+    if stack.dtype != "uint8" or stack.shape != expected:
         raise CheckpointError(
             f"{stack.file.path} has {stack.name} of shape {list(stack.shape)}, but {layer.num_experts} experts of this "
-            f"model take {[layer.num_experts, row_bytes(coding)]}; its files do not belong together"
+            f"model take {list(expected)}; its files do not belong together"
         )
     sums = None if checksums is None else read_stored(checksums).tolist()
     spec = ExpertSpec(layer.index, layer.name, layer.num_experts, plain)

@@ -292,8 +292,8 @@ class OffloadRuntime:
         model = self._model()
         if model is None:
             raise MoeOffloadError(
-                "the model of this handle is gone; keep a name for it, as in `model = ...from_pretrained(...)`, and use "
-                "`model.moe_offload`"
+                "the model of this handle is gone; keep a name for it, as in `model = ...from_pretrained(...)`, and "
+                "use `model.moe_offload`"
             )
         return model
 

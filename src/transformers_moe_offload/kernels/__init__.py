@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from transformers_moe_offload.config.options import choose
-from transformers_moe_offload.kernels import cpu, gpu, native, reference
+from transformers_moe_offload.kernels import cpu, dense, gpu, native, reference
 from transformers_moe_offload.kernels.cpu import Activations
 from transformers_moe_offload.kernels.gradient import Linear
 from transformers_moe_offload.kernels.packed import PackedMatrix, Packing

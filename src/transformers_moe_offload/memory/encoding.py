@@ -16,22 +16,15 @@ from transformers_moe_offload.memory.ram_file import RamFile
 from transformers_moe_offload.memory.record import RecordLayout, host_bytes
 from transformers_moe_offload.memory.safetensors_index import StoredTensor
 
-ROW_ALIGNMENT = 4096
-"""Bytes. A page, and what reads past the page cache have to begin at."""
-
-
-def row_bytes(coding: LayerCoding) -> int:
-    """Bytes from one stored record to the next."""
-    return -(-RecordLayout(coding.stored).nbytes // ROW_ALIGNMENT) * ROW_ALIGNMENT
-
 
 def encoded_row(source: LayerSource, coding: LayerCoding, expert: int) -> Tensor:
     """One expert's record and zeros up to the next row, uint8 (row bytes,).
 
     Raises `CheckpointError` for weights that the format cannot represent, with the expert's name.
     """
-    row = torch.zeros(row_bytes(coding), dtype=torch.uint8)
-    views = RecordLayout(coding.stored).views(row)
+    layout = RecordLayout(coding.stored)
+    row = torch.zeros(layout.row_bytes, dtype=torch.uint8)
+    views = layout.views(row)
     for name, part in coding.encode(source.read(expert), f"expert {expert} of {source.spec.name}").items():
         views[name].copy_(part)
     return row
@@ -39,7 +32,7 @@ def encoded_row(source: LayerSource, coding: LayerCoding, expert: int) -> Tensor
 
 def encoded_in_ram(source: LayerSource, coding: LayerCoding, workers: int, done: Callable[[], None]) -> LayerSource:
     """The same layer, its experts coded, in RAM; `done` is called after each expert."""
-    num_experts, nbytes = len(source.experts), row_bytes(coding)
+    num_experts, nbytes = len(source.experts), RecordLayout(coding.stored).row_bytes
     file = RamFile(source.spec.name, num_experts * nbytes)
 
     def encode(expert: int) -> None:
@@ -55,4 +48,4 @@ def encoded_in_ram(source: LayerSource, coding: LayerCoding, workers: int, done:
 
 def encoded_bytes(sources: Sequence[tuple[LayerSource, LayerCoding]]) -> int:
     """Bytes of all rows."""
-    return sum(len(source.experts) * row_bytes(coding) for source, coding in sources)
+    return sum(len(source.experts) * RecordLayout(coding.stored).row_bytes for source, coding in sources)

@@ -13,6 +13,10 @@ ALIGNMENT = 64
 """Bytes. A cache line, and what torch's CPU allocator gives every tensor: kernels that choose a path by alignment
 then choose the same one for a tensor in a record as for a tensor of its own."""
 
+PAGE_BYTES = 4096
+"""Bytes that reads past the page cache have to begin at a multiple of, on every disk that we know, and that memory is
+mapped in."""
+
 
 def torch_dtype(name: str) -> torch.dtype:
     """The dtype torch calls by this name, e.g. `bfloat16`."""
@@ -43,6 +47,8 @@ class RecordLayout:
             end += -(-field.nbytes // ALIGNMENT) * ALIGNMENT
         self.nbytes = max(end, ALIGNMENT)
         """Bytes of the record, padding included."""
+        self.row_bytes = -(-self.nbytes // PAGE_BYTES) * PAGE_BYTES
+        """Bytes from one record to the next, where records are stored one after another: whole pages."""
 
     def __eq__(self, other: object) -> bool:
         return isinstance(other, RecordLayout) and self.fields == other.fields

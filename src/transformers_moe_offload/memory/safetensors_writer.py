@@ -23,10 +23,7 @@ from torch import Tensor
 from transformers_moe_offload.errors import CheckpointError
 from transformers_moe_offload.expert import ITEMSIZE, FieldSpec
 from transformers_moe_offload.memory.checksum import METADATA_KEY, as_metadata, checksum
-from transformers_moe_offload.memory.record import host_bytes
-
-PAGE_BYTES = 4096
-"""What `O_DIRECT` wants offsets and sizes to be multiples of, on every disk that we know."""
+from transformers_moe_offload.memory.record import PAGE_BYTES, host_bytes
 
 PARTIAL = ".partial"
 """What the name of a file that is being written ends with."""

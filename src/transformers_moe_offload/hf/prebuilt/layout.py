@@ -19,7 +19,6 @@ from torch import Tensor
 
 from transformers_moe_offload.expert import ITEMSIZE, FieldSpec
 from transformers_moe_offload.hf.records import CHECKSUMS, RECORDS, described
-from transformers_moe_offload.memory.encoding import ROW_ALIGNMENT
 from transformers_moe_offload.memory.record import RecordLayout
 from transformers_moe_offload.memory.safetensors_writer import file_bytes
 
@@ -55,7 +54,7 @@ class LayerContent:
     @property
     def row_bytes(self) -> int:
         """Bytes from one record to the next."""
-        return -(-RecordLayout(self.fields).nbytes // ROW_ALIGNMENT) * ROW_ALIGNMENT
+        return RecordLayout(self.fields).row_bytes
 
     @property
     def tensors(self) -> tuple[FieldSpec, FieldSpec]:

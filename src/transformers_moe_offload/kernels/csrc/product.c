@@ -87,7 +87,7 @@ static void run(const struct product *p, void (*kernel)(const struct product *, 
     parallel(take_tiles, &shared, (unsigned)threads, 0);
 }
 
-/* Bytes of float32 input that one pass over a matrix may use: half of the L2 of the cores we know. */
+/* Bytes of float32 input that one pass over a matrix may use: half of the L2 of the Xeon this was measured on. */
 #define INPUT_BYTES (1 << 20)
 
 /* Rows of input that go over the matrix at once. More share the work of decoding it, but must stay in the L2. */

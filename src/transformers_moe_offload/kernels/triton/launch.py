@@ -26,8 +26,8 @@ LINES = 8
 CODES = 8192
 """That such a program holds at a time, 64 for each thread."""
 PIECE = 64
-"""Columns that it adds up at a time, a group at most. Each piece looks up its own scale and zero; with fewer pieces than
-threads, the compiler lets every thread look up many of them."""
+"""Columns that it adds up at a time, a group at most. Each piece looks up its own scale and zero; if there are fewer
+pieces than threads, the compiler lets every thread look up many of them."""
 
 PRODUCTS = 64
 """Of each row of input, by one program that multiplies tiles."""
