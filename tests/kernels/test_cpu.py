@@ -153,3 +153,15 @@ def test_no_rows_have_no_products(instruction_set):
 
 def test_an_instruction_set_that_does_not_exist_is_not_chosen(instruction_set):
     assert native.choose(native.library(), "nonsense") is None
+
+
+@pytest.mark.parametrize("threads", [1, 2, 3])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("activations", ["exact", "int8"])
+def test_several_products_at_once_have_the_bits_of_each_on_its_own(threads, dtype, activations):
+    counts = [1, 3, 1, 60, 2]
+    matrices = [random_matrix(48, 128, nbits, 32, 8, seed=nbits) for nbits in (4, 2, 3, 8, 4)]
+    rows = torch.randn(sum(counts), 128, generator=torch.Generator().manual_seed(0)).to(dtype)
+    found = cpu.linear_each(rows, counts, matrices, activations, threads)
+    parts = zip(rows.split(counts), matrices, strict=True)
+    assert torch.equal(found, torch.cat([cpu.linear(some, matrix, activations, 1) for some, matrix in parts]))

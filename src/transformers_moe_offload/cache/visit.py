@@ -67,6 +67,32 @@ class Visit:
 
     def __iter__(self) -> Iterator[tuple[int, Weights]]:
         """Each wanted expert once, as it becomes available, with its weights; they are valid for one step."""
+        self._begin_loads()
+        while self._upcoming:
+            expert = next(iter(self._upcoming)) if self._in_waves else self._next_available()
+            yield expert.expert, self.take(expert.expert)
+            self._let_go()
+
+    def batches(self) -> Iterator[dict[int, Weights]]:
+        """Each wanted expert once: those that are resident together, then the others as they become available.
+
+        Weights are valid until the next batch is asked for.
+        """
+        self._begin_loads()
+        together = [] if self._in_waves else [e for e in self._upcoming if self._cache.residency.is_resident(e)]
+        if together:
+            self._tell_started()
+            self._used |= dict.fromkeys(together)
+            for expert in together:
+                del self._upcoming[expert]
+            yield {expert.expert: self._cache.weights(expert) for expert in together}
+            for expert in together:
+                self._cache.retire(expert)
+        for number, weights in self:
+            yield {number: weights}
+
+    def _begin_loads(self) -> None:
+        """Start as many loads as there is room for, and settle in which order experts are used."""
         self._let_go()  # one taken before may have to make room
         residency = self._cache.residency
         # Residents first: the loads started here overlap with computing them.
@@ -77,10 +103,6 @@ class Visit:
         if self._in_waves:
             num_slots = residency.count(self._layer)
             self._upcoming = dict.fromkeys(order_of_use(wanted, residency, num_slots))
-        while self._upcoming:
-            expert = next(iter(self._upcoming)) if self._in_waves else self._next_available()
-            yield expert.expert, self.take(expert.expert)
-            self._let_go()
 
     def in_order(self) -> Iterator[tuple[int, Weights]]:
         """Each wanted expert once, in ascending order, whatever arrives first."""
@@ -105,9 +127,7 @@ class Visit:
             if residency.is_absent(wanted):  # visits that ended early left slots loading, and nobody else may leave
                 self._cache.settle()
                 self._start_loads([wanted, *self._upcoming])
-        if self._started is not None and not self._has_deferred:
-            self._started([expert.expert for expert in self._wanted])
-        self._started = None
+        self._tell_started()
         if residency.is_loading(wanted):
             self._cache.finish_load(wanted)
         self._upcoming.pop(wanted, None)
@@ -119,6 +139,11 @@ class Visit:
     def wants(self, expert: int) -> bool:
         """Whether the visit asked for this expert."""
         return ExpertId(self._layer, expert) in self._wanted
+
+    def _tell_started(self) -> None:
+        if self._started is not None and not self._has_deferred:
+            self._started([expert.expert for expert in self._wanted])
+        self._started = None
 
     def _next_available(self) -> ExpertId:
         """A resident if there is one, else a load that has landed, else the one that started first."""

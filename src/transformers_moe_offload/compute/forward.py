@@ -8,7 +8,7 @@ order of its choices. So the result does not depend on the order in which expert
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -17,7 +17,7 @@ from torch import Tensor
 from transformers_moe_offload.cache.cache import ExpertCache
 from transformers_moe_offload.compute.host_side import HostSide
 from transformers_moe_offload.compute.mlp import ExpertMlp, ExpertWeights
-from transformers_moe_offload.compute.routing import Grouping, group_by_expert
+from transformers_moe_offload.compute.routing import FEW_PAIRS, Grouping, group_by_expert
 from transformers_moe_offload.formats.base import Coding
 from transformers_moe_offload.memory.slots import Weights
 
@@ -52,17 +52,45 @@ def sparse_forward(
         share = host.share(cache, layer, grouping, cache.num_loading)
         computing = host.start(mlp, experts, hidden_states, layer, share) if share else None
     with cache.visit(layer, grouping.by_last_use, started, share) as visit:
-        for expert, weights in visit.in_order() if is_ordered else visit:
-            matrices = opened(weights, coding, keeps_weights=keeps_weights)
-            tokens = grouping.tokens[expert]
-            rows = hidden_states if len(hidden_states) == len(tokens) == 1 else hidden_states[tokens]
-            outputs[expert] = mlp(experts, rows, matrices)
+        if is_ordered:
+            for expert, weights in visit.in_order():
+                found = opened(weights, coding, keeps_weights=keeps_weights)
+                outputs[expert] = mlp(experts, rows_of(hidden_states, grouping.tokens[expert]), found)
+        else:
+            for batch in visit.batches():
+                outputs |= _computed(mlp, experts, hidden_states, grouping, batch, coding)
         if computing is not None:
             outputs |= computing.finish()
     return combine([outputs[expert] for expert in grouping.experts], grouping, hidden_states, top_k_weights)
 
 
-def opened(weights: Weights, coding: Coding | None, *, keeps_weights: bool) -> ExpertWeights:
+def _computed(
+    mlp: ExpertMlp,
+    experts: Any,
+    hidden_states: Tensor,
+    grouping: Grouping,
+    held: Mapping[int, Weights],
+    coding: Coding | None,
+) -> dict[int, Tensor]:
+    """The rows of some experts: together where they are few and in low bits, else one expert after the other."""
+    tokens = {expert: grouping.tokens[expert] for expert in held}
+    counts = [len(wanting) for wanting in tokens.values()]
+    if len(held) > 1 and sum(counts) <= FEW_PAIRS and mlp.takes_several(hidden_states, coding):
+        rows = hidden_states[[token for wanting in tokens.values() for token in wanting]]
+        return dict(
+            zip(held, mlp.several(experts, rows, counts, [opened(one, coding) for one in held.values()]), strict=True)
+        )
+    return {
+        expert: mlp(experts, rows_of(hidden_states, tokens[expert]), opened(one, coding)) for expert, one in held.items()
+    }
+
+
+def rows_of(hidden_states: Tensor, tokens: Tensor | list[int]) -> Tensor:
+    """hidden_states (T, H) of some tokens, (N, H)."""
+    return hidden_states if len(hidden_states) == len(tokens) == 1 else hidden_states[tokens]
+
+
+def opened(weights: Weights, coding: Coding | None, *, keeps_weights: bool = False) -> ExpertWeights:
     """What a slot holds, as matrices that can be multiplied with; in memory of their own if they are kept."""
     if coding is None:
         return {name: tensor.clone() for name, tensor in weights.items()} if keeps_weights else weights

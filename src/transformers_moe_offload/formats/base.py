@@ -24,6 +24,10 @@ class Coding(Protocol):
     def decode_field(self, name: str, parts: Mapping[str, Tensor]) -> Tensor:
         """One of these fields."""
 
+    @property
+    def is_packed(self) -> bool:
+        """Whether all matrices are in low bits that there is arithmetic for."""
+
     def matrices(self, parts: Mapping[str, Tensor]) -> Mapping[str, Tensor | PackedMatrix]:
         """What to compute with: matrices in low bits where there is arithmetic for them, decoded fields elsewhere."""
 

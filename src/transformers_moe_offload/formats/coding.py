@@ -142,6 +142,11 @@ class LayerCoding:
     def _by_name(self) -> dict[str, FieldCoding]:
         return {coding.field.name: coding for coding in self.codings}
 
+    @cached_property
+    def is_packed(self) -> bool:
+        """Whether all matrices are in low bits that there are kernels for."""
+        return self.format is not None and self.format.axis == 1
+
     def matrices(self, parts: Mapping[str, Tensor]) -> dict[str, Tensor | PackedMatrix]:
         """What to compute with: packed matrices where there are kernels for them, which copies nothing, and dense
         fields."""

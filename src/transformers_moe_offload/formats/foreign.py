@@ -64,6 +64,11 @@ class ForeignCoding:
         """One of these fields."""
         return self._by_name[name].decode(parts, self.casts)
 
+    @property
+    def is_packed(self) -> bool:
+        """There are no kernels for other methods' formats."""
+        return False
+
     def matrices(self, parts: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """All fields, opened; those that are stored as they are used are not copied."""
         return {field.field.name: field.decode(parts, self.casts) for field in self.fields}

@@ -6,6 +6,8 @@ GPUs, else torch; `available` says which, and why not the others.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
@@ -15,7 +17,7 @@ from transformers_moe_offload.kernels.cpu import Activations
 from transformers_moe_offload.kernels.gradient import Linear
 from transformers_moe_offload.kernels.packed import PackedMatrix, Packing
 
-__all__ = ["Activations", "PackedMatrix", "Packing", "available", "linear"]
+__all__ = ["Activations", "PackedMatrix", "Packing", "available", "can_multiply_each", "linear", "linear_each"]
 
 
 def linear(rows: Tensor, matrix: PackedMatrix, *, activations: Activations = "exact") -> Tensor:
@@ -30,6 +32,26 @@ def linear(rows: Tensor, matrix: PackedMatrix, *, activations: Activations = "ex
         out: Tensor = Linear.apply(rows, matrix, activations, _linear)  # type: ignore[no-untyped-call]
         return out
     return _linear(rows, matrix, activations)
+
+
+def can_multiply_each(rows: Tensor) -> bool:
+    """Whether `linear_each` takes rows like these."""
+    return (
+        rows.device.type == "cpu"
+        and rows.dtype in cpu.TYPES
+        and not (rows.requires_grad and torch.is_grad_enabled())
+        and native.library() is not None
+    )
+
+
+def linear_each(
+    rows: Tensor, counts: Sequence[int], matrices: Sequence[PackedMatrix], *, activations: Activations = "exact"
+) -> Tensor:
+    """rows (T, K), as many as `counts` says for each of some matrices of one shape -> (T, N): `linear` of each, at once.
+
+    Only for rows that `can_multiply_each`.
+    """
+    return cpu.linear_each(rows, counts, matrices, activations)
 
 
 def available() -> dict[str, str]:

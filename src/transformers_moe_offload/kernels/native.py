@@ -13,7 +13,7 @@ import platform
 from pathlib import Path
 from typing import NamedTuple
 
-ABI = 1
+ABI = 2
 """As in `csrc/product.c`: a library with another number takes other arguments."""
 
 
@@ -67,7 +67,7 @@ def _declare(found: ctypes.CDLL) -> None:
     found.moe_choose.argtypes = (ctypes.c_char_p,)
     found.moe_set_parallel.restype = None
     found.moe_set_parallel.argtypes = (pointer,)
-    found.moe_linear.argtypes = (size, size, *[number] * 3, *[pointer] * 6, size, pointer, pointer, *[number] * 3)
+    found.moe_linear.argtypes = (size, pointer, *[number] * 3)
 
 
 def _share_threads(found: ctypes.CDLL) -> None:

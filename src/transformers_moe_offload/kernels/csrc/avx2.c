@@ -19,6 +19,19 @@ static void halves_to_floats(const uint16_t *halves, int64_t count, float *out)
         out[k] = _cvtsh_ss(halves[k]);
 }
 
+static void bytes_to_floats(const uint8_t *bytes, int64_t count, const uint16_t *range, float *out)
+{
+    float minimum = _cvtsh_ss(range[0]), step = _cvtsh_ss(range[1]);
+    int64_t k = 0;
+    for (; k + 8 <= count; k += 8) {
+        __m256 values = _mm256_cvtepi32_ps(_mm256_cvtepu8_epi32(_mm_loadl_epi64((const __m128i *)(bytes + k))));
+        __m256 scaled = _mm256_mul_ps(_mm256_set1_ps(step), values);
+        _mm256_storeu_ps(out + k, _mm256_add_ps(_mm256_set1_ps(minimum), scaled));
+    }
+    for (; k < count; k++)
+        out[k] = minimum + step * (float)bytes[k];
+}
+
 #include "tile.h"
 
 #define LANES 8

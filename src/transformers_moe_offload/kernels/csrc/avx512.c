@@ -20,6 +20,16 @@ static void halves_to_floats(const uint16_t *halves, int64_t count, float *out)
     }
 }
 
+static void bytes_to_floats(const uint8_t *bytes, int64_t count, const uint16_t *range, float *out)
+{
+    __m512 minimum = _mm512_set1_ps(_cvtsh_ss(range[0])), step = _mm512_set1_ps(_cvtsh_ss(range[1]));
+    for (int64_t k = 0; k < count; k += 16) {
+        __mmask16 wanted = (__mmask16)(count - k < 16 ? (1u << (count - k)) - 1 : 0xffffu);
+        __m512 values = _mm512_cvtepi32_ps(_mm512_cvtepu8_epi32(_mm_maskz_loadu_epi8(wanted, bytes + k)));
+        _mm512_mask_storeu_ps(out + k, wanted, _mm512_add_ps(minimum, _mm512_mul_ps(step, values)));
+    }
+}
+
 #include "tile.h"
 
 #define LANES 16

@@ -10,6 +10,13 @@ static void halves_to_floats(const uint16_t *halves, int64_t count, float *out)
         out[k] = float_of_half(halves[k]);
 }
 
+static void bytes_to_floats(const uint8_t *bytes, int64_t count, const uint16_t *range, float *out)
+{
+    float minimum = float_of_half(range[0]), step = float_of_half(range[1]);
+    for (int64_t k = 0; k < count; k++)
+        out[k] = minimum + step * (float)bytes[k];
+}
+
 #include "tile.h"
 
 #define LANES 4

@@ -6,7 +6,7 @@
 
 #include "lowbit.h"
 
-#define ABI 1 /* as in native.py; one more whenever a function's arguments change */
+#define ABI 2 /* as in native.py; one more whenever a function's arguments change */
 
 #if defined(_WIN32)
 #define EXPORT __declspec(dllexport)
@@ -58,11 +58,26 @@ EXPORT const char *moe_choose(const char *name)
 }
 
 struct shared {
-    const struct product *product;
+    const struct product *products;
+    int64_t count;
     void (*kernel)(const struct product *, int64_t, int64_t);
     int64_t tiles, at_once;
     atomic_llong next;
 };
+
+static int64_t tiles_of(const struct product *p) { return ceil_div(byte_rows(p->matrix), tile_byte_rows(p->matrix)); }
+
+/* The tiles from `first` up to `last`, as if those of all products were one after another. */
+static void take(const struct shared *s, int64_t first, int64_t last)
+{
+    for (int64_t i = 0; i < s->count && last > 0; i++) {
+        int64_t tiles = tiles_of(&s->products[i]);
+        if (first < tiles)
+            s->kernel(&s->products[i], first > 0 ? first : 0, last < tiles ? last : tiles);
+        first -= tiles;
+        last -= tiles;
+    }
+}
 
 static void take_tiles(void *data)
 {
@@ -71,23 +86,26 @@ static void take_tiles(void *data)
         int64_t first = atomic_fetch_add(&s->next, s->at_once), last = first + s->at_once;
         if (first >= s->tiles)
             return;
-        s->kernel(s->product, first, last < s->tiles ? last : s->tiles);
+        take(s, first, last < s->tiles ? last : s->tiles);
     }
 }
 
-static void run(const struct product *p, void (*kernel)(const struct product *, int64_t, int64_t), int threads)
+static void run(const struct product *products, int64_t count,
+                void (*kernel)(const struct product *, int64_t, int64_t), int threads)
 {
-    int64_t tiles = ceil_div(byte_rows(p->matrix), tile_byte_rows(p->matrix));
-    if (threads <= 1 || !parallel || tiles == 1) {
-        kernel(p, 0, tiles);
+    struct shared shared = {.products = products, .count = count, .kernel = kernel};
+    for (int64_t i = 0; i < count; i++)
+        shared.tiles += tiles_of(&products[i]);
+    if (threads <= 1 || !parallel || shared.tiles == 1) {
+        take(&shared, 0, shared.tiles);
         return;
     }
-    struct shared shared = {.product = p, .kernel = kernel, .tiles = tiles, .at_once = ceil_div(tiles, 8 * threads)};
+    shared.at_once = ceil_div(shared.tiles, 8 * threads);
     atomic_init(&shared.next, 0);
     parallel(take_tiles, &shared, (unsigned)threads, 0);
 }
 
-/* Bytes of float32 input that one pass over a matrix may use: half of the L2 of the Xeon this was measured on. */
+/* Bytes of float32 input that one pass over a matrix may use: half of the L2 of the cores we know. */
 #define INPUT_BYTES (1 << 20)
 
 /* Rows of input that go over the matrix at once. More share the work of decoding it, but must stay in the L2. */
@@ -99,42 +117,121 @@ static int64_t inputs_at_once(int64_t cols)
 
 static int64_t padded(int64_t count, int64_t to) { return ceil_div(count, to) * to; }
 
-/* Products of rows (T, K) and a matrix: out (T, N). Both are of `type`. `rounded`: with the rows rounded to int8.
- * Returns 0, or 1 if there is no memory. */
-EXPORT int moe_linear(int64_t matrix_rows, int64_t cols, int nbits, int group_size, int meta_nbits, const void *codes,
-                      const void *high, const void *scale, const void *zero, const void *scale_range,
-                      const void *zero_range, int64_t inputs, const void *rows, void *out, int type, int rounded,
-                      int threads)
+/* Rows of input, the matrix that multiplies them, and where the products go. */
+struct call {
+    struct matrix matrix;
+    int64_t inputs;
+    const char *rows;
+    char *out;
+};
+
+/* How all calls are done. */
+struct manner {
+    enum float_type type; /* of rows and products */
+    int rounded, threads;
+};
+
+static int64_t rounded_cols(const struct call *c) { return padded(c->matrix.cols, 64); }
+
+static int64_t rounded_groups(const struct call *c)
 {
-    if (!inputs)
-        return 0;
-    const struct matrix matrix = {matrix_rows, cols,  nbits, group_size,  meta_nbits, codes,
-                                  high,        scale, zero,  scale_range, zero_range};
-    int64_t most = inputs < inputs_at_once(cols) ? inputs : inputs_at_once(cols);
-    size_t size = type == FLOAT32 ? 4 : 2;
-    struct product p = {.matrix = &matrix, .out_type = type};
-    p.rounded.cols = padded(cols, 64);
-    p.rounded.groups = padded(cols / group_size, 16) + 64; /* `read_meta` pads what is looked at, too */
-    float *floats = type == FLOAT32 ? NULL : malloc((size_t)(most * cols) * sizeof(float));
-    char *of_rounded = rounded ? malloc((size_t)most * (size_t)(p.rounded.cols + 8 * p.rounded.groups)) : NULL;
-    int failed = (type != FLOAT32 && !floats) || (rounded && !of_rounded);
-    if (rounded && !failed) {
-        p.rounded.scale = (float *)of_rounded;
-        p.rounded.sum = p.rounded.scale + most * p.rounded.groups;
-        p.rounded.codes = (int8_t *)(p.rounded.sum + most * p.rounded.groups);
+    return padded(c->matrix.cols / c->matrix.group_size, 16) + 64; /* `read_meta` pads what is looked at, too */
+}
+
+/* Bytes for a call's rows as the kernels take them. */
+static size_t prepared_bytes(const struct call *c, const struct manner *how)
+{
+    int64_t floats = how->type == FLOAT32 ? 0 : 4 * c->matrix.cols;
+    int64_t of_rounded = how->rounded ? rounded_cols(c) + 8 * rounded_groups(c) : 0;
+    return (size_t)padded(c->inputs * (floats + of_rounded), 64);
+}
+
+static void prepare(const struct call *c, const struct manner *how, char *memory, struct product *p)
+{
+    *p = (struct product){.matrix = &c->matrix, .inputs = c->inputs, .out = c->out, .out_type = how->type};
+    p->rows = (const float *)c->rows;
+    if (how->type != FLOAT32) {
+        float *floats = (float *)memory;
+        chosen->to_float(c->rows, how->type, c->inputs * c->matrix.cols, floats);
+        p->rows = floats;
+        memory += c->inputs * c->matrix.cols * 4;
     }
-    for (int64_t t = 0; t < inputs && !failed; t += most) {
-        const char *some = (const char *)rows + (size_t)(t * cols) * size;
-        p.inputs = inputs - t < most ? inputs - t : most;
-        p.out = (char *)out + (size_t)(t * matrix_rows) * size;
-        p.rows = type == FLOAT32 ? (const float *)some : floats;
-        if (type != FLOAT32)
-            chosen->to_float(some, type, p.inputs * cols, floats);
-        if (rounded)
-            chosen->round(&p, p.rows);
-        run(&p, rounded ? chosen->rounded : chosen->exact, threads);
+    if (how->rounded) {
+        p->rounded.cols = rounded_cols(c);
+        p->rounded.groups = rounded_groups(c);
+        p->rounded.scale = (float *)memory;
+        p->rounded.sum = p->rounded.scale + c->inputs * p->rounded.groups;
+        p->rounded.codes = (int8_t *)(p->rounded.sum + c->inputs * p->rounded.groups);
+        chosen->round(p, p->rows);
     }
-    free(floats);
-    free(of_rounded);
+}
+
+/* Do calls whose rows go over their matrices at once. Returns 0, or 1 if there is no memory. */
+static int multiply(const struct call *calls, int64_t count, const struct manner *how)
+{
+    size_t own = (size_t)padded(count * (int64_t)sizeof(struct product), 64), size = own;
+    for (int64_t i = 0; i < count; i++)
+        size += prepared_bytes(&calls[i], how);
+    char *memory = malloc(size ? size : 1), *next = memory + own;
+    if (!memory)
+        return 1;
+    struct product *products = (struct product *)memory;
+    for (int64_t i = 0; i < count; i++) {
+        prepare(&calls[i], how, next, &products[i]);
+        next += prepared_bytes(&calls[i], how);
+    }
+    run(products, count, how->rounded ? chosen->rounded : chosen->exact, how->threads);
+    free(memory);
+    return 0;
+}
+
+/* Do a call with any number of rows. */
+static int multiply_long(struct call c, const struct manner *how)
+{
+    int64_t inputs = c.inputs, most = inputs_at_once(c.matrix.cols), size = how->type == FLOAT32 ? 4 : 2;
+    for (; inputs > 0; inputs -= most) {
+        c.inputs = inputs < most ? inputs : most;
+        if (multiply(&c, 1, how))
+            return 1;
+        c.rows += most * c.matrix.cols * size;
+        c.out += most * c.matrix.rows * size;
+    }
+    return 0;
+}
+
+#define NUMBERS 14 /* that describe a call, as cpu.py lists them */
+
+static struct call call_of(const int64_t *n)
+{
+    char *at[NUMBERS]; /* those that are addresses; 0 is NULL */
+    for (int i = 0; i < NUMBERS; i++)
+        at[i] = (char *)(intptr_t)n[i];
+    return (struct call){
+        .matrix = {.rows = n[0], .cols = n[1], .nbits = (int)n[2], .group_size = (int)n[3], .meta_nbits = (int)n[4],
+                   .codes = (uint8_t *)at[5], .high = (uint8_t *)at[6], .scale = at[7], .zero = at[8],
+                   .scale_range = (uint16_t *)at[9], .zero_range = (uint16_t *)at[10]},
+        .inputs = n[11],
+        .rows = at[12],
+        .out = at[13],
+    };
+}
+
+/* Products of rows (T, K) and a matrix, out (T, N), for each of several calls, which share the threads. All rows and
+ * products are of `type`. `rounded`: with the rows rounded to int8. Returns 0, or 1 if there is no memory. */
+EXPORT int moe_linear(int64_t count, const int64_t *numbers, int type, int rounded, int threads)
+{
+    const struct manner how = {(enum float_type)type, rounded, threads};
+    struct call *calls = malloc((size_t)(count ? count : 1) * sizeof *calls);
+    int64_t together = 0;
+    int failed = !calls;
+    for (int64_t i = 0; i < count && !failed; i++) {
+        struct call c = call_of(numbers + i * NUMBERS);
+        if (c.inputs > inputs_at_once(c.matrix.cols))
+            failed = multiply_long(c, &how);
+        else if (c.inputs)
+            calls[together++] = c;
+    }
+    failed = failed || multiply(calls, together, &how);
+    free(calls);
     return failed;
 }

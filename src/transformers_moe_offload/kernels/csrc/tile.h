@@ -1,6 +1,7 @@
 /* One tile of a matrix: which rows it has, their scales and zeros, and where their third bits lie.
  *
- * Included once by each instruction set, after `halves_to_floats(const uint16_t *, int64_t, float *)`.
+ * Included once by each instruction set, after `halves_to_floats(halves, count, out)` and
+ * `bytes_to_floats(bytes, count, range, out)`, whose floats are a minimum plus as many steps; `range` has both, as halves.
  */
 
 #include <stddef.h>
@@ -42,10 +43,9 @@ ALWAYS_INLINE void meta_to_floats(const struct matrix *m, const void *stored, co
     const uint8_t *values = (const uint8_t *)stored + start;
     for (int64_t done = 0; done < count;) {
         int64_t block = (start + done) / META_BLOCK, stop = (block + 1) * META_BLOCK - start;
-        float minimum_and_step[2];
-        halves_to_floats(range + 2 * block, 2, minimum_and_step);
-        for (stop = stop < count ? stop : count; done < stop; done++)
-            out[done] = minimum_and_step[0] + minimum_and_step[1] * (float)values[done];
+        stop = stop < count ? stop : count;
+        bytes_to_floats(values + done, stop - done, range + 2 * block, out + done);
+        done = stop;
     }
 }
 
