@@ -1,4 +1,4 @@
-"""Decode a model shaped like OLMoE with its experts in fewer bits, beside plain Transformers with all of them in bfloat16.
+"""Decode a model shaped like OLMoE with its experts in fewer bits, beside plain Transformers in bfloat16.
 
     python benchmarks/low_bits.py            # about ten minutes, 7 GB of disk for the made checkpoints
     python benchmarks/low_bits.py --quick    # every line of it once, figures without meaning

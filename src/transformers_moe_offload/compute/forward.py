@@ -81,7 +81,8 @@ def _computed(
             zip(held, mlp.several(experts, rows, counts, [opened(one, coding) for one in held.values()]), strict=True)
         )
     return {
-        expert: mlp(experts, rows_of(hidden_states, tokens[expert]), opened(one, coding)) for expert, one in held.items()
+        expert: mlp(experts, rows_of(hidden_states, tokens[expert]), opened(one, coding))
+        for expert, one in held.items()
     }
 
 

@@ -61,7 +61,7 @@ class ExpertMlp:
         In few large steps, which cost less than many small ones.
         """
         hidden = self._activate(experts, self._project_several(rows, counts, weights, self._first))
-        return self._project_several(hidden, counts, weights, "down_proj").split(list(counts))
+        return torch.split(self._project_several(hidden, counts, weights, "down_proj"), list(counts))
 
     @property
     def _first(self) -> str:

@@ -17,7 +17,16 @@ from transformers_moe_offload.kernels.cpu import Activations
 from transformers_moe_offload.kernels.gradient import Linear
 from transformers_moe_offload.kernels.packed import PackedMatrix, Packing
 
-__all__ = ["Activations", "PackedMatrix", "Packing", "available", "can_multiply_each", "linear", "linear_each"]
+__all__ = [
+    "Activations",
+    "PackedMatrix",
+    "Packing",
+    "available",
+    "can_multiply_each",
+    "dense",
+    "linear",
+    "linear_each",
+]
 
 
 def linear(rows: Tensor, matrix: PackedMatrix, *, activations: Activations = "exact") -> Tensor:
@@ -47,7 +56,7 @@ def can_multiply_each(rows: Tensor) -> bool:
 def linear_each(
     rows: Tensor, counts: Sequence[int], matrices: Sequence[PackedMatrix], *, activations: Activations = "exact"
 ) -> Tensor:
-    """rows (T, K), as many as `counts` says for each of some matrices of one shape -> (T, N): `linear` of each, at once.
+    """rows (T, K), as many as `counts` says for each of some matrices of one shape -> (T, N), all at once.
 
     Only for rows that `can_multiply_each`.
     """

@@ -27,7 +27,9 @@ BYTES_PER_THREAD = 1 << 18
 """Packed bytes, times rows of input, that are worth another thread."""
 
 
-def linear(rows: Tensor, matrix: PackedMatrix, activations: Activations = "exact", threads: int | None = None) -> Tensor:
+def linear(
+    rows: Tensor, matrix: PackedMatrix, activations: Activations = "exact", threads: int | None = None
+) -> Tensor:
     """rows (T, K) float32, bfloat16 or float16 -> their products with the rows of the matrix, (T, N).
 
     `int8` rounds each group of a row of input to integers of 8 bits: faster, and about 1 % off. `threads` are as many
