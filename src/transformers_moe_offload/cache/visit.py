@@ -68,10 +68,7 @@ class Visit:
     def __iter__(self) -> Iterator[tuple[int, Weights]]:
         """Each wanted expert once, as it becomes available, with its weights; they are valid for one step."""
         self._begin_loads()
-        while self._upcoming:
-            expert = next(iter(self._upcoming)) if self._in_waves else self._next_available()
-            yield expert.expert, self.take(expert.expert)
-            self._let_go()
+        yield from self._one_by_one()
 
     def batches(self) -> Iterator[dict[int, Weights]]:
         """Each wanted expert once: those that are resident together, then the others as they become available.
@@ -88,8 +85,14 @@ class Visit:
             yield {expert.expert: self._cache.weights(expert) for expert in together}
             for expert in together:
                 self._cache.retire(expert)
-        for number, weights in self:
+        for number, weights in self._one_by_one():
             yield {number: weights}
+
+    def _one_by_one(self) -> Iterator[tuple[int, Weights]]:
+        while self._upcoming:
+            expert = next(iter(self._upcoming)) if self._in_waves else self._next_available()
+            yield expert.expert, self.take(expert.expert)
+            self._let_go()
 
     def _begin_loads(self) -> None:
         """Start as many loads as there is room for, and settle in which order experts are used."""

@@ -16,7 +16,7 @@ IN_A_WORD = {4: 2, 3: 10, 2: 4}
 
 
 def write(
-    model, folder: Path, experts=(2, 16), attention=(4, 64), coded_meta: bool = False, is_interleaved: bool = False
+    model, folder: Path, experts=(2, 16), attention=(4, 16), coded_meta: bool = False, is_interleaved: bool = False
 ) -> None:
     """Write the model with experts and attention in (bits, group size).
 
@@ -79,28 +79,31 @@ def _in_words(codes: torch.Tensor, nbits: int, is_interleaved: bool) -> torch.Te
     return words.int() if nbits == 3 else words.to(torch.uint8)
 
 
-def read(folder: Path, shape: tuple[int, int], nbits: int, group_size: int, file: str, name: str) -> torch.Tensor:
-    """A matrix of the layout, float16: weight by weight, from the place where its code must be."""
-    arrays = {key: value.numpy() for key, value in load_file(folder / file).items() if key.startswith(f"{name}.")}
+def read(file: Path, name: str, shape: tuple[int, int], nbits: int, group_size: int, rounds_meta: bool) -> torch.Tensor:
+    """A matrix of the layout, float16: weight by weight, from the place where its code must be.
+
+    `rounds_meta` rounds scales and zeros to float16 before they are used.
+    """
+    arrays = {key: value.numpy() for key, value in load_file(file).items() if key.startswith(f"{name}.")}
     words, in_a_word = arrays[f"{name}.W_q"], IN_A_WORD[nbits]
     place = np.arange(shape[0] * shape[1])
-    is_interleaved = words.shape[1] == shape[1]
     width = words.shape[1]
     row, col = place // width, place % width
-    if is_interleaved:
+    if width == shape[1]:
         word, field = row // in_a_word, row % in_a_word
     else:
         word, field = row % len(words), row // len(words)
     code = words[word, col] >> (nbits * (in_a_word - 1 - field)) & (2**nbits - 1)
     group = place % (len(place) // group_size)
     scale, zero = (_meta(arrays, name, kind)[group] for kind in ("scale", "zero"))
-    return torch.from_numpy(((code - zero) * scale).astype(np.float16).reshape(shape))
+    if rounds_meta:
+        scale, zero = (values.astype(np.float16).astype(np.float32) for values in (scale, zero))
+    return torch.from_numpy(((code.astype(np.float32) - zero) * scale).astype(np.float16).reshape(shape))
 
 
 def _meta(arrays, name: str, kind: str) -> np.ndarray:
-    """Scales or zeros as float16 has them."""
+    """Scales or zeros, float32."""
     if f"{name}.meta.{kind}" in arrays:
         return arrays[f"{name}.meta.{kind}"].reshape(-1).astype(np.float32)
     zero, scale = (arrays[f"{name}.meta.meta_{kind}.{part}"] for part in ("zero", "scale"))
-    values = (arrays[f"{name}.meta.{kind}_q"].astype(np.float32) - zero) * scale
-    return values.reshape(-1).astype(np.float16).astype(np.float32)
+    return ((arrays[f"{name}.meta.{kind}_q"].astype(np.float32) - zero) * scale).reshape(-1)

@@ -19,11 +19,11 @@ from . import mixtral_layout as layout
 HIDDEN, INTERMEDIATE = 64, 96
 SHAPES = {"w1": (INTERMEDIATE, HIDDEN), "w2": (HIDDEN, INTERMEDIATE), "w3": (INTERMEDIATE, HIDDEN)}
 CASES = {
-    "as-published": {"experts": (2, 16), "attention": (4, 64), "coded_meta": True},
+    "as-published": {"experts": (2, 16), "attention": (4, 16), "coded_meta": True},
     "plain-meta": {"experts": (2, 16), "attention": (2, 16)},
-    "4-bit": {"experts": (4, 32), "attention": (4, 64)},
-    "3-bit": {"experts": (3, 32), "attention": (3, 64), "coded_meta": True},
-    "interleaved": {"experts": (2, 16), "attention": (4, 32), "is_interleaved": True},
+    "4-bit": {"experts": (4, 32), "attention": (4, 16)},
+    "3-bit": {"experts": (3, 32), "attention": (3, 16), "coded_meta": True},
+    "interleaved": {"experts": (2, 16), "attention": (4, 16), "is_interleaved": True},
     "interleaved-3-bit": {"experts": (3, 32), "attention": (3, 16), "coded_meta": True, "is_interleaved": True},
 }
 
@@ -60,17 +60,19 @@ def test_the_converted_model_computes_with_what_the_layout_stands_for(case, mixt
     plain = model.moe_offload.restore()
     for number, part in enumerate(plain.model.layers):
         for expert in range(8):
-            file = f"expert_{number}_{expert}.safetensors"
+            file = source / f"expert_{number}_{expert}.safetensors"
             w1, w2, w3 = (
-                layout.read(source, SHAPES[name], *CASES[case]["experts"], file, name) for name in ("w1", "w2", "w3")
+                layout.read(file, name, shape, *CASES[case]["experts"], rounds_meta=True)
+                for name, shape in SHAPES.items()
             )
             assert torch.equal(part.mlp.experts.gate_up_proj[expert], torch.cat([w1, w3]))
             assert torch.equal(part.mlp.experts.down_proj[expert], w2)
         for name in ("q_proj", "k_proj", "v_proj", "o_proj"):
             weight = part.self_attn.get_submodule(name).weight
             stored = f"model.layers.{number}.self_attn.{name}"
-            expected = layout.read(source, tuple(weight.shape), *CASES[case]["attention"], "trunk.safetensors", stored)
-            assert torch.allclose(weight, expected, rtol=2e-3, atol=1e-4)  # scales there are not rounded to float16
+            file = source / "trunk.safetensors"
+            expected = layout.read(file, stored, weight.shape, *CASES[case]["attention"], rounds_meta=False)
+            assert torch.equal(weight, expected)
     trunk = load_file(source / "trunk.safetensors")
     assert torch.equal(plain.model.layers[1].mlp.gate.weight, trunk["model.layers.1.block_sparse_moe.gate.weight"])
     plain.set_experts_implementation("eager")
@@ -134,12 +136,12 @@ def test_an_expert_that_the_index_lacks_is_named(source):
 def test_an_index_that_points_out_of_the_folder_is_refused(source):
     index = source / layout_index()
     index.write_text(index.read_text().replace("expert_0_0.", "../expert_0_0."))
-    with pytest.raises(CheckpointError, match="'../expert_0_0.safetensors', which is not a plain file name"):
+    with pytest.raises(CheckpointError, match=r"'../expert_0_0.safetensors', which is not a plain file name"):
         opened(source)
 
 
 def test_another_architecture_is_sent_to_quantize(checkpoint):
-    with pytest.raises(UnsupportedModelError, match="is for Mixtral, but .* a qwen3_moe; use `moe-offload quantize`"):
+    with pytest.raises(UnsupportedModelError, match=r"is for Mixtral, but .* a qwen3_moe; use `moe-offload quantize`"):
         opened(checkpoint)
 
 

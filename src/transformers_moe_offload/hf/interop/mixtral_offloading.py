@@ -240,7 +240,8 @@ def _packed(matrices: list[Matrix]) -> dict[str, Tensor]:
     """The arrays of a field that is these matrices, one below the other."""
     size, nbits = matrices[0].group_size, matrices[0].nbits
     codes = torch.cat([brought_together(matrix.codes(), size) for matrix in matrices], 1)
-    packing = Packing(*codes.shape, nbits, size, meta_nbits=16)
+    rows, cols = codes.shape
+    packing = Packing(rows, cols, nbits, size, meta_nbits=16)
     meta = {name: in_half(torch.cat([matrix.meta(name).t() for matrix in matrices], 1)) for name in ("scale", "zero")}
     return pack(codes, packing) | meta
 
