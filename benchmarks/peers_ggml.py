@@ -3,7 +3,8 @@
     made/llama-cpp/bin/python benchmarks/peers_ggml.py            # 14336 x 4096 and 768 x 2048, one thread
 
 To be read beside `moe-offload bench --kernels`, run just before or after it; `peers_llama_cpp.md` says how to get the
-package. Needs nothing of ours. Weights are random, and each product reads another matrix, so that they come from memory.
+package. Needs nothing of ours. Weights are random, and each product reads another matrix, so that they come from
+memory.
 """
 
 from __future__ import annotations
@@ -64,7 +65,8 @@ def seconds(base: ctypes.CDLL, cpu: ctypes.CDLL, kind: int, rows: int, cols: int
     weights = random.standard_normal((rows, cols), dtype=np.float32)
     graphs = []
     for _ in range(count):
-        matrix, vector = base.ggml_new_tensor_2d(context, kind, cols, rows), base.ggml_new_tensor_2d(context, F32, cols, 1)
+        matrix = base.ggml_new_tensor_2d(context, kind, cols, rows)
+        vector = base.ggml_new_tensor_2d(context, F32, cols, 1)
         base.ggml_quantize_chunk(kind, weights.ctypes.data, base.ggml_get_data(matrix), 0, rows, cols, None)
         values = random.standard_normal(cols, dtype=np.float32)
         ctypes.memmove(base.ggml_get_data(vector), values.ctypes.data, values.nbytes)

@@ -11,7 +11,7 @@ import pytest
 import torch
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM
 
-from transformers_moe_offload import CheckpointError, ConfigError, HqqFormat, OffloadConfig, restore
+from transformers_moe_offload import CheckpointError, ConfigError, ExpertFormats, HqqFormat, OffloadConfig, restore
 from transformers_moe_offload.hf.prebuilt.resume import recover
 from zoo.build import build, inputs, output_tensor, save, zoo_names
 
@@ -156,6 +156,19 @@ def test_a_full_disk_leaves_the_old_checkpoint_and_nothing_else(quantized, saved
     with pytest.raises(CheckpointError, match="No space left on device"):
         quantized.save_pretrained(saved)
     assert files(saved) == before
+
+
+def test_gradients_through_layers_that_were_saved_as_they_are_survive_eviction(checkpoint, tmp_path, token_ids):
+    formats = ExpertFormats(default=None, layers={"1": FORMAT})
+    AutoModelForCausalLM.from_pretrained(checkpoint, moe_offload=OffloadConfig(experts=formats)).save_pretrained(tmp_path)
+    config = OffloadConfig(arithmetic="exact", cache_budget="100%", mmap=False)
+    model = AutoModelForCausalLM.from_pretrained(tmp_path, moe_offload=config)
+    tight = AutoModelForCausalLM.from_pretrained(tmp_path, moe_offload=config)
+    tight.moe_offload.resize(tight.moe_offload.plan.smallest_budget)
+    for one in (model, tight):
+        one(input_ids=token_ids, labels=token_ids).loss.backward()
+    ours = dict(tight.named_parameters())
+    assert all(torch.equal(ours[path].grad, parameter.grad) for path, parameter in model.named_parameters())
 
 
 def damaged(saved, change):

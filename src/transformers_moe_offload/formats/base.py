@@ -19,7 +19,8 @@ class Coding(Protocol):
         """All arrays of an expert, in the order in which they are stored."""
 
     def decode(self, parts: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """The fields of an expert from the arrays of `stored`, in their shapes and the dtype they are loaded in."""
+        """The fields of an expert from the arrays of `stored`, in their shapes and the dtype they are loaded in, all in
+        memory of their own."""
 
     def decode_field(self, name: str, parts: Mapping[str, Tensor]) -> Tensor:
         """One of these fields."""

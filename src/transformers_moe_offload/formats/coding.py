@@ -131,8 +131,12 @@ class LayerCoding:
         return parts
 
     def decode(self, parts: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """The fields of an expert from the arrays of `stored`, in their shapes and the dtype they are loaded in."""
-        return {coding.field.name: coding.decode(parts) for coding in self.codings}
+        """The fields of an expert from the arrays of `stored`, in their shapes and the dtype they are loaded in.
+
+        All in memory of their own.
+        """
+        fields = {coding.field.name: coding.decode(parts) for coding in self.codings}
+        return {name: field.clone() if field is parts.get(name) else field for name, field in fields.items()}
 
     def decode_field(self, name: str, parts: Mapping[str, Tensor]) -> Tensor:
         """One of these fields."""

@@ -65,10 +65,10 @@ class MoeOffloadQuantizer(HfQuantizer):
 
     def update_attn_implementation(self, config: Any) -> Any:
         """The one hook that sees the config before the model is built: say if an option in it will have no effect."""
-        asked_for = getattr(config, "_experts_implementation", None)
-        if asked_for is not None:
+        implementation = getattr(config, "_experts_implementation", None)
+        if implementation is not None:
             logger.warning(
-                f"experts_implementation={asked_for!r} has no effect on offloaded experts; "
+                f"experts_implementation={implementation!r} has no effect on offloaded experts; "
                 f"OffloadConfig.arithmetic chooses between 'fast' and 'exact'"
             )
         if self._is_prebuilt:
