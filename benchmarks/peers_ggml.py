@@ -60,7 +60,7 @@ def seconds(base: ctypes.CDLL, cpu: ctypes.CDLL, kind: int, rows: int, cols: int
     """Bytes of a matrix, and the median seconds of a product."""
     nbytes = base.ggml_row_size(kind, cols) * rows
     count = max(2, -(-COLD_BYTES // nbytes))
-    context = base.ggml_init(InitParams(count * (nbytes + (rows + cols) * 4 + (1 << 16)) + (64 << 20), None, False))
+    context = base.ggml_init(InitParams(count * (nbytes + (rows + cols) * 4 + (1 << 18)) + (64 << 20), None, False))
     random = np.random.default_rng(0)
     weights = random.standard_normal((rows, cols), dtype=np.float32)
     graphs = []
