@@ -23,7 +23,8 @@ def measure_residencies(
     folder: str, is_copied: bool, percents: list[int], compared: int, rounds: int, prompt_tokens: int, steps: int
 ) -> dict[str, Any]:
     """Runs by percent, one of each a round; greedy, beams and a batch at the percent `compared`."""
-    config = OffloadConfig(cache_budget="100%", mmap=False if is_copied else "auto")
+    # A cache that holds everything is made of copies, and stays so when its budget changes; a smaller one is mapped.
+    config = OffloadConfig(cache_budget=f"{compared}%", mmap=False if is_copied else "auto")
     model = AutoModelForCausalLM.from_pretrained(folder, moe_offload=config).eval()
     passage = passage_for(model, folder)
     lengths = {"prompt_tokens": prompt_tokens, "steps": steps}

@@ -160,7 +160,8 @@ def test_a_full_disk_leaves_the_old_checkpoint_and_nothing_else(quantized, saved
 
 def test_gradients_through_layers_that_were_saved_as_they_are_survive_eviction(checkpoint, tmp_path, token_ids):
     formats = ExpertFormats(default=None, layers={"1": FORMAT})
-    AutoModelForCausalLM.from_pretrained(checkpoint, moe_offload=OffloadConfig(experts=formats)).save_pretrained(tmp_path)
+    mixed = AutoModelForCausalLM.from_pretrained(checkpoint, moe_offload=OffloadConfig(experts=formats))
+    mixed.save_pretrained(tmp_path)
     config = OffloadConfig(arithmetic="exact", cache_budget="100%", mmap=False)
     model = AutoModelForCausalLM.from_pretrained(tmp_path, moe_offload=config)
     tight = AutoModelForCausalLM.from_pretrained(tmp_path, moe_offload=config)
