@@ -34,9 +34,8 @@ def fetch_from(visit: Visit, spec: ExpertSpec, device: torch.device, *, coding: 
 
     def fetch(name: str, expert: int) -> Tensor:
         if visit.wants(expert):
-            if coding is not None:
-                return coding.decode_field(name, visit.take(expert))
-            tensor = visit.take(expert)[name]
+            held = visit.take(expert)
+            tensor = held[name] if coding is None else coding.decode_field(name, held)
             return tensor.clone() if copies else tensor
         field = by_name[name]
         return torch.zeros((), dtype=torch_dtype(field.dtype), device=device).expand(field.shape)
