@@ -3,22 +3,21 @@
 from __future__ import annotations
 
 from enum import StrEnum
-from pathlib import Path
 from typing import Annotated
 
 import torch
 import typer
 from rich.console import Console
 
-from transformers_moe_offload.cli import options
+from transformers_moe_offload.cli import options, writing
 from transformers_moe_offload.cli.blueprint import draw
 from transformers_moe_offload.cli.failures import one_line_errors, reading
-from transformers_moe_offload.cli.writing import expect_apart, plain_config, progress
+from transformers_moe_offload.cli.writing import expect_apart, progress
 from transformers_moe_offload.config import OffloadConfig
 from transformers_moe_offload.hf.interop.mixtral_offloading import MixtralOffloading
 from transformers_moe_offload.hf.prebuilt.card import auto_class_of, model_card
 from transformers_moe_offload.hf.prebuilt.fetch import fetch
-from transformers_moe_offload.hf.prebuilt.layout import prebuilt_config
+from transformers_moe_offload.hf.prebuilt.layout import plain_config, prebuilt_config
 from transformers_moe_offload.hf.prebuilt.recipe import recipe_of
 from transformers_moe_offload.hf.prebuilt.resume import expect_place
 from transformers_moe_offload.hf.prebuilt.sizes import Sizes
@@ -33,18 +32,11 @@ class Layout(StrEnum):
 
 
 def convert(
-    source: Annotated[
-        str,
-        typer.Argument(
-            metavar="SRC", help="A folder with a checkpoint, or the id of a model on the Hub.", show_default=False
-        ),
-    ],
-    folder: Annotated[Path, typer.Argument(metavar="DST", help="The folder to write.", show_default=False)],
+    source: writing.Source,
+    folder: writing.Destination,
     layout: Annotated[Layout, typer.Option("--from", help="The layout of SRC.", show_default=False)],
-    workers: Annotated[int | None, typer.Option(min=1, help="Experts at a time; default is one per core.")] = None,
-    overwrite: Annotated[
-        bool, typer.Option("--overwrite", help="Replace a complete checkpoint, once the new one is complete.")
-    ] = False,
+    workers: writing.Workers = None,
+    overwrite: writing.Overwrite = False,
     base_model: Annotated[str | None, typer.Option(help="The Hub's id of the model that SRC was made from.")] = None,
     revision: options.Revision = "main",
     token: options.Token = None,
@@ -73,11 +65,12 @@ def convert(
         if found.has_coded_meta():
             console.print("scales and zeros: were in 8 bits, decoded to float16", soft_wrap=True)
         console.print("dense weights: decoded to float16", soft_wrap=True)
+        plain = plain_config(blueprint.model, blueprint.dtype)
         content = Prebuilt(
             found.layers(quantization),
             found.dense(quantization),
             texts={
-                "config.json": as_json(prebuilt_config(plain_config(blueprint), config.recipe())),
+                "config.json": as_json(prebuilt_config(plain, config.recipe())),
                 "README.md": model_card(
                     folder.resolve().name,
                     fetched,

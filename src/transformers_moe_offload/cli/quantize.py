@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Annotated
 
 import torch
@@ -11,16 +10,16 @@ from rich import box
 from rich.console import Console
 from rich.table import Table
 
-from transformers_moe_offload.cli import options
+from transformers_moe_offload.cli import options, writing
 from transformers_moe_offload.cli.blueprint import Blueprint, draw
 from transformers_moe_offload.cli.failures import CommandError, one_line_errors, reading
 from transformers_moe_offload.cli.push import expect_pushable, push_folder
-from transformers_moe_offload.cli.writing import expect_apart, plain_config, progress
+from transformers_moe_offload.cli.writing import expect_apart, progress
 from transformers_moe_offload.config import ExpertFormats, OffloadConfig
 from transformers_moe_offload.hf.plan import readable
 from transformers_moe_offload.hf.prebuilt.card import auto_class_of, model_card
 from transformers_moe_offload.hf.prebuilt.fetch import fetch
-from transformers_moe_offload.hf.prebuilt.layout import prebuilt_config
+from transformers_moe_offload.hf.prebuilt.layout import plain_config, prebuilt_config
 from transformers_moe_offload.hf.prebuilt.recipe import recipe_of
 from transformers_moe_offload.hf.prebuilt.resume import expect_place
 from transformers_moe_offload.hf.prebuilt.sizes import Sizes
@@ -30,13 +29,8 @@ from transformers_moe_offload.memory.record import dtype_name
 
 
 def quantize(
-    source: Annotated[
-        str,
-        typer.Argument(
-            metavar="SRC", help="A folder with a checkpoint, or the id of a model on the Hub.", show_default=False
-        ),
-    ],
-    folder: Annotated[Path, typer.Argument(metavar="DST", help="The folder to write.", show_default=False)],
+    source: writing.Source,
+    folder: writing.Destination,
     experts: options.ExpertsFormat = None,
     layers: Annotated[
         list[str] | None,
@@ -46,10 +40,8 @@ def quantize(
     no_optimize: Annotated[
         bool, typer.Option("--no-optimize", help="Round to nearest: several times faster, a little worse.")
     ] = False,
-    workers: Annotated[int | None, typer.Option(min=1, help="Experts at a time; default is one per core.")] = None,
-    overwrite: Annotated[
-        bool, typer.Option("--overwrite", help="Replace a complete checkpoint, once the new one is complete.")
-    ] = False,
+    workers: writing.Workers = None,
+    overwrite: writing.Overwrite = False,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Show the plan; write and download nothing.")] = False,
     push: Annotated[str | None, typer.Option(help="Upload to this repository when done.")] = None,
     private: Annotated[bool, typer.Option("--private", help="Make a new repository private.")] = False,
@@ -82,10 +74,11 @@ def quantize(
         with reading(f"cannot read the weights of {source!r}"):
             fetched = fetch(source, blueprint.model.config, origin.for_files())
         recipe = recipe_of(fetched.name, fetched.revision, fetched.weights, dtype_name(blueprint.dtype), config)
+        plain = plain_config(blueprint.model, blueprint.dtype)
         content = Prebuilt(
             *contents(quantization, fetched.weights, fetched.folder),
             texts={
-                "config.json": as_json(prebuilt_config(plain_config(blueprint), config.recipe())),
+                "config.json": as_json(prebuilt_config(plain, config.recipe())),
                 "README.md": model_card(
                     push or folder.resolve().name,
                     fetched,

@@ -2,18 +2,28 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Annotated
 
+import typer
 from rich.console import Console
 from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn
 
-from transformers_moe_offload.cli.blueprint import Blueprint
 from transformers_moe_offload.cli.failures import CommandError
-from transformers_moe_offload.memory.record import dtype_name
+
+Source = Annotated[
+    str,
+    typer.Argument(
+        metavar="SRC", help="A folder with a checkpoint, or the id of a model on the Hub.", show_default=False
+    ),
+]
+Destination = Annotated[Path, typer.Argument(metavar="DST", help="The folder to write.", show_default=False)]
+Workers = Annotated[int | None, typer.Option(min=1, help="Experts at a time; default is one per core.")]
+Overwrite = Annotated[
+    bool, typer.Option("--overwrite", help="Replace a complete checkpoint, once the new one is complete.")
+]
 
 
 def expect_apart(source: str, folder: Path) -> None:
@@ -23,15 +33,6 @@ def expect_apart(source: str, folder: Path) -> None:
     source_path, target = Path(source).resolve(), folder.resolve()
     if target.is_relative_to(source_path) or source_path.is_relative_to(target):
         raise CommandError(f"DST {folder} and SRC {source} lie inside one another; write to a folder of its own")
-
-
-def plain_config(blueprint: Blueprint) -> dict[str, Any]:
-    """`config.json` as saving the plain model would write it."""
-    config = blueprint.model.config
-    config.dtype = dtype_name(blueprint.dtype)
-    config.architectures = [type(blueprint.model).__name__]
-    plain: dict[str, Any] = json.loads(config.to_json_string())
-    return plain
 
 
 @contextmanager

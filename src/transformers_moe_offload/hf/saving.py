@@ -5,7 +5,6 @@ A complete checkpoint that is already in the folder is replaced as a whole, once
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator, Mapping
 from functools import partial
 from pathlib import Path
@@ -17,7 +16,13 @@ from transformers.modeling_utils import remove_tied_weights_from_state_dict
 from transformers_moe_offload.expert import FieldSpec
 from transformers_moe_offload.formats.coding import LayerCoding
 from transformers_moe_offload.formats.foreign import ForeignCoding
-from transformers_moe_offload.hf.prebuilt.layout import DenseContent, LayerContent, prebuilt_config, shards_of
+from transformers_moe_offload.hf.prebuilt.layout import (
+    DenseContent,
+    LayerContent,
+    plain_config,
+    prebuilt_config,
+    shards_of,
+)
 from transformers_moe_offload.hf.prebuilt.resume import replacing
 from transformers_moe_offload.hf.prebuilt.writer import as_json, finish, write_shards
 from transformers_moe_offload.hf.runtime import OffloadRuntime
@@ -36,7 +41,7 @@ def save_quantized(model: Any, folder: Path, state_dict: Mapping[str, Tensor] | 
     shards = shards_of(list(_layers(runtime)), list(_dense(model, state_dict)))
     with replacing(folder, recipe | {"written_by": "save_pretrained"}) as place:
         write_shards(place, shards)
-        write_text(place / "config.json", as_json(prebuilt_config(_plain_config(model), recipe)))
+        write_text(place / "config.json", as_json(prebuilt_config(plain_config(model, model.dtype), recipe)))
         if model.can_generate():
             model.generation_config.save_pretrained(place)
         finish(place, shards)
@@ -61,10 +66,3 @@ def _dense(model: Any, state_dict: Mapping[str, Tensor] | None) -> Iterator[Dens
 
 def _on_host(name: str, tensor: Tensor) -> dict[str, Tensor]:
     return {name: tensor.detach().cpu().contiguous()}
-
-
-def _plain_config(model: Any) -> dict[str, Any]:
-    model.config.dtype = dtype_name(model.dtype)
-    model.config.architectures = [type(model).__name__]
-    plain: dict[str, Any] = json.loads(model.config.to_json_string())
-    return plain

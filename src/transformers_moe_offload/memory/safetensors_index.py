@@ -19,12 +19,13 @@ from transformers_moe_offload.errors import CheckpointError
 from transformers_moe_offload.expert import ITEMSIZE
 from transformers_moe_offload.memory.disk import File
 
-_DTYPES = {
+DTYPES = {
     "F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat16",
     "F8_E4M3": "float8_e4m3fn", "F8_E5M2": "float8_e5m2", "F8_E8M0": "float8_e8m0fnu",
     "I64": "int64", "I32": "int32", "I16": "int16", "I8": "int8",
     "U64": "uint64", "U32": "uint32", "U16": "uint16", "U8": "uint8", "BOOL": "bool", "C64": "complex64",
 }  # fmt: skip
+"""What a header calls each dtype -> what torch calls it."""
 
 _MAX_HEADER_BYTES = 100_000_000  # the limit of the safetensors library itself
 
@@ -144,9 +145,9 @@ def _checked(name: str, entry: Any, file: File, data_start: int) -> StoredTensor
         dtype = entry["dtype"]
     except (KeyError, TypeError, ValueError) as error:
         raise CheckpointError(f"{file.path} describes tensor {name} in a way that cannot be read") from error
-    if dtype not in list(_DTYPES):  # a list, for what cannot be hashed
-        raise CheckpointError(f"{file.path} stores tensor {name} as {dtype}, which is not one of {sorted(_DTYPES)}")
-    tensor = StoredTensor(name, file, data_start + start, _DTYPES[dtype], shape)
+    if dtype not in list(DTYPES):  # a list, for what cannot be hashed
+        raise CheckpointError(f"{file.path} stores tensor {name} as {dtype}, which is not one of {sorted(DTYPES)}")
+    tensor = StoredTensor(name, file, data_start + start, DTYPES[dtype], shape)
     if min((start, *shape), default=0) < 0 or end - start != tensor.nbytes:
         raise CheckpointError(
             f"{file.path} gives tensor {name} {end - start:,} bytes, but {dtype} {list(shape)} takes {tensor.nbytes:,}"

@@ -24,16 +24,12 @@ from transformers_moe_offload.errors import CheckpointError
 from transformers_moe_offload.expert import ITEMSIZE, FieldSpec
 from transformers_moe_offload.memory.checksum import METADATA_KEY, as_metadata, checksum
 from transformers_moe_offload.memory.record import PAGE_BYTES, host_bytes
+from transformers_moe_offload.memory.safetensors_index import DTYPES
 
 PARTIAL = ".partial"
 """What the name of a file that is being written ends with."""
 
-_CODES = {
-    "float64": "F64", "float32": "F32", "float16": "F16", "bfloat16": "BF16",
-    "float8_e4m3fn": "F8_E4M3", "float8_e5m2": "F8_E5M2", "float8_e8m0fnu": "F8_E8M0",
-    "int64": "I64", "int32": "I32", "int16": "I16", "int8": "I8",
-    "uint64": "U64", "uint32": "U32", "uint16": "U16", "uint8": "U8", "bool": "BOOL", "complex64": "C64",
-}  # fmt: skip
+_CODES = {dtype: code for code, dtype in DTYPES.items()}
 
 
 class SafetensorsWriter:

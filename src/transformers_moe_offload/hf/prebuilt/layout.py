@@ -10,16 +10,18 @@ that `config.json` refers to says what is missing.
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from transformers_moe_offload.expert import ITEMSIZE, FieldSpec
 from transformers_moe_offload.hf.records import CHECKSUMS, RECORDS, described
-from transformers_moe_offload.memory.record import RecordLayout
+from transformers_moe_offload.memory.record import RecordLayout, dtype_name
 from transformers_moe_offload.memory.safetensors_writer import file_bytes
 
 INDEX_NAME = "moe_offload.safetensors.index.json"
@@ -134,6 +136,14 @@ def index_of(shards: Sequence[Shard]) -> dict[str, Any]:
         "metadata": {"total_size": sum(tensor.nbytes for shard in shards for tensor in shard.tensors)},
         "weight_map": {tensor.name: shard.name for shard in shards for tensor in shard.tensors},
     }
+
+
+def plain_config(model: Any, dtype: torch.dtype) -> dict[str, Any]:
+    """The content of `config.json` as saving the plain model in a dtype would write it."""
+    model.config.dtype = dtype_name(dtype)
+    model.config.architectures = [type(model).__name__]
+    plain: dict[str, Any] = json.loads(model.config.to_json_string())
+    return plain
 
 
 def prebuilt_config(config: Mapping[str, Any], recipe: Mapping[str, Any]) -> dict[str, Any]:
