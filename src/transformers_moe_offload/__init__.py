@@ -14,6 +14,7 @@ from transformers_moe_offload.errors import (
     CheckpointError,
     ConfigError,
     MoeOffloadError,
+    RecipeError,
     UnsupportedModelError,
 )
 from transformers_moe_offload.hf.install import install, uninstall
@@ -36,6 +37,7 @@ __all__ = [
     "OffloadConfig",
     "OffloadRuntime",
     "PrefetchConfig",
+    "RecipeError",
     "UnsupportedModelError",
     "cache_stats",
     "install",

@@ -4,7 +4,8 @@
     ├── ConfigError            an option that cannot be, or cannot be yet
     ├── CapacityError          a budget too small to run the model at all
     ├── CheckpointError        files that are missing, short, changed, or not what they say
-    └── UnsupportedModelError  a model without routed experts, or with experts we cannot offload
+    ├── UnsupportedModelError  a model without routed experts, or with experts we cannot offload
+    └── RecipeError            a mixture of experts that cannot be built
 
 Every message names what was wrong, the two things that disagree, and what to change.
 """
@@ -37,3 +38,7 @@ class CheckpointError(MoeOffloadError):
 
 class UnsupportedModelError(MoeOffloadError):
     """A model whose experts cannot be offloaded, with the reason."""
+
+
+class RecipeError(MoeOffloadError, ValueError):
+    """A recipe for a mixture of experts that cannot be built, with the reason. Also a `ValueError`."""

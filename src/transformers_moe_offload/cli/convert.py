@@ -16,13 +16,13 @@ from transformers_moe_offload.cli.writing import expect_apart, progress
 from transformers_moe_offload.config import OffloadConfig
 from transformers_moe_offload.hf.interop.mixtral_offloading import MixtralOffloading
 from transformers_moe_offload.hf.prebuilt.card import auto_class_of, model_card
-from transformers_moe_offload.hf.prebuilt.fetch import fetch
 from transformers_moe_offload.hf.prebuilt.layout import plain_config, prebuilt_config
 from transformers_moe_offload.hf.prebuilt.recipe import recipe_of
 from transformers_moe_offload.hf.prebuilt.resume import expect_place
 from transformers_moe_offload.hf.prebuilt.sizes import Sizes
 from transformers_moe_offload.hf.prebuilt.source import Quantization
 from transformers_moe_offload.hf.prebuilt.writer import Prebuilt, as_json, write_prebuilt
+from transformers_moe_offload.hub.fetch import fetch
 
 
 class Layout(StrEnum):

@@ -8,8 +8,8 @@ from transformers import AutoModelForCausalLM
 
 from transformers_moe_offload import HqqFormat, OffloadConfig
 from transformers_moe_offload.hf.prebuilt.card import auto_class_of, model_card
-from transformers_moe_offload.hf.prebuilt.fetch import Fetched
 from transformers_moe_offload.hf.prebuilt.sizes import Sizes
+from transformers_moe_offload.hub.fetch import Fetched
 from zoo.build import build
 
 SIZES = Sizes(

@@ -10,12 +10,12 @@ from transformers_moe_offload import ConfigError, HqqFormat, OffloadConfig
 from transformers_moe_offload.cli.blueprint import draw
 from transformers_moe_offload.cli.options import Origin
 from transformers_moe_offload.errors import CheckpointError
-from transformers_moe_offload.hf.prebuilt.fetch import fetch
 from transformers_moe_offload.hf.prebuilt.layout import prebuilt_config
 from transformers_moe_offload.hf.prebuilt.recipe import recipe_of
 from transformers_moe_offload.hf.prebuilt.sizes import Sizes
 from transformers_moe_offload.hf.prebuilt.source import Quantization, contents
 from transformers_moe_offload.hf.prebuilt.writer import Prebuilt, as_json, write_prebuilt
+from transformers_moe_offload.hub.fetch import fetch
 from transformers_moe_offload.memory.safetensors_index import read_index
 from zoo.build import build, inputs, output_tensor, save
 

@@ -11,9 +11,9 @@ from yaml import YAMLError  # type: ignore[import-untyped]
 
 from transformers_moe_offload.config import ExpertFormats, OffloadConfig
 from transformers_moe_offload.hf.plan import readable
-from transformers_moe_offload.hf.prebuilt.fetch import Fetched
 from transformers_moe_offload.hf.prebuilt.layout import AUTO_CLASSES
 from transformers_moe_offload.hf.prebuilt.sizes import Sizes
+from transformers_moe_offload.hub.fetch import Fetched
 
 _KEPT = ("license", "license_name", "license_link", "language", "pipeline_tag")
 """What holds for a quantized model because it holds for the original."""

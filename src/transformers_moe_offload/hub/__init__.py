@@ -1,0 +1,1 @@
+"""Checkpoints on the Hub: from there to here, and from here to there."""
