@@ -8,7 +8,7 @@ import transformers_moe_offload as tmo
 
 PUBLIC = [
     "CacheStats", "CapacityError", "CheckpointError", "ConfigError", "ExpertFormats", "HqqFormat", "LayerStats",
-    "MoeOffloadError", "OffloadConfig", "OffloadRuntime", "PrefetchConfig", "UnsupportedModelError", "cache_stats",
+    "MoeOffloadError", "OffloadConfig", "OffloadRuntime", "PrefetchConfig", "RecipeError", "UnsupportedModelError", "cache_stats",
     "install", "register_policy", "register_predictor", "restore", "uninstall",
 ]  # fmt: skip
 
