@@ -8,8 +8,8 @@ import transformers_moe_offload as tmo
 
 PUBLIC = [
     "CacheStats", "CapacityError", "CheckpointError", "ConfigError", "ExpertFormats", "HqqFormat", "LayerStats",
-    "MoeOffloadError", "OffloadConfig", "OffloadRuntime", "PrefetchConfig", "RecipeError", "UnsupportedModelError", "cache_stats",
-    "install", "register_policy", "register_predictor", "restore", "uninstall",
+    "MoeOffloadError", "OffloadConfig", "OffloadRuntime", "PrefetchConfig", "RecipeError", "UnsupportedModelError",
+    "cache_stats", "install", "register_policy", "register_predictor", "restore", "uninstall",
 ]  # fmt: skip
 
 
