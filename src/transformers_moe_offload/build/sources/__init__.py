@@ -1,0 +1,1 @@
+"""The dense weights that go into a mixture of experts."""

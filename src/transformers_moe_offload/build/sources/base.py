@@ -1,0 +1,43 @@
+"""What the builder needs to know of a dense model: its config, and its tensors, one at a time."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Protocol
+
+from torch import Tensor
+from transformers import PreTrainedConfig
+
+from transformers_moe_offload.expert import FieldSpec
+
+
+class Source(Protocol):
+    """A dense model, read tensor by tensor; it is never in memory as a whole."""
+
+    @property
+    def name(self) -> str:
+        """Its id on the Hub, or the name of its folder; an adapter's is `base+adapter`."""
+
+    @property
+    def revision(self) -> str | None:
+        """Its commit, if it is from the Hub."""
+
+    @property
+    def config(self) -> PreTrainedConfig:
+        """The config of the dense model."""
+
+    @property
+    def tensors(self) -> Mapping[str, FieldSpec]:
+        """What `save_pretrained` of the dense class wrote, by name."""
+
+    def read(self, name: str) -> Tensor:
+        """One tensor, on the CPU and in the dtype it is stored in."""
+
+    @property
+    def companions(self) -> tuple[Path, ...]:
+        """Tokenizer, chat template, generation settings, licence: what goes along whatever the weights are."""
+
+    @property
+    def card(self) -> Path | None:
+        """Its model card, if it has one."""
