@@ -14,14 +14,14 @@ class Origin:
     """Where a dense model comes from.
 
     Args:
-        model: a folder, or an id on the Hub.
+        model: a folder, or an id on the Hub; None means the base model, with an adapter.
         revision: branch, tag or commit on the Hub.
         adapter: a LoRA adapter that is merged into the model, tensor by tensor; a folder, id or `id@revision`.
         extract_rank: instead of the model itself, what a LoRA of this rank keeps of its difference to the base model
             (truncated singular value decomposition).
     """
 
-    model: str
+    model: str | None = None
     revision: str | None = None
     adapter: str | None = None
     extract_rank: int | None = None
@@ -35,6 +35,9 @@ class Origin:
                 f"rank already; leave one of them out"
             )
 
+        if self.model is None and self.adapter is None:
+            raise RecipeError("neither model nor adapter is given; set one of them")
+
     @classmethod
     def parse(cls, text: str) -> Origin:
         """A model in one line: `model`, `model@revision`, `model+adapter`; a folder of that name is taken literally."""
@@ -42,10 +45,10 @@ class Origin:
             return cls(model=text)
         model, _, adapter = text.partition("+")
         model, _, revision = model.partition("@")
-        return cls(model=model, revision=revision or None, adapter=adapter or None)
+        return cls(model=model or None, revision=revision or None, adapter=adapter or None)
 
     def __str__(self) -> str:
-        model = f"{self.model}@{self.revision}" if self.revision else self.model
+        model = f"{self.model}@{self.revision}" if self.revision else self.model or "base model"
         return f"{model}+{self.adapter}" if self.adapter else model
 
 

@@ -4,12 +4,21 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
 from torch import Tensor
 from transformers import PreTrainedConfig
 
 from transformers_moe_offload.expert import FieldSpec
+
+
+class Ancestor(NamedTuple):
+    """A checkpoint that a source is made of."""
+
+    name: str
+    """Its id on the Hub, or the name of its folder."""
+    revision: str | None
+    """Its commit, if it is from the Hub."""
 
 
 class Source(Protocol):
@@ -24,15 +33,19 @@ class Source(Protocol):
         """Its commit, if it is from the Hub."""
 
     @property
+    def ancestors(self) -> tuple[Ancestor, ...]:
+        """The checkpoints it is made of: itself, or a model and an adapter."""
+
+    @property
     def config(self) -> PreTrainedConfig:
         """The config of the dense model."""
 
     @property
     def tensors(self) -> Mapping[str, FieldSpec]:
-        """What `save_pretrained` of the dense class wrote, by name."""
+        """What `save_pretrained` of the dense class writes, by name."""
 
     def read(self, name: str) -> Tensor:
-        """One tensor, on the CPU and in the dtype it is stored in."""
+        """One tensor, on the CPU and in the dtype that `tensors` says."""
 
     @property
     def companions(self) -> tuple[Path, ...]:
