@@ -18,8 +18,8 @@ from transformers_moe_offload.errors import RecipeError
 from transformers_moe_offload.expert import FieldSpec
 
 _EXACT_UP_TO = 1024
-"""Smaller dimension of a matrix up to which it is decomposed as a whole; beyond, by random projection (Halko, Martinsson
-and Tropp, arXiv 0909.4061), whose cost is that of the rank."""
+"""Smaller dimension of a matrix up to which it is decomposed as a whole; beyond, by random projection (Halko,
+Martinsson and Tropp, arXiv 0909.4061), whose cost is that of the rank."""
 
 _OVERSAMPLING, _ITERATIONS = 8, 4  # as Halko et al. advise for spectra that fall slowly, as those of fine-tunes do
 
