@@ -105,6 +105,12 @@ class AdapterSource:
         product = second @ first
         return torch.add(tensor.float(), product if product.shape == tensor.shape else product.T, alpha=scale)
 
+    def read_rows(self, name: str, start: int, stop: int) -> Tensor:
+        """Some rows of it, merged; where the adapter changes nothing, only these are read."""
+        if name in self._whole or name in self._pairs:
+            return self.read(name)[start:stop]
+        return self._base.read_rows(name, start, stop)
+
     def _parts(
         self, stored: Mapping[str, StoredTensor]
     ) -> tuple[dict[str, tuple[StoredTensor, StoredTensor]], dict[str, StoredTensor]]:

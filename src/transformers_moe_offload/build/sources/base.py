@@ -47,6 +47,9 @@ class Source(Protocol):
     def read(self, name: str) -> Tensor:
         """One tensor, on the CPU and in the dtype that `tensors` says."""
 
+    def read_rows(self, name: str, start: int, stop: int) -> Tensor:
+        """Some rows of a tensor, without reading the others where that can be."""
+
     @property
     def companions(self) -> tuple[Path, ...]:
         """Tokenizer, chat template, generation settings, licence: what goes along whatever the weights are."""

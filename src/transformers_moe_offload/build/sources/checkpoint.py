@@ -6,6 +6,7 @@ import json
 import os
 import re
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -89,6 +90,17 @@ class CheckpointSource:
         """One tensor, as it is stored."""
         stored = self._stored[name]
         return FieldSource((stored,), (stored.dtype,)).read(stored.shape)
+
+    def read_rows(self, name: str, start: int, stop: int) -> Tensor:
+        """Some rows of it, and only these are read."""
+        return read_rows(self._stored[name], start, stop)
+
+
+def read_rows(stored: StoredTensor, start: int, stop: int) -> Tensor:
+    """Rows `start` to `stop` of a stored tensor; nothing else is read."""
+    row_bytes = stored.nbytes // stored.shape[0]
+    rows = replace(stored, offset=stored.offset + start * row_bytes, shape=(stop - start, *stored.shape[1:]))
+    return FieldSource((rows,), (rows.dtype,)).read(rows.shape)
 
 
 def _as_saved(name: str, config: PreTrainedConfig, stored: Mapping[str, StoredTensor]) -> dict[str, StoredTensor]:
