@@ -16,9 +16,7 @@ _TOKENIZER = "tokenizer.json"
 _SHOULD_AGREE = ("rope_parameters", "rms_norm_eps", "layer_norm_eps", "norm_eps")
 
 
-def expect_fitting(
-    sources: Sequence[Source], layers: Sequence[int], names: Callable[[int], Mapping[str, str]]
-) -> None:
+def expect_fitting(sources: Sequence[Source], layers: Sequence[int], names: Callable[[int], Mapping[str, str]]) -> None:
     """Raise `RecipeError` unless every source has, in every layer, a block that fits between the base model's layers."""
     base = sources[0]
     for source in sources[1:]:

@@ -73,9 +73,7 @@ def mixture_of(recipe: MoeRecipe) -> Mixture:
             if expert.delta
         )
         experts = tuple(Block((part, *taken)) for part in parts)
-        names = tuple(
-            expert.name or str(expert.source or recipe.base_model) for n, expert in enumerate(recipe.experts)
-        )
+        names = tuple(expert.name or str(expert.source or recipe.base_model) for n, expert in enumerate(recipe.experts))
     return Mixture(experts, block, names, is_gated)
 
 
