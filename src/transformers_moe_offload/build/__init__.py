@@ -1,0 +1,1 @@
+"""Make mixture-of-experts checkpoints from dense ones. Knows nothing of caches."""

@@ -1,0 +1,62 @@
+"""What becomes of the mixture: how it is checked, written and published."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from transformers_moe_offload.build.recipe.values import expect_choice, freeze_texts
+
+LEVELS = ("error", "warn", "off")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Checks:
+    """What is checked of the built model before it is put in its place. `identity`, `forced_expert` and `reload` cannot
+    be turned off.
+
+    Args:
+        similarity: what happens if an expert has little in common with the base model: `error`, `warn` or `off`.
+        licence: what happens if licences of sources exclude each other.
+    """
+
+    similarity: str = "warn"
+    licence: str = "error"
+
+    def __post_init__(self) -> None:
+        expect_choice(self, "similarity", LEVELS)
+        expect_choice(self, "licence", LEVELS)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Output:
+    """How the checkpoint is written.
+
+    Args:
+        max_shard_size: as in `save_pretrained`.
+    """
+
+    max_shard_size: int | str = "5GB"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Hub:
+    """Where and how it is published, with `--push` or `publish`.
+
+    Args:
+        repo_id: the repository.
+        private: whether a new one is private.
+        license: instead of what follows from the sources' licences.
+        tags: beside our own.
+        create_pr: upload as a pull request.
+        revision: branch to upload to.
+    """
+
+    repo_id: str | None = None
+    private: bool | None = None
+    license: str | None = None
+    tags: tuple[str, ...] = ()
+    create_pr: bool = False
+    revision: str | None = None
+
+    def __post_init__(self) -> None:
+        freeze_texts(self, "tags")
