@@ -64,10 +64,6 @@ class Materials:
             return torch.zeros((hidden, width) if matrix.role == "down" else (width, hidden))
         return self.blocks.matrix(block, layer, matrix.role, width)
 
-    def base_matrix(self, layer: int, role: str) -> Tensor:
-        """A matrix of the base model's own block."""
-        return self.plan.base.read(self.plan.container.dense_matrices(layer)[role])
-
     def stem(self, name: str) -> Tensor:
         """A tensor that is no part of an expert."""
         base, *others = self.plan.stems
