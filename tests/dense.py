@@ -9,6 +9,7 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
+from transformers_moe_offload.build.sources import Ancestor
 from transformers_moe_offload.expert import FieldSpec
 from transformers_moe_offload.memory.record import dtype_name
 from zoo.weights import randomise
@@ -35,6 +36,10 @@ class ModelSource:
     revision: str | None = None
     companions: tuple[Path, ...] = ()
     card: Path | None = None
+
+    @property
+    def ancestors(self) -> tuple[Ancestor, ...]:
+        return (Ancestor(self.name, self.revision),)
 
     @property
     def config(self) -> PreTrainedConfig:

@@ -12,8 +12,9 @@ from copy import deepcopy
 
 import torch
 from torch import Tensor, nn
-from transformers import AutoModelForCausalLM, PreTrainedModel
+from transformers import PreTrainedModel
 
+from transformers_moe_offload.build.layout import on_meta
 from transformers_moe_offload.build.sources.base import Source
 from transformers_moe_offload.errors import CheckpointError, RecipeError
 
@@ -56,7 +57,7 @@ class Skeleton:
             yield module
         finally:
             for name, placeholder in placeholders.items():
-                _put(module, name, placeholder)  # type: ignore[arg-type]
+                _put(module, name, placeholder)
 
     def _weight(self, index: int, name: str, placeholder: Tensor) -> Tensor:
         full = _stored(self._source, f"{self.stack}.{index}.{name}")
@@ -87,20 +88,18 @@ def _matched(path: str) -> re.Match[str]:
 
 
 def _without_weights(source: Source, dtype: torch.dtype, device: str) -> PreTrainedModel:
-    config = deepcopy(source.config)
     try:
-        with torch.device("meta"):
-            model: PreTrainedModel = AutoModelForCausalLM.from_config(config, dtype=dtype)
+        model: PreTrainedModel = on_meta(deepcopy(source.config), dtype)
     except ValueError as error:  # what Auto classes say of a type they do not know
         raise RecipeError(f"{source.name} is no causal language model: {error}") from error
     for module in model.modules():
         names = [name for name, buffer in module.named_buffers(recurse=False) if buffer.device.type == "meta"]
         for name in names:
-            module._buffers[name] = torch.empty_like(module._buffers[name], device=device)  # type: ignore[arg-type]
+            module._buffers[name] = torch.empty_like(module._buffers[name], device=device)
         if names:
             # How from_pretrained of Transformers 5.23 fills buffers that are in no checkpoint.
             model._init_weights(module)
-    return model.eval()
+    return model
 
 
 def _stored(source: Source, name: str) -> str:

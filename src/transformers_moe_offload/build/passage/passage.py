@@ -12,6 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import contextmanager
+from functools import partial
 from typing import Any, Protocol
 
 import torch
@@ -76,7 +77,7 @@ def run(
     hidden_size = model.causal.get_input_embeddings().weight.shape[1]
     shapes = [(*batch.tokens.shape, hidden_size) for batch in batches]
     with (
-        ResidualStream(shapes, dtype) as stream,  # type: ignore[arg-type]
+        ResidualStream(shapes, dtype) as stream,
         tqdm(total=num_layers, unit="layer", desc="Calibrating", disable=advance is not None) as bar,
     ):
         for number, embedded in enumerate(model.embedded([batch.tokens for batch in batches])):
@@ -87,13 +88,15 @@ def run(
                 for number, batch in enumerate(batches):
                     hidden = stream[number].to(device)  # copy: host -> device
                     replay.hidden = hidden
-                    with _watching(
-                        model.causal, paths, lambda path, seen, n=number: watcher.seen(index, path, n, seen)
-                    ):
+                    with _watching(model.causal, paths, partial(_tell, watcher, index, number)):
                         stream[number] = _answer(model.causal, model.decoder_layers[index], batch, hidden)
             if paths:
                 watcher.passed(index)
             (advance or bar.update)(1)
+
+
+def _tell(watcher: Watcher, layer: int, batch: int, path: str, hidden: Tensor) -> None:
+    watcher.seen(layer, path, batch, hidden)
 
 
 class _Replay:
@@ -107,7 +110,7 @@ def _replayed(layers: nn.ModuleList, index: int) -> Any:
     skipped = list(layers)[:index]
     try:
         for layer in skipped:
-            layer.forward = lambda *_, **__: replay.hidden  # type: ignore[method-assign]
+            layer.forward = lambda *_, **__: replay.hidden
         yield replay
     finally:
         for layer in skipped:
