@@ -20,6 +20,7 @@ from transformers_moe_offload.build.plan import (
     SharedGateRow,
     Zeros,
 )
+from transformers_moe_offload.build.stem import merged
 from transformers_moe_offload.build.targets import Matrix
 from transformers_moe_offload.expert import FieldSpec
 from transformers_moe_offload.memory.record import torch_dtype
@@ -69,8 +70,6 @@ class Materials:
         base, *others = self.plan.stems
         if not others:
             return base.read(name)
-        from transformers_moe_offload.build.stem import merged
-
         return merged(self.plan.recipe.stem, base.read(name), [other.read(name) for other in others], name)
 
     def stem_rows(self, name: str, start: int, stop: int) -> Tensor:

@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 from transformers_moe_offload.build.blocks import Block, Part, part_width
+from transformers_moe_offload.build.gates.texts import name_of
 from transformers_moe_offload.build.recipe import Expert, MoeRecipe, Origin
 
 
@@ -73,7 +74,7 @@ def mixture_of(recipe: MoeRecipe) -> Mixture:
             if expert.delta
         )
         experts = tuple(Block((part, *taken)) for part in parts)
-        names = tuple(expert.name or str(expert.source or recipe.base_model) for expert in recipe.experts)
+        names = tuple(name_of(expert, n) for n, expert in enumerate(recipe.experts))
         left = tuple(part for part, expert in zip(shared, recipe.shared_experts, strict=True) if not expert.delta)
         sums = tuple((Block((part,)), *((Block(left),) if left and not is_gated else ())) for part in parts)
         return Mixture(experts, block, names, sums, _base_sum(None if is_gated else block), is_gated)

@@ -6,7 +6,6 @@ others are written again.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from itertools import groupby
@@ -21,6 +20,7 @@ from transformers_moe_offload.build.plan import BuildPlan, FromBlock, PlannedTen
 from transformers_moe_offload.expert import ITEMSIZE
 from transformers_moe_offload.memory.safetensors_writer import SafetensorsWriter, write_text
 from transformers_moe_offload.output.shards import Advance, Shard, expect_room, fill_shards, index_of, shard_names
+from transformers_moe_offload.output.text import as_json
 
 WeightShard = Shard[Sequence[PlannedTensor]]
 
@@ -57,7 +57,7 @@ def write_weights(folder: Path, shards: Sequence[WeightShard], materials: Materi
     if len(shards) > 1:
         index = index_of(shards)
         index["metadata"]["total_parameters"] = materials.plan.parameters.total
-        write_text(folder / INDEX_NAME, json.dumps(index, indent=2, sort_keys=True) + "\n")
+        write_text(folder / INDEX_NAME, as_json(index))
 
 
 def _unit(tensor: PlannedTensor) -> Any:
