@@ -20,9 +20,10 @@ from transformers_moe_offload.hf.prebuilt.layout import MARKS, plain_config, pre
 from transformers_moe_offload.hf.prebuilt.recipe import recipe_of
 from transformers_moe_offload.hf.prebuilt.sizes import Sizes
 from transformers_moe_offload.hf.prebuilt.source import Quantization
-from transformers_moe_offload.hf.prebuilt.writer import Prebuilt, as_json, write_prebuilt
+from transformers_moe_offload.hf.prebuilt.writer import Prebuilt, write_prebuilt
 from transformers_moe_offload.hub.fetch import fetch
 from transformers_moe_offload.output.place import expect_place
+from transformers_moe_offload.output.text import as_json
 
 
 class Layout(StrEnum):

@@ -23,13 +23,14 @@ from transformers_moe_offload.hf.prebuilt.layout import (
     prebuilt_config,
     shards_of,
 )
-from transformers_moe_offload.hf.prebuilt.writer import as_json, finish, write_shards
+from transformers_moe_offload.hf.prebuilt.writer import finish, write_shards
 from transformers_moe_offload.hf.runtime import OffloadRuntime
 from transformers_moe_offload.memory.encoding import encoded_row
 from transformers_moe_offload.memory.record import dtype_name
 from transformers_moe_offload.memory.safetensors_writer import write_text
 from transformers_moe_offload.output.place import replacing
 from transformers_moe_offload.output.shards import Content
+from transformers_moe_offload.output.text import as_json
 
 
 def save_quantized(model: Any, folder: Path, state_dict: Mapping[str, Tensor] | None = None) -> None:

@@ -6,7 +6,6 @@ and one dense tensor at a time. What is written does not depend on the number of
 
 from __future__ import annotations
 
-import json
 import os
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -34,6 +33,7 @@ from transformers_moe_offload.output.shards import (
     index_of,
     write_contents,
 )
+from transformers_moe_offload.output.text import as_json
 
 T = TypeVar("T")
 
@@ -97,11 +97,6 @@ def finish(folder: Path, shards: Sequence[Shard[Contents]]) -> None:
     """Make a folder with all its shards a checkpoint that can be loaded."""
     write_text(folder / GUARD.name, GUARD.read_text(encoding="utf-8"))
     write_text(folder / INDEX_NAME, as_json(index_of(shards)))
-
-
-def as_json(content: Any) -> str:
-    """JSON as Transformers writes it."""
-    return json.dumps(content, indent=2, sort_keys=True) + "\n"
 
 
 def _fill(workers: int, writer: SafetensorsWriter, content: Contents, done: Advance) -> None:
