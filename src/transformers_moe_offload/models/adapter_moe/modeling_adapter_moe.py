@@ -6,7 +6,8 @@ from __future__ import annotations
 import json
 import os
 import shutil
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -84,6 +85,18 @@ class AdapterMoeForCausalLM(PreTrainedModel, GenerationMixin):
         choice = self.router.choose(inputs_embeds.reshape(-1, inputs_embeds.shape[-1]))
         with choosing(choice):
             return self.language_model(inputs_embeds=inputs_embeds, **kwargs)
+
+    @contextmanager
+    def taking_only(self, adapter: int) -> Iterator[None]:
+        """Inside the block every router chooses one adapter, by its number, at full weight."""
+        routers = [module for module in self.modules() if isinstance(module, AdapterRouter)]
+        for router in routers:
+            router.only = adapter
+        try:
+            yield
+        finally:
+            for router in routers:
+                router.only = None
 
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path: Any, *args: Any, **kwargs: Any) -> Any:

@@ -52,6 +52,8 @@ class AdapterRouter(nn.Module):
         self.num_experts = config.num_experts
         self.scoring = config.scoring
         self.temperature = config.temperature
+        self.only: int | None = None
+        """The adapter that is chosen whatever the scores."""
         if self.scoring != "uniform":
             self.weight = nn.Parameter(torch.empty(self.num_experts, hidden_size))
 
@@ -63,6 +65,9 @@ class AdapterRouter(nn.Module):
             logits = nn.functional.linear(hidden_states, self.weight).float() / self.temperature
         if self.scoring == "arrow":
             logits = logits.abs()  # the sign of a singular vector says nothing
+        if self.only is not None:
+            index = torch.full((len(hidden_states), 1), self.only, device=hidden_states.device)
+            return logits, torch.ones_like(hidden_states[:, :1]), index
         best, index = logits.topk(self.top_k, dim=-1)
         weights = best.sigmoid() if self.scoring == "sigmoid" else best.softmax(dim=-1)
         return logits, weights.to(hidden_states.dtype), index
