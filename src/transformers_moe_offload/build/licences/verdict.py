@@ -1,6 +1,7 @@
 """The licence of a mixture, from what the cards of its sources say; and whether those licences exclude each other.
 
-Decides from identifiers alone, and errs on the side of caution: what is not in `table.py` is unknown, and is said to be. This is bookkeeping and no legal advice; whoever publishes has the last word (`hub.license`).
+Decides from identifiers alone, and errs on the side of caution: what is not in `table.py` is unknown, and is said to
+be. This is bookkeeping and no legal advice; whoever publishes has the last word (`hub.license`).
 """
 
 from __future__ import annotations
@@ -13,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from huggingface_hub import ModelCard
-from yaml import YAMLError  # type: ignore[import-untyped]
+from yaml import YAMLError
 
 from transformers_moe_offload.build.licences.table import (
     COMMUNITY,
@@ -172,7 +173,7 @@ def _mixed(licences: Sequence[Licence]) -> Iterable[str]:
     limited = [one for one in _distinct(licences) if one.kind in (COMMUNITY, NON_COMMERCIAL)]
     if len({_family(one) for one in limited}) > 1:
         yield (
-            f"{' and '.join(map(str, limited))} all hold for the mixture at once; whoever uses it is bound by each of them"
+            f"{' and '.join(map(str, limited))} all hold for the mixture at once; whoever uses it is bound by each"
         )
 
 
