@@ -64,12 +64,12 @@ class Blocks:
         """Channels of a source's block."""
         return self._sources[source].tensors[self._names(layer)["gate"]].shape[0]
 
-    def matrix(self, block: Block, layer: int, role: str, width: int) -> Tensor:
+    def matrix(self, block: Block, layer: int, role: str, width: int | None = None) -> Tensor:
         """One matrix of an expert, padded to a width: (I, H), or (H, I) for `down`; of a dtype that loses nothing."""
         parts = [self._part(part, layer, role) for part in block.parts]
         dimension = 1 if role == "down" else 0
-        missing = width - sum(part.shape[dimension] for part in parts)
-        assert missing >= 0, f"layer {layer}: {missing + width} channels in a width of {width}"
+        missing = 0 if width is None else width - sum(part.shape[dimension] for part in parts)
+        assert missing >= 0, f"layer {layer}: {-missing} channels more than a width of {width}"
         if missing:
             shape = list(parts[0].shape)
             shape[dimension] = missing

@@ -17,7 +17,7 @@ _SHOULD_AGREE = ("rope_parameters", "rms_norm_eps", "layer_norm_eps", "norm_eps"
 
 
 def expect_fitting(sources: Sequence[Source], layers: Sequence[int], names: Callable[[int], Mapping[str, str]]) -> None:
-    """Raise `RecipeError` unless every source has, in every layer, a block that fits between the base model's layers."""
+    """Raise `RecipeError` unless every source has, in every layer, a block that fits into the base model."""
     base = sources[0]
     for source in sources[1:]:
         for field in ("num_hidden_layers", "hidden_size", "hidden_act"):

@@ -20,6 +20,7 @@ from transformers_moe_offload.build.plan import (
     SharedGateRow,
     Zeros,
 )
+from transformers_moe_offload.build.stem import merged
 from transformers_moe_offload.build.targets import Matrix
 from transformers_moe_offload.expert import FieldSpec
 from transformers_moe_offload.memory.record import torch_dtype
@@ -64,17 +65,11 @@ class Materials:
             return torch.zeros((hidden, width) if matrix.role == "down" else (width, hidden))
         return self.blocks.matrix(block, layer, matrix.role, width)
 
-    def base_matrix(self, layer: int, role: str) -> Tensor:
-        """A matrix of the base model's own block."""
-        return self.plan.base.read(self.plan.container.dense_matrices(layer)[role])
-
     def stem(self, name: str) -> Tensor:
         """A tensor that is no part of an expert."""
         base, *others = self.plan.stems
         if not others:
             return base.read(name)
-        from transformers_moe_offload.build.stem import merged
-
         return merged(self.plan.recipe.stem, base.read(name), [other.read(name) for other in others], name)
 
     def stem_rows(self, name: str, start: int, stop: int) -> Tensor:

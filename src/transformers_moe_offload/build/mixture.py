@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 from transformers_moe_offload.build.blocks import Block, Part, part_width
+from transformers_moe_offload.build.gates.texts import name_of
 from transformers_moe_offload.build.recipe import Expert, MoeRecipe, Origin
 
 
@@ -21,12 +22,12 @@ class Mixture:
     """None where there is nothing that every token visits."""
     names: tuple[str, ...]
     """What the experts are called."""
+    sums: tuple[tuple[Block, ...], ...]
+    """What a token gets that visits one expert only, with weight 1, as blocks of dense models: the expert's source, and
+    the shared expert unless that is in it."""
+    base_sum: tuple[Block, ...]
+    """The same where the base model's block is the expert."""
     is_shared_gated: bool = False
-
-    @property
-    def blocks(self) -> tuple[Block, ...]:
-        """All of them."""
-        return (*self.experts, *((self.shared,) if self.shared else ()))
 
     def width(self, widths: Sequence[int]) -> int:
         """The widest expert, given the widths of the sources' blocks."""
@@ -73,8 +74,12 @@ def mixture_of(recipe: MoeRecipe) -> Mixture:
             if expert.delta
         )
         experts = tuple(Block((part, *taken)) for part in parts)
-        names = tuple(expert.name or str(expert.source or recipe.base_model) for n, expert in enumerate(recipe.experts))
-    return Mixture(experts, block, names, is_gated)
+        names = tuple(name_of(expert, n) for n, expert in enumerate(recipe.experts))
+        left = tuple(part for part, expert in zip(shared, recipe.shared_experts, strict=True) if not expert.delta)
+        sums = tuple((Block((part,)), *((Block(left),) if left and not is_gated else ())) for part in parts)
+        return Mixture(experts, block, names, sums, _base_sum(None if is_gated else block), is_gated)
+    ungated = None if is_gated else block
+    return Mixture(experts, block, names, _with_shared(experts, ungated), _base_sum(ungated), is_gated)
 
 
 def _part(recipe: MoeRecipe, origins: Sequence[Origin], expert: Expert, seed: str) -> Part:
@@ -121,4 +126,13 @@ def _split(recipe: MoeRecipe) -> Mixture:
         for index in range(num_shared, count)
     )
     names = tuple(f"part {index}" for index in range(num_shared, count))
-    return Mixture(routed, Block(shared) if shared else None, names)
+    block = Block(shared) if shared else None
+    return Mixture(routed, block, names, _with_shared(routed, block), _base_sum(block))
+
+
+def _base_sum(shared: Block | None) -> tuple[Block, ...]:
+    return (Block((Part(),)), *((shared,) if shared else ()))
+
+
+def _with_shared(experts: Sequence[Block], shared: Block | None) -> tuple[tuple[Block, ...], ...]:
+    return tuple((expert, shared) if shared else (expert,) for expert in experts)

@@ -21,7 +21,7 @@ from transformers_moe_offload.build.fitting import compare, expect_fitting
 from transformers_moe_offload.build.layout import layout_of
 from transformers_moe_offload.build.mixture import Mixture, mixture_of
 from transformers_moe_offload.build.recipe import MoeRecipe
-from transformers_moe_offload.build.sources import Source
+from transformers_moe_offload.build.sources import Ancestor, Source
 from transformers_moe_offload.build.targets import Container, Matrix, MoeShape, candidates
 from transformers_moe_offload.errors import RecipeError
 from transformers_moe_offload.expert import ITEMSIZE, FieldSpec
@@ -110,6 +110,16 @@ class BuildPlan:
         return self.sources[0]
 
     @property
+    def ancestors(self) -> tuple[Ancestor, ...]:
+        """Every checkpoint that something is taken from, once."""
+        return tuple(dict.fromkeys(one for source in (*self.sources, *self.stems) for one in source.ancestors))
+
+    @property
+    def stem_names(self) -> tuple[str, ...]:
+        """The tensors of the dense model that are no expert's."""
+        return tuple(piece.name for tensor in self.tensors for piece in tensor.pieces if isinstance(piece, FromStem))
+
+    @property
     def nbytes(self) -> int:
         """Bytes of all tensors."""
         return sum(tensor.spec.nbytes for tensor in self.tensors)
@@ -143,7 +153,7 @@ def plan_build(recipe: MoeRecipe, sources: Sequence[Source], stems: Sequence[Sou
                 MoeShape(
                     num_experts=len(fitting.experts),
                     experts_per_token=recipe.experts_per_token,
-                    width=fitting.width(widths),
+                    width=_aligned(fitting.width(widths)),
                     dense_width=widths[0],
                     num_layers=num_layers,
                     layers=layers,
@@ -182,6 +192,11 @@ def _narrowest(base: Source) -> torch.dtype:
 
 def _width(source: Source, names: Callable[[int], Mapping[str, str]], layers: Sequence[int]) -> int:
     return max(source.tensors[names(layer)["gate"]].shape[0] for layer in layers)
+
+
+def _aligned(width: int) -> int:
+    """Transformers' grouped product of experts needs rows of whole 16 bytes, in any dtype; the dense model does not."""
+    return -(-width // 8) * 8
 
 
 def _named(config: PreTrainedConfig, dtype: torch.dtype) -> PreTrainedConfig:

@@ -19,6 +19,8 @@ class Ancestor(NamedTuple):
     """Its id on the Hub, or the name of its folder."""
     revision: str | None
     """Its commit, if it is from the Hub."""
+    files: tuple[Path, ...] = ()
+    """Its weights."""
 
 
 class Source(Protocol):

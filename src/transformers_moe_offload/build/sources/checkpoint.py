@@ -69,7 +69,7 @@ class CheckpointSource:
     @property
     def ancestors(self) -> tuple[Ancestor, ...]:
         """Itself."""
-        return (Ancestor(self.name, self.revision),)
+        return (Ancestor(self.name, self.revision, self._fetched.weights),)
 
     @property
     def companions(self) -> tuple[Path, ...]:
@@ -80,11 +80,6 @@ class CheckpointSource:
     def card(self) -> Path | None:
         """Its model card, if it has one."""
         return self._fetched.card
-
-    @property
-    def weights(self) -> tuple[Path, ...]:
-        """The files."""
-        return self._fetched.weights
 
     def read(self, name: str) -> Tensor:
         """One tensor, as it is stored."""
