@@ -6,13 +6,15 @@ import os
 import random
 import shutil
 import signal
+import time
 
 import pytest
 import torch
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM
 
 from transformers_moe_offload import CheckpointError, ConfigError, ExpertFormats, HqqFormat, OffloadConfig, restore
-from transformers_moe_offload.hf.prebuilt.resume import recover
+from transformers_moe_offload.hf.prebuilt.layout import MARKS
+from transformers_moe_offload.output.place import recover
 from zoo.build import build, inputs, output_tensor, save, zoo_names
 
 FORMAT = HqqFormat(group_size=16)
@@ -126,18 +128,19 @@ def test_killed_while_saving_the_old_or_the_new_checkpoint_is_there(quantized, s
     other = AutoModelForCausalLM.from_pretrained(
         checkpoint, moe_offload=OffloadConfig(experts=HqqFormat(group_size=32))
     )
-    states = [files(saved)]
+    states, start = [files(saved)], time.perf_counter()
     other.save_pretrained(saved)
+    span = time.perf_counter() - start
     states.append(files(saved))
     context, moments, killed = multiprocessing.get_context("fork"), random.Random(0), 0
     for trial in range(20):
         child = context.Process(target=(quantized, other)[trial % 2].save_pretrained, args=(saved,))
         child.start()
-        child.join(moments.uniform(0, 0.1))
+        child.join(moments.uniform(0, span))
         child.kill()
         child.join()
         killed += child.exitcode == -signal.SIGKILL
-        recover(saved)
+        recover(saved, MARKS)
         assert files(saved) in states
     assert killed > 0
     other.save_pretrained(saved)

@@ -6,6 +6,7 @@ installed. Nothing is read.
 
 from __future__ import annotations
 
+import json
 import re
 from collections.abc import Mapping
 from functools import lru_cache
@@ -31,22 +32,23 @@ def layout_of(config: PreTrainedConfig, dtype: torch.dtype = torch.float32) -> d
     return dict(_layout(config.to_json_string(use_diff=False), type(config), dtype))
 
 
-def loads_into(config: PreTrainedConfig) -> dict[str, str]:
-    """The names on disk of what is stored as it is in memory -> the names of the parameters."""
+def names_in_memory(config: PreTrainedConfig) -> dict[str, str]:
+    """Names on disk -> names in memory, for all tensors that are stored as they are; experts may not be."""
     model = on_meta(config)
     state = _saved(model)
-    loaded = {}
-    for name, tensor in state.items():
-        stored = revert_weight_conversion(model, {name: tensor})
-        if len(stored) == 1 and next(iter(stored.values())).shape == tensor.shape:
-            loaded[next(iter(stored))] = name
-    return loaded
+    in_memory = {id(tensor): name for name, tensor in state.items()}
+    stored = revert_weight_conversion(model, dict(state))
+    return {name: in_memory[id(tensor)] for name, tensor in stored.items() if id(tensor) in in_memory}
+
+
+def experts_paths(config: PreTrainedConfig) -> dict[int, str]:
+    """Where the experts of each decoder layer are in memory."""
+    names = (name for name in on_meta(config).state_dict() if name.endswith(".gate_up_proj"))
+    return {int(name.split(".")[2]): name.removesuffix(".gate_up_proj") for name in names}
 
 
 @lru_cache(maxsize=16)
 def _layout(config: str, cls: type[PreTrainedConfig], dtype: torch.dtype) -> Mapping[str, FieldSpec]:
-    import json
-
     model = on_meta(cls.from_dict(json.loads(config)), dtype)
     wide = model._get_dtype_plan(dtype) or {}
     state = {}

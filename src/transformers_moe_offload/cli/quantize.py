@@ -18,14 +18,15 @@ from transformers_moe_offload.cli.writing import expect_apart, progress
 from transformers_moe_offload.config import ExpertFormats, OffloadConfig
 from transformers_moe_offload.hf.plan import readable
 from transformers_moe_offload.hf.prebuilt.card import auto_class_of, model_card
-from transformers_moe_offload.hf.prebuilt.layout import plain_config, prebuilt_config
+from transformers_moe_offload.hf.prebuilt.layout import MARKS, plain_config, prebuilt_config
 from transformers_moe_offload.hf.prebuilt.recipe import recipe_of
-from transformers_moe_offload.hf.prebuilt.resume import expect_place
 from transformers_moe_offload.hf.prebuilt.sizes import Sizes
 from transformers_moe_offload.hf.prebuilt.source import Quantization, contents
-from transformers_moe_offload.hf.prebuilt.writer import Prebuilt, as_json, write_prebuilt
+from transformers_moe_offload.hf.prebuilt.writer import Prebuilt, write_prebuilt
 from transformers_moe_offload.hub.fetch import fetch
 from transformers_moe_offload.memory.record import dtype_name
+from transformers_moe_offload.output.place import expect_place
+from transformers_moe_offload.output.text import as_json
 
 
 def quantize(
@@ -68,7 +69,7 @@ def quantize(
         console.print(_plan(config, sizes))
         if dry_run:
             return
-        expect_place(folder, overwrite=overwrite)
+        expect_place(folder, MARKS, overwrite=overwrite)
         if push is not None:
             expect_pushable(push, token)
         with reading(f"cannot read the weights of {source!r}"):

@@ -17,18 +17,20 @@ from transformers_moe_offload.expert import FieldSpec
 from transformers_moe_offload.formats.coding import LayerCoding
 from transformers_moe_offload.formats.foreign import ForeignCoding
 from transformers_moe_offload.hf.prebuilt.layout import (
-    DenseContent,
+    MARKS,
     LayerContent,
     plain_config,
     prebuilt_config,
     shards_of,
 )
-from transformers_moe_offload.hf.prebuilt.resume import replacing
-from transformers_moe_offload.hf.prebuilt.writer import as_json, finish, write_shards
+from transformers_moe_offload.hf.prebuilt.writer import finish, write_shards
 from transformers_moe_offload.hf.runtime import OffloadRuntime
 from transformers_moe_offload.memory.encoding import encoded_row
 from transformers_moe_offload.memory.record import dtype_name
 from transformers_moe_offload.memory.safetensors_writer import write_text
+from transformers_moe_offload.output.place import replacing
+from transformers_moe_offload.output.shards import Content
+from transformers_moe_offload.output.text import as_json
 
 
 def save_quantized(model: Any, folder: Path, state_dict: Mapping[str, Tensor] | None = None) -> None:
@@ -39,7 +41,7 @@ def save_quantized(model: Any, folder: Path, state_dict: Mapping[str, Tensor] | 
     runtime: OffloadRuntime = model.moe_offload
     recipe = runtime.config.recipe()
     shards = shards_of(list(_layers(runtime)), list(_dense(model, state_dict)))
-    with replacing(folder, recipe | {"written_by": "save_pretrained"}) as place:
+    with replacing(folder, recipe | {"written_by": "save_pretrained"}, MARKS) as place:
         write_shards(place, shards)
         write_text(place / "config.json", as_json(prebuilt_config(plain_config(model, model.dtype), recipe)))
         if model.can_generate():
@@ -57,11 +59,11 @@ def _layers(runtime: OffloadRuntime) -> Iterator[LayerContent]:
             yield LayerContent(layer.name, layer.num_experts, source.stored, source.read_record)
 
 
-def _dense(model: Any, state_dict: Mapping[str, Tensor] | None) -> Iterator[DenseContent]:
+def _dense(model: Any, state_dict: Mapping[str, Tensor] | None) -> Iterator[Content]:
     tensors = dict(model.state_dict() if state_dict is None else state_dict)
     for name, tensor in remove_tied_weights_from_state_dict(tensors, model).items():
         spec = FieldSpec(name, tuple(tensor.shape), dtype_name(tensor.dtype))
-        yield DenseContent((spec,), partial(_on_host, name, tensor))
+        yield Content((spec,), partial(_on_host, name, tensor))
 
 
 def _on_host(name: str, tensor: Tensor) -> dict[str, Tensor]:

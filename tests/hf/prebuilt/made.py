@@ -3,9 +3,10 @@
 import torch
 
 from transformers_moe_offload.expert import FieldSpec
-from transformers_moe_offload.hf.prebuilt.layout import DenseContent, LayerContent
+from transformers_moe_offload.hf.prebuilt.layout import LayerContent
 from transformers_moe_offload.hf.prebuilt.writer import Prebuilt, write_prebuilt
 from transformers_moe_offload.memory.record import RecordLayout, torch_dtype
+from transformers_moe_offload.output.shards import Content
 
 FIELDS = (FieldSpec("down_proj.codes", (50, 96), "uint8"), FieldSpec("down_proj.scale", (50, 3), "float16"))
 RECIPE = {"version": 1, "source": {"name": "made-up"}, "experts": {"default": {"nbits": 4}}, "dense": None}
@@ -31,14 +32,14 @@ def layer(number: int, read=record) -> LayerContent:
     return LayerContent(f"model.layers.{number}.mlp.experts", NUM_EXPERTS, FIELDS, lambda e: read(number, e))
 
 
-def dense(number: int) -> DenseContent:
+def dense(number: int) -> Content:
     """A quantized linear layer: tensors of several dtypes, some of an odd size."""
     specs = (
         FieldSpec(f"model.layers.{number}.o_proj.weight_codes", (3, 7), "uint8"),
         FieldSpec(f"model.layers.{number}.o_proj.weight_scale", (3, 1), "float16"),
         FieldSpec(f"model.layers.{number}.norm.weight", (5,), "float32"),
     )
-    return DenseContent(specs, lambda: {spec.name: values(number, spec) for spec in specs})
+    return Content(specs, lambda: {spec.name: values(number, spec) for spec in specs})
 
 
 def prebuilt(num_layers: int = 3, read=record) -> Prebuilt:

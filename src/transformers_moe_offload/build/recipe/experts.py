@@ -53,3 +53,11 @@ class SharedExpert(Expert):
 
     gated: bool = False
     delta: bool = False
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.gated and self.delta:
+            raise RecipeError(
+                "a shared expert that is gated is let through in part, so that experts that hold the difference to it "
+                "would not add up with it; leave out gated or delta"
+            )

@@ -43,7 +43,8 @@ class MoeRecipe:
         container: the model type to build, as `mixtral`; `auto` takes the first that fits.
         dtype: of the written weights; None means as the base model is stored.
         layers: decoder layers that get experts; the others keep the base model's block. None means all.
-        gate, stem, upcycle, split, checks, output, hub: see there.
+        gate: see there; by default ridge regression, and noise for the kinds that have no texts to tell experts by.
+        stem, upcycle, split, checks, output, hub: see there.
         tokenizer: where the tokenizer comes from; None means the base model.
         seed: of noise on experts.
     """
@@ -56,7 +57,7 @@ class MoeRecipe:
     container: str = "auto"
     dtype: str | None = None
     layers: tuple[int, ...] | None = None
-    gate: Gate = field(default_factory=Gate)
+    gate: Gate = None  # type: ignore[assignment]
     stem: Stem = field(default_factory=Stem)
     upcycle: Upcycle | None = None
     split: Split | None = None
@@ -69,6 +70,8 @@ class MoeRecipe:
     def __post_init__(self) -> None:
         object.__setattr__(self, "base_model", as_origin(self.base_model))
         expect_choice(self, "kind", KINDS)
+        if self.gate is None:
+            object.__setattr__(self, "gate", Gate(mode="ridge" if self.kind == "moe" else "noise"))
         expect_choice(self, "dtype", (None, "float32", "bfloat16", "float16"))
         expect_texts(self, "container", "tokenizer")
         expect_positive(self, "experts_per_token")

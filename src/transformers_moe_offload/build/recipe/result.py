@@ -5,6 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from transformers_moe_offload.build.recipe.values import expect_choice, freeze_texts
+from transformers_moe_offload.config.budget import Budget
+from transformers_moe_offload.errors import ConfigError, RecipeError
 
 LEVELS = ("error", "warn", "off")
 
@@ -36,6 +38,20 @@ class Output:
     """
 
     max_shard_size: int | str = "5GB"
+
+    def __post_init__(self) -> None:
+        _ = self.max_shard_bytes
+
+    @property
+    def max_shard_bytes(self) -> int:
+        """The same as a number."""
+        try:
+            nbytes = Budget.parse(self.max_shard_size, "max_shard_size").nbytes
+        except ConfigError as error:
+            raise RecipeError(f"max_shard_size={self.max_shard_size!r} is no size; write it as '5GB'") from error
+        if nbytes is None:
+            raise RecipeError(f"max_shard_size={self.max_shard_size!r} is no size; write it as '5GB'")
+        return nbytes
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -50,12 +50,12 @@ class AdapterSource:
     def open(cls, base: Source, name: str, options: Mapping[str, Any]) -> AdapterSource:
         """An adapter in a folder or from the Hub, on a base model."""
         if Path(name).is_dir():
-            return cls(base, Path(name), Ancestor(Path(name).resolve().name, None))
+            return cls(base, Path(name), Ancestor(Path(name).resolve().name, None, (Path(name) / _WEIGHTS,)))
         try:
             folder = Path(snapshot_download(name, allow_patterns=[CONFIG_NAME, _WEIGHTS], **options))
         except (HfHubHTTPError, LocalEntryNotFoundError, OSError, ValueError) as error:
             raise CheckpointError(f"cannot read the adapter {name}: {' '.join(str(error).split())}") from error
-        return cls(base, folder, Ancestor(name, folder.name))
+        return cls(base, folder, Ancestor(name, folder.name, (folder / _WEIGHTS,)))
 
     @property
     def name(self) -> str:
@@ -104,6 +104,12 @@ class AdapterSource:
         scale = self._config.scale_of(name.removesuffix(".weight"))
         product = second @ first
         return torch.add(tensor.float(), product if product.shape == tensor.shape else product.T, alpha=scale)
+
+    def read_rows(self, name: str, start: int, stop: int) -> Tensor:
+        """Some rows of it, merged; where the adapter changes nothing, only these are read."""
+        if name in self._whole or name in self._pairs:
+            return self.read(name)[start:stop]
+        return self._base.read_rows(name, start, stop)
 
     def _parts(
         self, stored: Mapping[str, StoredTensor]

@@ -19,6 +19,8 @@ class Ancestor(NamedTuple):
     """Its id on the Hub, or the name of its folder."""
     revision: str | None
     """Its commit, if it is from the Hub."""
+    files: tuple[Path, ...] = ()
+    """Its weights."""
 
 
 class Source(Protocol):
@@ -46,6 +48,9 @@ class Source(Protocol):
 
     def read(self, name: str) -> Tensor:
         """One tensor, on the CPU and in the dtype that `tensors` says."""
+
+    def read_rows(self, name: str, start: int, stop: int) -> Tensor:
+        """Some rows of a tensor, without reading the others where that can be."""
 
     @property
     def companions(self) -> tuple[Path, ...]:

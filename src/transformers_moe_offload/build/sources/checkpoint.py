@@ -6,6 +6,7 @@ import json
 import os
 import re
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -68,7 +69,7 @@ class CheckpointSource:
     @property
     def ancestors(self) -> tuple[Ancestor, ...]:
         """Itself."""
-        return (Ancestor(self.name, self.revision),)
+        return (Ancestor(self.name, self.revision, self._fetched.weights),)
 
     @property
     def companions(self) -> tuple[Path, ...]:
@@ -80,15 +81,21 @@ class CheckpointSource:
         """Its model card, if it has one."""
         return self._fetched.card
 
-    @property
-    def weights(self) -> tuple[Path, ...]:
-        """The files."""
-        return self._fetched.weights
-
     def read(self, name: str) -> Tensor:
         """One tensor, as it is stored."""
         stored = self._stored[name]
         return FieldSource((stored,), (stored.dtype,)).read(stored.shape)
+
+    def read_rows(self, name: str, start: int, stop: int) -> Tensor:
+        """Some rows of it, and only these are read."""
+        return read_rows(self._stored[name], start, stop)
+
+
+def read_rows(stored: StoredTensor, start: int, stop: int) -> Tensor:
+    """Rows `start` to `stop` of a stored tensor; nothing else is read."""
+    row_bytes = stored.nbytes // stored.shape[0]
+    rows = replace(stored, offset=stored.offset + start * row_bytes, shape=(stop - start, *stored.shape[1:]))
+    return FieldSource((rows,), (rows.dtype,)).read(rows.shape)
 
 
 def _as_saved(name: str, config: PreTrainedConfig, stored: Mapping[str, StoredTensor]) -> dict[str, StoredTensor]:

@@ -80,6 +80,12 @@ class ExtractedSource:
         tensor = tensor.float()
         return tensor + _truncated(self._tuned.read(name).float() - tensor, self._rank)
 
+    def read_rows(self, name: str, start: int, stop: int) -> Tensor:
+        """Some rows of it; what the adapter changes is computed as a whole."""
+        if _is_linear(self._base.tensors[name]):
+            return self.read(name)[start:stop]
+        return self._base.read_rows(name, start, stop)
+
 
 def _is_linear(one: FieldSpec) -> bool:
     return len(one.shape) == 2 and not any(part in one.name for part in ("embed", "lm_head"))

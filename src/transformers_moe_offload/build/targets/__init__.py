@@ -15,7 +15,7 @@ from transformers_moe_offload.build.targets.refusals import PAIRS
 from transformers_moe_offload.build.targets.sigmoid import Dots1, Glm4Moe, SolarOpen
 from transformers_moe_offload.errors import RecipeError
 
-__all__ = ["CONTAINERS", "ROLES", "Container", "Matrix", "MoeShape", "choose", "container_for"]
+__all__ = ["CONTAINERS", "ROLES", "Container", "Matrix", "MoeShape", "candidates", "container_for"]
 
 CONTAINERS: tuple[Container, ...] = (
     Mixtral(),
@@ -36,25 +36,21 @@ CONTAINERS: tuple[Container, ...] = (
 """In the order in which they are tried: the most widely understood first."""
 
 
-def choose(name: str, config: PreTrainedConfig, shape: MoeShape) -> Container:
-    """The container of this name, or the first that holds the dense model if the name is `auto`.
+def candidates(name: str, config: PreTrainedConfig) -> tuple[Container, ...]:
+    """The container of this name, or all that may hold the dense model if the name is `auto`.
 
-    Raises `RecipeError` with the reason if it, or all of them, cannot hold it.
+    Raises `RecipeError` with the reason if there is none.
     """
-    candidates = container_for(config) if name == "auto" else (_named(name, config),)
-    reasons = []
-    for candidate in candidates:
-        reason = candidate.refusal(config) or candidate.shape_refusal(candidate.fitted(shape))
-        if reason is None:
-            return candidate
-        reasons.append(f"{candidate.name}: {reason}")
-    if not candidates:
+    if name != "auto":
+        return (_named(name, config),)
+    found = container_for(config)
+    if not found:
         known = sorted({kind for one in CONTAINERS for kind in one.dense})
         raise RecipeError(
             f"no container holds a {config.model_type}; base models can be {', '.join(known)} (a mixture of any other "
             f"kind would need code that Transformers does not have)"
         )
-    raise RecipeError(f"this {config.model_type} does not fit: {'; '.join(reasons)}")
+    return found
 
 
 def container_for(config: PreTrainedConfig) -> tuple[Container, ...]:

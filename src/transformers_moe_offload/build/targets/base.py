@@ -11,7 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 from transformers import CONFIG_MAPPING, PreTrainedConfig
 
@@ -71,6 +71,8 @@ class Container:
     shared_name: str | None = None
     """The block that every token visits; None where the class has none."""
     shared_gate_name: str | None = None
+    scores: Literal["softmax", "sigmoid"] = "softmax"
+    """What its routers make of their logits."""
     zero_names: tuple[str, ...] = ()
     """Tensors of the block that have to be there and to be zero: corrections to the router's choice."""
 

@@ -118,9 +118,14 @@ class Lfm2Moe(DensePrefix):
     ffn_names = ("w1", "w3", "w2")
     block_path = "model.layers.{layer}.feed_forward"
     expert_names = ("w1", "w3", "w2")
+    scores = "sigmoid"
 
     def fields(self, dense: PreTrainedConfig, shape: MoeShape) -> dict[str, Any]:
-        """Sizes; the dense class may round its width, so that what is stored counts."""
+        """Sizes; the dense class may round its width, so that what is stored counts.
+
+        The weights of a token's experts add up to s / (s + 1e-6), where s is the sum of their scores: to 1, but for
+        routers whose scores are all tiny.
+        """
         return {
             "num_experts": shape.num_experts,
             "num_experts_per_tok": shape.experts_per_token,

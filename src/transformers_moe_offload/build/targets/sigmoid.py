@@ -16,6 +16,7 @@ class _Sigmoid(SharedMultiple):
     """What they have in common."""
 
     shared_name = "shared_experts"
+    scores = "sigmoid"
     zero_names = ("gate.e_score_correction_bias",)
 
     def refusal(self, config: PreTrainedConfig) -> str | None:

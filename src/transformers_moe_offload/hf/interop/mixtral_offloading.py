@@ -27,13 +27,14 @@ from transformers_moe_offload.expert import FieldSpec
 from transformers_moe_offload.formats.columns import brought_together
 from transformers_moe_offload.formats.meta import in_half
 from transformers_moe_offload.hf.layer import OffloadedExperts, SparseLayer, layer_of
-from transformers_moe_offload.hf.prebuilt.layout import DenseContent, LayerContent
+from transformers_moe_offload.hf.prebuilt.layout import LayerContent
 from transformers_moe_offload.hf.prebuilt.source import Quantization
 from transformers_moe_offload.kernels.packed import Packing
 from transformers_moe_offload.kernels.packing import pack
 from transformers_moe_offload.memory.field_source import read_stored
 from transformers_moe_offload.memory.record import RecordLayout, torch_dtype
 from transformers_moe_offload.memory.safetensors_index import StoredTensor, read_header
+from transformers_moe_offload.output.shards import Content
 
 INDEX_NAME = "model.safetensors.index.json"
 _TRUNK = "model.embed_tokens.weight"
@@ -176,7 +177,7 @@ class MixtralOffloading:
             for layer, coding in zip(quantization.layers, quantization.codings, strict=True)
         ]
 
-    def dense(self, quantization: Quantization) -> list[DenseContent]:
+    def dense(self, quantization: Quantization) -> list[Content]:
         """Everything else; matrices in low bits are decoded."""
         contents, used = [], set()
         for name in quantization.saved_names():
@@ -193,7 +194,7 @@ class MixtralOffloading:
                 read = Matrix(stem.removesuffix("."), parts, *spec.shape).weights
             else:
                 raise CheckpointError(f"the checkpoint holds nothing for {stored}; it is incomplete")
-            contents.append(DenseContent((spec,), partial(_named, spec, read)))
+            contents.append(Content((spec,), partial(_named, spec, read)))
         unknown = sorted(self.trunk.keys() - used)
         if unknown:
             raise CheckpointError(

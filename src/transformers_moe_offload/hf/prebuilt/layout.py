@@ -19,10 +19,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from transformers_moe_offload.expert import ITEMSIZE, FieldSpec
+from transformers_moe_offload.expert import FieldSpec
 from transformers_moe_offload.hf.records import CHECKSUMS, RECORDS, described
 from transformers_moe_offload.memory.record import RecordLayout, dtype_name
-from transformers_moe_offload.memory.safetensors_writer import file_bytes
+from transformers_moe_offload.output.place import Marks
+from transformers_moe_offload.output.shards import MAX_SHARD_BYTES, Content, Shard, grouped, shard_names, shard_of
 
 INDEX_NAME = "moe_offload.safetensors.index.json"
 RECIPE_NAME = "moe_offload.recipe.json"
@@ -37,8 +38,7 @@ AUTO_CLASSES = (
     "AutoModelForTokenClassification",
 )
 """What the guard has a stand-in for."""
-MAX_SHARD_BYTES = 5 * 10**9
-"""Of a shard with dense weights, unless one tensor is larger: the size that the Hub recommends."""
+MARKS = Marks(first=RECIPE_NAME, last=INDEX_NAME, prefix="moe_offload")
 
 
 @dataclass(frozen=True)
@@ -67,75 +67,24 @@ class LayerContent:
         )
 
 
-@dataclass(frozen=True)
-class DenseContent:
-    """Dense tensors that come from one computation, to be written: a weight, or the parts of a quantized one."""
-
-    tensors: tuple[FieldSpec, ...]
-    read: Callable[[], Mapping[str, Tensor]]
-    """The tensors by name; called once."""
-
-    @property
-    def nbytes(self) -> int:
-        """Bytes of the tensors."""
-        return sum(tensor.nbytes for tensor in self.tensors)
-
-
-@dataclass(frozen=True)
-class Shard:
-    """One file of the checkpoint, and where its tensors come from."""
-
-    name: str
-    tensors: tuple[FieldSpec, ...]
-    """In the order of the file."""
-    content: LayerContent | tuple[DenseContent, ...]
-
-    @property
-    def metadata(self) -> dict[str, str]:
-        """What the file says beside its tensors: of records, what they are made of."""
-        if isinstance(self.content, LayerContent):
-            return {self.tensors[0].name: described(self.content.fields)}
-        return {}
-
-    @property
-    def nbytes(self) -> int:
-        """Size of the file."""
-        return file_bytes(self.tensors, self.metadata)
+Contents = LayerContent | tuple[Content, ...]
+"""What one shard is made of."""
 
 
 def shards_of(
-    layers: Sequence[LayerContent], dense: Sequence[DenseContent], max_shard_bytes: int = MAX_SHARD_BYTES
-) -> list[Shard]:
+    layers: Sequence[LayerContent], dense: Sequence[Content], max_shard_bytes: int = MAX_SHARD_BYTES
+) -> list[Shard[Contents]]:
     """All shards, in the order in which they are written."""
-    groups = _groups(dense, max_shard_bytes)
-    total = len(layers) + len(groups)
-    names = [f"moe_offload-{number:05d}-of-{total:05d}.safetensors" for number in range(1, total + 1)]
-    shards = [Shard(name, layer.tensors, layer) for name, layer in zip(names, layers, strict=False)]
-    for name, group in zip(names[len(layers) :], groups, strict=True):
-        tensors = [tensor for content in group for tensor in content.tensors]
-        # Wide elements first, as safetensors does: so all of them are aligned, in a file that may have no gaps.
-        shards.append(Shard(name, tuple(sorted(tensors, key=lambda tensor: -ITEMSIZE[tensor.dtype])), group))
-    return shards
-
-
-def _groups(dense: Sequence[DenseContent], max_shard_bytes: int) -> list[tuple[DenseContent, ...]]:
-    groups: list[list[DenseContent]] = []
-    room = 0
-    for content in dense:
-        if not groups or content.nbytes > room:
-            groups.append([])
-            room = max_shard_bytes
-        groups[-1].append(content)
-        room -= content.nbytes
-    return [tuple(group) for group in groups]
-
-
-def index_of(shards: Sequence[Shard]) -> dict[str, Any]:
-    """What the index file says: which shard holds what."""
-    return {
-        "metadata": {"total_size": sum(tensor.nbytes for shard in shards for tensor in shard.tensors)},
-        "weight_map": {tensor.name: shard.name for shard in shards for tensor in shard.tensors},
-    }
+    groups = grouped(dense, max_shard_bytes)
+    names = shard_names("moe_offload", len(layers) + len(groups))
+    records: list[Shard[Contents]] = [
+        Shard(name, layer.tensors, layer, {layer.tensors[0].name: described(layer.fields)})
+        for name, layer in zip(names, layers, strict=False)
+    ]
+    others: list[Shard[Contents]] = [
+        shard_of(name, group) for name, group in zip(names[len(layers) :], groups, strict=True)
+    ]
+    return records + others
 
 
 def plain_config(model: Any, dtype: torch.dtype) -> dict[str, Any]:

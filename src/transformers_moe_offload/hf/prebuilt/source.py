@@ -28,10 +28,11 @@ from transformers_moe_offload.hf.dense import dense_linears
 from transformers_moe_offload.hf.layer import OffloadedExperts, SparseLayer, layer_of
 from transformers_moe_offload.hf.layouts.base import parameter
 from transformers_moe_offload.hf.locate import ParameterSource, trace_parameters
-from transformers_moe_offload.hf.prebuilt.layout import DenseContent, LayerContent
+from transformers_moe_offload.hf.prebuilt.layout import LayerContent
 from transformers_moe_offload.memory.encoding import encoded_row
 from transformers_moe_offload.memory.field_source import FieldSource
 from transformers_moe_offload.memory.record import dtype_name
+from transformers_moe_offload.output.shards import Content
 
 T = TypeVar("T")
 
@@ -99,7 +100,7 @@ class Quantization:
 
 def contents(
     quantization: Quantization, files: Sequence[Path], folder: Path
-) -> tuple[list[LayerContent], list[DenseContent]]:
+) -> tuple[list[LayerContent], list[Content]]:
     """What to write, given the files of the plain checkpoint and the folder that they belong to."""
     model, undecided = quantization.model, quantization.checkpoint
     checkpoint = Checkpoint.open(files, folder=folder, parameters=undecided.parameters, dtype_plan=undecided.dtype_plan)
@@ -156,7 +157,7 @@ def _fits(format: HqqFormat, fit: Callable[[HqqFormat], object]) -> bool:
 
 def _dense_contents(
     quantization: Quantization, checkpoint: Checkpoint, traced: Mapping[str, ParameterSource]
-) -> Iterator[DenseContent]:
+) -> Iterator[Content]:
     """All tensors but the experts'; those that one conversion makes are one content."""
     leaders: dict[int, str] = {}
     for name, source in traced.items():
@@ -174,7 +175,7 @@ def _dense_contents(
         leader = leaders[source_id]
         parts = tuple(part for name in names.values() for part in quantization.parts_of(name))
         dtype = dtype_name(checkpoint.dtype_of(leader))
-        yield DenseContent(parts, partial(_read, quantization, leader, traced[leader], dtype, names))
+        yield Content(parts, partial(_read, quantization, leader, traced[leader], dtype, names))
 
 
 def _may_be_missing(model: Any, name: str) -> bool:
