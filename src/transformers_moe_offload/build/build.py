@@ -20,6 +20,7 @@ from transformers.utils.logging import tqdm
 
 from transformers_moe_offload.build.blocks import Channels
 from transformers_moe_offload.build.card import model_card
+from transformers_moe_offload.build.channels import channels_of
 from transformers_moe_offload.build.checks import CheckFailedError
 from transformers_moe_offload.build.checks.logits import check_logits
 from transformers_moe_offload.build.checks.reload import check_reload
@@ -27,6 +28,7 @@ from transformers_moe_offload.build.checks.similarity import similarities, stran
 from transformers_moe_offload.build.fitting import expect_mergeable
 from transformers_moe_offload.build.folder import MARKS, without_places
 from transformers_moe_offload.build.gates import STATISTICS_NAME, Gates, program_gates
+from transformers_moe_offload.build.gates.drawn import DRAWN
 from transformers_moe_offload.build.info import INFO_NAME, CheckReport, MoeBuildInfo
 from transformers_moe_offload.build.licences import judged, licence_of
 from transformers_moe_offload.build.materials import Materials
@@ -36,7 +38,7 @@ from transformers_moe_offload.build.recipe import Expert, MoeRecipe
 from transformers_moe_offload.build.sources import Source, open_source
 from transformers_moe_offload.build.sources.tokenizer import is_tokenizer_file, tokenizer_files
 from transformers_moe_offload.build.write import weight_shards, write_weights
-from transformers_moe_offload.errors import RecipeError
+from transformers_moe_offload.errors import CheckpointError, RecipeError
 from transformers_moe_offload.memory.fingerprint import fingerprint
 from transformers_moe_offload.memory.record import dtype_name
 from transformers_moe_offload.memory.safetensors_index import read_index
@@ -148,7 +150,7 @@ def _materials(plan: BuildPlan, device: str, place: Path) -> tuple[Gates, Materi
         recipe.gate,
         [*experts, *gated],
         plan.base,
-        _tokenizer(plan.base),
+        _tokenizer(plan),
         plan.ffn,
         scores=plan.container.scores,
         statistics=place / STATISTICS_NAME if has_statistics else None,
@@ -163,17 +165,26 @@ def _channels(plan: BuildPlan, device: str) -> Channels | None:
     """Which channels go together where one block is split."""
     if plan.recipe.split is None:
         return None
-    from transformers_moe_offload.build.channels import channels_of
-
-    return channels_of(plan.recipe.split, plan.base, _tokenizer(plan.base), plan.ffn, device=device)
+    return channels_of(plan.recipe.split, plan.base, _tokenizer(plan), plan.ffn, device=device)
 
 
-def _tokenizer(base: Source) -> Any:
-    """The base model's; None where it has none."""
-    folders = {file.parent for file in base.companions if file.name.startswith("tokenizer")}
-    if not folders:
+def _tokenizer(plan: BuildPlan) -> Any:
+    """The base model's, if texts are to be read; a mixture without them can do without one."""
+    recipe = plan.recipe
+    texts = [dataset for dataset in (recipe.split and recipe.split.dataset,) if dataset is not None]
+    if recipe.gate.mode not in DRAWN:
+        texts += [text for expert in recipe.experts for text in (*expert.positive_prompts, expert.dataset) if text]
+    if not texts:
         return None
-    return AutoTokenizer.from_pretrained(folders.pop(), local_files_only=True)
+    folders = {file.parent for file in plan.base.companions if is_tokenizer_file(file.name)}
+    if not folders:
+        raise CheckpointError(f"{plan.base.name} has no tokenizer to read the texts of its experts with; add one to it")
+    try:
+        return AutoTokenizer.from_pretrained(folders.pop(), local_files_only=True)
+    except (OSError, ValueError) as error:
+        raise CheckpointError(
+            f"cannot read the tokenizer of {plan.base.name}: {' '.join(str(error).split())}"
+        ) from error
 
 
 def _companions(plan: BuildPlan, *, token: str | None, local_files_only: bool) -> dict[str, bytes]:
