@@ -5,12 +5,15 @@ Every step is a neighbour's; here is their order, and what goes into the folder 
 
 from __future__ import annotations
 
+import hashlib
 import json
 import logging
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor
 from transformers import AutoTokenizer
 from transformers.utils import CONFIG_NAME
@@ -30,12 +33,13 @@ from transformers_moe_offload.build.materials import Materials
 from transformers_moe_offload.build.mixture import origins_of
 from transformers_moe_offload.build.plan import BuildPlan, plan_build
 from transformers_moe_offload.build.recipe import Expert, MoeRecipe
+from transformers_moe_offload.build.recipe.reading import portable
 from transformers_moe_offload.build.sources import Source, open_source
 from transformers_moe_offload.build.sources.tokenizer import is_tokenizer_file, tokenizer_files
 from transformers_moe_offload.build.write import weight_shards, write_weights
 from transformers_moe_offload.errors import CheckpointError
 from transformers_moe_offload.memory.fingerprint import fingerprint
-from transformers_moe_offload.memory.record import dtype_name
+from transformers_moe_offload.memory.record import dtype_name, host_bytes
 from transformers_moe_offload.memory.safetensors_index import read_index
 from transformers_moe_offload.memory.safetensors_writer import write_bytes, write_text
 from transformers_moe_offload.output.place import Marks, expect_place, place_for
@@ -105,7 +109,7 @@ def build_moe(
     companions = _companions(plan, token=token, local_files_only=local_files_only)
     shards = weight_shards(plan, recipe.output.max_shard_bytes)
     with place_for(
-        folder, _identity(plan), MARKS, overwrite=overwrite, resume=resume, discards=(CheckFailedError,)
+        folder, _identity(plan, gates), MARKS, overwrite=overwrite, resume=resume, discards=(CheckFailedError,)
     ) as place:
         total = sum(shard.nbytes for shard in shards)
         with tqdm(total=total, unit="B", unit_scale=True, desc="Writing shards", disable=advance is not None) as bar:
@@ -137,7 +141,10 @@ def build_moe(
 def _materials(plan: BuildPlan, device: str) -> tuple[Gates, Materials]:
     """The routers' rows, and everything else that is not simply read."""
     recipe, num_experts = plan.recipe, plan.shape.num_experts
-    experts: list[Expert] = list(recipe.experts) or [Expert(name=name) for name in plan.mixture.names]
+    names = plan.mixture.names
+    experts = [replace(one, name=name) for one, name in zip(recipe.experts, names, strict=False)] or [
+        Expert(name=name) for name in names
+    ]
     gated = [expert for expert in recipe.shared_experts if expert.gated]
     gates = program_gates(
         recipe.gate,
@@ -189,8 +196,11 @@ def _companions(plan: BuildPlan, *, token: str | None, local_files_only: bool) -
     return {name: file.read_bytes() for name, file in files.items()}
 
 
-def _identity(plan: BuildPlan) -> dict[str, Any]:
+def _identity(plan: BuildPlan, gates: Gates) -> dict[str, Any]:
     """What a build can only go on by if it is the same; says nothing about where sources are on this machine."""
+    routers = hashlib.sha256()
+    for layer in sorted(gates.rows):
+        routers.update(host_bytes(gates.rows[layer].contiguous().view(-1).view(torch.uint8)))
     sources = [
         {
             "name": one.name,
@@ -199,4 +209,9 @@ def _identity(plan: BuildPlan) -> dict[str, Any]:
         }
         for one in plan.ancestors
     ]
-    return {"recipe": plan.recipe.to_dict(), "container": plan.container.name, "sources": sources}
+    return {
+        "recipe": portable(plan.recipe.to_dict()),
+        "container": plan.container.name,
+        "sources": sources,
+        "routers": routers.hexdigest()[:32],
+    }
