@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from math import prod
 from typing import NamedTuple
 
@@ -19,6 +19,7 @@ from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, PreTrainedConfig
 
 from transformers_moe_offload.build.fitting import compare, expect_fitting
 from transformers_moe_offload.build.layout import layout_of
+from transformers_moe_offload.build.licences import Verdict, judged
 from transformers_moe_offload.build.mixture import Mixture, mixture_of
 from transformers_moe_offload.build.recipe import MoeRecipe
 from transformers_moe_offload.build.sources import Ancestor, Source
@@ -103,6 +104,8 @@ class BuildPlan:
     """In the order in which they are written: a layer's after another's, an expert's side by side."""
     parameters: Parameters
     warnings: tuple[str, ...]
+    licence: Verdict = field(default_factory=lambda: judged(()))
+    """Of the mixture, by its sources' cards."""
 
     @property
     def base(self) -> Source:

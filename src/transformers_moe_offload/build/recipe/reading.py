@@ -21,7 +21,6 @@ T = TypeVar("T")
 
 _PATHS = {"Origin": ("model", "adapter"), "Dataset": ("path",), "MoeRecipe": ("tokenizer",)}
 """What may be the name of a folder or a file."""
-_ALL_PATHS = frozenset(name for names in _PATHS.values() for name in names)
 
 
 @dataclass(frozen=True)
@@ -101,18 +100,6 @@ def as_plain(owner: Any) -> Any:
         if value != default:
             plain[field.name] = as_plain(value)
     return plain
-
-
-def portable(plain: Any) -> Any:
-    """What `as_plain` gives, with folders and files by their names alone: where they are is this machine's business."""
-    if isinstance(plain, list):
-        return [portable(value) for value in plain]
-    if not isinstance(plain, dict):
-        return plain
-    return {
-        name: Path(value).name if name in _ALL_PATHS and Path(str(value)).exists() else portable(value)
-        for name, value in plain.items()
-    }
 
 
 def _value(kind: Any, value: Any, place: Place) -> Any:

@@ -27,6 +27,7 @@ from transformers_moe_offload.memory.field_source import read_stored
 from transformers_moe_offload.memory.safetensors_index import StoredTensor, read_index
 
 _WEIGHTS = "adapter_model.safetensors"
+_CARD = "README.md"
 _PREFIX = "base_model.model."
 
 
@@ -50,12 +51,12 @@ class AdapterSource:
     def open(cls, base: Source, name: str, options: Mapping[str, Any]) -> AdapterSource:
         """An adapter in a folder or from the Hub, on a base model."""
         if Path(name).is_dir():
-            return cls(base, Path(name), Ancestor(Path(name).resolve().name, None, (Path(name) / _WEIGHTS,)))
+            return cls(base, Path(name), _ancestor(Path(name).resolve().name, None, Path(name)))
         try:
-            folder = Path(snapshot_download(name, allow_patterns=[CONFIG_NAME, _WEIGHTS], **options))
+            folder = Path(snapshot_download(name, allow_patterns=[CONFIG_NAME, _WEIGHTS, _CARD], **options))
         except (HfHubHTTPError, LocalEntryNotFoundError, OSError, ValueError) as error:
             raise CheckpointError(f"cannot read the adapter {name}: {' '.join(str(error).split())}") from error
-        return cls(base, folder, Ancestor(name, folder.name, (folder / _WEIGHTS,)))
+        return cls(base, folder, _ancestor(name, folder.name, folder))
 
     @property
     def name(self) -> str:
@@ -95,10 +96,8 @@ class AdapterSource:
 
     def read(self, name: str) -> Tensor:
         """One tensor, merged."""
-        if name in self._whole:  # which for embeddings is what the pair is added to
-            tensor = read_stored(self._whole[name]).float()
-        else:
-            tensor = self._base.read(name)
+        # For embeddings both are there: the whole tensor is what the pair is added to.
+        tensor = read_stored(self._whole[name]).float() if name in self._whole else self._base.read(name)
         if name not in self._pairs:
             return tensor
         first, second = (read_stored(one).float() for one in self._pairs[name])
@@ -151,6 +150,11 @@ class AdapterSource:
                 f"{self._ancestor.name} changes {name} as {list(shape)}, but {self._base.name} has {list(expected)}; "
                 f"the adapter belongs to another model ({self._config.base_model})"
             )
+
+
+def _ancestor(name: str, revision: str | None, folder: Path) -> Ancestor:
+    card = folder / _CARD
+    return Ancestor(name, revision, (folder / _WEIGHTS,), card if card.is_file() else None)
 
 
 def _place(key: str) -> tuple[str, bool, bool]:

@@ -71,7 +71,7 @@ class CheckpointSource:
     @property
     def ancestors(self) -> tuple[Ancestor, ...]:
         """Itself."""
-        return (Ancestor(self.name, self.revision, self._fetched.weights),)
+        return (Ancestor(self.name, self.revision, self._fetched.weights, self.card),)
 
     @property
     def companions(self) -> tuple[Path, ...]:
