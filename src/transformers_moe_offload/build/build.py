@@ -143,7 +143,10 @@ def build_moe(
 def _materials(plan: BuildPlan, device: str, place: Path) -> tuple[Gates, Materials]:
     """The routers' rows, what of them is kept in a file, and everything else that is not simply read."""
     recipe, num_experts = plan.recipe, plan.shape.num_experts
-    experts: list[Expert] = list(recipe.experts) or [Expert(name=name) for name in plan.mixture.names]
+    names = plan.mixture.names
+    experts = [replace(one, name=name) for one, name in zip(recipe.experts, names, strict=False)] or [
+        Expert(name=name) for name in names
+    ]
     gated = [expert for expert in recipe.shared_experts if expert.gated]
     has_statistics = recipe.gate.mode == "ridge" and recipe.gate.scoring == "ours" and not gated
     gates = program_gates(

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from math import prod
 from typing import NamedTuple
 
@@ -175,7 +175,7 @@ def plan_build(recipe: MoeRecipe, sources: Sequence[Source], stems: Sequence[Sou
                 _named(built, dtype),
                 shape,
                 dtype,
-                fitting,
+                replace(fitting, names=_names(fitting, sources)),
                 tuple(sources),
                 tuple(stems),
                 tuple(tensors),
@@ -195,6 +195,12 @@ def _narrowest(base: Source) -> torch.dtype:
 
 def _width(source: Source, names: Callable[[int], Mapping[str, str]], layers: Sequence[int]) -> int:
     return max(source.tensors[names(layer)["gate"]].shape[0] for layer in layers)
+
+
+def _names(mixture: Mixture, sources: Sequence[Source]) -> tuple[str, ...]:
+    """What experts are called: as the recipe says, or as their source is, whose place on this machine is nobody's."""
+    first = (block.parts[0].source for block in mixture.experts)
+    return tuple(name or sources[source].name for name, source in zip(mixture.names, first, strict=True))
 
 
 def _aligned(width: int) -> int:
