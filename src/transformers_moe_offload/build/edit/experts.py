@@ -61,7 +61,8 @@ def add_expert(
         base: the dense model that the mixture was made around; for ridge regression and for `expert.delta_scale`.
         out: write there, and leave `folder` as it is.
         device: where `base`'s layers run.
-        token, local_files_only: as in `from_pretrained`.
+        token: as in `from_pretrained`.
+        local_files_only: as in `from_pretrained`.
     """
     anatomy = Anatomy.of(Path(folder))
     config = anatomy.config_for(anatomy.num_experts + 1)
