@@ -183,7 +183,7 @@ def files_of(folder):
 @pytest.mark.parametrize("nth", [1, 20, 44])
 def test_a_build_that_was_killed_goes_on_and_gives_the_same_bytes(models, tmp_path, monkeypatch, nth):
     recipe = recipe_of(models["base"], models["one"], models["two"], output=Output(max_shard_size="60KB"))
-    built(recipe, tmp_path / "whole")
+    built(recipe, tmp_path / "whole" / "moe")
 
     original, reads = Materials.matrix, []
 
@@ -200,7 +200,7 @@ def test_a_build_that_was_killed_goes_on_and_gives_the_same_bytes(models, tmp_pa
     reads.clear()
     monkeypatch.setattr(Materials, "matrix", lambda self, *args: (reads.append(args), original(self, *args))[1])
     built(recipe, tmp_path / "moe")
-    assert files_of(tmp_path / "moe") == files_of(tmp_path / "whole")
+    assert files_of(tmp_path / "moe") == files_of(tmp_path / "whole" / "moe")
     if nth == 44:  # what was finished has not been written again
         assert len(reads) < 3 * NUM_LAYERS
 
@@ -279,7 +279,7 @@ def test_a_model_that_is_no_relative_is_reported_or_refused(models, tmp_path, ca
     stranger = save_dense(tmp_path / "stranger", seed=7)
     recipe = recipe_of(models["base"], stranger, models["one"])
     info = built(recipe, tmp_path / "moe")
-    assert "stranger has nothing in common" in info.warnings[0]
+    assert any("stranger has nothing in common" in warning for warning in info.warnings)
     assert info.checks.similarity["stranger"] < 0.1 < 0.8 < info.checks.similarity["one"]
     strict = type(recipe)(**{**vars(recipe), "checks": type(recipe.checks)(similarity="error")})
     with pytest.raises(RecipeError, match="stranger has nothing in common"):

@@ -76,12 +76,12 @@ def test_the_command_builds_and_pushes_with_the_repository_on_the_card(hub, buil
     recipe = tmp_path / "recipe.yaml"
     recipe.write_text(
         f"schema: 1\nbase_model: {built.parent / 'dense'}\nkind: upcycle\nupcycle: {{num_experts: 2}}\n"
-        f"gate: {{mode: noise}}\n"
+        f"gate: {{mode: noise}}\nhub: {{private: true}}\n"
     )
-    arguments = ["build", str(recipe), str(tmp_path / "out"), "--push", REPO, "--private", "--token", TOKEN]
+    arguments = ["build", str(recipe), str(tmp_path / "out"), "--push", REPO, "--token", TOKEN]
     result = CliRunner().invoke(app, arguments)
     assert result.exit_code == 0, (result.output, result.exception)
-    assert f"pushed to {hub.endpoint}/{REPO}" in result.stdout.splitlines()
+    assert f"pushed to {REPO}" in result.stdout.splitlines()
     assert uploaded(hub) == contents(tmp_path / "out")
     assert hub.repos[REPO].is_private
     assert f'from_pretrained("{REPO}"' in uploaded(hub)["README.md"].decode()

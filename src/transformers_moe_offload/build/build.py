@@ -13,6 +13,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from huggingface_hub import HfApi
 from torch import Tensor
 from transformers import AutoTokenizer
 from transformers.utils import CONFIG_NAME
@@ -34,11 +35,13 @@ from transformers_moe_offload.build.licences import judged, licence_of
 from transformers_moe_offload.build.materials import Materials
 from transformers_moe_offload.build.mixture import origins_of
 from transformers_moe_offload.build.plan import BuildPlan, plan_build
+from transformers_moe_offload.build.publish import publish
 from transformers_moe_offload.build.recipe import Expert, MoeRecipe
 from transformers_moe_offload.build.sources import Source, open_source
 from transformers_moe_offload.build.sources.tokenizer import is_tokenizer_file, tokenizer_files
 from transformers_moe_offload.build.write import weight_shards, write_weights
 from transformers_moe_offload.errors import CheckpointError, RecipeError
+from transformers_moe_offload.hub.upload import expect_pushable
 from transformers_moe_offload.memory.fingerprint import fingerprint
 from transformers_moe_offload.memory.record import dtype_name
 from transformers_moe_offload.memory.safetensors_index import read_index
@@ -80,6 +83,7 @@ def build_moe(
     device: str = "cpu",
     resume: bool = True,
     overwrite: bool = False,
+    push: str | None = None,
     token: str | None = None,
     local_files_only: bool = False,
     advance: Advance | None = None,
@@ -95,11 +99,14 @@ def build_moe(
         device: where the base model's layers run while gates are computed.
         resume: whether to go on with what an earlier build by this recipe has left.
         overwrite: replace a complete checkpoint that is there.
+        push: upload it to this repository of the Hub when it is done, as `recipe.hub` says.
         token, local_files_only: as in `from_pretrained`.
         advance: told of the bytes that are written; without it there is a progress bar.
     """
     folder = Path(folder)
     expect_place(folder, MARKS, overwrite=overwrite)
+    if push is not None:
+        expect_pushable(HfApi(token=token), push)
     plan = validate_recipe(recipe, token=token, local_files_only=local_files_only)
     found = similarities(plan)
     warnings = (*plan.warnings, *strangers(found, recipe.checks.similarity, plan.base.name))
@@ -135,8 +142,11 @@ def build_moe(
             warnings=warnings,
         )
         write_text(place / INFO_NAME, json.dumps(info.as_dict(), indent=2) + "\n")
-        name = recipe.hub.repo_id or folder.resolve().name
+        name = push or recipe.hub.repo_id or folder.resolve().name
         write_text(place / CARD_NAME, model_card(name, info, recipe.to_dict(), plan.licence, recipe.hub.tags))
+    if push is not None:
+        hub = recipe.hub
+        publish(folder, push, private=hub.private, revision=hub.revision, create_pr=hub.create_pr, token=token)
     return info
 
 

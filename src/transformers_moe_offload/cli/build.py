@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
 from pathlib import Path
 from typing import Annotated
 
 import typer
-from huggingface_hub import HfApi
 from rich import box
 from rich.console import Console
 from rich.table import Table
@@ -16,10 +14,8 @@ from transformers_moe_offload.build import MoeBuildInfo, MoeRecipe, build_moe, v
 from transformers_moe_offload.build.plan import BuildPlan
 from transformers_moe_offload.cli import options, writing
 from transformers_moe_offload.cli.failures import one_line_errors
-from transformers_moe_offload.cli.push import push_folder
 from transformers_moe_offload.cli.writing import progress
 from transformers_moe_offload.hf.plan import readable
-from transformers_moe_offload.hub.upload import expect_pushable
 from transformers_moe_offload.memory.record import dtype_name
 
 
@@ -34,8 +30,7 @@ def build(
         typer.Option("--resume/--no-resume", help="Go on with what an interrupted build has left, or do not."),
     ] = True,
     overwrite: writing.Overwrite = False,
-    push: Annotated[str | None, typer.Option(help="Upload to this repository when done.")] = None,
-    private: Annotated[bool, typer.Option("--private", help="Make a new repository private.")] = False,
+    push: Annotated[str | None, typer.Option(help="Upload to this repository when done, as the recipe says.")] = None,
     device: Annotated[str, typer.Option(help="Where the base model's layers run while gates are computed.")] = "cpu",
     token: options.Token = None,
     local_files_only: options.LocalFilesOnly = False,
@@ -46,18 +41,14 @@ def build(
     """
     with one_line_errors():
         asked = MoeRecipe.from_file(recipe)
-        if push is not None:
-            asked = replace(asked, hub=replace(asked.hub, repo_id=push))
         console = Console()
         plan = validate_recipe(asked, token=token, local_files_only=local_files_only)
         console.print(_title(plan), style="bold", soft_wrap=True)
         console.print(_table(plan))
+        for warning in plan.warnings:
+            console.print(f"warning: {warning}", soft_wrap=True, markup=False)
         if dry_run:
-            for warning in plan.warnings:
-                console.print(f"warning: {warning}", soft_wrap=True, markup=False)
             return
-        if push is not None:
-            expect_pushable(HfApi(token=token), push)
         with progress("building", plan.nbytes) as advance:
             info = build_moe(
                 asked,
@@ -65,15 +56,14 @@ def build(
                 device=device,
                 resume=resume,
                 overwrite=overwrite,
+                push=push,
                 token=token,
                 local_files_only=local_files_only,
                 advance=advance,
             )
         console.print(_outcome(info), soft_wrap=True, markup=False)
         if push is not None:
-            hub = asked.hub
-            is_private = private or bool(hub.private)
-            push_folder(folder, push, private=is_private, revision=hub.revision, create_pr=hub.create_pr, token=token)
+            console.print(f"pushed to {push}", soft_wrap=True, markup=False)
 
 
 def _title(plan: BuildPlan) -> str:
