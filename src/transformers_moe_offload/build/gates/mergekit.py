@@ -44,6 +44,8 @@ def mergekit_rows(
     if gate.mode in ("random", "uniform"):
         rows = drawn_rows(gate.mode, num_layers, len(texts), hidden_size, seed=gate.seed, initializer_range=0.0)
         return {layer: rows[layer] for layer in ffn}
+    if tokenizer is None:
+        raise RecipeError("the base model has no tokenizer, which prompts need; add its files to its folder")
     batches = list(_batches(texts, _prepared(tokenizer)))
     if gate.mode == "cheap_embed":
         of_every_layer = _embedded(batches, base, next(iter(ffn.values())))

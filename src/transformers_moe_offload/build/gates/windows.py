@@ -74,6 +74,8 @@ def window_length(config: PreTrainedConfig) -> int:
 
 def windows_of(texts: Sequence[Texts], tokenizer: Any, *, length: int, skip_bos: bool) -> Windows:
     """Tokenize the experts' texts, in windows of `length` tokens at most."""
+    if tokenizer is None:
+        raise RecipeError("the base model has no tokenizer, which text needs; add its files to the base model's folder")
     windows: list[_Window] = []
     counts: list[int] = []
     for expert in texts:
