@@ -140,7 +140,7 @@ def _materials(plan: BuildPlan, device: str) -> tuple[Gates, Materials]:
         recipe.gate,
         [*experts, *gated],
         plan.base,
-        _tokenizer(plan.base),
+        tokenizer_of(plan.base),
         plan.ffn,
         scores=plan.container.scores,
         device=device,
@@ -156,10 +156,10 @@ def _channels(plan: BuildPlan, device: str) -> Channels | None:
         return None
     from transformers_moe_offload.build.channels import channels_of
 
-    return channels_of(plan.recipe.split, plan.base, _tokenizer(plan.base), plan.ffn, device=device)
+    return channels_of(plan.recipe.split, plan.base, tokenizer_of(plan.base), plan.ffn, device=device)
 
 
-def _tokenizer(base: Source) -> Any:
+def tokenizer_of(base: Source) -> Any:
     """The base model's; None where it has none."""
     folders = {file.parent for file in base.companions if file.name.startswith("tokenizer")}
     if not folders:
