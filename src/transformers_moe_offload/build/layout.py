@@ -48,7 +48,7 @@ def experts_paths(config: PreTrainedConfig) -> dict[int, str]:
 
 
 @lru_cache(maxsize=16)
-def _layout(config: str, cls: type[PreTrainedConfig], dtype: torch.dtype) -> Mapping[str, FieldSpec]:
+def _layout(config: str, cls: Any, dtype: torch.dtype) -> Mapping[str, FieldSpec]:
     model = on_meta(cls.from_dict(json.loads(config)), dtype)
     wide = model._get_dtype_plan(dtype) or {}
     state = {}

@@ -9,7 +9,6 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 from transformers_moe_offload.build.blocks import Block, Part, part_width
-from transformers_moe_offload.build.gates.texts import name_of
 from transformers_moe_offload.build.recipe import Expert, MoeRecipe, Origin
 
 
@@ -21,7 +20,7 @@ class Mixture:
     shared: Block | None
     """None where there is nothing that every token visits."""
     names: tuple[str, ...]
-    """What the experts are called."""
+    """What the experts are called; empty where they are called what their source is."""
     sums: tuple[tuple[Block, ...], ...]
     """What a token gets that visits one expert only, with weight 1, as blocks of dense models: the expert's source, and
     the shared expert unless that is in it."""
@@ -74,7 +73,7 @@ def mixture_of(recipe: MoeRecipe) -> Mixture:
             if expert.delta
         )
         experts = tuple(Block((part, *taken)) for part in parts)
-        names = tuple(name_of(expert, n) for n, expert in enumerate(recipe.experts))
+        names = tuple(expert.name or "" for expert in recipe.experts)
         left = tuple(part for part, expert in zip(shared, recipe.shared_experts, strict=True) if not expert.delta)
         sums = tuple((Block((part,)), *((Block(left),) if left and not is_gated else ())) for part in parts)
         return Mixture(experts, block, names, sums, _base_sum(None if is_gated else block), is_gated)

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from math import prod
 from typing import NamedTuple
 
@@ -19,6 +19,7 @@ from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, PreTrainedConfig
 
 from transformers_moe_offload.build.fitting import compare, expect_fitting
 from transformers_moe_offload.build.layout import layout_of
+from transformers_moe_offload.build.licences import Verdict, judged
 from transformers_moe_offload.build.mixture import Mixture, mixture_of
 from transformers_moe_offload.build.recipe import MoeRecipe
 from transformers_moe_offload.build.sources import Ancestor, Source
@@ -103,6 +104,8 @@ class BuildPlan:
     """In the order in which they are written: a layer's after another's, an expert's side by side."""
     parameters: Parameters
     warnings: tuple[str, ...]
+    licence: Verdict = field(default_factory=lambda: judged(()))
+    """Of the mixture, by its sources' cards."""
 
     @property
     def base(self) -> Source:
@@ -172,7 +175,7 @@ def plan_build(recipe: MoeRecipe, sources: Sequence[Source], stems: Sequence[Sou
                 _named(built, dtype),
                 shape,
                 dtype,
-                fitting,
+                replace(fitting, names=_names(fitting, sources)),
                 tuple(sources),
                 tuple(stems),
                 tuple(tensors),
@@ -192,6 +195,12 @@ def _narrowest(base: Source) -> torch.dtype:
 
 def _width(source: Source, names: Callable[[int], Mapping[str, str]], layers: Sequence[int]) -> int:
     return max(source.tensors[names(layer)["gate"]].shape[0] for layer in layers)
+
+
+def _names(mixture: Mixture, sources: Sequence[Source]) -> tuple[str, ...]:
+    """What experts are called: as the recipe says, or as their source is, whose place on this machine is nobody's."""
+    first = (block.parts[0].source for block in mixture.experts)
+    return tuple(name or sources[source].name for name, source in zip(mixture.names, first, strict=True))
 
 
 def _aligned(width: int) -> int:

@@ -63,7 +63,8 @@ def write_weights(folder: Path, shards: Sequence[WeightShard], materials: Materi
 def _unit(tensor: PlannedTensor) -> Any:
     """What stays together: an expert, or a tensor that belongs to none."""
     piece = tensor.pieces[0]
-    if isinstance(piece, FromBlock) and len({one.matrix.expert for one in tensor.pieces}) == 1:
+    experts = {one.matrix.expert for one in tensor.pieces if isinstance(one, FromBlock)}
+    if isinstance(piece, FromBlock) and len(experts) == 1:
         return piece.layer, piece.matrix.expert
     return tensor.spec.name
 

@@ -30,6 +30,7 @@ def build(
         typer.Option("--resume/--no-resume", help="Go on with what an interrupted build has left, or do not."),
     ] = True,
     overwrite: writing.Overwrite = False,
+    push: Annotated[str | None, typer.Option(help="Upload to this repository when done, as the recipe says.")] = None,
     device: Annotated[str, typer.Option(help="Where the base model's layers run while gates are computed.")] = "cpu",
     token: options.Token = None,
     local_files_only: options.LocalFilesOnly = False,
@@ -44,9 +45,9 @@ def build(
         plan = validate_recipe(asked, token=token, local_files_only=local_files_only)
         console.print(_title(plan), style="bold", soft_wrap=True)
         console.print(_table(plan))
+        for warning in plan.warnings:
+            console.print(f"warning: {warning}", soft_wrap=True, markup=False)
         if dry_run:
-            for warning in plan.warnings:
-                console.print(f"warning: {warning}", soft_wrap=True, markup=False)
             return
         with progress("building", plan.nbytes) as advance:
             info = build_moe(
@@ -55,11 +56,14 @@ def build(
                 device=device,
                 resume=resume,
                 overwrite=overwrite,
+                push=push,
                 token=token,
                 local_files_only=local_files_only,
                 advance=advance,
             )
         console.print(_outcome(info), soft_wrap=True, markup=False)
+        if push is not None:
+            console.print(f"pushed to {push}", soft_wrap=True, markup=False)
 
 
 def _title(plan: BuildPlan) -> str:

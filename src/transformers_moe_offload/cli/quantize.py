@@ -6,6 +6,7 @@ from typing import Annotated
 
 import torch
 import typer
+from huggingface_hub import HfApi
 from rich import box
 from rich.console import Console
 from rich.table import Table
@@ -13,7 +14,7 @@ from rich.table import Table
 from transformers_moe_offload.cli import options, writing
 from transformers_moe_offload.cli.blueprint import Blueprint, draw
 from transformers_moe_offload.cli.failures import CommandError, one_line_errors, reading
-from transformers_moe_offload.cli.push import expect_pushable, push_folder
+from transformers_moe_offload.cli.push import push_folder
 from transformers_moe_offload.cli.writing import expect_apart, progress
 from transformers_moe_offload.config import ExpertFormats, OffloadConfig
 from transformers_moe_offload.hf.plan import readable
@@ -24,6 +25,7 @@ from transformers_moe_offload.hf.prebuilt.sizes import Sizes
 from transformers_moe_offload.hf.prebuilt.source import Quantization, contents
 from transformers_moe_offload.hf.prebuilt.writer import Prebuilt, write_prebuilt
 from transformers_moe_offload.hub.fetch import fetch
+from transformers_moe_offload.hub.upload import expect_pushable
 from transformers_moe_offload.memory.record import dtype_name
 from transformers_moe_offload.output.place import expect_place
 from transformers_moe_offload.output.text import as_json
@@ -71,7 +73,7 @@ def quantize(
             return
         expect_place(folder, MARKS, overwrite=overwrite)
         if push is not None:
-            expect_pushable(push, token)
+            expect_pushable(HfApi(token=token), push)
         with reading(f"cannot read the weights of {source!r}"):
             fetched = fetch(source, blueprint.model.config, origin.for_files())
         recipe = recipe_of(fetched.name, fetched.revision, fetched.weights, dtype_name(blueprint.dtype), config)

@@ -47,7 +47,7 @@ def check_logits(materials: Materials, stored: Mapping[str, StoredTensor]) -> tu
     expected = _dense(materials, vocabulary).logits(tokens)
     differences = (found - expected).abs().amax(dim=(1, 2))
     allowed = TOLERANCE * max(1.0, float(expected.abs().max()))
-    for number, difference in enumerate(differences.tolist()):
+    for number, difference in reversed(list(enumerate(differences.tolist()))):  # identity first: it is about the class
         if not difference <= allowed:  # also where it is not a number
             raise CheckFailedError(_message(materials, number, difference, allowed))
     return float(differences[-1]), float(differences[:-1].max())

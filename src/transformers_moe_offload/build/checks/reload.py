@@ -60,7 +60,7 @@ def _whole(folder: Path) -> dict[str, Any]:
     logits = model(input_ids=torch.arange(min(8, model.config.vocab_size))[None], use_cache=False).logits
     if not torch.isfinite(logits).all():
         raise CheckFailedError("reload: the mixture's logits are not finite")
-    return found  # type: ignore[no-any-return]
+    return found
 
 
 def _names(folder: Path, stored: Mapping[str, StoredTensor]) -> dict[str, Any]:
@@ -71,4 +71,4 @@ def _names(folder: Path, stored: Mapping[str, StoredTensor]) -> dict[str, Any]:
     _, found = cls.from_pretrained(
         None, config=config, state_dict=state, output_loading_info=True, device_map={"": "meta"}
     )
-    return found  # type: ignore[no-any-return]
+    return found

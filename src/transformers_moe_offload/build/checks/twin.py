@@ -95,7 +95,7 @@ def _without_weights(config: PreTrainedConfig, vocabulary_size: int) -> Any:
     for path, module in model.named_modules():
         names = [name for name in module._buffers if f"{path}.{name}" not in stored]
         for name in names:
-            module._buffers[name] = torch.empty_like(module._buffers[name], device="cpu")  # type: ignore[arg-type]
+            module._buffers[name] = torch.empty_like(module._buffers[name], device="cpu")
         if names:
             model._init_weights(module)  # how from_pretrained of Transformers 5.23 fills them
     return model.eval()

@@ -1,11 +1,11 @@
 """The licence of a mixture, from what the cards of its sources say; and whether those licences exclude each other.
 
-Decides from identifiers alone, and errs on the side of caution: what is not in `table.py` is unknown, and is said to be. This is bookkeeping and no legal advice; whoever publishes has the last word (`hub.license`).
+Decides from identifiers alone, and errs on the side of caution: what is not in `table.py` is unknown, and is said to
+be. This is bookkeeping and no legal advice; whoever publishes has the last word (`hub.license`).
 """
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass
 from itertools import combinations
@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from huggingface_hub import ModelCard
-from yaml import YAMLError  # type: ignore[import-untyped]
+from yaml import YAMLError
 
 from transformers_moe_offload.build.licences.table import (
     COMMUNITY,
@@ -30,8 +30,6 @@ from transformers_moe_offload.build.licences.table import (
     passed_on,
 )
 from transformers_moe_offload.errors import RecipeError
-
-logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -65,6 +63,7 @@ class Verdict:
     conflicts: tuple[str, ...]
     """Pairs of licences that exclude each other, in sentences."""
     warnings: tuple[str, ...]
+    """These too, unless they were not to be looked at, and what else is worth knowing."""
     notices: tuple[str, ...]
     """What licences want said."""
     sources: tuple[Licence, ...]
@@ -102,10 +101,7 @@ def judged(licences: Sequence[Licence], level: str = "error", override: str | No
             f"licences exclude each other: {'; '.join(conflicts)}. Take other sources, or, if you may pass the mixture "
             f"on all the same, set checks.licence to warn"
         )
-    warnings = (*_unknown(licences), *_mixed(licences))
-    if level != "off":
-        for message in (*conflicts, *warnings):
-            logger.warning(message)
+    warnings = () if level == "off" else (*conflicts, *_unknown(licences), *_mixed(licences))
     id, name, link = (override, None, None) if override else _of_the_whole(licences)
     notices = tuple(
         text for start, text in NOTICES.items() if any((one.id or "").startswith(start) for one in licences)
@@ -171,9 +167,7 @@ def _unknown(licences: Sequence[Licence]) -> Iterable[str]:
 def _mixed(licences: Sequence[Licence]) -> Iterable[str]:
     limited = [one for one in _distinct(licences) if one.kind in (COMMUNITY, NON_COMMERCIAL)]
     if len({_family(one) for one in limited}) > 1:
-        yield (
-            f"{' and '.join(map(str, limited))} all hold for the mixture at once; whoever uses it is bound by each of them"
-        )
+        yield (f"{' and '.join(map(str, limited))} all hold for the mixture at once; whoever uses it is bound by each")
 
 
 def _family(licence: Licence) -> str:

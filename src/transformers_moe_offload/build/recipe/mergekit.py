@@ -22,7 +22,7 @@ _GATE_MODES = {
     "random": "random",
     "uniform_random": "uniform",
 }
-_CONTAINERS = {"mixtral": "mixtral", "qwen3": "qwen3_moe", "qwen": "auto"}
+_CONTAINERS = {"mixtral": "mixtral", "qwen": "auto", "qwen3": "qwen3_moe"}
 
 
 def is_mergekit(values: Mapping[str, Any]) -> bool:

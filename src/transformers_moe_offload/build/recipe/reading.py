@@ -19,6 +19,9 @@ from transformers_moe_offload.errors import RecipeError
 
 T = TypeVar("T")
 
+_PATHS = {"Origin": ("model", "adapter"), "Dataset": ("path",), "MoeRecipe": ("tokenizer",)}
+"""What may be the name of a folder or a file."""
+
 
 @dataclass(frozen=True)
 class Place:
@@ -129,7 +132,7 @@ def _from_text(cls: Any, text: str, place: Place) -> Any:
 
 def _with_paths(cls: Any, options: dict[str, Any], place: Place) -> Any:
     """The class with its options; the names of folders and files among them are seen from where the recipe is."""
-    paths = {Origin: ("model", "adapter"), Dataset: ("path",)}.get(cls, ("tokenizer",))
+    paths = _PATHS.get(cls.__name__, ())
     resolved = {name: place.resolved(value) for name, value in options.items() if name in paths and value is not None}
     return cls(**options | resolved)
 

@@ -12,7 +12,7 @@ from transformers_moe_offload.build.recipe.experts import Expert, SharedExpert
 from transformers_moe_offload.build.recipe.gate import Gate
 from transformers_moe_offload.build.recipe.mergekit import is_mergekit, translated
 from transformers_moe_offload.build.recipe.one_model import Split, Upcycle
-from transformers_moe_offload.build.recipe.origin import Origin, as_origin
+from transformers_moe_offload.build.recipe.origin import Dataset, Origin, as_origin
 from transformers_moe_offload.build.recipe.reading import Place, as_plain, load_yaml, read
 from transformers_moe_offload.build.recipe.result import Checks, Hub, Output
 from transformers_moe_offload.build.recipe.stem import Stem
@@ -113,6 +113,12 @@ class MoeRecipe:
         if self.upcycle is not None:
             return self.upcycle.num_experts * self.upcycle.granularity
         return self.split.num_routed if self.split is not None else len(self.experts)
+
+    @property
+    def datasets(self) -> tuple[Dataset, ...]:
+        """The texts that something is calibrated with."""
+        owners = (*self.experts, *self.shared_experts, *((self.split,) if self.split else ()))
+        return tuple(owner.dataset for owner in owners if owner.dataset is not None)
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any], *, folder: Path | None = None) -> MoeRecipe:

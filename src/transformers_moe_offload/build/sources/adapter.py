@@ -23,10 +23,11 @@ from transformers_moe_offload.build.sources.adapter_config import CONFIG_NAME, A
 from transformers_moe_offload.build.sources.base import Ancestor, Source
 from transformers_moe_offload.errors import CheckpointError
 from transformers_moe_offload.expert import FieldSpec
-from transformers_moe_offload.memory.field_source import FieldSource
+from transformers_moe_offload.memory.field_source import read_stored
 from transformers_moe_offload.memory.safetensors_index import StoredTensor, read_index
 
 _WEIGHTS = "adapter_model.safetensors"
+_CARD = "README.md"
 _PREFIX = "base_model.model."
 
 
@@ -50,12 +51,12 @@ class AdapterSource:
     def open(cls, base: Source, name: str, options: Mapping[str, Any]) -> AdapterSource:
         """An adapter in a folder or from the Hub, on a base model."""
         if Path(name).is_dir():
-            return cls(base, Path(name), Ancestor(Path(name).resolve().name, None, (Path(name) / _WEIGHTS,)))
+            return cls(base, Path(name), _ancestor(Path(name).resolve().name, None, Path(name)))
         try:
-            folder = Path(snapshot_download(name, allow_patterns=[CONFIG_NAME, _WEIGHTS], **options))
+            folder = Path(snapshot_download(name, allow_patterns=[CONFIG_NAME, _WEIGHTS, _CARD], **options))
         except (HfHubHTTPError, LocalEntryNotFoundError, OSError, ValueError) as error:
             raise CheckpointError(f"cannot read the adapter {name}: {' '.join(str(error).split())}") from error
-        return cls(base, folder, Ancestor(name, folder.name, (folder / _WEIGHTS,)))
+        return cls(base, folder, _ancestor(name, folder.name, folder))
 
     @property
     def name(self) -> str:
@@ -95,12 +96,11 @@ class AdapterSource:
 
     def read(self, name: str) -> Tensor:
         """One tensor, merged."""
-        if name in self._whole:
-            return _read(self._whole[name]).float()
-        tensor = self._base.read(name)
+        # For embeddings both are there: the whole tensor is what the pair is added to.
+        tensor = read_stored(self._whole[name]).float() if name in self._whole else self._base.read(name)
         if name not in self._pairs:
             return tensor
-        first, second = (_read(one).float() for one in self._pairs[name])
+        first, second = (read_stored(one).float() for one in self._pairs[name])
         scale = self._config.scale_of(name.removesuffix(".weight"))
         product = second @ first
         return torch.add(tensor.float(), product if product.shape == tensor.shape else product.T, alpha=scale)
@@ -152,6 +152,11 @@ class AdapterSource:
             )
 
 
+def _ancestor(name: str, revision: str | None, folder: Path) -> Ancestor:
+    card = folder / _CARD
+    return Ancestor(name, revision, (folder / _WEIGHTS,), card if card.is_file() else None)
+
+
 def _place(key: str) -> tuple[str, bool, bool]:
     """The base model's module that a tensor of the adapter belongs to; is it the first of a pair, or the second?"""
     module = key.removeprefix(_PREFIX)
@@ -159,7 +164,3 @@ def _place(key: str) -> tuple[str, bool, bool]:
     if found:
         return found[1].removesuffix(".base_layer"), found[2] == "A", found[2] == "B"
     return module.replace(".base_layer.", ".").replace(".modules_to_save.", "."), False, False
-
-
-def _read(stored: StoredTensor) -> Tensor:
-    return FieldSource((stored,), (stored.dtype,)).read(stored.shape)

@@ -21,6 +21,8 @@ class Ancestor(NamedTuple):
     """Its commit, if it is from the Hub."""
     files: tuple[Path, ...] = ()
     """Its weights."""
+    card: Path | None = None
+    """What it says about itself."""
 
 
 class Source(Protocol):

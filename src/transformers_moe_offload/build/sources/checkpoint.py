@@ -10,6 +10,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor
 from transformers import AutoConfig, PreTrainedConfig
 
@@ -18,10 +19,11 @@ from transformers_moe_offload.build.sources.base import Ancestor
 from transformers_moe_offload.errors import CheckpointError, RecipeError
 from transformers_moe_offload.expert import FieldSpec
 from transformers_moe_offload.hub.fetch import Fetched, fetch
-from transformers_moe_offload.memory.field_source import FieldSource
+from transformers_moe_offload.memory.field_source import read_stored
 from transformers_moe_offload.memory.safetensors_index import StoredTensor, check_index_file, read_index
 
 _INDEX = "model.safetensors.index.json"
+_ROWS = 4096
 _PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt")
 
 
@@ -69,7 +71,7 @@ class CheckpointSource:
     @property
     def ancestors(self) -> tuple[Ancestor, ...]:
         """Itself."""
-        return (Ancestor(self.name, self.revision, self._fetched.weights),)
+        return (Ancestor(self.name, self.revision, self._fetched.weights, self.card),)
 
     @property
     def companions(self) -> tuple[Path, ...]:
@@ -84,7 +86,7 @@ class CheckpointSource:
     def read(self, name: str) -> Tensor:
         """One tensor, as it is stored."""
         stored = self._stored[name]
-        return FieldSource((stored,), (stored.dtype,)).read(stored.shape)
+        return read_stored(stored)
 
     def read_rows(self, name: str, start: int, stop: int) -> Tensor:
         """Some rows of it, and only these are read."""
@@ -95,7 +97,7 @@ def read_rows(stored: StoredTensor, start: int, stop: int) -> Tensor:
     """Rows `start` to `stop` of a stored tensor; nothing else is read."""
     row_bytes = stored.nbytes // stored.shape[0]
     rows = replace(stored, offset=stored.offset + start * row_bytes, shape=(stop - start, *stored.shape[1:]))
-    return FieldSource((rows,), (rows.dtype,)).read(rows.shape)
+    return read_stored(rows)
 
 
 def _as_saved(name: str, config: PreTrainedConfig, stored: Mapping[str, StoredTensor]) -> dict[str, StoredTensor]:
@@ -114,15 +116,33 @@ def _as_saved(name: str, config: PreTrainedConfig, stored: Mapping[str, StoredTe
                 f"belongs to other weights"
             )
     model = on_meta(config)
-    tied = set(model.all_tied_weights_keys)
+    tied = {name: kept for name, kept in model.all_tied_weights_keys.items() if name in stored}
     harmless = [*(model._keys_to_ignore_on_load_unexpected or ()), r"rotary_emb\.inv_freq$", r"\.attn\.(masked_)?bias$"]
-    for extra in stored.keys() - expected.keys() - tied:
+    for extra in stored.keys() - expected.keys() - tied.keys():
         if not any(re.search(pattern, extra) for pattern in harmless):
             raise CheckpointError(
                 f"{name} has a tensor {extra}, which no {config.model_type} with its config has; its config belongs to "
                 f"other weights, or it is a model of another kind"
             )
+    for one, kept in tied.items():
+        if not _are_equal(stored[one], stored[kept]):
+            raise CheckpointError(
+                f"{name} stores {one} and {kept} with different values, but its config says that they are one "
+                f"(tie_word_embeddings); set that to false in its config.json, or take one of them out"
+            )
     return {one: stored[one] for one in expected}
+
+
+def _are_equal(first: StoredTensor, second: StoredTensor) -> bool:
+    """Whether two tensors have the same values; some rows of them are in memory."""
+    if first.shape != second.shape or first.dtype != second.dtype:
+        return False
+    starts = range(0, first.shape[0], _ROWS)
+    stops = (min(start + _ROWS, first.shape[0]) for start in starts)
+    return all(
+        torch.equal(read_rows(first, start, stop), read_rows(second, start, stop))
+        for start, stop in zip(starts, stops, strict=True)
+    )
 
 
 def _expect_inside(folder: Path) -> None:

@@ -16,7 +16,8 @@ from statistics import fmean
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from transformers_moe_offload.build.build import RECIPE_NAME, build_moe, tokenizer_of, validate_recipe
+from transformers_moe_offload.build.build import build_moe, validate_recipe
+from transformers_moe_offload.build.folder import RECIPE_NAME
 from transformers_moe_offload.build.gates import program_several
 from transformers_moe_offload.build.gates.texts import name_of
 from transformers_moe_offload.build.gates.windows import window_length
@@ -107,7 +108,7 @@ def _swept(
     prepared = {domain: held_out(of, tokenizer, length=window_length(plan.config)) for domain, of in texts.items()}
     homes = {name_of(expert, number): number for number, expert in enumerate(experts)}
     programmed = program_several(
-        gates, experts, plan.base, tokenizer_of(plan.base), plan.ffn, scores=plan.container.scores, device=device
+        gates, experts, plan.base, tokenizer, plan.ffn, scores=plan.container.scores, device=device
     )
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype).to(device).eval()
     names = names_in_memory(plan.config)
