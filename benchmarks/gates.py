@@ -83,7 +83,7 @@ def compare_gates(
             "calibration": f"{calibration} texts of up to {PIECE_CHARACTERS:,} characters of each domain, from the "
             "models' training text",
             "held-out text": ", ".join(f"{domain} {w.tokens:,} tokens" for domain, w in windows.items()),
-            "with router training": "not measured: tools for training are not part of this version",
+            "with router training": "not measured; `sweep_gates(prepare=...)` is where routers would be trained",
         },
         "dense": dense_rows(windows),
         "sweeps": {},

@@ -9,5 +9,6 @@ info = build_moe(recipe, "my-mixture")
 from transformers_moe_offload.build.build import build_moe, validate_recipe
 from transformers_moe_offload.build.info import MoeBuildInfo
 from transformers_moe_offload.build.recipe import MoeRecipe
+from transformers_moe_offload.build.sweep import SweepReport, sweep_gates
 
-__all__ = ["MoeBuildInfo", "MoeRecipe", "build_moe", "validate_recipe"]
+__all__ = ["MoeBuildInfo", "MoeRecipe", "SweepReport", "build_moe", "sweep_gates", "validate_recipe"]

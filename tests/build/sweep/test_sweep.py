@@ -30,6 +30,11 @@ def texts(domains):
     return {name: [text[4000:7000]] for name, text in domains.items()}
 
 
+def rows_of(model):
+    name = names_in_memory(model.config)["model.layers.0.block_sparse_moe.gate.weight"]
+    return model.get_parameter(name).detach().clone()
+
+
 def test_bits_per_byte_are_those_of_the_model(tiny_dense, tokenizer, texts):
     model = AutoModelForCausalLM.from_pretrained(tiny_dense, dtype=torch.float32).eval()
     text = texts["c"][0][:600]
@@ -70,7 +75,13 @@ def test_a_mixture_that_was_built_is_swept_and_left_as_it_is(recipe, texts, tmp_
     build_moe(recipe, tmp_path / "mixture", advance=lambda nbytes: None)
     before = {file.name: file.read_bytes() for file in (tmp_path / "mixture").iterdir()}
 
-    report = sweep_gates(tmp_path / "mixture", ["ridge", "noise"], texts)
+    prepared = []
+    report = sweep_gates(
+        tmp_path / "mixture", ["ridge", "noise"], texts, prepare=lambda model: prepared.append(rows_of(model))
+    )
+
+    assert len(prepared) == 2
+    assert not torch.equal(*prepared), "routers have the rows of their gate when a mixture is prepared"
 
     assert {file.name: file.read_bytes() for file in (tmp_path / "mixture").iterdir()} == before
     # What was scored for the gate that it was built with is what it is.

@@ -92,7 +92,7 @@ def windows_of(texts: Sequence[Texts], tokenizer: Any, *, length: int, skip_bos:
                 )
             counts.append(count)
     for expert, count in zip(texts, counts[::2], strict=True):
-        if count < FEW_TOKENS:
+        if count < FEW_TOKENS and not expert.is_empty:
             logger.warning(
                 "Expert %r has %d tokens to calibrate its gate with; %d or more make a better one (positive_prompts, "
                 "dataset).",

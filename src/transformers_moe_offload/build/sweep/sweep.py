@@ -14,7 +14,7 @@ from pathlib import Path
 from statistics import fmean
 
 import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
 from transformers_moe_offload.build.build import build_moe, validate_recipe
 from transformers_moe_offload.build.folder import RECIPE_NAME
@@ -40,6 +40,7 @@ def sweep_gates(
     *,
     device: str = "cpu",
     dtype: torch.dtype | str = torch.float32,
+    prepare: Callable[[PreTrainedModel], None] | None = None,
     token: str | None = None,
     local_files_only: bool = False,
     advance: Advance | None = None,
@@ -54,6 +55,8 @@ def sweep_gates(
             tokens get there is counted.
         device: where the mixture runs, and the base model's layers while gates are computed.
         dtype: of the mixture.
+        prepare: called with the mixture when its routers have a gate's rows, before it is scored; for instance to train
+            its routers. Whatever else it changes stays so for the gates that follow.
         token, local_files_only: as in `from_pretrained`.
         advance: told of the gates that are scored.
     """
@@ -67,7 +70,9 @@ def sweep_gates(
             folder = Path(mixture)
             recipe = recipe_of(folder)
         plan = validate_recipe(recipe, **hub)  # type: ignore[arg-type]
-        return _swept(plan, folder, _named(gates, recipe), texts, device=device, dtype=dtype, advance=advance)
+        return _swept(
+            plan, folder, _named(gates, recipe), texts, device=device, dtype=dtype, prepare=prepare, advance=advance
+        )
 
 
 def recipe_of(folder: Path) -> MoeRecipe:
@@ -97,6 +102,7 @@ def _swept(
     *,
     device: str,
     dtype: torch.dtype | str,
+    prepare: Callable[[PreTrainedModel], None] | None,
     advance: Advance | None,
 ) -> SweepReport:
     experts = plan.recipe.experts
@@ -117,6 +123,8 @@ def _swept(
     for name, gate in gates.items():
         routers.set_rows(programmed[name].rows)
         every = gate.mode == "gateless"  # all experts at equal weight is what the mode is
+        if prepare is not None:
+            prepare(model)
         with routers.choosing(len(experts) if every else plan.recipe.experts_per_token):
             rows.append(_scored(name, model, routers, prepared, homes))
         if advance is not None:
