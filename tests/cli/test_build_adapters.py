@@ -6,7 +6,7 @@ import pytest
 import yaml
 from transformers import AutoModelForCausalLM
 
-from cli.conftest import the_error
+from .conftest import the_error
 
 RECIPE = Path(__file__).parents[2] / "examples" / "adapters.yaml"
 

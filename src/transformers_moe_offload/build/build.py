@@ -103,6 +103,8 @@ def build_moe(
         token, local_files_only: as in `from_pretrained`.
         advance: told of the bytes that are written; without it there is a progress bar.
     """
+    if recipe.kind == "adapter_moe":
+        raise RecipeError("kind: adapter_moe is built by build_adapter_moe, which takes the same arguments")
     folder = Path(folder)
     expect_place(folder, MARKS, overwrite=overwrite)
     if push is not None:

@@ -45,8 +45,8 @@ def build(
         console = Console()
         if asked.kind == "adapter_moe":
             build_adapters(
-                asked, folder, console, dry_run=dry_run, device=device, resume=resume, overwrite=overwrite, token=token,
-                local_files_only=local_files_only,
+                asked, folder, console, dry_run=dry_run, device=device, resume=resume, overwrite=overwrite, push=push,
+                token=token, local_files_only=local_files_only,
             )  # fmt: skip
             return
         plan = validate_recipe(asked, token=token, local_files_only=local_files_only)

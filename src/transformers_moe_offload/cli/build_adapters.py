@@ -21,6 +21,8 @@ def build_adapters(recipe: MoeRecipe, folder: Path, console: Console, *, dry_run
     plan = plan_adapters(recipe, token=options["token"], local_files_only=options["local_files_only"])
     console.print(_title(plan), style="bold", soft_wrap=True)
     console.print(_table(plan))
+    for warning in plan.licence.warnings:
+        console.print(f"warning: {warning}", soft_wrap=True, markup=False)
     if dry_run:
         return
     with progress("building", plan.nbytes) as advance:
@@ -31,6 +33,8 @@ def build_adapters(recipe: MoeRecipe, folder: Path, console: Console, *, dry_run
         else f"loads with every byte, adapters alone {info.forced_expert:.1e}"
     )
     console.print(f"wrote {info.folder}; checked: {checked}", soft_wrap=True, markup=False)
+    if options["push"] is not None:
+        console.print(f"pushed to {options['push']}", soft_wrap=True, markup=False)
 
 
 def _title(plan: AdapterPlan) -> str:

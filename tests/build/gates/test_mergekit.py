@@ -64,7 +64,7 @@ def formula(mode, folder, tokenizer, layers, seed):
             total = (embedded * batch["attention_mask"][..., None]).sum(1).sum(0)
             return (total / total.norm().clamp(min=1e-8)).expand(layers, -1)
         with torch.no_grad():
-            hidden = torch.stack(model(**batch, output_hidden_states=True).hidden_states[:-1])
+            hidden = torch.stack(model(**batch, output_hidden_states=True).hidden_states[:layers])
         pooled = hidden.sum(2) / hidden.shape[2] if mode == "hidden_avg" else hidden[:, :, -1]
         return pooled.sum(1) / pooled.shape[1]
 

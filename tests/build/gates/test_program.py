@@ -33,11 +33,11 @@ def program(base, tokenizer, ffn):
 
 
 @pytest.mark.parametrize("mode", GATE_MODES)
-def test_every_mode_gives_every_router_its_rows(mode, program, experts):
+def test_every_mode_gives_every_router_its_rows(mode, program, experts, ffn):
     gates = program(Gate(mode=mode), experts)
-    assert sorted(gates.rows) == list(range(6))
+    assert sorted(gates.rows) == list(ffn)
     assert all(rows.shape == (3, 192) and rows.dtype == torch.float32 for rows in gates.rows.values())
-    assert [report.layer for report in gates.report.layers] == list(range(6))
+    assert [report.layer for report in gates.report.layers] == list(ffn)
     assert gates.report.experts == ("prose", "python", "c")
     again = program(Gate(mode=mode), experts)
     assert all(torch.equal(gates.rows[layer], again.rows[layer]) for layer in gates.rows)
@@ -49,11 +49,11 @@ def test_ridge_sends_most_tokens_home_at_the_entropy_that_was_asked_for(program,
         assert report.entropy == pytest.approx(0.6, abs=1e-3)
         assert min(report.sent_home) > 0.5
     assert min(gates.report.tokens) > 1000
-    assert json.loads(json.dumps(gates.report.as_dict()))["layers"][5]["layer"] == 5
+    assert json.loads(json.dumps(gates.report.as_dict()))["layers"][2]["layer"] == 2
 
 
 def test_a_number_scales_the_rows_as_they_are(program, experts):
-    one, eight = (program(Gate(scale=scale), experts).rows[3] for scale in (1.0, 8.0))
+    one, eight = (program(Gate(scale=scale), experts).rows[2] for scale in (1.0, 8.0))
     torch.testing.assert_close(eight, one * 8)
 
 
@@ -76,7 +76,7 @@ def test_several_gates_in_one_pass_are_what_they_are_alone(base, tokenizer, ffn,
     for name, gate in gates.items():
         alone = program(gate, experts)
         assert all(torch.equal(several[name].rows[layer], alone.rows[layer]) for layer in ffn), name
-    assert sum(passes) == 12, "one pass for ours, one in bfloat16 for mergekit's"
+    assert sum(passes) == 2 * len(ffn), "one pass for ours, one in bfloat16 for mergekit's"
     # Drawn rows are reported on as well, as hidden states are there.
     assert several["gateless"].report.layers[0].entropy == pytest.approx(1)
 
@@ -128,15 +128,15 @@ def test_an_expert_added_later_gives_the_gates_of_all_at_once(program, experts, 
 
 def test_an_expert_is_not_added_to_another_model(program, experts, base, tokenizer, tmp_path):
     gates = program(Gate(), experts[:2], statistics=tmp_path / "two.safetensors")
-    with pytest.raises(RecipeError, match=r"layers \[0, 1, 2, 3, 4, 5\] .* experts in layers \[1\]"):
+    with pytest.raises(RecipeError, match=r"layers \[0, 1, 2\] .* experts in layers \[1\]"):
         add_expert_gate(
             gates.statistics, experts[2], base, tokenizer, {1: "model.layers.1.mlp"}, tmp_path / "x.safetensors"
         )
 
 
-def test_a_file_that_holds_no_statistics_is_refused(tmp_path, base):
+def test_a_file_that_holds_no_statistics_is_refused(tmp_path, tiny_dense):
     with pytest.raises(CheckpointError, match="holds no gate statistics"):
-        RidgeStatistics(base.weights[0])
+        RidgeStatistics(tiny_dense / "model.safetensors")
     broken = tmp_path / "broken.safetensors"
     broken.write_bytes(b"nonsense")
     with pytest.raises(CheckpointError, match="cannot read gate statistics"):
@@ -175,9 +175,7 @@ def test_degenerate_gates_are_refused_with_their_layers(program, experts):
     # Texts that are not the same but say the same: their hidden states do not differ at all.
     twice = replace(experts[0], name="twice", positive_prompts=experts[0].positive_prompts * 2)
     for mode in ("mean", "ridge"):
-        with pytest.raises(
-            RecipeError, match=r"gates of layers 0, 1, 2, 3, 4, 5 cannot tell some experts apart \(condition"
-        ):
+        with pytest.raises(RecipeError, match=r"gates of layers 0, 1, 2 cannot tell some experts apart \(condition"):
             program(Gate(mode=mode), [*experts, twice])
     cancelled = replace(experts[0], negative_prompts=experts[0].positive_prompts)
     with pytest.raises(RecipeError, match=r"gate of expert 'prose' in layer 0 comes out as zero: its negative_prompts"):

@@ -9,25 +9,31 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from huggingface_hub import HfApi
 from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer
 from transformers.dynamic_module_utils import custom_object_save
 from transformers.utils import CONFIG_NAME, SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME
 from transformers.utils.logging import tqdm
 
+from transformers_moe_offload.build.adapters.card import adapters_card
 from transformers_moe_offload.build.adapters.plan import PREFIX, AdapterPlan, plan_adapters
 from transformers_moe_offload.build.adapters.routers import router_rows
 from transformers_moe_offload.build.checks import CheckFailedError
+from transformers_moe_offload.build.folder import MARKS, without_places
 from transformers_moe_offload.build.gates import GateReport
+from transformers_moe_offload.build.info import INFO_NAME
 from transformers_moe_offload.build.layout import on_meta
+from transformers_moe_offload.build.publish import publish
 from transformers_moe_offload.build.recipe import MoeRecipe
 from transformers_moe_offload.build.sources import Source
+from transformers_moe_offload.hub.upload import expect_pushable
 from transformers_moe_offload.memory.fingerprint import fingerprint
 from transformers_moe_offload.memory.record import torch_dtype
 from transformers_moe_offload.memory.safetensors_writer import write_bytes, write_text
 from transformers_moe_offload.models.adapter_moe import AdapterMoeForCausalLM
 from transformers_moe_offload.models.adapter_moe import adapter_folders as folders
-from transformers_moe_offload.output.place import Marks, expect_place, place_for
+from transformers_moe_offload.output.place import expect_place, place_for
 from transformers_moe_offload.output.shards import (
     Content,
     expect_room,
@@ -43,9 +49,6 @@ from transformers_moe_offload.output.text import as_json
 logger = logging.getLogger(__name__)
 Advance = Callable[[int], None]
 
-RECIPE_NAME = "moe_offload_build.json"
-INFO_NAME = "moe_offload_info.json"
-MARKS = Marks(first=RECIPE_NAME, last=CONFIG_NAME, prefix="moe_offload", is_in_place=False)
 CHECKED_UP_TO = 256 * 2**20
 """Bytes of a dense model up to which the mixture's logits are compared with it: both are in memory then."""
 TOLERANCE = 1e-4
@@ -81,6 +84,7 @@ def build_adapter_moe(
     device: str = "cpu",
     resume: bool = True,
     overwrite: bool = False,
+    push: str | None = None,
     token: str | None = None,
     local_files_only: bool = False,
     advance: Advance | None = None,
@@ -92,7 +96,11 @@ def build_adapter_moe(
     """
     folder = Path(folder)
     expect_place(folder, MARKS, overwrite=overwrite)
+    if push is not None:
+        expect_pushable(HfApi(token=token), push)
     plan = plan_adapters(recipe, token=token, local_files_only=local_files_only)
+    for warning in plan.licence.warnings:
+        logger.warning(warning)
     rows, report = router_rows(plan, _tokenizer(plan.base), device=device)
     shards = _shards(plan, rows, recipe.output.max_shard_bytes)
     with place_for(
@@ -114,11 +122,17 @@ def build_adapter_moe(
             folder=folder,
             adapters=tuple(adapter.name for adapter in plan.adapters),
             parameters=_parameters(plan),
-            sources=tuple({"name": one.name, "revision": one.revision} for one in _ancestors(plan)),
+            sources=tuple({"name": one.name, "revision": one.revision} for one in plan.ancestors),
             gates=report,
             forced_expert=_check(plan, place),
         )
         write_text(place / INFO_NAME, as_json(info.as_dict()))
+        name = push or recipe.hub.repo_id or folder.resolve().name
+        card = adapters_card(name, plan, info.parameters, plan.licence, recipe.hub.tags)
+        write_text(place / "README.md", card)
+    if push is not None:
+        hub = recipe.hub
+        publish(folder, push, private=hub.private, revision=hub.revision, create_pr=hub.create_pr, token=token)
     return info
 
 
@@ -154,12 +168,11 @@ def _copy_adapters(plan: AdapterPlan, place: Path, done: Advance) -> None:
 
 def _identity(plan: AdapterPlan) -> dict[str, Any]:
     """What a build can only go on by if it is the same."""
-    files = [{file.name: fingerprint(file) for file in one.files} for one in _ancestors(plan)]
-    return {"recipe": plan.recipe.to_dict(), "container": "adapter_moe", "sources": files}
-
-
-def _ancestors(plan: AdapterPlan) -> list[Any]:
-    return [*plan.base.ancestors, *(adapter.ancestor for adapter in plan.adapters)]
+    sources = [
+        {"name": one.name, "revision": one.revision, "files": {file.name: fingerprint(file) for file in one.files}}
+        for one in plan.ancestors
+    ]
+    return {"recipe": without_places(plan.recipe.to_dict()), "container": "adapter_moe", "sources": sources}
 
 
 def _parameters(plan: AdapterPlan) -> dict[str, int]:

@@ -14,6 +14,7 @@ from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
 from torch import nn
 
 from transformers_moe_offload.build.layout import layout_of, on_meta
+from transformers_moe_offload.build.licences import Verdict, judged, licence_of
 from transformers_moe_offload.build.recipe import Expert, MoeRecipe
 from transformers_moe_offload.build.sources import Ancestor, Source, open_source
 from transformers_moe_offload.errors import CheckpointError, RecipeError
@@ -47,6 +48,7 @@ class AdapterPlan:
     config: AdapterMoeConfig
     tensors: tuple[FieldSpec, ...]
     """Of the dense model and of the routers, by their names in the mixture."""
+    licence: Verdict
 
     @cached_property
     def dense(self) -> dict[str, FieldSpec]:
@@ -57,6 +59,11 @@ class AdapterPlan:
     def routers(self) -> dict[str, FieldSpec]:
         """The routers' weights, by their names."""
         return {one.name: one for one in self.tensors if one.name.endswith("router.weight")}
+
+    @property
+    def ancestors(self) -> tuple[Ancestor, ...]:
+        """Every checkpoint that it is made of: the base model's, and the adapters."""
+        return (*self.base.ancestors, *(adapter.ancestor for adapter in self.adapters))
 
     @property
     def nbytes(self) -> int:
@@ -84,7 +91,10 @@ def plan_adapters(recipe: MoeRecipe, *, token: str | None = None, local_files_on
     config.dtype = dtype
     config.text_config.dtype = dtype
     tensors = tuple(one for name, one in layout.items() if ".experts." not in name)
-    plan = AdapterPlan(recipe, base, adapters, config, tensors)
+    ancestors = (*base.ancestors, *(adapter.ancestor for adapter in adapters))
+    licences = [licence_of(one.name, one.card) for one in ancestors]
+    verdict = judged(licences, recipe.checks.licence, recipe.hub.license)
+    plan = AdapterPlan(recipe, base, adapters, config, tensors, verdict)
     _expect_all_used(plan)
     return plan
 

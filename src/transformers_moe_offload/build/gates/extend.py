@@ -30,7 +30,7 @@ def add_expert_gate(
     base: Source,
     tokenizer: Any,
     ffn: Mapping[int, str],
-    path: Path,
+    path: Path | str,
     *,
     device: str = "cpu",
     advance: Advance | None = None,
@@ -51,7 +51,7 @@ def add_expert_gate(
         tokens=(*about.tokens, windows.counts[0]),
         sampled=about.sampled + windows.sampled,
     )
-    with _Rewriting(path, grown) as rewriting:
+    with _Rewriting(Path(path), grown) as rewriting:
 
         def take(layer: int, seen: Seen) -> None:
             rewriting.take(layer, statistics.layer(layer).with_expert(statistics_of(seen, about.gate.site)))
@@ -61,7 +61,7 @@ def add_expert_gate(
     return replace(gates, statistics=RidgeStatistics(path))
 
 
-def drop_expert_gate(statistics: RidgeStatistics, expert: int, path: Path) -> Gates:
+def drop_expert_gate(statistics: RidgeStatistics, expert: int, path: Path | str) -> Gates:
     """Gates for all experts but one; no text is needed, and its own goes on counting as nobody's.
 
     `path` is the file for the new statistics; it must not be the one that is read.
@@ -76,7 +76,7 @@ def drop_expert_gate(statistics: RidgeStatistics, expert: int, path: Path) -> Ga
         tokens=about.tokens[:expert] + about.tokens[expert + 1 :],
         sampled=int((statistics.layer(about.layers[0]).home != expert).sum()),
     )
-    with _Rewriting(path, shrunk) as rewriting:
+    with _Rewriting(Path(path), shrunk) as rewriting:
         for layer in about.layers:
             rewriting.take(layer, statistics.layer(layer).without_expert(expert))
         gates = rewriting.gates()

@@ -119,6 +119,7 @@ def _batches(texts: Sequence[Texts], tokenizer: Any) -> Iterator[_Prompts]:
                     return_tensors="pt",
                     padding=True,
                     add_special_tokens=False,
+                    verbose=False,
                 )
                 yield _Prompts(number, is_negative, encoded["input_ids"], encoded["attention_mask"])
 

@@ -90,9 +90,9 @@ class LayerStatistics:
 class RidgeStatistics:
     """A file of statistics, of which one layer is read at a time."""
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: Path | str) -> None:
         """Opens it; what is no such file is a `CheckpointError`."""
-        self.path = path
+        self.path = path = Path(path)
         try:
             with safe_open(path, framework="pt") as file:
                 text = (file.metadata() or {}).get(_METADATA_KEY)

@@ -80,7 +80,7 @@ def windows_of(texts: Sequence[Texts], tokenizer: Any, *, length: int, skip_bos:
     counts: list[int] = []
     for expert in texts:
         for negative in (False, True):
-            source = _cut(expert.negative, tokenizer, length) if negative else _positive(expert, tokenizer, length)
+            source = cut(expert.negative, tokenizer, length) if negative else _positive(expert, tokenizer, length)
             count = 0
             for tokens in source:
                 windows.append(_Window(len(counts), count, tokens))
@@ -92,7 +92,7 @@ def windows_of(texts: Sequence[Texts], tokenizer: Any, *, length: int, skip_bos:
                 )
             counts.append(count)
     for expert, count in zip(texts, counts[::2], strict=True):
-        if count < FEW_TOKENS:
+        if count < FEW_TOKENS and not expert.is_empty:
             logger.warning(
                 "Expert %r has %d tokens to calibrate its gate with; %d or more make a better one (positive_prompts, "
                 "dataset).",
@@ -104,17 +104,17 @@ def windows_of(texts: Sequence[Texts], tokenizer: Any, *, length: int, skip_bos:
 
 
 def _positive(expert: Texts, tokenizer: Any, length: int) -> Iterator[list[int]]:
-    yield from _cut(expert.positive, tokenizer, length)
+    yield from cut(expert.positive, tokenizer, length)
     if expert.dataset is not None:
         left = expert.dataset.max_tokens
-        for window in _cut(read_dataset(expert.dataset), tokenizer, length):
+        for window in cut(read_dataset(expert.dataset), tokenizer, length):
             yield window[:left]
             left -= len(window)
             if left <= 0:
                 return
 
 
-def _cut(texts: Any, tokenizer: Any, length: int) -> Iterator[list[int]]:
+def cut(texts: Any, tokenizer: Any, length: int) -> Iterator[list[int]]:
     """Windows of each text; all begin with the beginning-of-text token, where the tokenizer has one."""
     bos = tokenizer.bos_token_id
     for text in texts:
