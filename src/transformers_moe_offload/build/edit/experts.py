@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable
-from contextlib import suppress
+from contextlib import ExitStack, suppress
 from functools import partial
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -25,7 +25,7 @@ from transformers_moe_offload.build.edit.surgery import Edit, Written, carried_o
 from transformers_moe_offload.build.gates import STATISTICS_NAME, RidgeStatistics, add_expert_gate, drop_expert_gate
 from transformers_moe_offload.build.recipe import Expert, Origin
 from transformers_moe_offload.build.sources import Source, open_source
-from transformers_moe_offload.errors import RecipeError
+from transformers_moe_offload.errors import CheckpointError, RecipeError
 from transformers_moe_offload.expert import FieldSpec
 
 logger = logging.getLogger(__name__)
@@ -75,11 +75,13 @@ def add_expert(
     is_ridge = gate is None and has_texts and statistics.is_file() and opened is not None
     row: Row = gate if gate is not None else "mean" if copy_of is None else copy_of
     expect_row(row, anatomy)
-    with TemporaryDirectory(dir=anatomy.folder.resolve().parent, prefix=".gates-") as spare:
+    target = Path(folder if out is None else out)
+    with ExitStack() as stack:
         rows: Callable[[SparseBlock], Tensor]
         if is_ridge:
             assert opened is not None
-            rows = _ridge_rows(anatomy, expert, opened, statistics, Path(spare) / STATISTICS_NAME, device)
+            grown = _spare_folder(target, stack) / STATISTICS_NAME
+            rows = _ridge_rows(anatomy, expert, opened, statistics, grown, device)
         else:
             rows = partial(_with_row, anatomy, row, noise_scale, seed)
             _warn_of(statistics)
@@ -90,12 +92,13 @@ def add_expert(
                 read = partial(_alike, donor.one, block, name_for, tensor.dtype)
                 spec = FieldSpec(name_for.format(anatomy.num_experts), tensor.shape, tensor.dtype)
                 written.append(Written(spec, read, like))
-            for stack, axis in block.stacked.items():
-                shape = list(anatomy.tensors[stack].shape)
+            for of_all, axis in block.stacked.items():
+                shape = list(anatomy.tensors[of_all].shape)
                 shape[axis] += 1
-                spec = FieldSpec(stack, tuple(shape), anatomy.tensors[stack].dtype)
-                read = partial(rows, block) if stack == block.router else partial(_grown, anatomy, donor, block, stack)
-                written.append(Written(spec, partial(_cast, read, spec.dtype), stack))
+                spec = FieldSpec(of_all, tuple(shape), anatomy.tensors[of_all].dtype)
+                is_router = of_all == block.router
+                read = partial(rows, block) if is_router else partial(_grown, anatomy, donor, block, of_all)
+                written.append(Written(spec, partial(_cast, read, spec.dtype), of_all))
         edit = Edit(
             what=f"Expert {anatomy.num_experts}, {name}, was added.",
             config=config,
@@ -106,8 +109,8 @@ def add_expert(
         )
         with carried_out(anatomy, edit, None if out is None else Path(out)) as place:
             if is_ridge:
-                (Path(spare) / STATISTICS_NAME).replace(place / STATISTICS_NAME)
-    return Path(folder if out is None else out)
+                grown.replace(place / STATISTICS_NAME)
+    return target
 
 
 def drop_expert(folder: str | Path, number: int, *, out: str | Path | None = None) -> Path:
@@ -237,6 +240,16 @@ def _places(block: SparseBlock) -> dict[str, str]:
     """The tensors of one expert, with `{}` for its number -> a name that there is, in whose file a new one goes."""
     last = max((expert for expert, _ in block.experts.values()), default=0)
     return {place: name for name, (expert, place) in block.experts.items() if expert == last}
+
+
+def _spare_folder(target: Path, stack: ExitStack) -> Path:
+    """Room for a file until its place is there; on the same disk, so that it can be moved."""
+    parent = target.resolve().parent
+    try:
+        parent.mkdir(parents=True, exist_ok=True)
+        return Path(stack.enter_context(TemporaryDirectory(dir=parent, prefix=".gates-")))
+    except OSError as error:
+        raise CheckpointError(f"cannot write to {parent}: {error.strerror}") from error
 
 
 def _ridge_rows(
