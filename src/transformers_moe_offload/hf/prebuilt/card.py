@@ -7,7 +7,7 @@ from typing import Any
 
 import transformers
 from huggingface_hub import ModelCard, ModelCardData
-from yaml import YAMLError  # type: ignore[import-untyped]
+from yaml import YAMLError
 
 from transformers_moe_offload.config import ExpertFormats, OffloadConfig
 from transformers_moe_offload.hf.plan import readable
