@@ -186,7 +186,7 @@ def _channels(plan: BuildPlan, device: str) -> Channels | None:
 def _tokenizer(plan: BuildPlan) -> Any:
     """The base model's, if texts are to be read; a mixture without them can do without one."""
     recipe = plan.recipe
-    texts = [dataset for dataset in (recipe.split and recipe.split.dataset,) if dataset is not None]
+    texts: list[Any] = [recipe.split.dataset] if recipe.split is not None and recipe.split.dataset is not None else []
     if recipe.gate.mode not in DRAWN:
         texts += [text for expert in recipe.experts for text in (*expert.positive_prompts, expert.dataset) if text]
     if not texts:
