@@ -62,6 +62,7 @@ def compare_gates(
     text: Annotated[Path | None, typer.Option(help="A texts.json of corpus.py; else this machine's text.")] = None,
     calibration: Annotated[int, typer.Option(help="Texts of 1,000 characters that each gate gets of a domain.")] = 40,
     evaluation: Annotated[int, typer.Option(help="Held-out texts of each domain.")] = 60,
+    both: Annotated[bool, typer.Option("--both", help="With one expert a token, too, not with two alone.")] = False,
     results: Annotated[Path, typer.Option(help="Where results are written.")] = HERE / "results",
 ) -> None:
     """Score gates of every kind on held-out text, beside the base model and the specialists."""
@@ -88,7 +89,7 @@ def compare_gates(
         "dense": dense_rows(windows),
         "sweeps": {},
     }
-    for experts_per_token in (1, 2):
+    for experts_per_token in [1, 2] if both else [2]:
         report = sweep_gates(recipe(known, experts_per_token), GATES, unseen)
         result["sweeps"][str(experts_per_token)] = report.as_dict()
     path = write(results, "gates", result)

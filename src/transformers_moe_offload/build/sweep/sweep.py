@@ -50,7 +50,7 @@ def sweep_gates(
 
     Args:
         mixture: a recipe, or the folder of a mixture that was built by one. Such a folder calls models by their ids on
-            the Hub, and folders by their names alone; where those were used, give the recipe, and the folder as `built`.
+            the Hub, and folders by their names alone; where there are such, give the recipe, and the folder as `built`.
         built: where the mixture of this recipe is; it is left as it is. Without, one is built in a temporary folder.
         gates: by the name that the report calls them by, or modes, with the other options of the recipe's gate.
         texts: held-out texts by domain. A domain that is called like an expert is that expert's: how many of its
