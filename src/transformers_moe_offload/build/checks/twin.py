@@ -16,6 +16,8 @@ import torch
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, PreTrainedConfig
 
+from transformers_moe_offload.memory.trim import trim
+
 Forward = Callable[..., Tensor]
 
 
@@ -58,6 +60,7 @@ class Twin:
             answer = own(*args, **kwargs)
             for name in filled:
                 put(layer, name, layer.state_dict()[name].to("meta"))
+            trim()
             return answer
 
         return forward
