@@ -2,7 +2,7 @@
 
 After figure 2 of arXiv 2408.17280.
 
-    python benchmarks/gates.py            # examples/models/tiny-dense and its three adapters, about 5 minutes
+    python benchmarks/gates.py            # examples/models/tiny-dense and its three adapters, about 3 minutes
     python benchmarks/gates.py --quick    # every line of it once, figures without meaning
 
 Every gate gets the same texts of the models' training data, as prompts; held-out texts are of other files. Computed in
@@ -61,7 +61,8 @@ def compare_gates(
     quick: Annotated[bool, typer.Option("--quick", help="A few texts, figures without meaning.")] = False,
     text: Annotated[Path | None, typer.Option(help="A texts.json of corpus.py; else this machine's text.")] = None,
     calibration: Annotated[int, typer.Option(help="Texts of 1,000 characters that each gate gets of a domain.")] = 40,
-    evaluation: Annotated[int, typer.Option(help="Held-out texts of each domain.")] = 60,
+    evaluation: Annotated[int, typer.Option(help="Held-out texts of each domain.")] = 40,
+    both: Annotated[bool, typer.Option("--both", help="With one expert a token, too, not with two alone.")] = False,
     results: Annotated[Path, typer.Option(help="Where results are written.")] = HERE / "results",
 ) -> None:
     """Score gates of every kind on held-out text, beside the base model and the specialists."""
@@ -88,7 +89,7 @@ def compare_gates(
         "dense": dense_rows(windows),
         "sweeps": {},
     }
-    for experts_per_token in (1, 2):
+    for experts_per_token in [1, 2] if both else [2]:
         report = sweep_gates(recipe(known, experts_per_token), GATES, unseen)
         result["sweeps"][str(experts_per_token)] = report.as_dict()
     path = write(results, "gates", result)

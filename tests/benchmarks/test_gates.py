@@ -24,7 +24,7 @@ def result(gates, one_thread, tmp_path_factory):
         for domain, start in (("prose", 0), ("python", 3000), ("c", 6000))
     }
     (folder / "texts.json").write_text(json.dumps(texts))
-    gates.compare_gates(quick=True, text=folder / "texts.json", results=folder / "results")
+    gates.compare_gates(quick=True, both=True, text=folder / "texts.json", results=folder / "results")
     (path,) = (folder / "results").glob("gates-*.json")
     assert path.with_suffix(".md").read_text().count("| ridge |") == 2
     return json.loads(path.read_text())

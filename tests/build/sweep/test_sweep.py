@@ -77,7 +77,11 @@ def test_a_mixture_that_was_built_is_swept_and_left_as_it_is(recipe, texts, tmp_
 
     prepared = []
     report = sweep_gates(
-        tmp_path / "mixture", ["ridge", "noise"], texts, prepare=lambda model: prepared.append(rows_of(model))
+        recipe,
+        ["ridge", "noise"],
+        texts,
+        built=tmp_path / "mixture",
+        prepare=lambda model: prepared.append(rows_of(model)),
     )
 
     assert len(prepared) == 2

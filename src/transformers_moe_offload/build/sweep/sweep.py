@@ -38,6 +38,7 @@ def sweep_gates(
     gates: Mapping[str, Gate] | Sequence[str],
     texts: Mapping[str, Sequence[str]],
     *,
+    built: str | Path | None = None,
     device: str = "cpu",
     dtype: torch.dtype | str = torch.float32,
     prepare: Callable[[PreTrainedModel], None] | None = None,
@@ -48,8 +49,9 @@ def sweep_gates(
     """Score gates for a mixture on held-out text.
 
     Args:
-        mixture: a recipe, which is built in a temporary folder, or the folder of a mixture that was built here; it is
-            left as it is.
+        mixture: a recipe, or the folder of a mixture that was built by one. Such a folder calls models by their ids on
+            the Hub, and folders by their names alone; where there are such, give the recipe, and the folder as `built`.
+        built: where the mixture of this recipe is; it is left as it is. Without, one is built in a temporary folder.
         gates: by the name that the report calls them by, or modes, with the other options of the recipe's gate.
         texts: held-out texts by domain. A domain that is called like an expert is that expert's: how many of its
             tokens get there is counted.
@@ -63,12 +65,12 @@ def sweep_gates(
     hub = {"token": token, "local_files_only": local_files_only}
     with tempfile.TemporaryDirectory(prefix="moe-offload-sweep-") as scratch:
         if isinstance(mixture, MoeRecipe):
-            recipe, folder = mixture, Path(scratch) / "mixture"
+            recipe, folder = mixture, Path(built or f"{scratch}/mixture")
+        else:
+            recipe, folder = recipe_of(Path(mixture)), Path(built or mixture)
+        if folder.is_relative_to(scratch):
             flat = replace(recipe, gate=Gate(mode="gateless"))
             build_moe(flat, folder, device=device, token=token, local_files_only=local_files_only)
-        else:
-            folder = Path(mixture)
-            recipe = recipe_of(folder)
         plan = validate_recipe(recipe, **hub)  # type: ignore[arg-type]
         return _swept(
             plan, folder, _named(gates, recipe), texts, device=device, dtype=dtype, prepare=prepare, advance=advance
