@@ -67,7 +67,7 @@ def adapters_card(
     The base model alone is its `base_model`: of a list the Hub would say that they were merged.
     """
     base = plan.base.ancestors[0]
-    origin = {"base_model": base.name, "base_model_relation": "adapter"} if base.revision else {}
+    origin: dict[str, Any] = {"base_model": base.name, "base_model_relation": "adapter"} if base.revision else {}
     terms: dict[str, Any] = {"license": licence.id, "license_name": licence.name, "license_link": licence.link}
     data = ModelCardData(
         **{key: value for key, value in terms.items() if value},

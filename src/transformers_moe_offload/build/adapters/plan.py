@@ -88,8 +88,7 @@ def plan_adapters(recipe: MoeRecipe, *, token: str | None = None, local_files_on
         layout = layout_of(config, dtype)
     except ValueError as error:
         raise RecipeError(str(error)) from error
-    config.dtype = dtype
-    config.text_config.dtype = dtype
+    config.dtype = config.get_text_config().dtype = dtype
     tensors = tuple(one for name, one in layout.items() if ".experts." not in name)
     ancestors = (*base.ancestors, *(adapter.ancestor for adapter in adapters))
     licences = [licence_of(one.name, one.card) for one in ancestors]
