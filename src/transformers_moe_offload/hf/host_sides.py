@@ -71,7 +71,7 @@ def _side_of(model: nn.Module, layer: SparseLayer, pool: PoolPlan, host: HostTie
         module,
         torch.zeros(1, hidden_size, dtype=torch_dtype(spec.fields[0].dtype), device=pool.device),
         pool.need.slot_bytes,
-        lambda record: _opened(store, layer.index, record),
+        lambda record: _opened(store, spec.expert(0), record),
         lambda read_into: copier_for(pool, read_into, config),
         compute,
     )
@@ -79,11 +79,11 @@ def _side_of(model: nn.Module, layer: SparseLayer, pool: PoolPlan, host: HostTie
     @contextmanager
     def hold(expert: ExpertId) -> Iterator[ExpertWeights]:
         with host.hold(expert) as record:
-            yield _opened(store, expert.layer, record)
+            yield _opened(store, expert, record)
 
     return HostSide(compute, rates, host.has, hold)
 
 
-def _opened(store: ExpertStore, layer: int, record: Tensor) -> Any:
-    weights, coding = store.layout(layer).views(record), store.layers[layer].coding
+def _opened(store: ExpertStore, expert: ExpertId, record: Tensor) -> Any:
+    weights, coding = store.layout(*expert).views(record), store.layers[expert.layer].codings.of(expert.expert)
     return weights if coding is None else coding.matrices(weights)

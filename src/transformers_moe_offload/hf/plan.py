@@ -14,7 +14,7 @@ from transformers_moe_offload.cache.capacity import PoolNeed, share_out, smalles
 from transformers_moe_offload.config import Budget, OffloadConfig
 from transformers_moe_offload.errors import ConfigError
 from transformers_moe_offload.expert import ExpertSpec
-from transformers_moe_offload.formats.base import Coding
+from transformers_moe_offload.formats.by_expert import AS_USED, LayerCodings
 from transformers_moe_offload.memory.available import available_bytes, page_cache_holds
 from transformers_moe_offload.memory.checkpoint import ExpertStore, LayerSource
 from transformers_moe_offload.memory.host import HostTier
@@ -39,7 +39,7 @@ class Placement:
 
     spec: ExpertSpec
     device: torch.device
-    coding: Coding | None = None
+    codings: LayerCodings = AS_USED
     """How its experts are quantized, if they are."""
     is_mappable: bool = False
     """Whether its experts can be used where they lie in the checkpoint's files."""
@@ -48,8 +48,20 @@ class Placement:
 
     @property
     def slot_bytes(self) -> int:
-        """Bytes of one expert's record."""
-        return RecordLayout(self.spec.fields if self.coding is None else self.coding.stored).nbytes
+        """Bytes of one expert's record; of the largest, where they differ."""
+        return max(self.record_bytes)
+
+    @property
+    def expert_bytes(self) -> int:
+        """Bytes of all experts' records."""
+        usual, *hot = self.record_bytes
+        num_hot = len(self.codings.hot_experts)
+        return usual * (self.spec.num_experts - num_hot) + sum(hot) * num_hot
+
+    @property
+    def record_bytes(self) -> list[int]:
+        """Bytes of an expert's record, by way of storing."""
+        return [RecordLayout(self.spec.fields if c is None else c.stored).nbytes for c in self.codings.kinds]
 
 
 @dataclass(frozen=True)
@@ -60,6 +72,8 @@ class PoolPlan:
     layers: tuple[int, ...]
     need: PoolNeed
     num_slots: int
+    expert_bytes: int
+    """Bytes of all experts' records; not all of them need fill a slot."""
     is_mapped: bool = False
     """Whether slots are mapped pages of the files instead of buffers."""
 
@@ -94,7 +108,7 @@ class OffloadPlan:
     @property
     def expert_bytes(self) -> int:
         """Bytes of all experts' records."""
-        return sum(pool.need.all_bytes for pool in self.pools)
+        return sum(pool.expert_bytes for pool in self.pools)
 
     @property
     def cache_bytes(self) -> int:
@@ -102,14 +116,14 @@ class OffloadPlan:
         return sum(pool.cache_bytes for pool in self.pools)
 
     def __str__(self) -> str:
-        header = ("tier", "sparse layers", "experts", "bytes per expert", "all experts", "slots", "cache")
+        header = ("tier", "sparse layers", "experts", "bytes per slot", "all experts", "slots", "cache")
         rows = [
             (
                 f"{pool.device} (mapped)" if pool.is_mapped else str(pool.device),
                 str(pool.need.num_layers),
                 str(pool.need.num_experts),
                 readable(pool.need.slot_bytes),
-                readable(pool.need.all_bytes),
+                readable(pool.expert_bytes),
                 f"{pool.num_slots} ({pool.num_slots / pool.need.num_experts:.0%})",
                 readable(pool.cache_bytes),
             )
@@ -143,13 +157,13 @@ def readable(nbytes: float) -> str:
 
 def make_plan(placements: Sequence[Placement], config: OffloadConfig) -> OffloadPlan:
     """Share the budget out; raises `CapacityError` if it is too small, `ConfigError` if `mmap=True` cannot be done."""
-    groups: dict[tuple[torch.device, int, bool, bool], list[ExpertSpec]] = {}
+    groups: dict[tuple[torch.device, int, bool, bool], list[Placement]] = {}
     for placement in placements:
         kind = (placement.device, placement.slot_bytes, _is_mappable(placement, config), placement.is_in_ram)
-        groups.setdefault(kind, []).append(placement.spec)
+        groups.setdefault(kind, []).append(placement)
     needs = [
-        PoolNeed(len(specs), sum(spec.num_experts for spec in specs), slot_bytes)
-        for (_, slot_bytes, _, _), specs in groups.items()
+        PoolNeed(len(members), sum(member.spec.num_experts for member in members), slot_bytes)
+        for (_, slot_bytes, _, _), members in groups.items()
     ]
     all_bytes = sum(need.all_bytes for need in needs)
     budget = config.budget
@@ -157,18 +171,19 @@ def make_plan(placements: Sequence[Placement], config: OffloadConfig) -> Offload
     if budget.nbytes is None and budget.share is None:
         available = sum(available_bytes(device) for device in {device for device, *_ in groups})
     budget_bytes = budget.resolve(all_bytes, available)
-    has_room = page_cache_holds(all_bytes)
+    has_room = page_cache_holds(sum(placement.expert_bytes for placement in placements))
     pools = [
         PoolPlan(
             device,
-            tuple(spec.layer for spec in specs),
+            tuple(member.spec.layer for member in members),
             need,
             num_slots,
+            sum(member.expert_bytes for member in members),
             # A cache that holds everything reads each expert once. In a slot it begins at a cache line, which made
             # decoding 1.07 times as fast as where a file happened to have it.
             is_mapped=is_mappable and (config.mmap is True or is_in_ram or (has_room and num_slots < need.num_experts)),
         )
-        for ((device, _, is_mappable, is_in_ram), specs), need, num_slots in zip(
+        for ((device, _, is_mappable, is_in_ram), members), need, num_slots in zip(
             groups.items(), needs, share_out(budget_bytes, needs), strict=True
         )
     ]
@@ -184,7 +199,7 @@ def make_plan(placements: Sequence[Placement], config: OffloadConfig) -> Offload
 def _host_bytes(pools: Sequence[PoolPlan], config: OffloadConfig) -> int:
     """RAM for the experts of pools on accelerators."""
     budget = Budget.parse(config.host_budget, "host_budget")
-    behind = sum(pool.need.all_bytes for pool in pools if pool.device.type != "cpu")
+    behind = sum(pool.expert_bytes for pool in pools if pool.device.type != "cpu")
     if behind:
         return budget.resolve(behind, available_bytes(torch.device("cpu")))
     if config.host_budget != "auto":

@@ -116,7 +116,7 @@ class CopiedSlots:
 
     def start(self, expert: ExpertId, slot: int) -> Transfer:
         """Begin to fill the slot's buffer."""
-        return self._copier.start(expert, self.pool.record(slot)[: self._store.layout(expert.layer).nbytes])
+        return self._copier.start(expert, self.pool.record(slot)[: self._store.layout(*expert).nbytes])
 
     def retire(self, slot: int) -> None:
         """Whatever is copied into this buffer next comes after what reads it now."""
@@ -124,7 +124,7 @@ class CopiedSlots:
 
     def weights(self, expert: ExpertId, slot: int) -> Weights:
         """The buffer seen as the expert."""
-        return self.pool.views(slot, self._store.layout(expert.layer))
+        return self.pool.views(slot, self._store.layout(*expert))
 
     def holds(self, slot: int) -> bool:
         """Always: the buffer is ours."""
@@ -132,4 +132,4 @@ class CopiedSlots:
 
     def device_bytes(self, expert: ExpertId) -> int:
         """The record, where the buffer is not in host memory."""
-        return 0 if self.pool.device.type == "cpu" else self._store.layout(expert.layer).nbytes
+        return 0 if self.pool.device.type == "cpu" else self._store.layout(*expert).nbytes
