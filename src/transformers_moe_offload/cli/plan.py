@@ -114,8 +114,8 @@ def _settled(config: OffloadConfig, weights: _Weights, device: torch.device) -> 
         return config
     share = HOST_SHARE if device.type == "cpu" else 1.0
     left = int(available_bytes(device) - share * weights.dense_bytes)
-    all_slots = sum(placement.spec.num_experts * placement.slot_bytes for placement in weights.placements(device))
-    return OffloadConfig(cache_budget=max(1, min(left, all_slots)))
+    every_slot = make_plan(weights.placements(device), OffloadConfig(cache_budget="100%", mmap=False, direct_io=False))
+    return OffloadConfig(cache_budget=max(1, min(left, every_slot.expert_bytes)))
 
 
 def _title(blueprint: Blueprint) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
@@ -48,15 +49,8 @@ class Placement:
 
     @property
     def slot_bytes(self) -> int:
-        """Bytes of one expert's record; of the largest, where they differ."""
-        return max(self.record_bytes)
-
-    @property
-    def expert_bytes(self) -> int:
-        """Bytes of all experts' records."""
-        usual, *hot = self.record_bytes
-        num_hot = len(self.codings.hot_experts)
-        return usual * (self.spec.num_experts - num_hot) + sum(hot) * num_hot
+        """Bytes of one expert's record; hot ones may have others."""
+        return self.record_bytes[0]
 
     @property
     def record_bytes(self) -> list[int]:
@@ -72,15 +66,18 @@ class PoolPlan:
     layers: tuple[int, ...]
     need: PoolNeed
     num_slots: int
-    expert_bytes: int
-    """Bytes of all experts' records; not all of them need fill a slot."""
     is_mapped: bool = False
     """Whether slots are mapped pages of the files instead of buffers."""
 
     @property
     def cache_bytes(self) -> int:
-        """Bytes of the pool's slots."""
-        return self.num_slots * self.need.slot_bytes
+        """Bytes of the pool's slots, at most."""
+        return self.need.bytes_of(self.num_slots)
+
+    @property
+    def sizes(self) -> tuple[int, ...]:
+        """Bytes of one expert; several where they differ, the smallest first."""
+        return tuple(sorted({self.need.slot_bytes, *(size for size, _ in self.need.others)}))
 
 
 @dataclass(frozen=True)
@@ -108,7 +105,7 @@ class OffloadPlan:
     @property
     def expert_bytes(self) -> int:
         """Bytes of all experts' records."""
-        return sum(pool.expert_bytes for pool in self.pools)
+        return sum(pool.need.all_bytes for pool in self.pools)
 
     @property
     def cache_bytes(self) -> int:
@@ -116,14 +113,14 @@ class OffloadPlan:
         return sum(pool.cache_bytes for pool in self.pools)
 
     def __str__(self) -> str:
-        header = ("tier", "sparse layers", "experts", "bytes per slot", "all experts", "slots", "cache")
+        header = ("tier", "sparse layers", "experts", "bytes per expert", "all experts", "slots", "cache")
         rows = [
             (
                 f"{pool.device} (mapped)" if pool.is_mapped else str(pool.device),
                 str(pool.need.num_layers),
                 str(pool.need.num_experts),
-                readable(pool.need.slot_bytes),
-                readable(pool.expert_bytes),
+                " to ".join(map(readable, pool.sizes)),
+                readable(pool.need.all_bytes),
                 f"{pool.num_slots} ({pool.num_slots / pool.need.num_experts:.0%})",
                 readable(pool.cache_bytes),
             )
@@ -162,7 +159,7 @@ def make_plan(placements: Sequence[Placement], config: OffloadConfig) -> Offload
         kind = (placement.device, placement.slot_bytes, _is_mappable(placement, config), placement.is_in_ram)
         groups.setdefault(kind, []).append(placement)
     needs = [
-        PoolNeed(len(members), sum(member.spec.num_experts for member in members), slot_bytes)
+        PoolNeed(len(members), sum(member.spec.num_experts for member in members), slot_bytes, _others(members))
         for (_, slot_bytes, _, _), members in groups.items()
     ]
     all_bytes = sum(need.all_bytes for need in needs)
@@ -171,14 +168,13 @@ def make_plan(placements: Sequence[Placement], config: OffloadConfig) -> Offload
     if budget.nbytes is None and budget.share is None:
         available = sum(available_bytes(device) for device in {device for device, *_ in groups})
     budget_bytes = budget.resolve(all_bytes, available)
-    has_room = page_cache_holds(sum(placement.expert_bytes for placement in placements))
+    has_room = page_cache_holds(all_bytes)
     pools = [
         PoolPlan(
             device,
             tuple(member.spec.layer for member in members),
             need,
             num_slots,
-            sum(member.expert_bytes for member in members),
             # A cache that holds everything reads each expert once. In a slot it begins at a cache line, which made
             # decoding 1.07 times as fast as where a file happened to have it.
             is_mapped=is_mappable and (config.mmap is True or is_in_ram or (has_room and num_slots < need.num_experts)),
@@ -196,10 +192,19 @@ def make_plan(placements: Sequence[Placement], config: OffloadConfig) -> Offload
     )
 
 
+def _others(members: Sequence[Placement]) -> tuple[tuple[int, int], ...]:
+    """Of hot experts: the size of a record, and how many have it."""
+    counts: Counter[int] = Counter()
+    for member in members:
+        for size in member.record_bytes[1:]:
+            counts[size] += len(member.codings.hot_experts)
+    return tuple(counts.items())
+
+
 def _host_bytes(pools: Sequence[PoolPlan], config: OffloadConfig) -> int:
     """RAM for the experts of pools on accelerators."""
     budget = Budget.parse(config.host_budget, "host_budget")
-    behind = sum(pool.expert_bytes for pool in pools if pool.device.type != "cpu")
+    behind = sum(pool.need.all_bytes for pool in pools if pool.device.type != "cpu")
     if behind:
         return budget.resolve(behind, available_bytes(torch.device("cpu")))
     if config.host_budget != "auto":
@@ -244,7 +249,7 @@ def _slots(store: ExpertStore, host: HostTier, pool: PoolPlan, config: OffloadCo
     if pool.is_mapped:
         return MappedSlots(store, _workers(config))
     read_into = store.read_into if pool.device.type == "cpu" else host.read_into
-    return CopiedSlots(store, SlotPool(pool.need.slot_bytes, pool.device), copier_for(pool, read_into, config))
+    return CopiedSlots(store, SlotPool(pool.sizes[0], pool.device), copier_for(pool, read_into, config))
 
 
 def copier_for(pool: PoolPlan, read_into: ReadInto, config: OffloadConfig) -> Copier:
@@ -252,7 +257,7 @@ def copier_for(pool: PoolPlan, read_into: ReadInto, config: OffloadConfig) -> Co
     if pool.device.type == "cpu":
         return HostCopier(read_into, _workers(config))
     is_pinned = config.pin_memory is not False
-    return CudaCopier(read_into, _workers(config), pool.device, pool.need.slot_bytes, is_pinned)
+    return CudaCopier(read_into, _workers(config), pool.device, pool.need.largest_bytes, is_pinned)
 
 
 def _workers(config: OffloadConfig) -> int:

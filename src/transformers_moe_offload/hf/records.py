@@ -83,11 +83,6 @@ def _locate(model: Any, layer: SparseLayer, checkpoint: Checkpoint, formats: Exp
         experts = [expert for expert in range(layer.num_experts) if (expert in codings.hot_experts) == is_hot]
         stack = Stack.of(f"{path}.{name}", len(experts), coding.stored)
         rows |= dict(zip(experts, _rows(stack, len(experts), checkpoint.tensors, held), strict=True))
-    if len(held) > len(codings.kinds):
-        raise CheckpointError(
-            f"the checkpoint holds {path}.{HOT_RECORDS}, but its config says of no expert of that layer that it is "
-            f"hot; its files do not belong together"
-        )
     checksums = checkpoint.tensors.get(f"{path}.{CHECKSUMS}")
     sums = [None] * layer.num_experts if checksums is None else read_stored(checksums).tolist()
     spec = ExpertSpec(layer.index, layer.name, layer.num_experts, plain)
@@ -101,10 +96,7 @@ def _rows(
     """The rows of a stack, which has to be in the files as it should be."""
     wanted = stack.tensor
     if wanted.name not in tensors:
-        raise CheckpointError(
-            f"the checkpoint has no {wanted.name}, but its config makes {count} experts hot; its files do not belong "
-            f"together"
-        )
+        raise CheckpointError(f"the checkpoint has no {wanted.name}, the records of {count} experts; it is incomplete")
     found = tensors[wanted.name]
     if stack.fields != held[wanted.name]:
         raise CheckpointError(

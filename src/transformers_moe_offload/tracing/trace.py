@@ -249,7 +249,7 @@ def _share(share: float | str) -> float:
     """A share as people write it, as a number."""
     match = re.fullmatch(r"(\d{1,3}(?:\.\d+)?)\s*%", share.strip()) if isinstance(share, str) else None
     number = float(match[1]) / 100 if match else share
-    if not isinstance(number, int | float) or not 0 < number <= 1:
+    if isinstance(number, bool) or not isinstance(number, int | float) or not 0 < number <= 1:
         raise TraceError(f"{share!r} is not a share of all experts; write '10%' or 0.1")
     return float(number)
 

@@ -66,7 +66,7 @@ class Sizes:
             expert_bytes=sum(_stored_bytes(spec, codings) for spec, codings in pairs),
             plain_dense_bytes=sum(tensors[name].numel() * checkpoint.dtype_of(name).itemsize for name in saved),
             dense_bytes=sum(part.nbytes for name in saved for part in quantization.parts_of(name)),
-            cache_bytes=plan.cache_bytes,
+            cache_bytes=plan.expert_bytes,
             smallest_budget=plan.smallest_budget,
         )
 
