@@ -62,6 +62,7 @@ class Machine:
         self.made = []
         self.kept_for = []
         self._current = threading.local()
+        self._memory = type("Memory", (_DeviceMemory,), {"machine": self})  # parts of a slot are of the same class
 
     @property
     def copies(self):
@@ -94,9 +95,7 @@ class Machine:
 
     def slot(self, nbytes):
         """Memory of this GPU, zeroed: what is copied into it arrives when its stream gets there."""
-        slot = torch.zeros(nbytes, dtype=torch.uint8).as_subclass(_DeviceMemory)
-        slot.machine = self
-        return slot
+        return torch.zeros(nbytes, dtype=torch.uint8).as_subclass(self._memory)
 
     def install(self, monkeypatch):
         """Put this machine in the place of `torch.cuda`."""

@@ -9,7 +9,10 @@ from memory.streams import Machine
 from stores import numbered_store
 from transformers_moe_offload.errors import CheckpointError
 from transformers_moe_offload.expert import ExpertId
-from transformers_moe_offload.memory.transfer import CudaCopier, FakeCopier, HostCopier, default_workers
+from transformers_moe_offload.memory.fill import whole
+from transformers_moe_offload.memory.lanes import default_workers
+from transformers_moe_offload.memory.transfer import FakeCopier, HostCopier
+from transformers_moe_offload.memory.upload import CudaCopier
 
 NBYTES = 32
 FIRST, SECOND, THIRD = (ExpertId(0, i) for i in range(1, 4))
@@ -18,6 +21,10 @@ EXPERTS = [ExpertId(0, i) for i in range(1, 9)]
 
 def write_number(expert, record):
     record.fill_(expert.expert)
+
+
+def host_copier(read, workers):
+    return HostCopier(whole(read, NBYTES), workers)
 
 
 def slots_in_host_memory(count):
@@ -58,7 +65,7 @@ class Gate:
 
 
 def test_experts_arrive_in_their_slots():
-    copier, slots = HostCopier(write_number, workers=2), slots_in_host_memory(8)
+    copier, slots = host_copier(write_number, workers=2), slots_in_host_memory(8)
     transfers = [copier.start(expert, slot) for expert, slot in zip(EXPERTS, slots, strict=True)]
     for transfer in reversed(transfers):
         transfer.finish()
@@ -67,7 +74,7 @@ def test_experts_arrive_in_their_slots():
 
 def test_the_waiting_thread_does_a_read_that_has_not_begun():
     gate = Gate()
-    copier, (busy, waiting) = HostCopier(gate.read, workers=1), slots_in_host_memory(2)
+    copier, (busy, waiting) = host_copier(gate.read, workers=1), slots_in_host_memory(2)
     first = copier.start(FIRST, busy)
     assert gate.begun.wait(10)
     copier.start(SECOND, waiting).finish()
@@ -85,7 +92,7 @@ def test_a_read_that_somebody_did_while_waiting_is_not_done_again():
         gate.read(expert, record)
         done.append(expert)
 
-    copier, (busy, waiting) = HostCopier(read, workers=1), slots_in_host_memory(2)
+    copier, (busy, waiting) = host_copier(read, workers=1), slots_in_host_memory(2)
     first, second = copier.start(FIRST, busy), copier.start(SECOND, waiting)
     assert gate.begun.wait(10)
     second.finish()
@@ -97,7 +104,7 @@ def test_a_read_that_somebody_did_while_waiting_is_not_done_again():
 
 def test_a_transfer_is_done_when_waiting_for_it_would_not_take_long():
     gate = Gate()
-    copier, (slot,) = HostCopier(gate.read, workers=1), slots_in_host_memory(1)
+    copier, (slot,) = host_copier(gate.read, workers=1), slots_in_host_memory(1)
     transfer = copier.start(FIRST, slot)
     assert not transfer.is_done()
     gate.open.set()
@@ -113,7 +120,7 @@ def test_an_error_of_the_read_surfaces_where_it_is_waited_for(begun):
         gate.read(expert, record)
         raise CheckpointError(f"no {expert.expert}")
 
-    copier, (busy, slot) = HostCopier(read, workers=1), slots_in_host_memory(2)
+    copier, (busy, slot) = host_copier(read, workers=1), slots_in_host_memory(2)
     first = copier.start(FIRST, busy)
     assert gate.begun.wait(10)
     failing = first if begun else copier.start(SECOND, slot)
@@ -130,7 +137,7 @@ def test_after_an_error_the_next_read_works():
             raise OSError
         write_number(expert, record)
 
-    copier, (slot,) = HostCopier(read, workers=1), slots_in_host_memory(1)
+    copier, (slot,) = host_copier(read, workers=1), slots_in_host_memory(1)
     with pytest.raises(OSError):
         copier.start(FIRST, slot).finish()
     copier.start(SECOND, slot).finish()
@@ -140,7 +147,7 @@ def test_after_an_error_the_next_read_works():
 def test_threads_end_when_the_copier_is_garbage():
     gc.collect()
     assert wait_until(lambda: not reader_threads())
-    copier, (slot,) = HostCopier(write_number, workers=2), slots_in_host_memory(1)
+    copier, (slot,) = host_copier(write_number, workers=2), slots_in_host_memory(1)
     wait_until(copier.start(FIRST, slot).is_done)
     assert reader_threads()
     del copier
@@ -184,8 +191,8 @@ def machine(monkeypatch):
     return machine
 
 
-def cuda_copier(read=write_number, workers=1):
-    return CudaCopier(read, workers, torch.device("cuda"), NBYTES, pin_memory=False)
+def cuda_copier(read=write_number, workers=1, nbytes=NBYTES):
+    return CudaCopier(whole(read, nbytes), workers, torch.device("cuda"), NBYTES, pin_memory=False)
 
 
 def use(machine, copier, slot, seen):
@@ -302,7 +309,7 @@ def test_a_record_shorter_than_the_staging_buffer_is_copied_alone(machine):
         asked.append(record.numel())
         write_number(expert, record)
 
-    copier, slot = cuda_copier(read), machine.slot(NBYTES // 2)
+    copier, slot = cuda_copier(read, nbytes=NBYTES // 2), machine.slot(NBYTES // 2)
     copier.start(FIRST, slot).finish()
     machine.run_all()
     assert asked == [NBYTES // 2]
@@ -319,8 +326,8 @@ on_gpu = pytest.mark.parametrize("pin_memory", [pytest.param(pinned, marks=gpu) 
 def test_a_gpu_gets_the_bytes_that_the_host_gets(tmp_path, pin_memory):
     store, device = numbered_store(tmp_path, 2, 8), torch.device("cuda")
     nbytes = store.layout(0).nbytes
-    on_host = HostCopier(store.read_into, 2)
-    on_device = CudaCopier(store.read_into, 2, device, nbytes, pin_memory)
+    on_host = HostCopier(store.fill, 2)
+    on_device = CudaCopier(store.fill, 2, device, nbytes, pin_memory)
     for layer in range(2):
         for expert in range(8):
             slots = torch.zeros(nbytes, dtype=torch.uint8), torch.zeros(nbytes, dtype=torch.uint8, device=device)
@@ -332,7 +339,7 @@ def test_a_gpu_gets_the_bytes_that_the_host_gets(tmp_path, pin_memory):
 @on_gpu
 def test_a_gpu_slot_is_reused_under_a_long_running_kernel_and_nobody_notices(pin_memory):
     nbytes, device = 1 << 20, torch.device("cuda")
-    copier = CudaCopier(write_number, 2, device, nbytes, pin_memory)
+    copier = CudaCopier(whole(write_number, nbytes), 2, device, nbytes, pin_memory)
     slot = torch.zeros(nbytes, dtype=torch.uint8, device=device)
     seen = []
     for expert in EXPERTS * 4:
@@ -346,7 +353,7 @@ def test_a_gpu_slot_is_reused_under_a_long_running_kernel_and_nobody_notices(pin
 @on_gpu
 def test_gpu_staging_buffers_hold_up_under_many_loads_at_once(pin_memory):
     nbytes, device = 1 << 20, torch.device("cuda")
-    copier = CudaCopier(write_number, 2, device, nbytes, pin_memory)
+    copier = CudaCopier(whole(write_number, nbytes), 2, device, nbytes, pin_memory)
     slots = [torch.zeros(nbytes, dtype=torch.uint8, device=device) for _ in range(64)]
     transfers = [copier.start(EXPERTS[i % 8], slot) for i, slot in enumerate(slots)]
     for transfer in transfers:

@@ -17,17 +17,14 @@ from transformers_moe_offload.expert import ExpertSpec
 from transformers_moe_offload.formats.base import Coding
 from transformers_moe_offload.memory.available import available_bytes, page_cache_holds
 from transformers_moe_offload.memory.checkpoint import ExpertStore, LayerSource
+from transformers_moe_offload.memory.fill import OpenFill
 from transformers_moe_offload.memory.host import HostTier
+from transformers_moe_offload.memory.lanes import default_workers
 from transformers_moe_offload.memory.mapped import MappedSlots
 from transformers_moe_offload.memory.record import RecordLayout
 from transformers_moe_offload.memory.slots import CopiedSlots, SlotPool, Slots
-from transformers_moe_offload.memory.transfer import (
-    Copier,
-    CudaCopier,
-    HostCopier,
-    ReadInto,
-    default_workers,
-)
+from transformers_moe_offload.memory.transfer import Copier, HostCopier
+from transformers_moe_offload.memory.upload import CudaCopier
 from transformers_moe_offload.policies import make_policy
 
 logger = logging.getLogger(__name__)
@@ -228,16 +225,16 @@ def build_caches(plan: OffloadPlan, sources: Sequence[LayerSource], config: Offl
 def _slots(store: ExpertStore, host: HostTier, pool: PoolPlan, config: OffloadConfig) -> Slots:
     if pool.is_mapped:
         return MappedSlots(store, _workers(config))
-    read_into = store.read_into if pool.device.type == "cpu" else host.read_into
-    return CopiedSlots(store, SlotPool(pool.need.slot_bytes, pool.device), copier_for(pool, read_into, config))
+    fill = store.fill if pool.device.type == "cpu" else host.fill
+    return CopiedSlots(store, SlotPool(pool.need.slot_bytes, pool.device), copier_for(pool, fill, config))
 
 
-def copier_for(pool: PoolPlan, read_into: ReadInto, config: OffloadConfig) -> Copier:
-    """What fills the slots of a pool with records that are read by `read_into`."""
+def copier_for(pool: PoolPlan, fill: OpenFill, config: OffloadConfig) -> Copier:
+    """What fills the slots of a pool with records from somewhere."""
     if pool.device.type == "cpu":
-        return HostCopier(read_into, _workers(config))
+        return HostCopier(fill, _workers(config))
     is_pinned = config.pin_memory is not False
-    return CudaCopier(read_into, _workers(config), pool.device, pool.need.slot_bytes, is_pinned)
+    return CudaCopier(fill, _workers(config), pool.device, pool.need.slot_bytes, is_pinned)
 
 
 def _workers(config: OffloadConfig) -> int:

@@ -10,8 +10,10 @@ from torch import Tensor
 
 from transformers_moe_offload.expert import ExpertId, ExpertSpec, FieldSpec
 from transformers_moe_offload.formats.base import Coding
+from transformers_moe_offload.memory.chunks import Chunk, cut
 from transformers_moe_offload.memory.expert_source import ExpertSource
 from transformers_moe_offload.memory.field_source import FieldSource, Stretch
+from transformers_moe_offload.memory.fill import Fill
 from transformers_moe_offload.memory.ram_file import RamFile
 from transformers_moe_offload.memory.record import RecordLayout, host_bytes
 
@@ -59,8 +61,10 @@ class LayerSource:
         """One expert as it is stored, uint8 (nbytes,), its checksum compared."""
         layout = RecordLayout(self.stored)
         record = torch.zeros(layout.nbytes, dtype=torch.uint8)
-        self.experts[expert].read_into(record, layout)
-        self.experts[expert].check(host_bytes(record))
+        raw = host_bytes(record)
+        for piece in self.experts[expert].reads(layout):
+            piece.read_into([raw[start:stop] for start, stop in piece.segments])
+        self.experts[expert].check(raw)
         return record
 
     def __deepcopy__(self, memo: dict[int, object]) -> LayerSource:
@@ -102,19 +106,51 @@ class ExpertStore:
 
         Raises `CheckpointError` and leaves the record half filled if a file is not what it was.
         """
-        layout = self.layouts[expert.layer]
-        self._source(expert).read_into(record[: layout.nbytes], layout, past_cache=self.past_cache)
-        self.check(expert, record[: layout.nbytes])
-        return self.stored_bytes(expert)
+        fill, record = self.fill(expert), record[: self.layouts[expert.layer].nbytes]
+        for chunk in fill.chunks:
+            fill.read(chunk, chunk.inside(host_bytes(record)))
+        return fill.finish(record)
+
+    def fill(self, expert: ExpertId, chunk_bytes: int | None = None) -> Fill:
+        """What has to be read of an expert, in chunks of at most so many bytes, or in one."""
+        return _Fill(self, expert, cut(self._source(expert).reads(self.layouts[expert.layer]), chunk_bytes))
 
     def check(self, expert: ExpertId, record: Tensor) -> None:
         """Compare an expert's checksum, if there is one, the first time it is brought in: record (nbytes,) uint8."""
-        if expert not in self._checked:
+        if self.has_to_check(expert):
             self._source(expert).check(host_bytes(record))
             self._checked.add(expert)
+
+    def has_to_check(self, expert: ExpertId) -> bool:
+        """Whether an expert has a checksum that was not compared yet."""
+        return expert not in self._checked and self._source(expert).has_checksum
 
     def _source(self, expert: ExpertId) -> ExpertSource:
         return self.layers[expert.layer].experts[expert.expert]
 
     def __deepcopy__(self, memo: dict[int, object]) -> ExpertStore:
         return self
+
+
+class _Fill:
+    """What has to be read of one expert of a store."""
+
+    def __init__(self, store: ExpertStore, expert: ExpertId, chunks: Sequence[Chunk]) -> None:
+        self.chunks = chunks
+        self._store = store
+        self._expert = expert
+
+    @property
+    def is_checked(self) -> bool:
+        return self._store.has_to_check(self._expert)
+
+    def read(self, chunk: Chunk, targets: Sequence[memoryview]) -> None:
+        chunk.read_into(targets, past_cache=self._store.past_cache)
+
+    def finish(self, record: Tensor | None) -> int:
+        if record is not None:
+            self._store.check(self._expert, record)
+        return self._store.stored_bytes(self._expert)
+
+    def give_up(self) -> None:
+        pass

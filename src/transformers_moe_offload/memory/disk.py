@@ -18,6 +18,7 @@ from pathlib import Path
 from transformers_moe_offload.errors import CheckpointError
 from transformers_moe_offload.memory.direct import DirectReader
 from transformers_moe_offload.memory.mapping import FileMap, changed_size
+from transformers_moe_offload.memory.record import copy_bytes
 
 
 class File:
@@ -112,7 +113,8 @@ class File:
         if len(found) < nbytes:
             raise self._too_short(direct.size(), offset + nbytes)
         for target in targets:
-            target[:], found = found[: len(target)], found[len(target) :]
+            copy_bytes(target, found[: len(target)])
+            found = found[len(target) :]
         return True
 
     def close(self) -> None:

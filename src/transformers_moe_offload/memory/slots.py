@@ -33,8 +33,11 @@ class Slots(Protocol):
     def remove(self, slot: int) -> None:
         """Give up a place that nobody uses."""
 
-    def start(self, expert: ExpertId, slot: int) -> Transfer:
-        """Begin to bring an expert in, in place of whoever was there. What used that one must have been retired."""
+    def start(self, expert: ExpertId, slot: int, alongside: int = 0) -> Transfer:
+        """Begin to bring an expert in, in place of whoever was there. What used that one must have been retired.
+
+        So many others are on their way `alongside`.
+        """
 
     def retire(self, slot: int) -> None:
         """Everything that reads this slot has been submitted; whatever is brought in next comes after that."""
@@ -114,9 +117,10 @@ class CopiedSlots:
         self._copier.retire(self.pool.record(slot))
         self.pool.remove(slot)
 
-    def start(self, expert: ExpertId, slot: int) -> Transfer:
+    def start(self, expert: ExpertId, slot: int, alongside: int = 0) -> Transfer:
         """Begin to fill the slot's buffer."""
-        return self._copier.start(expert, self.pool.record(slot)[: self._store.layout(expert.layer).nbytes])
+        record = self.pool.record(slot)[: self._store.layout(expert.layer).nbytes]
+        return self._copier.start(expert, record, alongside)
 
     def retire(self, slot: int) -> None:
         """Whatever is copied into this buffer next comes after what reads it now."""
