@@ -150,7 +150,9 @@ def test_whatever_happens_an_expert_asked_for_is_the_expert_handed_out(store, tr
             raise OSError("unreadable")
         return store.read_into(expert, slot)
 
-    cache = cache_of(store, num_slots, HostCopier(whole(read, store.layout(0).nbytes), workers=2), layers=range(NUM_LAYERS))
+    cache = cache_of(
+        store, num_slots, HostCopier(whole(read, store.layout(0).nbytes), workers=2), layers=range(NUM_LAYERS)
+    )
     for layer, wanted, how in trace:
         try:
             with cache.visit(layer, wanted) as visit:

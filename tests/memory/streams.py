@@ -14,14 +14,16 @@ import torch
 class Stream:
     def __init__(self, device=None):
         self.queue = deque()
+        self._running = threading.Lock()
 
     def enqueue(self, work, is_ready=lambda: True):
         self.queue.append((work, is_ready))
 
     def run(self):
-        """Do what is queued, up to the first thing that waits for another stream."""
-        while self.queue and self.queue[0][1]():
-            self.queue.popleft()[0]()
+        """Do what is queued, up to the first thing that waits for another stream; one thread at a time, in order."""
+        with self._running:
+            while self.queue and self.queue[0][1]():
+                self.queue.popleft()[0]()
 
     def wait_event(self, event):
         self.enqueue(lambda: None, event.reached_by_now())
@@ -51,7 +53,7 @@ class Event:
     def synchronize(self):
         reached = self.reached_by_now()
         while not reached():
-            assert self.machine.run_all(), "waiting for ever"
+            assert self.machine.run_all() or reached(), "waiting for ever"
 
 
 class Machine:

@@ -132,7 +132,7 @@ class AssembledField:
 
     def split(self, nbytes: int, *, anywhere: bool) -> None:
         """Never: it is made as a whole."""
-        return None
+        return
 
 
 def read_stored(piece: StoredTensor) -> Tensor:

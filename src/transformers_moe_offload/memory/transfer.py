@@ -16,6 +16,7 @@ from transformers_moe_offload.memory.fill import OpenFill
 from transformers_moe_offload.memory.lanes import Lanes, chunk_bytes
 from transformers_moe_offload.memory.record import host_bytes
 
+
 class Transfer(Protocol):
     """One expert on its way into one slot."""
 

@@ -1,4 +1,4 @@
-"""Carry experts to a GPU: readers fill the staging buffers of a ring, and a copy stream of its own takes them from there.
+"""Carry experts to a GPU: readers fill the buffers of a staging ring, and a copy stream takes them from there.
 
 The compute stream waits for the copies through an event, the host does not.
 """
