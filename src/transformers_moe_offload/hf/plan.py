@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import NamedTuple
 
 import torch
@@ -17,6 +17,7 @@ from transformers_moe_offload.expert import ExpertSpec
 from transformers_moe_offload.formats.base import Coding
 from transformers_moe_offload.memory.available import available_bytes, page_cache_holds
 from transformers_moe_offload.memory.checkpoint import ExpertStore, LayerSource
+from transformers_moe_offload.memory.direct_trial import is_faster_past_cache
 from transformers_moe_offload.memory.fill import OpenFill
 from transformers_moe_offload.memory.host import HostTier
 from transformers_moe_offload.memory.lanes import default_workers
@@ -200,6 +201,15 @@ def _is_mappable(placement: Placement, config: OffloadConfig) -> bool:
             f"leave mmap at 'auto'"
         )
     return placement.is_mappable
+
+
+def tried_out(plan: OffloadPlan, sources: Sequence[LayerSource], config: OffloadConfig) -> OffloadPlan:
+    """The plan, after a look at whether reading past the page cache is faster, where that is planned and nobody insists
+    on it."""
+    if config.direct_io != "auto" or not plan.reads_past_cache:
+        return plan
+    on_disk = [source for source in sources if not source.is_in_ram]
+    return replace(plan, reads_past_cache=bool(on_disk) and is_faster_past_cache(ExpertStore(on_disk)))
 
 
 class Caches(NamedTuple):

@@ -63,7 +63,12 @@ class Run:
     @property
     def end(self) -> int:
         """The first byte in the file that does not belong to it."""
-        return self.offset + _nbytes(self.segments)
+        return self.offset + self.nbytes
+
+    @property
+    def nbytes(self) -> int:
+        """How many bytes it has."""
+        return _nbytes(self.segments)
 
     def read_into(self, targets: Sequence[memoryview], *, past_cache: bool = False) -> None:
         """One read, scattered over the targets."""

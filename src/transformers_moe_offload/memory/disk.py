@@ -55,6 +55,13 @@ class File:
             self.close()
             raise
 
+    def offers_direct(self) -> bool:
+        """Whether it can be read past the page cache, as far as is known."""
+        try:
+            return self._open_direct() is not None
+        except OSError as error:
+            raise self._unreadable(error) from error
+
     def mapped(self) -> FileMap:
         """The whole file, mapped; a file that was cut short since is looked for again."""
         with self._lock:
@@ -81,7 +88,9 @@ class File:
     def _open_direct(self) -> DirectReader | None:
         """The file opened past the page cache; None where that is refused."""
         with self._lock:
-            if self._direct is None and not self._refuses_direct:
+            if self._refuses_direct:
+                return None
+            if self._direct is None:
                 try:
                     direct = DirectReader(self.path)
                 except FileNotFoundError:
