@@ -3,6 +3,7 @@
 import gc
 import tracemalloc
 from collections import Counter
+from typing import ClassVar
 
 import pytest
 import torch
@@ -18,7 +19,7 @@ WAITS = {"tolist", "item", "cpu", "numpy", "nonzero", "__bool__", "__int__", "__
 class OnDevice(torch.Tensor):
     """A tensor that notes when the host asks for its content, as if it lay on a device."""
 
-    waits = Counter()
+    waits: ClassVar = Counter()
 
     @classmethod
     def __torch_function__(cls, func, types, args=(), kwargs=None):
