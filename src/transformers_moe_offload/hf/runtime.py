@@ -249,9 +249,11 @@ class OffloadRuntime:
         """Whether a layer's experts may be used where they lie, and can be, with the same bits as from a slot."""
         if self.config.mmap is False or layer.device.type != "cpu" or not store.is_mappable(layer.index):
             return False
-        if self.source(layer).coding is not None:  # records begin at the same alignment everywhere
+        source = self.source(layer)
+        if source.is_recorded:  # records begin at the same alignment everywhere
             return True
-        return all(gives_equal_bits(field.shape, field.dtype) for field in self.spec(layer).fields)
+        used_in_place = [field for field in source.stored if field in source.spec.fields]  # others are decoded first
+        return all(gives_equal_bits(field.shape, field.dtype) for field in used_in_place)
 
     def _ensure_caches(self) -> None:
         if self._caches:

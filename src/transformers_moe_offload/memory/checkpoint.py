@@ -11,7 +11,7 @@ from torch import Tensor
 from transformers_moe_offload.expert import ExpertId, ExpertSpec, FieldSpec
 from transformers_moe_offload.formats.base import Coding
 from transformers_moe_offload.memory.chunks import Chunk, cut
-from transformers_moe_offload.memory.expert_source import ExpertSource
+from transformers_moe_offload.memory.expert_source import ExpertSource, RecordedExpert
 from transformers_moe_offload.memory.field_source import FieldSource, Stretch
 from transformers_moe_offload.memory.fill import Fill
 from transformers_moe_offload.memory.ram_file import RamFile
@@ -38,6 +38,11 @@ class LayerSource:
     def is_in_ram(self) -> bool:
         """Whether experts are in memory of ours, not in files."""
         return any(isinstance(piece.file, RamFile) for piece in self.experts[0].pieces)
+
+    @property
+    def is_recorded(self) -> bool:
+        """Whether experts were written as records, to be used as they are."""
+        return isinstance(self.experts[0], RecordedExpert)
 
     @property
     def stored(self) -> tuple[FieldSpec, ...]:
