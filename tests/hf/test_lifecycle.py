@@ -15,6 +15,8 @@ import transformers_moe_offload as tmo
 from transformers_moe_offload import CapacityError, ConfigError, MoeOffloadError, OffloadConfig
 from zoo.build import build, save
 
+from .conftest import TINY_MOE
+
 
 @pytest.fixture
 def model(checkpoint):
@@ -197,10 +199,10 @@ class TestResize:
         assert model.moe_offload.plan.cache_bytes <= model.moe_offload.plan.budget_bytes
 
     @pytest.mark.parametrize("mmap", [True, False])
-    def test_a_generation_that_is_running_meanwhile_gives_the_same_tokens(self, mmap, checkpoint, token_ids):
+    def test_a_generation_that_is_running_meanwhile_gives_the_same_tokens(self, mmap, token_ids):
         config = OffloadConfig(cache_budget="40%", arithmetic="exact", mmap=mmap)
-        model = AutoModelForCausalLM.from_pretrained(checkpoint, moe_offload=config)
-        options = {"max_new_tokens": 40, "min_new_tokens": 40, "do_sample": False, "pad_token_id": 0}
+        model = AutoModelForCausalLM.from_pretrained(TINY_MOE, moe_offload=config)
+        options = {"max_new_tokens": 12, "min_new_tokens": 12, "do_sample": False, "pad_token_id": 0}
         expected, answers = model.generate(token_ids, **options), []
         threads = [
             threading.Thread(target=lambda: answers.append(model.generate(token_ids, **options))) for _ in range(2)
