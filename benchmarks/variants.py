@@ -90,14 +90,14 @@ class PublishedSlots:
         self._occupied.discard(slot)
         self._inner.remove(slot)
 
-    def start(self, expert: ExpertId, slot: int) -> Transfer:
+    def start(self, expert: ExpertId, slot: int, alongside: int = 0) -> Transfer:
         """Write back who is there, bring the expert in, and wait for both."""
         if slot in self._occupied:
             record = self._inner.pool.record(slot)
             self._written_back.copy_(record)  # sync: device -> host
             self.written_bytes += record.nbytes
         self._occupied.add(slot)
-        transfer = _Finished(self._inner.start(expert, slot))
+        transfer = _Finished(self._inner.start(expert, slot, alongside))
         self.read_bytes += transfer.finish()
         return transfer
 

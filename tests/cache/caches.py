@@ -18,7 +18,7 @@ def cache_of(store, num_slots, copier=None, layers=(0,)):
 
 
 def reading_cache_of(store, num_slots, layers=(0,), workers=2):
-    return cache_of(store, num_slots, HostCopier(store.read_into, workers), layers)
+    return cache_of(store, num_slots, HostCopier(store.fill, workers), layers)
 
 
 def visit_all(cache, layer, wanted):

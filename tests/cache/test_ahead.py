@@ -29,7 +29,7 @@ def prefetches(cache, layer):
 class Unhurried(FakeCopier):
     """Transfers that are not done, and have not begun, before somebody waits for them."""
 
-    def start(self, expert, slot):
+    def start(self, expert, slot, alongside=0):
         super().start(expert, slot)
         return _Unhurried()
 
@@ -165,7 +165,7 @@ steps = st.one_of(
 @given(steps=st.lists(steps, max_size=20), num_slots=st.integers(1, 12))
 def test_whatever_comes_ahead_an_expert_asked_for_is_the_expert_handed_out(store, steps, num_slots):
     """Over real files and reader threads; every expert that came ahead is used, wasted, or still there."""
-    cache = cache_of(store, num_slots, HostCopier(store.read_into, 2))
+    cache = cache_of(store, num_slots, HostCopier(store.fill, 2))
     for kind, first, second in steps:
         if kind == "resize":
             cache.resize(first)

@@ -5,6 +5,7 @@ from hypothesis import strategies as st
 
 from stores import number
 from transformers_moe_offload.expert import ExpertId
+from transformers_moe_offload.memory.fill import whole
 from transformers_moe_offload.memory.transfer import FakeCopier, HostCopier
 from transformers_moe_offload.stats import LayerStats
 
@@ -149,7 +150,9 @@ def test_whatever_happens_an_expert_asked_for_is_the_expert_handed_out(store, tr
             raise OSError("unreadable")
         return store.read_into(expert, slot)
 
-    cache = cache_of(store, num_slots, HostCopier(read, workers=2), layers=range(NUM_LAYERS))
+    cache = cache_of(
+        store, num_slots, HostCopier(whole(read, store.layout(0, 0).nbytes), workers=2), layers=range(NUM_LAYERS)
+    )
     for layer, wanted, how in trace:
         try:
             with cache.visit(layer, wanted) as visit:

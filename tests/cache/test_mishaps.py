@@ -57,7 +57,7 @@ def test_an_error_in_the_middle_of_a_visit_leaves_nothing_in_flight(store):
 class NeverStarts(FakeCopier):
     """A copier out of threads."""
 
-    def start(self, expert, slot):
+    def start(self, expert, slot, alongside=0):
         raise RuntimeError("can't start new thread")
 
 
@@ -76,7 +76,7 @@ class InterruptedOnce(FakeCopier):
         super().__init__()
         self.unfinished = {}
 
-    def start(self, expert, slot):
+    def start(self, expert, slot, alongside=0):
         assert slot.data_ptr() not in self.unfinished.values(), "the slot is still being filled with another expert"
         self.unfinished[expert] = slot.data_ptr()
         self.started.append(expert)

@@ -32,7 +32,7 @@ class Layer:
 
     def cache(self, num_slots):
         pool = SlotPool(self.store.layout(0, 0).nbytes, torch.device("cpu"))
-        slots = CopiedSlots(self.store, pool, HostCopier(self.store.read_into, 2))
+        slots = CopiedSlots(self.store, pool, HostCopier(self.store.fill, 2))
         return ExpertCache(slots, num_slots, {0: self.store.layers[0].spec.num_experts}, LRU())
 
     def by_autograd(self, hidden, index, weights, experts=EXPERTS):

@@ -8,8 +8,10 @@ from transformers_moe_offload.compute import rates
 from transformers_moe_offload.compute.host import HostCompute
 from transformers_moe_offload.compute.rates import fetch_seconds, host_seconds, measured_rates
 from transformers_moe_offload.expert import ExpertId, FieldSpec
+from transformers_moe_offload.memory.fill import whole
 from transformers_moe_offload.memory.record import RecordLayout
-from transformers_moe_offload.memory.transfer import CudaCopier, FakeCopier, HostCopier
+from transformers_moe_offload.memory.transfer import FakeCopier, HostCopier
+from transformers_moe_offload.memory.upload import CudaCopier
 
 from .layers import MLP, H, I
 
@@ -42,9 +44,9 @@ def test_all_rates_of_a_layer_are_measured(host, device, monkeypatch):
 
     def copier(read):
         if device.type == "cuda":
-            copiers.append(CudaCopier(read, 2, device, LAYOUT.nbytes, True))
+            copiers.append(CudaCopier(whole(read, LAYOUT.nbytes), 2, device, LAYOUT.nbytes, True))
         else:
-            copiers.append(HostCopier(read, 2))
+            copiers.append(HostCopier(whole(read, LAYOUT.nbytes), 2))
         return copiers[-1]
 
     token = torch.ones(1, H, device=device)

@@ -15,6 +15,8 @@ import transformers_moe_offload as tmo
 from transformers_moe_offload import CapacityError, ConfigError, MoeOffloadError, OffloadConfig
 from zoo.build import build, save
 
+from .conftest import TINY_MOE
+
 
 @pytest.fixture
 def model(checkpoint):
@@ -195,6 +197,29 @@ class TestResize:
             assert torch.equal(logits(model, token_ids), expected)
         assert model.moe_offload.plan.num_slots < before
         assert model.moe_offload.plan.cache_bytes <= model.moe_offload.plan.budget_bytes
+
+    @pytest.mark.parametrize("mmap", [True, False])
+    def test_a_generation_that_is_running_meanwhile_gives_the_same_tokens(self, mmap, token_ids):
+        config = OffloadConfig(cache_budget="40%", arithmetic="exact", mmap=mmap)
+        model = AutoModelForCausalLM.from_pretrained(TINY_MOE, moe_offload=config)
+        options = {"max_new_tokens": 12, "min_new_tokens": 12, "do_sample": False, "pad_token_id": 0}
+        expected, answers = model.generate(token_ids, **options), []
+        threads = [
+            threading.Thread(target=lambda: answers.append(model.generate(token_ids, **options))) for _ in range(2)
+        ]
+        for thread in threads:
+            thread.start()
+        sizes = []
+        while any(thread.is_alive() for thread in threads):
+            for budget in ("100%", "15%", "60%", "30%"):
+                model.moe_offload.resize(budget)
+                (cache,) = set(model.moe_offload._caches.values())
+                sizes.append(cache.residency.num_slots)
+                assert sizes[-1] == model.moe_offload.plan.num_slots
+                assert mmap or len(cache.slots.pool) == sizes[-1]
+        assert len(answers) == 2
+        assert all(torch.equal(answer, expected) for answer in answers)
+        assert len(sizes) > 4, "it grew and shrank while they ran"
 
     def test_statistics_survive(self, model, token_ids):
         logits(model, token_ids)

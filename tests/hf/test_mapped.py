@@ -3,6 +3,7 @@
 import json
 import shutil
 import time
+from functools import cache
 
 import pytest
 import torch
@@ -12,6 +13,7 @@ from transformers import AutoModelForCausalLM
 from transformers_moe_offload import ConfigError, OffloadConfig
 from transformers_moe_offload.errors import CheckpointError
 from transformers_moe_offload.hf import plan as planning
+from transformers_moe_offload.memory import lanes
 
 from .conftest import TINY_MOE
 
@@ -46,6 +48,39 @@ def test_reading_past_the_page_cache_gives_the_same_bits(token_ids):
     assert "read past the page cache" in str(past.moe_offload.plan)
     assert torch.equal(logits(past, token_ids), logits(through, token_ids))
     assert past.moe_offload.stats().disk_bytes == through.moe_offload.stats().disk_bytes > 0
+
+
+@pytest.mark.parametrize("is_faster", [True, False])
+def test_where_ram_is_short_a_trial_decides_what_files_are_read_past(is_faster, token_ids, monkeypatch):
+    expected = logits(load(TINY_MOE, cache_budget="25%", mmap=False, direct_io=False), token_ids)
+    monkeypatch.setattr(planning, "page_cache_holds", lambda nbytes: False)
+    monkeypatch.setattr(planning, "is_faster_past_cache", lambda store: is_faster)
+    model = load(TINY_MOE, cache_budget="25%")
+    assert ("read past the page cache" in str(model.moe_offload.plan)) is is_faster
+    assert torch.equal(logits(model, token_ids), expected)
+    monkeypatch.setattr(planning, "page_cache_holds", lambda nbytes: True)
+    model.moe_offload.resize("30%")
+    assert model.moe_offload.plan.reads_past_cache is is_faster, "the files are read as before"
+
+
+@pytest.mark.parametrize(("workers", "past_cache"), [(1, False), (2, True), (4, False), (4, True)])
+def test_experts_read_in_chunks_give_the_same_bits(workers, past_cache, token_ids, monkeypatch):
+    expected = logits(load(TINY_MOE, cache_budget="100%", mmap=False, direct_io=False), token_ids)
+    monkeypatch.setattr(lanes, "LEAST_CHUNK", 5000)  # a record has 108 KiB
+    for budget in ("2%", "25%"):
+        model = load(TINY_MOE, cache_budget=budget, mmap=False, direct_io=past_cache, io_workers=workers)
+        assert torch.equal(logits(model, token_ids), expected)
+        for column in range(4):  # few tokens: few experts are on their way together
+            assert torch.equal(logits(model, token_ids[:1, column : column + 1]), single(column, token_ids))
+
+
+@cache
+def model_of_everything():
+    return load(TINY_MOE, cache_budget="100%", mmap=False, direct_io=False)
+
+
+def single(column, token_ids):
+    return logits(model_of_everything(), token_ids[:1, column : column + 1])
 
 
 def test_experts_are_mapped_where_there_is_ram_to_spare_and_copied_where_there_is_none(monkeypatch):

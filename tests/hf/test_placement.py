@@ -6,10 +6,12 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
+from memory.streams import Event, Machine
+from stores import number, numbered_store
 from transformers_moe_offload import CapacityError, OffloadConfig
-from transformers_moe_offload.expert import ExpertSpec, FieldSpec
+from transformers_moe_offload.expert import ExpertId, ExpertSpec, FieldSpec
 from transformers_moe_offload.hf import plan as planning
-from transformers_moe_offload.hf.plan import Placement, make_plan
+from transformers_moe_offload.hf.plan import Placement, build_caches, make_plan
 from transformers_moe_offload.hf.quantizer import MoeOffloadQuantizer
 
 EXACT = OffloadConfig(cache_budget="30%", arithmetic="exact")
@@ -113,3 +115,59 @@ def test_without_an_accelerator_there_is_nothing_for_the_host_to_take_over(check
     with torch.no_grad():
         assert torch.equal(model(token_ids).logits, expected)
     assert model.moe_offload.stats().computed == 0
+
+
+class TestSeveralGpus:
+    """Fake ones, whose memory is host memory (`tests/memory/streams.py`)."""
+
+    @pytest.fixture
+    def machines(self, monkeypatch):
+        machines = {torch.device("cuda", index): Machine() for index in range(2)}
+        empty = torch.empty
+
+        def empty_there(*shape, device=None, pin_memory=False, **options):
+            return machines[device].slot(*shape) if device in machines else empty(*shape, device=device, **options)
+
+        def stream(given):
+            (owner,) = [machine for machine in machines.values() if given in (*machine.made, machine.compute)]
+            return owner.stream(given)
+
+        Machine().install(monkeypatch)
+        monkeypatch.setattr(Event, "machine", Both(machines.values()))
+        monkeypatch.setattr(torch.cuda, "Stream", lambda device: machines[device].new_stream())
+        monkeypatch.setattr(torch.cuda, "current_stream", lambda device: machines[device].current_stream())
+        monkeypatch.setattr(torch.cuda, "stream", stream)
+        monkeypatch.setattr(torch, "empty", empty_there)
+        return machines
+
+    def test_each_has_a_pool_a_ring_and_a_stream_of_its_own(self, machines, tmp_path):
+        store = numbered_store(tmp_path, 4, 8)
+        sources = list(store.layers.values())
+        first, second = machines
+        placements = [Placement(source.spec, first if place < 2 else second) for place, source in enumerate(sources)]
+        config = OffloadConfig(cache_budget="40%", host_budget="100%", direct_io=False)
+        plan = make_plan(placements, config)
+        caches = build_caches(plan, sources, config).of_layer
+        assert caches[0] is caches[1] is not caches[2] is caches[3]
+        for device, layers in ((first, (0, 1)), (second, (2, 3))):
+            assert len(machines[device].made) == 1
+            for layer in layers:
+                cache = caches[layer]
+                assert cache.slots.pool.device == device
+                assert cache.slots.pool.nbytes <= plan.budget_bytes / 2
+                for expert in range(8):
+                    with cache.visit(layer, [expert]) as visit:
+                        weights = visit.take(expert)
+                        machines[device].run_all()  # and not the other one
+                        found = {value for tensor in weights.values() for value in tensor.flatten().tolist()}
+                        assert found == {number(ExpertId(layer, expert))}
+
+
+class Both:
+    """Some machines, run as one."""
+
+    def __init__(self, machines):
+        self.machines = machines
+
+    def run_all(self):
+        return any([machine.run_all() for machine in self.machines])

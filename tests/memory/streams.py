@@ -14,14 +14,16 @@ import torch
 class Stream:
     def __init__(self, device=None):
         self.queue = deque()
+        self._running = threading.Lock()
 
     def enqueue(self, work, is_ready=lambda: True):
         self.queue.append((work, is_ready))
 
     def run(self):
-        """Do what is queued, up to the first thing that waits for another stream."""
-        while self.queue and self.queue[0][1]():
-            self.queue.popleft()[0]()
+        """Do what is queued, up to the first thing that waits for another stream; one thread at a time, in order."""
+        with self._running:
+            while self.queue and self.queue[0][1]():
+                self.queue.popleft()[0]()
 
     def wait_event(self, event):
         self.enqueue(lambda: None, event.reached_by_now())
@@ -51,7 +53,7 @@ class Event:
     def synchronize(self):
         reached = self.reached_by_now()
         while not reached():
-            assert self.machine.run_all(), "waiting for ever"
+            assert self.machine.run_all() or reached(), "waiting for ever"
 
 
 class Machine:
@@ -62,6 +64,7 @@ class Machine:
         self.made = []
         self.kept_for = []
         self._current = threading.local()
+        self._memory = type("Memory", (_DeviceMemory,), {"machine": self})  # parts of a slot are of the same class
 
     @property
     def copies(self):
@@ -94,9 +97,7 @@ class Machine:
 
     def slot(self, nbytes):
         """Memory of this GPU, zeroed: what is copied into it arrives when its stream gets there."""
-        slot = torch.zeros(nbytes, dtype=torch.uint8).as_subclass(_DeviceMemory)
-        slot.machine = self
-        return slot
+        return torch.zeros(nbytes, dtype=torch.uint8).as_subclass(self._memory)
 
     def install(self, monkeypatch):
         """Put this machine in the place of `torch.cuda`."""

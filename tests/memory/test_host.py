@@ -10,8 +10,10 @@ from memory.streams import Machine
 from stores import number, numbered_store
 from transformers_moe_offload.errors import CheckpointError
 from transformers_moe_offload.expert import ExpertId
+from transformers_moe_offload.memory.fill import whole
 from transformers_moe_offload.memory.host import HostTier
-from transformers_moe_offload.memory.transfer import CudaCopier
+from transformers_moe_offload.memory.transfer import HostCopier
+from transformers_moe_offload.memory.upload import CudaCopier
 
 RECORD = 128
 EXPERTS = [ExpertId(layer, expert) for layer in range(2) for expert in range(4)]
@@ -32,7 +34,7 @@ def store(folder):
 def read(tier, expert):
     """An expert out of the tier, checked; returns the bytes that came from files."""
     record = torch.zeros(RECORD, dtype=torch.uint8)
-    from_files = tier.read_into(expert, record)
+    from_files = HostCopier(tier.fill, 1).start(expert, record).finish()
     weight = record[:24].view(torch.float32)
     assert set(weight.tolist()) == {number(expert)}
     return from_files
@@ -85,6 +87,9 @@ class Slow:
     def layout(self, layer, expert):
         return self.store.layout(layer, expert)
 
+    def fill(self, expert, chunk_bytes):
+        return whole(self.read_into, RECORD)(expert, chunk_bytes)
+
     def read_into(self, expert, record):
         self.reads += 1
         self.begun.set()
@@ -134,7 +139,7 @@ def test_a_copier_to_an_accelerator_reads_through_the_tier(store, monkeypatch):
     machine = Machine()
     machine.install(monkeypatch)
     tier = HostTier(store, 8 * RECORD)
-    copier = CudaCopier(tier.read_into, 1, torch.device("cuda"), RECORD, pin_memory=False)
+    copier = CudaCopier(tier.fill, 1, torch.device("cuda"), RECORD, pin_memory=False)
     for expected in (30, 0):
         slot = machine.slot(RECORD)
         assert copier.start(EXPERTS[5], slot).finish() == expected

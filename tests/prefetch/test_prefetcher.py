@@ -42,7 +42,7 @@ class Clock:
 class SlowCopier(FakeCopier):
     """Loads that take a second each, on paper."""
 
-    def start(self, expert, slot):
+    def start(self, expert, slot, alongside=0):
         transfer = super().start(expert, slot)
         transfer.seconds = 1.0
         return transfer

@@ -24,7 +24,7 @@ from transformers_moe_offload.bench.passage import Passage
 from transformers_moe_offload.bench.protocol import Protocol, max_positions, workloads
 from transformers_moe_offload.bench.workload import Run, Workload, run, seconds_per_forward
 from transformers_moe_offload.memory.available import available_bytes
-from transformers_moe_offload.memory.transfer import default_workers
+from transformers_moe_offload.memory.lanes import default_workers
 
 Progress = Callable[[str], None]
 """Told what comes next."""

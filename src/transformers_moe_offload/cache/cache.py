@@ -97,7 +97,7 @@ class ExpertCache:
             spared = self._asked | self._ahead
             load = plan_ahead(expert, self.residency, self._policy.candidates(), spared, self._floor)
             if load is not None:
-                self._start(load)
+                self._start(load, len(self._in_flight))
                 self._ahead.add(expert)
             return load is not None
         finally:
@@ -109,7 +109,7 @@ class ExpertCache:
             coming = []
             for expert in experts:
                 if self.residency.num_free and self.residency.is_absent(expert):
-                    self._start(Load(expert, None))
+                    self._start(Load(expert, None), len(self._in_flight))
                     coming.append(expert)
             try:
                 for expert in coming:
@@ -161,8 +161,9 @@ class ExpertCache:
     def start_loads(self, upcoming: Sequence[ExpertId]) -> bool:
         """Start as many loads as there is room for; returns whether some had to be left for later."""
         planned = plan(upcoming, self.residency, self._policy.candidates(), self._floor)
+        alongside = len(self._in_flight) + len(planned.loads) - 1
         for load in planned.loads:
-            self._start(load)
+            self._start(load, alongside)
         return bool(planned.deferred)
 
     def finish_load(self, expert: ExpertId) -> None:
@@ -218,12 +219,12 @@ class ExpertCache:
     def _floor(self) -> int:
         return layer_floor(self.residency.num_slots, len(self._num_experts))
 
-    def _start(self, load: Load) -> None:
+    def _start(self, load: Load, alongside: int) -> None:
         if load.victim is not None:
             self._evict(load.victim)
         slot = self.residency.start(load.expert)
         try:
-            self._in_flight[load.expert] = self.slots.start(load.expert, slot)
+            self._in_flight[load.expert] = self.slots.start(load.expert, slot, alongside)
         except BaseException:
             self.residency.fail(load.expert)
             raise

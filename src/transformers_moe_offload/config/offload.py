@@ -49,9 +49,10 @@ class OffloadConfig(dict[str, Any]):
             into free RAM but not into the cache, and can be used as they are stored; False copies, so that
             `cache_budget` bounds what the process holds; True insists, and is an error where it cannot be done.
         direct_io: read experts past the page cache, where system and filesystem allow it; `"auto"` does so where not
-            all experts fit into free RAM.
+            all experts fit into free RAM and a short trial on the checkpoint's files finds it faster.
         io_workers: threads that read experts; None means one per core, four at most.
-        pin_memory: stage reads for a GPU in page-locked memory; `"auto"` means wherever there is a GPU.
+        pin_memory: stage reads for a GPU in page-locked memory, of which there is never more than 64 MiB for each GPU;
+            `"auto"` means wherever there is a GPU.
         prefetch: load experts before they are asked for: a `PrefetchConfig`, a dictionary of its fields, or None.
         host_budget: on a machine with GPU, RAM that holds experts between disk and cache: as `cache_budget`; `"auto"`
             takes half of the free RAM, and never more than all experts need.

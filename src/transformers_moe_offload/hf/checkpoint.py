@@ -28,7 +28,7 @@ from transformers_moe_offload.hf.locate import (
 from transformers_moe_offload.memory.checkpoint import LayerSource
 from transformers_moe_offload.memory.expert_source import ScatteredExpert
 from transformers_moe_offload.memory.record import dtype_name
-from transformers_moe_offload.memory.safetensors_index import StoredTensor, check_index_file, read_header, read_index
+from transformers_moe_offload.memory.safetensors_index import StoredTensor, check_index_file, read_index
 
 
 @dataclass(frozen=True)
@@ -56,7 +56,6 @@ class Checkpoint:
         """
         if folder.is_dir():
             _refuse_outside(folder, files)
-        refuse_hqq((tensor.name for tensor in read_header(files[0])), folder)
         tensors = read_index(files)
         refuse_hqq(tensors, folder)
         if len(files) > 1:
@@ -84,7 +83,7 @@ def locate(
     model: Any, layers: Sequence[SparseLayer], checkpoint: Checkpoint, conversions: Sequence[Any]
 ) -> list[LayerSource]:
     """Where the experts of every sparse layer are."""
-    read = cache(lambda path: {tensor.name: tensor for tensor in read_header(path)})
+    read = cache(lambda path: read_index([path]))
     traced = trace_parameters(model, checkpoint.parameters, conversions, checkpoint.tensors)
     sources = []
     for layer in layers:

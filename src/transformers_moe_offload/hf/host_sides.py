@@ -25,6 +25,7 @@ from transformers_moe_offload.hf.layer import SparseLayer
 from transformers_moe_offload.hf.plan import OffloadPlan, PoolPlan, copier_for
 from transformers_moe_offload.hf.top_k import experts_per_token
 from transformers_moe_offload.memory.checkpoint import ExpertStore
+from transformers_moe_offload.memory.fill import whole
 from transformers_moe_offload.memory.host import HostTier
 from transformers_moe_offload.memory.record import torch_dtype
 
@@ -74,7 +75,7 @@ def _side_of(model: nn.Module, layer: SparseLayer, pool: PoolPlan, host: HostTie
         torch.zeros(1, hidden_size, dtype=torch_dtype(spec.fields[0].dtype), device=pool.device),
         pool.need.slot_bytes,
         lambda record: _opened(store, usual, record),
-        lambda read_into: copier_for(pool, read_into, config),
+        lambda read_into: copier_for(pool, whole(read_into, pool.need.slot_bytes), config),
         compute,
     )
 

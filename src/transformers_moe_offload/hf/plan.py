@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import NamedTuple
 
 import torch
@@ -18,17 +18,15 @@ from transformers_moe_offload.expert import ExpertSpec
 from transformers_moe_offload.formats.by_expert import AS_USED, LayerCodings
 from transformers_moe_offload.memory.available import available_bytes, page_cache_holds
 from transformers_moe_offload.memory.checkpoint import ExpertStore, LayerSource
+from transformers_moe_offload.memory.direct_trial import is_faster_past_cache
+from transformers_moe_offload.memory.fill import OpenFill
 from transformers_moe_offload.memory.host import HostTier
+from transformers_moe_offload.memory.lanes import default_workers
 from transformers_moe_offload.memory.mapped import MappedSlots
 from transformers_moe_offload.memory.record import RecordLayout
 from transformers_moe_offload.memory.slots import CopiedSlots, SlotPool, Slots
-from transformers_moe_offload.memory.transfer import (
-    Copier,
-    CudaCopier,
-    HostCopier,
-    ReadInto,
-    default_workers,
-)
+from transformers_moe_offload.memory.transfer import Copier, HostCopier
+from transformers_moe_offload.memory.upload import CudaCopier
 from transformers_moe_offload.policies import make_policy
 
 logger = logging.getLogger(__name__)
@@ -225,6 +223,15 @@ def _is_mappable(placement: Placement, config: OffloadConfig) -> bool:
     return placement.is_mappable
 
 
+def tried_out(plan: OffloadPlan, sources: Sequence[LayerSource], config: OffloadConfig) -> OffloadPlan:
+    """The plan, after a look at whether reading past the page cache is faster, where that is planned and nobody insists
+    on it."""
+    if config.direct_io != "auto" or not plan.reads_past_cache:
+        return plan
+    on_disk = [source for source in sources if not source.is_in_ram]
+    return replace(plan, reads_past_cache=bool(on_disk) and is_faster_past_cache(ExpertStore(on_disk)))
+
+
 class Caches(NamedTuple):
     """What a plan describes, built."""
 
@@ -248,16 +255,16 @@ def build_caches(plan: OffloadPlan, sources: Sequence[LayerSource], config: Offl
 def _slots(store: ExpertStore, host: HostTier, pool: PoolPlan, config: OffloadConfig) -> Slots:
     if pool.is_mapped:
         return MappedSlots(store, _workers(config))
-    read_into = store.read_into if pool.device.type == "cpu" else host.read_into
-    return CopiedSlots(store, SlotPool(pool.sizes[0], pool.device), copier_for(pool, read_into, config))
+    fill = store.fill if pool.device.type == "cpu" else host.fill
+    return CopiedSlots(store, SlotPool(pool.sizes[0], pool.device), copier_for(pool, fill, config))
 
 
-def copier_for(pool: PoolPlan, read_into: ReadInto, config: OffloadConfig) -> Copier:
-    """What fills the slots of a pool with records that are read by `read_into`."""
+def copier_for(pool: PoolPlan, fill: OpenFill, config: OffloadConfig) -> Copier:
+    """What fills the slots of a pool with records from somewhere."""
     if pool.device.type == "cpu":
-        return HostCopier(read_into, _workers(config))
+        return HostCopier(fill, _workers(config))
     is_pinned = config.pin_memory is not False
-    return CudaCopier(read_into, _workers(config), pool.device, pool.need.largest_bytes, is_pinned)
+    return CudaCopier(fill, _workers(config), pool.device, pool.need.largest_bytes, is_pinned)
 
 
 def _workers(config: OffloadConfig) -> int:

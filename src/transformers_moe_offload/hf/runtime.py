@@ -25,7 +25,7 @@ from transformers_moe_offload.hf.layer import SparseLayer, layer_of, unbind
 from transformers_moe_offload.hf.lookahead import Lookahead, look_ahead_in
 from transformers_moe_offload.hf.parameters import parameters_of
 from transformers_moe_offload.hf.placeholders import put_back
-from transformers_moe_offload.hf.plan import OffloadPlan, Placement, build_caches, make_plan
+from transformers_moe_offload.hf.plan import OffloadPlan, Placement, build_caches, make_plan, tried_out
 from transformers_moe_offload.memory.checkpoint import ExpertStore, LayerSource
 from transformers_moe_offload.memory.record import dtype_name
 from transformers_moe_offload.stats import CacheStats, LayerStats
@@ -84,7 +84,8 @@ class OffloadRuntime:
         if self._plan is None:
             return
         is_mapped = {pool.layers: pool.is_mapped for pool in self._plan.pools}
-        self._plan = replace(plan, pools=tuple(replace(pool, is_mapped=is_mapped[pool.layers]) for pool in plan.pools))
+        pools = tuple(replace(pool, is_mapped=is_mapped[pool.layers]) for pool in plan.pools)
+        self._plan = replace(plan, pools=pools, reads_past_cache=self._plan.reads_past_cache)
         for pool in plan.pools:
             self._caches[pool.layers[0]].resize(pool.num_slots)
 
@@ -248,15 +249,20 @@ class OffloadRuntime:
         """Whether a layer's experts may be used where they lie, and can be, with the same bits as from a slot."""
         if self.config.mmap is False or layer.device.type != "cpu" or not store.is_mappable(layer.index):
             return False
-        if None not in self.source(layer).codings.kinds:  # records begin at the same alignment everywhere
+        source = self.source(layer)
+        if source.is_recorded:  # records begin at the same alignment everywhere
             return True
-        return all(gives_equal_bits(field.shape, field.dtype) for field in self.spec(layer).fields)
+        fields = set(source.spec.fields)
+        kinds = [fields if kind is None else fields.intersection(kind.stored) for kind in source.codings.kinds]
+        used_in_place = set().union(*kinds)  # others are decoded first
+        return all(gives_equal_bits(field.shape, field.dtype) for field in used_in_place)
 
     def _ensure_caches(self) -> None:
         if self._caches:
             return
-        self._plan = make_plan(self._placements(), self.config)
-        self._caches, host = build_caches(self._plan, list(self._sources.values()), self.config)
+        sources = list(self._sources.values())
+        self._plan = tried_out(make_plan(self._placements(), self.config), sources, self.config)
+        self._caches, host = build_caches(self._plan, sources, self.config)
         self._host_sides = host_sides(self._living_model(), self._layers, self._plan, host, self.config)
         specs = {layer.index: self.spec(layer) for layer in self._layers}
         self._lookahead = look_ahead_in(self._living_model(), self.config.prefetch, self._caches, specs)

@@ -10,8 +10,10 @@ from torch import Tensor
 
 from transformers_moe_offload.expert import ExpertId, ExpertSpec, FieldSpec
 from transformers_moe_offload.formats.by_expert import AS_USED, LayerCodings
-from transformers_moe_offload.memory.expert_source import ExpertSource
+from transformers_moe_offload.memory.chunks import Chunk, cut
+from transformers_moe_offload.memory.expert_source import ExpertSource, RecordedExpert
 from transformers_moe_offload.memory.field_source import FieldSource, Stretch
+from transformers_moe_offload.memory.fill import Fill
 from transformers_moe_offload.memory.ram_file import RamFile
 from transformers_moe_offload.memory.record import RecordLayout, host_bytes
 
@@ -36,6 +38,11 @@ class LayerSource:
     def is_in_ram(self) -> bool:
         """Whether experts are in memory of ours, not in files."""
         return any(isinstance(piece.file, RamFile) for expert in self.experts for piece in expert.pieces)
+
+    @property
+    def is_recorded(self) -> bool:
+        """Whether experts were written as records, to be used as they are."""
+        return all(isinstance(expert, RecordedExpert) for expert in self.experts)
 
     def stored(self, expert: int) -> tuple[FieldSpec, ...]:
         """What an expert's record is made of."""
@@ -62,8 +69,10 @@ class LayerSource:
         """One expert as it is stored, uint8 (nbytes,), its checksum compared."""
         layout = RecordLayout(self.stored(expert))
         record = torch.zeros(layout.nbytes, dtype=torch.uint8)
-        self.experts[expert].read_into(record, layout)
-        self.experts[expert].check(host_bytes(record))
+        raw = host_bytes(record)
+        for piece in self.experts[expert].reads(layout):
+            piece.read_into([raw[start:stop] for start, stop in piece.segments])
+        self.experts[expert].check(raw)
         return record
 
     def __deepcopy__(self, memo: dict[int, object]) -> LayerSource:
@@ -105,16 +114,24 @@ class ExpertStore:
 
         Raises `CheckpointError` and leaves the record half filled if a file is not what it was.
         """
-        layout = self.layout(*expert)
-        self._source(expert).read_into(record[: layout.nbytes], layout, past_cache=self.past_cache)
-        self.check(expert, record[: layout.nbytes])
-        return self.stored_bytes(expert)
+        fill, record = self.fill(expert), record[: self.layout(*expert).nbytes]
+        for chunk in fill.chunks:
+            fill.read(chunk, chunk.inside(host_bytes(record)))
+        return fill.finish(record)
+
+    def fill(self, expert: ExpertId, chunk_bytes: int | None = None) -> Fill:
+        """What has to be read of an expert, in chunks of at most so many bytes, or in one."""
+        return _Fill(self, expert, cut(self._source(expert).reads(self.layout(*expert)), chunk_bytes))
 
     def check(self, expert: ExpertId, record: Tensor) -> None:
         """Compare an expert's checksum, if there is one, the first time it is brought in: record (nbytes,) uint8."""
-        if expert not in self._checked:
+        if self.has_to_check(expert):
             self._source(expert).check(host_bytes(record))
             self._checked.add(expert)
+
+    def has_to_check(self, expert: ExpertId) -> bool:
+        """Whether an expert has a checksum that was not compared yet."""
+        return expert not in self._checked and self._source(expert).has_checksum
 
     def _source(self, expert: ExpertId) -> ExpertSource:
         return self.layers[expert.layer].experts[expert.expert]
@@ -128,3 +145,27 @@ def _layouts(source: LayerSource) -> tuple[RecordLayout, ...]:
     codings = source.codings
     of_kind = {id(kind): RecordLayout(source.spec.fields if kind is None else kind.stored) for kind in codings.kinds}
     return tuple(of_kind[id(codings.of(expert))] for expert in range(len(source.experts)))
+
+
+class _Fill:
+    """What has to be read of one expert of a store."""
+
+    def __init__(self, store: ExpertStore, expert: ExpertId, chunks: Sequence[Chunk]) -> None:
+        self.chunks = chunks
+        self._store = store
+        self._expert = expert
+
+    @property
+    def is_checked(self) -> bool:
+        return self._store.has_to_check(self._expert)
+
+    def read(self, chunk: Chunk, targets: Sequence[memoryview]) -> None:
+        chunk.read_into(targets, past_cache=self._store.past_cache)
+
+    def finish(self, record: Tensor | None) -> int:
+        if record is not None:
+            self._store.check(self._expert, record)
+        return self._store.stored_bytes(self._expert)
+
+    def give_up(self) -> None:
+        pass

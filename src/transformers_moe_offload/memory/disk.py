@@ -19,6 +19,7 @@ from transformers_moe_offload.errors import CheckpointError
 from transformers_moe_offload.memory.direct import DirectReader
 from transformers_moe_offload.memory.mapping import FileMap, changed_size
 from transformers_moe_offload.memory.open_files import OPEN_FILES
+from transformers_moe_offload.memory.record import copy_bytes
 
 
 class File:
@@ -55,6 +56,13 @@ class File:
             self.close()
             raise
 
+    def offers_direct(self) -> bool:
+        """Whether it can be read past the page cache, as far as is known."""
+        try:
+            return self._open_direct() is not None
+        except OSError as error:
+            raise self._unreadable(error) from error
+
     def mapped(self) -> FileMap:
         """The whole file, mapped; a file that was cut short since is looked for again."""
         with self._lock:
@@ -85,7 +93,9 @@ class File:
     def _open_direct(self) -> DirectReader | None:
         """The file opened past the page cache; None where that is refused."""
         with self._lock:
-            if self._direct is not None or self._refuses_direct:
+            if self._refuses_direct:
+                return None
+            if self._direct is not None:
                 return self._direct
             try:
                 direct = DirectReader(self.path)
@@ -119,7 +129,8 @@ class File:
         if len(found) < nbytes:
             raise self._too_short(direct.size(), offset + nbytes)
         for target in targets:
-            target[:], found = found[: len(target)], found[len(target) :]
+            copy_bytes(target, found[: len(target)])
+            found = found[len(target) :]
         return True
 
     def close(self) -> None:

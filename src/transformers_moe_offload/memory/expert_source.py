@@ -2,16 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Protocol
 from zlib import crc32
 
-from torch import Tensor
-
 from transformers_moe_offload.errors import CheckpointError
-from transformers_moe_offload.memory.field_source import FieldSource, Part, Stretch, read_parts
-from transformers_moe_offload.memory.record import ALIGNMENT, RecordLayout, host_bytes
+from transformers_moe_offload.memory.chunks import Piece, Run, Segment, joined_runs
+from transformers_moe_offload.memory.field_source import AssembledField, FieldSource, Stretch
+from transformers_moe_offload.memory.record import ALIGNMENT, RecordLayout
 from transformers_moe_offload.memory.safetensors_index import StoredTensor
 
 
@@ -26,11 +24,12 @@ class ExpertSource(Protocol):
         """Where each field of a record lies as it should lie in memory, what follows it up to the next field
         included; None if one of them does not."""
 
-    def read_into(self, record: Tensor, layout: RecordLayout, *, past_cache: bool = False) -> None:
-        """Fill a record, (nbytes,) uint8 in host memory.
+    def reads(self, layout: RecordLayout) -> list[Piece]:
+        """What fills a record, in the order of the files."""
 
-        Raises `CheckpointError` and leaves the record half filled if a file is not what it was.
-        """
+    @property
+    def has_checksum(self) -> bool:
+        """Whether `check` can tell anything."""
 
     def check(self, record: memoryview) -> None:
         """Raise `CheckpointError` if a record is not what was written, where that can be told."""
@@ -56,22 +55,25 @@ class ScatteredExpert:
         found = [field.stretch for field in self.fields]
         return None if None in found else tuple(stretch for stretch in found if stretch is not None)
 
-    def read_into(self, record: Tensor, layout: RecordLayout, *, past_cache: bool = False) -> None:
-        """Read verbatim fields into their places, and assemble the others there."""
-        raw = host_bytes(record)
-        views: Mapping[str, Tensor] = {}
-        parts: list[Part] = []
+    def reads(self, layout: RecordLayout) -> list[Piece]:
+        """Verbatim fields are read into their places, the others assembled there."""
+        runs: list[Run] = []
+        assembled: list[Piece] = []
         for spec, source in zip(layout.fields, self.fields, strict=True):
+            start = layout.offsets[spec.name]
             if source.is_verbatim:
-                start = layout.offsets[spec.name]
-                parts += source.parts(raw[start : start + spec.nbytes])
+                runs += source.runs(start)
             else:
-                views = views or layout.views(record)
-                source.assemble_into(views[spec.name])
-        read_parts(parts, past_cache=past_cache)
+                assembled.append(AssembledField(source, spec, (Segment(start, start + spec.nbytes),)))
+        return [*joined_runs(runs), *assembled]
+
+    @property
+    def has_checksum(self) -> bool:
+        """Ordinary checkpoints have none."""
+        return False
 
     def check(self, record: memoryview) -> None:
-        """Ordinary checkpoints have no checksums."""
+        """There is nothing to compare with."""
 
     def then_cast(self, dtype: str) -> ScatteredExpert:
         """Every field cast once more."""
@@ -100,9 +102,14 @@ class RecordedExpert:
         ends = [*starts[1:], self.row.offset + layout.nbytes]
         return tuple(Stretch(self.row.file, start, end) for start, end in zip(starts, ends, strict=True))
 
-    def read_into(self, record: Tensor, layout: RecordLayout, *, past_cache: bool = False) -> None:
-        """Read the record in one go."""
-        self.row.file.scatter_into([host_bytes(record)[: layout.nbytes]], self.row.offset, past_cache=past_cache)
+    def reads(self, layout: RecordLayout) -> list[Piece]:
+        """The record, in one go."""
+        return [Run(self.row.file, self.row.offset, (Segment(0, layout.nbytes),))]
+
+    @property
+    def has_checksum(self) -> bool:
+        """Whether one was written."""
+        return self.checksum is not None
 
     def check(self, record: memoryview) -> None:
         """Compare the checksum."""

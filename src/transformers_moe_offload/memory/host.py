@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import threading
 from collections import OrderedDict
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 
 import torch
@@ -12,6 +12,9 @@ from torch import Tensor
 
 from transformers_moe_offload.expert import ExpertId
 from transformers_moe_offload.memory.checkpoint import ExpertStore
+from transformers_moe_offload.memory.chunks import Chunk
+from transformers_moe_offload.memory.fill import Fill
+from transformers_moe_offload.memory.record import copy_bytes, host_bytes
 
 
 class HostTier:
@@ -34,21 +37,13 @@ class HostTier:
         """Bytes that the tier holds."""
         return self._nbytes
 
-    def read_into(self, expert: ExpertId, record: Tensor) -> int:
-        """Fill a record, (nbytes,) uint8 in host memory, and return the bytes that came from files: 0 for a hit."""
+    def fill(self, expert: ExpertId, chunk_bytes: int | None = None) -> Fill:
+        """Begin to fill a record with an expert; what is kept already comes from memory."""
         entry, is_new = self._enter(expert)
+        fill = self.store.fill(expert, chunk_bytes)
         if entry is None:
-            return self.store.read_into(expert, record)
-        try:
-            from_files = self._fill(expert, entry) if is_new else 0
-            entry.is_ready.wait()
-            if entry.has_failed:  # for somebody else; the file may be back
-                return self.store.read_into(expert, record)
-            record.copy_(entry.record)
-        finally:
-            with self._lock:
-                entry.num_users -= 1
-        return from_files
+            return fill
+        return _Filling(self, expert, entry, fill) if is_new else _Kept(self, entry, fill)
 
     def has(self, expert: ExpertId) -> bool:
         """Whether an expert could be had without reading a file."""
@@ -65,12 +60,11 @@ class HostTier:
             return
         try:
             if is_new:
-                self._fill(expert, entry)
+                self._read_into(expert, entry)
             entry.is_ready.wait()
             yield self._read(expert) if entry.has_failed else entry.record
         finally:
-            with self._lock:
-                entry.num_users -= 1
+            self.let_go(entry)
 
     def _read(self, expert: ExpertId) -> Tensor:
         """A record that the tier has no room for."""
@@ -92,17 +86,28 @@ class HostTier:
             entry = self._entries[expert] = _Entry(record)
             return entry, True
 
-    def _fill(self, expert: ExpertId, entry: _Entry) -> int:
+    def _read_into(self, expert: ExpertId, entry: _Entry) -> None:
         try:
-            return self.store.read_into(expert, entry.record)
+            self.store.read_into(expert, entry.record)
         except BaseException:
-            entry.has_failed = True
-            with self._lock:
-                del self._entries[expert]
-                self._nbytes -= entry.record.nbytes
+            self.drop(expert, entry)
             raise
-        finally:
-            entry.is_ready.set()
+        entry.is_ready.set()
+
+    # What follows is for the fills.
+
+    def drop(self, expert: ExpertId, entry: _Entry) -> None:
+        """An entry will not be filled: whoever waits for it has to read for itself."""
+        entry.has_failed = True
+        with self._lock:
+            del self._entries[expert]
+            self._nbytes -= entry.record.nbytes
+        entry.is_ready.set()
+
+    def let_go(self, entry: _Entry) -> None:
+        """One user less."""
+        with self._lock:
+            entry.num_users -= 1
 
     def _make_room(self, nbytes: int) -> Tensor | None:
         """Memory for a record: spare, new within the budget, or that of the longest unused that nobody is using."""
@@ -129,3 +134,65 @@ class _Entry:
         self.is_ready = threading.Event()
         self.has_failed = False
         self.num_users = 1
+
+
+class _Filling:
+    """A record that is read into the tier, and on from there."""
+
+    is_checked = False
+
+    def __init__(self, tier: HostTier, expert: ExpertId, entry: _Entry, fill: Fill) -> None:
+        self.chunks = fill.chunks
+        self._tier = tier
+        self._expert = expert
+        self._entry = entry
+        self._fill = fill
+        self._record = host_bytes(entry.record)
+
+    def read(self, chunk: Chunk, targets: Sequence[memoryview]) -> None:
+        kept = chunk.inside(self._record)
+        self._fill.read(chunk, kept)
+        _copy_all(targets, kept)
+
+    def finish(self, record: Tensor | None) -> int:
+        from_files = self._fill.finish(self._entry.record)
+        self._entry.is_ready.set()
+        self._tier.let_go(self._entry)
+        return from_files
+
+    def give_up(self) -> None:
+        self._tier.drop(self._expert, self._entry)
+
+
+class _Kept:
+    """A record that the tier has, or that somebody is reading into it."""
+
+    def __init__(self, tier: HostTier, entry: _Entry, fill: Fill) -> None:
+        self.chunks = fill.chunks
+        self._tier = tier
+        self._entry = entry
+        self._fill = fill
+        """In case that it cannot be had from the tier."""
+
+    @property
+    def is_checked(self) -> bool:
+        return self._fill.is_checked
+
+    def read(self, chunk: Chunk, targets: Sequence[memoryview]) -> None:
+        self._entry.is_ready.wait()
+        if self._entry.has_failed:  # for somebody else; the file may be back
+            self._fill.read(chunk, targets)
+        else:
+            _copy_all(targets, chunk.inside(host_bytes(self._entry.record)))
+
+    def finish(self, record: Tensor | None) -> int:
+        self._tier.let_go(self._entry)
+        return self._fill.finish(record) if self._entry.has_failed else 0
+
+    def give_up(self) -> None:
+        self._tier.let_go(self._entry)
+
+
+def _copy_all(targets: Sequence[memoryview], sources: Sequence[memoryview]) -> None:
+    for target, source in zip(targets, sources, strict=True):
+        copy_bytes(target, source)

@@ -2,17 +2,16 @@
 
 from __future__ import annotations
 
-from concurrent.futures import ThreadPoolExecutor
-
 import torch
 
 from transformers_moe_offload.expert import ExpertId
 from transformers_moe_offload.memory.checkpoint import ExpertStore
 from transformers_moe_offload.memory.field_source import Stretch, joined
+from transformers_moe_offload.memory.lanes import Lanes
 from transformers_moe_offload.memory.mapping import FileMap
 from transformers_moe_offload.memory.record import torch_dtype
 from transformers_moe_offload.memory.slots import Weights
-from transformers_moe_offload.memory.transfer import Landed, Read, Transfer
+from transformers_moe_offload.memory.transfer import Landed, Transfer
 
 
 class MappedSlots:
@@ -26,7 +25,7 @@ class MappedSlots:
     def __init__(self, store: ExpertStore, workers: int) -> None:
         self.num_lanes = workers
         self._store = store
-        self._pool = ThreadPoolExecutor(workers, thread_name_prefix="moe-offload-read")
+        self._lanes = Lanes(workers)
         self._experts: dict[ExpertId, _MappedExpert] = {}
         self._inside: dict[int, _MappedExpert] = {}
 
@@ -38,14 +37,14 @@ class MappedSlots:
         if slot in self._inside:
             self._inside.pop(slot).let_go()
 
-    def start(self, expert: ExpertId, slot: int) -> Transfer:
-        """Begin to map an expert."""
+    def start(self, expert: ExpertId, slot: int, alongside: int = 0) -> Transfer:
+        """Begin to map an expert, in one go: all of its pages are announced to the kernel at once anyway."""
         if slot in self._inside:
             self._inside[slot].leave()
         coming = self._inside[slot] = self._experts.setdefault(expert, _MappedExpert(self._store, expert))
         if coming.is_there():
             return Landed(coming.from_files)
-        return Read(self._pool, coming.bring_in)
+        return self._lanes.start((), coming.bring_in)
 
     def retire(self, slot: int) -> None:
         """Nothing to do: CPU kernels have finished when they return."""

@@ -69,12 +69,22 @@ class FileMap:
 
         It does not tell, either, about files that belong to somebody else.
         """
+        pages = self._pages(start, stop)
+        return pages is None or 0 not in pages
+
+    def is_all_on_disk(self, start: int, stop: int) -> bool:
+        """Whether none of these bytes is in the page cache; False where the system does not tell."""
+        pages = self._pages(start, stop)
+        return pages is not None and not any(pages)
+
+    def _pages(self, start: int, stop: int) -> bytes | None:
+        """For each page of these bytes, whether it is in the page cache; None where the system does not tell."""
         libc = _libc(releases_gil=False)  # 2 microseconds; waiting for the interpreter's lock afterwards takes longer
         if libc is None:
-            return True
+            return None
         first, last = _outward(start, stop, len(self.bytes))
         pages = (ctypes.c_ubyte * (-(-(last - first) // mmap.PAGESIZE)))()
-        return libc.mincore(self._base + first, last - first, pages) != 0 or 0 not in bytes(pages)
+        return bytes(pages) if libc.mincore(self._base + first, last - first, pages) == 0 else None
 
     def bring_in(self, start: int, stop: int) -> None:
         """Map the pages of these bytes, reading those that are not in the page cache, or raise `CheckpointError`."""

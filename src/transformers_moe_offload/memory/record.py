@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -33,6 +34,11 @@ def dtype_name(dtype: torch.dtype) -> str:
 def host_bytes(tensor: Tensor) -> memoryview:
     """The memory of a contiguous uint8 tensor on the CPU, for reading into."""
     return memoryview(tensor.numpy())  # type: ignore[arg-type]
+
+
+def copy_bytes(target: memoryview, source: memoryview) -> None:
+    """Copy as many bytes as both have, with the interpreter's lock released, which assigning to a slice does not do."""
+    np.copyto(np.frombuffer(target, np.uint8), np.frombuffer(source, np.uint8))
 
 
 class RecordLayout:

@@ -33,8 +33,11 @@ class Slots(Protocol):
     def remove(self, slot: int) -> None:
         """Give up a place that nobody uses."""
 
-    def start(self, expert: ExpertId, slot: int) -> Transfer:
-        """Begin to bring an expert in, in place of whoever was there. What used that one must have been retired."""
+    def start(self, expert: ExpertId, slot: int, alongside: int = 0) -> Transfer:
+        """Begin to bring an expert in, in place of whoever was there. What used that one must have been retired.
+
+        So many others are on their way `alongside`.
+        """
 
     def retire(self, slot: int) -> None:
         """Everything that reads this slot has been submitted; whatever is brought in next comes after that."""
@@ -122,13 +125,13 @@ class CopiedSlots:
         self._copier.retire(self.pool.record(slot))
         self.pool.remove(slot)
 
-    def start(self, expert: ExpertId, slot: int) -> Transfer:
+    def start(self, expert: ExpertId, slot: int, alongside: int = 0) -> Transfer:
         """Begin to fill the slot's buffer."""
         nbytes = self._store.layout(*expert).nbytes
         if self.pool.record(slot).nbytes != nbytes:
             self.pool.fit(slot, nbytes)
             self._copier.retire(self.pool.record(slot))  # its memory may be what something under way has just used
-        return self._copier.start(expert, self.pool.record(slot))
+        return self._copier.start(expert, self.pool.record(slot), alongside)
 
     def retire(self, slot: int) -> None:
         """Whatever is copied into this buffer next comes after what reads it now."""

@@ -99,7 +99,7 @@ class NoSlots:
     def remove(self, slot: int) -> None:
         """Nothing to give up."""
 
-    def start(self, expert: ExpertId, slot: int) -> Transfer:
+    def start(self, expert: ExpertId, slot: int, alongside: int = 0) -> Transfer:
         """Nothing to bring."""
         return Landed(from_files=0)
 

@@ -1,0 +1,95 @@
+"""Whether to read past the page cache is tried out on the files that will be read."""
+
+import os
+import sys
+import time
+
+import pytest
+import torch
+
+from stores import stacked_store
+from transformers_moe_offload.memory import direct, direct_trial
+from transformers_moe_offload.memory.direct_trial import MOST_PAIRS, is_faster_past_cache
+from transformers_moe_offload.memory.disk import File
+
+pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="only Linux tells what is in the page cache")
+
+
+@pytest.fixture
+def path(tmp_path):
+    return tmp_path / "model.safetensors"
+
+
+@pytest.fixture
+def store(tmp_path, path):
+    """Two layers of 16 experts of 128 KiB, none of them in the page cache."""
+    store = stacked_store(tmp_path, {f"{layer}.w": torch.ones(16, 128, 256) for layer in range(2)})
+    try:
+        direct.DirectReader(path).read(0, 1)
+    except OSError:
+        pytest.skip("this filesystem refuses direct reads")
+    return store
+
+
+def drop(path):
+    descriptor = os.open(path, os.O_RDONLY)
+    os.fsync(descriptor)
+    os.posix_fadvise(descriptor, 0, 0, os.POSIX_FADV_DONTNEED)
+    os.close(descriptor)
+
+
+class Disk:
+    """Reads take as long as is said; counted."""
+
+    def __init__(self, monkeypatch, *, past, through):
+        self.reads, self.delays, self.really = {True: 0, False: 0}, {True: past, False: through}, File.scatter_into
+        disk = self
+
+        def scatter_into(file, targets, offset, *, past_cache=False):
+            if len(targets[0]) > 1:
+                disk.reads[past_cache] += 1
+                time.sleep(disk.delays[past_cache])
+            disk.really(file, targets, offset, past_cache=past_cache)
+
+        monkeypatch.setattr(File, "scatter_into", scatter_into)
+
+
+def test_the_faster_way_is_chosen(store, path, monkeypatch):
+    monkeypatch.setattr(direct_trial, "MOST_SECONDS", 1)
+    for past, through, expected in [(0.0, 0.01, True), (0.01, 0.0, False)]:
+        drop(path)
+        with monkeypatch.context() as patch:
+            disk = Disk(patch, past=past, through=through)
+            assert is_faster_past_cache(store) is expected
+            assert disk.reads == {True: MOST_PAIRS, False: MOST_PAIRS}
+
+
+def test_where_both_are_about_as_fast_the_page_cache_is_left_alone(store, path, monkeypatch):
+    monkeypatch.setattr(direct_trial, "MOST_SECONDS", 1)
+    drop(path)
+    Disk(monkeypatch, past=0.03, through=0.03)
+    assert is_faster_past_cache(store)
+
+
+def test_a_slow_disk_is_not_asked_for_long(store, path, monkeypatch):
+    drop(path)
+    disk = Disk(monkeypatch, past=0.03, through=0.03)
+    is_faster_past_cache(store)
+    assert disk.reads == {True: 1, False: 1}, "0.06 s: no further pair begins"
+
+
+def test_what_is_in_the_page_cache_tells_nothing_and_is_not_read(store, path, monkeypatch):
+    path.read_bytes()
+    disk = Disk(monkeypatch, past=0, through=0)
+    assert is_faster_past_cache(store)
+    assert disk.reads == {True: 0, False: 0}
+
+
+def test_a_filesystem_that_refuses_is_read_through_the_page_cache(store, path, monkeypatch):
+    drop(path)
+
+    def refuse(*arguments):
+        raise OSError(22, "Invalid argument")
+
+    monkeypatch.setattr(direct.DirectReader, "__init__", refuse)
+    assert not is_faster_past_cache(store)
