@@ -48,10 +48,14 @@ class ExpertMlp:
             return normalised
         return out
 
-    def takes_several(self, rows: Tensor, coding: Coding | None) -> bool:
-        """Whether `several` computes experts that are stored like this."""
-        is_plain = not self.has_bias and not self.has_post_expert_norm
-        return is_plain and coding is not None and coding.is_packed and kernels.can_multiply_each(rows)
+    def takes_several(self, rows: Tensor, counts: Sequence[int], coding: Coding | None) -> bool:
+        """Whether `several` computes experts that are stored like this, with so many of the rows each."""
+        if self.has_bias or self.has_post_expert_norm:
+            return False
+        if coding is None:  # weights are used together with rows of their own dtype
+            are_few = max(counts) <= kernels.dense.FEW_ROWS
+            return are_few and not self.is_transposed and kernels.dense.reads_fast(rows)
+        return coding.is_packed and kernels.can_multiply_each(rows)
 
     def several(
         self, experts: Any, rows: Tensor, counts: Sequence[int], weights: Sequence[ExpertWeights]
@@ -80,17 +84,19 @@ class ExpertMlp:
     def _project(self, rows: Tensor, weights: ExpertWeights, name: str) -> Tensor:
         """rows (N, in) -> (N, out).
 
-        One row on a CPU goes through `mv`: for bf16 it reads weights 1.35 times as fast as `linear`, whose matmul
-        reorders them first (torch 2.13, 1536 x 1024, one Xeon core with AMX: 10.2 against 7.4 GB/s), and its error
-        against float64 is the same. Autocast knows `linear` but not `mv`.
+        One row on a CPU that the compiled kernels do not take goes through `mv`: for bf16 it reads weights 1.35 times
+        as fast as `linear`, whose matmul reorders them first (torch 2.13, 1536 x 1024, one Xeon core with AMX: 10.2
+        against 7.4 GB/s), and its error against float64 is the same. Autocast knows `linear` but not `mv`.
         """
         matrix, bias = weights[name], weights[f"{name}_bias"] if self.has_bias else None
         assert not isinstance(bias, PackedMatrix)
         if isinstance(matrix, PackedMatrix):
             out = kernels.linear(rows, matrix, activations=self.activations)
             return out if bias is None else out + bias
-        if len(rows) == 1 and bias is None and rows.device.type == "cpu" and not torch.is_autocast_enabled("cpu"):
+        if bias is not None:
+            return torch.addmm(bias, rows, matrix) if self.is_transposed else functional.linear(rows, matrix, bias)
+        if not self.is_transposed and kernels.dense.reads_fast(rows):
+            return kernels.dense.linear(rows, matrix)
+        if rows.shape[0] == 1 and rows.device.type == "cpu" and not torch.is_autocast_enabled("cpu"):
             return torch.mv(matrix.t() if self.is_transposed else matrix, rows[0]).unsqueeze(0)
-        if not self.is_transposed:
-            return functional.linear(rows, matrix, bias) if bias is not None else kernels.dense.linear(rows, matrix)
-        return torch.addmm(bias, rows, matrix) if bias is not None else rows @ matrix
+        return rows @ matrix if self.is_transposed else kernels.dense.linear(rows, matrix)
