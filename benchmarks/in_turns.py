@@ -5,6 +5,8 @@ python benchmarks/in_turns.py '{"folder": "...", "budget": "25%", "state": "cold
 
 from __future__ import annotations
 
+import time
+from collections.abc import Callable
 from dataclasses import asdict
 from typing import Any
 
@@ -14,18 +16,25 @@ from transformers import AutoModelForCausalLM
 from transformers_moe_offload import OffloadConfig
 from transformers_moe_offload.bench.layers import files_of, store_of
 from transformers_moe_offload.bench.page_cache import drop, warm
-from transformers_moe_offload.bench.passage import passage_for
+from transformers_moe_offload.bench.passage import Passage, passage_for
 from transformers_moe_offload.bench.session import facts, unmap_dense
 from transformers_moe_offload.bench.workload import Workload, run
 from transformers_moe_offload.config import PrefetchConfig
 
 ROWS = {"off": None, "on": PrefetchConfig()}
 
+SETTLING_STEPS = 200
+"""Of one kind of work, before it is measured: a trial of the controller has 176 at most. What trials cost is bounded by
+the controller (docs/prefetch.md) and tested there; here is measured what it has settled for."""
+
+SETTLING_S = 25.0
+"""No more than this: steps that take longer are measured in the middle of a trial."""
+
 
 def measure_in_turns(
     folder: str, budget: str, state: str, is_copied: bool, works: list[dict[str, Any]], rounds: int
 ) -> dict[str, Any]:
-    """Runs of each work by row, one of each a round; a round that is not counted comes before them."""
+    """Runs of each work by row, one of each a round, after a round and the controller's trial, which are not counted."""
     models = {
         name: AutoModelForCausalLM.from_pretrained(
             folder,
@@ -39,15 +48,30 @@ def measure_in_turns(
     for model in models.values():
         unmap_dense(model)
     answer: dict[str, Any] = {"model": facts(models["on"]), "passage": passage.source, "works": {}}
+
+    def before_forward() -> None:
+        if state == "cold":
+            drop(files)
+
     for work in (Workload(**fields) for fields in works):
         runs: dict[str, list[Any]] = {name: [] for name in models}
-        for number in range(rounds + 1):
+        settled = _settle(models["on"], work, passage, before_forward)
+        run(models["off"], work, passage, before_forward)
+        for _ in range(rounds):
             for name, model in models.items():
-                done = run(model, work, passage, before_forward=lambda: drop(files) if state == "cold" else None)
-                if number:
-                    runs[name].append(asdict(done))
-        answer["works"][work.name] = runs
+                runs[name].append(asdict(run(model, work, passage, before_forward)))
+        answer["works"][work.name] = runs | {"settling_steps": settled}
     return answer
+
+
+def _settle(model: Any, work: Workload, passage: Passage, before_forward: Callable[[], None]) -> int:
+    """Do the work until the controller must have decided about it; returns the steps that were done."""
+    steps, ends = 0, time.monotonic() + SETTLING_S
+    while True:
+        run(model, work, passage, before_forward)
+        steps += work.steps
+        if work.is_prefill or steps >= SETTLING_STEPS or time.monotonic() > ends:
+            return steps
 
 
 if __name__ == "__main__":

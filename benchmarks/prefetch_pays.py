@@ -26,27 +26,33 @@ BUDGETS = ("10%", "25%", "50%")
 
 def measure_prefetch(
     quick: Annotated[bool, typer.Option("--quick", help="Tiny sizes, one round, one budget.")] = False,
-    rounds: Annotated[int, typer.Option(min=1, help="Runs of each row.")] = 7,
+    rounds: Annotated[int, typer.Option(min=1, help="Runs of each row.")] = 5,
     threads: Annotated[int | None, typer.Option(help="OMP_NUM_THREADS; default is what torch chooses.")] = None,
     made: Annotated[Path, typer.Option(help="Where made models are kept.")] = HERE / "made",
     results: Annotated[Path, typer.Option(help="Where results are written.")] = HERE / "results",
 ) -> None:
     """Measure every model, budget and page cache state; cold means that experts come from the disk."""
-    works = [
-        Workload(name="decode", prompt_tokens=16, steps=4 if quick else 32),
-        Workload(name="batch 8", prompt_tokens=16, steps=2 if quick else 16, batch=8),
+    decode = Workload(name="decode", prompt_tokens=16, steps=4 if quick else 16)
+    others = [
+        Workload(name="batch 8", prompt_tokens=16, steps=2 if quick else 8, batch=8),
         Workload(name="prefill 256", prompt_tokens=32 if quick else 256),
     ]
     rounds = 1 if quick else rounds
-    common = {"works": [asdict(work) for work in works], "rounds": rounds, "is_copied": True}
     jobs = {
-        f"{name}, {budget}, {state}": common | {"folder": str(folder), "budget": budget, "state": state}
+        f"{name}, {budget}, {state}": {
+            "folder": str(folder),
+            "budget": budget,
+            "state": state,
+            "works": [asdict(work) for work in (decode, *(others if budget == BUDGETS[1] else ()))],
+            "rounds": rounds,
+            "is_copied": True,
+        }
         for name, folder in compared_models(quick, made).items()
         for budget in (BUDGETS[1:2] if quick else BUDGETS)
         for state in ("warm", "cold")
     }
     result = measured_rows("in_turns.py", jobs, TINY_MOE, threads)
-    result["facts"] = {"rounds": str(rounds)} | {
+    result["facts"] = {"lengths": f"{decode.steps} tokens after 16, 8 of a batch of 8; {rounds} rounds"} | {
         row: f"{found['model']['slots']} slots, with {found['passage']}" for row, found in result["rows"].items()
     }
     show(write(results, "prefetch-pays", result), result, [table(result)], [verdict(result)])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Mapping
 from datetime import UTC, datetime
 from pathlib import Path
@@ -35,9 +36,11 @@ def measured_rows(script: str, jobs: Mapping[str, dict[str, Any]], folder: Path,
         "failed": {},
     }
     for name, job in jobs.items():
+        started = time.monotonic()
         typer.echo(f"measuring {name}", err=True)
         try:
             result["rows"][name] = run_job(script, job, threads)
         except JobFailedError as failure:
             result["failed"][name] = str(failure)
+        typer.echo(f"  took {time.monotonic() - started:.0f} s", err=True)
     return result
