@@ -8,6 +8,7 @@ The page cache is emptied before every forward, so that every miss is a read of 
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 from statistics import median
 from typing import Annotated, Any
@@ -30,6 +31,7 @@ MANNERS = {"through the page cache": False, "past the page cache": True}
 def measure_from_disk(
     quick: Annotated[bool, typer.Option("--quick", help="Tiny sizes, one round, one budget.")] = False,
     rounds: Annotated[int, typer.Option(min=1, help="Runs of each row.")] = 5,
+    most_minutes: Annotated[float, typer.Option(help="Begin no row after so long; run again to go on.")] = math.inf,
     threads: Annotated[int | None, typer.Option(help="OMP_NUM_THREADS; default is what torch chooses.")] = None,
     made: Annotated[Path, typer.Option(help="Where made models are kept.")] = HERE / "made",
     results: Annotated[Path, typer.Option(help="Where results are written.")] = HERE / "results",
@@ -50,7 +52,7 @@ def measure_from_disk(
         for budget in (BUDGETS[1:2] if quick else BUDGETS)
         for manner, past_cache in MANNERS.items()
     }
-    result = measured_rows("disk_row.py", jobs, TINY_MOE, threads)
+    result = measured_rows("disk_row.py", jobs, TINY_MOE, threads, parts=made / "parts", most_s=60 * most_minutes)
     result["facts"] = {
         "lengths": f"{steps} tokens after 16, prefill of {prompt} (or the model's positions); {rounds} runs"
     }
@@ -82,7 +84,7 @@ def reached(found: dict[str, Any]) -> float:
 
 
 def table(result: dict[str, Any]) -> Table:
-    """Times of a forward, alone for the disk and with everything resident; what it needs of the disk in MiB, and what the disk gave in MiB/s."""
+    """Times of a forward, of the disk's part alone and with everything resident; what it needs, what the disk gives."""
     rows = []
     for row, found in result["rows"].items():
         for name, work in found["works"].items():

@@ -23,18 +23,24 @@ from transformers_moe_offload.config import PrefetchConfig
 
 ROWS = {"off": None, "on": PrefetchConfig()}
 
-SETTLING_STEPS = 200
-"""Of one kind of work, before it is measured: a trial of the controller has 176 at most. What trials cost is bounded by
-the controller (docs/prefetch.md) and tested there; here is measured what it has settled for."""
-
 SETTLING_S = 25.0
-"""No more than this: steps that take longer are measured in the middle of a trial."""
+"""No more than this is spent on settling: steps that take longer are measured in the middle of a trial."""
 
 
 def measure_in_turns(
-    folder: str, budget: str, state: str, is_copied: bool, works: list[dict[str, Any]], rounds: int
+    folder: str,
+    budget: str,
+    state: str,
+    is_copied: bool,
+    works: list[dict[str, Any]],
+    rounds: int,
+    settling_steps: int,
 ) -> dict[str, Any]:
-    """Runs of each work by row, one of each a round, after a round and the controller's trial, which are not counted."""
+    """Runs of each work by row, one of each a round.
+
+    Before that, with prefetch, `settling_steps` of it that are not counted, in which the controller decides. What its
+    trials cost is bounded by itself (docs/prefetch.md) and tested there; here is measured what it has settled for.
+    """
     models = {
         name: AutoModelForCausalLM.from_pretrained(
             folder,
@@ -47,7 +53,7 @@ def measure_in_turns(
     warm(files)
     for model in models.values():
         unmap_dense(model)
-    answer: dict[str, Any] = {"model": facts(models["on"]), "passage": passage.source, "works": {}}
+    answer: dict[str, Any] = {"model": facts(models["on"]), "passage": passage.source, "works": {}, "settled": {}}
 
     def before_forward() -> None:
         if state == "cold":
@@ -55,22 +61,22 @@ def measure_in_turns(
 
     for work in (Workload(**fields) for fields in works):
         runs: dict[str, list[Any]] = {name: [] for name in models}
-        settled = _settle(models["on"], work, passage, before_forward)
+        answer["settled"][work.name] = _settle(models["on"], work, passage, before_forward, settling_steps)
         run(models["off"], work, passage, before_forward)
         for _ in range(rounds):
             for name, model in models.items():
                 runs[name].append(asdict(run(model, work, passage, before_forward)))
-        answer["works"][work.name] = runs | {"settling_steps": settled}
+        answer["works"][work.name] = runs
     return answer
 
 
-def _settle(model: Any, work: Workload, passage: Passage, before_forward: Callable[[], None]) -> int:
+def _settle(model: Any, work: Workload, passage: Passage, before_forward: Callable[[], None], enough: int) -> int:
     """Do the work until the controller must have decided about it; returns the steps that were done."""
     steps, ends = 0, time.monotonic() + SETTLING_S
     while True:
         run(model, work, passage, before_forward)
         steps += work.steps
-        if work.is_prefill or steps >= SETTLING_STEPS or time.monotonic() > ends:
+        if work.is_prefill or steps >= enough or time.monotonic() > ends:
             return steps
 
 

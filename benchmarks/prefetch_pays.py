@@ -6,6 +6,7 @@ python benchmarks/prefetch_pays.py --quick    # every line of it once, figures w
 
 from __future__ import annotations
 
+import math
 from dataclasses import asdict
 from pathlib import Path
 from statistics import median
@@ -21,12 +22,16 @@ from transformers_moe_offload.bench.workload import Workload
 SLOWER = 0.03
 """By how much a row may be slower with prefetch."""
 
+SETTLING_STEPS = 200
+"""Of one kind of work: a trial of the controller has 176 at most."""
+
 BUDGETS = ("10%", "25%", "50%")
 
 
 def measure_prefetch(
     quick: Annotated[bool, typer.Option("--quick", help="Tiny sizes, one round, one budget.")] = False,
     rounds: Annotated[int, typer.Option(min=1, help="Runs of each row.")] = 5,
+    most_minutes: Annotated[float, typer.Option(help="Begin no row after so long; run again to go on.")] = math.inf,
     threads: Annotated[int | None, typer.Option(help="OMP_NUM_THREADS; default is what torch chooses.")] = None,
     made: Annotated[Path, typer.Option(help="Where made models are kept.")] = HERE / "made",
     results: Annotated[Path, typer.Option(help="Where results are written.")] = HERE / "results",
@@ -46,12 +51,13 @@ def measure_prefetch(
             "works": [asdict(work) for work in (decode, *(others if budget == BUDGETS[1] else ()))],
             "rounds": rounds,
             "is_copied": True,
+            "settling_steps": 0 if quick else SETTLING_STEPS,
         }
         for name, folder in compared_models(quick, made).items()
         for budget in (BUDGETS[1:2] if quick else BUDGETS)
         for state in ("warm", "cold")
     }
-    result = measured_rows("in_turns.py", jobs, TINY_MOE, threads)
+    result = measured_rows("in_turns.py", jobs, TINY_MOE, threads, parts=made / "parts", most_s=60 * most_minutes)
     result["facts"] = {"lengths": f"{decode.steps} tokens after 16, 8 of a batch of 8; {rounds} rounds"} | {
         row: f"{found['model']['slots']} slots, with {found['passage']}" for row, found in result["rows"].items()
     }

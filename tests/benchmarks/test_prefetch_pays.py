@@ -30,7 +30,7 @@ def test_with_no_rows_nothing_is_claimed(pays):
 
 def test_both_rows_do_the_same_work(script, tiny_moe, one_thread):
     work = {"name": "decode", "prompt_tokens": 8, "steps": 2}
-    job = {"budget": "25%", "state": "warm", "is_copied": True, "works": [work], "rounds": 2}
+    job = {"budget": "25%", "state": "warm", "is_copied": True, "works": [work], "rounds": 2, "settling_steps": 0}
     runs = script("in_turns").measure_in_turns(folder=tiny_moe, **job)["works"]["decode"]
     assert [len(runs[row]) for row in ("off", "on")] == [2, 2]
     assert all(one["prefetch_used"] == 0 for one in runs["off"])
