@@ -43,7 +43,7 @@ def measured_rows(
     """Date, conditions around a folder, and by name the answers of a script to some jobs, or why there is none.
 
     With a folder for `parts`, every answer is kept there until all jobs of the series have one: after `most_s` seconds
-    no further job begins, the process ends, and the next run of the same series, at the same commit, goes on from there.
+    no further job begins and the process ends; the next run of the same series, at the same commit, goes on from there.
     """
     result: dict[str, Any] = {
         "date": datetime.now(UTC).strftime("%Y-%m-%d-%H%M"),
