@@ -42,7 +42,7 @@ def measure_ablation(
     common = {"folder": str(folder), "budget": budget, "states": STATES} | lengths
     jobs = {row.name: common | {"variant": row.name} for row in variants()}
     result = measured_rows("ablate.py", jobs, folder, threads, parts=made / "parts", most_s=60 * most_minutes)
-    result["facts"] = {"model": str(folder), "budget": budget, "lengths": str(lengths)}
+    result["facts"] = {"model": folder.name, "budget": budget, "lengths": str(lengths)}
     result["facts"] |= {name: found["says"] for name, found in result["rows"].items()}
     if prefetching() is None:
         result["facts"]["lru + prefetch"] = "left out: this version has no prefetch"

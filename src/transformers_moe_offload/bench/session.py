@@ -11,6 +11,7 @@ import time
 from collections.abc import Callable
 from dataclasses import asdict
 from datetime import UTC, datetime
+from pathlib import Path
 from statistics import median
 from typing import Any, NamedTuple
 
@@ -80,7 +81,7 @@ def facts(model: Any) -> dict[str, Any]:
     plan, layers = model.moe_offload.plan, sparse_layers(model)
     dense = {id(tensor): tensor.nbytes for tensor in model.parameters() if tensor.device.type != "meta"}
     return {
-        "name": model.config.name_or_path,
+        "name": _name(model.config.name_or_path),
         "class": type(model).__name__,
         "dtype": str(model.dtype).removeprefix("torch."),
         "expert_dtype": store_of(model).layers[layers[0][1].index].spec.fields[0].dtype,
@@ -94,6 +95,11 @@ def facts(model: Any) -> dict[str, Any]:
         "cache_bytes": plan.cache_bytes,
         "config": model.moe_offload.config.to_dict(),
     }
+
+
+def _name(name_or_path: str) -> str:
+    """An id on the Hub, or what a folder is called: where it lies is nobody's business."""
+    return Path(name_or_path).name if Path(name_or_path).is_dir() else name_or_path
 
 
 def bandwidths(model: Any, repeats: int) -> dict[str, Any]:
