@@ -82,12 +82,7 @@ class ExpertMlp:
         return kernels.linear_each(rows, counts, matrices, activations=self.activations)  # type: ignore[arg-type]
 
     def _project(self, rows: Tensor, weights: ExpertWeights, name: str) -> Tensor:
-        """rows (N, in) -> (N, out).
-
-        One row on a CPU that the compiled kernels do not take goes through `mv`: for bf16 it reads weights 1.35 times
-        as fast as `linear`, whose matmul reorders them first (torch 2.13, 1536 x 1024, one Xeon core with AMX: 10.2
-        against 7.4 GB/s), and its error against float64 is the same. Autocast knows `linear` but not `mv`.
-        """
+        """rows (N, in) -> (N, out)."""
         matrix, bias = weights[name], weights[f"{name}_bias"] if self.has_bias else None
         assert not isinstance(bias, PackedMatrix)
         if isinstance(matrix, PackedMatrix):
@@ -95,8 +90,4 @@ class ExpertMlp:
             return out if bias is None else out + bias
         if bias is not None:
             return torch.addmm(bias, rows, matrix) if self.is_transposed else functional.linear(rows, matrix, bias)
-        if not self.is_transposed and kernels.dense.reads_fast(rows):
-            return kernels.dense.linear(rows, matrix)
-        if rows.shape[0] == 1 and rows.device.type == "cpu" and not torch.is_autocast_enabled("cpu"):
-            return torch.mv(matrix.t() if self.is_transposed else matrix, rows[0]).unsqueeze(0)
-        return rows @ matrix if self.is_transposed else kernels.dense.linear(rows, matrix)
+        return kernels.dense.linear(rows, matrix.t() if self.is_transposed else matrix)
