@@ -5,7 +5,8 @@
  * rows beside it, nor on where in memory the matrix begins.
  */
 
-/* Values of bfloat16 that are fetched before they are multiplied: see docs/kernels.md. */
+/* Values of bfloat16, 1 KiB, that are fetched before they are multiplied: a tile is eight streams, more than hardware
+ * follows well. It was 38 GB/s with this distance from the first try; others were not tried. */
 #define FETCHED_AHEAD 512
 
 /* Write the products of some rows of a tile, all K columns, and some inputs (T, K). */
