@@ -79,7 +79,7 @@ class ExpertMlp:
         self, rows: Tensor, counts: Sequence[int], weights: Sequence[ExpertWeights], name: str
     ) -> Tensor:
         matrices = [one[name] for one in weights]
-        return kernels.linear_each(rows, counts, matrices, activations=self.activations)  # type: ignore[arg-type]
+        return kernels.linear_each(rows, counts, matrices, activations=self.activations)
 
     def _project(self, rows: Tensor, weights: ExpertWeights, name: str) -> Tensor:
         """rows (N, in) -> (N, out)."""

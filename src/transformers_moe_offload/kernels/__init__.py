@@ -56,7 +56,7 @@ def can_multiply_each(rows: Tensor) -> bool:
 def linear_each(
     rows: Tensor,
     counts: Sequence[int],
-    matrices: Sequence[PackedMatrix] | Sequence[Tensor],
+    matrices: Sequence[PackedMatrix | Tensor],
     *,
     activations: Activations = "exact",
 ) -> Tensor:

@@ -42,7 +42,7 @@ def linear(
 def linear_each(
     rows: Tensor,
     counts: Sequence[int],
-    matrices: Sequence[PackedMatrix] | Sequence[Tensor],
+    matrices: Sequence[PackedMatrix | Tensor],
     activations: Activations = "exact",
     threads: int | None = None,
 ) -> Tensor:
