@@ -9,6 +9,7 @@
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 from statistics import median
 from typing import Annotated, Any
@@ -30,6 +31,7 @@ def measure_ablation(
     budget: Annotated[str, typer.Option(help="Cache budget of the rows that have a cache.")] = "25%",
     quick: Annotated[bool, typer.Option("--quick", help="Tiny sizes, one run.")] = False,
     runs: Annotated[int, typer.Option(min=1, help="Runs of each page cache state.")] = 3,
+    most_minutes: Annotated[float, typer.Option(help="Begin no row after so long; run again to go on.")] = math.inf,
     threads: Annotated[int | None, typer.Option(help="OMP_NUM_THREADS; default is what torch chooses.")] = None,
     made: Annotated[Path, typer.Option(help="Where made models are kept.")] = HERE / "made",
     results: Annotated[Path, typer.Option(help="Where results are written.")] = HERE / "results",
@@ -39,8 +41,8 @@ def measure_ablation(
     lengths = {"prompt_tokens": 16, "steps": 4 if quick else 16, "runs": 1 if quick else runs}
     common = {"folder": str(folder), "budget": budget, "states": STATES} | lengths
     jobs = {row.name: common | {"variant": row.name} for row in variants()}
-    result = measured_rows("ablate.py", jobs, folder, threads)
-    result["facts"] = {"model": str(folder), "budget": budget, "lengths": str(lengths)}
+    result = measured_rows("ablate.py", jobs, folder, threads, parts=made / "parts", most_s=60 * most_minutes)
+    result["facts"] = {"model": folder.name, "budget": budget, "lengths": str(lengths)}
     result["facts"] |= {name: found["says"] for name, found in result["rows"].items()}
     if prefetching() is None:
         result["facts"]["lru + prefetch"] = "left out: this version has no prefetch"

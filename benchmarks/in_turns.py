@@ -5,6 +5,8 @@ python benchmarks/in_turns.py '{"folder": "...", "budget": "25%", "state": "cold
 
 from __future__ import annotations
 
+import time
+from collections.abc import Callable
 from dataclasses import asdict
 from typing import Any
 
@@ -14,18 +16,31 @@ from transformers import AutoModelForCausalLM
 from transformers_moe_offload import OffloadConfig
 from transformers_moe_offload.bench.layers import files_of, store_of
 from transformers_moe_offload.bench.page_cache import drop, warm
-from transformers_moe_offload.bench.passage import passage_for
+from transformers_moe_offload.bench.passage import Passage, passage_for
 from transformers_moe_offload.bench.session import facts, unmap_dense
 from transformers_moe_offload.bench.workload import Workload, run
 from transformers_moe_offload.config import PrefetchConfig
 
 ROWS = {"off": None, "on": PrefetchConfig()}
 
+SETTLING_S = 25.0
+"""No more than this is spent on settling: steps that take longer are measured in the middle of a trial."""
+
 
 def measure_in_turns(
-    folder: str, budget: str, state: str, is_copied: bool, works: list[dict[str, Any]], rounds: int
+    folder: str,
+    budget: str,
+    state: str,
+    is_copied: bool,
+    works: list[dict[str, Any]],
+    rounds: int,
+    settling_steps: int,
 ) -> dict[str, Any]:
-    """Runs of each work by row, one of each a round; a round that is not counted comes before them."""
+    """Runs of each work by row, one of each a round.
+
+    Before that, with prefetch, `settling_steps` of it that are not counted, in which the controller decides. What its
+    trials cost is bounded by itself (docs/prefetch.md) and tested there; here is measured what it has settled for.
+    """
     models = {
         name: AutoModelForCausalLM.from_pretrained(
             folder,
@@ -38,16 +53,31 @@ def measure_in_turns(
     warm(files)
     for model in models.values():
         unmap_dense(model)
-    answer: dict[str, Any] = {"model": facts(models["on"]), "passage": passage.source, "works": {}}
+    answer: dict[str, Any] = {"model": facts(models["on"]), "passage": passage.source, "works": {}, "settled": {}}
+
+    def before_forward() -> None:
+        if state == "cold":
+            drop(files)
+
     for work in (Workload(**fields) for fields in works):
         runs: dict[str, list[Any]] = {name: [] for name in models}
-        for number in range(rounds + 1):
+        answer["settled"][work.name] = _settle(models["on"], work, passage, before_forward, settling_steps)
+        run(models["off"], work, passage, before_forward)
+        for _ in range(rounds):
             for name, model in models.items():
-                done = run(model, work, passage, before_forward=lambda: drop(files) if state == "cold" else None)
-                if number:
-                    runs[name].append(asdict(done))
+                runs[name].append(asdict(run(model, work, passage, before_forward)))
         answer["works"][work.name] = runs
     return answer
+
+
+def _settle(model: Any, work: Workload, passage: Passage, before_forward: Callable[[], None], enough: int) -> int:
+    """Do the work until the controller must have decided about it; returns the steps that were done."""
+    steps, ends = 0, time.monotonic() + SETTLING_S
+    while True:
+        run(model, work, passage, before_forward)
+        steps += work.steps
+        if work.is_prefill or steps >= enough or time.monotonic() > ends:
+            return steps
 
 
 if __name__ == "__main__":

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from accelerate import cpu_offload
 from rows import Row
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM
@@ -29,7 +30,12 @@ def load(row: Row, folder: Path, offload_folder: Path) -> Any:
     if row.kind == "accelerate":
         places = _experts_on_disk(folder, row.budget_percent or 0)
         options |= {"device_map": places, "offload_folder": offload_folder}
-    return AutoModelForCausalLM.from_pretrained(folder, **options)
+    model = AutoModelForCausalLM.from_pretrained(folder, **options)
+    if row.kind == "accelerate-cpu":
+        for name, module in list(model.named_modules()):
+            if name.endswith(".experts"):
+                cpu_offload(module, execution_device=torch.device("cpu"))
+    return model
 
 
 def _experts_on_disk(folder: Path, kept_percent: int) -> dict[str, str]:

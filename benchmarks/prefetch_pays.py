@@ -6,6 +6,7 @@ python benchmarks/prefetch_pays.py --quick    # every line of it once, figures w
 
 from __future__ import annotations
 
+import math
 from dataclasses import asdict
 from pathlib import Path
 from statistics import median
@@ -21,32 +22,43 @@ from transformers_moe_offload.bench.workload import Workload
 SLOWER = 0.03
 """By how much a row may be slower with prefetch."""
 
+SETTLING_STEPS = 200
+"""Of one kind of work: a trial of the controller has 176 at most."""
+
 BUDGETS = ("10%", "25%", "50%")
 
 
 def measure_prefetch(
     quick: Annotated[bool, typer.Option("--quick", help="Tiny sizes, one round, one budget.")] = False,
-    rounds: Annotated[int, typer.Option(min=1, help="Runs of each row.")] = 7,
+    rounds: Annotated[int, typer.Option(min=1, help="Runs of each row.")] = 5,
+    most_minutes: Annotated[float, typer.Option(help="Begin no row after so long; run again to go on.")] = math.inf,
     threads: Annotated[int | None, typer.Option(help="OMP_NUM_THREADS; default is what torch chooses.")] = None,
     made: Annotated[Path, typer.Option(help="Where made models are kept.")] = HERE / "made",
     results: Annotated[Path, typer.Option(help="Where results are written.")] = HERE / "results",
 ) -> None:
     """Measure every model, budget and page cache state; cold means that experts come from the disk."""
-    works = [
-        Workload(name="decode", prompt_tokens=16, steps=4 if quick else 32),
-        Workload(name="batch 8", prompt_tokens=16, steps=2 if quick else 16, batch=8),
+    decode = Workload(name="decode", prompt_tokens=16, steps=4 if quick else 16)
+    others = [
+        Workload(name="batch 8", prompt_tokens=16, steps=2 if quick else 8, batch=8),
         Workload(name="prefill 256", prompt_tokens=32 if quick else 256),
     ]
     rounds = 1 if quick else rounds
-    common = {"works": [asdict(work) for work in works], "rounds": rounds, "is_copied": True}
     jobs = {
-        f"{name}, {budget}, {state}": common | {"folder": str(folder), "budget": budget, "state": state}
+        f"{name}, {budget}, {state}": {
+            "folder": str(folder),
+            "budget": budget,
+            "state": state,
+            "works": [asdict(work) for work in (decode, *(others if budget == BUDGETS[1] else ()))],
+            "rounds": rounds,
+            "is_copied": True,
+            "settling_steps": 0 if quick else SETTLING_STEPS,
+        }
         for name, folder in compared_models(quick, made).items()
         for budget in (BUDGETS[1:2] if quick else BUDGETS)
         for state in ("warm", "cold")
     }
-    result = measured_rows("in_turns.py", jobs, TINY_MOE, threads)
-    result["facts"] = {"rounds": str(rounds)} | {
+    result = measured_rows("in_turns.py", jobs, TINY_MOE, threads, parts=made / "parts", most_s=60 * most_minutes)
+    result["facts"] = {"lengths": f"{decode.steps} tokens after 16, 8 of a batch of 8; {rounds} rounds"} | {
         row: f"{found['model']['slots']} slots, with {found['passage']}" for row, found in result["rows"].items()
     }
     show(write(results, "prefetch-pays", result), result, [table(result)], [verdict(result)])
@@ -54,14 +66,20 @@ def measure_prefetch(
 
 
 def gains(result: dict[str, Any]) -> dict[str, float]:
-    """Seconds without prefetch over seconds with it, by row: the median over the rounds."""
+    """Seconds without prefetch over seconds with it, by row."""
     return {
-        f"{row}, {work}": median(
-            off["elapsed_s"] / on["elapsed_s"] for off, on in zip(runs["off"], runs["on"], strict=True)
-        )
+        f"{row}, {work}": _typical_s(runs["off"]) / _typical_s(runs["on"])
         for row, found in result["rows"].items()
         for work, runs in found["works"].items()
     }
+
+
+def _typical_s(runs: list[dict[str, Any]]) -> float:
+    """Seconds of a run of which every forward takes what it takes in most rounds.
+
+    Not the median of whole runs: on a virtual machine now and then one forward takes seconds longer than ever.
+    """
+    return sum(map(median, zip(*(one["forward_s"] for one in runs), strict=True)))
 
 
 def table(result: dict[str, Any]) -> Table:

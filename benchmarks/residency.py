@@ -9,6 +9,7 @@ The OLMoE-shaped model has random weights but routers that prefer some experts: 
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 from statistics import median
 from typing import Annotated, Any
@@ -32,6 +33,7 @@ BEAM_COST = 2.0
 def measure_residency(
     quick: Annotated[bool, typer.Option("--quick", help="Tiny sizes, one round.")] = False,
     rounds: Annotated[int, typer.Option(min=1, help="Runs of each residency.")] = 5,
+    most_minutes: Annotated[float, typer.Option(help="Begin no row after so long; run again to go on.")] = math.inf,
     threads: Annotated[int | None, typer.Option(help="OMP_NUM_THREADS; default is what torch chooses.")] = None,
     made: Annotated[Path, typer.Option(help="Where made models are kept.")] = HERE / "made",
     results: Annotated[Path, typer.Option(help="Where results are written.")] = HERE / "results",
@@ -44,7 +46,9 @@ def measure_residency(
         for name, folder in compared_models(quick, made).items()
         for is_copied in (False, True)
     }
-    result = measured_rows("resident.py", jobs, TINY_MOE, threads) | {"lengths": lengths}
+    result = measured_rows("resident.py", jobs, TINY_MOE, threads, parts=made / "parts", most_s=60 * most_minutes) | {
+        "lengths": lengths
+    }
     result["facts"] = {"lengths": str(lengths)} | {
         row: f"{found['model']['experts']} experts of {mib(found['model']['expert_bytes'])} MiB in all, "
         f"{found['model']['dtype']}, {'mapped' if found['model']['is_mapped'] else 'copied'}, with {found['passage']}"

@@ -16,10 +16,11 @@ BUDGETS = (10, 25, 50, 100)
 class Row:
     """One way of running the model."""
 
-    kind: Literal["plain", "accelerate", "ours"]
-    """All in RAM; experts modules on disk by device map; experts offloaded by this package."""
+    kind: Literal["plain", "accelerate", "accelerate-cpu", "ours"]
+    """All in RAM; experts modules on disk by device map; the same in RAM, brought to the CPU that computes; experts
+    offloaded by this package."""
     implementation: str | None = None
-    """Transformers' experts implementation, for the first two kinds."""
+    """Transformers' experts implementation, for all kinds but `ours`."""
     budget_percent: int | None = None
     """Of the experts' bytes, for `ours`; of the experts modules that stay in RAM, for `accelerate`."""
     arithmetic: str | None = None
@@ -40,6 +41,7 @@ def all_rows() -> list[Row]:
     return [
         *(Row(kind="plain", implementation=name) for name in IMPLEMENTATIONS),
         *(Row(kind="accelerate", implementation=name) for name in IMPLEMENTATIONS),
+        Row(kind="accelerate-cpu", implementation="grouped_mm"),
         *(
             Row(kind="ours", budget_percent=percent, arithmetic="fast", is_copied=is_copied)
             for is_copied in (False, True)
@@ -52,6 +54,7 @@ def all_rows() -> list[Row]:
 QUICK = (
     "plain eager",
     "accelerate eager",
+    "accelerate-cpu grouped_mm",
     "ours 25% fast",
     "ours 100% fast",
     "ours 25% fast copied",

@@ -21,7 +21,7 @@ def test_prefill_is_shortened_to_the_positions_there_are_and_said_so():
 
 
 def test_a_model_too_short_to_decode_is_refused_with_both_numbers():
-    with pytest.raises(ConfigError, match=r"has 32 positions, but decoding is measured over 49"):
+    with pytest.raises(ConfigError, match=r"has 32 positions, but decoding is measured over 33"):
         workloads(Protocol(), max_positions=32)
 
 

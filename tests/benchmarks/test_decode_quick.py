@@ -40,6 +40,7 @@ def test_every_kind_of_row_is_measured(result):
     assert list(result["rows"]) == [
         "plain eager",
         "accelerate eager",
+        "accelerate-cpu grouped_mm",
         "ours 25% fast",
         "ours 100% fast",
         "ours 25% fast copied",
@@ -64,6 +65,7 @@ def test_bytes_and_hits_are_true(result):
         assert rows["ours 100% fast"][state][0]["misses"] == 0
         assert rows["accelerate eager"][state][0]["fetched_bytes"] == 4 * result["all_expert_bytes"]
     assert rows["accelerate eager"]["copied_bytes"] >= result["all_expert_bytes"]
+    assert rows["accelerate-cpu grouped_mm"]["copied_bytes"] == 0
 
 
 def test_cold_is_cold(result):

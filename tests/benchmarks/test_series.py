@@ -1,5 +1,8 @@
 """What a series of rows begins with and ends with."""
 
+import pytest
+import typer
+
 
 def test_a_series_goes_on_after_a_row_that_fails_and_keeps_the_reason(script, tmp_path):
     found = script("series").measured_rows("no_such_script.py", {"one": {}, "two": {}}, tmp_path, threads=1)
@@ -7,6 +10,28 @@ def test_a_series_goes_on_after_a_row_that_fails_and_keeps_the_reason(script, tm
     assert list(found["failed"]) == ["one", "two"]
     assert all("no_such_script.py" in reason for reason in found["failed"].values())
     assert {"date", "conditions"} <= set(found)
+
+
+def test_a_series_that_was_broken_off_goes_on_where_it_was(script, tmp_path, monkeypatch):
+    series, done = script("series"), []
+
+    def answered(name, job, threads):
+        done.append(job["number"])
+        return job
+
+    monkeypatch.setattr(series, "run_job", answered)
+    jobs = {"one": {"number": 1}, "two": {"number": 2}}
+    with pytest.raises(typer.Exit):
+        series.measured_rows("a.py", jobs, tmp_path, 1, parts=tmp_path, most_s=-1)
+    monkeypatch.setattr(series.time, "monotonic", iter([0.0, 1.0, 2.0, 3.0, 9.0]).__next__)
+    with pytest.raises(typer.Exit):
+        series.measured_rows("a.py", jobs, tmp_path, 1, parts=tmp_path, most_s=5)
+    assert done == [1]
+    monkeypatch.undo()
+    monkeypatch.setattr(series, "run_job", answered)
+    assert series.measured_rows("a.py", jobs, tmp_path, 1, parts=tmp_path)["rows"] == jobs
+    assert done == [1, 2]
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_the_compared_models_are_there_once_they_are_named(script, tmp_path):

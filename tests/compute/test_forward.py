@@ -28,7 +28,7 @@ def test_the_layer_computes_what_the_obvious_loop_computes(layers, num_tokens, n
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("num_tokens", [1, 2, 7, 64])
+@pytest.mark.parametrize("num_tokens", [1, 2, 7, 24, 64])
 def test_the_result_is_the_same_bit_for_bit_at_every_cache_size_and_whatever_is_resident(layers, num_tokens, dtype):
     hidden, index, weights = inputs(num_tokens, 3, dtype)
     expected = forward(layers[dtype].cache(E), hidden, index, weights)

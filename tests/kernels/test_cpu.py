@@ -165,3 +165,34 @@ def test_several_products_at_once_have_the_bits_of_each_on_its_own(threads, dtyp
     found = cpu.linear_each(rows, counts, matrices, activations, threads)
     parts = zip(rows.split(counts), matrices, strict=True)
     assert torch.equal(found, torch.cat([cpu.linear(some, matrix, activations, 1) for some, matrix in parts]))
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32, torch.float16])
+def test_plain_matrices_are_multiplied_as_exactly_as_float32_can(instruction_set, dtype):
+    for matrix_rows, cols, count in [(1, 1, 1), (3, 7, 2), (8, 16, 3), (9, 33, 4), (45, 100, 5), (200, 515, 70)]:
+        weight, rows = random_rows(matrix_rows, cols, torch.bfloat16, seed=2), random_rows(count, cols, dtype)
+        exact = rows.double() @ weight.double().t()
+        magnitudes = rows.double().abs() @ weight.double().abs().t()
+        rounding = ROUNDING if dtype == torch.float32 else torch.finfo(dtype).eps
+        error = (cpu.linear(rows, weight).double() - exact).abs() - torch.finfo(dtype).smallest_normal
+        assert (error <= rounding * magnitudes).all()
+
+
+@pytest.mark.parametrize("offset", [0, 2, 8, 62])
+def test_a_row_of_a_plain_matrix_has_the_same_bits_wherever_it_is_and_whoever_is_beside_it(instruction_set, offset):
+    weight, rows = random_rows(21, 77, torch.bfloat16, seed=2), random_rows(11, 77, torch.bfloat16)
+    raw = torch.empty(weight.nbytes + 64, dtype=torch.uint8)
+    moved = raw[offset : offset + weight.nbytes].view(torch.bfloat16).view(weight.shape).copy_(weight)
+    alone = torch.cat([cpu.linear(row, weight) for row in rows.split(1)])
+    assert torch.equal(cpu.linear(rows, moved), alone)
+    assert torch.equal(cpu.linear(rows, moved, threads=2), alone)
+    counts, matrices = [3, 0, 7, 1], [moved, weight, weight, moved]
+    assert torch.equal(cpu.linear_each(rows, counts, matrices), alone)
+
+
+def test_one_row_is_shown_to_every_matrix_without_being_copied(instruction_set):
+    matrices = [random_rows(5, 40, torch.bfloat16, seed=seed) for seed in range(4)]
+    row = random_rows(1, 40, torch.bfloat16)
+    expected = torch.cat([cpu.linear(row, matrix) for matrix in matrices])
+    assert torch.equal(cpu.linear_each(row.expand(4, -1), [1] * 4, matrices), expected)
+    assert torch.equal(cpu.linear_each(row.expand(4, -1), [2, 2], matrices[:2]), expected[:2].repeat_interleave(2, 0))

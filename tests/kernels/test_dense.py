@@ -32,6 +32,22 @@ def test_products_are_at_least_as_close_as_those_of_torch(has_units):
         assert (found - exact).abs().max() <= (theirs - exact).abs().max() * 1.01
 
 
+@pytest.mark.parametrize("count", [1, dense.FEW_ROWS, dense.FEW_ROWS + 1])
+def test_the_way_depends_on_the_number_of_rows_and_not_on_the_place_of_the_matrix(has_units, count):
+    rows, weight = random_rows(count, 96, torch.bfloat16), random_rows(40, 96, torch.bfloat16, seed=2)
+    raw = torch.empty(weight.numel() + 8, dtype=torch.bfloat16)
+    moved = raw[1 : 1 + weight.numel()].view(weight.shape).copy_(weight)
+    assert torch.equal(dense.linear(rows, moved), dense.linear(rows, weight))
+
+
+def test_few_rows_are_left_to_torch_where_it_has_other_work_to_do():
+    rows = random_rows(2, 16, torch.bfloat16)
+    assert not dense.reads_fast(rows.float())
+    assert not dense.reads_fast(rows.requires_grad_())
+    with torch.no_grad(), torch.autocast("cpu", dtype=torch.bfloat16):
+        assert not dense.reads_fast(rows.detach())
+
+
 def test_tiles_round_once():
     rows, weight = random_rows(4, 64, torch.bfloat16), random_rows(600, 64, torch.bfloat16, seed=2)
     in_float32 = (rows.float() @ weight.float().t()).bfloat16()

@@ -73,8 +73,8 @@ def disk_bandwidth(ranges: Sequence[Range], threads: int, repeats: int) -> dict[
     }
 
 
-def read_all(ranges: Sequence[Range], threads: int) -> float:
-    """Bytes per second over all ranges, read by some threads into buffers that exist."""
+def read_all(ranges: Sequence[Range], threads: int, *, past_cache: bool = False) -> float:
+    """Bytes per second over all ranges, read by some threads into buffers that exist; past the page cache if wanted."""
     largest = max(found.nbytes for found in ranges)
     buffers = [torch.ones(largest, dtype=torch.uint8) for _ in range(threads)]  # ones: memory that is really there
     files = {path: File(path, path.stat().st_size) for path in {found.path for found in ranges}}
@@ -82,7 +82,7 @@ def read_all(ranges: Sequence[Range], threads: int) -> float:
     def read(worker: int) -> None:
         target = host_bytes(buffers[worker])
         for found in ranges[worker::threads]:
-            files[found.path].read_into(target[: found.nbytes], found.start)
+            files[found.path].scatter_into([target[: found.nbytes]], found.start, past_cache=past_cache)
 
     try:
         with ThreadPoolExecutor(threads) as pool:

@@ -16,10 +16,10 @@ import torch
 from torch import Tensor, nn
 
 from transformers_moe_offload.bench.layers import cache_of, sparse_layers
-from transformers_moe_offload.compute.forward import combine, opened
-from transformers_moe_offload.compute.mlp import ExpertWeights
+from transformers_moe_offload.compute.forward import combine, computed
 from transformers_moe_offload.compute.routing import Grouping, group_by_expert
 from transformers_moe_offload.hf.layer import SparseLayer
+from transformers_moe_offload.memory.slots import Weights
 
 
 @dataclass
@@ -31,7 +31,7 @@ class _Step:
     args: tuple[Any, ...]
     kwargs: dict[str, Any]
     grouping: Grouping | None = None
-    work: list[tuple[Tensor, ExpertWeights]] | None = None
+    held: dict[int, Weights] | None = None
     outputs: list[Tensor] | None = None
 
 
@@ -98,18 +98,15 @@ def _prepare(steps: list[_Step], *, is_resident: bool) -> None:
     for step in steps:
         if step.layer.mlp is None:
             continue
-        hidden_states, top_k_index, top_k_weights = _inputs(step)
+        _, top_k_index, top_k_weights = _inputs(step)
         cache = cache_of(step.layer)
         step.grouping = group_by_expert(top_k_index, top_k_weights, cache.num_experts(step.layer.index))
-        assert step.layer.runtime is not None
-        codings = step.layer.runtime.source(step.layer).codings
-        found: dict[int, ExpertWeights] = {}
+        step.held = {}
         with cache.visit(step.layer.index, step.grouping.by_last_use) as visit:
             for expert, weights in visit:
-                stored = weights if is_resident else {name: tensor.clone() for name, tensor in weights.items()}
-                found[expert] = opened(stored, codings.of(expert))
-        step.work = [(hidden_states[step.grouping.tokens[expert]], found[expert]) for expert in step.grouping.experts]
-        step.outputs = [step.layer.mlp(step.module, rows, weights) for rows, weights in step.work]
+                step.held[expert] = weights if is_resident else {name: one.clone() for name, one in weights.items()}
+        outputs = _arithmetic(step)
+        step.outputs = [outputs[expert] for expert in step.grouping.experts]
 
 
 def _parts(steps: list[_Step]) -> dict[str, Callable[[_Step], object]]:
@@ -124,14 +121,8 @@ def _parts(steps: list[_Step]) -> dict[str, Callable[[_Step], object]]:
     def visit(step: _Step) -> None:
         assert step.grouping is not None
         with cache_of(step.layer).visit(step.layer.index, step.grouping.by_last_use) as opened:
-            for _ in opened:
+            for _ in opened.batches():
                 pass
-
-    def arithmetic(step: _Step) -> None:
-        assert step.layer.mlp is not None
-        assert step.work is not None
-        for rows, weights in step.work:
-            step.layer.mlp(step.module, rows, weights)
 
     def combination(step: _Step) -> None:
         assert step.grouping is not None
@@ -139,7 +130,17 @@ def _parts(steps: list[_Step]) -> dict[str, Callable[[_Step], object]]:
         hidden_states, _, top_k_weights = _inputs(step)
         combine(step.outputs, step.grouping, hidden_states, top_k_weights)
 
-    return {"grouping": grouping, "visit": visit, "arithmetic": arithmetic, "combine": combination}
+    return {"grouping": grouping, "visit": visit, "arithmetic": _arithmetic, "combine": combination}
+
+
+def _arithmetic(step: _Step) -> dict[int, Tensor]:
+    """The products of all experts that the step wants, together as in its forward."""
+    assert step.layer.mlp is not None
+    assert step.layer.runtime is not None
+    assert step.grouping is not None
+    assert step.held is not None
+    codings = step.layer.runtime.source(step.layer).codings
+    return computed(step.layer.mlp, step.module, _inputs(step)[0], step.grouping, step.held, codings)
 
 
 def _inputs(step: _Step) -> tuple[Tensor, Tensor, Tensor]:

@@ -11,15 +11,19 @@ from transformers_moe_offload.errors import ConfigError
 
 @dataclass(frozen=True, kw_only=True)
 class Protocol:
-    """Medians are taken over `runs`, after one run that is not counted."""
+    """Medians are taken over `runs`, after one run that is not counted.
+
+    A row that takes long has fewer: after `row_s` seconds no further run begins, once there are two.
+    """
 
     prompt_tokens: int = 16
     """Before the tokens that are decoded."""
-    decode_tokens: int = 32
+    decode_tokens: int = 16
     prefill_tokens: tuple[int, ...] = (128, 512, 2048)
     batch: int = 8
     beams: int = 5
     runs: int = 5
+    row_s: float = 10.0
     dispatch_passes: int = 50
     bandwidth_repeats: int = 3
 

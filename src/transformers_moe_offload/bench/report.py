@@ -21,7 +21,8 @@ def facts(result: dict[str, Any]) -> dict[str, str]:
         f"{'mapped' if model['is_mapped'] else 'copied'}; "
         + ", ".join(f"{name}={value}" for name, value in model["config"].items() if name != "quant_method"),
         "lengths": f"{protocol['decode_tokens']} tokens decoded after {protocol['prompt_tokens']} of "
-        f"{result['passage']}; medians of {protocol['runs']}",
+        f"{result['passage']}; medians of {protocol['runs']} runs, fewer where a row takes longer than "
+        f"{protocol['row_s']:g} s",
     }
 
 
@@ -64,6 +65,7 @@ def _workloads(result: dict[str, Any], state: str) -> Table:
     title = f"Page cache {state} (disk: MiB per forward; stall: ms per forward; limit: tokens/s)"
     header = [
         "workload",
+        "runs",
         "tokens/s",
         "min to max",
         "hit rate",
@@ -79,6 +81,7 @@ def _workloads(result: dict[str, Any], state: str) -> Table:
         found = entry[f"{state}_summary"]
         rows.append([
             name,
+            str(found["runs"]),
             f"{found['tokens_per_s']:.2f}",
             f"{found['slowest_tokens_per_s']:.2f} to {found['fastest_tokens_per_s']:.2f}",
             f"{found['hit_rate']:.1%}",

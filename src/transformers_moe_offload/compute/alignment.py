@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
+from transformers_moe_offload import kernels
 from transformers_moe_offload.memory.record import ALIGNMENT, torch_dtype
 
 _ROWS = (1, 2, 17)
@@ -46,6 +47,7 @@ def _products(weight: Tensor, transposed: Tensor, rows: Tensor) -> list[Tensor]:
     found = [torch.mv(weight, rows[0, : weight.shape[1]]), torch.mv(transposed.t(), rows[0, : transposed.shape[0]])]
     for count in _ROWS:
         found.append(functional.linear(rows[:count, : weight.shape[1]], weight))
+        found.append(kernels.dense.linear(rows[:count, : weight.shape[1]], weight))
         found.append(rows[:count, : transposed.shape[0]] @ transposed)
     return found
 

@@ -59,13 +59,13 @@ def sparse_forward(
                 outputs[expert] = mlp(experts, rows_of(hidden_states, grouping.tokens[expert]), found)
         else:
             for batch in visit.batches():
-                outputs |= _computed(mlp, experts, hidden_states, grouping, batch, codings)
+                outputs |= computed(mlp, experts, hidden_states, grouping, batch, codings)
         if computing is not None:
             outputs |= computing.finish()
     return combine([outputs[expert] for expert in grouping.experts], grouping, hidden_states, top_k_weights)
 
 
-def _computed(
+def computed(
     mlp: ExpertMlp,
     experts: Any,
     hidden_states: Tensor,
@@ -73,22 +73,32 @@ def _computed(
     held: Mapping[int, Weights],
     codings: LayerCodings,
 ) -> dict[int, Tensor]:
-    """The rows of some experts: together where they are few and in low bits, else one expert after the other."""
-    tokens = {expert: grouping.tokens[expert] for expert in held}
-    counts = [len(wanting) for wanting in tokens.values()]
-    if len(held) > 1 and sum(counts) <= FEW_PAIRS and mlp.takes_several(hidden_states, map(codings.of, held)):
-        rows = hidden_states[[token for wanting in tokens.values() for token in wanting]]
-        weights = [opened(one, codings.of(expert)) for expert, one in held.items()]
-        return dict(zip(held, mlp.several(experts, rows, counts, weights), strict=True))
+    """The rows of some experts that are held: together where they are few and kernels can, else one by one.
+
+    It makes no difference to the rows of each.
+    """
+    if len(held) > 1:
+        tokens = [grouping.tokens[expert] for expert in held]
+        counts = [len(wanting) for wanting in tokens]
+        if sum(counts) <= FEW_PAIRS and mlp.takes_several(hidden_states, counts, map(codings.of, held)):
+            weights = [opened(one, codings.of(expert)) for expert, one in held.items()]
+            return dict(zip(held, mlp.several(experts, _stacked(hidden_states, tokens), counts, weights), strict=True))
     return {
-        expert: mlp(experts, rows_of(hidden_states, tokens[expert]), opened(one, codings.of(expert)))
+        expert: mlp(experts, rows_of(hidden_states, grouping.tokens[expert]), opened(one, codings.of(expert)))
         for expert, one in held.items()
     }
 
 
 def rows_of(hidden_states: Tensor, tokens: Tensor | list[int]) -> Tensor:
     """hidden_states (T, H) of some tokens, (N, H)."""
-    return hidden_states if len(hidden_states) == len(tokens) == 1 else hidden_states[tokens]
+    return hidden_states if hidden_states.shape[0] == 1 == len(tokens) else hidden_states[tokens]
+
+
+def _stacked(hidden_states: Tensor, tokens: list[Tensor | list[int]]) -> Tensor:
+    """hidden_states (T, H) of some tokens, and of some more, and so on: (N, H)."""
+    if hidden_states.shape[0] == 1:
+        return hidden_states.expand(sum(map(len, tokens)), -1)
+    return hidden_states[[int(token) for wanting in tokens for token in wanting]]
 
 
 def opened(weights: Weights, coding: Coding | None, *, keeps_weights: bool = False) -> ExpertWeights:
@@ -106,6 +116,10 @@ def combine(outputs: list[Tensor], grouping: Grouping, hidden_states: Tensor, to
     """
     if grouping.has_idle or not outputs:
         outputs = [*outputs, hidden_states.new_zeros(1, hidden_states.shape[-1])]
-    rows = torch.cat(outputs)[grouping.row_of_pair]
+    if isinstance(grouping.row_of_pair, list) and len(outputs) == len(grouping.row_of_pair) and not grouping.has_idle:
+        # Each output is one row: stacking them in the order of the pairs is all it takes.
+        rows = torch.cat([outputs[row] for row in grouping.row_of_pair])
+    else:
+        rows = torch.cat(outputs)[grouping.row_of_pair]
     by_token = rows.view(*top_k_weights.shape, rows.shape[-1])
     return (by_token * top_k_weights.unsqueeze(-1)).sum(dim=1).to(hidden_states.dtype)

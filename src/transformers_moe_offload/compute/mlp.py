@@ -48,11 +48,16 @@ class ExpertMlp:
             return normalised
         return out
 
-    def takes_several(self, rows: Tensor, codings: Iterable[Coding | None]) -> bool:
-        """Whether `several` computes experts that are stored in these ways."""
-        is_plain = not self.has_bias and not self.has_post_expert_norm
-        are_packed = all(coding is not None and coding.is_packed for coding in codings)
-        return is_plain and are_packed and kernels.can_multiply_each(rows)
+    def takes_several(self, rows: Tensor, counts: Sequence[int], codings: Iterable[Coding | None]) -> bool:
+        """Whether `several` computes experts that are stored in these ways, with so many of the rows each."""
+        if self.has_bias or self.has_post_expert_norm:
+            return False
+        kinds = list(codings)
+        if all(coding is None for coding in kinds):  # weights are used together with rows of their own dtype
+            are_few = max(counts) <= kernels.dense.FEW_ROWS
+            return are_few and not self.is_transposed and kernels.dense.reads_fast(rows)
+        are_packed = all(coding is not None and coding.is_packed for coding in kinds)
+        return are_packed and kernels.can_multiply_each(rows)
 
     def several(
         self, experts: Any, rows: Tensor, counts: Sequence[int], weights: Sequence[ExpertWeights]
@@ -76,22 +81,15 @@ class ExpertMlp:
         self, rows: Tensor, counts: Sequence[int], weights: Sequence[ExpertWeights], name: str
     ) -> Tensor:
         matrices = [one[name] for one in weights]
-        return kernels.linear_each(rows, counts, matrices, activations=self.activations)  # type: ignore[arg-type]
+        return kernels.linear_each(rows, counts, matrices, activations=self.activations)
 
     def _project(self, rows: Tensor, weights: ExpertWeights, name: str) -> Tensor:
-        """rows (N, in) -> (N, out).
-
-        One row on a CPU goes through `mv`: for bf16 it reads weights 1.35 times as fast as `linear`, whose matmul
-        reorders them first (torch 2.13, 1536 x 1024, one Xeon core with AMX: 10.2 against 7.4 GB/s), and its error
-        against float64 is the same. Autocast knows `linear` but not `mv`.
-        """
+        """rows (N, in) -> (N, out)."""
         matrix, bias = weights[name], weights[f"{name}_bias"] if self.has_bias else None
         assert not isinstance(bias, PackedMatrix)
         if isinstance(matrix, PackedMatrix):
             out = kernels.linear(rows, matrix, activations=self.activations)
             return out if bias is None else out + bias
-        if len(rows) == 1 and bias is None and rows.device.type == "cpu" and not torch.is_autocast_enabled("cpu"):
-            return torch.mv(matrix.t() if self.is_transposed else matrix, rows[0]).unsqueeze(0)
-        if not self.is_transposed:
-            return functional.linear(rows, matrix, bias) if bias is not None else kernels.dense.linear(rows, matrix)
-        return torch.addmm(bias, rows, matrix) if bias is not None else rows @ matrix
+        if bias is not None:
+            return torch.addmm(bias, rows, matrix) if self.is_transposed else functional.linear(rows, matrix, bias)
+        return kernels.dense.linear(rows, matrix.t() if self.is_transposed else matrix)

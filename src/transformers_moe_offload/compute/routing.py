@@ -23,9 +23,9 @@ class Grouping:
 
     tokens: dict[int, Tensor | list[int]]
     """Each needed expert, in ascending order -> the N tokens that want it."""
-    row_of_pair: Tensor
+    row_of_pair: Tensor | list[int]
     """Where a pair's row is when the experts' outputs are stacked in the order of `tokens`, (P,) int64; idle pairs
-    share one row more, at the end."""
+    share one row more, at the end. A list where there are few pairs."""
     has_idle: bool
     by_last_use: list[int]
     """The needed experts, those that only earlier tokens want first: the last ones are what the next token is likely to
@@ -46,13 +46,20 @@ def group_by_expert(
     weight is not zero.
     """
     num_choices = top_k_index.shape[-1]
+    if top_k_index.numel() <= FEW_PAIRS and _is_on_host(top_k_index):
+        chosen, weights = top_k_index.flatten().tolist(), top_k_weights.flatten().tolist()
+        needed = [
+            expert if expert < num_experts and (keep_zero_weights or weight) else num_experts
+            for expert, weight in zip(chosen, weights, strict=True)
+        ]
+        return _group_few(needed, num_choices, num_experts)
     flat = top_k_index.reshape(-1)
     is_idle = flat >= num_experts
     if not keep_zero_weights:
         is_idle = is_idle | (top_k_weights.reshape(-1) == 0)
     flat = torch.where(is_idle, num_experts, flat)
     if flat.numel() <= FEW_PAIRS:
-        return _group_few(flat.tolist(), num_choices, num_experts, flat.device)  # sync: device -> host
+        return _group_few(flat.tolist(), num_choices, num_experts)  # sync: device -> host
     order = torch.argsort(flat, stable=True)
     pairs = torch.arange(flat.numel(), device=flat.device)
     last_pair = torch.zeros(num_experts + 1, dtype=torch.int64, device=flat.device)
@@ -72,7 +79,12 @@ def group_by_expert(
     return Grouping(tokens, row_of_pair, num_idle > 0, by_last_use)
 
 
-def _group_few(flat: list[int], num_choices: int, num_experts: int, device: torch.device) -> Grouping:
+def _is_on_host(tensor: Tensor) -> bool:
+    """Whether the host may look at a tensor as often as it likes."""
+    return tensor.device.type == "cpu"
+
+
+def _group_few(flat: list[int], num_choices: int, num_experts: int) -> Grouping:
     order = sorted(range(len(flat)), key=flat.__getitem__)
     num_idle = flat.count(num_experts)
     tokens: dict[int, list[int]] = {}
@@ -81,5 +93,4 @@ def _group_few(flat: list[int], num_choices: int, num_experts: int, device: torc
         tokens.setdefault(flat[pair], []).append(pair // num_choices)
         row_of_pair[pair] = row
     by_last_use = sorted(tokens, key=lambda expert: (tokens[expert][-1], expert))
-    rows = torch.tensor(row_of_pair, dtype=torch.int64, device=device)
-    return Grouping(dict(tokens), rows, num_idle > 0, by_last_use)
+    return Grouping(dict(tokens), row_of_pair, num_idle > 0, by_last_use)

@@ -54,12 +54,14 @@ class Lookahead:
         """
 
         def look_ahead(wanted: Sequence[int]) -> None:
-            rows = hidden.reshape(-1, hidden.shape[-1])
+            num_tokens = hidden.numel() // hidden.shape[-1]
+            if not self.prefetcher.is_on(num_tokens):
+                self.prefetcher.visited(layer, wanted, None, num_tokens)
+                return
             probe = self._probes.get(layer)
             with torch.no_grad():
-                is_on = self.prefetcher.is_on(len(rows))
-                residual = probe.residual(rows) if probe is not None and is_on else None
-                self.prefetcher.visited(layer, wanted, residual, len(rows))
+                residual = None if probe is None else probe.residual(hidden.reshape(num_tokens, -1))
+                self.prefetcher.visited(layer, wanted, residual, num_tokens)
 
         return look_ahead
 

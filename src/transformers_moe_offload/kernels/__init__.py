@@ -1,4 +1,4 @@
-"""Arithmetic with matrices in low bits.
+"""Arithmetic with matrices in low bits, and with few rows and bfloat16 ones.
 
 `linear` is what the rest of the package calls. It uses the compiled kernels on CPUs where they were built, Triton's on
 GPUs, else torch; `available` says which, and why not the others.
@@ -54,11 +54,15 @@ def can_multiply_each(rows: Tensor) -> bool:
 
 
 def linear_each(
-    rows: Tensor, counts: Sequence[int], matrices: Sequence[PackedMatrix], *, activations: Activations = "exact"
+    rows: Tensor,
+    counts: Sequence[int],
+    matrices: Sequence[PackedMatrix | Tensor],
+    *,
+    activations: Activations = "exact",
 ) -> Tensor:
     """rows (T, K), as many as `counts` says for each of some matrices of one shape -> (T, N), all at once.
 
-    Only for rows that `can_multiply_each`.
+    Only for rows that `can_multiply_each`; where the matrices are plain bfloat16 ones, that `dense.reads_fast`.
     """
     return cpu.linear_each(rows, counts, matrices, activations)
 

@@ -1,4 +1,4 @@
-"""Products with packed matrices on the CPU, by the compiled kernels of `csrc`.
+"""Products with packed and with plain bfloat16 matrices on the CPU, by the compiled kernels of `csrc`.
 
 Exact products add up float32 weights, rounded as the reference rounds them; each one in an order that depends on
 nothing but the instruction set, so that results are the same bits for any number of threads and of rows.
@@ -24,16 +24,17 @@ TYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 """Of the rows, by the numbers of `csrc/lowbit.h`."""
 
 BYTES_PER_THREAD = 1 << 18
-"""Packed bytes, times rows of input, that are worth another thread."""
+"""Bytes of a matrix, times rows of input, that are worth another thread."""
 
 
 def linear(
-    rows: Tensor, matrix: PackedMatrix, activations: Activations = "exact", threads: int | None = None
+    rows: Tensor, matrix: PackedMatrix | Tensor, activations: Activations = "exact", threads: int | None = None
 ) -> Tensor:
     """rows (T, K) float32, bfloat16 or float16 -> their products with the rows of the matrix, (T, N).
 
-    `int8` rounds each group of a row of input to integers of 8 bits: faster, and about 1 % off. `threads` are as many
-    as torch has in this thread, unless given.
+    The matrix is packed, or bfloat16 (N, K) and contiguous. `int8` rounds each group of a row of input to integers of
+    8 bits, where the matrix is packed: faster, and about 1 % off. `threads` are as many as torch has in this thread,
+    unless given.
     """
     return linear_each(rows, [len(rows)], [matrix], activations, threads)
 
@@ -41,38 +42,46 @@ def linear(
 def linear_each(
     rows: Tensor,
     counts: Sequence[int],
-    matrices: Sequence[PackedMatrix],
+    matrices: Sequence[PackedMatrix | Tensor],
     activations: Activations = "exact",
     threads: int | None = None,
 ) -> Tensor:
-    """rows (T, K) -> (T, N): as many as `counts` says are multiplied by each matrix in turn, all of one shape.
+    """rows (T, K) -> (T, N): as many as `counts` says are multiplied by each matrix in turn, all of one shape and kind.
 
     All products are done together, so that threads are shared out once. Each row's has the same bits as on its own.
     """
     library = native.library()
     assert library is not None
-    first = matrices[0].packing
-    assert rows.shape == (sum(counts), first.cols)
-    rows = rows.contiguous()
-    out = torch.empty((len(rows), first.rows), dtype=rows.dtype)
-    row_bytes, out_bytes = first.cols * rows.element_size(), first.rows * rows.element_size()
-    row, product, packed_bytes = rows.data_ptr(), out.data_ptr(), 0
-    numbers = array("q")
-    for count, matrix in zip(counts, matrices, strict=True):
-        numbers.extend((*_described(matrix), count, row, product))
+    described = [_described(matrix) for matrix in matrices]
+    num_rows, num_cols, nbits, *_ = described[0]
+    num_inputs, dtype, itemsize = rows.shape[0], rows.dtype, rows.dtype.itemsize
+    assert rows.shape == (sum(counts), num_cols)
+    is_one_row = rows.stride(0) == 0 and len(counts) == num_inputs  # a token's, shown to each of its experts
+    rows = rows if is_one_row and rows.stride(1) == 1 else rows.contiguous()
+    row_bytes = rows.stride(0) * itemsize if num_inputs > 1 else 0
+    out = torch.empty((num_inputs, num_rows), dtype=dtype)
+    row, product = rows.data_ptr(), out.data_ptr()
+    numbers: list[int] = []
+    for count, matrix in zip(counts, described, strict=True):
+        numbers += *matrix, count, row, product
         row += count * row_bytes
-        product += count * out_bytes
-        packed_bytes += count * matrix.parts["codes"].nbytes
+        product += count * num_rows * itemsize
     if threads is None:
-        threads = min(torch.get_num_threads(), 1 + packed_bytes // BYTES_PER_THREAD)
-    address, _ = numbers.buffer_info()
-    if library.moe_linear(len(counts), address, TYPES[rows.dtype], activations == "int8", threads):
-        raise MemoryError(f"no memory for {len(rows)} rows of {first.cols} numbers")
+        read_bytes = num_inputs * num_rows * num_cols * nbits // 8
+        threads = min(torch.get_num_threads(), 1 + read_bytes // BYTES_PER_THREAD)
+    passed = array("q", numbers)
+    if library.moe_linear(len(counts), passed.buffer_info()[0], TYPES[dtype], activations == "int8", threads):
+        raise MemoryError(f"no memory for {num_inputs} rows of {num_cols} numbers")
     return out
 
 
-def _described(matrix: PackedMatrix) -> tuple[int, ...]:
+def _described(matrix: PackedMatrix | Tensor) -> tuple[int, ...]:
     """A matrix in the numbers that `csrc/product.c` takes: shape, format, and where its arrays are."""
+    if isinstance(matrix, Tensor):
+        assert matrix.dtype == torch.bfloat16
+        assert matrix.is_contiguous()
+        num_rows, num_cols = matrix.shape
+        return (num_rows, num_cols, 16, num_cols, 16, matrix.data_ptr(), 0, 0, 0, 0, 0)
     packing, parts = matrix.packing, matrix.parts
     ranges = (parts["scale_range"].data_ptr(), parts["zero_range"].data_ptr()) if packing.meta_nbits == 8 else (0, 0)
     return (

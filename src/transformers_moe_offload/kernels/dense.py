@@ -1,8 +1,14 @@
-"""Products with ordinary bfloat16 matrices on processors that cannot multiply bfloat16.
+"""Products with ordinary bfloat16 matrices, where torch's own are slow.
 
-There torch multiplies several rows of input almost as slowly as one after another (4096 x 14336, 64 rows, one Zen 3
-core: 707 ms, and 155 ms in float32). A few rows of the matrix at a time, cast to float32 in a buffer that stays in the
-cache, are multiplied in 152 ms, and more exactly.
+- A few rows of input are bound by reading the matrix, and torch's kernels do not read as fast as memory delivers. The
+  compiled ones do: one row, and matrices of 1024 x 1024 that come from memory, at 38 GB/s where torch's `mv` does 15;
+  five rows at 31 where its `linear` does 23 (torch 2.13, two cores of an EPYC with AVX-512 and bfloat16 units).
+- One row of another dtype, or without those kernels, goes through `mv`: for bfloat16 it reads weights 1.35 times as
+  fast as `linear`, whose matmul reorders them first (torch 2.13, 1536 x 1024, one Xeon core with AMX: 10.2 against
+  7.4 GB/s), and its error against float64 is the same. Autocast knows `linear` but not `mv`.
+- Several rows, on processors that cannot multiply bfloat16, take torch almost as long as one after another (4096 x
+  14336, 64 rows, one Zen 3 core: 707 ms, and 155 ms in float32). A few rows of the matrix at a time, cast to float32
+  in a buffer that stays in the cache, are multiplied in 152 ms, and more exactly.
 """
 
 # T rows of input, N rows and K columns of the matrix
@@ -16,19 +22,38 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
+from transformers_moe_offload.kernels import cpu, native
 from transformers_moe_offload.kernels.scratch import scratch
 
 TILE_ROWS = 512
 """Rows of a matrix that are cast at a time, as in that measurement."""
 
+FEW_ROWS = 8
+"""Up to so many the compiled kernels are at least as fast as torch with bfloat16 units: 22 against 21 GB/s with 8 rows
+in the first measurement above, 19 against 20 with 12."""
+
 
 def linear(rows: Tensor, weight: Tensor) -> Tensor:
-    """rows (T, K), weight (N, K) -> (T, N), as `torch.nn.functional.linear`, in float32 tiles where that is faster."""
-    is_plain = rows.device.type == "cpu" and not torch.is_autocast_enabled("cpu")
-    needs_grad = torch.is_grad_enabled() and (rows.requires_grad or weight.requires_grad)
-    if is_plain and not needs_grad and wants_tiles(len(rows), rows.dtype, has_units=has_bfloat16_units()):
+    """rows (T, K), weight (N, K) -> (T, N), as `torch.nn.functional.linear`, in the fastest way there is here.
+
+    Which one that is depends on the number of rows, never on where the weight is.
+    """
+    num_rows, dtype = rows.shape[0], rows.dtype
+    if not _is_plain(rows, weight):
+        return functional.linear(rows, weight)
+    is_half = dtype == weight.dtype == torch.bfloat16
+    if is_half and num_rows <= FEW_ROWS and weight.is_contiguous() and native.library() is not None:
+        return cpu.linear_each(rows, (num_rows,), (weight,))
+    if num_rows == 1:
+        return torch.mv(weight, rows[0]).unsqueeze(0)
+    if wants_tiles(num_rows, dtype, has_units=has_bfloat16_units()):
         return linear_in_tiles(rows, weight)
     return functional.linear(rows, weight)
+
+
+def reads_fast(rows: Tensor) -> bool:
+    """Whether the compiled kernels multiply rows like these, if they are few, by bfloat16 matrices."""
+    return rows.dtype == torch.bfloat16 and _is_plain(rows) and native.library() is not None
 
 
 def wants_tiles(num_rows: int, dtype: torch.dtype, *, has_units: bool) -> bool:
@@ -54,3 +79,10 @@ def has_bfloat16_units() -> bool:
         return True
     known = [getattr(torch.cpu, f"_is_{name}_supported", None) for name in ("avx512_bf16", "amx_tile")]
     return any(is_supported is None or is_supported() for is_supported in known)
+
+
+def _is_plain(*tensors: Tensor) -> bool:
+    """Whether nobody wants gradients of a product, or another dtype for it, and it is computed on a CPU."""
+    if tensors[0].device.type != "cpu" or torch.is_autocast_enabled("cpu"):
+        return False
+    return not torch.is_grad_enabled() or not any(one.requires_grad for one in tensors)

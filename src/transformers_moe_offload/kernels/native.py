@@ -13,7 +13,7 @@ import platform
 from pathlib import Path
 from typing import NamedTuple
 
-ABI = 2
+ABI = 3
 """As in `csrc/product.c`: a library with another number takes other arguments."""
 
 

@@ -42,6 +42,11 @@ typedef __m256i ints;
 
 ALWAYS_INLINE vec load(const float *p) { return _mm256_loadu_ps(p); }
 ALWAYS_INLINE void store(float *p, vec v) { _mm256_storeu_ps(p, v); }
+ALWAYS_INLINE vec load_bfloats(const uint16_t *p)
+{
+    __m256i wide = _mm256_cvtepu16_epi32(_mm_loadu_si128((const __m128i *)p));
+    return _mm256_castsi256_ps(_mm256_slli_epi32(wide, 16));
+}
 ALWAYS_INLINE vec fused(vec a, vec b, vec c) { return _mm256_fmadd_ps(a, b, c); }
 ALWAYS_INLINE ints load_codes(const uint8_t *p) { return _mm256_cvtepu8_epi32(_mm_loadl_epi64((const __m128i *)p)); }
 ALWAYS_INLINE ints shifted(ints v, int by) { return _mm256_srl_epi32(v, _mm_cvtsi32_si128(by)); }
@@ -86,6 +91,7 @@ ALWAYS_INLINE vec weights(ints codes, struct values v, const int nbits)
 typedef ints byte_vec;
 
 #include "exact.h"
+#include "plain.h"
 
 #define BYTES 32
 
@@ -134,7 +140,7 @@ ALWAYS_INLINE vec spread(const float *p, const int group_size)
 
 #include "rounded.h"
 
-const struct kernels avx2_kernels = {"avx2", exact_tiles, rounded_tiles, round_rows, values_to_floats};
+const struct kernels avx2_kernels = {"avx2", exact_tiles, rounded_tiles, plain_tiles, round_rows, values_to_floats};
 
 #if defined(__clang__)
 #pragma clang attribute pop

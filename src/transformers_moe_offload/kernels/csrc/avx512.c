@@ -40,6 +40,11 @@ typedef __m512i ints;
 
 ALWAYS_INLINE vec load(const float *p) { return _mm512_loadu_ps(p); }
 ALWAYS_INLINE void store(float *p, vec v) { _mm512_storeu_ps(p, v); }
+ALWAYS_INLINE vec load_bfloats(const uint16_t *p)
+{
+    __m512i wide = _mm512_cvtepu16_epi32(_mm256_loadu_si256((const __m256i *)p));
+    return _mm512_castsi512_ps(_mm512_slli_epi32(wide, 16));
+}
 ALWAYS_INLINE vec fused(vec a, vec b, vec c) { return _mm512_fmadd_ps(a, b, c); }
 ALWAYS_INLINE float sum(vec v) { return _mm512_reduce_add_ps(v); }
 ALWAYS_INLINE ints load_codes(const uint8_t *p) { return _mm512_cvtepu8_epi32(_mm_loadu_si128((const __m128i *)p)); }
@@ -77,6 +82,7 @@ ALWAYS_INLINE vec weights(ints codes, struct values v, const int nbits)
 typedef ints byte_vec;
 
 #include "exact.h"
+#include "plain.h"
 
 #define BYTES 64
 
@@ -117,7 +123,7 @@ ALWAYS_INLINE vec spread(const float *p, const int group_size)
 
 #include "rounded.h"
 
-const struct kernels avx512_kernels = {"avx512", exact_tiles, rounded_tiles, round_rows, values_to_floats};
+const struct kernels avx512_kernels = {"avx512", exact_tiles, rounded_tiles, plain_tiles, round_rows, values_to_floats};
 
 #if defined(__clang__)
 #pragma clang attribute pop

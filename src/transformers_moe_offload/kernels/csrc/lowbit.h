@@ -10,6 +10,9 @@
 
 #define META_BLOCK 128 /* as in packed.py */
 
+/* `nbits` of a matrix that is not packed: its `codes` are bfloat16, (N, K), and it has no scales and zeros. */
+#define PLAIN 16
+
 enum float_type { FLOAT32 = 0, BFLOAT16 = 1, FLOAT16 = 2 };
 
 struct matrix {
@@ -47,6 +50,7 @@ struct kernels {
     const char *name;
     void (*exact)(const struct product *, int64_t first_tile, int64_t last_tile);
     void (*rounded)(const struct product *, int64_t first_tile, int64_t last_tile);
+    void (*plain)(const struct product *, int64_t first_tile, int64_t last_tile); /* of PLAIN matrices */
     void (*round)(const struct product *, const float *rows);
     void (*to_float)(const void *values, enum float_type, int64_t count, float *out);
 };

@@ -33,6 +33,10 @@ ALWAYS_INLINE vec load(const float *p)
 }
 
 ALWAYS_INLINE void store(float *p, vec v) { memcpy(p, &v, sizeof v); }
+ALWAYS_INLINE vec load_bfloats(const uint16_t *p)
+{
+    return (vec){float_of_bfloat(p[0]), float_of_bfloat(p[1]), float_of_bfloat(p[2]), float_of_bfloat(p[3])};
+}
 ALWAYS_INLINE vec fused(vec a, vec b, vec c) { return a * b + c; }
 ALWAYS_INLINE float sum(vec v) { return (v[0] + v[2]) + (v[1] + v[3]); }
 ALWAYS_INLINE ints load_codes(const uint8_t *p) { return (ints){p[0], p[1], p[2], p[3]}; }
@@ -56,6 +60,7 @@ ALWAYS_INLINE vec weights(ints codes, struct values v, const int nbits)
 }
 
 #include "exact.h"
+#include "plain.h"
 
 #define BYTES 16
 
@@ -98,4 +103,4 @@ ALWAYS_INLINE vec spread(const float *p, const int group_size)
 
 #include "rounded.h"
 
-const struct kernels portable_kernels = {"portable", exact_tiles, rounded_tiles, round_rows, values_to_floats};
+const struct kernels portable_kernels = {"portable", exact_tiles, rounded_tiles, plain_tiles, round_rows, values_to_floats};

@@ -6,7 +6,7 @@
 
 #include "lowbit.h"
 
-#define ABI 2 /* as in native.py; one more whenever a function's arguments change */
+#define ABI 3 /* as in native.py; one more whenever a function's arguments change */
 
 #if defined(_WIN32)
 #define EXPORT __declspec(dllexport)
@@ -65,7 +65,12 @@ struct shared {
     atomic_llong next;
 };
 
-static int64_t tiles_of(const struct product *p) { return ceil_div(byte_rows(p->matrix), tile_byte_rows(p->matrix)); }
+static int64_t tiles_of(const struct product *p)
+{
+    if (p->matrix->nbits == PLAIN)
+        return ceil_div(p->matrix->rows, TILE_ROWS);
+    return ceil_div(byte_rows(p->matrix), tile_byte_rows(p->matrix));
+}
 
 /* The tiles from `first` up to `last`, as if those of all products were one after another. */
 static void take(const struct shared *s, int64_t first, int64_t last)
@@ -180,7 +185,8 @@ static int multiply(const struct call *calls, int64_t count, const struct manner
         prepare(&calls[i], how, next, &products[i]);
         next += prepared_bytes(&calls[i], how);
     }
-    run(products, count, how->rounded ? chosen->rounded : chosen->exact, how->threads);
+    int is_plain = count && calls->matrix.nbits == PLAIN; /* all are of one format */
+    run(products, count, is_plain ? chosen->plain : how->rounded ? chosen->rounded : chosen->exact, how->threads);
     free(memory);
     return 0;
 }
