@@ -28,6 +28,8 @@ class Answer(NamedTuple):
     """(T, K) int64: what was chosen. An answer may name others where an expert has no weights to run."""
     weights: Tensor
     """(T, K), zero for entries that only fill up a row."""
+    places: tuple[int, int] | None = None
+    """Of experts and weights among the outputs, where they are there as they are."""
 
 
 def read_answer(outputs: tuple[Any, ...], seen: Interception) -> Answer:
@@ -53,13 +55,13 @@ def _indexed(outputs: tuple[Any, ...], seen: Interception) -> Answer | None:
     """(T, K) experts and (T, K) weights."""
     assert seen.choice is not None
     shape = seen.choice.experts.shape
-    experts = next((out for out in outputs if _is_indices(out) and out.shape == shape), None)
+    experts = next((i for i, out in enumerate(outputs) if _is_indices(out) and out.shape == shape), None)
     place = next((i for i, out in enumerate(outputs) if _is_later(out, seen) and out.shape == shape), None)
     if experts is None or place is None:
         return None
     weights = _masked(outputs[place], seen)
     outputs = (*outputs[:place], weights, *outputs[place + 1 :])
-    return Answer(outputs, seen.choice.experts, weights.detach())
+    return Answer(outputs, seen.choice.experts, weights.detach(), (experts, place))
 
 
 def _dense(outputs: tuple[Any, ...], seen: Interception) -> Answer | None:
@@ -112,7 +114,7 @@ def _is_indices(out: Any) -> bool:
 
 
 def _is_later(out: Any, seen: Interception) -> bool:
-    return isinstance(out, Tensor) and seen.came_later(out)
+    return isinstance(out, Tensor) and seen.came_later(out) and out.is_floating_point()
 
 
 def _masked(weights: Tensor, seen: Interception) -> Tensor:

@@ -24,7 +24,7 @@ def fit_centroids(trace: RoutingTrace, *, rounds: int = 20, seed: int = 0) -> di
         rows = [*trace.rows(router)]
         if not rows or any(one.hidden is None for one in rows):
             raise ConfigError("the trace has no hidden states; record it with record_routing(..., hidden_states=True)")
-        hidden = torch.from_numpy(np.concatenate([one.hidden for one in rows]))  # type: ignore[misc]
+        hidden = torch.from_numpy(np.concatenate([one.hidden for one in rows]))
         first = torch.from_numpy(np.concatenate([one.experts[:, :1] for one in rows]).astype(np.int64))
         is_kept = first[:, 0] >= 0
         centroids[facts.router] = centroids_of(

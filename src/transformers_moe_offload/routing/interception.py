@@ -29,6 +29,8 @@ Decide = Callable[[Tensor, int, bool], Choice | None]
 
 _SCORE, _TOP_K, _ONE, _GATHER, _MASK = "score", "top_k", "one", "gather", "mask"
 
+_WATCHED = {_TOP_K, _ONE, _GATHER, _MASK}
+
 _KINDS: dict[Any, str] = {
     **dict.fromkeys((torch.softmax, Tensor.softmax, F.softmax, torch.sigmoid, Tensor.sigmoid, F.softplus), _SCORE),
     **dict.fromkeys((torch.topk, Tensor.topk), _TOP_K),
@@ -71,18 +73,15 @@ class Interception(TorchFunctionMode):
         """What torch calls instead of any of its functions."""
         kwargs = kwargs or {}
         kind = _KINDS.get(func)
-        if kind is not None and kind is not _SCORE:
-            out = self._watch(kind, func, args, kwargs)
-        else:
-            out = func(*args, **kwargs)
-        if isinstance(out, Tensor) and out.is_floating_point():
-            if kind is _SCORE or (self._affinities and any(id(arg) in self._affinities for arg in args)):
+        out = self._watch(kind, func, args, kwargs) if kind in _WATCHED else func(*args, **kwargs)
+        if isinstance(out, Tensor):
+            if kind is _SCORE or not self._affinities.keys().isdisjoint(map(id, args)):
                 self._affinities[id(out)] = out
             if self.choice is not None:
                 self._later[id(out)] = out
         return out
 
-    def _watch(self, kind: str, func: Any, args: Any, kwargs: Any) -> Any:
+    def _watch(self, kind: str | None, func: Any, args: Any, kwargs: Any) -> Any:
         source = args[0] if args else kwargs["input"]
         if kind is _TOP_K and self.choice is None and self._is_over_experts(source):
             return self._top(source, args[1] if len(args) > 1 else kwargs["k"], lambda: func(*args, **kwargs))

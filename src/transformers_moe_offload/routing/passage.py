@@ -38,6 +38,8 @@ class Passage:
         self.is_running = False
         self.token_ids: Tensor | None = None
         """(B, S) int64: what was embedded last; None where a forward was given something else than tokens."""
+        self.num_before = 0
+        """Tokens of the same texts that earlier forwards have read."""
         self.inputs: dict[str, Any] = {}
         """The keyword arguments of the forward that runs."""
         self.listeners: list[Listener] = []
@@ -59,6 +61,8 @@ class Passage:
         self.forward += 1
         self.is_running = True
         self.inputs, self.token_ids = kwargs, None
+        cache = kwargs.get("past_key_values")
+        self.num_before = int(cache.get_seq_length()) if cache is not None else 0
         for listener in self.listeners:
             listener.begin(self)
 

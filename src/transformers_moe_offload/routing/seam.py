@@ -21,6 +21,7 @@ from transformers_moe_offload.routing.choice import Choice, RouterCall
 from transformers_moe_offload.routing.hooks import Hooks
 from transformers_moe_offload.routing.interception import Interception
 from transformers_moe_offload.routing.passage import Passage
+from transformers_moe_offload.routing.reading import Reading, find_reading
 from transformers_moe_offload.routing.sites import Site
 from transformers_moe_offload.routing.strategy import RoutingStrategy
 
@@ -59,6 +60,8 @@ class Seam:
         self._has_groups = site.has_groups
         self._passage = passage
         self._watching: list[Interception | None] = []
+        self._reading: Reading | None = None
+        """How to read the answers that follow a prompt; None where they have to be watched."""
 
     def put_on(self, base: nn.Module, site: Site) -> None:
         """Hook up; where the choice is made by the block around the router, it is over when the experts are called."""
@@ -74,7 +77,8 @@ class Seam:
         self._first_forward = self._passage.forward + 1
 
     def _enter(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        if is_asking() or (self.strategy is None and not self.observers):
+        is_read = self._reading is not None and self.strategy is None and self._passage.num_before > 0
+        if is_asking() or (self.strategy is None and not self.observers) or is_read:
             self._watching.append(None)
             return
         seen = Interception(
@@ -110,6 +114,8 @@ class Seam:
     def _leave(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:
         seen = self._stop_watching()
         if seen is None or output is None:
+            if self._reading is not None and self._reading.fits(output) and not is_asking():
+                self._read(self._reading, output, _hidden(args, kwargs))
             return None
         outputs = self._answered(output if isinstance(output, tuple) else (output,), seen, _hidden(args, kwargs))
         return outputs if isinstance(output, tuple) else outputs[0]
@@ -135,6 +141,7 @@ class Seam:
         except UnsupportedModelError as error:
             by = "its own choice" if self.strategy is None else f"{self.strategy}"
             raise UnsupportedModelError(f"{self.path} with {by}: {error}") from error
+        self._reading = find_reading(answer, seen) if self.observers and self._passage.num_before == 0 else None
         # What is computed again for gradients was seen before.
         if self._passage.is_running and self.observers:
             assert seen.scores is not None
@@ -144,6 +151,16 @@ class Seam:
             for observe in self.observers:
                 observe(self.index, decision)
         return answer.outputs
+
+    def _read(self, reading: Reading, outputs: tuple[Any, ...], hidden: Tensor) -> None:
+        """Tell observers about a decision that was not watched."""
+        if not self._passage.is_running or self.strategy is not None:
+            return
+        scores = reading.scoring(outputs[reading.logits].detach().float())
+        experts, weights = outputs[reading.experts], outputs[reading.weights].detach()
+        decision = Decision(scores, reading.has_affinities, experts, weights, hidden)
+        for observe in self.observers:
+            observe(self.index, decision)
 
 
 def _hidden(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:

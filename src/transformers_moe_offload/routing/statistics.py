@@ -12,7 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from transformers_moe_offload.routing import measures
-from transformers_moe_offload.routing.trace import RoutingTrace, Rows, rows_of
+from transformers_moe_offload.routing.trace import RoutingTrace, Rows, rows_of, tokens_of
 from transformers_moe_offload.routing.trace_file import Part
 from transformers_moe_offload.tracing import TraceError
 
@@ -132,12 +132,16 @@ def agreement_of(one: RoutingTrace, other: RoutingTrace) -> list[float]:
     agreements = []
     for router, facts in enumerate(one.routers):
         first, second = ([*trace.rows(router)] for trace in (one, other))
-        ids = [np.concatenate([rows.token_ids for rows in many] or [np.empty(0)]) for many in (first, second)]
-        if not np.array_equal(*ids):
-            raise TraceError(f"the traces have {len(ids[0])} and {len(ids[1])} tokens, and not the same ones in order")
-        chosen = [_stacked(many) for many in (first, second)]
-        agreements.append(float(measures.jaccard(*chosen, facts.num_experts).mean()) if len(ids[0]) else 1.0)
+        ids, others = _token_ids(first), _token_ids(second)
+        if not np.array_equal(ids, others):
+            raise TraceError(f"the traces have {len(ids)} and {len(others)} tokens, and not the same ones in order")
+        agreement = measures.jaccard(_stacked(first), _stacked(second), facts.num_experts)
+        agreements.append(float(agreement.mean()) if len(ids) else 1.0)
     return agreements
+
+
+def _token_ids(many: list[Rows]) -> NDArray[np.int32]:
+    return np.concatenate([rows.token_ids for rows in many]) if many else np.empty(0, np.int32)
 
 
 def _stacked(many: list[Rows]) -> NDArray[np.int16]:
@@ -158,20 +162,22 @@ def _to_next_token(
     is_next = (sequence[1:] == sequence[:-1]) & (position[1:] == position[:-1] + 1)
     counts = measures.together(ordered[:-1][is_next], ordered[1:][is_next])
     followers = int(ordered[1:][is_next].sum())
-    starts = np.flatnonzero(np.r_[True, sequence[1:] != sequence[:-1]]) if len(sequence) else []
-    for start in starts:
+    if not len(sequence):
+        return counts, followers
+    is_new = sequence[1:] != sequence[:-1]
+    for start in np.flatnonzero(np.r_[True, is_new]):
         before = last.get(int(sequence[start]))
         if before is not None and position[start] > 0:
             counts += measures.together(before[None], ordered[start : start + 1])
             followers += int(ordered[start].sum())
-    for end in np.flatnonzero(np.r_[sequence[1:] != sequence[:-1], True]) if len(sequence) else []:
+    for end in np.flatnonzero(np.r_[is_new, True]):
         last[int(sequence[end])] = ordered[end]
     return counts, followers
 
 
 def _to_next_layer(part: Part, router: int, following: int, num_experts: int, columns: int) -> NDArray[np.int64]:
     """Pairs of experts of the same tokens at two routers; tokens that only one of them saw are left out."""
-    here, there = part[f"token.{router}"], part[f"token.{following}"]
+    here, there = tokens_of(part, router), tokens_of(part, following)
     both, first, second = np.intersect1d(here[here >= 0], there[there >= 0], return_indices=True)
     if not len(both):
         return np.zeros((num_experts, columns), np.int64)
@@ -185,5 +191,5 @@ def _visits(part: Part, router: int) -> list[list[int]]:
     calls = part["calls"]
     return [
         sorted({int(expert) for expert in np.unique(experts[first : first + count]) if expert >= 0})
-        for _, first, count, _ in calls[calls[:, 0] == router].tolist()
+        for _, first, count, *_ in calls[calls[:, 0] == router].tolist()
     ]

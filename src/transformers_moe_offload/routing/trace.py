@@ -186,7 +186,7 @@ class RoutingTrace:
         if trace.experts_per_token is not None and len(trace.experts_per_token) < len(layers):
             trace.experts_per_token = None
         for part in self.parts():
-            for router, first, num_rows, step in part["calls"].tolist():
+            for router, first, num_rows, step, _ in part["calls"].tolist():
                 facts = self.routers[router]
                 chosen = part[f"experts.{router}"][first : first + num_rows].astype(np.int64)
                 weights = part[f"weights.{router}"][first : first + num_rows]
@@ -211,7 +211,7 @@ class RoutingTrace:
 
 def rows_of(part: Part, router: int, *, padding: bool = False) -> Rows:
     """What a router did with the tokens of one part."""
-    token = part[f"token.{router}"]
+    token = tokens_of(part, router)
     is_text = token >= 0
     place = np.where(is_text, token, 0)
 
@@ -233,3 +233,13 @@ def rows_of(part: Part, router: int, *, padding: bool = False) -> Rows:
         of_tokens("domain")[kept],
         is_padding[kept],
     )
+
+
+def tokens_of(part: Part, router: int) -> NDArray[np.int64]:
+    """(N,): the index of each row's token in the part, -1 where the rows are no tokens of text."""
+    calls = part["calls"]
+    own = calls[calls[:, 0] == router]
+    # Rows of a call are neighbours, and so are its tokens.
+    starts = np.repeat(own[:, 4] - own[:, 1], own[:, 2])
+    is_text = np.repeat(own[:, 4] >= 0, own[:, 2])
+    return np.where(is_text, starts + np.arange(len(starts)), -1)

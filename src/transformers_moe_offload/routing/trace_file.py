@@ -30,13 +30,13 @@ INDEX = "trace.json"
 Part = dict[str, NDArray[Any]]
 """Arrays of a part, by name:
 
-    calls          (V, 4) int64   router, first of its rows in this part, number of rows, step; in their order
+    calls          (V, 5) int64   router, first of its rows in this part, number of rows, step, first of its tokens in
+                                  this part or -1 where the rows are no tokens of text; in the order of the calls
     token_ids      (M,) int32     -1 where it is not known
     sequence       (M,) int32     which text, over the whole trace
     position       (M,) int32     where in its text
     is_padding     (M,) uint8
     domain         (M,) int16     index into the domains, -1 without one
-    token.R        (N,) int32     index of a row's token in this part, -1 where the rows are no tokens of text
     experts.R      (N, K) int16   -1 fills up
     weights.R      (N, K) float32
     scores.R       (N, E) float16 or float32, if they were recorded
@@ -44,7 +44,7 @@ Part = dict[str, NDArray[Any]]
 """
 
 _COMMON = {"calls": "i", "token_ids": "i", "sequence": "i", "position": "i", "is_padding": "u", "domain": "i"}
-_OF_ROUTER = {"token": "i", "experts": "i", "weights": "f"}
+_OF_ROUTER = {"experts": "i", "weights": "f"}
 
 
 @dataclass(frozen=True)
@@ -142,8 +142,8 @@ def _check(path: Path, part: Mapping[str, NDArray[Any]], index: TraceIndex) -> N
     for name, kind in expected.items():
         if name not in part or part[name].dtype.kind != kind:
             _refuse(path, f"its {name} is {part[name].dtype if name in part else 'missing'}")
-    if part["calls"].ndim != 2 or part["calls"].shape[1] != 4:
-        _refuse(path, f"its calls are {part['calls'].shape}, not (V, 4)")
+    if part["calls"].ndim != 2 or part["calls"].shape[1] != 5:
+        _refuse(path, f"its calls are {part['calls'].shape}, not (V, 5)")
     num_tokens = len(part["token_ids"])
     for name in _COMMON:
         if name != "calls" and part[name].shape != (num_tokens,):
@@ -153,13 +153,14 @@ def _check(path: Path, part: Mapping[str, NDArray[Any]], index: TraceIndex) -> N
         _refuse(path, f"a call is of router {calls[:, 0].max()}, and there are {len(index.routers)}")
     for router, facts in enumerate(index.routers):
         own = calls[calls[:, 0] == router]
-        num_rows, (experts, tokens) = int(own[:, 2].sum()), (part[f"experts.{router}"], part[f"token.{router}"])
+        num_rows, experts = int(own[:, 2].sum()), part[f"experts.{router}"]
         if any(len(part[f"{name}.{router}"]) != num_rows for name in _OF_ROUTER):
             _refuse(path, f"router {router} was called with {num_rows} rows, but has {len(experts)} choices")
         if experts.size and not -1 <= experts.min() <= experts.max() < facts.num_experts:
             _refuse(path, f"router {router} chose expert {experts.max()} of {facts.num_experts}")
-        if tokens.size and not -1 <= tokens.min() <= tokens.max() < num_tokens:
-            _refuse(path, f"router {router} routed token {tokens.max()} of {num_tokens}")
+        of_text = own[own[:, 4] >= 0]
+        if len(of_text) and (of_text[:, 2] + of_text[:, 4]).max() > num_tokens:
+            _refuse(path, f"router {router} routed more tokens than the {num_tokens} that there are")
 
 
 def _write(path: Path, write: Any) -> None:
