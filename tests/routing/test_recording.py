@@ -1,5 +1,6 @@
 """What a recording holds, that it is what happened, and that nothing is lost on the way to disk and back."""
 
+import copy
 import json
 
 import numpy as np
@@ -151,6 +152,14 @@ def test_gradient_checkpointing_records_each_token_once(plain, token_ids):
     with routing.record_routing(plain) as recorder:
         plain(input_ids=token_ids, labels=token_ids).loss.backward()
     assert len(only(recorder.trace).experts) == 18
+
+
+def test_a_copy_that_is_made_meanwhile_is_not_recorded(plain, token_ids):
+    with routing.record_routing(plain) as recorder, torch.no_grad():
+        twin = copy.deepcopy(plain)
+        twin(input_ids=token_ids)
+        plain(input_ids=token_ids[:, :2])
+    assert recorder.trace.num_tokens == 4
 
 
 @pytest.mark.parametrize("name", [name for name in zoo_names() if name not in NOTHING_TO_RECORD])

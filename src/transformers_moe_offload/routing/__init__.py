@@ -10,6 +10,7 @@ from transformers_moe_offload.routing import strategies
 from transformers_moe_offload.routing.calibration import RouterCalibration, calibration
 from transformers_moe_offload.routing.centroids import fit_centroids
 from transformers_moe_offload.routing.choice import Choice, RouterCall
+from transformers_moe_offload.routing.order import reuse_order
 from transformers_moe_offload.routing.recorder import RoutingRecorder, record_routing
 from transformers_moe_offload.routing.strategy import RoutingStrategy, register_strategy, strategy_names
 from transformers_moe_offload.routing.switching import RoutingChange, reset, set_routing
@@ -30,6 +31,7 @@ __all__ = [
     "record_routing",
     "register_strategy",
     "reset",
+    "reuse_order",
     "routing_uncertainty",
     "set_routing",
     "strategies",

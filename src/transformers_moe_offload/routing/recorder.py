@@ -147,7 +147,7 @@ class RoutingRecorder:
                 decision.experts,
                 decision.weights.clone(),  # a block may scale them in place
                 decision.is_kept,
-                decision.hidden if self._keeps_hidden else None,
+                decision.hidden.clone() if self._keeps_hidden else None,
                 self._passage.token_ids,
             )
         )

@@ -9,6 +9,7 @@ hooks do nothing; `switching.py` takes them out.
 from __future__ import annotations
 
 from collections.abc import Callable
+from copy import deepcopy
 from typing import Any, NamedTuple
 
 import torch
@@ -62,6 +63,15 @@ class Seam:
         self._watching: list[Interception | None] = []
         self._reading: Reading | None = None
         """How to read the answers that follow a prompt; None where they have to be watched."""
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Seam:
+        twin = object.__new__(Seam)
+        memo[id(self)] = twin
+        vars(twin).update(vars(self))  # strategies are immutable
+        twin.observers = []  # whoever watches this model does not watch its copies
+        twin._passage = deepcopy(self._passage, memo)
+        twin._watching, twin._reading = [], None
+        return twin
 
     def put_on(self, base: nn.Module, site: Site) -> None:
         """Hook up; where the choice is made by the block around the router, it is over when the experts are called."""
