@@ -53,7 +53,8 @@ def draw_reuse(statistics: Sequence[RouterStatistics]) -> Any:
     by_chance = [100 * float(one.load.sum()) / max(1, one.num_tokens) / one.num_experts for one in statistics]
     right.bar(range(len(statistics)), [100 * one.repeat_rate for one in statistics], color="C0")
     right.plot(range(len(statistics)), by_chance, "k--", lw=1.2, label="experts drawn by lot")
-    right.set(title="Experts that the token before had chosen, too", ylabel="%", ylim=(0, None))
+    right.set(title="Experts that the token before had chosen, too", ylabel="%")
+    right.set_ylim(0, 1.2 * right.get_ylim()[1])  # room for the legend
     right.legend(fontsize=9)
     _finish(left, right, xlabel="router")
     left.set(xlabel="slots, % of the layer's experts")

@@ -21,7 +21,8 @@ def sections_of(trace: RoutingTrace) -> list[Section]:
     routers = range(len(trace.routers))
     statistics = [trace.statistics(router) for router in routers]
     rows = [
-        {"router": trace.routers[router].router, "experts": one.num_experts, **one.figures()}
+        {"router": trace.routers[router].router, "experts": one.num_experts}
+        | {name.replace("_", " "): figure for name, figure in one.figures().items()}
         for router, one in enumerate(statistics)
     ]
     sure = draw_sureness(statistics)
