@@ -159,18 +159,25 @@ def test_from_dict_hands_back_what_is_not_ours_when_transformers_asks():
     assert unused == {"torch_dtype": "auto"}
 
 
-@pytest.mark.parametrize("value", [None, False])
+@pytest.mark.parametrize("value", [None, False, "False", "none"])
 def test_no_offloading_is_no_config(value):
     assert OffloadConfig.make(value) is None
 
 
-@pytest.mark.parametrize("value", [True, "auto", {}, OffloadConfig()])
+@pytest.mark.parametrize("value", [True, "auto", {}, OffloadConfig(), "True", "true", " auto ", "{}"])
 def test_offloading_without_wishes_is_the_default_config(value):
     assert OffloadConfig.make(value) == OffloadConfig()
 
 
 def test_a_dictionary_stands_for_the_config_with_these_fields():
     assert OffloadConfig.make({"cache_budget": "6GiB"}) == OffloadConfig(cache_budget="6GiB")
+
+
+def test_a_command_line_writes_the_dictionary_in_json():
+    text = '{"cache_budget": "40%", "prefetch": {"lookahead": 2}, "mmap": false}'
+    assert OffloadConfig.make(text) == OffloadConfig(cache_budget="40%", prefetch={"lookahead": 2}, mmap=False)
+    with pytest.raises(ConfigError, match=r"begins like a JSON object and is none: .* double quotes"):
+        OffloadConfig.make("{cache_budget: 40%}")
 
 
 @pytest.mark.parametrize("value", ["always", 1.5, ["auto"]])

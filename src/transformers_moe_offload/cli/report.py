@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
 from transformers_moe_offload.cli.failures import one_line_errors, reading
-from transformers_moe_offload.cli.replay import Policies, TraceFile, parse_sizes, play
-from transformers_moe_offload.tracing import Trace, TraceError
+from transformers_moe_offload.cli.replay import Policies, parse_sizes, play
+from transformers_moe_offload.routing import RoutingTrace
+from transformers_moe_offload.routing.report import sections_of
+from transformers_moe_offload.tracing import Replay, Trace, TraceError
+from transformers_moe_offload.tracing.page import Section, make_page, save_page
 from transformers_moe_offload.tracing.report import (
     draw_expert_use,
     draw_hit_rates,
@@ -20,9 +23,22 @@ from transformers_moe_offload.tracing.report import (
 
 
 def report(
-    trace: TraceFile,
+    trace: Annotated[
+        Path,
+        typer.Argument(
+            metavar="TRACE",
+            help="What `moe-offload trace` has written, or the folder of a recording of the routing.",
+            show_default=False,
+        ),
+    ],
     output: Annotated[
-        Path, typer.Option("--output", "-o", help="Folder for the plots; made if it is not there.", show_default=False)
+        Path,
+        typer.Option(
+            "--output",
+            "-o",
+            help="Folder for the plots, made if it is not there; or a file that ends in .html: one page with all.",
+            show_default=False,
+        ),
     ],
     policy: Policies = None,
     slots: Annotated[
@@ -33,26 +49,78 @@ def report(
         ),
     ] = None,
 ) -> None:
-    """Draw hit rates by residency, the use of experts by layer, and stalls over time. Needs the extra `plots`."""
+    """Draw hit rates by residency, the use of experts by layer, and stalls over time. Needs the extra `plots`.
+
+    Of a recording of the routing, also how sure routers are, which experts go together, and what each domain prefers.
+    """
     with one_line_errors():
         make_figure()  # before the replays, which take a while
-        recorded = Trace.load(trace)
+        routed = RoutingTrace.load(trace) if trace.is_dir() else None
+        recorded = Trace.load(trace) if routed is None else routed.to_cache_trace()
         if not recorded.num_asked:
             raise TraceError(f"{trace} holds no visit that wants an expert; record a longer one")
         sizes = _ten_sizes(recorded.total_experts) if slots is None else parse_sizes(slots, recorded.total_experts)
-        with reading(f"cannot make the folder {output}"):
-            output.mkdir(parents=True, exist_ok=True)
+        replays = play(recorded, policy, sizes)
         figures = {
-            "hit-rates.png": draw_hit_rates(play(recorded, policy, sizes), recorded.total_experts),
+            "hit-rates.png": draw_hit_rates(replays, recorded.total_experts),
             "expert-use.png": draw_expert_use(recorded),
             "stalls.png": draw_stalls(recorded),
         }
-        for name, figure in figures.items():
-            if figure is None:
-                typer.echo(f"{name} is left out: the trace has no times")
-            else:
-                save(figure, output / name)
-                typer.echo(str(output / name))
+        if output.suffix.lower() in (".html", ".htm"):
+            sections = [] if routed is None else sections_of(routed)
+            sections += _sections(figures, replays, recorded.total_experts, has_routing=routed is not None)
+            save_page(
+                make_page(f"Trace {trace.name}", str(routed if routed is not None else recorded), sections), output
+            )
+            typer.echo(str(output))
+            return
+        if routed is not None:
+            figures |= {
+                f"{section.title.lower()}.png": section.figure
+                for section in sections_of(routed)
+                if section.figure is not None
+            }
+        _save_figures(figures, output, has_routing=routed is not None)
+
+
+def _sections(
+    figures: dict[str, Any], replays: list[Replay], total_experts: int, *, has_routing: bool
+) -> list[Section]:
+    """What a cache made, or would make, of the trace."""
+    sections = [
+        Section(
+            "Hit rates",
+            "The trace played through the cache with each policy, and Belady's oracle, the limit for all of them.",
+            figures["hit-rates.png"],
+            _rates(replays, total_experts),
+        )
+    ]
+    if not has_routing:
+        sections.append(Section("Experts", "Red: wanted more often than others.", figures["expert-use.png"]))
+    if figures["stalls.png"] is not None:
+        text = "Times of the cache that the trace was recorded with."
+        sections.append(Section("Stalls", text, figures["stalls.png"]))
+    return sections
+
+
+def _rates(replays: list[Replay], total_experts: int) -> list[dict[str, Any]]:
+    """A row for each policy."""
+    rows: dict[str, dict[str, Any]] = {}
+    for played in replays:
+        share = f"{100 * played.num_slots / total_experts:.0f}% of the experts"
+        rows.setdefault(played.policy, {"policy": played.policy})[share] = f"{100 * played.hit_rate:.1f}%"
+    return list(rows.values())
+
+
+def _save_figures(figures: dict[str, Any], folder: Path, *, has_routing: bool) -> None:
+    with reading(f"cannot make the folder {folder}"):
+        folder.mkdir(parents=True, exist_ok=True)
+    for name, figure in figures.items():
+        if figure is not None:
+            save(figure, folder / name)
+            typer.echo(str(folder / name))
+        elif not has_routing:
+            typer.echo(f"{name} is left out: the trace has no times")
 
 
 def _ten_sizes(total_experts: int) -> list[int]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -20,6 +21,7 @@ from transformers_moe_offload.cli.failures import CommandError, one_line_errors,
 from transformers_moe_offload.cli.interruption import Interruption
 from transformers_moe_offload.config import OffloadConfig
 from transformers_moe_offload.hf.top_k import experts_per_token
+from transformers_moe_offload.routing import RoutingTrace, record_routing
 from transformers_moe_offload.tracing import Trace
 
 
@@ -31,6 +33,14 @@ def trace(
     ] = None,
     prompts: Annotated[
         Path | None, typer.Option(help="A text file; generate from each of its lines.", show_default=False)
+    ] = None,
+    routing: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="FOLDER",
+            help="Record there what routers scored and chose, too: a new folder, for `report`.",
+            show_default=False,
+        ),
     ] = None,
     cache_budget: options.CacheBudget = "auto",
     policy: Annotated[str, typer.Option(help="Decides how long the recording takes, never what it holds.")] = "lru",
@@ -69,11 +79,14 @@ def trace(
             loaded = AutoModelForCausalLM.from_pretrained(model, moe_offload=config, **loading, **origin.for_classes())
         set_seed(seed)
         try:
-            recorded, was_stopped = _record(loaded, tokenizer, inputs, sampling)
+            with record_routing(loaded, routing) if routing is not None else nullcontext():
+                recorded, was_stopped = _record(loaded, tokenizer, inputs, sampling)
         finally:
             loaded.moe_offload.close()
         recorded.save(output)
         typer.echo(f"{output}: {recorded}")
+        if routing is not None:
+            typer.echo(f"{routing}: {RoutingTrace.load(routing)}")
         if was_stopped:
             raise typer.Exit(INTERRUPTED)
 

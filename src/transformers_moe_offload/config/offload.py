@@ -14,7 +14,7 @@ from typing import Any, ClassVar, Literal, get_args
 from transformers_moe_offload.config.budget import Budget
 from transformers_moe_offload.config.expert_formats import ExpertFormats
 from transformers_moe_offload.config.formats import HqqFormat, make_format
-from transformers_moe_offload.config.options import choose, with_options
+from transformers_moe_offload.config.options import choose, parsed, with_options
 from transformers_moe_offload.config.prefetch import PrefetchConfig
 from transformers_moe_offload.errors import ConfigError
 
@@ -139,7 +139,12 @@ class OffloadConfig(dict[str, Any]):
 
     @classmethod
     def make(cls, value: OffloadConfig | Mapping[str, Any] | str | bool | None) -> OffloadConfig | None:
-        """The config a `moe_offload=` argument stands for; None where it asks for no offloading."""
+        """The config a `moe_offload=` argument stands for; None where it asks for no offloading.
+
+        Command lines pass on strings, so `"true"`, `"false"`, `"none"` and a JSON object of the fields are understood.
+        """
+        if isinstance(value, str):
+            value = parsed("moe_offload", value)
         if value is None or value is False:
             return None
         if value is True or value == "auto":
@@ -150,7 +155,8 @@ class OffloadConfig(dict[str, Any]):
             made: OffloadConfig = cls.from_dict(dict(value))
             return made
         raise ConfigError(
-            f"moe_offload={value!r} is not an OffloadConfig, a dictionary of its fields, 'auto', True, False or None"
+            f"moe_offload={value!r} is not an OffloadConfig, a dictionary of its fields (or one in JSON), 'auto', "
+            f"True, False or None"
         )
 
     # What Transformers calls on a quantization config.

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import json
 from collections.abc import Iterable, Mapping
 from dataclasses import fields
 from typing import Any, TypeVar
@@ -25,6 +26,23 @@ def refuse_unknown(owner: str, options: Iterable[str], known: list[str]) -> None
             near = difflib.get_close_matches(str(key), known, n=1)
             hint = f"did you mean {near[0]!r}?" if near else f"options are {', '.join(known)}"
             raise ConfigError(f"{owner} has no option {key!r}; {hint}")
+
+
+def parsed(option: str, text: str) -> Any:
+    """What a command line meant by a string: a JSON object, true, false or none in any case; else the string itself."""
+    stripped = text.strip()
+    words = {"true": True, "false": False, "none": None, "null": None}
+    if stripped.lower() in words:
+        return words[stripped.lower()]
+    if not stripped.startswith("{"):
+        return stripped
+    try:
+        return json.loads(stripped)
+    except json.JSONDecodeError as error:
+        raise ConfigError(
+            f"{option}={text!r} begins like a JSON object and is none: {error}. Names and strings need double quotes, "
+            f"and the shell must leave them alone"
+        ) from error
 
 
 def choose(option: str, value: object, choices: tuple[Any, ...]) -> None:

@@ -4,12 +4,31 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from transformers_moe_offload.hf.layouts import ExpertsLayout
+
+_is_asking: ContextVar[bool] = ContextVar("_is_asking", default=False)
+
+
+def is_asking() -> bool:
+    """Whether a router runs only to be asked here, and not because the model does: nothing of it is to be recorded."""
+    return _is_asking.get()
+
+
+@contextmanager
+def _asking() -> Iterator[None]:
+    token = _is_asking.set(True)
+    try:
+        yield
+    finally:
+        _is_asking.reset(token)
 
 
 class Choices(NamedTuple):
@@ -36,7 +55,8 @@ def choices_of_block(
 def choices_of_router(router: nn.Module, hidden: Tensor) -> list[list[int]] | None:
     """The experts that a router names for hidden (T, H); None where it answers in a way that we do not know."""
     try:
-        outputs = router(hidden)
+        with _asking():
+            outputs = router(hidden)
     except _CANNOT_RUN:
         return None
     indices = [out for out in outputs if isinstance(out, Tensor) and not out.is_floating_point()]
@@ -75,7 +95,8 @@ def _inputs_of_experts(block: nn.Module, experts: nn.Module, hidden: Tensor) -> 
 
     hook = experts.register_forward_pre_hook(stop, prepend=True, with_kwargs=True)
     try:
-        block(hidden)
+        with _asking():
+            block(hidden)
     except _ReachedExpertsError as reached:
         return reached.inputs
     finally:

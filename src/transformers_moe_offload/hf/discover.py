@@ -8,7 +8,7 @@ from torch import nn
 
 from transformers_moe_offload.errors import UnsupportedModelError
 from transformers_moe_offload.expert import ExpertSpec, FieldSpec
-from transformers_moe_offload.hf.layer import SparseLayer, bind
+from transformers_moe_offload.hf.layer import OffloadedExperts, SparseLayer, bind, layer_of
 from transformers_moe_offload.hf.layouts import ExpertsLayout, layout_of
 from transformers_moe_offload.hf.placeholders import take_out
 from transformers_moe_offload.memory.record import dtype_name
@@ -20,6 +20,15 @@ def find_experts(model: nn.Module) -> Iterator[tuple[str, nn.Module, ExpertsLayo
         layout = layout_of(module)
         if layout is not None:
             yield name, module, layout
+
+
+def experts_of(model: nn.Module) -> Iterator[tuple[str, nn.Module, int]]:
+    """Every module that holds routed experts, offloaded or not, with its path and the number of experts."""
+    for name, module in model.named_modules():
+        if isinstance(module, OffloadedExperts):
+            yield name, module, layer_of(module).num_experts
+        elif (layout := layout_of(module)) is not None:
+            yield name, module, layout.num_experts(module)
 
 
 def expert_spec(index: int, name: str, module: nn.Module, layout: ExpertsLayout) -> ExpertSpec:

@@ -1,0 +1,39 @@
+"""Instruments for research on routing: let another strategy choose the experts, and record what was chosen.
+
+from transformers_moe_offload import routing
+
+with routing.set_routing(model, "random", seed=1):
+    model(**inputs)
+"""
+
+from transformers_moe_offload.routing import strategies
+from transformers_moe_offload.routing.calibration import RouterCalibration, calibration
+from transformers_moe_offload.routing.centroids import fit_centroids
+from transformers_moe_offload.routing.choice import Choice, RouterCall
+from transformers_moe_offload.routing.order import reuse_order
+from transformers_moe_offload.routing.recorder import RoutingRecorder, record_routing
+from transformers_moe_offload.routing.strategy import RoutingStrategy, register_strategy, strategy_names
+from transformers_moe_offload.routing.switching import RoutingChange, reset, set_routing
+from transformers_moe_offload.routing.trace import RoutingTrace
+from transformers_moe_offload.routing.uncertainty import RoutingUncertainty, routing_uncertainty
+
+__all__ = [
+    "Choice",
+    "RouterCalibration",
+    "RouterCall",
+    "RoutingChange",
+    "RoutingRecorder",
+    "RoutingStrategy",
+    "RoutingTrace",
+    "RoutingUncertainty",
+    "calibration",
+    "fit_centroids",
+    "record_routing",
+    "register_strategy",
+    "reset",
+    "reuse_order",
+    "routing_uncertainty",
+    "set_routing",
+    "strategies",
+    "strategy_names",
+]

@@ -1,0 +1,123 @@
+"""Read and correct what a router answers, whatever form it has, and make sure that a choice of ours came out of it.
+
+Four forms of Transformers 5.23: experts and weights for each token (nearly all); a row of scores that is zero for all
+experts but the chosen ones (Llama 4); a one-hot row for one expert (Switch Transformers); and pairs sorted by expert
+(JetMoE). An answer in another form, or with another choice than ours in it, is refused: a strategy that a model does
+not follow must not go unnoticed.
+"""
+
+# B sequences, S their length, T = B * S tokens, K experts per token, E experts, P = T * K pairs
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from transformers_moe_offload.errors import UnsupportedModelError
+from transformers_moe_offload.routing.interception import Interception
+
+
+class Answer(NamedTuple):
+    """What a router answered, read."""
+
+    outputs: tuple[Any, ...]
+    """The answer itself, with what had to be corrected."""
+    experts: Tensor
+    """(T, K) int64: what was chosen. An answer may name others where an expert has no weights to run."""
+    weights: Tensor
+    """(T, K), zero for entries that only fill up a row."""
+    places: tuple[int, int] | None = None
+    """Of experts and weights among the outputs, where they are there as they are."""
+
+
+def read_answer(outputs: tuple[Any, ...], seen: Interception) -> Answer:
+    """Read what came out of a router while `seen` watched it; raises `UnsupportedModelError` if it cannot be read."""
+    if seen.choice is None:
+        raise UnsupportedModelError(
+            "the router chose its experts in a way that cannot be watched: neither by topk or max over all experts nor "
+            "from a table"
+        )
+    if seen.own_experts is not None:
+        outputs = tuple(seen.choice.experts if out is seen.own_experts else out for out in outputs)
+    found = _indexed(outputs, seen) or _dense(outputs, seen) or _one_hot(outputs, seen) or _sorted(outputs, seen)
+    if found is None:
+        shapes = ", ".join(str(tuple(out.shape)) for out in outputs if isinstance(out, Tensor))
+        raise UnsupportedModelError(
+            f"the router was to take experts {tuple(seen.choice.experts.shape)} and answered with {shapes}, in which "
+            f"they cannot be found; it may be made for its own number of experts alone"
+        )
+    return found
+
+
+def _indexed(outputs: tuple[Any, ...], seen: Interception) -> Answer | None:
+    """(T, K) experts and (T, K) weights."""
+    assert seen.choice is not None
+    shape = seen.choice.experts.shape
+    experts = next((i for i, out in enumerate(outputs) if _is_indices(out) and out.shape == shape), None)
+    place = next((i for i, out in enumerate(outputs) if _is_later(out, seen) and out.shape == shape), None)
+    if experts is None or place is None:
+        return None
+    weights = _masked(outputs[place], seen)
+    outputs = (*outputs[:place], weights, *outputs[place + 1 :])
+    return Answer(outputs, seen.choice.experts, weights.detach(), (experts, place))
+
+
+def _dense(outputs: tuple[Any, ...], seen: Interception) -> Answer | None:
+    """(T, E) scores, zero for the experts that are not chosen."""
+    assert seen.scores is not None
+    assert seen.choice is not None
+    if any(_is_indices(out) for out in outputs):
+        return None
+    place = next((i for i, out in enumerate(outputs) if _is_later(out, seen) and out.shape == seen.scores.shape), None)
+    if place is None:
+        return None
+    experts, is_kept = seen.choice
+    if is_kept is not None:
+        kept = torch.zeros_like(outputs[place], dtype=torch.bool).scatter(1, experts, is_kept)
+        outputs = (*outputs[:place], outputs[place].masked_fill(~kept, 0), *outputs[place + 1 :])
+    return Answer(outputs, experts, outputs[place].detach().gather(1, experts))
+
+
+def _one_hot(outputs: tuple[Any, ...], seen: Interception) -> Answer | None:
+    """(B, S, E) zeros and a one, and (B, S, 1) weights."""
+    assert seen.scores is not None
+    assert seen.choice is not None
+    hot = next((out for out in outputs if _is_indices(out) and out.shape[-1] == seen.scores.shape[-1]), None)
+    weights = next((out for out in outputs if _is_later(out, seen) and out.shape[-1] == 1), None)
+    if hot is None or hot.dim() != 3 or weights is None or seen.choice.experts.shape[-1] != 1:
+        return None
+    # Tokens beyond an expert's capacity go nowhere: their row is all zeros.
+    is_routed = hot.reshape(seen.scores.shape).gather(1, seen.choice.experts)
+    return Answer(outputs, seen.choice.experts, weights.detach().reshape(-1, 1) * is_routed)
+
+
+def _sorted(outputs: tuple[Any, ...], seen: Interception) -> Answer | None:
+    """(P,) places of pairs in the order of their experts, (P,) their tokens, (P,) their weights."""
+    assert seen.choice is not None
+    experts, is_kept = seen.choice
+    order, tokens, weights = (*outputs, None, None, None)[:3]
+    if not all(isinstance(out, Tensor) and out.shape == (experts.numel(),) for out in (order, tokens, weights)):
+        return None
+    if not torch.equal(order // experts.shape[-1], tokens):
+        return None
+    if is_kept is not None:
+        weights = weights.masked_fill(~is_kept.flatten()[order], 0)
+        outputs = (order, tokens, weights, *outputs[3:])
+    flat = torch.empty_like(weights).index_copy(0, order, weights.detach())
+    return Answer(outputs, experts, flat.reshape(experts.shape))
+
+
+def _is_indices(out: Any) -> bool:
+    return isinstance(out, Tensor) and not out.is_floating_point()
+
+
+def _is_later(out: Any, seen: Interception) -> bool:
+    return isinstance(out, Tensor) and seen.came_later(out) and out.is_floating_point()
+
+
+def _masked(weights: Tensor, seen: Interception) -> Tensor:
+    assert seen.choice is not None
+    is_kept = seen.choice.is_kept
+    return weights if is_kept is None else weights.masked_fill(~is_kept, 0)

@@ -1,0 +1,206 @@
+"""Gather what routers decided into arrays, until they are worth a part of a trace.
+
+Steps are kept as they come, tensors and all, and copied some dozens at a time: while a model decodes, a step is a few
+small tensors for each router, and copying each by itself would cost more than the routing.
+"""
+
+# B sequences, S their length, N tokens at one router, K experts per token, E experts, H hidden
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from transformers_moe_offload.routing.trace_file import Part
+
+_FEW_ROWS = 512
+"""Rows of all routers that may wait to be copied: some dozens of decode steps, or one prompt."""
+
+
+class CallRecord(NamedTuple):
+    """One call of one router."""
+
+    router: int
+    scores: Tensor | None
+    experts: Tensor
+    weights: Tensor
+    is_kept: Tensor | None
+    hidden: Tensor | None
+    token_ids: Tensor | None
+
+
+class StepRecord(NamedTuple):
+    """One forward."""
+
+    calls: list[CallRecord]
+    before: int
+    """Tokens of the same texts that earlier forwards have read."""
+    mask: Tensor | None
+    """The attention mask, (B, tokens so far)."""
+    domain: int
+
+
+class RoutingBuffer:
+    """Turns steps into parts. `scores` is the dtype in which scores are kept."""
+
+    def __init__(self, num_routers: int, scores: torch.dtype | None) -> None:
+        self.num_steps = 0
+        """Of the whole trace, as the following."""
+        self.num_tokens = 0
+        self._num_routers = num_routers
+        self._scores = scores
+        self._num_sequences = 0
+        self._waiting: list[StepRecord] = []
+        self._waiting_rows = self._waiting_bytes = 0
+        self._clear()
+
+    def add(self, step: StepRecord) -> None:
+        """Keep a step."""
+        self._waiting.append(step)
+        self._waiting_rows += sum(len(call.experts) for call in step.calls)
+        self._waiting_bytes += sum(_nbytes(call) for call in step.calls)
+        if self._waiting_rows >= _FEW_ROWS:
+            self._settle()
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes gathered and waiting."""
+        return self._nbytes + self._waiting_bytes
+
+    def take(self) -> Part | None:
+        """What was gathered, as a part; None if there is nothing."""
+        self._settle()
+        if not self._calls:
+            return None
+        part = _joined(self._calls, self._tokens, self._rows, self._num_routers)
+        self._clear()
+        return part
+
+    def _clear(self) -> None:
+        self._nbytes = 0
+        self._part_tokens = 0
+        self._calls: list[tuple[int, int, int, int, int]] = []
+        self._num_rows = [0] * self._num_routers
+        self._rows: dict[str, list[NDArray[Any]]] = {}
+        self._tokens: dict[str, list[NDArray[Any]]] = {name: [] for name in _TOKEN_DTYPES}
+
+    def _settle(self) -> None:
+        """Copy what waits."""
+        calls = [call for step in self._waiting for call in step.calls]
+        columns = {
+            "experts": _arrays([call.experts for call in calls], torch.int16),
+            "weights": _arrays([call.weights for call in calls], torch.float32),
+            "scores": _arrays([call.scores for call in calls], self._scores),
+            "hidden": _arrays([call.hidden for call in calls], torch.float32),
+        }
+        number = 0
+        for step in self._waiting:
+            texts: dict[int, int] = {}
+            for call in step.calls:
+                num_rows = len(call.experts)
+                first = self._first_token(call, num_rows, step, texts)
+                self._calls.append((call.router, self._num_rows[call.router], num_rows, self.num_steps, first))
+                self._num_rows[call.router] += num_rows
+                for name, arrays in columns.items():
+                    array = arrays[number]
+                    if array is not None:
+                        if name == "experts" and call.is_kept is not None:
+                            array = np.where(call.is_kept.cpu().numpy(), array, np.int16(-1))
+                        self._rows.setdefault(f"{name}.{call.router}", []).append(array)
+                        self._nbytes += array.nbytes
+                number += 1
+            self.num_steps += 1
+        self._waiting = []
+        self._waiting_rows = self._waiting_bytes = 0
+
+    def _first_token(self, call: CallRecord, num_rows: int, step: StepRecord, texts: dict[int, int]) -> int:
+        """Where the call's tokens are among those of the part; -1 where its rows are no tokens of text."""
+        ids = call.token_ids
+        if ids is None or ids.numel() != num_rows:
+            return -1
+        if id(ids) not in texts:
+            texts[id(ids)] = self._part_tokens
+            self._add_tokens(ids, step)
+        return texts[id(ids)]
+
+    def _add_tokens(self, ids: Tensor, step: StepRecord) -> None:
+        batch, length = ids.shape
+        if step.before == 0 or self._num_sequences < batch:
+            self._num_sequences += batch
+        mask, padding = step.mask, np.zeros((batch, length), np.uint8)
+        if mask is not None and mask.dim() == 2 and mask.shape[0] == batch and mask.shape[1] >= length:
+            padding = (mask[:, -length:] == 0).cpu().numpy().astype(np.uint8)
+        sequences = np.arange(self._num_sequences - batch, self._num_sequences, dtype=np.int32)
+        positions = np.arange(step.before, step.before + length, dtype=np.int32)
+        found: dict[str, NDArray[Any]] = {
+            "token_ids": ids.reshape(-1).cpu().numpy().astype(np.int32),
+            "sequence": np.repeat(sequences, length),
+            "position": np.tile(positions, batch),
+            "is_padding": padding.reshape(-1),
+            "domain": np.full(batch * length, step.domain, np.int16),
+        }
+        for name, array in found.items():
+            self._tokens[name].append(array)
+            self._nbytes += array.nbytes
+        self._part_tokens += batch * length
+        self.num_tokens += batch * length
+
+
+def _nbytes(call: CallRecord) -> int:
+    return sum(one.nbytes for one in (call.scores, call.experts, call.weights, call.hidden) if one is not None)
+
+
+_TOKEN_DTYPES: dict[str, np.dtype[Any]] = {
+    "token_ids": np.dtype(np.int32),
+    "sequence": np.dtype(np.int32),
+    "position": np.dtype(np.int32),
+    "is_padding": np.dtype(np.uint8),
+    "domain": np.dtype(np.int16),
+}
+
+
+def _arrays(tensors: Sequence[Tensor | None], dtype: torch.dtype | None) -> list[NDArray[Any] | None]:
+    """Tensors as arrays; those that are alike are copied together."""
+    arrays: list[NDArray[Any] | None] = [None] * len(tensors)
+    if dtype is None:
+        return arrays
+    alike: dict[tuple[Any, ...], list[int]] = {}
+    for place, tensor in enumerate(tensors):
+        if tensor is not None:
+            alike.setdefault((tensor.shape, tensor.device, tensor.dtype), []).append(place)
+    for places in alike.values():
+        together = torch.stack([tensors[place] for place in places]).to("cpu", dtype)  # type: ignore[misc]  # sync
+        for place, array in zip(places, together.numpy(), strict=True):
+            arrays[place] = array
+    return arrays
+
+
+def _joined(
+    calls: list[tuple[int, int, int, int, int]],
+    tokens: dict[str, list[NDArray[Any]]],
+    rows: dict[str, list[NDArray[Any]]],
+    num_routers: int,
+) -> Part:
+    part: Part = {"calls": np.array(calls, np.int64)}
+    for router in range(num_routers):
+        part[f"experts.{router}"] = np.empty((0, 1), np.int16)
+        part[f"weights.{router}"] = np.empty((0, 1), np.float32)
+    for name, many in tokens.items():
+        part[name] = np.concatenate([np.empty(0, _TOKEN_DTYPES[name]), *many])
+    for name, many in rows.items():
+        part[name] = np.concatenate(_widened(many, -1 if name.startswith("experts") else 0))
+    return part
+
+
+def _widened(many: list[NDArray[Any]], filling: int) -> list[NDArray[Any]]:
+    """(N, K) each, with K as large as the largest, filled up with what is no expert."""
+    width = max(array.shape[1] for array in many)
+    if all(array.shape[1] == width for array in many):
+        return many
+    pad: Callable[..., NDArray[Any]] = np.pad
+    return [pad(array, ((0, 0), (0, width - array.shape[1])), constant_values=filling) for array in many]

@@ -1,0 +1,132 @@
+"""Draw the statistics of a routing trace. Needs matplotlib, of the extras `plots` and `research`."""
+
+# R routers, E most experts of a router, D domains
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from transformers_moe_offload.routing.statistics import RouterStatistics
+from transformers_moe_offload.tracing.report import make_figure
+
+
+def draw_sureness(statistics: Sequence[RouterStatistics]) -> Any:
+    """Entropy, and margin between chosen and rejected, router by router; None where no scores were recorded."""
+    if not all(one.entropy.size for one in statistics):
+        return None
+    figure = make_figure()
+    left, right = figure.subplots(1, 2)
+    margins = [one.margin[np.isfinite(one.margin)] for one in statistics]
+    _bands(left, [one.entropy / np.log2(max(2, one.num_experts)) for one in statistics], "C0")
+    _bands(right, [margin if margin.size else np.zeros(1) for margin in margins], "C1")
+    left.set(title="How undecided routers are", ylabel="entropy, 1 = no preference", ylim=(0, 1))
+    right.set(title="By how much they prefer what they choose", ylabel="least chosen less best rejected, probability")
+    right.axhline(0, color="0.5", lw=1)
+    left.legend(loc="lower right", fontsize=9)
+    _finish(left, right, xlabel="router")
+    return figure
+
+
+def draw_load(statistics: Sequence[RouterStatistics]) -> Any:
+    """A heat map of how often each expert was chosen: each row a router, each column an expert."""
+    uses = np.full((len(statistics), max(one.num_experts for one in statistics)), np.nan)
+    for row, one in enumerate(statistics):
+        uses[row, : one.num_experts] = one.load / max(one.load.mean(), 1e-9)
+    return _heat_map(uses, "How often each expert was chosen", "router", vmax=2, label="1 = its router's average")
+
+
+def draw_reuse(statistics: Sequence[RouterStatistics]) -> Any:
+    """What an LRU cache of its own would hit in each layer, and how many experts stay from a token to the next."""
+    figure = make_figure()
+    left, right = figure.subplots(1, 2)
+    for number, one in enumerate(statistics):
+        slots = range(1, one.num_experts + 1)
+        rates = [100 * one.lru_hit_rate(num_slots) for num_slots in slots]
+        colour = (0.1, 0.3, 0.6, 0.35 + 0.6 * number / max(1, len(statistics) - 1))
+        left.plot([100 * num / one.num_experts for num in slots], rates, color=colour, lw=1.4)
+    left.set(title="Hits of a least-recently-used cache, a line for each router", xlim=(0, 100), ylim=(0, 100))
+    left.set(ylabel="experts resident when asked for, %")
+    by_chance = [100 * float(one.load.sum()) / max(1, one.num_tokens) / one.num_experts for one in statistics]
+    right.bar(range(len(statistics)), [100 * one.repeat_rate for one in statistics], color="C0")
+    right.plot(range(len(statistics)), by_chance, "k--", lw=1.2, label="experts drawn by lot")
+    right.set(title="Experts that the token before had chosen, too", ylabel="%")
+    right.set_ylim(0, 1.2 * right.get_ylim()[1])  # room for the legend
+    right.legend(fontsize=9)
+    _finish(left, right, xlabel="router")
+    left.set(xlabel="slots, % of the layer's experts")
+    return figure
+
+
+def draw_preferences(preferences: Sequence[NDArray[np.float64]], domains: Sequence[str]) -> Any:
+    """Heat maps of each domain's preferences, side by side: each row a router, each column an expert."""
+    width = max(one.shape[1] for one in preferences)
+    figure = make_figure(min(16, 3 + 3.6 * len(domains)), min(8, 1.8 + 0.3 * len(preferences)))
+    for number, (axes, domain) in enumerate(
+        zip(figure.subplots(1, len(domains), squeeze=False)[0], domains, strict=True)
+    ):
+        values = np.full((len(preferences), width), np.nan)
+        for row, one in enumerate(preferences):
+            values[row, : one.shape[1]] = one[number]
+        image = axes.imshow(values, vmin=0, vmax=2, cmap="RdBu_r", aspect="auto", interpolation="nearest")
+        axes.set(title=domain, xlabel="expert", ylabel="router" if not number else "")
+    figure.colorbar(image, ax=figure.axes, extend="max", label="1 = average of the domains")
+    return figure
+
+
+def draw_pairs(one: RouterStatistics, router: int) -> Any:
+    """Which experts of a router go together, and which follow each other, against what chance would do."""
+    figure = make_figure()
+    left, right = figure.subplots(1, 2)
+    together = one.co_activation.astype(np.float64)
+    np.fill_diagonal(together, 0)
+    _lift(left, together, one.load, f"Chosen by the same token, router {router}")
+    _lift(right, one.next_token.astype(np.float64), one.load, "Chosen by a token, and then by the next")
+    left.set(xlabel="expert", ylabel="expert")
+    right.set(xlabel="expert of the next token", ylabel="expert of a token")
+    figure.colorbar(left.images[0], ax=[left, right], extend="max", label="1 = as often as by chance")
+    return figure
+
+
+def _lift(axes: Any, counts: NDArray[np.float64], load: NDArray[np.int64], title: str) -> None:
+    expected = np.outer(load, load).astype(np.float64)
+    np.fill_diagonal(expected, np.where(np.diag(counts) > 0, np.diag(expected), 0))
+    expected *= counts.sum() / max(expected.sum(), 1)
+    lift = np.where(expected > 0, counts / np.where(expected > 0, expected, 1), np.nan)
+    axes.set_facecolor("0.85")
+    axes.imshow(lift, vmin=0, vmax=3, cmap="viridis", interpolation="nearest")
+    axes.set(title=title)
+
+
+def _bands(axes: Any, values: Sequence[NDArray[np.float64]], colour: str) -> None:
+    """Median, quartiles and tenths of each router's tokens."""
+    places = np.arange(len(values))
+    tenth, quarter, middle, three, nine = (
+        np.array([np.quantile(v, q) for v in values]) for q in (0.1, 0.25, 0.5, 0.75, 0.9)
+    )
+    axes.fill_between(places, tenth, nine, color=colour, alpha=0.15, lw=0, label="80% of the tokens")
+    axes.fill_between(places, quarter, three, color=colour, alpha=0.3, lw=0, label="half of them")
+    axes.plot(places, middle, color=colour, marker="o", ms=3.5, lw=1.5, label="median")
+
+
+def _heat_map(values: NDArray[np.float64], title: str, rows: str, *, vmax: float, label: str) -> Any:
+    figure = make_figure(min(14, 3 + 0.3 * values.shape[1]), min(10, 1.6 + 0.3 * values.shape[0]))
+    axes = figure.subplots()
+    axes.set_facecolor("0.85")
+    image = axes.imshow(values, vmin=0, vmax=vmax, cmap="RdBu_r", aspect="auto", interpolation="nearest")
+    axes.set(title=title, xlabel="expert", ylabel=rows)
+    axes.xaxis.get_major_locator().set_params(integer=True)
+    axes.yaxis.get_major_locator().set_params(integer=True)
+    figure.colorbar(image, extend="max", label=label)
+    return figure
+
+
+def _finish(*many: Any, xlabel: str) -> None:
+    for axes in many:
+        axes.set(xlabel=xlabel)
+        axes.grid(alpha=0.3)
+        axes.spines[["top", "right"]].set_visible(False)
+        axes.xaxis.get_major_locator().set_params(integer=True)

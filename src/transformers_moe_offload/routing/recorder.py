@@ -1,0 +1,184 @@
+"""Write down what routers decide while a model runs.
+
+Tensors are only put aside here; `buffer.py` copies them, and once it is full it becomes a part of the trace, on disk or
+in memory. What that trace can tell is `trace.py`'s business.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import replace
+from typing import Any, Literal, get_args
+
+import torch
+from torch import Tensor
+
+from transformers_moe_offload.config.budget import Budget
+from transformers_moe_offload.config.options import choose
+from transformers_moe_offload.errors import ConfigError
+from transformers_moe_offload.routing.buffer import CallRecord, RoutingBuffer, StepRecord
+from transformers_moe_offload.routing.passage import Passage, passage_of
+from transformers_moe_offload.routing.seam import Decision
+from transformers_moe_offload.routing.sites import Site, find_sites, select, unwrapped
+from transformers_moe_offload.routing.switching import Layers, observe, stop_observing
+from transformers_moe_offload.routing.trace import RoutingTrace
+from transformers_moe_offload.routing.trace_file import Part, RouterFacts, TraceIndex, new_folder, write_part
+
+Scores = Literal["float16", "float32"]
+
+
+@contextmanager
+def record_routing(
+    model: Any,
+    path: str | os.PathLike[str] | None = None,
+    *,
+    layers: Layers = None,
+    scores: Scores | None = "float16",
+    hidden_states: bool = False,
+    buffer_size: int | str = "64MiB",
+) -> Iterator[RoutingRecorder]:
+    """Record the routing of a model inside a `with` block.
+
+        with routing.record_routing(model, "trace") as recorder:
+            recorder.domain = "code"
+            model.generate(**inputs)
+        trace = recorder.trace
+
+    Args:
+        model: plain or offloaded, under a strategy or not.
+        path: a new folder, to which the recording is streamed; None keeps it in memory, which then grows.
+        layers: numbers or module paths of routers; None means all.
+        scores: the precision in which all experts' scores are kept, or None to keep choices and weights only.
+        hidden_states: whether to keep what the routers are given, for `fit_centroids`.
+        buffer_size: bytes that are gathered before they are written.
+    """
+    recorder = RoutingRecorder(model, path, layers, scores, hidden_states, buffer_size)
+    recorder.start()
+    try:
+        yield recorder
+    finally:
+        recorder.stop()
+
+
+class RoutingRecorder:
+    """What `record_routing` gives: set `domain` as you go along, and take `trace` in the end."""
+
+    def __init__(
+        self,
+        model: Any,
+        path: str | os.PathLike[str] | None,
+        layers: Layers,
+        scores: Scores | None,
+        hidden_states: bool,
+        buffer_size: int | str,
+    ) -> None:
+        if scores is not None:
+            choose("scores", scores, get_args(Scores))
+        budget = Budget.parse(buffer_size, "buffer_size")
+        if budget.nbytes is None or budget.nbytes < 1:
+            raise ConfigError(f"buffer_size={buffer_size!r} is not a number of bytes, like '64MiB'")
+        self.domain: str | None = None
+        """What the tokens from now on belong to; `RoutingTrace` compares domains by it."""
+        self._model = model
+        self._base = unwrapped(model)
+        self._sites = select(find_sites(model), layers)
+        self._place = {site.index: place for place, site in enumerate(self._sites)}
+        self._index = TraceIndex(type(self._base).__name__, [_facts(site) for site in self._sites])
+        self._folder = None if path is None else new_folder(path)
+        self._scores = None if scores is None else getattr(torch, scores)
+        self._keeps_hidden = hidden_states
+        self._buffer_bytes = budget.nbytes
+        self._buffer = RoutingBuffer(len(self._sites), self._scores)
+        self._parts: list[Part] = []
+        self._passage: Passage | None = None
+        self._calls: list[CallRecord] = []
+        self._before = 0
+
+    @property
+    def trace(self) -> RoutingTrace:
+        """What was recorded; complete once the `with` block has been left."""
+        return RoutingTrace(self._index, self._folder if self._folder is not None else list(self._parts))
+
+    def start(self) -> None:
+        """Begin with the next forward."""
+        observe(self._model, self._sites, self._observe)
+        self._passage = passage_of(self._base)
+        self._passage.listeners.append(self)
+
+    def stop(self) -> None:
+        """End, and write what is in the buffer."""
+        if self._passage is not None:
+            self._passage.listeners.remove(self)
+            self._passage = None
+        stop_observing(self._model, self._observe)
+        self._flush()
+        if self._folder is not None:
+            self._index.write(self._folder)
+
+    # What a passage and seams call.
+
+    def begin(self, passage: Passage) -> None:
+        """A forward starts."""
+        self._before = passage.num_before  # the cache grows while it runs
+        self._calls = []
+
+    def end(self, passage: Passage) -> None:
+        """It is over, so that its decisions count."""
+        if self._calls:
+            mask = passage.inputs.get("attention_mask")
+            mask = mask if isinstance(mask, Tensor) else None
+            self._buffer.add(StepRecord(self._calls, self._before, mask, self._domain_number()))
+            if self._buffer.nbytes >= self._buffer_bytes:
+                self._flush()
+
+    def _observe(self, router: int, decision: Decision) -> None:
+        assert self._passage is not None
+        place = self._place[router]
+        if decision.has_affinities != self._index.routers[place].has_affinities:
+            self._index.routers[place] = replace(self._index.routers[place], has_affinities=decision.has_affinities)
+        if decision.scores.shape[1] != self._index.routers[place].num_experts:
+            self._index.routers[place] = replace(self._index.routers[place], num_experts=decision.scores.shape[1])
+        self._calls.append(
+            CallRecord(
+                place,
+                decision.scores if self._scores is not None else None,
+                decision.experts,
+                decision.weights.clone(),  # a block may scale them in place
+                decision.is_kept,
+                decision.hidden.clone() if self._keeps_hidden else None,
+                self._passage.token_ids,
+            )
+        )
+
+    def _domain_number(self) -> int:
+        if self.domain is None:
+            return -1
+        if self.domain not in self._index.domains:
+            self._index.domains.append(self.domain)
+        return self._index.domains.index(self.domain)
+
+    def _flush(self) -> None:
+        part = self._buffer.take()
+        self._index.num_steps, self._index.num_tokens = self._buffer.num_steps, self._buffer.num_tokens
+        if part is None:
+            return
+        if self._folder is None:
+            self._parts.append(part)
+        else:
+            self._index.parts.append(write_part(self._folder, len(self._index.parts), part))
+            self._index.write(self._folder)
+
+
+def _facts(site: Site) -> RouterFacts:
+    return RouterFacts(
+        site.index,
+        site.path,
+        site.num_experts,
+        site.num_experts,
+        site.top_k,
+        has_affinities=False,
+        layers=site.layers,
+        experts_paths=site.experts_paths,
+    )

@@ -1,0 +1,196 @@
+"""Where a strategy and a model meet: hooks around one router.
+
+While the router runs, an `Interception` lets the strategy choose, and observers see what was chosen. With neither, the
+hooks do nothing; `switching.py` takes them out.
+"""
+
+# T tokens, K experts per token, E experts, H hidden
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from copy import deepcopy
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from transformers_moe_offload.errors import MoeOffloadError, UnsupportedModelError
+from transformers_moe_offload.hf.choices import is_asking
+from transformers_moe_offload.routing.answer import read_answer
+from transformers_moe_offload.routing.choice import Choice, RouterCall
+from transformers_moe_offload.routing.hooks import Hooks
+from transformers_moe_offload.routing.interception import Interception
+from transformers_moe_offload.routing.passage import Passage
+from transformers_moe_offload.routing.reading import Reading, find_reading
+from transformers_moe_offload.routing.sites import Site
+from transformers_moe_offload.routing.strategy import RoutingStrategy
+
+
+class Decision(NamedTuple):
+    """What one router did with the tokens of a forward."""
+
+    scores: Tensor
+    """(T, E): what experts were ranked by."""
+    has_affinities: bool
+    experts: Tensor
+    """(T, K) int64."""
+    weights: Tensor
+    """(T, K): what the experts' outputs are multiplied by."""
+    hidden: Tensor
+    """(T, H): what the router was given."""
+    is_kept: Tensor | None = None
+    """(T, K) bool: False for entries that only fill up a row; None where all count."""
+
+
+Observer = Callable[[int, Decision], None]
+"""Called with the number of the router and what it did."""
+
+
+class Seam:
+    """The hooks around the router of a site."""
+
+    def __init__(self, site: Site, passage: Passage) -> None:
+        self.index = site.index
+        self.path = site.path
+        self.strategy: RoutingStrategy | None = None
+        self.observers: list[Observer] = []
+        self._first_forward = 0
+        self._num_experts = site.num_experts
+        self._top_k = site.top_k
+        self._has_groups = site.has_groups
+        self._passage = passage
+        self._watching: list[Interception | None] = []
+        self._reading: Reading | None = None
+        """How to read the answers that follow a prompt; None where they have to be watched."""
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Seam:
+        twin = object.__new__(Seam)
+        memo[id(self)] = twin
+        vars(twin).update(vars(self))  # strategies are immutable
+        twin.observers = []  # whoever watches this model does not watch its copies
+        twin._passage = deepcopy(self._passage, memo)
+        twin._watching, twin._reading = [], None
+        return twin
+
+    def put_on(self, base: nn.Module, site: Site) -> None:
+        """Hook up; where the choice is made by the block around the router, it is over when the experts are called."""
+        hooks = Hooks(base)
+        hooks.before(site.module, self._enter)
+        if site.ends_at is not None:
+            hooks.before(site.ends_at, self._reach_experts)
+        hooks.after(site.module, self._leave)
+
+    def follow(self, strategy: RoutingStrategy | None) -> None:
+        """Choose by a strategy from the next forward on; None lets the router choose."""
+        self.strategy = strategy
+        self._first_forward = self._passage.forward + 1
+
+    def _enter(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        is_read = self._reading is not None and self.strategy is None and self._passage.num_before > 0
+        if is_asking() or (self.strategy is None and not self.observers) or is_read:
+            self._watching.append(None)
+            return
+        seen = Interception(
+            self._num_experts,
+            self._top_k,
+            lambda scores, top_k, has_affinities: self._choose(args, kwargs, scores, top_k, has_affinities),
+            has_groups=self._has_groups,
+        )
+        self._watching.append(seen)
+        seen.__enter__()  # type: ignore[no-untyped-call]
+
+    def _choose(
+        self, args: tuple[Any, ...], kwargs: dict[str, Any], scores: Tensor, top_k: int, has_affinities: bool
+    ) -> Choice | None:
+        if self.strategy is None:
+            return None
+        token_ids = self._passage.token_ids
+        call = RouterCall(
+            scores,
+            top_k,
+            has_affinities,
+            layer=self.index,
+            forward=max(0, self._passage.forward - self._first_forward),
+            hidden=_hidden(args, kwargs),
+            token_ids=token_ids.reshape(-1) if token_ids is not None and token_ids.numel() == len(scores) else None,
+        )
+        with torch.no_grad():
+            choice = self.strategy.choose(call)
+        if choice is not None:
+            _check(self.strategy, choice, call)
+        return choice
+
+    def _leave(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:
+        seen = self._stop_watching()
+        if seen is None or output is None:
+            if self._reading is not None and self._reading.fits(output) and not is_asking():
+                self._read(self._reading, output, _hidden(args, kwargs))
+            return None
+        outputs = self._answered(output if isinstance(output, tuple) else (output,), seen, _hidden(args, kwargs))
+        return outputs if isinstance(output, tuple) else outputs[0]
+
+    def _reach_experts(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        seen = self._stop_watching()
+        self._watching.append(None)  # for `_leave`
+        if seen is None:
+            return None
+        given = (*args, *kwargs.values())
+        outputs = self._answered(given, seen, _hidden(args, kwargs))
+        return outputs[: len(args)], dict(zip(kwargs, outputs[len(args) :], strict=True))
+
+    def _stop_watching(self) -> Interception | None:
+        seen = self._watching.pop() if self._watching else None
+        if seen is not None:
+            seen.__exit__(None, None, None)  # type: ignore[no-untyped-call]
+        return seen
+
+    def _answered(self, outputs: tuple[Any, ...], seen: Interception, hidden: Tensor) -> tuple[Any, ...]:
+        try:
+            answer = read_answer(outputs, seen)
+        except UnsupportedModelError as error:
+            by = "its own choice" if self.strategy is None else f"{self.strategy}"
+            raise UnsupportedModelError(f"{self.path} with {by}: {error}") from error
+        self._reading = find_reading(answer, seen) if self.observers and self._passage.num_before == 0 else None
+        # What is computed again for gradients was seen before.
+        if self._passage.is_running and self.observers:
+            assert seen.scores is not None
+            assert seen.choice is not None
+            is_kept = seen.choice.is_kept
+            decision = Decision(seen.scores, seen.has_affinities, answer.experts, answer.weights, hidden, is_kept)
+            for observe in self.observers:
+                observe(self.index, decision)
+        return answer.outputs
+
+    def _read(self, reading: Reading, outputs: tuple[Any, ...], hidden: Tensor) -> None:
+        """Tell observers about a decision that was not watched."""
+        if not self._passage.is_running or self.strategy is not None:
+            return
+        scores = reading.scoring(outputs[reading.logits].detach().float())
+        experts, weights = outputs[reading.experts], outputs[reading.weights].detach()
+        decision = Decision(scores, reading.has_affinities, experts, weights, hidden)
+        for observe in self.observers:
+            observe(self.index, decision)
+
+
+def _hidden(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
+    """(T, H): the first thing that a router is given."""
+    given = args[0] if args else next(iter(kwargs.values()))
+    assert isinstance(given, Tensor)
+    return given.detach().reshape(-1, given.shape[-1])
+
+
+def _check(strategy: RoutingStrategy, choice: Choice, call: RouterCall) -> None:
+    """Refuse what is no choice, whoever wrote the strategy."""
+    experts, is_kept = choice
+    is_integral = not experts.is_floating_point() and experts.dtype == torch.int64
+    if experts.dim() != 2 or len(experts) != call.num_tokens or not is_integral or experts.shape[1] < 1:
+        raise MoeOffloadError(
+            f"{strategy} chose experts {tuple(experts.shape)} of {experts.dtype} for {call.num_tokens} tokens; "
+            f"a choice is ({call.num_tokens}, K) of torch.int64"
+        )
+    if is_kept is not None and (is_kept.shape != experts.shape or is_kept.dtype != torch.bool):
+        raise MoeOffloadError(
+            f"{strategy} chose experts {tuple(experts.shape)} and keeps {tuple(is_kept.shape)} of {is_kept.dtype}; "
+            f"is_kept is bool, of the shape of experts"
+        )

@@ -1,0 +1,131 @@
+"""Find where a model routes: one site for each router, whether or not the model is offloaded.
+
+A router is a module beside the experts. Which of its functions choose is found out while it runs (`interception.py`);
+here it only matters which module to watch, and which sparse layers follow its choice.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Any
+
+from torch import nn
+
+from transformers_moe_offload.errors import ConfigError, UnsupportedModelError
+from transformers_moe_offload.hf.discover import experts_of
+from transformers_moe_offload.hf.top_k import experts_per_token
+
+_ROUTER_NAMES = ("gate", "router")
+_ROUTER_CLASS = re.compile(r"(Router|Gating)$")
+_MOST_LEVELS = 3
+"""How far above the experts a router may be: PEFT's wrappers lie in between."""
+
+
+@dataclass(frozen=True, eq=False)
+class Site:
+    """One router of a model, and what it routes to."""
+
+    index: int
+    """Which router, in the order of the model."""
+    path: str
+    """Of the module in which the choice is made."""
+    module: nn.Module
+    num_experts: int
+    top_k: int | None
+    """How many experts a token takes; None where the model does not say."""
+    layers: tuple[int, ...]
+    """The sparse layers that follow its choice, as the cache counts them."""
+    experts_paths: tuple[str, ...]
+    """Of their experts modules."""
+    ends_at: nn.Module | None = None
+    """The experts module, where the choice is made by the block around both and not by the router."""
+
+    @property
+    def has_groups(self) -> bool:
+        """Whether the router compares groups of experts before it chooses."""
+        return any(isinstance(getattr(self.module, name, None), int) for name in ("num_group", "n_group"))
+
+
+def unwrapped(model: Any) -> nn.Module:
+    """The Transformers model within PEFT's wrapper, if it is in one."""
+    base = model.get_base_model() if hasattr(model, "get_base_model") else model
+    assert isinstance(base, nn.Module)
+    return base
+
+
+def find_sites(model: Any) -> list[Site]:
+    """All routers of a model; raises `UnsupportedModelError` if there are none, or one whose choice cannot be ours."""
+    base = unwrapped(model)
+    by_router: dict[str, list[tuple[int, str, int]]] = {}
+    for layer, (path, _, num_experts) in enumerate(experts_of(base)):
+        by_router.setdefault(_router_path(base, path), []).append((layer, path, num_experts))
+    if not by_router:
+        raise UnsupportedModelError(f"{type(base).__name__} has no routed experts, so there is no router to work on")
+    return [_site(base, index, path, experts) for index, (path, experts) in enumerate(by_router.items())]
+
+
+def select(sites: list[Site], layers: int | str | Iterable[int | str] | None) -> list[Site]:
+    """The sites that `layers` names: numbers of routers (negative ones from the end), module paths, or None for all."""
+    if layers is None:
+        return sites
+    asked = [layers] if isinstance(layers, int | str) else list(layers)
+    if not asked:
+        raise ConfigError("layers=[] names no layer; leave it out to mean all of them")
+    found = {site.index: site for layer in asked for site in [_named(sites, layer)]}
+    return [found[index] for index in sorted(found)]
+
+
+def _named(sites: list[Site], layer: int | str) -> Site:
+    if isinstance(layer, str):
+        for site in sites:
+            if layer in (site.path, *site.experts_paths):
+                return site
+        raise ConfigError(f"layers has {layer!r}, but there is no router there; the first is {sites[0].path!r}")
+    if isinstance(layer, bool) or not isinstance(layer, int) or not -len(sites) <= layer < len(sites):
+        raise ConfigError(f"layers has {layer!r}, but the model's routers are 0 to {len(sites) - 1}")
+    return sites[layer]
+
+
+def _site(base: nn.Module, index: int, path: str, experts: list[tuple[int, str, int]]) -> Site:
+    module, first = base.get_submodule(path), experts[0][1]
+    if hasattr(module, "second_expert_policy"):
+        raise UnsupportedModelError(
+            f"{type(base).__name__}: {path} answers with a mask of experts, and the experts take its zeros and ones "
+            f"for indices (NLLB-MoE, Transformers 5.23), so experts 0 and 1 run whatever is chosen; there is nothing "
+            f"to swap"
+        )
+    return Site(
+        index,
+        path,
+        module,
+        num_experts=experts[0][2],
+        top_k=experts_per_token(base, first),
+        layers=tuple(layer for layer, _, _ in experts),
+        experts_paths=tuple(path for _, path, _ in experts),
+        ends_at=base.get_submodule(first) if first.startswith(f"{path}.") else None,
+    )
+
+
+def _router_path(base: nn.Module, experts: str) -> str:
+    """The path of the router of an experts module."""
+    block_path = experts
+    for _ in range(_MOST_LEVELS):
+        block_path, _, inside = block_path.rpartition(".")
+        block = base.get_submodule(block_path)
+        if hasattr(block, "route_tokens_to_experts"):
+            return block_path  # the router only scores; the block chooses (DBRX)
+        names = [name for name, child in block.named_children() if name != inside and _is_router(name, child)]
+        if names:
+            return f"{block_path}.{names[0]}"
+        if not block_path:
+            break
+    raise UnsupportedModelError(
+        f"{type(base).__name__}: there is no router beside {experts}; a router is a module named gate or router, or of "
+        f"a class named so"
+    )
+
+
+def _is_router(name: str, child: nn.Module) -> bool:
+    return name in _ROUTER_NAMES or bool(_ROUTER_CLASS.search(type(child).__name__))

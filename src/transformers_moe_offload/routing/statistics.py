@@ -1,0 +1,195 @@
+"""What a trace tells about each of its routers, gathered part by part."""
+
+# N tokens at one router, K experts per token, E experts, D domains
+
+from __future__ import annotations
+
+from collections import Counter
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from transformers_moe_offload.routing import measures
+from transformers_moe_offload.routing.trace import RoutingTrace, Rows, rows_of, tokens_of
+from transformers_moe_offload.routing.trace_file import Part
+from transformers_moe_offload.tracing import TraceError
+
+
+@dataclass
+class RouterStatistics:
+    """One router. Entropies are in bits; figures that need scores are empty where none were recorded."""
+
+    num_experts: int
+    entropy: NDArray[np.float64] = field(repr=False, default_factory=lambda: np.empty(0))
+    """(N,): zero where the router is certain."""
+    margin: NDArray[np.float64] = field(repr=False, default_factory=lambda: np.empty(0))
+    """(N,): least probability of a chosen expert less the greatest of a rejected one."""
+    confidence: NDArray[np.float64] = field(repr=False, default_factory=lambda: np.empty(0))
+    """(N,): share of the probability that the chosen experts have."""
+    load: NDArray[np.int64] = field(repr=False, default_factory=lambda: np.empty(0, np.int64))
+    """(E,): how many tokens chose each expert."""
+    co_activation: NDArray[np.int64] = field(repr=False, default_factory=lambda: np.empty((0, 0), np.int64))
+    """(E, E): tokens that chose both."""
+    next_token: NDArray[np.int64] = field(repr=False, default_factory=lambda: np.empty((0, 0), np.int64))
+    """(E, E): from an expert of a token to an expert of the next token of its text."""
+    next_layer: NDArray[np.int64] | None = field(repr=False, default=None)
+    """(E, E'): from an expert to one that the same token chooses at the next router; None at the last."""
+    reuse: dict[int, int] = field(repr=False, default_factory=dict)
+    """How often each distance of reuse occurs, `measures.reuse_distances`."""
+
+    num_tokens: int = 0
+    num_followers: int = 0
+    """Experts chosen by tokens that have one before them in their text."""
+
+    @property
+    def repeat_rate(self) -> float:
+        """Share of the experts of a token that the token before it had chosen, too."""
+        return float(np.trace(self.next_token)) / self.num_followers if self.num_followers else 0.0
+
+    def lru_hit_rate(self, num_slots: int) -> float:
+        """Share of this layer's requests that an LRU cache of so many slots of its own would hit, from empty."""
+        asked = sum(self.reuse.values()) + int((self.load > 0).sum())
+        return sum(count for distance, count in self.reuse.items() if distance < num_slots) / asked if asked else 0.0
+
+    def figures(self) -> dict[str, float]:
+        """The means, as plain numbers."""
+        margins = self.margin[np.isfinite(self.margin)]
+        return {
+            "tokens": float(self.num_tokens),
+            "experts_per_token": float(self.load.sum()) / self.num_tokens if self.num_tokens else 0.0,
+            "entropy": float(self.entropy.mean()) if self.entropy.size else float("nan"),
+            "margin": float(margins.mean()) if margins.size else float("nan"),
+            "confidence": float(self.confidence.mean()) if self.confidence.size else float("nan"),
+            "load_cv": measures.variation(self.load),
+            "load_gini": measures.gini(self.load),
+            "repeat_rate": self.repeat_rate,
+        }
+
+
+def statistics_of(trace: RoutingTrace, router: int) -> RouterStatistics:
+    """Gather the statistics of one router."""
+    num_experts = trace.routers[router].num_experts
+    following = router + 1 if router + 1 < len(trace.routers) else None
+    load = np.zeros(num_experts, np.int64)
+    pairs, onwards = np.zeros((num_experts, num_experts), np.int64), np.zeros((num_experts, num_experts), np.int64)
+    columns = trace.routers[following].num_experts if following is not None else 0
+    to_layer = np.zeros((num_experts, columns), np.int64)
+    per_token: dict[str, list[Any]] = {"entropy": [], "margin": [], "confidence": []}
+    visits: list[list[int]] = []
+    last: dict[int, NDArray[np.bool_]] = {}
+    num_rows = num_followers = 0
+    for part in trace.parts():
+        rows = rows_of(part, router)
+        mask = measures.chosen_mask(rows.experts, num_experts)
+        num_rows += len(mask)
+        load += mask.sum(axis=0)
+        pairs += measures.together(mask, mask)
+        to_next, followers = _to_next_token(rows, mask, last)
+        onwards += to_next
+        num_followers += followers
+        if following is not None:
+            to_layer += _to_next_layer(part, router, following, num_experts, columns)
+        visits += _visits(part, router)
+        if rows.scores is not None:
+            chances = trace.probabilities(rows, router)
+            per_token["entropy"].append(measures.entropy(chances))
+            per_token["margin"].append(measures.margin(chances, rows.experts))
+            per_token["confidence"].append(measures.confidence(chances, rows.experts))
+    joined = {name: np.concatenate([np.empty(0), *many]) for name, many in per_token.items()}
+    return RouterStatistics(
+        num_experts,
+        **joined,
+        load=load,
+        co_activation=pairs,
+        next_token=onwards,
+        next_layer=to_layer if following is not None else None,
+        reuse=dict(sorted(Counter(measures.reuse_distances(visits)).items())),
+        num_tokens=num_rows,
+        num_followers=num_followers,
+    )
+
+
+def preferences_of(trace: RoutingTrace, router: int) -> NDArray[np.float64]:
+    """How often each domain chose each expert, 1 being the router's average over domains: (D, E)."""
+    if not trace.domains:
+        raise TraceError("the trace has no domains; set recorder.domain while recording")
+    counts = np.zeros((len(trace.domains), trace.routers[router].num_experts))
+    for rows in trace.rows(router):
+        mask = measures.chosen_mask(rows.experts, counts.shape[1])
+        for domain in range(len(counts)):
+            counts[domain] += mask[rows.domain == domain].sum(axis=0)
+    shares = counts / np.maximum(counts.sum(axis=1, keepdims=True), 1)
+    mean = shares.mean(axis=0, keepdims=True)
+    return np.where(mean > 0, shares / np.where(mean > 0, mean, 1), 1.0)
+
+
+def agreement_of(one: RoutingTrace, other: RoutingTrace) -> list[float]:
+    """For each router, the mean Jaccard index of the choices of two runs."""
+    if [facts.path for facts in one.routers] != [facts.path for facts in other.routers]:
+        raise TraceError(f"the traces are of {len(one.routers)} and {len(other.routers)} routers of different models")
+    agreements = []
+    for router, facts in enumerate(one.routers):
+        first, second = ([*trace.rows(router)] for trace in (one, other))
+        ids, others = _token_ids(first), _token_ids(second)
+        if not np.array_equal(ids, others):
+            raise TraceError(f"the traces have {len(ids)} and {len(others)} tokens, and not the same ones in order")
+        agreement = measures.jaccard(_stacked(first), _stacked(second), facts.num_experts)
+        agreements.append(float(agreement.mean()) if len(ids) else 1.0)
+    return agreements
+
+
+def _token_ids(many: list[Rows]) -> NDArray[np.int32]:
+    return np.concatenate([rows.token_ids for rows in many]) if many else np.empty(0, np.int32)
+
+
+def _stacked(many: list[Rows]) -> NDArray[np.int16]:
+    width = max((rows.experts.shape[1] for rows in many), default=1)
+    padded = [np.pad(r.experts, ((0, 0), (0, width - r.experts.shape[1])), constant_values=-1) for r in many]
+    return np.concatenate(padded) if padded else np.empty((0, 1), np.int16)
+
+
+def _to_next_token(
+    rows: Rows, mask: NDArray[np.bool_], last: dict[int, NDArray[np.bool_]]
+) -> tuple[NDArray[np.int64], int]:
+    """Pairs of experts of neighbouring tokens, and how many experts the later ones have.
+
+    `last` carries each text's last token from part to part.
+    """
+    order = np.lexsort((rows.position, rows.sequence))
+    sequence, position, ordered = rows.sequence[order], rows.position[order], mask[order]
+    is_next = (sequence[1:] == sequence[:-1]) & (position[1:] == position[:-1] + 1)
+    counts = measures.together(ordered[:-1][is_next], ordered[1:][is_next])
+    followers = int(ordered[1:][is_next].sum())
+    if not len(sequence):
+        return counts, followers
+    is_new = sequence[1:] != sequence[:-1]
+    for start in np.flatnonzero(np.r_[True, is_new]):
+        before = last.get(int(sequence[start]))
+        if before is not None and position[start] > 0:
+            counts += measures.together(before[None], ordered[start : start + 1])
+            followers += int(ordered[start].sum())
+    for end in np.flatnonzero(np.r_[is_new, True]):
+        last[int(sequence[end])] = ordered[end]
+    return counts, followers
+
+
+def _to_next_layer(part: Part, router: int, following: int, num_experts: int, columns: int) -> NDArray[np.int64]:
+    """Pairs of experts of the same tokens at two routers; tokens that only one of them saw are left out."""
+    here, there = tokens_of(part, router), tokens_of(part, following)
+    both, first, second = np.intersect1d(here[here >= 0], there[there >= 0], return_indices=True)
+    if not len(both):
+        return np.zeros((num_experts, columns), np.int64)
+    one = measures.chosen_mask(part[f"experts.{router}"][here >= 0][first], num_experts)
+    return measures.together(one, measures.chosen_mask(part[f"experts.{following}"][there >= 0][second], columns))
+
+
+def _visits(part: Part, router: int) -> list[list[int]]:
+    """The experts of each call of a router that are wanted, ascending."""
+    experts = part[f"experts.{router}"]
+    calls = part["calls"]
+    return [
+        sorted({int(expert) for expert in np.unique(experts[first : first + count]) if expert >= 0})
+        for _, first, count, *_ in calls[calls[:, 0] == router].tolist()
+    ]

@@ -1,0 +1,22 @@
+"""The strategies that come with the package, by idea. Importing this registers them."""
+
+from transformers_moe_offload.routing.strategies.ablation import Drop, Fixed
+from transformers_moe_offload.routing.strategies.balanced import ExpertChoice, LinearAssignment
+from transformers_moe_offload.routing.strategies.clusters import KMeans
+from transformers_moe_offload.routing.strategies.hashing import Hash
+from transformers_moe_offload.routing.strategies.ranked import TopK, TopP
+from transformers_moe_offload.routing.strategies.sampled import Gumbel, Noise, Random
+
+__all__ = [
+    "Drop",
+    "ExpertChoice",
+    "Fixed",
+    "Gumbel",
+    "Hash",
+    "KMeans",
+    "LinearAssignment",
+    "Noise",
+    "Random",
+    "TopK",
+    "TopP",
+]

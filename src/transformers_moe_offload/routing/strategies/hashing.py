@@ -1,0 +1,51 @@
+"""Choose by what the token is, whatever the router thinks."""
+
+# T tokens, E experts
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from transformers_moe_offload.errors import UnsupportedModelError
+from transformers_moe_offload.routing.choice import Choice, RouterCall, best
+from transformers_moe_offload.routing.options import check_seed
+from transformers_moe_offload.routing.strategy import RoutingStrategy, register_strategy
+
+
+@register_strategy("hash")
+@dataclass(frozen=True)
+class Hash(RoutingStrategy):
+    """Each token id has experts of its own in each layer, drawn once and for all.
+
+    Roller et al. 2021, "Hash Layers For Large Sparse Models", section 3, random hash (arXiv 2106.04426). There weights
+    are all one; here they are what the router thinks of the experts, which is what the model's next layer is used to.
+    Experts that the architecture rules out stay out.
+    """
+
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        check_seed(self.seed)
+
+    def choose(self, call: RouterCall) -> Choice:
+        """Rank experts by a hash of seed, layer, token id and expert: no table, and every expert gets its share."""
+        if call.token_ids is None:
+            raise UnsupportedModelError(
+                f"router {call.layer} routes {call.num_tokens} tokens whose ids are not known: the model was given "
+                f"embeddings, or what it routes there are no tokens of text; give it input_ids, or leave the layer out"
+            )
+        experts = torch.arange(call.num_experts, device=call.scores.device)
+        of_token = _mixed(call.token_ids[:, None] + _mixed(torch.tensor(self.seed * 4096 + call.layer + 1).to(experts)))
+        ranking = _mixed(of_token + experts * 0x9E3779B1).double()
+        return best(ranking.masked_fill(call.scores.isneginf(), -torch.inf), call.top_k)
+
+
+def _mixed(x: Tensor) -> Tensor:
+    """Spread the bits of int64: two rounds of a multiplicative hash with shifts (finaliser of MurmurHash3, 32 bits)."""
+    x = x & 0xFFFFFFFF
+    x = ((x ^ (x >> 16)) * 0x85EBCA6B) & 0xFFFFFFFF
+    x = ((x ^ (x >> 13)) * 0xC2B2AE35) & 0xFFFFFFFF
+    return x ^ (x >> 16)

@@ -1,0 +1,66 @@
+"""What a routing strategy is, and the list of strategies by name."""
+
+# T tokens, K experts per token, E experts
+
+from __future__ import annotations
+
+import inspect
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Mapping
+from typing import Any, TypeVar
+
+from transformers_moe_offload.config.options import refuse_unknown
+from transformers_moe_offload.errors import ConfigError
+from transformers_moe_offload.registry import Registry
+from transformers_moe_offload.routing.choice import Choice, RouterCall
+
+
+class RoutingStrategy(ABC):
+    """Chooses experts for tokens; what their outputs are multiplied by stays the architecture's business.
+
+    One strategy serves all layers that it is set for. Options are the arguments of its constructor.
+    """
+
+    @abstractmethod
+    def choose(self, call: RouterCall) -> Choice | None:
+        """The experts of the call's tokens, a function of the call alone; None lets the router choose as it would."""
+
+    def check(self, layer: int, num_experts: int, top_k: int | None) -> None:  # noqa: B027
+        """Refuse a router that the options do not fit, by `ConfigError`, before anything is changed.
+
+        `layer` is the number of the router, top_k how many experts a token takes there, as far as the model says so.
+        """
+
+
+_strategies: Registry[Callable[..., RoutingStrategy]] = Registry("strategy")
+
+Strategy = TypeVar("Strategy", bound=Callable[..., RoutingStrategy])
+
+
+def register_strategy(name: str, *, exist_ok: bool = False) -> Callable[[Strategy], Strategy]:
+    """Decorator for a `RoutingStrategy` that `set_routing` shall know by name."""
+    return _strategies.register(name, exist_ok=exist_ok)  # type: ignore[return-value]
+
+
+def strategy_names() -> list[str]:
+    """The strategies that there are, in alphabetical order."""
+    return _strategies.names()
+
+
+def make_strategy(strategy: str | RoutingStrategy, options: Mapping[str, Any]) -> RoutingStrategy:
+    """A strategy by its name and options, or the one that is given."""
+    if isinstance(strategy, RoutingStrategy):
+        if options:
+            raise ConfigError(f"{strategy} has its options already, and got {', '.join(options)} beside them")
+        return strategy
+    if not isinstance(strategy, str):
+        raise ConfigError(f"strategy={strategy!r} is neither a name nor a RoutingStrategy")
+    kind = _strategies[strategy]
+    parameters = inspect.signature(kind).parameters
+    if not any(parameter.kind is inspect.Parameter.VAR_KEYWORD for parameter in parameters.values()):
+        refuse_unknown(f"strategy {strategy!r}", options, list(parameters))
+    missing = [name for name, one in parameters.items() if one.default is one.empty and name not in options]
+    missing = [name for name in missing if parameters[name].kind is not inspect.Parameter.VAR_KEYWORD]
+    if missing:
+        raise ConfigError(f"strategy {strategy!r} needs {' and '.join(missing)}; pass {missing[0]}=...")
+    return kind(**options)

@@ -1,0 +1,112 @@
+"""Put strategies into a model, and take them out again."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+from torch import nn
+
+from transformers_moe_offload.routing.hooks import Hooks
+from transformers_moe_offload.routing.passage import drop_passage, passage_of
+from transformers_moe_offload.routing.seam import Observer, Seam
+from transformers_moe_offload.routing.sites import Site, find_sites, select, unwrapped
+from transformers_moe_offload.routing.strategy import RoutingStrategy, make_strategy
+
+Layers = int | str | Iterable[int | str] | None
+
+
+class RoutingChange:
+    """A change of strategies that a `with` block takes back when it ends. Without one it stays until `reset`."""
+
+    def __init__(self, model: Any, before: Mapping[int, RoutingStrategy | None], strategy: RoutingStrategy) -> None:
+        self._model = model
+        self._before = before
+        self.strategy = strategy
+
+    def __enter__(self) -> RoutingStrategy:
+        return self.strategy
+
+    def __exit__(self, *_: object) -> None:
+        base = unwrapped(self._model)
+        sites = find_sites(base)
+        for index, strategy in self._before.items():
+            seam_at(base, sites[index]).follow(strategy)
+        _tidy(base)
+
+    def __repr__(self) -> str:
+        return f"{self.strategy} on {len(self._before)} routers"
+
+
+def set_routing(model: Any, strategy: str | RoutingStrategy, layers: Layers = None, **options: Any) -> RoutingChange:
+    """Let another strategy choose the experts of a model's tokens, from the next forward on.
+
+        routing.set_routing(model, "random", seed=1)
+        with routing.set_routing(model, "top_k", k=4, layers=[0, 1]):
+            ...
+
+    `strategy` is a name given to `register_strategy`, and `options` are its own, or it is a `RoutingStrategy`. `layers`
+    are numbers or module paths of routers; None means all. Routers keep their scores, and their rules for making
+    weights of the scores of the chosen experts. Works on plain and offloaded models alike, also below PEFT's wrapper.
+
+    Raises `ConfigError` for an option or layer that cannot be, and `UnsupportedModelError` for a model whose choice
+    cannot be swapped; then nothing has changed.
+    """
+    made = make_strategy(strategy, options)
+    base = unwrapped(model)
+    sites = select(find_sites(base), layers)
+    for site in sites:
+        made.check(site.index, site.num_experts, site.top_k)
+    seams = [seam_at(base, site) for site in sites]
+    before = {seam.index: seam.strategy for seam in seams}
+    for seam in seams:
+        seam.follow(made)
+    return RoutingChange(model, before, made)
+
+
+def reset(model: Any, layers: Layers = None) -> None:
+    """Let the routers choose for themselves again; without `layers`, all of them. Recordings go on."""
+    base = unwrapped(model)
+    asked = None if layers is None else {site.index for site in select(find_sites(base), layers)}
+    for seam in Hooks(base).owners(Seam):
+        if asked is None or seam.index in asked:
+            seam.follow(None)
+    _tidy(base)
+
+
+def observe(model: Any, sites: list[Site], observer: Observer) -> None:
+    """Let an observer see every decision of some routers."""
+    base = unwrapped(model)
+    for site in sites:
+        seam_at(base, site).observers.append(observer)
+
+
+def stop_observing(model: Any, observer: Observer) -> None:
+    """The opposite of `observe`."""
+    base = unwrapped(model)
+    for seam in Hooks(base).owners(Seam):
+        if observer in seam.observers:
+            seam.observers.remove(observer)
+    _tidy(base)
+
+
+def seam_at(base: nn.Module, site: Site) -> Seam:
+    """The seam around a router, put there if there is none."""
+    for seam in Hooks(site.module).owners(Seam):
+        if seam.index == site.index:
+            assert isinstance(seam, Seam)
+            return seam
+    seam = Seam(site, passage_of(base))
+    seam.put_on(base, site)
+    return seam
+
+
+def _tidy(base: nn.Module) -> None:
+    """Take out the hooks that do nothing any more."""
+    hooks = Hooks(base)
+    seams = list(hooks.owners(Seam))
+    idle = [seam for seam in seams if seam.strategy is None and not seam.observers]
+    for seam in idle:
+        hooks.remove(seam)
+    if len(idle) == len(seams):
+        drop_passage(base)

@@ -1,0 +1,111 @@
+"""How much a model's answers depend on the choice of experts: run it several times with sampled routing, and compare.
+
+As dropout at test time samples from an ensemble of thinned networks (Gal and Ghahramani 2016, "Dropout as a Bayesian
+Approximation", arXiv 1506.02142), sampled experts sample from an ensemble of paths through one model.
+"""
+
+# B sequences, S their length, V tokens of the vocabulary, R repeats
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from transformers_moe_offload.errors import ConfigError
+from transformers_moe_offload.routing.options import check_count, check_seed
+from transformers_moe_offload.routing.strategy import make_strategy
+from transformers_moe_offload.routing.switching import Layers, set_routing
+
+
+@dataclass(frozen=True)
+class RoutingUncertainty:
+    """What repeats with sampled routing made of each position; (B, S) float32 each, entropies in bits."""
+
+    logit_variance: Tensor
+    """Variance of a logit between repeats, averaged over the vocabulary."""
+    disagreement: Tensor
+    """Share of repeats whose likeliest token is not the one that most repeats have (variation ratio)."""
+    entropy: Tensor
+    """Of the mean of the repeats' predictions."""
+    mutual_information: Tensor
+    """Between prediction and routing: the part of `entropy` that comes from the choice of experts. `entropy` less the
+    mean entropy of single repeats (Houlsby et al. 2011, section 2, arXiv 1112.5745)."""
+    repeats: int
+
+
+@torch.no_grad()
+def routing_uncertainty(
+    model: Any,
+    inputs: Mapping[str, Any] | Tensor,
+    strategy: str = "temperature",
+    *,
+    repeats: int = 8,
+    layers: Layers = None,
+    seed: int = 0,
+    **options: Any,
+) -> RoutingUncertainty:
+    """Run a model `repeats` times under a strategy that draws its experts, each time with another seed.
+
+    `inputs` are the keyword arguments of a forward, or input_ids (B, S); `options` are those of the strategy.
+    Strategies that the model has are back in place afterwards. Holds a few tensors of (B, S, V), however many repeats
+    there are.
+    """
+    check_count("repeats", repeats, least=2)
+    check_seed(seed)
+    if not hasattr(make_strategy(strategy, options), "seed"):
+        raise ConfigError(f"strategy {strategy!r} draws nothing, so all repeats are alike; use one that has a seed")
+    forward = {"input_ids": inputs} if isinstance(inputs, Tensor) else dict(inputs)
+    gathered: _Gathered | None = None
+    for number in range(repeats):
+        with set_routing(model, strategy, layers, seed=seed + number, **options):
+            logits = model(**forward).logits.float()
+        gathered = gathered or _Gathered(logits)
+        gathered.add(logits)
+    assert gathered is not None
+    return gathered.result()
+
+
+class _Gathered:
+    """Running means over repeats (Welford 1962 for the variance)."""
+
+    def __init__(self, like: Tensor) -> None:
+        self._count = 0
+        self._mean, self._squares = torch.zeros_like(like), torch.zeros_like(like)
+        self._predictions = torch.zeros_like(like)
+        self._entropies = torch.zeros_like(like[..., 0])
+        self._likeliest: list[Tensor] = []
+
+    def add(self, logits: Tensor) -> None:
+        """One repeat: logits (B, S, V)."""
+        self._count += 1
+        step = logits - self._mean
+        self._mean += step / self._count
+        self._squares += step * (logits - self._mean)
+        prediction = logits.softmax(-1)
+        self._predictions += prediction
+        self._entropies += _entropy(prediction)
+        self._likeliest.append(logits.argmax(-1))
+
+    def result(self) -> RoutingUncertainty:
+        """All repeats together."""
+        entropy = _entropy(self._predictions / self._count)
+        likeliest = torch.stack(self._likeliest)  # (R, B, S)
+        votes = (likeliest == likeliest.mode(0).values).float().mean(0)
+        return RoutingUncertainty(
+            (self._squares / (self._count - 1)).mean(-1),
+            1 - votes,
+            entropy,
+            (entropy - self._entropies / self._count).clamp(min=0),
+            self._count,
+        )
+
+
+def _entropy(prediction: Tensor) -> Tensor:
+    """In bits: (..., V) -> (...)."""
+    entropy: Tensor = torch.special.entr(prediction).sum(-1) / math.log(2)
+    return entropy

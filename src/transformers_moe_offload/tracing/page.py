@@ -1,0 +1,102 @@
+"""One HTML page with plots and tables in it, that needs no other file and no network."""
+
+from __future__ import annotations
+
+import base64
+import html
+import io
+import os
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from transformers_moe_offload.tracing.trace import TraceError
+
+_STYLE = """
+:root { color-scheme: light; --ink: #1c2330; --soft: #5b6578; --line: #dfe3ea; --paper: #ffffff; --back: #f5f6f9; }
+* { box-sizing: border-box; }
+body { margin: 0; background: var(--back); color: var(--ink); font: 15px/1.5 system-ui, sans-serif; }
+main { max-width: 1120px; margin: 0 auto; padding: 32px 20px 64px; }
+h1 { font-size: 26px; margin: 0 0 4px; }
+h2 { font-size: 18px; margin: 0 0 4px; }
+p { margin: 0 0 12px; color: var(--soft); max-width: 80ch; }
+section { background: var(--paper); border: 1px solid var(--line); border-radius: 8px; }
+section { padding: 20px; margin-top: 20px; }
+img { display: block; max-width: 100%; height: auto; margin: 0 auto; }
+.wide { overflow-x: auto; }
+table { border-collapse: collapse; font-variant-numeric: tabular-nums; font-size: 14px; }
+th, td { padding: 5px 12px; border-bottom: 1px solid var(--line); text-align: right; white-space: nowrap; }
+th { color: var(--soft); font-weight: 600; }
+th:first-child, td:first-child { text-align: left; padding-left: 0; }
+"""
+
+
+@dataclass(frozen=True)
+class Section:
+    """A part of the page: a heading, a sentence on how to read it, and a figure or rows of a table, or both."""
+
+    title: str
+    text: str = ""
+    figure: Any = None
+    """Of matplotlib."""
+    rows: Sequence[Mapping[str, Any]] = ()
+    """With the same keys, which become the heads of columns."""
+
+
+def make_page(title: str, text: str, sections: Sequence[Section]) -> str:
+    """The page as HTML."""
+    body = "\n".join(_section(section) for section in sections)
+    return (
+        f'<!doctype html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n'
+        f'<meta name="viewport" content="width=device-width, initial-scale=1">\n<title>{html.escape(title)}</title>\n'
+        f"<style>{_STYLE}</style>\n</head>\n<body>\n<main>\n<h1>{html.escape(title)}</h1>\n<p>{html.escape(text)}</p>\n"
+        f"{body}\n</main>\n</body>\n</html>\n"
+    )
+
+
+def save_page(page: str, path: str | os.PathLike[str]) -> None:
+    """Write a page, wholly or not at all."""
+    path = Path(path)
+    unfinished = path.with_name(f".{path.name}.{os.getpid()}")
+    try:
+        try:
+            unfinished.write_text(page, encoding="utf-8")
+            unfinished.replace(path)
+        finally:
+            unfinished.unlink(missing_ok=True)
+    except OSError as error:
+        raise TraceError(f"cannot write the page {path}: {error}") from error
+
+
+def _section(section: Section) -> str:
+    parts = [f"<h2>{html.escape(section.title)}</h2>"]
+    if section.text:
+        parts.append(f"<p>{html.escape(section.text)}</p>")
+    if section.figure is not None:
+        parts.append(f'<img alt="{html.escape(section.title)}" src="data:image/png;base64,{_png(section.figure)}">')
+    if section.rows:
+        parts.append(f'<div class="wide">{_table(section.rows)}</div>')
+    return "<section>\n" + "\n".join(parts) + "\n</section>"
+
+
+def _png(figure: Any) -> str:
+    file = io.BytesIO()
+    figure.savefig(file, dpi=110, format="png")
+    return base64.b64encode(file.getvalue()).decode("ascii")
+
+
+def _table(rows: Sequence[Mapping[str, Any]]) -> str:
+    head = "".join(f"<th>{html.escape(str(name))}</th>" for name in rows[0])
+    body = "".join(
+        "<tr>" + "".join(f"<td>{html.escape(_cell(value))}</td>" for value in row.values()) + "</tr>" for row in rows
+    )
+    return f"<table><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table>"
+
+
+def _cell(value: Any) -> str:
+    if isinstance(value, float):
+        if value != value:
+            return "–"
+        return f"{value:,.0f}" if value.is_integer() and abs(value) >= 10 else f"{value:.3f}"
+    return str(value)

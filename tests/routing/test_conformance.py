@@ -1,0 +1,205 @@
+"""Every strategy on every architecture of the installed Transformers: it works as the architecture demands, or it is
+refused by name and with the reason.
+
+The list of architectures is enumerated, and so is that of strategies; a newcomer among either shows up here.
+"""
+
+# T tokens, K experts per token, E experts, H hidden
+
+from collections import defaultdict
+from typing import NamedTuple
+
+import pytest
+import torch
+from torch import nn
+
+from transformers_moe_offload import UnsupportedModelError, routing
+from transformers_moe_offload.routing.seam import Decision
+from transformers_moe_offload.routing.sites import find_sites
+from transformers_moe_offload.routing.strategy import _strategies as known
+from transformers_moe_offload.routing.switching import observe, stop_observing
+from zoo.build import build, inputs, output_tensor, zoo_names
+
+OWN_NUMBER = ("drop", "gumbel", "hash", "k_means", "linear_assignment", "noise", "random", "temperature")
+"""Strategies that give a token as many experts as the model does."""
+
+OTHER_NUMBER = ("expert_choice", "fixed", "top_k", "top_p")
+
+ONLY_ITS_OWN_NUMBER = {
+    "inkling": "cuts the weights off at its own number",
+    "jetmoe": "attention has as many query heads as a token has experts",
+    "phimoe": "takes its experts one by one",
+    "switch_transformers": "takes one expert",
+    "zaya": "answers in rows of its own number",
+}
+"""Architectures whose routers are made for one number of experts, and the reason."""
+
+NO_TOKEN_IDS = {
+    "dots3_note": "its vision tower routes patches",
+    "ernie4_5_vl_moe": "some experts see the tokens of text only, others those of images",
+    "qwen3_omni_moe_talker": "it is given embeddings",
+}
+
+NOTHING_TO_SWAP = {"nllb_moe": "its experts take a mask for indices"}
+
+WEIGHTS_OF_A_SET = {
+    "gemma4": "a factor for each expert after the sum has been made one",
+    "diffusion_gemma": "the same",
+    "inkling": "the shared experts have a part in the sum",
+    "phimoe": "how much an expert weighs depends on who was ruled out before it",
+}
+"""Architectures in which weights neither have a fixed sum nor belong to token and expert alone."""
+
+
+class Run(NamedTuple):
+    """One forward."""
+
+    output: torch.Tensor
+    decisions: dict[int, list[Decision]]
+
+
+@pytest.fixture(scope="module", params=[name for name in zoo_names() if name not in NOTHING_TO_SWAP])
+def name(request):
+    return request.param
+
+
+@pytest.fixture(scope="module")
+def model(name):
+    return build(name)
+
+
+@pytest.fixture(scope="module")
+def own(name, model):
+    """What the model does by itself."""
+    return run(name, model)
+
+
+def test_every_strategy_is_in_this_suite():
+    ours = {name for name in routing.strategy_names() if known[name].__module__.startswith(routing.__name__)}
+    assert ours == {*OWN_NUMBER, *OTHER_NUMBER}
+
+
+def test_a_model_whose_choice_means_nothing_is_refused():
+    for name in NOTHING_TO_SWAP:
+        with pytest.raises(UnsupportedModelError, match="experts 0 and 1 run whatever is chosen"):
+            routing.set_routing(build(name), "random")
+
+
+def test_the_models_own_top_k_and_a_reset_are_bit_identical(name, model, own):
+    plain = forward(name, model)
+    assert torch.equal(own.output, plain), "being watched changed something"
+    for options in ({}, {"k": own.decisions[0][0].experts.shape[1]}):
+        with routing.set_routing(model, "top_k", **options):
+            assert torch.equal(forward(name, model), plain)
+    routing.set_routing(model, "random")
+    assert not torch.equal(forward(name, model), plain)
+    routing.reset(model)
+    assert torch.equal(forward(name, model), plain)
+    assert not any(module._forward_pre_hooks or module._forward_hooks for module in model.modules())
+
+
+@pytest.mark.parametrize("strategy", [*OWN_NUMBER, *OTHER_NUMBER])
+def test_a_strategy_works_as_the_architecture_demands_or_is_refused(name, model, own, strategy):
+    reason = refused(name, strategy)
+    if reason is not None:
+        with (
+            pytest.raises(UnsupportedModelError),
+            routing.set_routing(model, strategy, **options(strategy, model, own)),
+        ):
+            forward(name, model)
+        assert torch.equal(forward(name, model), own.output)
+        return
+    with routing.set_routing(model, strategy, **options(strategy, model, own)):
+        swapped = run(name, model, with_gradients=True)
+    assert torch.isfinite(swapped.output).all()
+    assert not torch.equal(swapped.output, own.output)
+    assert set(swapped.decisions) == set(own.decisions)
+    for layer, decisions in swapped.decisions.items():
+        for decision, before in zip(decisions, own.decisions[layer], strict=True):
+            check_numbers(strategy, decision, before)
+            if name not in WEIGHTS_OF_A_SET:
+                check_weights(decision, before)
+    for site in find_sites(model):
+        gradients = [parameter.grad for parameter in site.module.parameters() if parameter.grad is not None]
+        assert gradients, f"{site.path} got no gradient"
+        assert all(torch.isfinite(gradient).all() for gradient in gradients), site.path
+    model.zero_grad()
+
+
+def refused(name: str, strategy: str) -> str | None:
+    if strategy in OTHER_NUMBER:
+        return ONLY_ITS_OWN_NUMBER.get(name)
+    return NO_TOKEN_IDS.get(name) if strategy == "hash" else None
+
+
+def options(strategy: str, model: nn.Module, own: Run) -> dict:
+    centroids = {
+        site.index: torch.randn(site.num_experts, own.decisions[site.index][0].hidden.shape[1])
+        for site in find_sites(model)
+    }
+    return {
+        "drop": {"experts": [0, 3]},
+        "fixed": {"experts": [1, 3, 2]},
+        "k_means": {"centroids": centroids},
+        "top_k": {"k": 3},
+    }.get(strategy, {})
+
+
+def check_numbers(strategy: str, decision: Decision, before: Decision) -> None:
+    experts, top_k = decision.experts, before.experts.shape[1]
+    assert experts.min() >= 0
+    assert experts.max() < decision.scores.shape[1]
+    assert all(len(set(row)) == len(row) for row in experts.tolist()), "an expert twice"
+    if strategy in OWN_NUMBER:
+        assert experts.shape[1] == top_k
+    if strategy in ("fixed", "top_k"):
+        assert experts.shape[1] == 3
+    if strategy == "fixed":
+        assert (experts == torch.tensor([1, 3, 2])).all()
+    if strategy == "drop":
+        assert not torch.isin(experts[decision.weights != 0], torch.tensor([0, 3])).any()
+    if strategy in ("linear_assignment", "expert_choice"):
+        num_tokens, num_experts = decision.scores.shape
+        taken = experts[decision.weights != 0]
+        share = -(-num_tokens // num_experts) * top_k if strategy == "linear_assignment" else num_tokens
+        assert torch.bincount(taken, minlength=num_experts).max() <= share
+        assert len(taken) <= num_tokens * top_k
+
+
+def check_weights(decision: Decision, before: Decision) -> None:
+    """Sums are what they were where the architecture fixes them; elsewhere a weight belongs to its token and expert."""
+    own_sums = before.weights.double().sum(-1)
+    routed = decision.weights.ne(0).any(-1)  # choices of experts leave some tokens out, capacities too
+    if (own_sums - own_sums[0]).abs().max() < 1e-5:
+        sums = decision.weights.double().sum(-1)[routed]
+        torch.testing.assert_close(sums, own_sums[0].expand_as(sums), atol=1e-4, rtol=1e-4)
+    elif torch.equal(decision.hidden, before.hidden):  # nothing was swapped upstream
+        table = defaultdict(float)
+        for row, (experts, weights) in enumerate(zip(before.experts.tolist(), before.weights.tolist(), strict=True)):
+            table |= {(row, expert): weight for expert, weight in zip(experts, weights, strict=True) if weight}
+        for row, (experts, weights) in enumerate(
+            zip(decision.experts.tolist(), decision.weights.tolist(), strict=True)
+        ):
+            for expert, weight in zip(experts, weights, strict=True):
+                if (row, expert) in table and weight:
+                    assert weight == pytest.approx(table[row, expert], rel=1e-4)
+
+
+def run(name: str, model: nn.Module, *, with_gradients: bool = False) -> Run:
+    decisions: dict[int, list[Decision]] = defaultdict(list)
+
+    def note(layer: int, decision: Decision) -> None:
+        decisions[layer].append(decision)
+
+    observe(model, find_sites(model), note)
+    with torch.set_grad_enabled(with_gradients):
+        output = output_tensor(model(**inputs(name, model)))
+        if with_gradients:
+            output.square().mean().backward()
+    stop_observing(model, note)
+    return Run(output.detach(), dict(decisions))
+
+
+@torch.no_grad()
+def forward(name: str, model: nn.Module) -> torch.Tensor:
+    return output_tensor(model(**inputs(name, model)))

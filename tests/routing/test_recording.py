@@ -1,0 +1,315 @@
+"""What a recording holds, that it is what happened, and that nothing is lost on the way to disk and back."""
+
+import copy
+import json
+
+import numpy as np
+import pytest
+import torch
+from transformers import AutoModelForCausalLM
+
+from transformers_moe_offload import ConfigError, OffloadConfig, cache_stats, routing
+from transformers_moe_offload.routing import RoutingTrace
+from transformers_moe_offload.routing.sites import find_sites
+from transformers_moe_offload.routing.switching import observe, stop_observing
+from transformers_moe_offload.tracing import TraceError, replay
+from zoo.build import build, inputs, zoo_names
+
+NOTHING_TO_RECORD = {"nllb_moe"}
+CHOSEN_BY_TABLE = {("deepseek_v4", 0), ("deepseek_v4", 1)}
+"""Routers that look token ids up instead of comparing scores."""
+
+
+def record(model, token_ids, path=None, **options):
+    with routing.record_routing(model, path, **options) as recorder, torch.no_grad():
+        model(input_ids=token_ids)
+    return recorder.trace
+
+
+def only(trace, router=0):
+    (rows,) = trace.rows(router)
+    return rows
+
+
+@pytest.fixture
+def trace(plain, token_ids):
+    return record(plain, token_ids, scores="float32", hidden_states=True)
+
+
+def test_a_recording_holds_what_each_router_was_given_and_decided(plain, token_ids, trace):
+    decisions = {}
+
+    def note(router, decision):
+        decisions[router] = decision
+
+    observe(plain, find_sites(plain), note)
+    with torch.no_grad():
+        plain(input_ids=token_ids)
+    stop_observing(plain, note)
+    assert [facts.path for facts in trace.routers] == [site.path for site in find_sites(plain)]
+    for router, decision in decisions.items():
+        rows = only(trace, router)
+        assert np.array_equal(rows.scores, decision.scores)
+        assert np.array_equal(rows.experts, decision.experts)
+        assert np.array_equal(rows.weights, decision.weights)
+        assert np.array_equal(rows.hidden, decision.hidden)
+        assert np.array_equal(rows.token_ids, token_ids.flatten())
+        assert rows.sequence.tolist() == [0] * 9 + [1] * 9
+        assert rows.position.tolist() == [*range(9)] * 2
+        assert trace.routers[router].has_affinities
+    assert (trace.num_tokens, trace.num_steps) == (18, 1)
+
+
+def test_recording_changes_no_bit_and_leaves_no_hook(plain, token_ids):
+    with torch.no_grad():
+        before = plain(input_ids=token_ids).logits
+        with routing.record_routing(plain):
+            assert torch.equal(plain(input_ids=token_ids).logits, before)
+    assert not any(module._forward_hooks or module._forward_pre_hooks for module in plain.modules())
+
+
+def test_a_generation_is_one_text_for_each_row_of_its_batch(plain, token_ids):
+    with routing.record_routing(plain) as recorder:
+        for _ in range(2):
+            plain.generate(token_ids, max_new_tokens=4, min_new_tokens=4)
+    rows = only(recorder.trace)
+    assert set(rows.sequence.tolist()) == {0, 1, 2, 3}
+    for text in range(4):
+        assert rows.position[rows.sequence == text].tolist() == [*range(12)]
+    assert recorder.trace.num_steps == 8
+
+
+def test_padding_is_routed_and_recorded_but_not_counted(plain, token_ids):
+    mask = torch.ones_like(token_ids)
+    mask[0, :4] = 0
+    with routing.record_routing(plain) as recorder, torch.no_grad():
+        plain(input_ids=token_ids, attention_mask=mask)
+    assert len(only(recorder.trace).experts) == 14
+    assert sum(len(rows.experts) for rows in recorder.trace.rows(0, padding=True)) == 18
+    assert recorder.trace.statistics(0).num_tokens == 14
+
+
+def test_a_strategy_is_recorded_as_it_chose(plain, token_ids):
+    with routing.set_routing(plain, "top_p", p=0.3):
+        trace = record(plain, token_ids)
+    rows = only(trace)
+    chosen = rows.experts >= 0
+    assert ((rows.weights != 0) == chosen).all()
+    assert 1 <= chosen.sum(axis=1).min() < chosen.sum(axis=1).max()
+    assert trace.statistics(0).load.sum() == chosen.sum()
+
+
+def test_a_streamed_trace_is_the_one_in_memory_and_its_parts_are_small(plain, token_ids, tmp_path):
+    with routing.record_routing(plain, tmp_path / "trace", buffer_size=4_000) as streamed:
+        with routing.record_routing(plain) as kept:
+            for domain in ("prose", "code"):
+                streamed.domain = kept.domain = domain
+                plain.generate(token_ids, max_new_tokens=20, min_new_tokens=20)
+        assert len(streamed._buffer._rows) < 30, "the buffer keeps what was written"
+    loaded = RoutingTrace.load(tmp_path / "trace")
+    files = sorted((tmp_path / "trace").glob("part-*"))
+    assert len(files) > 2
+    assert max(file.stat().st_size for file in files) < 20_000
+    for router in range(len(loaded.routers)):
+        whole = only(kept.trace, router)
+        for name, expected in whole._asdict().items():
+            if expected is not None:
+                assert np.array_equal(np.concatenate([getattr(r, name) for r in loaded.rows(router)]), expected), name
+        assert loaded.statistics(router).figures() == pytest.approx(kept.trace.statistics(router).figures())
+        assert np.array_equal(loaded.statistics(router).next_token, kept.trace.statistics(router).next_token)
+        assert loaded.statistics(router).reuse == kept.trace.statistics(router).reuse
+    kept.trace.save(tmp_path / "again")
+    assert RoutingTrace.load(tmp_path / "again").summary() == kept.trace.summary()
+
+
+def test_what_was_written_before_an_accident_can_be_read(plain, token_ids, tmp_path):
+    def go_wrong():
+        with routing.record_routing(plain, tmp_path / "trace"), torch.no_grad():
+            plain(input_ids=token_ids)
+            raise RuntimeError("accident")
+
+    with pytest.raises(RuntimeError, match="accident"):
+        go_wrong()
+    assert RoutingTrace.load(tmp_path / "trace").num_tokens == 18
+    assert not any(module._forward_hooks for module in plain.modules())
+
+
+def test_a_forward_that_fails_is_not_recorded(plain, token_ids):
+    def fail(*_):
+        raise RuntimeError("accident")
+
+    hook = plain.model.layers[2].register_forward_pre_hook(fail)
+    with routing.record_routing(plain) as recorder, torch.no_grad():
+        with pytest.raises(RuntimeError, match="accident"):
+            plain(input_ids=token_ids)
+        hook.remove()
+        plain(input_ids=token_ids[:, :3])
+    assert recorder.trace.num_tokens == 6
+
+
+def test_gradient_checkpointing_records_each_token_once(plain, token_ids):
+    plain.train().activation_checkpointing_enable()
+    with routing.record_routing(plain) as recorder:
+        plain(input_ids=token_ids, labels=token_ids).loss.backward()
+    assert len(only(recorder.trace).experts) == 18
+
+
+def test_a_copy_that_is_made_meanwhile_is_not_recorded(plain, token_ids):
+    with routing.record_routing(plain) as recorder, torch.no_grad():
+        twin = copy.deepcopy(plain)
+        twin(input_ids=token_ids)
+        plain(input_ids=token_ids[:, :2])
+    assert recorder.trace.num_tokens == 4
+
+
+@pytest.mark.parametrize("name", [name for name in zoo_names() if name not in NOTHING_TO_RECORD])
+def test_every_architecture_can_be_recorded(name):
+    model = build(name)
+    with routing.record_routing(model) as recorder, torch.no_grad():
+        model(**inputs(name, model))
+    for router, facts in enumerate(recorder.trace.routers):
+        figures = recorder.trace.statistics(router).figures()
+        assert figures["tokens"] > 0
+        assert 0 <= figures["entropy"] <= np.log2(facts.num_experts)
+        assert 0 < figures["confidence"] <= 1 + 1e-9
+        if (name, router) not in CHOSEN_BY_TABLE:
+            assert figures["margin"] > -1e-2, "experts were not chosen by the scores that were recorded"
+
+
+@pytest.mark.parametrize("policy", ["lru", "lfu"])
+def test_a_recording_replays_to_the_statistics_of_the_cache(checkpoint, token_ids, policy):
+    config = OffloadConfig(cache_budget="40%", policy=policy)
+    model = AutoModelForCausalLM.from_pretrained(checkpoint, moe_offload=config)
+    with routing.record_routing(model) as recorder, model.moe_offload.trace() as visits:
+        model.generate(token_ids, max_new_tokens=12, min_new_tokens=12)
+    trace = recorder.trace.to_cache_trace()
+    assert trace.visits == visits.visits
+    assert trace.layer_names == visits.layer_names
+    stats = cache_stats(model)
+    played = replay(trace, policy, model.moe_offload.plan.pools[0].num_slots)
+    assert {layer: one.hits for layer, one in played.per_layer.items()} == {
+        layer: one.hits for layer, one in enumerate(stats.per_layer.values())
+    }
+
+
+def test_centroids_are_fitted_to_recorded_hidden_states(plain, token_ids, trace):
+    centroids = routing.fit_centroids(trace)
+    assert {tuple(one.shape) for one in centroids.values()} == {(8, plain.config.hidden_size)}
+    with routing.set_routing(plain, "k_means", centroids=centroids):
+        record(plain, token_ids)
+    some = record(plain, token_ids, layers=[2], hidden_states=True)
+    assert set(routing.fit_centroids(some)) == {2}
+    with pytest.raises(ConfigError, match=r"fitted for routers \[2\], and not for router 0"):
+        routing.set_routing(plain, "k_means", centroids=routing.fit_centroids(some))
+    with pytest.raises(ConfigError, match="has no hidden states; record it with"):
+        routing.fit_centroids(record(plain, token_ids))
+
+
+def test_two_runs_agree_wholly_or_by_chance(plain, token_ids, trace):
+    assert trace.agreement(record(plain, token_ids)) == [1.0] * 4
+    with routing.set_routing(plain, "random"):
+        by_chance = record(plain, token_ids)
+    assert all(0.0 <= agreement < 0.5 for agreement in trace.agreement(by_chance))
+    with pytest.raises(TraceError, match="18 and 2 tokens, and not the same ones"):
+        trace.agreement(record(plain, token_ids[:, :1]))
+
+
+def test_a_table_has_a_row_for_each_token_and_router(plain, token_ids, trace):
+    table = trace.to_pandas()
+    assert len(table) == 18 * 4
+    assert table.columns.tolist()[:4] == ["router", "token_id", "sequence", "position"]
+    row = table.iloc[20]
+    assert row.router == 1
+    assert list(row.experts) == only(trace, 1).experts[2].tolist()
+    assert row.entropy == pytest.approx(trace.statistics(1).entropy[2])
+
+
+def test_scores_can_be_left_out_and_then_nothing_is_made_of_them(plain, token_ids):
+    trace = record(plain, token_ids, scores=None)
+    assert not trace.has_scores
+    assert np.isnan(trace.statistics(0).figures()["entropy"])
+    with pytest.raises(TraceError, match="the trace has no scores"):
+        trace.probabilities(only(trace), 0)
+    assert "entropy" not in trace.to_arrow().column_names
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"scores": "int8"}, "scores='int8' is not one of"),
+        ({"buffer_size": "10%"}, "buffer_size='10%' is not a number of bytes"),
+        ({"layers": [7]}, "the model's routers are 0 to 3"),
+    ],
+)
+def test_an_option_that_cannot_be_is_refused(plain, options, message):
+    with pytest.raises(ConfigError, match=message), routing.record_routing(plain, **options):
+        pass
+
+
+def test_a_folder_with_a_trace_is_not_overwritten(plain, token_ids, tmp_path):
+    record(plain, token_ids, tmp_path)
+    with pytest.raises(TraceError, match="has a routing trace already"), routing.record_routing(plain, tmp_path):
+        pass
+
+
+@pytest.mark.parametrize(
+    ("damage", "message"),
+    [
+        (lambda folder: (folder / "trace.json").unlink(), "cannot read the routing trace"),
+        (lambda folder: (folder / "trace.json").write_text("[]"), "is not of format 1"),
+        (lambda folder: (folder / "part-00000.safetensors").write_bytes(b"\0" * 9), "cannot read"),
+        (lambda folder: edit(folder, "parts", ["../x"]), "a part lies outside the folder"),
+        (lambda folder: edit(folder, "routers", [{}]), "does not say what it must"),
+        (lambda folder: edit(folder, "routers", []), "a call is of router 3, and there are 0"),
+    ],
+)
+def test_a_damaged_trace_is_refused_with_the_reason(plain, token_ids, tmp_path, damage, message):
+    record(plain, token_ids, tmp_path)
+    damage(tmp_path)
+    with pytest.raises(TraceError, match=message):
+        RoutingTrace.load(tmp_path).summary() or [*RoutingTrace.load(tmp_path).parts()]
+
+
+def edit(folder, key, value):
+    index = json.loads((folder / "trace.json").read_text())
+    (folder / "trace.json").write_text(json.dumps(index | {key: value}))
+
+
+def test_a_part_that_cannot_be_written_is_an_error_and_leaves_no_half(plain, token_ids, tmp_path, monkeypatch):
+    monkeypatch.setattr("pathlib.Path.replace", lambda *_: (_ for _ in ()).throw(OSError(28, "No space left")))
+    with pytest.raises(TraceError, match="No space left"):
+        record(plain, token_ids, tmp_path)
+    assert [*tmp_path.iterdir()] == []
+
+
+@pytest.mark.parametrize("name", ["qwen3_moe", "gpt_oss", "deepseek_v3", "dbrx"])
+def test_steps_that_are_read_without_watching_say_what_watching_says(name):
+    model = build(name)
+    ids = inputs(name, model)["input_ids"]
+    watched = []
+
+    def note(router, decision):
+        watched.append((decision.scores.float().numpy().copy(), decision.experts.numpy(), decision.weights.numpy()))
+
+    with routing.record_routing(model, scores="float32") as recorder:
+        model.generate(ids, max_new_tokens=5, min_new_tokens=5, do_sample=False)
+    with routing.set_routing(model, Own()):  # a strategy, so that every step is watched
+        observe(model, find_sites(model), note)
+        model.generate(ids, max_new_tokens=5, min_new_tokens=5, do_sample=False)
+        stop_observing(model, note)
+    places = [0] * len(recorder.trace.routers)
+    for number, (scores, experts, weights) in enumerate(watched):
+        router = number % len(places)
+        rows = only(recorder.trace, router)
+        here = slice(places[router], places[router] + len(scores))
+        places[router] = here.stop
+        assert np.array_equal(rows.scores[here], scores)
+        assert np.array_equal(rows.experts[here], experts)
+        assert np.array_equal(rows.weights[here], weights.astype(np.float32))
+
+
+class Own(routing.RoutingStrategy):
+    """The router's own choice."""
+
+    def choose(self, call):
+        return None

@@ -1,0 +1,32 @@
+"""Programs based on Transformers are run with the plugin imported, as lm-evaluation-harness needs it."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+ROOT = Path(__file__).parent.parent
+
+PROGRAM = """
+import sys
+from transformers import PreTrainedModel
+print(sys.argv[1:], getattr(PreTrainedModel.from_pretrained, "_is_of_moe_offload", False), __name__)
+"""
+
+
+def run(*arguments, folder):
+    path = os.pathsep.join([str(ROOT / "src"), str(folder)])
+    command = [sys.executable, "-m", "transformers_moe_offload", *arguments]
+    return subprocess.run(command, env=os.environ | {"PYTHONPATH": path}, capture_output=True, text=True)
+
+
+def test_a_program_gets_its_own_arguments_and_the_plugin(tmp_path):
+    (tmp_path / "some_program.py").write_text(PROGRAM)
+    done = run("some_program", "--model_args", "moe_offload=auto", folder=tmp_path)
+    assert done.stdout == "['--model_args', 'moe_offload=auto'] True __main__\n", done.stderr
+
+
+def test_without_a_program_it_says_how_it_is_used(tmp_path):
+    done = run(folder=tmp_path)
+    assert done.returncode == 1
+    assert done.stderr.startswith("usage: python -m transformers_moe_offload MODULE")
