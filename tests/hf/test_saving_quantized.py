@@ -124,6 +124,19 @@ def test_every_architecture_is_saved_and_loaded_in_low_bits(name, tmp_path):
         assert torch.equal(output_tensor(second(**given)), output_tensor(first(**given)))
 
 
+def test_rows_behind_the_last_expert_are_there_again_when_a_model_is_restored(tmp_path):
+    """LongCat gives one stack rows for its identity experts, which have no weights."""
+    plain = build("longcat_flash")
+    plain.save_pretrained(tmp_path / "plain")
+    quantized = type(plain).from_pretrained(tmp_path / "plain", moe_offload=OffloadConfig(experts=FORMAT))
+    quantized.save_pretrained(tmp_path / "saved")
+    restored = restore(type(plain).from_pretrained(tmp_path / "saved"))
+    shapes = [{name: tensor.shape for name, tensor in model.state_dict().items()} for model in (restored, plain)]
+    assert shapes[0] == shapes[1]
+    restored.save_pretrained(tmp_path / "again")
+    type(plain).from_pretrained(tmp_path / "again")
+
+
 def test_killed_while_saving_the_old_or_the_new_checkpoint_is_there(quantized, saved, checkpoint):
     other = AutoModelForCausalLM.from_pretrained(
         checkpoint, moe_offload=OffloadConfig(experts=HqqFormat(group_size=32))

@@ -72,6 +72,31 @@ def test_the_command_pushes_what_was_built(hub, built):
     assert uploaded(hub) == {}
 
 
+def test_the_command_builds_and_pushes_with_the_repository_on_the_card(hub, built, tmp_path):
+    recipe = tmp_path / "recipe.yaml"
+    recipe.write_text(
+        f"schema: 1\nbase_model: {built.parent / 'dense'}\nkind: upcycle\nupcycle: {{num_experts: 2}}\n"
+        f"gate: {{mode: noise}}\nhub: {{private: true}}\n"
+    )
+    arguments = ["build", str(recipe), str(tmp_path / "out"), "--push", REPO, "--token", TOKEN]
+    result = CliRunner().invoke(app, arguments)
+    assert result.exit_code == 0, (result.output, result.exception)
+    assert f"pushed to {REPO}" in result.stdout.splitlines()
+    assert uploaded(hub) == contents(tmp_path / "out")
+    assert hub.repos[REPO].is_private
+    assert f'from_pretrained("{REPO}"' in uploaded(hub)["README.md"].decode()
+
+
+def test_a_push_that_cannot_be_is_noticed_before_the_build(hub, built, tmp_path):
+    recipe = tmp_path / "recipe.yaml"
+    recipe.write_text(f"schema: 1\nbase_model: {built.parent / 'dense'}\nkind: upcycle\ngate: {{mode: noise}}\n")
+    arguments = ["build", str(recipe), str(tmp_path / "out"), "--push", REPO, "--token", "hf_wrong"]
+    result = CliRunner().invoke(app, arguments)
+    assert result.exit_code == 2
+    assert "cannot upload to 'somebody/mixture'" in result.output
+    assert not (tmp_path / "out").exists()
+
+
 def test_no_commit_in_between_can_be_loaded(hub, built):
     publish(built, REPO, token=TOKEN)
     publish(built, REPO, token=TOKEN)

@@ -103,6 +103,8 @@ def build_moe(
         token, local_files_only: as in `from_pretrained`.
         advance: told of the bytes that are written; without it there is a progress bar.
     """
+    if recipe.kind == "adapter_moe":
+        raise RecipeError("kind: adapter_moe is built by build_adapter_moe, which takes the same arguments")
     folder = Path(folder)
     expect_place(folder, MARKS, overwrite=overwrite)
     if push is not None:
@@ -184,7 +186,7 @@ def _channels(plan: BuildPlan, device: str) -> Channels | None:
 def _tokenizer(plan: BuildPlan) -> Any:
     """The base model's, if texts are to be read; a mixture without them can do without one."""
     recipe = plan.recipe
-    texts = [dataset for dataset in (recipe.split and recipe.split.dataset,) if dataset is not None]
+    texts: list[Any] = [recipe.split.dataset] if recipe.split is not None and recipe.split.dataset is not None else []
     if recipe.gate.mode not in DRAWN:
         texts += [text for expert in recipe.experts for text in (*expert.positive_prompts, expert.dataset) if text]
     if not texts:

@@ -93,7 +93,7 @@ def model_card(
         what=f"A mixture of {len(info.experts)} experts in the `{info.container}` architecture of Transformers",
         experts="\n".join(f"| {number} | {expert} |" for number, expert in enumerate(info.experts)),
         active=f"A token visits {info.experts_per_token} of them, in {len(info.layers)} layers.",
-        parameters=_table(
+        parameters=table(
             ("", "parameters"),
             [
                 ("stem (attention, embeddings, norms, head)", f"{parameters.stem:,}"),
@@ -130,7 +130,7 @@ def _gates(info: MoeBuildInfo) -> str:
             )
         )
     header = ("layer", "condition", "scale", "entropy", "own tokens first")
-    return "\n".join([*lines, _table(header, rows)])
+    return "\n".join([*lines, table(header, rows)])
 
 
 def _sources(info: MoeBuildInfo, licence: Verdict) -> str:
@@ -143,10 +143,10 @@ def _sources(info: MoeBuildInfo, licence: Verdict) -> str:
         )
         for one in info.sources
     ]
-    return _table(("model", "commit", "licence"), rows, right=())
+    return table(("model", "commit", "licence"), rows, right=())
 
 
-def _table(header: Sequence[str], rows: Sequence[Sequence[str]], right: Sequence[int] | None = None) -> str:
+def table(header: Sequence[str], rows: Sequence[Sequence[str]], right: Sequence[int] | None = None) -> str:
     """A table in Markdown; all columns but the first are set right, unless `right` says which."""
     is_right = range(1, len(header)) if right is None else right
     rule = "|".join("---:" if number in is_right else "---" for number in range(len(header)))

@@ -29,7 +29,8 @@ def on_meta(config: PreTrainedConfig, dtype: torch.dtype = torch.float32) -> Any
 
 def layout_of(config: PreTrainedConfig, dtype: torch.dtype = torch.float32) -> dict[str, FieldSpec]:
     """The tensors of a checkpoint of this class in this dtype, tied weights once."""
-    return dict(_layout(config.to_json_string(use_diff=False), type(config), dtype))
+    cls: Any = type(config)
+    return dict(_layout(config.to_json_string(use_diff=False), cls, dtype))
 
 
 def names_in_memory(config: PreTrainedConfig) -> dict[str, str]:

@@ -13,6 +13,7 @@ from rich.table import Table
 from transformers_moe_offload.build import MoeBuildInfo, MoeRecipe, build_moe, validate_recipe
 from transformers_moe_offload.build.plan import BuildPlan
 from transformers_moe_offload.cli import options, writing
+from transformers_moe_offload.cli.build_adapters import build_adapters
 from transformers_moe_offload.cli.failures import one_line_errors
 from transformers_moe_offload.cli.writing import progress
 from transformers_moe_offload.hf.plan import readable
@@ -42,6 +43,12 @@ def build(
     with one_line_errors():
         asked = MoeRecipe.from_file(recipe)
         console = Console()
+        if asked.kind == "adapter_moe":
+            build_adapters(
+                asked, folder, console, dry_run=dry_run, device=device, resume=resume, overwrite=overwrite, push=push,
+                token=token, local_files_only=local_files_only,
+            )  # fmt: skip
+            return
         plan = validate_recipe(asked, token=token, local_files_only=local_files_only)
         console.print(_title(plan), style="bold", soft_wrap=True)
         console.print(_table(plan))

@@ -61,7 +61,7 @@ def convert(
         quantization = Quantization.of(blueprint.model, config, dtype)
         sizes = Sizes.of(quantization)
         console = Console()
-        formats = dict.fromkeys(str(coding.format) for coding in quantization.codings)
+        formats = dict.fromkeys(str(found.formats().of_layer(layer.index)) for layer in quantization.layers)
         console.print(f"experts: {'; '.join(formats)}; codes as they are", soft_wrap=True)
         if found.has_coded_meta():
             console.print("scales and zeros: were in 8 bits, decoded to float16", soft_wrap=True)

@@ -19,6 +19,7 @@ from transformers_moe_offload.compute.host_side import HostSide
 from transformers_moe_offload.compute.mlp import ExpertMlp, ExpertWeights
 from transformers_moe_offload.compute.routing import FEW_PAIRS, Grouping, group_by_expert
 from transformers_moe_offload.formats.base import Coding
+from transformers_moe_offload.formats.by_expert import AS_USED, LayerCodings
 from transformers_moe_offload.memory.slots import Weights
 
 
@@ -31,7 +32,7 @@ def sparse_forward(
     top_k_index: Tensor,
     top_k_weights: Tensor,
     *,
-    coding: Coding | None = None,
+    codings: LayerCodings = AS_USED,
     keeps_weights: bool = False,
     started: Callable[[Sequence[int]], None] | None = None,
     host: HostSide | None = None,
@@ -39,8 +40,8 @@ def sparse_forward(
     """The experts' contribution to each token.
 
     hidden_states (T, H), top_k_index (T, K) int64, top_k_weights (T, K) -> (T, H) in the dtype of hidden_states.
-    `experts` is the module whose activation is used. `coding` says what the slots hold, if it is not the weights as
-    they are. `keeps_weights` copies the weights out of the slots, for autograd.
+    `experts` is the module whose activation is used. `codings` says what the slots hold, expert by expert.
+    `keeps_weights` copies the weights out of the slots, for autograd.
     `started` is called with the wanted experts once their loads are under way. `host` may compute some of those that
     are absent, meanwhile.
     """
@@ -54,11 +55,11 @@ def sparse_forward(
     with cache.visit(layer, grouping.by_last_use, started, share) as visit:
         if is_ordered:
             for expert, weights in visit.in_order():
-                found = opened(weights, coding, keeps_weights=keeps_weights)
+                found = opened(weights, codings.of(expert), keeps_weights=keeps_weights)
                 outputs[expert] = mlp(experts, rows_of(hidden_states, grouping.tokens[expert]), found)
         else:
             for batch in visit.batches():
-                outputs |= _computed(mlp, experts, hidden_states, grouping, batch, coding)
+                outputs |= _computed(mlp, experts, hidden_states, grouping, batch, codings)
         if computing is not None:
             outputs |= computing.finish()
     return combine([outputs[expert] for expert in grouping.experts], grouping, hidden_states, top_k_weights)
@@ -70,18 +71,17 @@ def _computed(
     hidden_states: Tensor,
     grouping: Grouping,
     held: Mapping[int, Weights],
-    coding: Coding | None,
+    codings: LayerCodings,
 ) -> dict[int, Tensor]:
     """The rows of some experts: together where they are few and in low bits, else one expert after the other."""
     tokens = {expert: grouping.tokens[expert] for expert in held}
     counts = [len(wanting) for wanting in tokens.values()]
-    if len(held) > 1 and sum(counts) <= FEW_PAIRS and mlp.takes_several(hidden_states, coding):
+    if len(held) > 1 and sum(counts) <= FEW_PAIRS and mlp.takes_several(hidden_states, map(codings.of, held)):
         rows = hidden_states[[token for wanting in tokens.values() for token in wanting]]
-        return dict(
-            zip(held, mlp.several(experts, rows, counts, [opened(one, coding) for one in held.values()]), strict=True)
-        )
+        weights = [opened(one, codings.of(expert)) for expert, one in held.items()]
+        return dict(zip(held, mlp.several(experts, rows, counts, weights), strict=True))
     return {
-        expert: mlp(experts, rows_of(hidden_states, tokens[expert]), opened(one, coding))
+        expert: mlp(experts, rows_of(hidden_states, tokens[expert]), opened(one, codings.of(expert)))
         for expert, one in held.items()
     }
 

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from transformers_moe_offload.cache.visit import Visit
 from transformers_moe_offload.expert import ExpertSpec
-from transformers_moe_offload.formats.base import Coding
+from transformers_moe_offload.formats.by_expert import LayerCodings
 from transformers_moe_offload.hf.layouts import ExpertField
 from transformers_moe_offload.memory.record import torch_dtype
 
@@ -23,18 +23,18 @@ Fetch = Callable[[str, int], Tensor]
 """One field of one expert: (field name, expert) -> its tensor."""
 
 
-def fetch_from(visit: Visit, spec: ExpertSpec, device: torch.device, *, coding: Coding | None, copies: bool) -> Fetch:
+def fetch_from(visit: Visit, spec: ExpertSpec, device: torch.device, *, codings: LayerCodings, copies: bool) -> Fetch:
     """Fetch wanted experts through a visit, and zeros for others.
 
     Some forwards index experts that no row is sent to, or only rows of weight zero: their weights never show in the
-    output, so they are not worth loading. `coding` says what the visit gives, if it is not the weights as they are.
+    output, so they are not worth loading. `codings` says what the visit gives, expert by expert.
     `copies` gives each expert memory of its own, for autograd.
     """
     by_name = {field.name: field for field in spec.fields}
 
     def fetch(name: str, expert: int) -> Tensor:
         if visit.wants(expert):
-            held = visit.take(expert)
+            held, coding = visit.take(expert), codings.of(expert)
             tensor = held[name] if coding is None else coding.decode_field(name, held)
             return tensor.clone() if copies else tensor
         field = by_name[name]

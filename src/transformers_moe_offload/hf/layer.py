@@ -106,14 +106,14 @@ class SparseLayer:
                 self.mlp,
                 module,
                 *inputs,
-                coding=source.coding,
+                codings=source.codings,
                 keeps_weights=keeps_weights,
                 started=started,
                 host=self.runtime.host_side_of(self),
             )
         wanted = self.layout.wanted(self.num_experts, *inputs, keep_zero_weights=keeps_weights)
         with cache.visit(self.index, wanted, started) as visit:
-            fetch = fetch_from(visit, source.spec, inputs[0].device, coding=source.coding, copies=keeps_weights)
+            fetch = fetch_from(visit, source.spec, inputs[0].device, codings=source.codings, copies=keeps_weights)
             return self.eager_forward(twin_of(module, self.plain_class, self.fields, fetch), *inputs)
 
 

@@ -14,7 +14,8 @@ from torch import Tensor
 from transformers.modeling_utils import remove_tied_weights_from_state_dict
 
 from transformers_moe_offload.expert import FieldSpec
-from transformers_moe_offload.formats.coding import LayerCoding
+from transformers_moe_offload.formats.by_expert import LayerCodings
+from transformers_moe_offload.formats.coding import ExpertCoding
 from transformers_moe_offload.formats.foreign import ForeignCoding
 from transformers_moe_offload.hf.prebuilt.layout import (
     MARKS,
@@ -25,6 +26,7 @@ from transformers_moe_offload.hf.prebuilt.layout import (
 )
 from transformers_moe_offload.hf.prebuilt.writer import finish, write_shards
 from transformers_moe_offload.hf.runtime import OffloadRuntime
+from transformers_moe_offload.memory.checkpoint import LayerSource
 from transformers_moe_offload.memory.encoding import encoded_row
 from transformers_moe_offload.memory.record import dtype_name
 from transformers_moe_offload.memory.safetensors_writer import write_text
@@ -52,11 +54,18 @@ def save_quantized(model: Any, folder: Path, state_dict: Mapping[str, Tensor] | 
 def _layers(runtime: OffloadRuntime) -> Iterator[LayerContent]:
     for layer in runtime.layers:
         source = runtime.source(layer)
-        if isinstance(source.coding, ForeignCoding):  # not in a format of ours
-            plain = LayerCoding(source.spec.fields, None)
-            yield LayerContent(layer.name, layer.num_experts, plain.stored, partial(encoded_row, source, plain))
-        else:
-            yield LayerContent(layer.name, layer.num_experts, source.stored, source.read_record)
+        usual, hot = (
+            coding if isinstance(coding, ExpertCoding) else ExpertCoding(source.spec.fields, None)
+            for coding in (source.codings.usual, source.codings.hot)
+        )
+        codings = LayerCodings(usual, hot, source.codings.hot_experts)
+        yield LayerContent.coded(layer.name, layer.num_experts, codings, partial(_record, source, codings))
+
+
+def _record(source: LayerSource, codings: LayerCodings, expert: int) -> Tensor:
+    """One expert as it is stored; opened, where that is not in a format of ours."""
+    is_ours = not isinstance(source.codings.of(expert), ForeignCoding)
+    return source.read_record(expert) if is_ours else encoded_row(source, codings, expert)
 
 
 def _dense(model: Any, state_dict: Mapping[str, Tensor] | None) -> Iterator[Content]:

@@ -11,7 +11,7 @@ from __future__ import annotations
 import json
 import os
 import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from enum import Enum, auto
@@ -89,10 +89,13 @@ def place_for(
 
 
 @contextmanager
-def replacing(folder: Path, recipe: Mapping[str, Any], marks: Marks) -> Iterator[Path]:
+def replacing(
+    folder: Path, recipe: Mapping[str, Any], marks: Marks, *, without: Collection[str] = ()
+) -> Iterator[Path]:
     """Where to write a checkpoint, which is in `folder` once the block has ended, instead of one that was there.
 
-    Files that belong to no such checkpoint stay, a tokenizer's for instance.
+    Files that belong to no such checkpoint stay, a tokenizer's for instance, and those of it that are not written anew
+    and do not begin as `marks.prefix` says; but not those that it is to be `without`.
     """
     folder = Path(os.path.realpath(folder))
     recover(folder, marks)
@@ -104,7 +107,7 @@ def replacing(folder: Path, recipe: Mapping[str, Any], marks: Marks) -> Iterator
     beside = _beside(folder)
     with _claimed(beside, recipe, marks, _Left.REMOVED):
         yield beside
-        _bring_along(folder, beside, marks.prefix)
+        _bring_along(folder, beside, marks.prefix, without)
     _change_places(folder)
 
 
@@ -122,16 +125,24 @@ def _change_places(folder: Path) -> None:
     shutil.rmtree(_before(folder), ignore_errors=True)  # what cannot be removed now is by the next attempt
 
 
-def _bring_along(folder: Path, beside: Path, prefix: str) -> None:
+def _bring_along(folder: Path, beside: Path, prefix: str, without: Collection[str]) -> None:
     """What somebody else has put into the folder."""
     for file in folder.iterdir():
         target = beside / file.name
-        if file.name.startswith(prefix) or target.exists():
+        if file.name.startswith(prefix) or file.name in without or target.exists():
             continue
         if file.is_dir():
-            shutil.copytree(file, target, copy_function=os.link, symlinks=True)
+            shutil.copytree(file, target, copy_function=_link, symlinks=True)
         else:
-            os.link(file, target, follow_symlinks=False)
+            _link(file, target)
+
+
+def _link(file: Path | str, target: Path | str) -> None:
+    """The same file under a second name, or a copy of it where the filesystem has no such thing."""
+    try:
+        os.link(file, target, follow_symlinks=False)
+    except OSError:
+        shutil.copy2(file, target, follow_symlinks=False)
 
 
 def expect_place(folder: Path, marks: Marks, *, overwrite: bool = False) -> None:

@@ -9,6 +9,8 @@ from transformers_moe_offload.memory.record import RecordLayout, torch_dtype
 from transformers_moe_offload.output.shards import Content
 
 FIELDS = (FieldSpec("down_proj.codes", (50, 96), "uint8"), FieldSpec("down_proj.scale", (50, 3), "float16"))
+HOT_FIELDS = (FieldSpec("down_proj.codes", (100, 96), "uint8"), FieldSpec("down_proj.scale", (50, 3), "float16"))
+HOT_LAYER, HOT_EXPERTS = 2, frozenset({0, 3})
 RECIPE = {"version": 1, "source": {"name": "made-up"}, "experts": {"default": {"nbits": 4}}, "dense": None}
 NUM_EXPERTS = 5
 
@@ -20,16 +22,16 @@ def values(seed: int, spec: FieldSpec) -> torch.Tensor:
 
 
 def record(layer: int, expert: int) -> torch.Tensor:
-    layout = RecordLayout(FIELDS)
+    layout = RecordLayout(HOT_FIELDS if layer == HOT_LAYER and expert in HOT_EXPERTS else FIELDS)
     made = torch.zeros(layout.nbytes, dtype=torch.uint8)
-    for field, view in layout.views(made).items():
-        spec = next(spec for spec in FIELDS if spec.name == field)
+    for spec, view in zip(layout.fields, layout.views(made).values(), strict=True):
         view.copy_(values(1000 * layer + expert, spec))
     return made
 
 
 def layer(number: int, read=record) -> LayerContent:
-    return LayerContent(f"model.layers.{number}.mlp.experts", NUM_EXPERTS, FIELDS, lambda e: read(number, e))
+    hot = (HOT_EXPERTS, HOT_FIELDS) if number == HOT_LAYER else ()
+    return LayerContent(f"model.layers.{number}.mlp.experts", NUM_EXPERTS, FIELDS, lambda e: read(number, e), *hot)
 
 
 def dense(number: int) -> Content:

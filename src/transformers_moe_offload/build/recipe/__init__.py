@@ -1,5 +1,6 @@
 """What to build, from what, into what."""
 
+from transformers_moe_offload.build.recipe.adapters import AdapterRouting
 from transformers_moe_offload.build.recipe.experts import Expert, SharedExpert
 from transformers_moe_offload.build.recipe.gate import Gate
 from transformers_moe_offload.build.recipe.one_model import Split, Upcycle
@@ -9,6 +10,7 @@ from transformers_moe_offload.build.recipe.result import Checks, Hub, Output
 from transformers_moe_offload.build.recipe.stem import Stem
 
 __all__ = [
+    "AdapterRouting",
     "Checks",
     "Dataset",
     "Expert",

@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from transformers_moe_offload.build.recipe.adapters import AdapterRouting
 from transformers_moe_offload.build.recipe.experts import Expert, SharedExpert
 from transformers_moe_offload.build.recipe.gate import Gate
 from transformers_moe_offload.build.recipe.mergekit import is_mergekit, translated
@@ -24,7 +25,7 @@ from transformers_moe_offload.build.recipe.values import (
 )
 from transformers_moe_offload.errors import RecipeError
 
-KINDS = ("moe", "upcycle", "split")
+KINDS = ("moe", "upcycle", "split", "adapter_moe")
 SCHEMA = 1
 """The version of the files that recipes are written to."""
 
@@ -36,7 +37,8 @@ class MoeRecipe:
     Args:
         base_model: the dense model whose attention, embeddings, norms and head are used, and whose hidden states the
             gates are computed from.
-        kind: `moe` of several dense models, or of one: `upcycle` (copies) or `split` (parts).
+        kind: `moe` of several dense models, or of one: `upcycle` (copies) or `split` (parts); `adapter_moe` of adapters
+            that stay adapters.
         experts: the routed experts, in their order.
         shared_experts: experts that every token visits.
         experts_per_token: how many routed experts a token visits.
@@ -44,7 +46,7 @@ class MoeRecipe:
         dtype: of the written weights; None means as the base model is stored.
         layers: decoder layers that get experts; the others keep the base model's block. None means all.
         gate: see there; by default ridge regression, and noise for the kinds that have no texts to tell experts by.
-        stem, upcycle, split, checks, output, hub: see there.
+        stem, upcycle, split, adapter_moe, checks, output, hub: see there.
         tokenizer: where the tokenizer comes from; None means the base model.
         seed: of noise on experts.
     """
@@ -61,6 +63,7 @@ class MoeRecipe:
     stem: Stem = field(default_factory=Stem)
     upcycle: Upcycle | None = None
     split: Split | None = None
+    adapter_moe: AdapterRouting | None = None
     tokenizer: str | None = None
     seed: int = 0
     checks: Checks = field(default_factory=Checks)
@@ -71,7 +74,7 @@ class MoeRecipe:
         object.__setattr__(self, "base_model", as_origin(self.base_model))
         expect_choice(self, "kind", KINDS)
         if self.gate is None:
-            object.__setattr__(self, "gate", Gate(mode="ridge" if self.kind == "moe" else "noise"))
+            object.__setattr__(self, "gate", Gate(mode="ridge" if self.kind in ("moe", "adapter_moe") else "noise"))
         expect_choice(self, "dtype", (None, "float32", "bfloat16", "float16"))
         expect_texts(self, "container", "tokenizer")
         expect_positive(self, "experts_per_token")
@@ -91,12 +94,14 @@ class MoeRecipe:
 
     def _expect_kind(self) -> None:
         """What belongs to another kind is an error, not ignored; what this kind needs is there."""
-        for kind, default in (("upcycle", Upcycle()), ("split", Split())):
+        for kind, default in (("upcycle", Upcycle()), ("split", Split()), ("adapter_moe", AdapterRouting())):
             if getattr(self, kind) is not None and self.kind != kind:
                 raise RecipeError(f"{kind}: is given, but kind is {self.kind!r}; set kind: {kind}, or leave it out")
             if self.kind == kind and getattr(self, kind) is None:
                 object.__setattr__(self, kind, default)
-        if self.kind != "moe" and self.experts:
+        if self.kind == "adapter_moe":
+            self._expect_adapters()
+        if self.kind in ("upcycle", "split") and self.experts:
             raise RecipeError(
                 f"kind: {self.kind} makes its experts from the base model, but {len(self.experts)} experts are given; "
                 f"set kind: moe, or leave them out"
@@ -106,6 +111,15 @@ class MoeRecipe:
                 "kind: split takes its shared expert from the block that is split; set split.shared, the number of its "
                 "parts, and leave shared_experts out"
             )
+
+    def _expect_adapters(self) -> None:
+        """What changes weights or containers has no place where adapters stay adapters."""
+        plain: tuple[tuple[str, object], ...] = (
+            ("shared_experts", ()), ("stem", Stem()), ("layers", None), ("container", "auto"), ("tokenizer", None),
+        )  # fmt: skip
+        for name, default in plain:
+            if getattr(self, name) != default:
+                raise RecipeError(f"kind: adapter_moe has no {name}; leave it out, or build kind: moe")
 
     @property
     def num_experts(self) -> int:

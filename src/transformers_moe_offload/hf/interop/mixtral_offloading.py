@@ -24,6 +24,7 @@ from torch import Tensor
 from transformers_moe_offload.config import ExpertFormats, HqqFormat
 from transformers_moe_offload.errors import CheckpointError, UnsupportedModelError
 from transformers_moe_offload.expert import FieldSpec
+from transformers_moe_offload.formats.by_expert import LayerCodings
 from transformers_moe_offload.formats.columns import brought_together
 from transformers_moe_offload.formats.meta import in_half
 from transformers_moe_offload.hf.layer import OffloadedExperts, SparseLayer, layer_of
@@ -173,8 +174,8 @@ class MixtralOffloading:
     def layers(self, quantization: Quantization) -> list[LayerContent]:
         """The sparse layers, to be written in the formats that were found."""
         return [
-            LayerContent(layer.name, layer.num_experts, coding.stored, partial(self._record, layer, coding.stored))
-            for layer, coding in zip(quantization.layers, quantization.codings, strict=True)
+            LayerContent.coded(layer.name, layer.num_experts, codings, partial(self._record, layer, codings))
+            for layer, codings in zip(quantization.layers, quantization.codings, strict=True)
         ]
 
     def dense(self, quantization: Quantization) -> list[Content]:
@@ -226,9 +227,11 @@ class MixtralOffloading:
         full_name = f"{_stored_name(layer.name)}.{expert}.{name}"
         return Matrix(full_name, tensors, rows // len(_FIELDS[field.name]), cols)
 
-    def _record(self, layer: SparseLayer, stored: Sequence[FieldSpec], expert: int) -> Tensor:
+    def _record(self, layer: SparseLayer, codings: LayerCodings, expert: int) -> Tensor:
         """One expert as it is stored here, uint8."""
-        layout = RecordLayout(stored)
+        coding = codings.of(expert)
+        assert coding is not None
+        layout = RecordLayout(coding.stored)
         record = torch.zeros(layout.nbytes, dtype=torch.uint8)
         views = layout.views(record)
         for field, names in _FIELDS.items():

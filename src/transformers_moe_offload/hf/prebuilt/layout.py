@@ -1,9 +1,10 @@
 """What a prebuilt checkpoint looks like: names of files and tensors, shards, and what its config says.
 
 One shard for each sparse layer with two tensors, `{module}.records`, uint8 (E, row bytes), and `{module}.checksums`,
-int64 (E,) (`hf/records.py` reads them); then shards with the dense weights; and an index, written last. Loading it
-without this package must fail and not make up experts: no file has a name that Transformers looks for, and the code
-that `config.json` refers to says what is missing.
+int64 (E,); hot experts are in a third one, `{module}.hot_records`, instead of the first (`hf/records.py` reads them).
+Then shards with the dense weights; and an index, written last. Loading it without this package must fail and not make
+up experts: no file has a name that Transformers looks for, and the code that `config.json` refers to says what is
+missing.
 """
 
 # E experts of a module
@@ -13,6 +14,7 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -20,8 +22,9 @@ import torch
 from torch import Tensor
 
 from transformers_moe_offload.expert import FieldSpec
-from transformers_moe_offload.hf.records import CHECKSUMS, RECORDS, described
-from transformers_moe_offload.memory.record import RecordLayout, dtype_name
+from transformers_moe_offload.formats.by_expert import LayerCodings
+from transformers_moe_offload.hf.records import CHECKSUMS, HOT_RECORDS, RECORDS, Stack, described
+from transformers_moe_offload.memory.record import dtype_name
 from transformers_moe_offload.output.place import Marks
 from transformers_moe_offload.output.shards import MAX_SHARD_BYTES, Content, Shard, grouped, shard_names, shard_of
 
@@ -52,19 +55,38 @@ class LayerContent:
     """What a record is made of, as stored."""
     record: Callable[[int], Tensor]
     """An expert's record, uint8, with or without zeros up to the next page; called from several threads."""
+    hot_experts: frozenset[int] = frozenset()
+    """Experts whose records are made of other fields."""
+    hot_fields: tuple[FieldSpec, ...] = ()
+
+    @classmethod
+    def coded(
+        cls, module: str, num_experts: int, codings: LayerCodings, record: Callable[[int], Tensor]
+    ) -> LayerContent:
+        """Experts of which each has a coding."""
+        fields, *hot = (coding.stored for coding in codings.kinds if coding is not None)
+        return cls(module, num_experts, fields, record, codings.hot_experts, *hot)
+
+    @cached_property
+    def stacks(self) -> tuple[Stack, ...]:
+        """The stacks of records: one, or two where some experts are hot."""
+        num_hot = len(self.hot_experts)
+        usual = Stack.of(f"{self.module}.{RECORDS}", self.num_experts - num_hot, self.fields)
+        return (usual, Stack.of(f"{self.module}.{HOT_RECORDS}", num_hot, self.hot_fields)) if num_hot else (usual,)
+
+    def stack(self, expert: int) -> Stack:
+        """The stack that an expert is in."""
+        return self.stacks[expert in self.hot_experts]
 
     @property
-    def row_bytes(self) -> int:
-        """Bytes from one record to the next."""
-        return RecordLayout(self.fields).row_bytes
+    def checksums(self) -> FieldSpec:
+        """The tensor with the checksum of every row, by expert."""
+        return FieldSpec(f"{self.module}.{CHECKSUMS}", (self.num_experts,), "int64")
 
     @property
-    def tensors(self) -> tuple[FieldSpec, FieldSpec]:
-        """The two tensors of the layer's shard."""
-        return (
-            FieldSpec(f"{self.module}.{RECORDS}", (self.num_experts, self.row_bytes), "uint8"),
-            FieldSpec(f"{self.module}.{CHECKSUMS}", (self.num_experts,), "int64"),
-        )
+    def tensors(self) -> tuple[FieldSpec, ...]:
+        """The tensors of the layer's shard."""
+        return (*(stack.tensor for stack in self.stacks), self.checksums)
 
 
 Contents = LayerContent | tuple[Content, ...]
@@ -78,7 +100,7 @@ def shards_of(
     groups = grouped(dense, max_shard_bytes)
     names = shard_names("moe_offload", len(layers) + len(groups))
     records: list[Shard[Contents]] = [
-        Shard(name, layer.tensors, layer, {layer.tensors[0].name: described(layer.fields)})
+        Shard(name, layer.tensors, layer, {stack.tensor.name: described(stack.fields) for stack in layer.stacks})
         for name, layer in zip(names, layers, strict=False)
     ]
     others: list[Shard[Contents]] = [

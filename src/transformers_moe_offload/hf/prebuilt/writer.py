@@ -107,20 +107,18 @@ def _fill(workers: int, writer: SafetensorsWriter, content: Contents, done: Adva
 
 
 def _write_layer(writer: SafetensorsWriter, layer: LayerContent, workers: int, done: Advance) -> None:
-    records, checksums = layer.tensors
-
     def row(expert: int) -> tuple[Tensor, int]:
         record = layer.record(expert)
-        row = torch.nn.functional.pad(record, (0, layer.row_bytes - record.numel()))
+        row = torch.nn.functional.pad(record, (0, layer.stack(expert).row_bytes - record.numel()))
         return row, checksum(host_bytes(row))
 
     values = []
-    for record, value in _in_order(row, layer.num_experts, workers):
-        writer.write(records.name, record)
+    for expert, (record, value) in enumerate(_in_order(row, layer.num_experts, workers)):
+        writer.write(layer.stack(expert).tensor.name, record)
         values.append(value)
-        done(layer.row_bytes)
-    writer.write(checksums.name, torch.tensor(values, dtype=torch.int64))
-    done(checksums.nbytes)
+        done(record.numel())
+    writer.write(layer.checksums.name, torch.tensor(values, dtype=torch.int64))
+    done(layer.checksums.nbytes)
 
 
 def _in_order(compute: Callable[[int], T], count: int, workers: int) -> Iterator[T]:
