@@ -1,39 +1,39 @@
-"""Gradients through weights that do not stay.
+"""Gradients through a forward that is not ours, over weights that do not stay.
 
-Autograd would keep every expert's weights until the backward pass, and they are views of slots that other experts
-will have overwritten by then. So the forward pass keeps only its inputs, and the backward pass computes the layer
-again with private copies of the weights.
+What such a forward does with a weight cannot be known, so it is computed again in the backward pass. Even there
+autograd would keep the weights of all experts; it is given a note of each one instead (`lending.py`), and one expert
+at a time is in memory.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import AbstractContextManager
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from transformers_moe_offload.compute.lending import Lending
 
-def recompute_in_backward(
-    compute: Callable[..., Tensor], compute_with_copies: Callable[..., Tensor], *inputs: Any
-) -> Tensor:
-    """`compute(*inputs)`, differentiable in those inputs that are floating-point tensors.
+Session = Callable[..., AbstractContextManager[tuple[Callable[..., Tensor], Lending]]]
+"""For some inputs: opens the experts that they want, and gives the function of these inputs and what lends weights to
+it."""
 
-    `compute_with_copies` must be the same function, with weights that stay unchanged until it is differentiated.
-    """
-    out = _Recompute.apply(compute, compute_with_copies, *inputs)  # type: ignore[no-untyped-call]
+
+def recompute_in_backward(session: Session, *inputs: Any) -> Tensor:
+    """What the session's function makes of the inputs, differentiable in those that are floating-point tensors."""
+    out = _Recompute.apply(session, *inputs)  # type: ignore[no-untyped-call]
     assert isinstance(out, Tensor)
     return out
 
 
 class _Recompute(torch.autograd.Function):
     @staticmethod
-    def forward(
-        ctx: Any, compute: Callable[..., Tensor], compute_with_copies: Callable[..., Tensor], *inputs: Any
-    ) -> Tensor:
+    def forward(ctx: Any, session: Session, *inputs: Any) -> Tensor:
         tensors = [value for value in inputs if isinstance(value, Tensor)]
-        ctx.compute_with_copies = compute_with_copies
+        ctx.session = session
         ctx.others = [None if isinstance(value, Tensor) else value for value in inputs]
         ctx.is_tensor = [isinstance(value, Tensor) for value in inputs]
         device_type = tensors[0].device.type
@@ -44,24 +44,26 @@ class _Recompute(torch.autograd.Function):
         )
         ctx.random_state = _RandomState(tensors[0].device)
         ctx.save_for_backward(*tensors)
-        return compute(*inputs)
+        with session(*inputs) as (compute, _):
+            return compute(*inputs)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor | None, ...]:
-        needs_grad = ctx.needs_input_grad[2:]
+        needs_grad = ctx.needs_input_grad[1:]
         saved = iter(ctx.saved_tensors)
         inputs = [
             next(saved).detach().requires_grad_(needed) if is_tensor else other
             for is_tensor, needed, other in zip(ctx.is_tensor, needs_grad, ctx.others, strict=True)
         ]
-        with torch.enable_grad(), ctx.autocast, ctx.random_state:
-            out = ctx.compute_with_copies(*inputs)
-        if not out.requires_grad:  # every pair was idle
-            return (None,) * (2 + len(inputs))
-        wanted = [value for value, needed in zip(inputs, needs_grad, strict=True) if needed]
-        grads = iter(torch.autograd.grad(out, wanted, grad_outputs, allow_unused=True))
-        return (None, None, *(next(grads) if needed else None for needed in needs_grad))
+        with ctx.session(*inputs) as (compute, lending):
+            with torch.enable_grad(), ctx.autocast, ctx.random_state, lending.remembered():
+                out = compute(*inputs)
+            if not out.requires_grad:  # every pair was idle
+                return (None,) * (1 + len(inputs))
+            wanted = [value for value, needed in zip(inputs, needs_grad, strict=True) if needed]
+            grads = iter(torch.autograd.grad(out, wanted, grad_outputs, allow_unused=True))
+        return (None, *(next(grads) if needed else None for needed in needs_grad))
 
 
 class _RandomState:

@@ -10,7 +10,8 @@ here. Putting the class back is all it takes to undo that, and `deepcopy`, hooks
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from copy import deepcopy
 from functools import cache
 from math import prod
@@ -19,8 +20,10 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from transformers_moe_offload.cache.cache import ExpertCache
+from transformers_moe_offload.compute.adaptation import NOTHING, Adaptation
+from transformers_moe_offload.compute.adapted import adapted_forward
 from transformers_moe_offload.compute.forward import sparse_forward
+from transformers_moe_offload.compute.lending import Lending
 from transformers_moe_offload.compute.mlp import ExpertMlp
 from transformers_moe_offload.compute.recompute import recompute_in_backward
 from transformers_moe_offload.hf.eager import fetch_from, twin_of
@@ -76,14 +79,28 @@ class SparseLayer:
         """Stand in for the module's forward, whatever its arguments are."""
         inputs = args + tuple(kwargs[name] for name in self._input_names[len(args) :])
         assert self.runtime is not None
+        adaptation = self.adaptation()
+        needs_grad = torch.is_grad_enabled() and (
+            adaptation.needs_gradient() or any(isinstance(x, Tensor) and x.requires_grad for x in inputs)
+        )
+        if self.mlp is None:
+            return self._eager(module, inputs, adaptation, needs_grad=needs_grad)
         cache = self.runtime.cache_for(self, inputs[0].device)
-        if torch.is_grad_enabled() and any(isinstance(x, Tensor) and x.requires_grad for x in inputs):
-            return recompute_in_backward(
-                lambda *xs: self._compute(module, cache, xs, keeps_weights=False),
-                lambda *xs: self._compute(module, cache, xs, keeps_weights=True),
-                *inputs,
-            )
-        return self._compute(module, cache, inputs, keeps_weights=False)
+        options: dict[str, Any] = {
+            "coding": self.runtime.source(self).coding,
+            "started": self.runtime.look_ahead_from(self, inputs[0]),
+        }
+        if not adaptation and not needs_grad:
+            host = self.runtime.host_side_of(self)
+            return sparse_forward(cache, self.index, self.mlp, module, *inputs, host=host, **options)
+        lender = self.runtime.lender(self, inputs[0].device)
+        return adapted_forward(
+            cache, self.index, self.mlp, module, *inputs, adaptation=adaptation, lender=lender, **options
+        )
+
+    def adaptation(self) -> Adaptation:
+        """What is added to the layer's experts in this forward."""
+        return NOTHING
 
     def moved(self, fn: Callable[[Tensor], Tensor]) -> None:
         """The module is going through `nn.Module.to` or one of its relatives, which apply `fn` to every parameter."""
@@ -93,28 +110,30 @@ class SparseLayer:
         if probe.device.type != "meta":
             self.runtime.move(self, probe.device, probe.dtype)
 
-    def _compute(
-        self, module: nn.Module, cache: ExpertCache, inputs: tuple[Any, ...], *, keeps_weights: bool
-    ) -> Tensor:
+    def _eager(self, module: nn.Module, inputs: tuple[Any, ...], adaptation: Adaptation, *, needs_grad: bool) -> Tensor:
+        """The forward that Transformers wrote, over weights that are fetched as it reaches for them."""
         assert self.runtime is not None
-        started = None if keeps_weights else self.runtime.look_ahead_from(self, inputs[0])
-        source = self.runtime.source(self)
-        if self.mlp is not None:
-            return sparse_forward(
-                cache,
-                self.index,
-                self.mlp,
-                module,
-                *inputs,
-                coding=source.coding,
-                keeps_weights=keeps_weights,
-                started=started,
-                host=self.runtime.host_side_of(self),
-            )
-        wanted = self.layout.wanted(self.num_experts, *inputs, keep_zero_weights=keeps_weights)
-        with cache.visit(self.index, wanted, started) as visit:
-            fetch = fetch_from(visit, source.spec, inputs[0].device, coding=source.coding, copies=keeps_weights)
-            return self.eager_forward(twin_of(module, self.plain_class, self.fields, fetch), *inputs)
+        first_look_ahead = iter([self.runtime.look_ahead_from(self, inputs[0])])  # what is ahead of the forward pass
+
+        @contextmanager
+        def session(*values: Any) -> Iterator[tuple[Callable[..., Tensor], Lending]]:
+            assert self.runtime is not None
+            inputs, added = values[:num_inputs], adaptation.rebuilt(iter(values[num_inputs:]))
+            source, cache = self.runtime.source(self), self.runtime.cache_for(self, inputs[0].device)
+            wanted = self.layout.wanted(self.num_experts, *inputs, keep_zero_weights=needs_grad)
+            borrowed = [expert for expert in wanted if expert not in added.own]
+            with cache.visit(self.index, borrowed, next(first_look_ahead, None)) as visit:
+                fetch = fetch_from(visit, source.spec, inputs[0].device, coding=source.coding, own=added.own)
+                lending = Lending(fetch, added.weight)
+                twin = twin_of(module, self.plain_class, self.fields, lending)
+                yield lambda *values: self.eager_forward(twin, *values[:num_inputs]), lending
+
+        num_inputs = len(inputs)
+        values = (*inputs, *adaptation.tensors())
+        if needs_grad:
+            return recompute_in_backward(session, *values)
+        with session(*values) as (compute, _):
+            return compute(*values)
 
 
 class OffloadedExperts(nn.Module):

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import weakref
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from copy import deepcopy
 from dataclasses import replace
@@ -18,10 +18,11 @@ from transformers_moe_offload.compute.alignment import gives_equal_bits
 from transformers_moe_offload.compute.host_side import HostSide
 from transformers_moe_offload.config import OffloadConfig
 from transformers_moe_offload.errors import ConfigError, MoeOffloadError
-from transformers_moe_offload.expert import ExpertSpec
+from transformers_moe_offload.expert import ExpertId, ExpertSpec
 from transformers_moe_offload.hf.dense import restore_dense
 from transformers_moe_offload.hf.host_sides import host_sides
 from transformers_moe_offload.hf.layer import SparseLayer, layer_of, unbind
+from transformers_moe_offload.hf.lender import Lender
 from transformers_moe_offload.hf.lookahead import Lookahead, look_ahead_in
 from transformers_moe_offload.hf.parameters import parameters_of
 from transformers_moe_offload.hf.placeholders import put_back
@@ -47,6 +48,8 @@ class OffloadRuntime:
         self._caches: dict[int, ExpertCache] = {}
         self._host_sides: dict[int, HostSide] = {}
         self._lookahead: Lookahead | None = None
+        self._lender: weakref.ref[Lender] | None = None
+        """Of the layer that was computed last."""
         self._recorder: TraceRecorder | None = None
         self._kept_stats: dict[int, LayerStats] = {}
         self._plan: OffloadPlan | None = None
@@ -189,6 +192,22 @@ class OffloadRuntime:
         """What to call with the experts that a layer wants, once their loads are under way; hidden (..., H)."""
         return None if self._lookahead is None else self._lookahead.started(layer.index, hidden)
 
+    def lender(self, layer: SparseLayer, device: torch.device) -> Lender:
+        """Who gives a layer's experts to the backward pass of the forward that begins."""
+        before = None if self._lender is None else self._lender()
+        lender = Lender(self, layer, device, before)
+        self._lender = weakref.ref(lender)
+        return lender
+
+    def load_ahead(self, experts: Iterable[ExpertId]) -> None:
+        """Start loads of experts that are certain to be asked for next, as far as there is room."""
+        if self.config.prefetch is None:
+            return
+        for expert in experts:
+            cache = self._caches.get(expert.layer)
+            if cache is None or (cache.is_absent(expert) and not cache.load_ahead(expert)):
+                return
+
     def host_side_of(self, layer: SparseLayer) -> HostSide | None:
         """What the host does of a layer's misses; None where all of them are fetched."""
         return self._host_sides.get(layer.index)
@@ -221,6 +240,7 @@ class OffloadRuntime:
         twin._sources = dict(self._sources)
         twin._caches, twin._host_sides = {}, {}
         twin._lookahead = None
+        twin._lender = None
         twin._recorder = None
         twin._kept_stats = {}
         twin._plan = None
