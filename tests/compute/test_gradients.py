@@ -1,4 +1,4 @@
-"""Gradients through a layer's experts, both ways: on our own tape, and through a forward that is computed again."""
+"""Gradients through a layer's experts, both ways: on our own tape, and through a forward that is not ours."""
 
 from contextlib import contextmanager
 
@@ -11,7 +11,6 @@ from transformers_moe_offload.compute.adaptation import NOTHING
 from transformers_moe_offload.compute.adapted import adapted_forward
 from transformers_moe_offload.compute.forward import combine
 from transformers_moe_offload.compute.lending import Lending
-from transformers_moe_offload.compute.recompute import recompute_in_backward
 from transformers_moe_offload.compute.routing import group_by_expert
 
 
@@ -41,32 +40,32 @@ class Taped:
         return adapted_forward(self.cache, 0, MLP, experts, hidden, index, weights, adaptation=NOTHING, lender=self)
 
 
-class Recomputed:
+class Lent:
     """The layer as `hf` calls it where the arithmetic is its own, over a cache of so many slots."""
 
     def __init__(self, layer, num_slots):
         self.cache = layer.cache(num_slots)
+        self.borrowed = []
+
+    def again(self, name, expert):
+        self.borrowed.append((name, expert))
+        with self.cache.visit(0, [expert]) as visit:
+            return visit.take(expert)[name].clone()
 
     def __call__(self, hidden, index, weights, experts=EXPERTS):
-        @contextmanager
-        def session(hidden, index, weights):
-            grouping = group_by_expert(index, weights, E, keep_zero_weights=True)
-            with self.cache.visit(0, grouping.experts) as visit:
-                lending = Lending(lambda name, expert: visit.take(expert)[name])
-
-                def compute(hidden, index, weights):
-                    outputs = [
-                        MLP(experts, hidden[tokens], {name: lending(name, expert) for name in ("up_proj", "down_proj")})
-                        for expert, tokens in grouping.tokens.items()
-                    ]
-                    return combine(outputs, grouping, hidden, weights)
-
-                yield compute, lending
-
-        return recompute_in_backward(session, hidden, index, weights)
+        grouping = group_by_expert(index, weights, E, keep_zero_weights=True)
+        with self.cache.visit(0, grouping.experts) as visit:
+            lending = Lending(lambda name, expert: visit.take(expert)[name], self.again)
+            with lending.recorded():
+                outputs = [
+                    MLP(experts, hidden[tokens], {name: lending(name, expert) for name in ("up_proj", "down_proj")})
+                    for expert, tokens in grouping.tokens.items()
+                ]
+                lending.end()
+                return combine(outputs, grouping, hidden, weights)
 
 
-@pytest.fixture(params=[Taped, Recomputed])
+@pytest.fixture(params=[Taped, Lent])
 def Offloaded(request):  # noqa: N802 - it is a class
     return request.param
 
@@ -156,10 +155,10 @@ def test_a_layer_in_which_every_pair_is_idle_passes_no_gradient_and_no_error(lay
     assert torch.equal(hidden.grad, torch.ones_like(hidden))
 
 
-def test_a_second_derivative_is_refused_and_not_silently_wrong(layers, Offloaded):  # noqa: N803
+def test_a_second_derivative_of_the_tape_is_refused_and_not_silently_wrong(layers):
     hidden, index, weights = inputs(2, 2, torch.float64)
     hidden.requires_grad_()
-    out = Offloaded(layers[torch.float64], 1)(hidden, index, weights)
+    out = Taped(layers[torch.float64], 1)(hidden, index, weights)
     (grad,) = torch.autograd.grad(out.square().sum(), hidden, create_graph=True)
     with pytest.raises(RuntimeError, match="once_differentiable"):
         grad.sum().backward()
@@ -246,10 +245,9 @@ def test_nothing_is_remembered_without_a_gradient(layers, Offloaded):  # noqa: N
     assert out.shape == (4, H)
 
 
-@pytest.mark.parametrize("num_slots", [1, E])
-def test_autograd_keeps_no_weight(layers, Offloaded, num_slots):  # noqa: N803
+def test_autograd_keeps_no_weight(layers):
     """Of what it saves for the backward pass, nothing has the size of a weight, nor lies where one does."""
-    offloaded = Offloaded(layers[torch.float64], num_slots)
+    offloaded = Taped(layers[torch.float64], 2)
     hidden, index, weights = inputs(7, 3, torch.float64)
     saved = []
     with torch.autograd.graph.saved_tensors_hooks(lambda tensor: saved.append(tensor) or tensor, lambda it: it):
@@ -257,6 +255,18 @@ def test_autograd_keeps_no_weight(layers, Offloaded, num_slots):  # noqa: N803
     weight = H * layers[torch.float64].up.shape[1] * 8
     assert saved
     assert all(tensor.nbytes < weight and tensor.untyped_storage().nbytes() < E * weight for tensor in saved)
+
+
+@pytest.mark.parametrize("autocast", [False, True])
+def test_every_weight_that_a_forward_of_another_kind_multiplied_with_is_had_again(layers, autocast):
+    """Also under autocast, which multiplies with casts of the weights."""
+    offloaded = Lent(layers[torch.float32], 2)
+    hidden, index, weights = inputs(7, 3, torch.float32)
+    with torch.autocast("cpu", dtype=torch.bfloat16, enabled=autocast):
+        out = offloaded(hidden.requires_grad_(), index, weights)
+    out.float().sum().backward()
+    wanted = index.unique(sorted=True).tolist()
+    assert offloaded.borrowed == [(name, expert) for expert in reversed(wanted) for name in ("down_proj", "up_proj")]
 
 
 def test_an_expert_is_borrowed_for_each_of_its_products_in_the_reverse_order(layers):

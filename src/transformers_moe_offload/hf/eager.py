@@ -21,15 +21,8 @@ from transformers_moe_offload.hf.layouts import ExpertField
 from transformers_moe_offload.memory.record import torch_dtype
 
 
-def fetch_from(
-    visit: Visit,
-    spec: ExpertSpec,
-    device: torch.device,
-    *,
-    coding: Coding | None,
-    own: Mapping[int, Mapping[str, Tensor]],
-) -> Fetch:
-    """Fetch wanted experts through a visit, those of one's `own` from there, and zeros for others.
+def fetch_from(visit: Visit, spec: ExpertSpec, device: torch.device, *, coding: Coding | None) -> Fetch:
+    """Fetch wanted experts through a visit, and zeros for others.
 
     Some forwards index experts that no row is sent to, or only rows of weight zero: their weights never show in the
     output, so they are not worth loading. `coding` says what the visit gives, if it is not the weights as they are.
@@ -37,8 +30,6 @@ def fetch_from(
     by_name = {field.name: field for field in spec.fields}
 
     def fetch(name: str, expert: int) -> Tensor:
-        if expert in own:
-            return own[expert][name]
         if visit.wants(expert):
             held = visit.take(expert)
             return held[name] if coding is None else coding.decode_field(name, held)

@@ -10,8 +10,8 @@ here. Putting the class back is all it takes to undo that, and `deepcopy`, hooks
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
+from contextlib import nullcontext
 from copy import deepcopy
 from functools import cache
 from math import prod
@@ -20,12 +20,12 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
+from transformers_moe_offload.cache.cache import ExpertCache
 from transformers_moe_offload.compute.adaptation import NOTHING, Adaptation
 from transformers_moe_offload.compute.adapted import adapted_forward
 from transformers_moe_offload.compute.forward import sparse_forward
 from transformers_moe_offload.compute.lending import Lending
 from transformers_moe_offload.compute.mlp import ExpertMlp
-from transformers_moe_offload.compute.recompute import recompute_in_backward
 from transformers_moe_offload.hf.eager import fetch_from, twin_of
 from transformers_moe_offload.hf.layouts import ExpertField, ExpertsLayout
 from transformers_moe_offload.memory.record import torch_dtype
@@ -83,9 +83,9 @@ class SparseLayer:
         needs_grad = torch.is_grad_enabled() and (
             adaptation.needs_gradient() or any(isinstance(x, Tensor) and x.requires_grad for x in inputs)
         )
-        if self.mlp is None:
-            return self._eager(module, inputs, adaptation, needs_grad=needs_grad)
         cache = self.runtime.cache_for(self, inputs[0].device)
+        if self.mlp is None:
+            return self._eager(module, cache, inputs, adaptation, needs_grad=needs_grad)
         options: dict[str, Any] = {
             "coding": self.runtime.source(self).coding,
             "started": self.runtime.look_ahead_from(self, inputs[0]),
@@ -110,30 +110,31 @@ class SparseLayer:
         if probe.device.type != "meta":
             self.runtime.move(self, probe.device, probe.dtype)
 
-    def _eager(self, module: nn.Module, inputs: tuple[Any, ...], adaptation: Adaptation, *, needs_grad: bool) -> Tensor:
+    def _eager(
+        self,
+        module: nn.Module,
+        cache: ExpertCache,
+        inputs: tuple[Any, ...],
+        adaptation: Adaptation,
+        *,
+        needs_grad: bool,
+    ) -> Tensor:
         """The forward that Transformers wrote, over weights that are fetched as it reaches for them."""
         assert self.runtime is not None
-        first_look_ahead = iter([self.runtime.look_ahead_from(self, inputs[0])])  # what is ahead of the forward pass
-
-        @contextmanager
-        def session(*values: Any) -> Iterator[tuple[Callable[..., Tensor], Lending]]:
-            assert self.runtime is not None
-            inputs, added = values[:num_inputs], adaptation.rebuilt(iter(values[num_inputs:]))
-            source, cache = self.runtime.source(self), self.runtime.cache_for(self, inputs[0].device)
-            wanted = self.layout.wanted(self.num_experts, *inputs, keep_zero_weights=needs_grad)
-            borrowed = [expert for expert in wanted if expert not in added.own]
-            with cache.visit(self.index, borrowed, next(first_look_ahead, None)) as visit:
-                fetch = fetch_from(visit, source.spec, inputs[0].device, coding=source.coding, own=added.own)
-                lending = Lending(fetch, added.weight)
-                twin = twin_of(module, self.plain_class, self.fields, lending)
-                yield lambda *values: self.eager_forward(twin, *values[:num_inputs]), lending
-
-        num_inputs = len(inputs)
-        values = (*inputs, *adaptation.tensors())
-        if needs_grad:
-            return recompute_in_backward(session, *values)
-        with session(*values) as (compute, _):
-            return compute(*values)
+        source, device = self.runtime.source(self), inputs[0].device
+        lender = self.runtime.lender(self, device)
+        wanted = self.layout.wanted(self.num_experts, *inputs, keep_zero_weights=needs_grad)
+        wanted = [expert for expert in wanted if expert not in adaptation.own]
+        lender.used(wanted)
+        with cache.visit(self.index, wanted, self.runtime.look_ahead_from(self, inputs[0])) as visit:
+            fetch = fetch_from(visit, source.spec, device, coding=source.coding)
+            lending = Lending(fetch, lender.copy, adaptation)
+            twin = twin_of(module, self.plain_class, self.fields, lending)
+            try:
+                with lending.recorded() if needs_grad else nullcontext():
+                    return self.eager_forward(twin, *inputs)
+            finally:
+                lending.end()
 
 
 class OffloadedExperts(nn.Module):

@@ -12,10 +12,12 @@ from itertools import chain, islice
 from typing import TYPE_CHECKING
 
 import torch
+from torch import Tensor
 
 from transformers_moe_offload.compute.forward import opened
 from transformers_moe_offload.compute.mlp import ExpertWeights
 from transformers_moe_offload.expert import ExpertId
+from transformers_moe_offload.memory.slots import Weights
 
 if TYPE_CHECKING:
     from transformers_moe_offload.hf.layer import SparseLayer
@@ -42,11 +44,22 @@ class Lender:
     @contextmanager
     def borrow(self, expert: int) -> Iterator[ExpertWeights]:
         """An expert's weights, until this is closed."""
+        with self._held(expert) as held:
+            yield opened(held, self._runtime.source(self._layer).coding)
+
+    def copy(self, name: str, expert: int) -> Tensor:
+        """A field of an expert, decoded, in memory of its own."""
+        coding = self._runtime.source(self._layer).coding
+        with self._held(expert) as held:
+            return held[name].clone() if coding is None else coding.decode_field(name, held).clone()
+
+    @contextmanager
+    def _held(self, expert: int) -> Iterator[Weights]:
         cache = self._runtime.cache_for(self._layer, self._device)
         with cache.visit(self._layer.index, [expert]) as visit:
             held = visit.take(expert)
             self._runtime.load_ahead(self._upcoming(expert))
-            yield opened(held, self._runtime.source(self._layer).coding)
+            yield held
 
     def _upcoming(self, expert: int) -> Iterator[ExpertId]:
         """Those that the backward pass comes to after an expert, in that order."""

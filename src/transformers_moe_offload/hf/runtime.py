@@ -200,9 +200,10 @@ class OffloadRuntime:
         return lender
 
     def load_ahead(self, experts: Iterable[ExpertId]) -> None:
-        """Start loads of experts that are certain to be asked for next, as far as there is room."""
-        if self.config.prefetch is None:
-            return
+        """Start loads of experts that are certain to be asked for next, as far as there is room.
+
+        That is no guess, so it does not depend on `config.prefetch`.
+        """
         for expert in experts:
             cache = self._caches.get(expert.layer)
             if cache is None or (cache.is_absent(expert) and not cache.load_ahead(expert)):
