@@ -9,7 +9,7 @@ Values of one forward; who keeps the tensors and names them is `hf`'s to say.
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
@@ -20,9 +20,9 @@ from torch.nn import functional
 class LowRank:
     """An addition of low rank to one field of every expert of a layer (LoRA, arXiv 2106.09685, section 4.1)."""
 
-    down: Sequence[Tensor]
+    down: Sequence[Tensor] | Tensor
     """By expert, (R, in)."""
-    up: Sequence[Tensor]
+    up: Sequence[Tensor] | Tensor
     """By expert, (out, R)."""
     scaling: float
     is_transposed: bool = False
@@ -57,28 +57,17 @@ class Adaptation:
     def __bool__(self) -> bool:
         return bool(self.low_rank or self.own)
 
-    def tensors(self) -> Iterator[Tensor]:
-        """Everything that may have a gradient."""
+    def _trainable(self) -> Iterator[Tensor]:
+        """What may have a gradient; factors of one expert stand for those of all."""
         for additions in self.low_rank.values():
             for one in additions:
-                yield from (*one.down, *one.up)
+                yield from (one.down[0], one.up[0])
         for fields in self.own.values():
             yield from fields.values()
 
     def needs_gradient(self) -> bool:
         """Whether something here is being trained."""
-        return any(tensor.requires_grad for tensor in self.tensors())
-
-    def rebuilt(self, tensors: Iterator[Tensor]) -> Adaptation:
-        """The same of other tensors, in the order of `tensors`."""
-        low_rank = {
-            name: [
-                replace(one, down=[next(tensors) for _ in one.down], up=[next(tensors) for _ in one.up]) for one in some
-            ]
-            for name, some in self.low_rank.items()
-        }
-        own = {expert: {name: next(tensors) for name in fields} for expert, fields in self.own.items()}
-        return Adaptation(low_rank, own)
+        return any(tensor.requires_grad for tensor in self._trainable())
 
     def weight(self, expert: int, name: str, weight: Tensor) -> Tensor:
         """A field of an expert, with the additions to it."""
@@ -88,7 +77,3 @@ class Adaptation:
 
 
 NOTHING = Adaptation()
-
-
-def _as_many(old: Sequence[Tensor], tensors: Iterator[Tensor]) -> list[Tensor]:
-    return [next(tensors) for _ in old]

@@ -12,6 +12,7 @@ from torch import nn
 
 from transformers_moe_offload.compute.mlp import ExpertMlp
 from transformers_moe_offload.config import OffloadConfig
+from transformers_moe_offload.hf.adapters.register import install_adapters
 from transformers_moe_offload.hf.dense import HqqLinear
 from transformers_moe_offload.hf.layer import SparseLayer
 from transformers_moe_offload.hf.prebuilt.layout import GUARD
@@ -34,6 +35,7 @@ def attach(model: Any, config: OffloadConfig, layers: Sequence[SparseLayer], sou
             module.activations = activations_of(config)
     runtime.attach(sources)
     model.moe_offload = runtime
+    install_adapters()
     _unmark_as_quantized(model)
 
 

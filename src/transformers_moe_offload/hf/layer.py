@@ -26,6 +26,7 @@ from transformers_moe_offload.compute.adapted import adapted_forward
 from transformers_moe_offload.compute.forward import sparse_forward
 from transformers_moe_offload.compute.lending import Lending
 from transformers_moe_offload.compute.mlp import ExpertMlp
+from transformers_moe_offload.hf.adapters.added import added_to
 from transformers_moe_offload.hf.eager import fetch_from, twin_of
 from transformers_moe_offload.hf.layouts import ExpertField, ExpertsLayout
 from transformers_moe_offload.memory.record import torch_dtype
@@ -100,7 +101,8 @@ class SparseLayer:
 
     def adaptation(self) -> Adaptation:
         """What is added to the layer's experts in this forward."""
-        return NOTHING
+        low_rank = added_to(self)
+        return Adaptation(low_rank) if low_rank else NOTHING
 
     def moved(self, fn: Callable[[Tensor], Tensor]) -> None:
         """The module is going through `nn.Module.to` or one of its relatives, which apply `fn` to every parameter."""
@@ -147,6 +149,14 @@ class OffloadedExperts(nn.Module):
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Any:
         layer_of(self).moved(fn)
         return super()._apply(fn, recurse)
+
+
+def experts_at(model: nn.Module, path: str) -> nn.Module:
+    """The experts module at a path of the model, inside of what PEFT may have wrapped around it."""
+    module = model.get_submodule(path)
+    while not isinstance(module, OffloadedExperts) and "base_layer" in module._modules:
+        module = module.get_submodule("base_layer")
+    return module
 
 
 def layer_of(module: nn.Module) -> SparseLayer:

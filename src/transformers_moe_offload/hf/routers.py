@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from transformers_moe_offload.hf.choices import Choices, choices_of_block, choices_of_router
-from transformers_moe_offload.hf.layer import OffloadedExperts, layer_of
+from transformers_moe_offload.hf.layer import OffloadedExperts, experts_at, layer_of
 from transformers_moe_offload.hf.layouts import ExpertField, ExpertsLayout, layout_of
 from transformers_moe_offload.hf.norms import PreNorm, find_norm, random_hidden
 
@@ -137,7 +137,7 @@ class RouterProbe:
 
 def find_router(model: nn.Module, experts_path: str) -> RouterProbe | None:
     """The router of an experts module, by the module's path; None where there is none that we can reproduce."""
-    experts = model.get_submodule(experts_path)
+    experts = experts_at(model, experts_path)
     layout, num_experts, fields = _experts_facts(experts)
     block_path, experts_name = _place(experts_path)
     block = model.get_submodule(block_path)
@@ -173,7 +173,7 @@ def find_router(model: nn.Module, experts_path: str) -> RouterProbe | None:
 def router_of(model: nn.Module, experts_path: str) -> str | None:
     """The path of the module that routes to an experts module, whether or not we can reproduce it; None if none is
     there to be seen."""
-    num_experts, fields = _experts_facts(model.get_submodule(experts_path))[1:]
+    num_experts, fields = _experts_facts(experts_at(model, experts_path))[1:]
     block_path, experts_name = _place(experts_path)
     block = model.get_submodule(block_path)
     found = _find_matrix(block, experts_name, num_experts, fields[0].shape)
@@ -189,7 +189,7 @@ def router_of(model: nn.Module, experts_path: str) -> str | None:
 
 def only_for_choosing(model: nn.Module, experts_path: str) -> Tensor | None:
     """The correction of a layer's scores, if any: it decides who is chosen, and the loss has no gradient in it."""
-    num_experts, fields = _experts_facts(model.get_submodule(experts_path))[1:]
+    num_experts, fields = _experts_facts(experts_at(model, experts_path))[1:]
     block_path, experts_name = _place(experts_path)
     block = model.get_submodule(block_path)
     found = _find_matrix(block, experts_name, num_experts, fields[0].shape)

@@ -21,7 +21,7 @@ from transformers_moe_offload.errors import ConfigError, MoeOffloadError
 from transformers_moe_offload.expert import ExpertId, ExpertSpec
 from transformers_moe_offload.hf.dense import restore_dense
 from transformers_moe_offload.hf.host_sides import host_sides
-from transformers_moe_offload.hf.layer import SparseLayer, layer_of, unbind
+from transformers_moe_offload.hf.layer import SparseLayer, experts_at, layer_of, unbind
 from transformers_moe_offload.hf.lender import Lender
 from transformers_moe_offload.hf.lookahead import Lookahead, look_ahead_in
 from transformers_moe_offload.hf.parameters import parameters_of
@@ -306,7 +306,7 @@ class OffloadRuntime:
     def _modules(self) -> Iterator[tuple[nn.Module, SparseLayer]]:
         model = self._living_model()
         for layer in self._layers:
-            module = model.get_submodule(layer.name)
+            module = experts_at(model, layer.name)
             yield module, layer_of(module)
 
     def _living_model(self) -> Any:
