@@ -29,6 +29,7 @@ from transformers_moe_offload.compute.mlp import ExpertMlp
 from transformers_moe_offload.hf.adapters.added import added_to
 from transformers_moe_offload.hf.eager import fetch_from, twin_of
 from transformers_moe_offload.hf.layouts import ExpertField, ExpertsLayout
+from transformers_moe_offload.hf.own_experts import own_experts
 from transformers_moe_offload.memory.record import torch_dtype
 
 if TYPE_CHECKING:
@@ -80,7 +81,7 @@ class SparseLayer:
         """Stand in for the module's forward, whatever its arguments are."""
         inputs = args + tuple(kwargs[name] for name in self._input_names[len(args) :])
         assert self.runtime is not None
-        adaptation = self.adaptation()
+        adaptation = self._adaptation(module)
         needs_grad = torch.is_grad_enabled() and (
             adaptation.needs_gradient() or any(isinstance(x, Tensor) and x.requires_grad for x in inputs)
         )
@@ -99,10 +100,10 @@ class SparseLayer:
             cache, self.index, self.mlp, module, *inputs, adaptation=adaptation, lender=lender, **options
         )
 
-    def adaptation(self) -> Adaptation:
+    def _adaptation(self, module: nn.Module) -> Adaptation:
         """What is added to the layer's experts in this forward."""
-        low_rank = added_to(self)
-        return Adaptation(low_rank) if low_rank else NOTHING
+        low_rank, own = added_to(self), own_experts(module)
+        return Adaptation(low_rank, own) if low_rank or own else NOTHING
 
     def moved(self, fn: Callable[[Tensor], Tensor]) -> None:
         """The module is going through `nn.Module.to` or one of its relatives, which apply `fn` to every parameter."""

@@ -24,6 +24,8 @@ from transformers_moe_offload.hf.host_sides import host_sides
 from transformers_moe_offload.hf.layer import SparseLayer, experts_at, layer_of, unbind
 from transformers_moe_offload.hf.lender import Lender
 from transformers_moe_offload.hf.lookahead import Lookahead, look_ahead_in
+from transformers_moe_offload.hf.own_experts import NAME as OWN_EXPERTS
+from transformers_moe_offload.hf.own_experts import put_among_the_others
 from transformers_moe_offload.hf.parameters import parameters_of
 from transformers_moe_offload.hf.placeholders import put_back
 from transformers_moe_offload.hf.plan import OffloadPlan, Placement, build_caches, make_plan
@@ -134,8 +136,9 @@ class OffloadRuntime:
         Afterwards nothing of ours is left in it. Needs memory for the whole model.
         """
         model = self._living_model()
-        loaded = [(module, layer, parameters_of(layer, self.source(layer))) for module, layer in self._modules()]
+        loaded = [(module, layer, self._parameters(module, layer)) for module, layer in self.modules()]
         for module, layer, tensors in loaded:
+            module._modules.pop(OWN_EXPERTS, None)
             unbind(module)
             put_back(module, layer.parameter_order, tensors)
         restore_dense(model)
@@ -161,6 +164,13 @@ class OffloadRuntime:
     def is_quantized(self) -> bool:
         """Whether there are weights in a format of ours."""
         return self.config.experts is not None or self.config.dense is not None
+
+    def modules(self) -> Iterator[tuple[nn.Module, SparseLayer]]:
+        """The experts modules of the model, each with its layer."""
+        model = self._living_model()
+        for layer in self._layers:
+            module = experts_at(model, layer.name)
+            yield module, layer_of(module)
 
     def attach(self, sources: Sequence[LayerSource]) -> None:
         """Take over where the experts are; raises `CapacityError` if the budget cannot work."""
@@ -226,10 +236,16 @@ class OffloadRuntime:
         """All experts under the names that the plain model's `state_dict` gives them; tied ones share memory there."""
         tied = self._living_model().all_tied_weights_keys
         tensors: dict[str, Tensor] = {}
-        for layer in self._layers:
-            for path, tensor in parameters_of(layer, self.source(layer)).items():
+        for module, layer in self.modules():
+            for path, tensor in self._parameters(module, layer).items():
                 name = f"{layer.name}.{path}"
                 tensors[name] = tensors.setdefault(tied.get(name, name), tensor)
+        return tensors
+
+    def _parameters(self, module: nn.Module, layer: SparseLayer) -> dict[str, Tensor]:
+        """All experts of a layer, those that the model has as its own included."""
+        tensors = parameters_of(layer, self.source(layer))
+        put_among_the_others(module, layer.fields, tensors)
         return tensors
 
     def __deepcopy__(self, memo: dict[int, Any]) -> OffloadRuntime:
@@ -302,12 +318,6 @@ class OffloadRuntime:
     def _layer_stats(self, layer: SparseLayer) -> LayerStats:
         cache = self._caches.get(layer.index)
         return cache.stats[layer.index] if cache else self._kept_stats.get(layer.index, LayerStats())
-
-    def _modules(self) -> Iterator[tuple[nn.Module, SparseLayer]]:
-        model = self._living_model()
-        for layer in self._layers:
-            module = experts_at(model, layer.name)
-            yield module, layer_of(module)
 
     def _living_model(self) -> Any:
         model = self._model()
