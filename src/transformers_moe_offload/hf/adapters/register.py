@@ -7,12 +7,24 @@ to be adapted.
 
 from __future__ import annotations
 
+import logging
+from importlib.metadata import version
 from importlib.util import find_spec
+
+from packaging.version import Version
+
+logger = logging.getLogger(__name__)
+
+OLDEST = Version("0.21")
+"""The first PEFT whose wrappers of parameters are what ours builds on."""
 
 
 def install_adapters() -> None:
     """Make LoRA on offloaded experts possible, if PEFT is there; twice does no harm."""
     if find_spec("peft") is None:
+        return
+    if Version(version("peft")) < OLDEST:
+        logger.info(f"PEFT {version('peft')} cannot adapt offloaded experts; {OLDEST} or later can")
         return
     from peft import PEFT_TYPE_TO_TUNER_MAPPING, PeftType
 

@@ -1,0 +1,38 @@
+"""Two processes that share the files learn what one learns with batches of twice the size."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+SCRIPT = Path(__file__).parent / "data_parallel.py"
+
+
+def test_two_processes_have_the_losses_of_one_with_twice_the_batch(checkpoint, tmp_path):
+    launch = [sys.executable, "-m", "accelerate.commands.launch", "--cpu", "--num_machines", "1"]
+    launch += ["--mixed_precision", "no", "--dynamo_backend", "no", "--num_processes"]
+    curves = []
+    for number, batch in ((1, 4), (2, 2)):
+        output = tmp_path / str(number)
+        output.mkdir()
+        command = [
+            *launch,
+            str(number),
+            "--main_process_port",
+            "0",
+            str(SCRIPT),
+            str(checkpoint),
+            str(output),
+            str(batch),
+        ]
+        environment = os.environ | {"OMP_NUM_THREADS": "1", "HF_HOME": str(tmp_path)}
+        done = subprocess.run(list(map(str, command)), capture_output=True, text=True, timeout=240, env=environment)
+        assert done.returncode == 0, done.stderr[-3000:]
+        world_size, losses = json.loads((output / "losses.json").read_text())
+        assert world_size == number
+        curves.append(losses)
+    assert curves[1] == pytest.approx(curves[0], rel=1e-3)
+    assert curves[0][-1] < curves[0][0]
