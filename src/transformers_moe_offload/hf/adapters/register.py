@@ -8,14 +8,13 @@ to be adapted.
 from __future__ import annotations
 
 import logging
-from importlib.metadata import version
 from importlib.util import find_spec
 
-from packaging.version import Version
+from transformers.utils.import_utils import is_peft_greater_or_equal
 
 logger = logging.getLogger(__name__)
 
-OLDEST = Version("0.21")
+OLDEST = "0.21.0"
 """The first PEFT whose wrappers of parameters are what ours builds on."""
 
 
@@ -23,8 +22,10 @@ def install_adapters() -> None:
     """Make LoRA on offloaded experts possible, if PEFT is there; twice does no harm."""
     if find_spec("peft") is None:
         return
-    if Version(version("peft")) < OLDEST:
-        logger.info(f"PEFT {version('peft')} cannot adapt offloaded experts; {OLDEST} or later can")
+    if not is_peft_greater_or_equal(OLDEST):
+        logger.warning(
+            f"the PEFT that is installed is older than {OLDEST}, so adapters will not reach offloaded experts"
+        )
         return
     from peft import PEFT_TYPE_TO_TUNER_MAPPING, PeftType
 
