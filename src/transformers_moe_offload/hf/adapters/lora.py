@@ -136,7 +136,6 @@ def _refuse(model: nn.Module, config: lora.LoraConfig) -> None:
                     f"init_lora_weights={config.init_lora_weights!r} computes with the experts' weights, which are "
                     f"offloaded; use True, False or 'gaussian'"
                 )
-    return
 
 
 def _unknown_layout(path: str, target: str) -> UnsupportedModelError:

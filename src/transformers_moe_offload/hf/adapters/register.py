@@ -8,6 +8,7 @@ to be adapted.
 from __future__ import annotations
 
 import logging
+import sys
 from importlib.util import find_spec
 
 from transformers.utils.import_utils import is_peft_greater_or_equal
@@ -36,8 +37,6 @@ def install_adapters() -> None:
 
 def uninstall_adapters() -> None:
     """Leave PEFT as it was."""
-    import sys
-
     if "peft" not in sys.modules:
         return
     from peft import PEFT_TYPE_TO_TUNER_MAPPING, PeftType
