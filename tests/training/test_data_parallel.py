@@ -17,16 +17,7 @@ def test_two_processes_have_the_losses_of_one_with_twice_the_batch(checkpoint, t
     for number, batch in ((1, 4), (2, 2)):
         output = tmp_path / str(number)
         output.mkdir()
-        command = [
-            *launch,
-            str(number),
-            "--main_process_port",
-            "0",
-            str(SCRIPT),
-            str(checkpoint),
-            str(output),
-            str(batch),
-        ]
+        command = [*launch, number, SCRIPT, checkpoint, output, batch]
         environment = os.environ | {"OMP_NUM_THREADS": "1", "HF_HOME": str(tmp_path)}
         done = subprocess.run(list(map(str, command)), capture_output=True, text=True, timeout=240, env=environment)
         assert done.returncode == 0, done.stderr[-3000:]
