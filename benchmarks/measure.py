@@ -100,7 +100,7 @@ def run(
 ) -> dict[str, Any]:
     """One prompt and its tokens; what is measured begins when the prompt has been read."""
     random = torch.Generator().manual_seed(protocol.seed)
-    vocab = model.config.vocab_size
+    vocab = model.config.get_text_config().vocab_size
     prompt = torch.randint(vocab, (1, protocol.prompt_tokens), generator=random)
     tokens = torch.randint(vocab, (1, protocol.decode_tokens + 1), generator=random)
     watch = _Watch(model, fetched, protocol.decode_tokens, before_token)

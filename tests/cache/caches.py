@@ -13,7 +13,7 @@ CPU = torch.device("cpu")
 
 def cache_of(store, num_slots, copier=None, layers=(0,)):
     """A cache over FakeCopier, whose slots stay as they are, unless another copier is given."""
-    slots = CopiedSlots(store, SlotPool(store.layout(0).nbytes, CPU), copier or FakeCopier())
+    slots = CopiedSlots(store, SlotPool(store.layout(0, 0).nbytes, CPU), copier or FakeCopier())
     return ExpertCache(slots, num_slots, dict.fromkeys(layers, NUM_EXPERTS), LRU())
 
 

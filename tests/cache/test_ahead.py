@@ -18,7 +18,7 @@ from .caches import NUM_EXPERTS, NUM_LAYERS, visit_all
 
 
 def cache_of(store, num_slots, copier=None, layers=NUM_LAYERS):
-    slots = CopiedSlots(store, SlotPool(store.layout(0).nbytes, torch.device("cpu")), copier or FakeCopier())
+    slots = CopiedSlots(store, SlotPool(store.layout(0, 0).nbytes, torch.device("cpu")), copier or FakeCopier())
     return ExpertCache(slots, num_slots, dict.fromkeys(range(layers), NUM_EXPERTS), LRU())
 
 

@@ -177,4 +177,4 @@ def test_the_bytes_of_a_cache_are_those_of_its_slots_however_many_experts_pass_t
     with cache.visit(0, range(8)) as visit:
         for _, weights in visit:
             assert min(tensor.data_ptr() for tensor in weights.values()) in slots
-    assert cache.slots.pool.nbytes == 2 * store.layout(0).nbytes
+    assert cache.slots.pool.nbytes == 2 * store.layout(0, 0).nbytes

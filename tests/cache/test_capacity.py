@@ -9,7 +9,10 @@ from transformers_moe_offload.errors import CapacityError
 @st.composite
 def pools(draw):
     num_layers = draw(st.integers(1, 8))
-    return PoolNeed(num_layers, num_layers * draw(st.integers(1, 64)), draw(st.integers(1, 10**9)))
+    num_experts = num_layers * draw(st.integers(1, 64))
+    num_hot = draw(st.integers(0, num_experts - 1))
+    others = ((draw(st.integers(1, 10**9)), num_hot),) if num_hot else ()
+    return PoolNeed(num_layers, num_experts, draw(st.integers(1, 10**9)), others)
 
 
 needs_of_pools = st.lists(pools(), min_size=1, max_size=4)
@@ -19,7 +22,7 @@ needs_of_pools = st.lists(pools(), min_size=1, max_size=4)
 def test_slots_never_take_more_than_the_budget_and_every_pool_gets_one(needs, budget):
     assume(budget >= smallest_budget(needs))
     slots = share_out(budget, needs)
-    assert sum(n * need.slot_bytes for n, need in zip(slots, needs, strict=True)) <= budget
+    assert sum(need.bytes_of(n) for n, need in zip(slots, needs, strict=True)) <= budget
     assert all(1 <= n <= need.num_experts for n, need in zip(slots, needs, strict=True))
 
 
@@ -49,8 +52,19 @@ def test_more_budget_never_means_fewer_slots(needs, spare, more):
 
 @given(pools(), st.integers(0, 10**12))
 def test_a_pool_alone_gets_all_the_slots_that_fit(need, budget):
-    assume(budget >= need.slot_bytes)
-    assert share_out(budget, [need]) == [min(need.num_experts, budget // need.slot_bytes)]
+    assume(budget >= need.largest_bytes)
+    (num_slots,) = share_out(budget, [need])
+    assert need.bytes_of(num_slots) <= budget
+    assert num_slots == need.num_experts or need.bytes_of(num_slots + 1) > budget
+
+
+@given(pools(), st.randoms(use_true_random=False))
+def test_whoever_is_in_the_slots_they_take_no_more_than_was_planned(need, random):
+    sizes = [size for size, count in need.others for _ in range(count)]
+    sizes += [need.slot_bytes] * (need.num_experts - len(sizes))
+    num_slots = random.randint(1, need.num_experts)
+    assert sum(random.sample(sizes, num_slots)) <= need.bytes_of(num_slots)
+    assert sum(sizes) == need.all_bytes
 
 
 def test_equal_pools_get_equal_shares():

@@ -122,7 +122,7 @@ def test_an_expert_that_the_system_took_back_is_a_miss_and_comes_in_again(store)
             return slot not in self.taken_back
 
     copier = FakeCopier()
-    slots = Borrowed(store, SlotPool(store.layout(0).nbytes, CPU), copier)
+    slots = Borrowed(store, SlotPool(store.layout(0, 0).nbytes, CPU), copier)
     cache = ExpertCache(slots, 3, {0: NUM_EXPERTS}, LRU())
     visit_all(cache, 0, [0, 1])
     slots.taken_back = {cache.residency.slot(ExpertId(0, 0))}
@@ -155,7 +155,7 @@ def test_a_cache_that_shrinks_and_grows_holds_the_right_experts(store):
     cache = reading_cache_of(store, 6)
     for num_slots in (6, 1, 3, 2, 8, 1, 5):
         cache.resize(num_slots)
-        assert cache.slots.pool.nbytes == num_slots * store.layout(0).nbytes
+        assert cache.slots.pool.nbytes == num_slots * store.layout(0, 0).nbytes
         with cache.visit(0, range(8)) as visit:
             for expert, weights in visit:
                 assert numbers_in(weights) == {number(ExpertId(0, expert))}

@@ -10,6 +10,7 @@ import pytest
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from transformers_moe_offload.hf.prebuilt.layout import INDEX_NAME
+from transformers_moe_offload.tracing import RecordedVisit, Trace
 from zoo.build import build
 
 from .conftest import the_error
@@ -69,6 +70,49 @@ def test_layers_have_the_formats_that_were_asked_for(run, source, folder):
     assert recipe["experts"]["layers"]["1-2"] is None
     assert recipe["dense"] is None
     AutoModelForCausalLM.from_pretrained(folder)
+
+
+def test_the_experts_that_a_trace_saw_most_have_a_format_of_their_own(run, tiny_moe, folder, tmp_path):
+    trace = Trace(tuple(f"model.layers.{n}.mlp.experts" for n in range(8)), (16,) * 8)
+    trace.visits = [RecordedVisit(layer, (3, 5), 0) for layer in range(8)] + [RecordedVisit(0, (3, 7), 0)] * 9
+    trace.step_tokens = [1]
+    trace.save(tmp_path / "trace.npz")
+    options = ("--experts", "2x32", "--hot", "4x32", "--trace", tmp_path / "trace.npz", "--hot-share", "2%")
+    planned = run("plan", tiny_moe, *options)
+    assert planned.exit_code == 0, planned.output
+    assert re.search(r"bits per expert weight\s+2\.56", planned.stdout)
+    assert re.search(r"bytes per expert\s+17\.\d KiB to 30\.\d KiB", planned.stdout)
+    result = run("quantize", tiny_moe, folder, *options, "--no-optimize")
+    assert result.exit_code == 0, result.output
+    assert re.search(r"128 experts\s+2-bit, groups of 32; 3 hot: 4-bit, groups of 32\s+2\.56", result.stdout)
+    recipe = json.loads((folder / "config.json").read_text())["quantization_config"]["experts"]
+    assert recipe["hot_experts"] == {"0": [3, 5, 7]}
+    assert "| 3 experts that are used most | 4-bit, groups of 32 |" in (folder / "README.md").read_text()
+    (tmp_path / "trace.npz").unlink()
+    assert "3 hot experts: 4-bit, groups of 32" in run("plan", folder).stdout
+    model = AutoModelForCausalLM.from_pretrained(folder)
+    assert "3 hot experts" in str(model.moe_offload.config.experts)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (("--hot", "4x32"), "--hot 4x32 needs a --trace that tells which experts are used most"),
+        (("--trace", "TRACE"), "--trace and --hot-share choose who is hot, but no --hot says what to do with them"),
+        (("--hot", "4x32", "--trace", "nowhere.npz"), "cannot read the trace nowhere.npz"),
+        (("--hot", "4x32", "--trace", "TRACE", "--hot-share", "ten"), "'ten' is not a share of all experts"),
+        (
+            ("--hot", "4x32", "--trace", "TRACE", "--hot-share", "50%"),
+            "recorded with 1 sparse layers of 4 experts, but",
+        ),
+    ],
+)
+def test_hot_experts_that_nobody_can_tell_are_refused(run, tiny_moe, folder, tmp_path, options, message):
+    trace = Trace(("experts",), (4,), visits=[RecordedVisit(0, (1,), 0)], step_tokens=[1])
+    trace.save(tmp_path / "trace.npz")
+    options = [tmp_path / "trace.npz" if option == "TRACE" else option for option in options]
+    assert message in the_error(run("quantize", tiny_moe, folder, "--experts", "2x32", *options))
+    assert not folder.exists()
 
 
 def test_a_dry_run_writes_nothing_and_needs_no_weights(run, linked, folder):

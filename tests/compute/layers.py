@@ -31,7 +31,7 @@ class Layer:
         self.store = stacked_store(folder, {"0.up_proj": self.up, "0.down_proj": self.down})
 
     def cache(self, num_slots):
-        pool = SlotPool(self.store.layout(0).nbytes, torch.device("cpu"))
+        pool = SlotPool(self.store.layout(0, 0).nbytes, torch.device("cpu"))
         slots = CopiedSlots(self.store, pool, HostCopier(self.store.read_into, 2))
         return ExpertCache(slots, num_slots, {0: self.store.layers[0].spec.num_experts}, LRU())
 

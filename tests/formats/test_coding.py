@@ -8,7 +8,7 @@ from formats.weights import relative_error
 from transformers_moe_offload.config.formats import HqqFormat
 from transformers_moe_offload.errors import CheckpointError, ConfigError
 from transformers_moe_offload.expert import FieldSpec
-from transformers_moe_offload.formats.coding import FieldCoding, LayerCoding
+from transformers_moe_offload.formats.coding import ExpertCoding, FieldCoding
 from transformers_moe_offload.formats.hqq import quantize
 from transformers_moe_offload.kernels.packed import PackedMatrix
 from transformers_moe_offload.kernels.reference import dequantize
@@ -36,12 +36,12 @@ def described(parts):
 @pytest.mark.parametrize("nbits", [4, 3])
 @pytest.mark.parametrize("is_transposed", [False, True])
 def test_an_expert_becomes_the_arrays_that_are_announced_in_their_order(is_transposed, nbits, meta_nbits):
-    coding = LayerCoding(FIELDS, HqqFormat(nbits=nbits, group_size=16, meta_nbits=meta_nbits), is_transposed)
+    coding = ExpertCoding(FIELDS, HqqFormat(nbits=nbits, group_size=16, meta_nbits=meta_nbits), is_transposed)
     assert described(coding.encode(expert())) == [(part.name, part.shape, part.dtype) for part in coding.stored]
 
 
 def test_arrays_are_named_after_field_and_part_and_dense_fields_keep_their_names():
-    names = [part.name for part in LayerCoding(FIELDS, FORMAT).stored]
+    names = [part.name for part in ExpertCoding(FIELDS, FORMAT).stored]
     assert names == [
         *(f"gate_up_proj.{part}" for part in ("codes", "scale", "zero", "scale_range", "zero_range")),
         "gate_up_proj_bias",
@@ -57,7 +57,7 @@ def test_only_matrices_are_quantized():
         FieldSpec("post_norm", (16,), "float32"),
         FieldSpec("stacked", (2, 16, 32), "float32"),
     )
-    coding = LayerCoding(fields, FORMAT)
+    coding = ExpertCoding(fields, FORMAT)
     assert [one.field.name for one in coding.codings if one.format is not None] == ["up_proj"]
     tensors = expert(fields)
     decoded = coding.decode(coding.encode(tensors))
@@ -65,7 +65,7 @@ def test_only_matrices_are_quantized():
 
 
 def test_a_matrix_is_quantized_as_it_would_be_alone_and_decoded_to_its_dtype():
-    coding, tensors = LayerCoding(FIELDS, FORMAT), expert()
+    coding, tensors = ExpertCoding(FIELDS, FORMAT), expert()
     decoded = coding.decode(coding.encode(tensors))
     assert described(decoded) == described(tensors)
     for name in ("gate_up_proj", "down_proj"):
@@ -76,7 +76,7 @@ def test_matrices_that_are_transposed_in_the_module_have_their_groups_along_the_
     transposed = tuple(FieldSpec(f.name, tuple(reversed(f.shape)), f.dtype) if len(f.shape) == 2 else f for f in FIELDS)
     tensors = expert()
     turned = {name: tensor.t() if tensor.dim() == 2 else tensor for name, tensor in tensors.items()}
-    plain, coding = LayerCoding(FIELDS, FORMAT), LayerCoding(transposed, FORMAT, is_transposed=True)
+    plain, coding = ExpertCoding(FIELDS, FORMAT), ExpertCoding(transposed, FORMAT, is_transposed=True)
     parts, expected = coding.encode(turned), plain.encode(tensors)
     assert described(parts) == described(expected)
     assert all(torch.equal(parts[name], expected[name]) for name in parts)
@@ -87,7 +87,7 @@ def test_matrices_that_are_transposed_in_the_module_have_their_groups_along_the_
 
 
 def test_what_is_computed_with_is_the_record_itself():
-    coding = LayerCoding(FIELDS, FORMAT)
+    coding = ExpertCoding(FIELDS, FORMAT)
     layout = RecordLayout(coding.stored)
     views = layout.views(torch.zeros(layout.nbytes, dtype=torch.uint8))
     for name, part in coding.encode(expert()).items():
@@ -102,7 +102,7 @@ def test_what_is_computed_with_is_the_record_itself():
 
 
 def test_for_a_model_in_another_dtype_what_is_stored_stays_and_is_decoded_to_that():
-    coding, tensors = LayerCoding(FIELDS, FORMAT), expert()
+    coding, tensors = ExpertCoding(FIELDS, FORMAT), expert()
     cast = coding.cast("float32")
     assert cast.stored == coding.stored
     parts = cast.encode(tensors)
@@ -114,33 +114,33 @@ def test_for_a_model_in_another_dtype_what_is_stored_stays_and_is_decoded_to_tha
 
 
 def test_a_layer_without_a_format_is_stored_as_it_is():
-    coding, tensors = LayerCoding(FIELDS, None), expert()
+    coding, tensors = ExpertCoding(FIELDS, None), expert()
     assert coding.stored == FIELDS
     assert all(torch.equal(part, tensors[name]) for name, part in coding.encode(tensors).items())
     assert all(torch.equal(tensor, tensors[name]) for name, tensor in coding.decode(tensors).items())
 
 
 def test_equal_codings_are_one_key_and_survive_copies():
-    coding = LayerCoding(FIELDS, FORMAT, is_transposed=False)
-    again = LayerCoding(FIELDS, FORMAT)
+    coding = ExpertCoding(FIELDS, FORMAT, is_transposed=False)
+    again = ExpertCoding(FIELDS, FORMAT)
     copied, pickled = deepcopy(coding), pickle.loads(pickle.dumps(coding))
     assert len({coding, again, copied, pickled}) == 1
     assert copied.stored == coding.stored
-    assert len({coding, LayerCoding(FIELDS, HqqFormat(nbits=3, group_size=16)), LayerCoding(FIELDS, None)}) == 3
+    assert len({coding, ExpertCoding(FIELDS, HqqFormat(nbits=3, group_size=16)), ExpertCoding(FIELDS, None)}) == 3
 
 
 def test_a_group_size_that_fits_no_field_is_refused_at_once_and_the_field_named():
     with pytest.raises(ConfigError, match="group_size=32 does not divide the 48 inputs of down_proj, 32 x 48"):
-        LayerCoding(FIELDS, HqqFormat(group_size=32))
+        ExpertCoding(FIELDS, HqqFormat(group_size=32))
     with pytest.raises(ConfigError, match="group_size=64 does not divide the 96 inputs of gate_up_proj, 32 x 96"):
-        LayerCoding(FIELDS, HqqFormat(group_size=64), is_transposed=True)
+        ExpertCoding(FIELDS, HqqFormat(group_size=64), is_transposed=True)
 
 
 def test_a_weight_that_is_no_number_is_refused_with_field_and_expert():
     tensors = expert()
     tensors["down_proj"][3, 3] = float("nan")
     with pytest.raises(CheckpointError, match=r"down_proj of layers\.2, expert 5 "):
-        LayerCoding(FIELDS, FORMAT).encode(tensors, "layers.2, expert 5")
+        ExpertCoding(FIELDS, FORMAT).encode(tensors, "layers.2, expert 5")
     with pytest.raises(CheckpointError, match=r"^down_proj has"):
         FieldCoding(FIELDS[2], FORMAT).encode(tensors["down_proj"])
 

@@ -6,13 +6,15 @@ import os
 import random
 import shutil
 import signal
+import time
 
 import pytest
 import torch
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM
 
 from transformers_moe_offload import CheckpointError, ConfigError, ExpertFormats, HqqFormat, OffloadConfig, restore
-from transformers_moe_offload.hf.prebuilt.resume import recover
+from transformers_moe_offload.hf.prebuilt.layout import MARKS
+from transformers_moe_offload.output.place import recover
 from zoo.build import build, inputs, output_tensor, save, zoo_names
 
 FORMAT = HqqFormat(group_size=16)
@@ -122,22 +124,36 @@ def test_every_architecture_is_saved_and_loaded_in_low_bits(name, tmp_path):
         assert torch.equal(output_tensor(second(**given)), output_tensor(first(**given)))
 
 
+def test_rows_behind_the_last_expert_are_there_again_when_a_model_is_restored(tmp_path):
+    """LongCat gives one stack rows for its identity experts, which have no weights."""
+    plain = build("longcat_flash")
+    plain.save_pretrained(tmp_path / "plain")
+    quantized = type(plain).from_pretrained(tmp_path / "plain", moe_offload=OffloadConfig(experts=FORMAT))
+    quantized.save_pretrained(tmp_path / "saved")
+    restored = restore(type(plain).from_pretrained(tmp_path / "saved"))
+    shapes = [{name: tensor.shape for name, tensor in model.state_dict().items()} for model in (restored, plain)]
+    assert shapes[0] == shapes[1]
+    restored.save_pretrained(tmp_path / "again")
+    type(plain).from_pretrained(tmp_path / "again")
+
+
 def test_killed_while_saving_the_old_or_the_new_checkpoint_is_there(quantized, saved, checkpoint):
     other = AutoModelForCausalLM.from_pretrained(
         checkpoint, moe_offload=OffloadConfig(experts=HqqFormat(group_size=32))
     )
-    states = [files(saved)]
+    states, start = [files(saved)], time.perf_counter()
     other.save_pretrained(saved)
+    span = time.perf_counter() - start
     states.append(files(saved))
     context, moments, killed = multiprocessing.get_context("fork"), random.Random(0), 0
     for trial in range(20):
         child = context.Process(target=(quantized, other)[trial % 2].save_pretrained, args=(saved,))
         child.start()
-        child.join(moments.uniform(0, 0.1))
+        child.join(moments.uniform(0, span))
         child.kill()
         child.join()
         killed += child.exitcode == -signal.SIGKILL
-        recover(saved)
+        recover(saved, MARKS)
         assert files(saved) in states
     assert killed > 0
     other.save_pretrained(saved)

@@ -47,8 +47,8 @@ class Hub:
         self.objects: dict[str, bytes] = {}
         """What was uploaded as LFS, by its SHA-256."""
         self.unknown: list[str] = []
-        self.refuses: Callable[[str, str], bool] = lambda method, path: False
-        """Requests to turn down, as a Hub does that is over its quota."""
+        self.refuses: Callable[[str, str], bool | int] = lambda method, path: False
+        """Requests to turn down, as a Hub does that is over its quota; a number is the status to answer with."""
 
     def __enter__(self) -> "Hub":
         handler = type("Handler", (_Handler,), {"hub": self})
@@ -93,8 +93,9 @@ class _Handler(BaseHTTPRequestHandler):
     def _answer(self) -> None:
         path = urlsplit(self.path).path
         self.body = self._read_body()
-        if self.hub.refuses(self.command, path):
-            return self._send(403, {"error": "storage limit reached"})
+        refusal = self.hub.refuses(self.command, path)
+        if refusal:
+            return self._send(403 if refusal is True else refusal, {"error": "storage limit reached"})
         parts = [unquote(part) for part in path.strip("/").split("/")]
         match (self.command, *parts):
             case ("POST", "api", "repos", "create"):
@@ -112,7 +113,7 @@ class _Handler(BaseHTTPRequestHandler):
             case ("PUT", "lfs", oid):
                 self._put(oid)
             case ("POST", "api", "models", owner, name, "commit", branch):
-                self._commit(f"{owner}/{name}", branch)
+                self._commit(f"{owner}/{name}", branch, is_request="create_pr=1" in urlsplit(self.path).query)
             case ("GET", "api", "models", owner, name):
                 self._info(f"{owner}/{name}", "main")
             case ("GET", "api", "models", owner, name, "revision", revision):
@@ -199,10 +200,16 @@ class _Handler(BaseHTTPRequestHandler):
         self.hub.objects[oid] = self.body
         return self._send(200, {})
 
-    def _commit(self, name: str, branch: str) -> None:
+    def _commit(self, name: str, branch: str, *, is_request: bool) -> None:
         repo = self._repo(name, to_write=True)
         if repo is None:
             return
+        answer = {}
+        if is_request:
+            number = 1 + sum(one.startswith("refs/pr/") for one in repo.branches)
+            repo.branches[f"refs/pr/{number}"] = list(repo.branches[branch])
+            branch = f"refs/pr/{number}"
+            answer = {"pullRequestUrl": f"{self.hub.endpoint}/{name}/discussions/{number}"}
         files = dict(self.hub.files(name, branch))
         for line in self.body.splitlines():
             operation = json.loads(line)
@@ -216,7 +223,7 @@ class _Handler(BaseHTTPRequestHandler):
                     del files[asked["path"]]
         commit = repo.add_commit(branch, files)
         url = f"{self.hub.endpoint}/{name}/commit/{commit}"
-        self._send(200, {"success": True, "commitOid": commit, "commitUrl": url, "hookOutput": ""})
+        self._send(200, {"success": True, "commitOid": commit, "commitUrl": url, "hookOutput": ""} | answer)
 
     def _found(self, name: str, revision: str) -> tuple[str, dict[str, bytes]] | None:
         repo = self._repo(name)

@@ -7,11 +7,11 @@ import sys
 
 import pytest
 from huggingface_hub import HfApi, ModelCard
-from huggingface_hub.errors import HfHubHTTPError
 
 from transformers_moe_offload.errors import CheckpointError
 from transformers_moe_offload.hf.prebuilt.layout import INDEX_NAME
-from transformers_moe_offload.hf.prebuilt.publish import check_prebuilt, upload
+from transformers_moe_offload.hf.prebuilt.publish import LAYOUT, check_prebuilt
+from transformers_moe_offload.hub.upload import UploadError, upload
 from zoo.build import build
 
 from .server import TOKEN, Hub, Repo
@@ -103,7 +103,7 @@ def test_a_model_on_the_hub_is_quantized_pushed_and_loaded_by_its_id(hub, source
 
 
 def test_everything_but_the_index_is_there_before_the_index(hub, api, quantized):
-    upload(api, quantized, REPO)
+    upload(api, quantized, REPO, LAYOUT)
     (*_, before, last) = (hub.repos[REPO].trees[commit] for commit in hub.repos[REPO].branches["main"])
     assert set(last) - set(before) == {INDEX_NAME}
     assert uploaded(hub) == contents(quantized)
@@ -114,7 +114,7 @@ def test_in_no_commit_do_weights_of_two_checkpoints_meet(hub, api, quantized):
     api.create_repo(REPO)
     old = {INDEX_NAME: b"{}", "moe_offload-00001-of-00099.safetensors": b"old", "notes.txt": b"kept"}
     hub.repos[REPO].add_commit("main", hub.files(REPO) | old)
-    upload(api, quantized, REPO)
+    upload(api, quantized, REPO, LAYOUT)
     for commit in hub.repos[REPO].branches["main"][2:]:
         assert "moe_offload-00001-of-00099.safetensors" not in hub.repos[REPO].trees[commit]
         assert hub.repos[REPO].trees[commit].get(INDEX_NAME) != b"{}"
@@ -123,21 +123,21 @@ def test_in_no_commit_do_weights_of_two_checkpoints_meet(hub, api, quantized):
 
 def test_an_upload_that_broke_off_is_resumed_and_sends_no_weights_twice(hub, api, quantized):
     hub.refuses = lambda method, path: "/commit/" in path
-    with pytest.raises(HfHubHTTPError):
-        upload(api, quantized, REPO)
+    with pytest.raises(UploadError, match="403"):
+        upload(api, quantized, REPO, LAYOUT)
     assert INDEX_NAME not in hub.files(REPO)
     assert len(hub.objects) >= len(list(quantized.glob("*.safetensors")))
     hub.refuses = lambda method, path: method == "PUT"
-    with pytest.raises((HfHubHTTPError, RuntimeError)):  # the index itself is new
-        upload(api, quantized, REPO)
+    with pytest.raises(UploadError):  # the index itself is new
+        upload(api, quantized, REPO, LAYOUT)
     assert INDEX_NAME not in hub.files(REPO)
     hub.refuses = lambda method, path: False
-    upload(api, quantized, REPO)
+    upload(api, quantized, REPO, LAYOUT)
     assert uploaded(hub) == contents(quantized)
 
 
 def test_a_branch_is_created_and_main_stays_as_it_is(hub, api, quantized):
-    upload(api, quantized, REPO, revision="4bit")
+    upload(api, quantized, REPO, LAYOUT, revision="4bit")
     assert uploaded(hub, "4bit") == contents(quantized)
     assert uploaded(hub) == {}
 

@@ -38,7 +38,7 @@ def store_of_one_field(sources, shape, dtype):
 
 
 def read(store, expert, layer=0):
-    layout = store.layout(layer)
+    layout = store.layout(layer, 0)
     record = torch.full((layout.nbytes,), 0xAA, dtype=torch.uint8)
     store.read_into(ExpertId(layer, expert), record)
     return layout.views(record)
@@ -161,7 +161,7 @@ def test_stored_bytes_are_those_in_the_file_and_not_those_in_the_record(tmp_path
 
 def test_reading_stops_at_the_record_and_writes_no_padding_but_its_fields(tmp_path):
     store = numbered_store(tmp_path, 1, 2)
-    layout = store.layout(0)
+    layout = store.layout(0, 0)
     around = torch.full((layout.nbytes + 64,), 0xAA, dtype=torch.uint8)
     store.read_into(ExpertId(0, 1), around[: layout.nbytes])
     written = torch.zeros(len(around), dtype=torch.bool)
@@ -194,10 +194,10 @@ def test_a_copy_of_a_model_shares_the_store(tmp_path):
 def test_reading_inside_inference_mode_leaves_a_record_that_can_be_used_outside_of_it(tmp_path):
     layer = numbered_store(tmp_path, 1, 2).layers[0].cast("float32")
     store = ExpertStore([layer])
-    record = torch.zeros(store.layout(0).nbytes, dtype=torch.uint8)
+    record = torch.zeros(store.layout(0, 0).nbytes, dtype=torch.uint8)
     with torch.inference_mode():
         store.read_into(ExpertId(0, 1), record)
-    weight = store.layout(0).views(record)["weight"].clone().requires_grad_()
+    weight = store.layout(0, 0).views(record)["weight"].clone().requires_grad_()
     weight.sum().backward()
     assert weight.grad.eq(1).all()
 

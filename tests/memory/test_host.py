@@ -25,7 +25,7 @@ def folder(tmp_path_factory):
 @pytest.fixture(scope="module")
 def store(folder):
     store = numbered_store(folder, 2, 4)
-    assert store.layout(0).nbytes == RECORD
+    assert store.layout(0, 0).nbytes == RECORD
     return store
 
 
@@ -82,8 +82,8 @@ class Slow:
         self.store, self.failures, self.reads = store, failures, 0
         self.begun, self.go = threading.Event(), threading.Event()
 
-    def layout(self, layer):
-        return self.store.layout(layer)
+    def layout(self, layer, expert):
+        return self.store.layout(layer, expert)
 
     def read_into(self, expert, record):
         self.reads += 1

@@ -49,9 +49,9 @@ def test_a_mapped_expert_is_the_expert_that_a_read_gives(store):
     for layer in range(2):
         for index in range(4):
             expert = ExpertId(layer, index)
-            record = torch.empty(store.layout(layer).nbytes, dtype=torch.uint8)
+            record = torch.empty(store.layout(layer, 0).nbytes, dtype=torch.uint8)
             assert bring_in(slots, expert)[0] == store.read_into(expert, record)
-            read, mapped = store.layout(layer).views(record), slots.weights(expert, 0)
+            read, mapped = store.layout(layer, 0).views(record), slots.weights(expert, 0)
             assert list(read) == list(mapped)
             assert all(torch.equal(read[name], mapped[name]) for name in read)
             assert all(read[name].dtype == mapped[name].dtype for name in read)

@@ -42,6 +42,15 @@ def test_a_slot_seen_as_an_expert_shows_what_is_in_it_now():
     assert views["a"].tolist() == [9] * 4
 
 
+def test_a_slot_can_be_made_to_fit_a_record_of_another_size():
+    pool = pool_of(2, 64)
+    pool.views(0, BYTES)
+    pool.fit(0, 192)
+    assert (pool.nbytes, pool.record(0).shape) == (256, (192,))
+    pool.record(0).fill_(5)
+    assert pool.views(0, BYTES)["a"].tolist() == [5] * 4, "a view of the old buffer"
+
+
 def test_looking_at_a_slot_again_makes_nothing_new():
     pool = pool_of(2, 64)
     assert pool.views(0, BYTES) is pool.views(0, RecordLayout(BYTES.fields))

@@ -318,7 +318,7 @@ on_gpu = pytest.mark.parametrize("pin_memory", [pytest.param(pinned, marks=gpu) 
 @on_gpu
 def test_a_gpu_gets_the_bytes_that_the_host_gets(tmp_path, pin_memory):
     store, device = numbered_store(tmp_path, 2, 8), torch.device("cuda")
-    nbytes = store.layout(0).nbytes
+    nbytes = store.layout(0, 0).nbytes
     on_host = HostCopier(store.read_into, 2)
     on_device = CudaCopier(store.read_into, 2, device, nbytes, pin_memory)
     for layer in range(2):

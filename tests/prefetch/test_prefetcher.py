@@ -54,7 +54,7 @@ class Setting:
     def __init__(self, folder, guesses, num_slots=16, **options):
         self.store = numbered_store(folder, NUM_LAYERS, NUM_EXPERTS)
         self.copier, self.clock, self.oracle = SlowCopier(), Clock(), Oracle(guesses)
-        slots = CopiedSlots(self.store, SlotPool(self.store.layout(0).nbytes, torch.device("cpu")), self.copier)
+        slots = CopiedSlots(self.store, SlotPool(self.store.layout(0, 0).nbytes, torch.device("cpu")), self.copier)
         self.cache = ExpertCache(slots, num_slots, dict.fromkeys(range(NUM_LAYERS), NUM_EXPERTS), LRU())
         self.prefetcher = Prefetcher(
             self.oracle,

@@ -175,3 +175,22 @@ def test_a_trace_loaded_and_one_recorded_are_of_one_kind(tmp_path):
     visit = Trace.load(tmp_path / "trace.npz").visits[1]
     assert visit == RecordedVisit(layer=1, wanted=(0, 7, 2), step=0)
     assert type(visit.layer) is int
+
+
+def test_the_hottest_experts_are_those_asked_for_most_in_all_layers_together():
+    trace = Trace(("a", "b"), (4, 6))
+    trace.visits = [RecordedVisit(0, (3, 1), 0), RecordedVisit(1, (5,), 0), RecordedVisit(0, (3,), 1)]
+    assert trace.hottest("10%") == {"0": [3]}
+    assert trace.hottest(0.2) == {"0": [1, 3]}
+    assert trace.hottest("100%") == {"0": [1, 3], "1": [5]}, "nobody is hot whom nobody asked for"
+
+
+@pytest.mark.parametrize("share", [0, 1.5, "0%", "120%", "ten", "10", True, None])
+def test_a_share_that_is_none_is_refused(share):
+    with pytest.raises(TraceError, match="is not a share of all experts"):
+        Trace(("a",), (100,)).hottest(share)
+
+
+def test_a_share_of_no_expert_is_refused():
+    with pytest.raises(TraceError, match="of 4 experts is none of them"):
+        Trace(("a",), (4,)).hottest("1%")

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from transformers_moe_offload.bench.layers import cache_of, sparse_layers
-from transformers_moe_offload.compute.forward import combine
+from transformers_moe_offload.compute.forward import combine, opened
 from transformers_moe_offload.compute.mlp import ExpertWeights
 from transformers_moe_offload.compute.routing import Grouping, group_by_expert
 from transformers_moe_offload.hf.layer import SparseLayer
@@ -102,12 +102,12 @@ def _prepare(steps: list[_Step], *, is_resident: bool) -> None:
         cache = cache_of(step.layer)
         step.grouping = group_by_expert(top_k_index, top_k_weights, cache.num_experts(step.layer.index))
         assert step.layer.runtime is not None
-        coding = step.layer.runtime.source(step.layer).coding
+        codings = step.layer.runtime.source(step.layer).codings
         found: dict[int, ExpertWeights] = {}
         with cache.visit(step.layer.index, step.grouping.by_last_use) as visit:
             for expert, weights in visit:
                 stored = weights if is_resident else {name: tensor.clone() for name, tensor in weights.items()}
-                found[expert] = stored if coding is None else coding.matrices(stored)
+                found[expert] = opened(stored, codings.of(expert))
         step.work = [(hidden_states[step.grouping.tokens[expert]], found[expert]) for expert in step.grouping.experts]
         step.outputs = [step.layer.mlp(step.module, rows, weights) for rows, weights in step.work]
 

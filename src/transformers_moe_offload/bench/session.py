@@ -99,7 +99,7 @@ def bandwidths(model: Any, repeats: int) -> dict[str, Any]:
     _, layer = sparse_layers(model)[0]
     store = store_of(model)
     threads = model.moe_offload.config.io_workers or default_workers()
-    record_bytes = store.layout(layer.index).nbytes
+    record_bytes = store.layout(layer.index, 0).nbytes
     found: dict[str, Any] = {
         "disk": disk_bandwidth(expert_ranges(store), threads, repeats),
         "ram": ram_bandwidth(model.dtype, model.config.get_text_config().hidden_size, repeats),

@@ -1,7 +1,8 @@
 """Turn a budget in bytes into slots.
 
 Layers whose experts live on one device and have records of one size share a pool of slots; the budget is shared out
-among the pools in proportion to the bytes of their experts. Pure arithmetic.
+among the pools in proportion to the bytes of their experts. Single experts of a pool may have records of another size:
+a slot is then as large as who is in it, and so many slots are had as fit when the largest are in them. Pure arithmetic.
 """
 
 from __future__ import annotations
@@ -29,16 +30,34 @@ class PoolNeed:
     num_experts: int
     """Experts of all the pool's layers together."""
     slot_bytes: int
+    """Of an expert's record."""
+    others: tuple[tuple[int, int], ...] = ()
+    """Of experts whose records have another size: that size, and how many they are."""
 
     @property
     def all_bytes(self) -> int:
         """Bytes of slots for every expert."""
-        return self.num_experts * self.slot_bytes
+        return self.bytes_of(self.num_experts)
+
+    @property
+    def largest_bytes(self) -> int:
+        """Bytes of the largest record."""
+        return self.bytes_of(1)
+
+    def bytes_of(self, num_slots: int) -> int:
+        """The most bytes that the experts in so many slots can take."""
+        num_usual = self.num_experts - sum(count for _, count in self.others)
+        nbytes = 0
+        for size, count in sorted(((self.slot_bytes, num_usual), *self.others), reverse=True):
+            taken = min(count, num_slots)
+            nbytes += taken * size
+            num_slots -= taken
+        return nbytes
 
 
 def smallest_budget(needs: Sequence[PoolNeed]) -> int:
     """The fewest bytes that work: one slot in every pool, through which a layer's experts pass one after another."""
-    return sum(need.slot_bytes for need in needs)
+    return sum(need.largest_bytes for need in needs)
 
 
 def share_out(budget_bytes: int, needs: Sequence[PoolNeed]) -> list[int]:
@@ -59,10 +78,11 @@ def share_out(budget_bytes: int, needs: Sequence[PoolNeed]) -> list[int]:
     slots = [1] * len(needs)
     turns = ((count / need.num_experts, i) for i, need in enumerate(needs) for count in range(2, need.num_experts + 1))
     for _, i in sorted(turns):
-        if needs[i].slot_bytes > left:
+        more = needs[i].bytes_of(slots[i] + 1) - needs[i].bytes_of(slots[i])
+        if more > left:
             break
         slots[i] += 1
-        left -= needs[i].slot_bytes
+        left -= more
     return slots
 
 

@@ -11,7 +11,7 @@ from typing import Annotated, Any
 import typer
 from transformers import AutoModelForCausalLM, AutoTokenizer, set_seed
 
-from transformers_moe_offload.cli import options
+from transformers_moe_offload.cli import formats, options
 from transformers_moe_offload.cli.answer import Sampling, answer
 from transformers_moe_offload.cli.conversation import Conversation
 from transformers_moe_offload.cli.failures import CommandError, one_line_errors, reading, report
@@ -28,8 +28,12 @@ def chat(
     cache_budget: options.CacheBudget = "auto",
     policy: options.Policy = "lru",
     arithmetic: options.Arithmetic = "fast",
-    experts: options.ExpertsFormat = None,
-    dense: options.DenseFormat = None,
+    experts: formats.Experts = None,
+    layers: formats.Layers = None,
+    hot: formats.Hot = None,
+    trace: formats.TraceFile = None,
+    hot_share: formats.HotShare = None,
+    dense: formats.Dense = None,
     max_new_tokens: Annotated[int, typer.Option(min=1, help="Longest answer, in tokens.")] = 256,
     temperature: Annotated[
         float | None,
@@ -58,8 +62,8 @@ def chat(
             cache_budget=cache_budget,
             policy=policy,
             arithmetic=arithmetic,  # type: ignore[arg-type]
-            experts=options.parse_format(experts),
-            dense=options.parse_format(dense),
+            experts=formats.parse_formats(experts, layers, hot, trace, hot_share),
+            dense=formats.parse_format(dense),
         )
         sampling = Sampling(max_new_tokens, temperature, top_p)
         origin = options.Origin(revision, token, local_files_only, trust_remote_code)

@@ -16,13 +16,14 @@ from transformers_moe_offload.cli.writing import expect_apart, progress
 from transformers_moe_offload.config import OffloadConfig
 from transformers_moe_offload.hf.interop.mixtral_offloading import MixtralOffloading
 from transformers_moe_offload.hf.prebuilt.card import auto_class_of, model_card
-from transformers_moe_offload.hf.prebuilt.layout import plain_config, prebuilt_config
+from transformers_moe_offload.hf.prebuilt.layout import MARKS, plain_config, prebuilt_config
 from transformers_moe_offload.hf.prebuilt.recipe import recipe_of
-from transformers_moe_offload.hf.prebuilt.resume import expect_place
 from transformers_moe_offload.hf.prebuilt.sizes import Sizes
 from transformers_moe_offload.hf.prebuilt.source import Quantization
-from transformers_moe_offload.hf.prebuilt.writer import Prebuilt, as_json, write_prebuilt
+from transformers_moe_offload.hf.prebuilt.writer import Prebuilt, write_prebuilt
 from transformers_moe_offload.hub.fetch import fetch
+from transformers_moe_offload.output.place import expect_place
+from transformers_moe_offload.output.text import as_json
 
 
 class Layout(StrEnum):
@@ -52,7 +53,7 @@ def convert(
         expect_apart(source, folder)
         dtype = torch.float16  # what mixtral-offloading computes in, whatever the config says
         blueprint = draw(source, origin, dtype)
-        expect_place(folder, overwrite=overwrite)
+        expect_place(folder, MARKS, overwrite=overwrite)
         with reading(f"cannot read the weights of {source!r}"):
             fetched = fetch(source, blueprint.model.config, origin.for_files())
         found = MixtralOffloading.open(fetched.weights[0].parent, blueprint.model)
@@ -60,7 +61,7 @@ def convert(
         quantization = Quantization.of(blueprint.model, config, dtype)
         sizes = Sizes.of(quantization)
         console = Console()
-        formats = dict.fromkeys(str(coding.format) for coding in quantization.codings)
+        formats = dict.fromkeys(str(found.formats().of_layer(layer.index)) for layer in quantization.layers)
         console.print(f"experts: {'; '.join(formats)}; codes as they are", soft_wrap=True)
         if found.has_coded_meta():
             console.print("scales and zeros: were in 8 bits, decoded to float16", soft_wrap=True)

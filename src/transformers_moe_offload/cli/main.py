@@ -8,6 +8,7 @@ import typer
 
 import transformers_moe_offload
 from transformers_moe_offload.cli.bench import bench
+from transformers_moe_offload.cli.build import build
 from transformers_moe_offload.cli.chat import chat
 from transformers_moe_offload.cli.convert import convert
 from transformers_moe_offload.cli.plan import plan
@@ -43,6 +44,7 @@ app.command()(plan)
 app.command()(chat)
 app.command()(quantize)
 app.command()(convert)
+app.command()(build)
 app.command()(push)
 app.command()(bench)
 app.command()(trace)

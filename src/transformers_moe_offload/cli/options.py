@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from typing import Annotated, Any
 
 import torch
 import typer
 
-from transformers_moe_offload.config import HqqFormat
 from transformers_moe_offload.errors import ConfigError
 
 Model = Annotated[
@@ -20,10 +19,6 @@ Model = Annotated[
 CacheBudget = Annotated[
     str, typer.Option(help="Memory for experts: '6GiB', '500MB', '40%' of all experts, a number of bytes, or 'auto'.")
 ]
-ExpertsFormat = Annotated[
-    str | None, typer.Option(help="Format of experts, bits x group size: '4x64', '3x64', '2x16'.")
-]
-DenseFormat = Annotated[str | None, typer.Option(help="Format of attention and dense MLPs; default is as stored.")]
 Policy = Annotated[str, typer.Option(help="Which expert leaves when another one needs its slot.")]
 Arithmetic = Annotated[str, typer.Option(help="'fast', 'exact': bit for bit what Transformers computes, or 'int8'.")]
 DeviceMap = Annotated[str | None, typer.Option(help="As in from_pretrained: 'auto', 'cpu', 'cuda:1', ...")]
@@ -52,13 +47,6 @@ class Origin:
     def for_classes(self) -> dict[str, Any]:
         """The keywords for everything that has a class of its own."""
         return asdict(self)
-
-
-def parse_format(text: str | None, *, optimize: bool = True) -> HqqFormat | None:
-    """A format as `4x64`; None, or `none`, leaves weights as they are."""
-    if text is None or text.strip() == "none":
-        return None
-    return replace(HqqFormat.parse(text), optimize=optimize)
 
 
 def parse_dtype(name: str) -> torch.dtype | None:

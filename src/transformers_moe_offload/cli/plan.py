@@ -10,12 +10,12 @@ from rich import box
 from rich.console import Console
 from rich.table import Table
 
-from transformers_moe_offload.cli import options
+from transformers_moe_offload.cli import formats, options
 from transformers_moe_offload.cli.blueprint import Blueprint, draw
 from transformers_moe_offload.cli.failures import one_line_errors
 from transformers_moe_offload.cli.traffic import Traffic, expect
 from transformers_moe_offload.config import Budget, OffloadConfig
-from transformers_moe_offload.formats.coding import LayerCoding
+from transformers_moe_offload.formats.by_expert import LayerCodings
 from transformers_moe_offload.hf.plan import OffloadPlan, Placement, make_plan, readable
 from transformers_moe_offload.hf.prebuilt.sizes import Sizes
 from transformers_moe_offload.hf.prebuilt.source import Quantization
@@ -30,8 +30,12 @@ TOLERANCE = 0.01
 def plan(
     model: options.Model,
     cache_budget: options.CacheBudget = "auto",
-    experts: options.ExpertsFormat = None,
-    dense: options.DenseFormat = None,
+    experts: formats.Experts = None,
+    layers: formats.Layers = None,
+    hot: formats.Hot = None,
+    trace: formats.TraceFile = None,
+    hot_share: formats.HotShare = None,
+    dense: formats.Dense = None,
     dtype: options.Dtype = "auto",
     revision: options.Revision = "main",
     token: options.Token = None,
@@ -45,10 +49,13 @@ def plan(
     """
     with one_line_errors():
         config = OffloadConfig(
-            cache_budget=cache_budget, experts=options.parse_format(experts), dense=options.parse_format(dense)
+            cache_budget=cache_budget,
+            experts=formats.parse_formats(experts, layers, hot, trace, hot_share),
+            dense=formats.parse_format(dense),
         )
         origin = options.Origin(revision, token, local_files_only, trust_remote_code)
         blueprint = draw(model, origin, options.parse_dtype(dtype))
+        formats.expect_same_experts(trace, model, [spec.num_experts for spec in blueprint.experts])
         recipe = blueprint.recipe
         weights = _Weights.of(blueprint, config if recipe is None else recipe.override(config))
         device = torch.device("cuda", torch.cuda.current_device()) if torch.cuda.is_available() else torch.device("cpu")
@@ -64,10 +71,12 @@ class _Weights:
     """A model's weights, as they are or quantized."""
 
     blueprint: Blueprint
-    codings: tuple[LayerCoding, ...]
+    codings: tuple[LayerCodings, ...]
     formats: str
     """How experts are stored, for people."""
     dense_bytes: int
+    bits_per_weight: float | None
+    """Of experts, on average; None where they are not quantized."""
     is_in_ram: bool
     """Whether experts are quantized while the model is loaded."""
 
@@ -75,11 +84,13 @@ class _Weights:
     def of(cls, blueprint: Blueprint, config: OffloadConfig) -> _Weights:
         """What a config makes of a model's weights."""
         quantization = Quantization.of(blueprint.model, config, blueprint.dtype)
+        sizes = Sizes.of(quantization)
         return cls(
             blueprint,
             tuple(quantization.codings),
             "as stored" if config.formats is None or blueprint.recipe is not None else str(config.formats),
-            Sizes.of(quantization).dense_bytes if config.dense is not None else blueprint.dense_bytes,
+            sizes.dense_bytes if config.dense is not None else blueprint.dense_bytes,
+            sizes.bits_per_expert_weight if config.formats is not None else None,
             config.formats is not None and blueprint.recipe is None,
         )
 
@@ -88,7 +99,7 @@ class _Weights:
         pairs = zip(self.blueprint.experts, self.codings, strict=True)
         is_mapped = self.is_in_ram and device.type == "cpu"
         return [
-            Placement(spec, device, coding, is_mappable=is_mapped, is_in_ram=self.is_in_ram) for spec, coding in pairs
+            Placement(spec, device, codings, is_mappable=is_mapped, is_in_ram=self.is_in_ram) for spec, codings in pairs
         ]
 
     @property
@@ -103,8 +114,8 @@ def _settled(config: OffloadConfig, weights: _Weights, device: torch.device) -> 
         return config
     share = HOST_SHARE if device.type == "cpu" else 1.0
     left = int(available_bytes(device) - share * weights.dense_bytes)
-    all_slots = sum(placement.spec.num_experts * placement.slot_bytes for placement in weights.placements(device))
-    return OffloadConfig(cache_budget=max(1, min(left, all_slots)))
+    every_slot = make_plan(weights.placements(device), OffloadConfig(cache_budget="100%", mmap=False, direct_io=False))
+    return OffloadConfig(cache_budget=max(1, min(left, every_slot.expert_bytes)))
 
 
 def _title(blueprint: Blueprint) -> str:
@@ -134,7 +145,10 @@ def _facts(weights: _Weights, plan: OffloadPlan) -> Table:
         "experts", f"{plan.num_experts}, {_range([spec.num_experts for spec in blueprint.experts])} per layer"
     )
     table.add_row("experts per token", _experts_per_token(blueprint))
-    table.add_row("bytes per expert", _range([pool.need.slot_bytes for pool in plan.pools], readable))
+    placements = weights.placements(torch.device("cpu"))
+    table.add_row("bytes per expert", _range([one for layer in placements for one in layer.record_bytes], readable))
+    if weights.bits_per_weight is not None:
+        table.add_row("bits per expert weight", f"{weights.bits_per_weight:.2f}")
     table.add_row("all experts", readable(plan.expert_bytes))
     table.add_row("dense weights", readable(weights.dense_bytes))
     table.add_row("slots", f"{plan.num_slots} in a cache budget of {readable(plan.budget_bytes)}")
@@ -160,7 +174,7 @@ def _experts_per_token(blueprint: Blueprint) -> str:
 def _expected_bytes(traffic: Traffic | None, plan: OffloadPlan, source: str) -> str:
     if traffic is None:
         return "unknown, because the experts per token are"
-    absent = 1 - plan.cache_bytes / plan.expert_bytes
+    absent = 1 - plan.num_slots / plan.num_experts
     return (
         f"{readable(traffic.nbytes)} from {source}, if routing is uniform: {traffic.experts_per_token} experts a "
         f"token, {absent:.0%} of them not in the cache"

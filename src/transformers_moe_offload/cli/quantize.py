@@ -6,37 +6,40 @@ from typing import Annotated
 
 import torch
 import typer
+from huggingface_hub import HfApi
 from rich import box
 from rich.console import Console
 from rich.table import Table
 
-from transformers_moe_offload.cli import options, writing
+from transformers_moe_offload.cli import formats, options, writing
 from transformers_moe_offload.cli.blueprint import Blueprint, draw
 from transformers_moe_offload.cli.failures import CommandError, one_line_errors, reading
-from transformers_moe_offload.cli.push import expect_pushable, push_folder
+from transformers_moe_offload.cli.push import push_folder
 from transformers_moe_offload.cli.writing import expect_apart, progress
 from transformers_moe_offload.config import ExpertFormats, OffloadConfig
 from transformers_moe_offload.hf.plan import readable
 from transformers_moe_offload.hf.prebuilt.card import auto_class_of, model_card
-from transformers_moe_offload.hf.prebuilt.layout import plain_config, prebuilt_config
+from transformers_moe_offload.hf.prebuilt.layout import MARKS, plain_config, prebuilt_config
 from transformers_moe_offload.hf.prebuilt.recipe import recipe_of
-from transformers_moe_offload.hf.prebuilt.resume import expect_place
 from transformers_moe_offload.hf.prebuilt.sizes import Sizes
 from transformers_moe_offload.hf.prebuilt.source import Quantization, contents
-from transformers_moe_offload.hf.prebuilt.writer import Prebuilt, as_json, write_prebuilt
+from transformers_moe_offload.hf.prebuilt.writer import Prebuilt, write_prebuilt
 from transformers_moe_offload.hub.fetch import fetch
+from transformers_moe_offload.hub.upload import expect_pushable
 from transformers_moe_offload.memory.record import dtype_name
+from transformers_moe_offload.output.place import expect_place
+from transformers_moe_offload.output.text import as_json
 
 
 def quantize(
     source: writing.Source,
     folder: writing.Destination,
-    experts: options.ExpertsFormat = None,
-    layers: Annotated[
-        list[str] | None,
-        typer.Option(help="Another format for some sparse layers, as '0-3=4x64', or '5=none'; can be repeated."),
-    ] = None,
-    dense: options.DenseFormat = None,
+    experts: formats.Experts = None,
+    layers: formats.Layers = None,
+    hot: formats.Hot = None,
+    trace: formats.TraceFile = None,
+    hot_share: formats.HotShare = None,
+    dense: formats.Dense = None,
     no_optimize: Annotated[
         bool, typer.Option("--no-optimize", help="Round to nearest: several times faster, a little worse.")
     ] = False,
@@ -55,12 +58,18 @@ def quantize(
     Can be interrupted or killed at any time: run again, it goes on with what is missing.
     """
     with one_line_errors():
-        config = _config(experts, layers or [], dense, optimize=not no_optimize)
+        config = OffloadConfig(
+            experts=formats.parse_formats(experts, layers, hot, trace, hot_share, optimize=not no_optimize),
+            dense=formats.parse_format(dense, optimize=not no_optimize),
+        )
+        if config.experts is None and config.dense is None:
+            raise CommandError("nothing to quantize; say how: --experts 4x64, --layers 0-3=4x64 or --dense 4x64")
         origin = options.Origin(revision, token, local_files_only, trust_remote_code=False)
         expect_apart(source, folder)
         blueprint = draw(source, origin, None)
         if getattr(blueprint.model.config, "quantization_config", None):
             raise CommandError(f"{source!r} is quantized already; quantize the model that it was made from")
+        formats.expect_same_experts(trace, source, [spec.num_experts for spec in blueprint.experts])
         quantization = Quantization.of(blueprint.model, config, blueprint.dtype)
         sizes = Sizes.of(quantization)
         console = Console()
@@ -68,9 +77,9 @@ def quantize(
         console.print(_plan(config, sizes))
         if dry_run:
             return
-        expect_place(folder, overwrite=overwrite)
+        expect_place(folder, MARKS, overwrite=overwrite)
         if push is not None:
-            expect_pushable(push, token)
+            expect_pushable(HfApi(token=token), push)
         with reading(f"cannot read the weights of {source!r}"):
             fetched = fetch(source, blueprint.model.config, origin.for_files())
         recipe = recipe_of(fetched.name, fetched.revision, fetched.weights, dtype_name(blueprint.dtype), config)
@@ -98,20 +107,6 @@ def quantize(
             push_folder(folder, push, private=private, revision=None, token=token)
 
 
-def _config(experts: str | None, layers: list[str], dense: str | None, *, optimize: bool) -> OffloadConfig:
-    """What the options ask for."""
-    if experts is None and not layers and dense is None:
-        raise CommandError("nothing to quantize; say how: --experts 4x64, --layers 0-3=4x64 or --dense 4x64")
-    by_layer = {}
-    for option in layers:
-        key, is_given, text = option.partition("=")
-        if not is_given:
-            raise CommandError(f"--layers {option!r} names no format; write sparse layers and a format as 0-3=4x64")
-        by_layer[key.strip()] = options.parse_format(text, optimize=optimize)
-    formats = ExpertFormats(default=options.parse_format(experts, optimize=optimize), layers=by_layer)
-    return OffloadConfig(experts=formats, dense=options.parse_format(dense, optimize=optimize))
-
-
 def _title(blueprint: Blueprint) -> str:
     return f"{blueprint.name}: {type(blueprint.model).__name__}, {dtype_name(blueprint.dtype)}"
 
@@ -120,13 +115,13 @@ def _plan(config: OffloadConfig, sizes: Sizes) -> Table:
     table = Table("weights", "format", box=box.SIMPLE_HEAD)
     for column in ("bits per weight", "before", "after"):
         table.add_column(column, justify="right", no_wrap=True)
-    assert config.formats is not None
-    kinds = dict.fromkeys(
-        str(value or "as stored") for value in (config.formats.default, *config.formats.layers.values())
-    )
+    stored = config.formats or ExpertFormats()
+    kinds = [str(value or "as stored") for value in (stored.default, *stored.layers.values())]
+    if stored.num_hot:
+        kinds.append(f"{stored.num_hot} hot: {stored.hot or 'as stored'}")
     table.add_row(
         f"{sizes.num_experts} experts",
-        "; ".join(kinds),
+        "; ".join(dict.fromkeys(kinds)),
         f"{sizes.bits_per_expert_weight:.2f}",
         readable(sizes.plain_expert_bytes),
         readable(sizes.expert_bytes),

@@ -37,5 +37,5 @@ def expect(
             if count is None:
                 return None
             total += count
-            nbytes += count * pool.need.slot_bytes * absent * read_share
+            nbytes += count * pool.need.all_bytes / pool.need.num_experts * absent * read_share
     return Traffic(total, nbytes)

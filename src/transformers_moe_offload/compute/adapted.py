@@ -22,7 +22,7 @@ from transformers_moe_offload.compute.borrowed import borrowed_product
 from transformers_moe_offload.compute.forward import combine, opened
 from transformers_moe_offload.compute.mlp import ExpertMlp, ExpertWeights
 from transformers_moe_offload.compute.routing import Grouping, group_by_expert
-from transformers_moe_offload.formats.base import Coding
+from transformers_moe_offload.formats.by_expert import AS_USED, LayerCodings
 
 
 class Lender(Protocol):
@@ -46,7 +46,7 @@ def adapted_forward(
     *,
     adaptation: Adaptation,
     lender: Lender,
-    coding: Coding | None = None,
+    codings: LayerCodings = AS_USED,
     started: Callable[[Sequence[int]], None] | None = None,
 ) -> Tensor:
     """The experts' contribution to each token: as `sparse_forward`, differentiable, and with what is added to experts.
@@ -73,7 +73,7 @@ def adapted_forward(
     lender.used(wanted)
     with cache.visit(layer, wanted, started) as visit:
         for expert, weights in visit.in_order() if is_taped or experts.training else visit:
-            outputs[expert] = computed(expert, opened(weights, coding))
+            outputs[expert] = computed(expert, opened(weights, codings.of(expert)))
     return combine([outputs[expert] for expert in grouping.experts], grouping, hidden_states, top_k_weights)
 
 

@@ -19,6 +19,7 @@ from transformers_moe_offload.compute.host_side import HostSide
 from transformers_moe_offload.compute.mlp import ExpertMlp, ExpertWeights
 from transformers_moe_offload.compute.routing import FEW_PAIRS, Grouping, group_by_expert
 from transformers_moe_offload.formats.base import Coding
+from transformers_moe_offload.formats.by_expert import AS_USED, LayerCodings
 from transformers_moe_offload.memory.slots import Weights
 
 
@@ -31,16 +32,16 @@ def sparse_forward(
     top_k_index: Tensor,
     top_k_weights: Tensor,
     *,
-    coding: Coding | None = None,
+    codings: LayerCodings = AS_USED,
     started: Callable[[Sequence[int]], None] | None = None,
     host: HostSide | None = None,
 ) -> Tensor:
     """The experts' contribution to each token.
 
     hidden_states (T, H), top_k_index (T, K) int64, top_k_weights (T, K) -> (T, H) in the dtype of hidden_states.
-    `experts` is the module whose activation is used. `coding` says what the slots hold, if it is not the weights as
-    they are. `started` is called with the wanted experts once their loads are under way. `host` may compute some of
-    those that are absent, meanwhile.
+    `experts` is the module whose activation is used. `codings` says what the slots hold, expert by expert.
+    `started` is called with the wanted experts once their loads are under way. `host` may compute some of those that
+    are absent, meanwhile.
     """
     grouping = group_by_expert(top_k_index, top_k_weights, cache.num_experts(layer))
     is_ordered = experts.training  # random numbers are drawn in the order of computation, which must not be chance
@@ -51,10 +52,11 @@ def sparse_forward(
     with cache.visit(layer, grouping.by_last_use, started, share) as visit:
         if is_ordered:
             for expert, weights in visit.in_order():
-                outputs[expert] = mlp(experts, rows_of(hidden_states, grouping.tokens[expert]), opened(weights, coding))
+                found = opened(weights, codings.of(expert))
+                outputs[expert] = mlp(experts, rows_of(hidden_states, grouping.tokens[expert]), found)
         else:
             for batch in visit.batches():
-                outputs |= _computed(mlp, experts, hidden_states, grouping, batch, coding)
+                outputs |= _computed(mlp, experts, hidden_states, grouping, batch, codings)
         if computing is not None:
             outputs |= computing.finish()
     return combine([outputs[expert] for expert in grouping.experts], grouping, hidden_states, top_k_weights)
@@ -66,18 +68,17 @@ def _computed(
     hidden_states: Tensor,
     grouping: Grouping,
     held: Mapping[int, Weights],
-    coding: Coding | None,
+    codings: LayerCodings,
 ) -> dict[int, Tensor]:
     """The rows of some experts: together where they are few and in low bits, else one expert after the other."""
     tokens = {expert: grouping.tokens[expert] for expert in held}
     counts = [len(wanting) for wanting in tokens.values()]
-    if len(held) > 1 and sum(counts) <= FEW_PAIRS and mlp.takes_several(hidden_states, coding):
+    if len(held) > 1 and sum(counts) <= FEW_PAIRS and mlp.takes_several(hidden_states, map(codings.of, held)):
         rows = hidden_states[[token for wanting in tokens.values() for token in wanting]]
-        return dict(
-            zip(held, mlp.several(experts, rows, counts, [opened(one, coding) for one in held.values()]), strict=True)
-        )
+        weights = [opened(one, codings.of(expert)) for expert, one in held.items()]
+        return dict(zip(held, mlp.several(experts, rows, counts, weights), strict=True))
     return {
-        expert: mlp(experts, rows_of(hidden_states, tokens[expert]), opened(one, coding))
+        expert: mlp(experts, rows_of(hidden_states, tokens[expert]), opened(one, codings.of(expert)))
         for expert, one in held.items()
     }
 

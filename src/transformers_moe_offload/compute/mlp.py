@@ -9,7 +9,7 @@ gates need no code here.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -52,10 +52,11 @@ class ExpertMlp:
             return normalised
         return out
 
-    def takes_several(self, rows: Tensor, coding: Coding | None) -> bool:
-        """Whether `several` computes experts that are stored like this."""
+    def takes_several(self, rows: Tensor, codings: Iterable[Coding | None]) -> bool:
+        """Whether `several` computes experts that are stored in these ways."""
         is_plain = not self.has_bias and not self.has_post_expert_norm
-        return is_plain and coding is not None and coding.is_packed and kernels.can_multiply_each(rows)
+        are_packed = all(coding is not None and coding.is_packed for coding in codings)
+        return is_plain and are_packed and kernels.can_multiply_each(rows)
 
     def several(
         self, experts: Any, rows: Tensor, counts: Sequence[int], weights: Sequence[ExpertWeights]

@@ -1,4 +1,4 @@
-"""`HqqFormat`: how the matrices of experts, or of dense layers, are quantized; and which experts are how.
+"""`HqqFormat`: how the matrices of experts, or of dense layers, are quantized.
 
 The arithmetic of the format is in `formats/hqq.py`. Method: Half-Quadratic Quantization (Badri and Shaji, 2023), as
 the `hqq` package 0.2.8 computes it.
@@ -8,10 +8,10 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import asdict, dataclass, fields
 from typing import Any
 
-from transformers_moe_offload.config.options import choose, refuse_unknown, with_options
+from transformers_moe_offload.config.options import choose, refuse_unknown
 from transformers_moe_offload.errors import ConfigError
 
 NBITS = (8, 4, 3, 2, 1)
@@ -67,75 +67,6 @@ class HqqFormat:
         return cls(nbits=int(match[1]), group_size=int(match[2]), meta_nbits=int(match[3] or cls.meta_nbits))
 
 
-@dataclass(frozen=True, kw_only=True)
-class ExpertFormats:
-    """Which sparse layers' experts are stored how.
-
-    Args:
-        default: the format of every layer that `layers` does not name; None leaves them as they are.
-        layers: formats of single sparse layers, by their number in the order of the model, `"3"`, or by range,
-            `"0-3"`, both ends included.
-    """
-
-    default: HqqFormat | None = None
-    layers: Mapping[str, HqqFormat | None] = field(default_factory=dict)
-
-    def __post_init__(self) -> None:
-        object.__setattr__(self, "default", make_format("default", self.default))
-        if not isinstance(self.layers, Mapping):
-            raise ConfigError(f"layers={self.layers!r} is not a dictionary of formats by layer")
-        formats = {str(key): make_format(f"layers[{key!r}]", value) for key, value in self.layers.items()}
-        object.__setattr__(self, "layers", formats)
-        seen: dict[int, str] = {}
-        for key in formats:
-            for number in _numbers(key):
-                if number in seen:
-                    raise ConfigError(f"layers names sparse layer {number} twice, in {seen[number]!r} and {key!r}")
-                seen[number] = key
-
-    def __hash__(self) -> int:
-        return hash((self.default, tuple(sorted(self.layers.items(), key=lambda item: item[0]))))
-
-    def __str__(self) -> str:
-        others = "".join(f"; sparse layers {key}: {value or 'as they are'}" for key, value in self.layers.items())
-        return f"{self.default or 'as they are'}{others}"
-
-    def of_layer(self, number: int) -> HqqFormat | None:
-        """The format of a sparse layer's experts."""
-        for key, value in self.layers.items():
-            if number in _numbers(key):
-                return value
-        return self.default
-
-    def check(self, num_layers: int) -> None:
-        """Raise `ConfigError` if a layer is named that the model does not have."""
-        for key in self.layers:
-            if _numbers(key)[-1] >= num_layers:
-                raise ConfigError(
-                    f"layers names sparse layer {key!r}, but the model has {num_layers}, 0 to {num_layers - 1}"
-                )
-
-    def plain(self) -> dict[str, Any]:
-        """As JSON knows it."""
-        return {
-            "default": plain_format(self.default),
-            "layers": {key: plain_format(value) for key, value in self.layers.items()},
-        }
-
-    @classmethod
-    def make(cls, value: object) -> ExpertFormats | None:
-        """What `experts=` stands for: one format for all, a dictionary of either class's fields, or None."""
-        if value is None or isinstance(value, cls):
-            return value
-        if isinstance(value, HqqFormat):
-            return cls(default=value)
-        if isinstance(value, Mapping):
-            if {"default", "layers"} & set(value):
-                return with_options(cls, value)
-            return cls(default=make_format("experts", value))
-        raise ConfigError(f"experts={value!r} is not an HqqFormat, a dictionary of its fields, or None")
-
-
 def plain_format(value: HqqFormat | None) -> dict[str, Any] | None:
     """A format as JSON knows it."""
     return None if value is None else asdict(value)
@@ -149,11 +80,3 @@ def make_format(option: str, value: object) -> HqqFormat | None:
         refuse_unknown("HqqFormat", value, [f.name for f in fields(HqqFormat)])
         return HqqFormat(**value)
     raise ConfigError(f"{option}={value!r} is not an HqqFormat, a dictionary of its fields, or None")
-
-
-def _numbers(key: str) -> range:
-    """The sparse layers that a key of `layers` names."""
-    match = re.fullmatch(r"(\d+)(?:-(\d+))?", key)
-    if not match or (match[2] and int(match[2]) < int(match[1])):
-        raise ConfigError(f"layers has {key!r}, which is not a layer's number such as '3' or a range such as '0-3'")
-    return range(int(match[1]), int(match[2] or match[1]) + 1)

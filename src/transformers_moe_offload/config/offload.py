@@ -12,7 +12,8 @@ from dataclasses import asdict, dataclass, fields
 from typing import Any, ClassVar, Literal, get_args
 
 from transformers_moe_offload.config.budget import Budget
-from transformers_moe_offload.config.formats import ExpertFormats, HqqFormat, make_format
+from transformers_moe_offload.config.expert_formats import ExpertFormats
+from transformers_moe_offload.config.formats import HqqFormat, make_format
 from transformers_moe_offload.config.options import choose, with_options
 from transformers_moe_offload.config.prefetch import PrefetchConfig
 from transformers_moe_offload.errors import ConfigError
@@ -55,8 +56,8 @@ class OffloadConfig(dict[str, Any]):
         host_budget: on a machine with GPU, RAM that holds experts between disk and cache: as `cache_budget`; `"auto"`
             takes half of the free RAM, and never more than all experts need.
         experts: quantize the experts while loading: an `HqqFormat`, an `ExpertFormats` for different formats by layer
-            (or a dictionary of fields), or None, experts as they are stored. The quantized ones are kept in RAM;
-            `moe-offload quantize` writes them to disk once and for all.
+            or expert (or a dictionary of fields), or None, experts as they are stored. The quantized ones are kept in
+            RAM; `moe-offload quantize` writes them to disk once and for all.
         dense: quantize the linear layers of attention and dense MLPs, too: an `HqqFormat` or None.
 
     It is a dictionary of its fields, too: pipelines hand the model's keyword arguments to the tokenizer as well, which

@@ -12,7 +12,7 @@ from transformers_moe_offload.kernels.packed import PackedMatrix
 
 
 class Coding(Protocol):
-    """How the experts of one sparse layer are stored: the arrays of a record, and what they stand for."""
+    """How experts of a sparse layer are stored: the arrays of a record, and what they stand for."""
 
     @property
     def stored(self) -> tuple[FieldSpec, ...]:

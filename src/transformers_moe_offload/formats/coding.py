@@ -91,8 +91,8 @@ class FieldCoding:
 
 
 @dataclass(frozen=True)
-class LayerCoding:
-    """How the experts of one sparse layer are stored.
+class ExpertCoding:
+    """How experts of a sparse layer are stored.
 
     Matrices are quantized; biases, norms and whatever else has not exactly two dimensions stay as they are.
     """
@@ -159,6 +159,6 @@ class LayerCoding:
             for coding in self.codings
         }
 
-    def cast(self, dtype: str) -> LayerCoding:
+    def cast(self, dtype: str) -> ExpertCoding:
         """The same for a model in another dtype: what is stored stays, and is decoded to that."""
         return replace(self, loaded_dtype=dtype)

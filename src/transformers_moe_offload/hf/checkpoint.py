@@ -6,6 +6,7 @@ import os
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cache
 from itertools import chain
 from pathlib import Path
 from typing import Any
@@ -83,9 +84,18 @@ def locate(
     model: Any, layers: Sequence[SparseLayer], checkpoint: Checkpoint, conversions: Sequence[Any]
 ) -> list[LayerSource]:
     """Where the experts of every sparse layer are."""
+    read = cache(lambda path: {tensor.name: tensor for tensor in read_header(path)})
     traced = trace_parameters(model, checkpoint.parameters, conversions, checkpoint.tensors)
     sources = []
     for layer in layers:
+        module = model.get_submodule(layer.name)
+        dtype = dtype_name(checkpoint.dtype_of(f"{layer.name}.{layer.fields[0].paths[0]}"))
+        elsewhere = layer.layout.own_sources(module, dtype, read)
+        if elsewhere is not None:
+            own = tuple(FieldSpec(field.name, field.shape, dtype) for field in layer.fields)
+            spec = ExpertSpec(layer.index, layer.name, layer.num_experts, own)
+            sources.append(LayerSource(spec, elsewhere))
+            continue
         fields, by_field = [], {}
         for field in layer.fields:
             names = [f"{layer.name}.{path}" for path in field.paths]

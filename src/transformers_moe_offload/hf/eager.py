@@ -16,22 +16,22 @@ from torch import Tensor, nn
 from transformers_moe_offload.cache.visit import Visit
 from transformers_moe_offload.compute.lending import Fetch
 from transformers_moe_offload.expert import ExpertSpec
-from transformers_moe_offload.formats.base import Coding
+from transformers_moe_offload.formats.by_expert import LayerCodings
 from transformers_moe_offload.hf.layouts import ExpertField
 from transformers_moe_offload.memory.record import torch_dtype
 
 
-def fetch_from(visit: Visit, spec: ExpertSpec, device: torch.device, *, coding: Coding | None) -> Fetch:
+def fetch_from(visit: Visit, spec: ExpertSpec, device: torch.device, *, codings: LayerCodings) -> Fetch:
     """Fetch wanted experts through a visit, and zeros for others.
 
     Some forwards index experts that no row is sent to, or only rows of weight zero: their weights never show in the
-    output, so they are not worth loading. `coding` says what the visit gives, if it is not the weights as they are.
+    output, so they are not worth loading. `codings` says what the visit gives, expert by expert.
     """
     by_name = {field.name: field for field in spec.fields}
 
     def fetch(name: str, expert: int) -> Tensor:
         if visit.wants(expert):
-            held = visit.take(expert)
+            held, coding = visit.take(expert), codings.of(expert)
             return held[name] if coding is None else coding.decode_field(name, held)
         field = by_name[name]
         return torch.zeros((), dtype=torch_dtype(field.dtype), device=device).expand(field.shape)

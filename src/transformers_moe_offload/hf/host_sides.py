@@ -65,13 +65,15 @@ def _side_of(model: nn.Module, layer: SparseLayer, pool: PoolPlan, host: HostTie
     store, compute = host.store, HostCompute()
     module, spec = experts_at(model, layer.name), store.layers[layer.index].spec
     hidden_size = spec.fields[0].shape[-2 if layer.layout.is_transposed(module) else -1]
+    hot_experts = store.layers[layer.index].codings.hot_experts
+    usual = spec.expert(next(expert for expert in range(spec.num_experts) if expert not in hot_experts))
     assert layer.mlp is not None
     rates = measured_rates(
         layer.mlp,
         module,
         torch.zeros(1, hidden_size, dtype=torch_dtype(spec.fields[0].dtype), device=pool.device),
         pool.need.slot_bytes,
-        lambda record: _opened(store, layer.index, record),
+        lambda record: _opened(store, usual, record),
         lambda read_into: copier_for(pool, read_into, config),
         compute,
     )
@@ -79,11 +81,11 @@ def _side_of(model: nn.Module, layer: SparseLayer, pool: PoolPlan, host: HostTie
     @contextmanager
     def hold(expert: ExpertId) -> Iterator[ExpertWeights]:
         with host.hold(expert) as record:
-            yield _opened(store, expert.layer, record)
+            yield _opened(store, expert, record)
 
     return HostSide(compute, rates, host.has, hold)
 
 
-def _opened(store: ExpertStore, layer: int, record: Tensor) -> Any:
-    weights, coding = store.layout(layer).views(record), store.layers[layer].coding
+def _opened(store: ExpertStore, expert: ExpertId, record: Tensor) -> Any:
+    weights, coding = store.layout(*expert).views(record), store.layers[expert.layer].codings.of(expert.expert)
     return weights if coding is None else coding.matrices(weights)

@@ -89,7 +89,7 @@ class SparseLayer:
         if self.mlp is None:
             return self._eager(module, cache, inputs, adaptation, needs_grad=needs_grad)
         options: dict[str, Any] = {
-            "coding": self.runtime.source(self).coding,
+            "codings": self.runtime.source(self).codings,
             "started": self.runtime.look_ahead_from(self, inputs[0]),
         }
         if not adaptation and not needs_grad:
@@ -130,7 +130,7 @@ class SparseLayer:
         wanted = [expert for expert in wanted if expert not in adaptation.own]
         lender.used(wanted)
         with cache.visit(self.index, wanted, self.runtime.look_ahead_from(self, inputs[0])) as visit:
-            fetch = fetch_from(visit, source.spec, device, coding=source.coding)
+            fetch = fetch_from(visit, source.spec, device, codings=source.codings)
             lending = Lending(fetch, lender.copy, adaptation)
             twin = twin_of(module, self.plain_class, self.fields, lending)
             try:

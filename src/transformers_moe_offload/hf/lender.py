@@ -45,11 +45,11 @@ class Lender:
     def borrow(self, expert: int) -> Iterator[ExpertWeights]:
         """An expert's weights, until this is closed."""
         with self._held(expert) as held:
-            yield opened(held, self._runtime.source(self._layer).coding)
+            yield opened(held, self._runtime.source(self._layer).codings.of(expert))
 
     def copy(self, name: str, expert: int) -> Tensor:
         """A field of an expert, decoded, in memory of its own."""
-        coding = self._runtime.source(self._layer).coding
+        coding = self._runtime.source(self._layer).codings.of(expert)
         with self._held(expert) as held:
             return held[name].clone() if coding is None else coding.decode_field(name, held).clone()
 

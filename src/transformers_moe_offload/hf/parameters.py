@@ -11,15 +11,18 @@ from transformers_moe_offload.memory.record import torch_dtype
 
 
 def parameters_of(layer: SparseLayer, source: LayerSource) -> dict[str, Tensor]:
-    """All experts of a layer, read and decoded: path in the module -> tensor on the layer's device."""
+    """All experts of a layer, read and decoded: path in the module -> tensor on the layer's device.
+
+    Rows behind the last expert, which no forward looks at, are zero where the checkpoint does not store them.
+    """
     tensors: dict[str, Tensor] = {}
     stacks: dict[str, Tensor] = {}
     for field, spec in zip(layer.fields, source.spec.fields, strict=True):
         if field.is_stacked:
-            spare = source.spare.get(field.name, ())
-            shape = (layer.num_experts + len(spare), *field.shape)
-            stack = stacks[field.name] = torch.empty(shape, dtype=torch_dtype(spec.dtype), device=layer.device)
-            for row, entry in zip(stack[layer.num_experts :], spare, strict=True):
+            assert field.num_entries is not None
+            shape = (field.num_entries, *field.shape)
+            stack = stacks[field.name] = torch.zeros(shape, dtype=torch_dtype(spec.dtype), device=layer.device)
+            for row, entry in zip(stack[layer.num_experts :], source.spare.get(field.name, ()), strict=False):
                 row.copy_(entry.read(field.shape))
             tensors[field.paths[0]] = stack.flatten(0, 1) if field.is_flattened else stack
     for expert in range(layer.num_experts):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
@@ -14,7 +15,7 @@ from transformers_moe_offload.cache.capacity import PoolNeed, share_out, smalles
 from transformers_moe_offload.config import Budget, OffloadConfig
 from transformers_moe_offload.errors import ConfigError
 from transformers_moe_offload.expert import ExpertSpec
-from transformers_moe_offload.formats.base import Coding
+from transformers_moe_offload.formats.by_expert import AS_USED, LayerCodings
 from transformers_moe_offload.memory.available import available_bytes, page_cache_holds
 from transformers_moe_offload.memory.checkpoint import ExpertStore, LayerSource
 from transformers_moe_offload.memory.host import HostTier
@@ -39,7 +40,7 @@ class Placement:
 
     spec: ExpertSpec
     device: torch.device
-    coding: Coding | None = None
+    codings: LayerCodings = AS_USED
     """How its experts are quantized, if they are."""
     is_mappable: bool = False
     """Whether its experts can be used where they lie in the checkpoint's files."""
@@ -48,8 +49,13 @@ class Placement:
 
     @property
     def slot_bytes(self) -> int:
-        """Bytes of one expert's record."""
-        return RecordLayout(self.spec.fields if self.coding is None else self.coding.stored).nbytes
+        """Bytes of one expert's record; hot ones may have others."""
+        return self.record_bytes[0]
+
+    @property
+    def record_bytes(self) -> list[int]:
+        """Bytes of an expert's record, by way of storing."""
+        return [RecordLayout(self.spec.fields if c is None else c.stored).nbytes for c in self.codings.kinds]
 
 
 @dataclass(frozen=True)
@@ -65,8 +71,13 @@ class PoolPlan:
 
     @property
     def cache_bytes(self) -> int:
-        """Bytes of the pool's slots."""
-        return self.num_slots * self.need.slot_bytes
+        """Bytes of the pool's slots, at most."""
+        return self.need.bytes_of(self.num_slots)
+
+    @property
+    def sizes(self) -> tuple[int, ...]:
+        """Bytes of one expert; several where they differ, the smallest first."""
+        return tuple(sorted({self.need.slot_bytes, *(size for size, _ in self.need.others)}))
 
 
 @dataclass(frozen=True)
@@ -108,7 +119,7 @@ class OffloadPlan:
                 f"{pool.device} (mapped)" if pool.is_mapped else str(pool.device),
                 str(pool.need.num_layers),
                 str(pool.need.num_experts),
-                readable(pool.need.slot_bytes),
+                " to ".join(map(readable, pool.sizes)),
                 readable(pool.need.all_bytes),
                 f"{pool.num_slots} ({pool.num_slots / pool.need.num_experts:.0%})",
                 readable(pool.cache_bytes),
@@ -143,13 +154,13 @@ def readable(nbytes: float) -> str:
 
 def make_plan(placements: Sequence[Placement], config: OffloadConfig) -> OffloadPlan:
     """Share the budget out; raises `CapacityError` if it is too small, `ConfigError` if `mmap=True` cannot be done."""
-    groups: dict[tuple[torch.device, int, bool, bool], list[ExpertSpec]] = {}
+    groups: dict[tuple[torch.device, int, bool, bool], list[Placement]] = {}
     for placement in placements:
         kind = (placement.device, placement.slot_bytes, _is_mappable(placement, config), placement.is_in_ram)
-        groups.setdefault(kind, []).append(placement.spec)
+        groups.setdefault(kind, []).append(placement)
     needs = [
-        PoolNeed(len(specs), sum(spec.num_experts for spec in specs), slot_bytes)
-        for (_, slot_bytes, _, _), specs in groups.items()
+        PoolNeed(len(members), sum(member.spec.num_experts for member in members), slot_bytes, _others(members))
+        for (_, slot_bytes, _, _), members in groups.items()
     ]
     all_bytes = sum(need.all_bytes for need in needs)
     budget = config.budget
@@ -161,14 +172,14 @@ def make_plan(placements: Sequence[Placement], config: OffloadConfig) -> Offload
     pools = [
         PoolPlan(
             device,
-            tuple(spec.layer for spec in specs),
+            tuple(member.spec.layer for member in members),
             need,
             num_slots,
             # A cache that holds everything reads each expert once. In a slot it begins at a cache line, which made
             # decoding 1.07 times as fast as where a file happened to have it.
             is_mapped=is_mappable and (config.mmap is True or is_in_ram or (has_room and num_slots < need.num_experts)),
         )
-        for ((device, _, is_mappable, is_in_ram), specs), need, num_slots in zip(
+        for ((device, _, is_mappable, is_in_ram), members), need, num_slots in zip(
             groups.items(), needs, share_out(budget_bytes, needs), strict=True
         )
     ]
@@ -179,6 +190,15 @@ def make_plan(placements: Sequence[Placement], config: OffloadConfig) -> Offload
         host_bytes=0 if all(placement.is_in_ram for placement in placements) else _host_bytes(pools, config),
         reads_past_cache=config.direct_io is True or (config.direct_io == "auto" and not has_room),
     )
+
+
+def _others(members: Sequence[Placement]) -> tuple[tuple[int, int], ...]:
+    """Of hot experts: the size of a record, and how many have it."""
+    counts: Counter[int] = Counter()
+    for member in members:
+        for size in member.record_bytes[1:]:
+            counts[size] += len(member.codings.hot_experts)
+    return tuple(counts.items())
 
 
 def _host_bytes(pools: Sequence[PoolPlan], config: OffloadConfig) -> int:
@@ -229,7 +249,7 @@ def _slots(store: ExpertStore, host: HostTier, pool: PoolPlan, config: OffloadCo
     if pool.is_mapped:
         return MappedSlots(store, _workers(config))
     read_into = store.read_into if pool.device.type == "cpu" else host.read_into
-    return CopiedSlots(store, SlotPool(pool.need.slot_bytes, pool.device), copier_for(pool, read_into, config))
+    return CopiedSlots(store, SlotPool(pool.sizes[0], pool.device), copier_for(pool, read_into, config))
 
 
 def copier_for(pool: PoolPlan, read_into: ReadInto, config: OffloadConfig) -> Copier:
@@ -237,7 +257,7 @@ def copier_for(pool: PoolPlan, read_into: ReadInto, config: OffloadConfig) -> Co
     if pool.device.type == "cpu":
         return HostCopier(read_into, _workers(config))
     is_pinned = config.pin_memory is not False
-    return CudaCopier(read_into, _workers(config), pool.device, pool.need.slot_bytes, is_pinned)
+    return CudaCopier(read_into, _workers(config), pool.device, pool.need.largest_bytes, is_pinned)
 
 
 def _workers(config: OffloadConfig) -> int:

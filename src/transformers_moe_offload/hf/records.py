@@ -1,41 +1,64 @@
-"""Locate the experts of a checkpoint that holds them as records: one stack of rows for each sparse layer.
+"""Locate the experts of a checkpoint that holds them as records: a stack of rows for each sparse layer, or two.
 
-`PATH.records` is uint8 (E, row bytes), where PATH is the experts module's, and `PATH.checksums` int64 (E,). What the
-fields of a record are is in the metadata of the file, under the name of the stack.
+`PATH.records` is uint8 (E, row bytes), where PATH is the experts module's. Where some experts are hot, E counts the
+others, and `PATH.hot_records` has the hot ones with rows of their own size; each stack is in the order of the experts.
+`PATH.checksums`, int64, is by expert whatever stack it is in. What the fields of a record are is in the metadata of
+the file, under the name of the stack.
 """
 
 from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
 from transformers_moe_offload.config import ExpertFormats
 from transformers_moe_offload.errors import CheckpointError
 from transformers_moe_offload.expert import ExpertSpec, FieldSpec
-from transformers_moe_offload.formats.coding import LayerCoding
 from transformers_moe_offload.hf.checkpoint import Checkpoint
+from transformers_moe_offload.hf.codings import codings_of
 from transformers_moe_offload.hf.layer import SparseLayer
 from transformers_moe_offload.memory.checkpoint import LayerSource
-from transformers_moe_offload.memory.expert_source import recorded_experts
+from transformers_moe_offload.memory.expert_source import RecordedExpert
 from transformers_moe_offload.memory.field_source import read_stored
 from transformers_moe_offload.memory.record import RecordLayout, dtype_name
 from transformers_moe_offload.memory.safetensors_index import StoredTensor, read_metadata
 
-RECORDS, CHECKSUMS = "records", "checksums"
+RECORDS, HOT_RECORDS, CHECKSUMS = "records", "hot_records", "checksums"
+
+
+@dataclass(frozen=True)
+class Stack:
+    """The records of experts that are stored alike."""
+
+    tensor: FieldSpec
+    """uint8 (experts, row bytes)."""
+    fields: tuple[FieldSpec, ...]
+    """What a record is made of."""
+
+    @classmethod
+    def of(cls, name: str, num_experts: int, fields: tuple[FieldSpec, ...]) -> Stack:
+        """The stack of that name of so many experts."""
+        return cls(FieldSpec(name, (num_experts, RecordLayout(fields).row_bytes), "uint8"), fields)
+
+    @property
+    def row_bytes(self) -> int:
+        """Bytes from one record to the next."""
+        return self.tensor.shape[1]
 
 
 def locate_records(
     model: Any, layers: Sequence[SparseLayer], checkpoint: Checkpoint, formats: ExpertFormats
 ) -> list[LayerSource]:
     """Where the experts of every sparse layer are, in a checkpoint that was quantized with these formats."""
-    formats.check(len(layers))
+    formats.check([layer.num_experts for layer in layers])
     return [_locate(model, layer, checkpoint, formats) for layer in layers]
 
 
 def record_keys(tensors: Mapping[str, StoredTensor]) -> list[str]:
     """The names of all stacks of records and of their checksums."""
-    return [name for name in tensors if name.rpartition(".")[2] in (RECORDS, CHECKSUMS)]
+    return [name for name in tensors if name.rpartition(".")[2] in (RECORDS, HOT_RECORDS, CHECKSUMS)]
 
 
 def described(fields: Sequence[FieldSpec]) -> str:
@@ -45,32 +68,52 @@ def described(fields: Sequence[FieldSpec]) -> str:
 
 def _locate(model: Any, layer: SparseLayer, checkpoint: Checkpoint, formats: ExpertFormats) -> LayerSource:
     path = _stored_path(model, layer, checkpoint.tensors)
-    stack, checksums = checkpoint.tensors[f"{path}.{RECORDS}"], checkpoint.tensors.get(f"{path}.{CHECKSUMS}")
-    held = _fields_of(stack)
     names = [f"{layer.name}.{field.paths[0]}" for field in layer.fields]
     loaded = [
         FieldSpec(field.name, field.shape, dtype_name(checkpoint.dtype_of(name)))
         for field, name in zip(layer.fields, names, strict=True)
     ]
-    stored = {field.name: field.dtype for field in held}
+    held = {name: _fields_of(tensor) for name, tensor in _stacks(path, checkpoint.tensors).items()}
+    stored = {field.name: field.dtype for fields in held.values() for field in fields}
     plain = tuple(field.cast(stored.get(field.name, field.dtype)) for field in loaded)
-    transposed = layer.layout.is_transposed(model.get_submodule(layer.name))
-    coding = LayerCoding(plain, formats.of_layer(layer.index), transposed)
-    if coding.stored != held:
-        raise CheckpointError(
-            f"{stack.file.path} holds records of {described(held)} for {path}, but the config of the checkpoint makes "
-            f"them {described(coding.stored)}; its files do not belong together"
-        )
-    expected = (layer.num_experts, RecordLayout(coding.stored).row_bytes)
-    if stack.dtype != "uint8" or stack.shape != expected:
-        raise CheckpointError(
-            f"{stack.file.path} has {stack.name} of shape {list(stack.shape)}, but {layer.num_experts} experts of this "
-            f"model take {list(expected)}; its files do not belong together"
-        )
-    sums = None if checksums is None else read_stored(checksums).tolist()
+    codings = codings_of(model, layer, plain, formats)
+    rows: dict[int, StoredTensor] = {}
+    for name, coding, is_hot in zip((RECORDS, HOT_RECORDS), codings.kinds, (False, True), strict=False):
+        assert coding is not None
+        experts = [expert for expert in range(layer.num_experts) if (expert in codings.hot_experts) == is_hot]
+        stack = Stack.of(f"{path}.{name}", len(experts), coding.stored)
+        rows |= dict(zip(experts, _rows(stack, len(experts), checkpoint.tensors, held), strict=True))
+    checksums = checkpoint.tensors.get(f"{path}.{CHECKSUMS}")
+    sums = [None] * layer.num_experts if checksums is None else read_stored(checksums).tolist()
     spec = ExpertSpec(layer.index, layer.name, layer.num_experts, plain)
-    source = LayerSource(spec, recorded_experts(stack, sums), coding=coding)
-    return source.cast(loaded[0].dtype)
+    stored_experts = tuple(RecordedExpert(rows[expert], sums[expert]) for expert in range(layer.num_experts))
+    return LayerSource(spec, stored_experts, codings=codings).cast(loaded[0].dtype)
+
+
+def _rows(
+    stack: Stack, count: int, tensors: Mapping[str, StoredTensor], held: Mapping[str, tuple[FieldSpec, ...]]
+) -> list[StoredTensor]:
+    """The rows of a stack, which has to be in the files as it should be."""
+    wanted = stack.tensor
+    if wanted.name not in tensors:
+        raise CheckpointError(f"the checkpoint has no {wanted.name}, the records of {count} experts; it is incomplete")
+    found = tensors[wanted.name]
+    if stack.fields != held[wanted.name]:
+        raise CheckpointError(
+            f"{found.file.path} holds records of {described(held[wanted.name])} in {wanted.name}, but the config of "
+            f"the checkpoint makes them {described(stack.fields)}; its files do not belong together"
+        )
+    if (found.dtype, found.shape) != (wanted.dtype, wanted.shape):
+        raise CheckpointError(
+            f"{found.file.path} has {wanted.name} of shape {list(found.shape)}, but {count} experts of this model take "
+            f"{list(wanted.shape)}; its files do not belong together"
+        )
+    return [replace(row, shape=row.shape[1:]) for row in (found.row(number, count) for number in range(count))]
+
+
+def _stacks(path: str, tensors: Mapping[str, StoredTensor]) -> dict[str, StoredTensor]:
+    names = [f"{path}.{kind}" for kind in (RECORDS, HOT_RECORDS)]
+    return {name: tensors[name] for name in names if name in tensors}
 
 
 def _stored_path(model: Any, layer: SparseLayer, tensors: Mapping[str, StoredTensor]) -> str:

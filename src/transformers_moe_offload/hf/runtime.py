@@ -274,7 +274,7 @@ class OffloadRuntime:
             Placement(
                 self.spec(layer),
                 layer.device,
-                coding=self.source(layer).coding,
+                codings=self.source(layer).codings,
                 is_mappable=self._is_mappable(layer, store),
                 is_in_ram=self.source(layer).is_in_ram,
             )
@@ -285,7 +285,7 @@ class OffloadRuntime:
         """Whether a layer's experts may be used where they lie, and can be, with the same bits as from a slot."""
         if self.config.mmap is False or layer.device.type != "cpu" or not store.is_mappable(layer.index):
             return False
-        if self.source(layer).coding is not None:  # records begin at the same alignment everywhere
+        if None not in self.source(layer).codings.kinds:  # records begin at the same alignment everywhere
             return True
         return all(gives_equal_bits(field.shape, field.dtype) for field in self.spec(layer).fields)
 

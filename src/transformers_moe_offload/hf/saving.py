@@ -14,21 +14,25 @@ from torch import Tensor
 from transformers.modeling_utils import remove_tied_weights_from_state_dict
 
 from transformers_moe_offload.expert import FieldSpec
-from transformers_moe_offload.formats.coding import LayerCoding
+from transformers_moe_offload.formats.by_expert import LayerCodings
+from transformers_moe_offload.formats.coding import ExpertCoding
 from transformers_moe_offload.formats.foreign import ForeignCoding
 from transformers_moe_offload.hf.prebuilt.layout import (
-    DenseContent,
+    MARKS,
     LayerContent,
     plain_config,
     prebuilt_config,
     shards_of,
 )
-from transformers_moe_offload.hf.prebuilt.resume import replacing
-from transformers_moe_offload.hf.prebuilt.writer import as_json, finish, write_shards
+from transformers_moe_offload.hf.prebuilt.writer import finish, write_shards
 from transformers_moe_offload.hf.runtime import OffloadRuntime
+from transformers_moe_offload.memory.checkpoint import LayerSource
 from transformers_moe_offload.memory.encoding import encoded_row
 from transformers_moe_offload.memory.record import dtype_name
 from transformers_moe_offload.memory.safetensors_writer import write_text
+from transformers_moe_offload.output.place import replacing
+from transformers_moe_offload.output.shards import Content
+from transformers_moe_offload.output.text import as_json
 
 
 def save_quantized(model: Any, folder: Path, state_dict: Mapping[str, Tensor] | None = None) -> None:
@@ -39,7 +43,7 @@ def save_quantized(model: Any, folder: Path, state_dict: Mapping[str, Tensor] | 
     runtime: OffloadRuntime = model.moe_offload
     recipe = runtime.config.recipe()
     shards = shards_of(list(_layers(runtime)), list(_dense(model, state_dict)))
-    with replacing(folder, recipe | {"written_by": "save_pretrained"}) as place:
+    with replacing(folder, recipe | {"written_by": "save_pretrained"}, MARKS) as place:
         write_shards(place, shards)
         write_text(place / "config.json", as_json(prebuilt_config(plain_config(model, model.dtype), recipe)))
         if model.can_generate():
@@ -50,18 +54,25 @@ def save_quantized(model: Any, folder: Path, state_dict: Mapping[str, Tensor] | 
 def _layers(runtime: OffloadRuntime) -> Iterator[LayerContent]:
     for layer in runtime.layers:
         source = runtime.source(layer)
-        if isinstance(source.coding, ForeignCoding):  # not in a format of ours
-            plain = LayerCoding(source.spec.fields, None)
-            yield LayerContent(layer.name, layer.num_experts, plain.stored, partial(encoded_row, source, plain))
-        else:
-            yield LayerContent(layer.name, layer.num_experts, source.stored, source.read_record)
+        usual, hot = (
+            coding if isinstance(coding, ExpertCoding) else ExpertCoding(source.spec.fields, None)
+            for coding in (source.codings.usual, source.codings.hot)
+        )
+        codings = LayerCodings(usual, hot, source.codings.hot_experts)
+        yield LayerContent.coded(layer.name, layer.num_experts, codings, partial(_record, source, codings))
 
 
-def _dense(model: Any, state_dict: Mapping[str, Tensor] | None) -> Iterator[DenseContent]:
+def _record(source: LayerSource, codings: LayerCodings, expert: int) -> Tensor:
+    """One expert as it is stored; opened, where that is not in a format of ours."""
+    is_ours = not isinstance(source.codings.of(expert), ForeignCoding)
+    return source.read_record(expert) if is_ours else encoded_row(source, codings, expert)
+
+
+def _dense(model: Any, state_dict: Mapping[str, Tensor] | None) -> Iterator[Content]:
     tensors = dict(model.state_dict() if state_dict is None else state_dict)
     for name, tensor in remove_tied_weights_from_state_dict(tensors, model).items():
         spec = FieldSpec(name, tuple(tensor.shape), dtype_name(tensor.dtype))
-        yield DenseContent((spec,), partial(_on_host, name, tensor))
+        yield Content((spec,), partial(_on_host, name, tensor))
 
 
 def _on_host(name: str, tensor: Tensor) -> dict[str, Tensor]:

@@ -83,7 +83,7 @@ def _load_experts(
             continue
         for expert in own:
             state_dict[f"{layer.name}.{NAME}.{expert}.{field.name}"] = _expert(model, layer, field, source, expert)
-        if frozen is not None and model.moe_offload.source(layer).coding is None:
+        if frozen is not None and model.moe_offload.source(layer).codings.of(frozen) is None:
             there = model.moe_offload.source(layer).read(frozen)[field.name]
             if not torch.equal(_expert(model, layer, field, source, frozen).to(there.dtype), there):
                 raise CheckpointError(

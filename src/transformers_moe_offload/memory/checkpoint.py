@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from transformers_moe_offload.expert import ExpertId, ExpertSpec, FieldSpec
-from transformers_moe_offload.formats.base import Coding
+from transformers_moe_offload.formats.by_expert import AS_USED, LayerCodings
 from transformers_moe_offload.memory.expert_source import ExpertSource
 from transformers_moe_offload.memory.field_source import FieldSource, Stretch
 from transformers_moe_offload.memory.ram_file import RamFile
@@ -29,35 +29,38 @@ class LayerSource:
     spare: Mapping[str, tuple[FieldSource, ...]] = field(default_factory=dict)
     """By field, what the checkpoint stores behind the last expert and no expert uses: only of interest to whoever
     writes the checkpoint again."""
-    coding: Coding | None = None
-    """How records stand for the fields of `spec`; None where they hold them as they are."""
+    codings: LayerCodings = AS_USED
+    """How records stand for the fields of `spec`, expert by expert."""
 
     @property
     def is_in_ram(self) -> bool:
         """Whether experts are in memory of ours, not in files."""
-        return any(isinstance(piece.file, RamFile) for piece in self.experts[0].pieces)
+        return any(isinstance(piece.file, RamFile) for expert in self.experts for piece in expert.pieces)
 
-    @property
-    def stored(self) -> tuple[FieldSpec, ...]:
-        """What records are made of."""
-        return self.spec.fields if self.coding is None else self.coding.stored
+    def stored(self, expert: int) -> tuple[FieldSpec, ...]:
+        """What an expert's record is made of."""
+        coding = self.codings.of(expert)
+        return self.spec.fields if coding is None else coding.stored
 
     def cast(self, dtype: str) -> LayerSource:
         """The same layer with every field cast to another dtype; a coded one is decoded to it."""
         spec = replace(self.spec, fields=tuple(f.cast(dtype) for f in self.spec.fields))
-        experts = self.experts if self.coding is not None else tuple(expert.then_cast(dtype) for expert in self.experts)
+        experts = tuple(
+            one if self.codings.of(expert) is not None else one.then_cast(dtype)
+            for expert, one in enumerate(self.experts)
+        )
         spare = {name: tuple(s.then_cast(dtype) for s in sources) for name, sources in self.spare.items()}
-        return LayerSource(spec, experts, spare, self.coding and self.coding.cast(dtype))
+        return LayerSource(spec, experts, spare, self.codings.cast(dtype))
 
     def read(self, expert: int) -> Weights:
         """One expert as the module knows it, in memory of its own."""
         record = self.read_record(expert)
-        weights = RecordLayout(self.stored).views(record)
-        return weights if self.coding is None else self.coding.decode(weights)
+        weights, coding = RecordLayout(self.stored(expert)).views(record), self.codings.of(expert)
+        return weights if coding is None else coding.decode(weights)
 
     def read_record(self, expert: int) -> Tensor:
         """One expert as it is stored, uint8 (nbytes,), its checksum compared."""
-        layout = RecordLayout(self.stored)
+        layout = RecordLayout(self.stored(expert))
         record = torch.zeros(layout.nbytes, dtype=torch.uint8)
         self.experts[expert].read_into(record, layout)
         self.experts[expert].check(host_bytes(record))
@@ -74,12 +77,12 @@ class ExpertStore:
         """`past_cache` reads verbatim fields past the page cache, where that can be done."""
         self.past_cache = past_cache
         self.layers = {source.spec.layer: source for source in layers}
-        self.layouts = {layer: RecordLayout(source.stored) for layer, source in self.layers.items()}
+        self._layouts = {layer: _layouts(source) for layer, source in self.layers.items()}
         self._checked: set[ExpertId] = set()
 
-    def layout(self, layer: int) -> RecordLayout:
-        """The record layout of a sparse layer's experts."""
-        return self.layouts[layer]
+    def layout(self, layer: int, expert: int) -> RecordLayout:
+        """The record layout of one expert; those of experts that are stored alike are the same."""
+        return self._layouts[layer][expert]
 
     def stored_bytes(self, expert: ExpertId) -> int:
         """Bytes read from files for this expert."""
@@ -95,14 +98,14 @@ class ExpertStore:
 
     def stretches(self, expert: ExpertId) -> tuple[Stretch, ...] | None:
         """Where each field of an expert lies in one piece; None if one of them does not."""
-        return self._source(expert).stretches(self.layouts[expert.layer])
+        return self._source(expert).stretches(self.layout(*expert))
 
     def read_into(self, expert: ExpertId, record: Tensor) -> int:
         """Fill a record, (nbytes,) uint8 in host memory, and return the bytes read.
 
         Raises `CheckpointError` and leaves the record half filled if a file is not what it was.
         """
-        layout = self.layouts[expert.layer]
+        layout = self.layout(*expert)
         self._source(expert).read_into(record[: layout.nbytes], layout, past_cache=self.past_cache)
         self.check(expert, record[: layout.nbytes])
         return self.stored_bytes(expert)
@@ -118,3 +121,10 @@ class ExpertStore:
 
     def __deepcopy__(self, memo: dict[int, object]) -> ExpertStore:
         return self
+
+
+def _layouts(source: LayerSource) -> tuple[RecordLayout, ...]:
+    """By expert; one for each way in which experts of the layer are stored."""
+    codings = source.codings
+    of_kind = {id(kind): RecordLayout(source.spec.fields if kind is None else kind.stored) for kind in codings.kinds}
+    return tuple(of_kind[id(codings.of(expert))] for expert in range(len(source.experts)))

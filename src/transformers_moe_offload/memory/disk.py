@@ -18,10 +18,11 @@ from pathlib import Path
 from transformers_moe_offload.errors import CheckpointError
 from transformers_moe_offload.memory.direct import DirectReader
 from transformers_moe_offload.memory.mapping import FileMap, changed_size
+from transformers_moe_offload.memory.open_files import OPEN_FILES
 
 
 class File:
-    """One file, opened when first read and closed with its last user."""
+    """One file, opened when first read and closed with its last user, or when too many others were opened since."""
 
     def __init__(self, path: Path, nbytes: int) -> None:
         self.path = path
@@ -57,13 +58,17 @@ class File:
     def mapped(self) -> FileMap:
         """The whole file, mapped; a file that was cut short since is looked for again."""
         with self._lock:
-            if self._map is None or not self._map.is_whole():
+            found = self._map
+            is_new = found is None or not found.is_whole()
+            if found is None or is_new:
                 self._map = None
                 try:
-                    self._map = FileMap(self.path, self.nbytes)
+                    found = self._map = FileMap(self.path, self.nbytes)
                 except OSError as error:
                     raise self._unreadable(error) from error
-            return self._map
+        if is_new:
+            OPEN_FILES.add(self)
+        return found
 
     def _unreadable(self, error: OSError) -> CheckpointError:
         return CheckpointError(f"cannot read {self.path}: {error.strerror}; restore the file and try again")
@@ -80,18 +85,20 @@ class File:
     def _open_direct(self) -> DirectReader | None:
         """The file opened past the page cache; None where that is refused."""
         with self._lock:
-            if self._direct is None and not self._refuses_direct:
-                try:
-                    direct = DirectReader(self.path)
-                except FileNotFoundError:
-                    raise
-                except OSError:
-                    self._refuses_direct = True
-                    return None
-                if direct.size() != self.nbytes:
-                    raise changed_size(self.path, direct.size(), self.nbytes)
-                self._direct = direct
-            return self._direct
+            if self._direct is not None or self._refuses_direct:
+                return self._direct
+            try:
+                direct = DirectReader(self.path)
+            except FileNotFoundError:
+                raise
+            except OSError:
+                self._refuses_direct = True
+                return None
+            if direct.size() != self.nbytes:
+                raise changed_size(self.path, direct.size(), self.nbytes)
+            self._direct = direct
+        OPEN_FILES.add(self)
+        return direct
 
     def _too_short(self, found: int, end: int) -> CheckpointError:
         return CheckpointError(
@@ -124,12 +131,14 @@ class File:
 
     def _open(self) -> _Opened:
         with self._lock:
-            if self._opened is None:
-                opened = _Opened(self.path)
-                if opened.size() != self.nbytes:
-                    raise changed_size(self.path, opened.size(), self.nbytes)
-                self._opened = opened
-            return self._opened
+            if self._opened is not None:
+                return self._opened
+            opened = _Opened(self.path)
+            if opened.size() != self.nbytes:
+                raise changed_size(self.path, opened.size(), self.nbytes)
+            self._opened = opened
+        OPEN_FILES.add(self)
+        return opened
 
     def __deepcopy__(self, memo: dict[int, object]) -> File:
         return self  # read-only and thread-safe, so copies of a model share it

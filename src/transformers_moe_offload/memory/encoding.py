@@ -2,26 +2,31 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
+from itertools import accumulate
 
 import torch
 from torch import Tensor
 
-from transformers_moe_offload.formats.coding import LayerCoding
+from transformers_moe_offload.formats.base import Coding
+from transformers_moe_offload.formats.by_expert import LayerCodings
+from transformers_moe_offload.formats.coding import ExpertCoding
 from transformers_moe_offload.memory.checkpoint import LayerSource
-from transformers_moe_offload.memory.expert_source import recorded_experts
+from transformers_moe_offload.memory.expert_source import RecordedExpert
 from transformers_moe_offload.memory.ram_file import RamFile
 from transformers_moe_offload.memory.record import RecordLayout, host_bytes
 from transformers_moe_offload.memory.safetensors_index import StoredTensor
 
 
-def encoded_row(source: LayerSource, coding: LayerCoding, expert: int) -> Tensor:
+def encoded_row(source: LayerSource, codings: LayerCodings, expert: int) -> Tensor:
     """One expert's record and zeros up to the next row, uint8 (row bytes,).
 
     Raises `CheckpointError` for weights that the format cannot represent, with the expert's name.
     """
+    coding = codings.of(expert)
+    assert isinstance(coding, ExpertCoding)
     layout = RecordLayout(coding.stored)
     row = torch.zeros(layout.row_bytes, dtype=torch.uint8)
     views = layout.views(row)
@@ -30,22 +35,54 @@ def encoded_row(source: LayerSource, coding: LayerCoding, expert: int) -> Tensor
     return row
 
 
-def encoded_in_ram(source: LayerSource, coding: LayerCoding, workers: int, done: Callable[[], None]) -> LayerSource:
-    """The same layer, its experts coded, in RAM; `done` is called after each expert."""
-    num_experts, nbytes = len(source.experts), RecordLayout(coding.stored).row_bytes
-    file = RamFile(source.spec.name, num_experts * nbytes)
+def encoded_in_ram(source: LayerSource, codings: LayerCodings, workers: int, done: Callable[[], object]) -> LayerSource:
+    """The same layer with its experts coded, in RAM; those that have no format stay where they are.
+
+    `done` is called after each expert that is coded.
+    """
+    rows = _rows(codings, len(source.experts))
+    if not rows:
+        return source
+    file = RamFile(source.spec.name, sum(rows.values()))
+    starts = dict(zip(rows, accumulate(rows.values(), initial=0), strict=False))
 
     def encode(expert: int) -> None:
-        file.write(host_bytes(encoded_row(source, coding, expert)), expert * nbytes)
+        file.write(host_bytes(encoded_row(source, codings, expert)), starts[expert])
         done()
 
     with ThreadPoolExecutor(workers, thread_name_prefix="moe-offload-quantize") as pool:
-        for _ in pool.map(encode, range(num_experts)):
+        for _ in pool.map(encode, rows):
             pass
-    stack = StoredTensor(source.spec.name, file, 0, "uint8", (num_experts, nbytes))
-    return replace(source, experts=recorded_experts(stack), coding=coding)
+    coded = {
+        expert: RecordedExpert(StoredTensor(source.spec.name, file, starts[expert], "uint8", (nbytes,)))
+        for expert, nbytes in rows.items()
+    }
+    experts = tuple(coded.get(expert, left) for expert, left in enumerate(source.experts))
+    as_it_was = source.codings.usual
+    usual, hot = (coding if _has_format(coding) else as_it_was for coding in (codings.usual, codings.hot))
+    return replace(source, experts=experts, codings=LayerCodings(usual, hot, codings.hot_experts))
 
 
-def encoded_bytes(sources: Sequence[tuple[LayerSource, LayerCoding]]) -> int:
-    """Bytes of all rows."""
-    return sum(len(source.experts) * RecordLayout(coding.stored).row_bytes for source, coding in sources)
+def encoded_bytes(codings: LayerCodings, num_experts: int) -> int:
+    """Bytes of all rows that `encoded_in_ram` makes."""
+    return sum(_rows(codings, num_experts).values())
+
+
+def num_encoded(codings: LayerCodings, num_experts: int) -> int:
+    """How many rows these are."""
+    return len(_rows(codings, num_experts))
+
+
+def _rows(codings: LayerCodings, num_experts: int) -> dict[int, int]:
+    """The experts that have a format, and the bytes of a row of each."""
+    sizes = {
+        id(kind): RecordLayout(kind.stored).row_bytes
+        for kind in codings.kinds
+        if kind is not None and _has_format(kind)
+    }
+    kinds = {expert: id(codings.of(expert)) for expert in range(num_experts)}
+    return {expert: sizes[kind] for expert, kind in kinds.items() if kind in sizes}
+
+
+def _has_format(coding: Coding | None) -> bool:
+    return isinstance(coding, ExpertCoding) and coding.format is not None

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Mapping
+from dataclasses import dataclass
 from typing import Protocol
 from zlib import crc32
 
@@ -119,10 +119,3 @@ class RecordedExpert:
     def then_cast(self, dtype: str) -> RecordedExpert:
         """A record stays what it is; its coding says what it is decoded to."""
         return self
-
-
-def recorded_experts(stack: StoredTensor, checksums: Sequence[int] | None = None) -> tuple[RecordedExpert, ...]:
-    """The experts of a stack of rows, uint8 (E, row bytes), with the checksum of each."""
-    rows = [stack.row(expert, stack.shape[0]) for expert in range(stack.shape[0])]
-    rows = [replace(row, shape=row.shape[1:]) for row in rows]
-    return tuple(RecordedExpert(row, None if checksums is None else checksums[e]) for e, row in enumerate(rows))

@@ -74,9 +74,9 @@ class FieldSource:
     @cached_property
     def stretch(self) -> Stretch | None:
         """Where the field lies as it should lie in memory, aligned to its elements; None if it does not."""
-        first = self.pieces[0]
-        if not self.is_verbatim or first.offset % ITEMSIZE[first.dtype]:
+        if not self.is_verbatim or self.pieces[0].offset % ITEMSIZE[self.pieces[0].dtype]:
             return None
+        first = self.pieces[0]
         end = first.offset
         for piece in self.pieces:
             if piece.file is not first.file or piece.offset != end:

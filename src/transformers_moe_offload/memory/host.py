@@ -74,7 +74,7 @@ class HostTier:
 
     def _read(self, expert: ExpertId) -> Tensor:
         """A record that the tier has no room for."""
-        record = torch.empty(self.store.layout(expert.layer).nbytes, dtype=torch.uint8)
+        record = torch.empty(self.store.layout(*expert).nbytes, dtype=torch.uint8)
         self.store.read_into(expert, record)
         return record
 
@@ -86,7 +86,7 @@ class HostTier:
                 self._entries.move_to_end(expert)
                 entry.num_users += 1
                 return entry, False
-            record = self._make_room(self.store.layout(expert.layer).nbytes)
+            record = self._make_room(self.store.layout(*expert).nbytes)
             if record is None:
                 return None, False
             entry = self._entries[expert] = _Entry(record)

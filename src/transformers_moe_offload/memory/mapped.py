@@ -84,7 +84,7 @@ class _MappedExpert:
     def bring_in(self) -> int:
         """Map the expert's pages, or read a copy of it; returns the bytes of the files that are used."""
         self.weights = {}
-        layout, stretches = self._store.layout(self._expert.layer), self._store.stretches(self._expert)
+        layout, stretches = self._store.layout(*self._expert), self._store.stretches(self._expert)
         with torch.inference_mode(False):  # kept for later, whatever block happens to be open
             if stretches is None:
                 record = torch.empty(layout.nbytes, dtype=torch.uint8)

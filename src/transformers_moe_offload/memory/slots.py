@@ -50,7 +50,7 @@ class Slots(Protocol):
 
 
 class SlotPool:
-    """Equal buffers on one device.
+    """Buffers on one device, equal unless one is made to `fit` a record of another size.
 
     Each slot is an allocation of its own, so no single one has to be as large as the cache. On a CPU the memory of
     larger slots is only taken when they are first written.
@@ -68,20 +68,28 @@ class SlotPool:
     @property
     def nbytes(self) -> int:
         """Bytes of all slots."""
-        return len(self._slots) * self.slot_bytes
+        return sum(slot.nbytes for slot in self._slots.values())
 
     def add(self, slot: int) -> None:
         """Allocate a buffer."""
-        with torch.inference_mode(False):  # slots outlive the block that happens to be open while they are made
-            self._slots[slot] = torch.empty(self.slot_bytes, dtype=torch.uint8, device=self.device)
-        self._views[slot] = {}
+        self._allocate(slot, self.slot_bytes)
+
+    def fit(self, slot: int, nbytes: int) -> None:
+        """Replace a buffer by one of another size. The old one's memory is free before the new one's is taken."""
+        del self._slots[slot], self._views[slot]
+        self._allocate(slot, nbytes)
 
     def remove(self, slot: int) -> None:
         """Free a buffer, once no tensor views it any more."""
         del self._slots[slot], self._views[slot]
 
+    def _allocate(self, slot: int, nbytes: int) -> None:
+        with torch.inference_mode(False):  # slots outlive the block that happens to be open while they are made
+            self._slots[slot] = torch.empty(nbytes, dtype=torch.uint8, device=self.device)
+        self._views[slot] = {}
+
     def record(self, slot: int) -> Tensor:
-        """A slot's bytes, (slot_bytes,) uint8."""
+        """A slot's bytes, uint8."""
         return self._slots[slot]
 
     def views(self, slot: int, layout: RecordLayout) -> Weights:
@@ -117,7 +125,11 @@ class CopiedSlots:
 
     def start(self, expert: ExpertId, slot: int) -> Transfer:
         """Begin to fill the slot's buffer."""
-        return self._copier.start(expert, self.pool.record(slot)[: self._store.layout(expert.layer).nbytes])
+        nbytes = self._store.layout(*expert).nbytes
+        if self.pool.record(slot).nbytes != nbytes:
+            self.pool.fit(slot, nbytes)
+            self._copier.retire(self.pool.record(slot))  # its memory may be what something under way has just used
+        return self._copier.start(expert, self.pool.record(slot))
 
     def retire(self, slot: int) -> None:
         """Whatever is copied into this buffer next comes after what reads it now."""
@@ -125,7 +137,7 @@ class CopiedSlots:
 
     def weights(self, expert: ExpertId, slot: int) -> Weights:
         """The buffer seen as the expert."""
-        return self.pool.views(slot, self._store.layout(expert.layer))
+        return self.pool.views(slot, self._store.layout(*expert))
 
     def holds(self, slot: int) -> bool:
         """Always: the buffer is ours."""
@@ -133,4 +145,4 @@ class CopiedSlots:
 
     def device_bytes(self, expert: ExpertId) -> int:
         """The record, where the buffer is not in host memory."""
-        return 0 if self.pool.device.type == "cpu" else self._store.layout(expert.layer).nbytes
+        return 0 if self.pool.device.type == "cpu" else self._store.layout(*expert).nbytes

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import math
 import os
+import re
 import zipfile
 import zlib
 from collections.abc import Mapping, Sequence
@@ -84,6 +85,27 @@ class Trace:
             for expert in visit.wanted:
                 counts[self.layer_names[visit.layer]][expert] += 1
         return counts
+
+    def hottest(self, share: float | str) -> dict[str, list[int]]:
+        """The experts that were asked for most: a share of all experts, `"10%"` or `0.1`, as numbers by sparse layer.
+
+        For `ExpertFormats(hot_experts=...)`. Experts of all layers are compared with one another; those that were never
+        asked for are not hot, however large the share.
+        """
+        wanted = round(_share(share) * self.total_experts)
+        if wanted < 1:
+            raise TraceError(f"{share!r} of {self.total_experts} experts is none of them; choose a larger share")
+        counts = self.counts()
+        asked = [
+            (-uses, layer, expert)
+            for layer, name in enumerate(self.layer_names)
+            for expert, uses in enumerate(counts[name])
+            if uses
+        ]
+        hot: dict[str, list[int]] = {}
+        for layer, expert in sorted((layer, expert) for _, layer, expert in sorted(asked)[:wanted]):
+            hot.setdefault(str(layer), []).append(expert)
+        return hot
 
     def __str__(self) -> str:
         return (
@@ -221,6 +243,15 @@ def _check_visits(
         if visit.step >= num_steps:
             _refuse(path, f"a visit is of step {visit.step}, and there are {num_steps} steps")
         step = visit.step
+
+
+def _share(share: float | str) -> float:
+    """A share as people write it, as a number."""
+    match = re.fullmatch(r"(\d{1,3}(?:\.\d+)?)\s*%", share.strip()) if isinstance(share, str) else None
+    number = float(match[1]) / 100 if match else share
+    if isinstance(number, bool) or not isinstance(number, int | float) or not 0 < number <= 1:
+        raise TraceError(f"{share!r} is not a share of all experts; write '10%' or 0.1")
+    return float(number)
 
 
 def _refuse(path: str | os.PathLike[str], reason: str) -> NoReturn:

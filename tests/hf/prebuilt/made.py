@@ -3,11 +3,14 @@
 import torch
 
 from transformers_moe_offload.expert import FieldSpec
-from transformers_moe_offload.hf.prebuilt.layout import DenseContent, LayerContent
+from transformers_moe_offload.hf.prebuilt.layout import LayerContent
 from transformers_moe_offload.hf.prebuilt.writer import Prebuilt, write_prebuilt
 from transformers_moe_offload.memory.record import RecordLayout, torch_dtype
+from transformers_moe_offload.output.shards import Content
 
 FIELDS = (FieldSpec("down_proj.codes", (50, 96), "uint8"), FieldSpec("down_proj.scale", (50, 3), "float16"))
+HOT_FIELDS = (FieldSpec("down_proj.codes", (100, 96), "uint8"), FieldSpec("down_proj.scale", (50, 3), "float16"))
+HOT_LAYER, HOT_EXPERTS = 2, frozenset({0, 3})
 RECIPE = {"version": 1, "source": {"name": "made-up"}, "experts": {"default": {"nbits": 4}}, "dense": None}
 NUM_EXPERTS = 5
 
@@ -19,26 +22,26 @@ def values(seed: int, spec: FieldSpec) -> torch.Tensor:
 
 
 def record(layer: int, expert: int) -> torch.Tensor:
-    layout = RecordLayout(FIELDS)
+    layout = RecordLayout(HOT_FIELDS if layer == HOT_LAYER and expert in HOT_EXPERTS else FIELDS)
     made = torch.zeros(layout.nbytes, dtype=torch.uint8)
-    for field, view in layout.views(made).items():
-        spec = next(spec for spec in FIELDS if spec.name == field)
+    for spec, view in zip(layout.fields, layout.views(made).values(), strict=True):
         view.copy_(values(1000 * layer + expert, spec))
     return made
 
 
 def layer(number: int, read=record) -> LayerContent:
-    return LayerContent(f"model.layers.{number}.mlp.experts", NUM_EXPERTS, FIELDS, lambda e: read(number, e))
+    hot = (HOT_EXPERTS, HOT_FIELDS) if number == HOT_LAYER else ()
+    return LayerContent(f"model.layers.{number}.mlp.experts", NUM_EXPERTS, FIELDS, lambda e: read(number, e), *hot)
 
 
-def dense(number: int) -> DenseContent:
+def dense(number: int) -> Content:
     """A quantized linear layer: tensors of several dtypes, some of an odd size."""
     specs = (
         FieldSpec(f"model.layers.{number}.o_proj.weight_codes", (3, 7), "uint8"),
         FieldSpec(f"model.layers.{number}.o_proj.weight_scale", (3, 1), "float16"),
         FieldSpec(f"model.layers.{number}.norm.weight", (5,), "float32"),
     )
-    return DenseContent(specs, lambda: {spec.name: values(number, spec) for spec in specs})
+    return Content(specs, lambda: {spec.name: values(number, spec) for spec in specs})
 
 
 def prebuilt(num_layers: int = 3, read=record) -> Prebuilt:

@@ -6,7 +6,7 @@ import pytest
 from huggingface_hub import ModelCard
 from transformers import AutoModelForCausalLM
 
-from transformers_moe_offload import HqqFormat, OffloadConfig
+from transformers_moe_offload import ExpertFormats, HqqFormat, OffloadConfig
 from transformers_moe_offload.hf.prebuilt.card import auto_class_of, model_card
 from transformers_moe_offload.hf.prebuilt.sizes import Sizes
 from transformers_moe_offload.hub.fetch import Fetched
@@ -68,6 +68,13 @@ def test_the_text_has_recipe_bits_sizes_and_two_lines_that_load_it(fetched):
     assert "| all 6144 experts, on disk | 11.2 GiB | 54.0 GiB |" in text
     assert "| smallest `cache_budget`, in memory | 2.0 MiB | |" in text
     assert 'AutoModelForCausalLM.from_pretrained("me/qwen-3bit"' in text
+
+
+def test_hot_experts_are_a_line_of_the_recipe(fetched):
+    two, four = HqqFormat(nbits=2, group_size=16), HqqFormat(nbits=4)
+    formats = ExpertFormats(default=two, hot=four, hot_experts={"0": [1, 2], "5": [0]})
+    text = model_card("me/mixed", fetched, OffloadConfig(experts=formats), SIZES)
+    assert "| 3 experts that are used most | 4-bit, groups of 64 | 4.258 |" in text
 
 
 def test_the_code_in_the_card_runs_as_far_as_the_model_s_name(fetched, monkeypatch):

@@ -8,9 +8,9 @@ import time
 import pytest
 
 from transformers_moe_offload.errors import CheckpointError
-from transformers_moe_offload.hf.prebuilt.layout import INDEX_NAME, RECIPE_NAME
-from transformers_moe_offload.hf.prebuilt.resume import is_complete, place_for
+from transformers_moe_offload.hf.prebuilt.layout import INDEX_NAME, MARKS, RECIPE_NAME
 from transformers_moe_offload.memory.checksum import check_file
+from transformers_moe_offload.output.place import is_complete, place_for
 
 from .made import RECIPE, files, prebuilt, record, write
 
@@ -81,7 +81,7 @@ def test_killed_at_any_moment_it_is_unloadable_or_whole_and_resumes_to_the_same_
     for trial in range(20):
         folder = tmp_path / str(trial)
         killed += run_and_kill(folder, moments.uniform(0, span))
-        if is_complete(folder):
+        if is_complete(folder, MARKS):
             assert files(folder) == expected
             continue
         assert not list(folder.glob("model*.safetensors*"))
@@ -201,7 +201,7 @@ def test_a_change_of_places_that_was_cut_short_is_finished(tmp_path, expected):
 
 
 def test_two_processes_do_not_write_to_one_folder(tmp_path):
-    with place_for(tmp_path, RECIPE), pytest.raises(CheckpointError, match="another process is writing to"):
+    with place_for(tmp_path, RECIPE, MARKS), pytest.raises(CheckpointError, match="another process is writing to"):
         write(tmp_path)
     assert not (tmp_path / INDEX_NAME).exists()
 

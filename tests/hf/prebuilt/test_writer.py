@@ -15,7 +15,7 @@ from transformers_moe_offload.hf.prebuilt.writer import Prebuilt, write_prebuilt
 from transformers_moe_offload.memory.record import RecordLayout
 from transformers_moe_offload.memory.safetensors_index import check_index_file, read_index
 
-from .made import FIELDS, NUM_EXPERTS, RECIPE, dense, files, layer, prebuilt, record, write
+from .made import FIELDS, HOT_LAYER, NUM_EXPERTS, RECIPE, dense, files, layer, prebuilt, record, write
 
 
 @pytest.fixture(scope="module")
@@ -53,6 +53,20 @@ def test_every_row_lies_at_a_page_of_the_file_and_has_its_checksum(written):
     rows = loaded["model.layers.0.mlp.experts.records"]
     expected = [zlib.crc32(row.numpy().tobytes()) for row in rows]
     assert loaded["model.layers.0.mlp.experts.checksums"].tolist() == expected
+
+
+def test_hot_experts_have_a_stack_of_their_own_and_checksums_are_by_expert(written):
+    shard = written / "moe_offload-00003-of-00004.safetensors"
+    tensors, loaded = read_index([shard]), load_file(shard)
+    path = f"model.layers.{HOT_LAYER}.mlp.experts"
+    rows, hot, checksums = (loaded[f"{path}.{name}"] for name in ("records", "hot_records", "checksums"))
+    assert (rows.shape, hot.shape) == ((NUM_EXPERTS - 2, 8192), (2, 12288))
+    assert tensors[f"{path}.hot_records"].offset % 4096 == 0
+    in_order = [hot[0], rows[0], rows[1], hot[1], rows[2]]
+    for expert, row in enumerate(in_order):
+        made = record(HOT_LAYER, expert)
+        assert torch.equal(row[: len(made)], made)
+        assert zlib.crc32(row.numpy().tobytes()) == checksums[expert]
 
 
 def test_dense_tensors_keep_their_names_dtypes_and_values(written):

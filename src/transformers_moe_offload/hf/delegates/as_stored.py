@@ -9,6 +9,7 @@ import torch
 
 from transformers_moe_offload.errors import CheckpointError, UnsupportedModelError
 from transformers_moe_offload.expert import FieldSpec
+from transformers_moe_offload.formats.by_expert import LayerCodings
 from transformers_moe_offload.formats.foreign import ForeignCoding, ForeignField
 from transformers_moe_offload.memory.checkpoint import LayerSource
 from transformers_moe_offload.memory.expert_source import ScatteredExpert
@@ -41,7 +42,7 @@ def as_stored(source: LayerSource) -> LayerSource:
         for entries in zip(*by_field, strict=True)
     ]
     experts = tuple(ScatteredExpert(tuple(entries)) for entries in stored)
-    return replace(source, experts=experts, coding=ForeignCoding(tuple(fields)))
+    return replace(source, experts=experts, codings=LayerCodings(ForeignCoding(tuple(fields))))
 
 
 def _fields(expert: object) -> tuple[FieldSource, ...]:

@@ -24,16 +24,18 @@ from torch import Tensor
 from transformers_moe_offload.config import ExpertFormats, HqqFormat
 from transformers_moe_offload.errors import CheckpointError, UnsupportedModelError
 from transformers_moe_offload.expert import FieldSpec
+from transformers_moe_offload.formats.by_expert import LayerCodings
 from transformers_moe_offload.formats.columns import brought_together
 from transformers_moe_offload.formats.meta import in_half
 from transformers_moe_offload.hf.layer import OffloadedExperts, SparseLayer, layer_of
-from transformers_moe_offload.hf.prebuilt.layout import DenseContent, LayerContent
+from transformers_moe_offload.hf.prebuilt.layout import LayerContent
 from transformers_moe_offload.hf.prebuilt.source import Quantization
 from transformers_moe_offload.kernels.packed import Packing
 from transformers_moe_offload.kernels.packing import pack
 from transformers_moe_offload.memory.field_source import read_stored
 from transformers_moe_offload.memory.record import RecordLayout, torch_dtype
 from transformers_moe_offload.memory.safetensors_index import StoredTensor, read_header
+from transformers_moe_offload.output.shards import Content
 
 INDEX_NAME = "model.safetensors.index.json"
 _TRUNK = "model.embed_tokens.weight"
@@ -172,11 +174,11 @@ class MixtralOffloading:
     def layers(self, quantization: Quantization) -> list[LayerContent]:
         """The sparse layers, to be written in the formats that were found."""
         return [
-            LayerContent(layer.name, layer.num_experts, coding.stored, partial(self._record, layer, coding.stored))
-            for layer, coding in zip(quantization.layers, quantization.codings, strict=True)
+            LayerContent.coded(layer.name, layer.num_experts, codings, partial(self._record, layer, codings))
+            for layer, codings in zip(quantization.layers, quantization.codings, strict=True)
         ]
 
-    def dense(self, quantization: Quantization) -> list[DenseContent]:
+    def dense(self, quantization: Quantization) -> list[Content]:
         """Everything else; matrices in low bits are decoded."""
         contents, used = [], set()
         for name in quantization.saved_names():
@@ -193,7 +195,7 @@ class MixtralOffloading:
                 read = Matrix(stem.removesuffix("."), parts, *spec.shape).weights
             else:
                 raise CheckpointError(f"the checkpoint holds nothing for {stored}; it is incomplete")
-            contents.append(DenseContent((spec,), partial(_named, spec, read)))
+            contents.append(Content((spec,), partial(_named, spec, read)))
         unknown = sorted(self.trunk.keys() - used)
         if unknown:
             raise CheckpointError(
@@ -225,9 +227,11 @@ class MixtralOffloading:
         full_name = f"{_stored_name(layer.name)}.{expert}.{name}"
         return Matrix(full_name, tensors, rows // len(_FIELDS[field.name]), cols)
 
-    def _record(self, layer: SparseLayer, stored: Sequence[FieldSpec], expert: int) -> Tensor:
+    def _record(self, layer: SparseLayer, codings: LayerCodings, expert: int) -> Tensor:
         """One expert as it is stored here, uint8."""
-        layout = RecordLayout(stored)
+        coding = codings.of(expert)
+        assert coding is not None
+        layout = RecordLayout(coding.stored)
         record = torch.zeros(layout.nbytes, dtype=torch.uint8)
         views = layout.views(record)
         for field, names in _FIELDS.items():

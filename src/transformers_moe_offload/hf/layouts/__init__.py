@@ -8,10 +8,18 @@ from transformers_moe_offload.hf.layouts.base import ExpertField, ExpertsLayout
 from transformers_moe_offload.hf.layouts.dbrx import DbrxLayout
 from transformers_moe_offload.hf.layouts.jetmoe import JetMoeLayout
 from transformers_moe_offload.hf.layouts.llama4 import Llama4Layout
+from transformers_moe_offload.hf.layouts.lora import LoraLayout
 from transformers_moe_offload.hf.layouts.module_dict import ModuleDictLayout
 from transformers_moe_offload.hf.layouts.stacked import StackedLayout
 
-LAYOUTS: tuple[type[ExpertsLayout], ...] = (StackedLayout, DbrxLayout, JetMoeLayout, Llama4Layout, ModuleDictLayout)
+LAYOUTS: tuple[type[ExpertsLayout], ...] = (
+    StackedLayout,
+    DbrxLayout,
+    JetMoeLayout,
+    Llama4Layout,
+    ModuleDictLayout,
+    LoraLayout,
+)
 
 __all__ = ["LAYOUTS", "ExpertField", "ExpertsLayout", "layout_of"]
 

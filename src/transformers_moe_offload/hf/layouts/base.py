@@ -8,14 +8,20 @@ A layout answers from the module in hand (its parameters and flags), never from 
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from transformers_moe_offload.compute.mlp import ExpertMlp
+from transformers_moe_offload.memory.expert_source import ExpertSource
+from transformers_moe_offload.memory.safetensors_index import StoredTensor
+
+ReadHeader = Callable[[Path], Mapping[str, StoredTensor]]
+"""The tensors of one file, by name."""
 
 
 @dataclass(frozen=True)
@@ -60,6 +66,10 @@ class ExpertsLayout(ABC):
     @abstractmethod
     def wanted(self, num_experts: int, *args: Any, keep_zero_weights: bool = False) -> list[int]:
         """The experts that a call of the module's forward needs, ascending."""
+
+    def own_sources(self, module: nn.Module, dtype: str, read: ReadHeader) -> tuple[ExpertSource, ...] | None:
+        """Where each expert is, if that is not in the files that the model is loaded from."""
+        return None
 
     def eager_forward(self, module: nn.Module) -> Callable[..., Tensor]:
         """The forward that Transformers wrote for the module's class, as an unbound function."""

@@ -7,7 +7,7 @@ from typing import Any
 
 import transformers
 from huggingface_hub import ModelCard, ModelCardData
-from yaml import YAMLError  # type: ignore[import-untyped]
+from yaml import YAMLError
 
 from transformers_moe_offload.config import ExpertFormats, OffloadConfig
 from transformers_moe_offload.hf.plan import readable
@@ -117,6 +117,7 @@ def _table(config: OffloadConfig) -> str:
     formats = config.formats or ExpertFormats()
     rows = [("experts", formats.default)]
     rows += [(f"experts of sparse layers {key}", format) for key, format in formats.layers.items()]
+    rows += [(f"{formats.num_hot} experts that are used most", formats.hot)] if formats.num_hot else []
     rows += [("attention and dense MLPs", config.dense)]
     lines = [
         f"| {what} | {format or 'as in the original'} | {f'{format.bits_per_weight:.4g}' if format else ''} |"

@@ -9,6 +9,8 @@ import torch
 
 from transformers_moe_offload.config import OffloadConfig
 from transformers_moe_offload.expert import ExpertSpec
+from transformers_moe_offload.formats.by_expert import LayerCodings
+from transformers_moe_offload.hf.codings import plain_fields
 from transformers_moe_offload.hf.plan import Placement, make_plan
 from transformers_moe_offload.hf.prebuilt.source import Quantization
 
@@ -49,21 +51,27 @@ class Sizes:
     @classmethod
     def of(cls, quantization: Quantization) -> Sizes:
         """The sizes of a model that is about to be quantized."""
-        pairs = list(zip(quantization.layers, quantization.codings, strict=True))
-        placements = [
-            Placement(ExpertSpec(layer.index, layer.name, layer.num_experts, coding.fields), _CPU, coding)
-            for layer, coding in pairs
+        specs = [
+            ExpertSpec(layer.index, layer.name, layer.num_experts, plain_fields(layer)) for layer in quantization.layers
         ]
+        pairs = list(zip(specs, quantization.codings, strict=True))
+        placements = [Placement(spec, _CPU, codings) for spec, codings in pairs]
         plan = make_plan(placements, OffloadConfig(cache_budget="100%", mmap=False, direct_io=False))
         saved = quantization.saved_names()
         checkpoint, tensors = quantization.checkpoint, quantization.checkpoint.parameters
         return cls(
-            num_experts=sum(layer.num_experts for layer, _ in pairs),
-            expert_weights=sum(layer.num_experts * prod(f.shape) for layer, coding in pairs for f in coding.fields),
-            plain_expert_bytes=sum(layer.num_experts * f.nbytes for layer, coding in pairs for f in coding.fields),
-            expert_bytes=sum(layer.num_experts * part.nbytes for layer, coding in pairs for part in coding.stored),
+            num_experts=sum(spec.num_experts for spec in specs),
+            expert_weights=sum(spec.num_experts * prod(field.shape) for spec in specs for field in spec.fields),
+            plain_expert_bytes=sum(spec.num_experts * spec.expert_nbytes for spec in specs),
+            expert_bytes=sum(_stored_bytes(spec, codings) for spec, codings in pairs),
             plain_dense_bytes=sum(tensors[name].numel() * checkpoint.dtype_of(name).itemsize for name in saved),
             dense_bytes=sum(part.nbytes for name in saved for part in quantization.parts_of(name)),
             cache_bytes=plan.expert_bytes,
             smallest_budget=plan.smallest_budget,
         )
+
+
+def _stored_bytes(spec: ExpertSpec, codings: LayerCodings) -> int:
+    """Bytes of all experts of a layer, without padding."""
+    of_kind = {id(kind): sum(part.nbytes for part in kind.stored) for kind in codings.kinds if kind is not None}
+    return sum(of_kind[id(codings.of(expert))] for expert in range(spec.num_experts))

@@ -6,34 +6,33 @@ Nothing larger than one expert or one conversion's tensors is read at a time, an
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from copy import deepcopy
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 import torch
 from torch import Tensor
 from transformers.conversion_mapping import get_model_conversion_mapping
 
 from transformers_moe_offload.config import ExpertFormats, HqqFormat, OffloadConfig
-from transformers_moe_offload.config.formats import GROUP_SIZES
 from transformers_moe_offload.errors import CheckpointError, ConfigError
 from transformers_moe_offload.expert import FieldSpec
-from transformers_moe_offload.formats.coding import LayerCoding
+from transformers_moe_offload.formats.by_expert import LayerCodings
 from transformers_moe_offload.formats.hqq import packing_of, quantize
 from transformers_moe_offload.hf.checkpoint import Checkpoint, locate
+from transformers_moe_offload.hf.codings import codings_of, plain_fields
 from transformers_moe_offload.hf.dense import dense_linears
 from transformers_moe_offload.hf.layer import OffloadedExperts, SparseLayer, layer_of
 from transformers_moe_offload.hf.layouts.base import parameter
 from transformers_moe_offload.hf.locate import ParameterSource, trace_parameters
-from transformers_moe_offload.hf.prebuilt.layout import DenseContent, LayerContent
+from transformers_moe_offload.hf.prebuilt.layout import LayerContent
 from transformers_moe_offload.memory.encoding import encoded_row
 from transformers_moe_offload.memory.field_source import FieldSource
 from transformers_moe_offload.memory.record import dtype_name
-
-T = TypeVar("T")
+from transformers_moe_offload.output.shards import Content
 
 
 @dataclass(frozen=True)
@@ -42,7 +41,7 @@ class Quantization:
 
     model: Any
     layers: Sequence[SparseLayer]
-    codings: Sequence[LayerCoding]
+    codings: Sequence[LayerCodings]
     """How experts are stored, by layer."""
     packed: frozenset[str]
     """Names of the dense weights that are quantized."""
@@ -59,10 +58,10 @@ class Quantization:
         """
         layers = [layer_of(module) for module in model.modules() if isinstance(module, OffloadedExperts)]
         formats = config.formats or ExpertFormats()
-        formats.check(len(layers))
+        formats.check([layer.num_experts for layer in layers])
         linears = dense_linears(model, layers, config.dense) if config.dense is not None else ()
         packed = frozenset(f"{name}.weight" for name, _ in linears)
-        codings = [_coding(model, layer, formats) for layer in layers]
+        codings = [codings_of(model, layer, plain_fields(layer), formats) for layer in layers]
         if config.dense is not None and not packed:
             raise ConfigError(
                 f"{config.dense} fits none of the model's attention and dense MLP matrices; leave dense out, or choose "
@@ -99,15 +98,15 @@ class Quantization:
 
 def contents(
     quantization: Quantization, files: Sequence[Path], folder: Path
-) -> tuple[list[LayerContent], list[DenseContent]]:
+) -> tuple[list[LayerContent], list[Content]]:
     """What to write, given the files of the plain checkpoint and the folder that they belong to."""
     model, undecided = quantization.model, quantization.checkpoint
     checkpoint = Checkpoint.open(files, folder=folder, parameters=undecided.parameters, dtype_plan=undecided.dtype_plan)
     conversions = get_model_conversion_mapping(model)
     sources = locate(model, quantization.layers, checkpoint, conversions)
     layers = [
-        LayerContent(source.spec.name, source.spec.num_experts, coding.stored, partial(encoded_row, source, coding))
-        for source, coding in zip(sources, quantization.codings, strict=True)
+        LayerContent.coded(source.spec.name, source.spec.num_experts, codings, partial(encoded_row, source, codings))
+        for source, codings in zip(sources, quantization.codings, strict=True)
     ]
     traced = trace_parameters(model, checkpoint.parameters, conversions, checkpoint.tensors)
     return layers, list(_dense_contents(quantization, checkpoint, traced))
@@ -123,40 +122,9 @@ def _undecided(model: Any, layers: Sequence[SparseLayer], dtype: torch.dtype) ->
     return Checkpoint({}, parameters=experts | model.state_dict(), dtype_plan=model._get_dtype_plan(dtype) or {})
 
 
-def _coding(model: Any, layer: SparseLayer, formats: ExpertFormats) -> LayerCoding:
-    fields = tuple(FieldSpec(field.name, field.shape, dtype_name(field.dtype)) for field in layer.fields)
-    is_transposed = layer.layout.is_transposed(model.get_submodule(layer.name))
-
-    def coding(format: HqqFormat | None) -> LayerCoding:
-        made = LayerCoding(fields, format, is_transposed)
-        _ = made.stored
-        return made
-
-    format = formats.of_layer(layer.index)
-    return coding(None) if format is None else _fitted(layer.name, format, coding)
-
-
-def _fitted(name: str, format: HqqFormat, fit: Callable[[HqqFormat], T]) -> T:
-    """What `fit` makes of a format; its `ConfigError` is given a name, and the group sizes with which there is none."""
-    try:
-        return fit(format)
-    except ConfigError as error:
-        sizes = [size for size in GROUP_SIZES if _fits(replace(format, group_size=size), fit)]
-        fitting = f"group sizes that fit are {sizes}" if sizes else "no group size fits"
-        raise ConfigError(f"{name}: {error}; {fitting}") from error
-
-
-def _fits(format: HqqFormat, fit: Callable[[HqqFormat], object]) -> bool:
-    try:
-        fit(format)
-    except ConfigError:
-        return False
-    return True
-
-
 def _dense_contents(
     quantization: Quantization, checkpoint: Checkpoint, traced: Mapping[str, ParameterSource]
-) -> Iterator[DenseContent]:
+) -> Iterator[Content]:
     """All tensors but the experts'; those that one conversion makes are one content."""
     leaders: dict[int, str] = {}
     for name, source in traced.items():
@@ -174,7 +142,7 @@ def _dense_contents(
         leader = leaders[source_id]
         parts = tuple(part for name in names.values() for part in quantization.parts_of(name))
         dtype = dtype_name(checkpoint.dtype_of(leader))
-        yield DenseContent(parts, partial(_read, quantization, leader, traced[leader], dtype, names))
+        yield Content(parts, partial(_read, quantization, leader, traced[leader], dtype, names))
 
 
 def _may_be_missing(model: Any, name: str) -> bool:

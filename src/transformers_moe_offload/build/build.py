@@ -1,0 +1,239 @@
+"""`validate_recipe` and `build_moe`: from a recipe to a checkpoint in its place, checked.
+
+Every step is a neighbour's; here is their order, and what goes into the folder beside weights.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from huggingface_hub import HfApi
+from torch import Tensor
+from transformers import AutoTokenizer
+from transformers.utils import CONFIG_NAME
+from transformers.utils.logging import tqdm
+
+from transformers_moe_offload.build.blocks import Channels
+from transformers_moe_offload.build.card import model_card
+from transformers_moe_offload.build.channels import channels_of
+from transformers_moe_offload.build.checks import CheckFailedError
+from transformers_moe_offload.build.checks.logits import check_logits
+from transformers_moe_offload.build.checks.reload import check_reload
+from transformers_moe_offload.build.checks.similarity import similarities, strangers
+from transformers_moe_offload.build.fitting import expect_mergeable
+from transformers_moe_offload.build.folder import MARKS, without_places
+from transformers_moe_offload.build.gates import STATISTICS_NAME, Gates, program_gates
+from transformers_moe_offload.build.gates.drawn import DRAWN
+from transformers_moe_offload.build.info import INFO_NAME, CheckReport, MoeBuildInfo
+from transformers_moe_offload.build.licences import judged, licence_of
+from transformers_moe_offload.build.materials import Materials
+from transformers_moe_offload.build.mixture import origins_of
+from transformers_moe_offload.build.plan import BuildPlan, plan_build
+from transformers_moe_offload.build.publish import publish
+from transformers_moe_offload.build.recipe import Expert, MoeRecipe
+from transformers_moe_offload.build.sources import Source, open_source
+from transformers_moe_offload.build.sources.tokenizer import is_tokenizer_file, tokenizer_files
+from transformers_moe_offload.build.write import weight_shards, write_weights
+from transformers_moe_offload.errors import CheckpointError, RecipeError
+from transformers_moe_offload.hub.upload import expect_pushable
+from transformers_moe_offload.memory.fingerprint import fingerprint
+from transformers_moe_offload.memory.record import dtype_name
+from transformers_moe_offload.memory.safetensors_index import read_index
+from transformers_moe_offload.memory.safetensors_writer import write_bytes, write_text
+from transformers_moe_offload.output.place import expect_place, place_for
+
+logger = logging.getLogger(__name__)
+
+CARD_NAME = "README.md"
+
+Advance = Callable[[int], None]
+"""Told of the bytes that are done, as they are."""
+
+
+def validate_recipe(recipe: MoeRecipe, *, token: str | None = None, local_files_only: bool = False) -> BuildPlan:
+    """What a recipe comes to: container, tensors, bytes, and what is doubtful about it.
+
+    Reads configs and headers only. Raises an error of ours for what cannot be built.
+    """
+
+    def opened(origin: Any, base: Source | None) -> Source:
+        return open_source(origin, base=base, token=token, local_files_only=local_files_only)
+
+    base = opened(recipe.base_model, None)
+    sources = [base, *(opened(origin, base) for origin in origins_of(recipe)[1:])]
+    stem = base if recipe.stem.source is None else opened(recipe.stem.source, base)
+    merged = sources[1:] if recipe.stem.method != "base" else ()
+    plan = plan_build(recipe, sources, [stem, *merged])
+    expect_mergeable(plan.stems, plan.stem_names)
+    licences = [licence_of(one.name, one.card) for one in plan.ancestors]
+    verdict = judged(licences, recipe.checks.licence, recipe.hub.license)
+    return replace(plan, licence=verdict, warnings=(*plan.warnings, *verdict.warnings))
+
+
+def build_moe(
+    recipe: MoeRecipe,
+    folder: str | Path,
+    *,
+    device: str = "cpu",
+    resume: bool = True,
+    overwrite: bool = False,
+    push: str | None = None,
+    token: str | None = None,
+    local_files_only: bool = False,
+    advance: Advance | None = None,
+) -> MoeBuildInfo:
+    """Build a mixture of experts.
+
+    It appears in `folder` when it is complete and checked; until then it is beside it. A build that was killed goes on
+    where it was when it is run again; one that fails a check leaves nothing.
+
+    Args:
+        recipe: what to build, from what.
+        folder: where; it must not be there yet, or be empty.
+        device: where the base model's layers run while gates are computed.
+        resume: whether to go on with what an earlier build by this recipe has left.
+        overwrite: replace a complete checkpoint that is there.
+        push: upload it to this repository of the Hub when it is done, as `recipe.hub` says.
+        token, local_files_only: as in `from_pretrained`.
+        advance: told of the bytes that are written; without it there is a progress bar.
+    """
+    if recipe.kind == "adapter_moe":
+        raise RecipeError("kind: adapter_moe is built by build_adapter_moe, which takes the same arguments")
+    folder = Path(folder)
+    expect_place(folder, MARKS, overwrite=overwrite)
+    if push is not None:
+        expect_pushable(HfApi(token=token), push)
+    plan = validate_recipe(recipe, token=token, local_files_only=local_files_only)
+    found = similarities(plan)
+    warnings = (*plan.warnings, *strangers(found, recipe.checks.similarity, plan.base.name))
+    for warning in warnings:
+        logger.warning(warning)
+    companions = _companions(plan, token=token, local_files_only=local_files_only)
+    shards = weight_shards(plan, recipe.output.max_shard_bytes)
+    with place_for(
+        folder, _identity(plan), MARKS, overwrite=overwrite, resume=resume, discards=(CheckFailedError, RecipeError)
+    ) as place:
+        gates, materials = _materials(plan, device, place)
+        total = sum(shard.nbytes for shard in shards)
+        with tqdm(total=total, unit="B", unit_scale=True, desc="Writing shards", disable=advance is not None) as bar:
+            write_weights(place, shards, materials, advance or bar.update)
+        for name, content in companions.items():
+            write_bytes(place / name, content)
+        write_text(place / CONFIG_NAME, plan.config.to_json_string())
+        stored = read_index([place / shard.name for shard in shards])
+        was_loaded = check_reload(place, stored, plan.nbytes)
+        identity, forced = check_logits(materials, stored)
+        info = MoeBuildInfo(
+            folder=folder,
+            container=plan.container.name,
+            experts=plan.mixture.names,
+            experts_per_token=recipe.experts_per_token,
+            layers=plan.shape.layers,
+            dtype=dtype_name(plan.dtype),
+            nbytes=plan.nbytes,
+            parameters=plan.parameters,
+            sources=plan.ancestors,
+            gates=gates.report,
+            checks=CheckReport(identity, forced, was_loaded, found),
+            warnings=warnings,
+        )
+        write_text(place / INFO_NAME, json.dumps(info.as_dict(), indent=2) + "\n")
+        name = push or recipe.hub.repo_id or folder.resolve().name
+        write_text(place / CARD_NAME, model_card(name, info, recipe.to_dict(), plan.licence, recipe.hub.tags))
+    if push is not None:
+        hub = recipe.hub
+        publish(folder, push, private=hub.private, revision=hub.revision, create_pr=hub.create_pr, token=token)
+    return info
+
+
+def _materials(plan: BuildPlan, device: str, place: Path) -> tuple[Gates, Materials]:
+    """The routers' rows, what of them is kept in a file, and everything else that is not simply read."""
+    recipe, num_experts = plan.recipe, plan.shape.num_experts
+    names = plan.mixture.names
+    experts = [replace(one, name=name) for one, name in zip(recipe.experts, names, strict=False)] or [
+        Expert(name=name) for name in names
+    ]
+    gated = [expert for expert in recipe.shared_experts if expert.gated]
+    has_statistics = recipe.gate.mode == "ridge" and recipe.gate.scoring == "ours" and not gated
+    gates = program_gates(
+        recipe.gate,
+        [*experts, *gated],
+        plan.base,
+        _tokenizer(plan),
+        plan.ffn,
+        scores=plan.container.scores,
+        statistics=place / STATISTICS_NAME if has_statistics else None,
+        device=device,
+    )
+    rows = {layer: rows[:num_experts] for layer, rows in gates.rows.items()}
+    shared_rows: dict[int, Tensor] = {layer: rows[num_experts:] for layer, rows in gates.rows.items()} if gated else {}
+    return gates, Materials(plan, rows, shared_rows, _channels(plan, device))
+
+
+def _channels(plan: BuildPlan, device: str) -> Channels | None:
+    """Which channels go together where one block is split."""
+    if plan.recipe.split is None:
+        return None
+    return channels_of(plan.recipe.split, plan.base, _tokenizer(plan), plan.ffn, device=device)
+
+
+def _tokenizer(plan: BuildPlan) -> Any:
+    """The base model's, if texts are to be read; a mixture without them can do without one."""
+    recipe = plan.recipe
+    texts: list[Any] = [recipe.split.dataset] if recipe.split is not None and recipe.split.dataset is not None else []
+    if recipe.gate.mode not in DRAWN:
+        texts += [text for expert in recipe.experts for text in (*expert.positive_prompts, expert.dataset) if text]
+    if not texts:
+        return None
+    folders = {file.parent for file in plan.base.companions if is_tokenizer_file(file.name)}
+    if not folders:
+        raise CheckpointError(f"{plan.base.name} has no tokenizer to read the texts of its experts with; add one to it")
+    try:
+        return AutoTokenizer.from_pretrained(folders.pop(), local_files_only=True)
+    except (OSError, ValueError) as error:
+        raise CheckpointError(
+            f"cannot read the tokenizer of {plan.base.name}: {' '.join(str(error).split())}"
+        ) from error
+
+
+def _companions(plan: BuildPlan, *, token: str | None, local_files_only: bool) -> dict[str, bytes]:
+    """Small files that go along, byte for byte: the tokenizer, its chat template, generation settings, licences."""
+    files = {file.name: file for file in plan.base.companions}
+    if plan.recipe.tokenizer is not None:
+        theirs = tokenizer_files(plan.recipe.tokenizer, token=token, local_files_only=local_files_only)
+        files = {name: file for name, file in files.items() if not is_tokenizer_file(name)}
+        files |= {file.name: file for file in theirs}
+    return {name: file.read_bytes() for name, file in files.items()}
+
+
+def _identity(plan: BuildPlan) -> dict[str, Any]:
+    """What a build can only go on by if it is the same; says nothing about where sources are on this machine."""
+    sources = [
+        {
+            "name": one.name,
+            "revision": one.revision,
+            "files": {file.name: fingerprint(file) for file in one.files},
+        }
+        for one in plan.ancestors
+    ]
+    texts = {Path(dataset.path).name: _digest(Path(dataset.path)) for dataset in plan.recipe.datasets}
+    return {
+        "recipe": without_places(plan.recipe.to_dict()),
+        "container": plan.container.name,
+        "sources": sources,
+        "texts": texts,
+    }
+
+
+def _digest(path: Path) -> str | None:
+    """Of a file with text to calibrate with; data sets on the Hub are known by their names."""
+    if not path.is_file():
+        return None
+    with path.open("rb") as stream:
+        return hashlib.file_digest(stream, "sha256").hexdigest()

@@ -1,0 +1,63 @@
+"""What the builder needs to know of a dense model: its config, and its tensors, one at a time."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import NamedTuple, Protocol
+
+from torch import Tensor
+from transformers import PreTrainedConfig
+
+from transformers_moe_offload.expert import FieldSpec
+
+
+class Ancestor(NamedTuple):
+    """A checkpoint that a source is made of."""
+
+    name: str
+    """Its id on the Hub, or the name of its folder."""
+    revision: str | None
+    """Its commit, if it is from the Hub."""
+    files: tuple[Path, ...] = ()
+    """Its weights."""
+    card: Path | None = None
+    """What it says about itself."""
+
+
+class Source(Protocol):
+    """A dense model, read tensor by tensor; it is never in memory as a whole."""
+
+    @property
+    def name(self) -> str:
+        """Its id on the Hub, or the name of its folder; an adapter's is `base+adapter`."""
+
+    @property
+    def revision(self) -> str | None:
+        """Its commit, if it is from the Hub."""
+
+    @property
+    def ancestors(self) -> tuple[Ancestor, ...]:
+        """The checkpoints it is made of: itself, or a model and an adapter."""
+
+    @property
+    def config(self) -> PreTrainedConfig:
+        """The config of the dense model."""
+
+    @property
+    def tensors(self) -> Mapping[str, FieldSpec]:
+        """What `save_pretrained` of the dense class writes, by name."""
+
+    def read(self, name: str) -> Tensor:
+        """One tensor, on the CPU and in the dtype that `tensors` says."""
+
+    def read_rows(self, name: str, start: int, stop: int) -> Tensor:
+        """Some rows of a tensor, without reading the others where that can be."""
+
+    @property
+    def companions(self) -> tuple[Path, ...]:
+        """Tokenizer, chat template, generation settings, licence: what goes along whatever the weights are."""
+
+    @property
+    def card(self) -> Path | None:
+        """Its model card, if it has one."""

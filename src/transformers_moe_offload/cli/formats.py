@@ -1,0 +1,82 @@
+"""The options that say in how many bits experts are, by layer and by how much they are used."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from transformers_moe_offload.cli.failures import CommandError
+from transformers_moe_offload.config import ExpertFormats, HqqFormat
+from transformers_moe_offload.tracing import Trace
+
+Experts = Annotated[str | None, typer.Option(help="Format of experts, bits x group size: '4x64', '3x64', '2x16'.")]
+Layers = Annotated[
+    list[str] | None,
+    typer.Option(help="Another format for some sparse layers, as '0-3=4x64', or '5=none'; can be repeated."),
+]
+Hot = Annotated[
+    str | None, typer.Option(help="Format of the experts that --trace saw most, or 'none'.", show_default=False)
+]
+TraceFile = Annotated[
+    Path | None, typer.Option("--trace", help="What `moe-offload trace` has written, for --hot.", show_default=False)
+]
+HotShare = Annotated[str | None, typer.Option(help="Share of all experts that are hot; 10% unless given.")]
+Dense = Annotated[str | None, typer.Option(help="Format of attention and dense MLPs; default is as stored.")]
+
+
+def parse_format(text: str | None, *, optimize: bool = True) -> HqqFormat | None:
+    """A format as `4x64`; None, or `none`, leaves weights as they are."""
+    if text is None or text.strip() == "none":
+        return None
+    return replace(HqqFormat.parse(text), optimize=optimize)
+
+
+def parse_formats(
+    experts: str | None,
+    layers: Sequence[str] | None,
+    hot: str | None,
+    trace: Path | None,
+    hot_share: str | None,
+    *,
+    optimize: bool = True,
+) -> ExpertFormats | None:
+    """The formats of all experts; None if no option asks for any."""
+    by_layer = {}
+    for option in layers or []:
+        key, is_given, text = option.partition("=")
+        if not is_given:
+            raise CommandError(f"--layers {option!r} names no format; write sparse layers and a format as 0-3=4x64")
+        by_layer[key.strip()] = parse_format(text, optimize=optimize)
+    if hot is None and (trace is not None or hot_share is not None):
+        raise CommandError("--trace and --hot-share choose who is hot, but no --hot says what to do with them")
+    if hot is not None and trace is None:
+        raise CommandError(f"--hot {hot} needs a --trace that tells which experts are used most")
+    if experts is None and not by_layer and hot is None:
+        return None
+    return ExpertFormats(
+        default=parse_format(experts, optimize=optimize),
+        layers=by_layer,
+        hot=parse_format(hot, optimize=optimize),
+        hot_experts={} if trace is None else Trace.load(trace).hottest(hot_share or "10%"),
+    )
+
+
+def expect_same_experts(trace: Path | None, name: str, num_experts: Sequence[int]) -> None:
+    """Raise `CommandError` unless a trace is of a model with so many experts in each sparse layer."""
+    if trace is None:
+        return
+    traced = Trace.load(trace).num_experts
+    if traced != tuple(num_experts):
+        raise CommandError(
+            f"{trace} was recorded with {_described(traced)}, but {name} has {_described(num_experts)}; record one "
+            f"with `moe-offload trace {name}`"
+        )
+
+
+def _described(num_experts: Sequence[int]) -> str:
+    counts = "/".join(str(count) for count in sorted(set(num_experts)))
+    return f"{len(num_experts)} sparse layers of {counts} experts"

@@ -1,0 +1,93 @@
+"""Adapters as PEFT keeps them: a folder each, with `adapter_config.json` and `adapter_model.safetensors`."""
+
+# R rank
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from safetensors import safe_open
+from torch import Tensor
+
+CONFIG_NAME = "adapter_config.json"
+WEIGHTS_NAME = "adapter_model.safetensors"
+FOLDER = "adapters"
+"""Where a mixture's adapters are, each in a folder of its name."""
+_KEY = "base_model.model.{path}.lora_{matrix}.weight"
+
+_REFUSED = ("use_dora", "lora_bias", "use_qalora", "use_bdlora", "alora_invocation_tokens", "trainable_token_indices")
+"""Options of PEFT's LoRA that make an adapter more than two matrices a layer."""
+
+
+@dataclass(frozen=True)
+class AdapterFolder:
+    """One adapter on disk."""
+
+    folder: Path
+    config: Mapping[str, Any]
+
+    @classmethod
+    def open(cls, folder: Path) -> AdapterFolder:
+        """Read an adapter's config; raises `ValueError` if it is no LoRA adapter, or one with more than we know."""
+        try:
+            config = json.loads((folder / CONFIG_NAME).read_text(encoding="utf-8"))
+        except (OSError, ValueError) as error:
+            raise ValueError(f"{folder} is no PEFT adapter: {CONFIG_NAME} cannot be read ({error})") from error
+        if config.get("peft_type") != "LORA":
+            raise ValueError(f"{folder} is an adapter of type {config.get('peft_type')!r}; only LORA can be mixed")
+        refused = [name for name in _REFUSED if config.get(name)]
+        if config.get("bias", "none") != "none":
+            refused.append("bias")
+        if config.get("modules_to_save"):
+            refused.append("modules_to_save")
+        if refused:
+            raise ValueError(f"{folder} uses {refused[0]}={config[refused[0]]!r}, which cannot be mixed")
+        if not (folder / WEIGHTS_NAME).is_file():
+            raise ValueError(f"{folder} has no {WEIGHTS_NAME}; adapters in other files are not read")
+        return cls(folder, config)
+
+    @property
+    def weights(self) -> Path:
+        """The file of its weights."""
+        return self.folder / WEIGHTS_NAME
+
+    def scaling(self, path: str) -> float:
+        """Alpha over rank, or over its root, for a linear layer (`peft/tuners/lora/layer.py`, 0.21)."""
+        rank = self._of_pattern("rank_pattern", path, self.config["r"])
+        alpha = self._of_pattern("alpha_pattern", path, self.config["lora_alpha"])
+        return float(alpha / rank**0.5 if self.config.get("use_rslora") else alpha / rank)
+
+    def paths(self) -> dict[str, int]:
+        """The linear layers that it adds to -> its rank there."""
+        pattern = re.compile(re.escape(_KEY).replace(r"\{path\}", "(.+)").replace(r"\{matrix\}", "([AB])"))
+        found = {}
+        with safe_open(self.weights, "pt") as tensors:
+            for name in tensors.keys():  # noqa: SIM118  not a mapping
+                match = pattern.fullmatch(name)
+                if match is None:
+                    raise ValueError(f"{self.weights} has {name}, which is no LoRA matrix of a linear layer")
+                if match[2] == "A":
+                    found[match[1]] = tensors.get_slice(name).get_shape()[0]
+        return found
+
+    def read(self, path: str) -> tuple[Tensor, Tensor] | None:
+        """Matrices A (R, in) and B (out, R) of a linear layer; None if the adapter does not add to it."""
+        with safe_open(self.weights, "pt") as tensors:
+            if key(path, "A") not in tensors.keys():  # noqa: SIM118  not a mapping
+                return None
+            return tensors.get_tensor(key(path, "A")), tensors.get_tensor(key(path, "B"))
+
+    def _of_pattern(self, name: str, path: str, default: float) -> float:
+        """A value that may differ by layer; patterns match the end of a path (`peft/utils/other.py`, 0.21)."""
+        patterns = self.config.get(name) or {}
+        return next((value for pattern, value in patterns.items() if re.match(rf"(.*\.)?({pattern})$", path)), default)
+
+
+def key(path: str, matrix: str) -> str:
+    """What an adapter's file calls matrix `A` or `B` of a linear layer."""
+    return _KEY.format(path=path, matrix=matrix)

@@ -1,0 +1,178 @@
+"""A recipe for a mixture of adapters becomes a folder that loads, whose adapters are the files they were."""
+
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from peft.tuners.lora import ArrowConfig, create_arrow_model
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from models.mixtures import TARGETS, dense_model, logits, saved, write_adapter
+from transformers_moe_offload import OffloadConfig, RecipeError
+from transformers_moe_offload.build import MoeRecipe
+from transformers_moe_offload.build.adapters.build import build_adapter_moe
+from transformers_moe_offload.build.recipe import AdapterRouting, Expert, Gate, Origin
+
+MODELS = Path(__file__).parents[3] / "examples" / "models"
+TEXTS = {
+    "c": ["#include <stdio.h>\nint main(void)\n{\n    return printf(\"%d\", 1);\n}",
+          "static int f(char *p) { return *p; }"],
+    "prose": ["The library is installed by default, and there is more about it in the chapter on modules.",
+              "For more information, see the section that describes what is new in this version."],
+    "python": ["def f(self, x):\n    return [y for y in x]",
+               "import os\nclass A:\n    def __init__(self):\n        pass"],
+}  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def dense(tmp_path_factory) -> Path:
+    return saved(dense_model(), tmp_path_factory.mktemp("dense") / "dense")
+
+
+@pytest.fixture(scope="module")
+def adapters(tmp_path_factory) -> list[Path]:
+    folder = tmp_path_factory.mktemp("adapters")
+    return [
+        write_adapter(folder / "wide", 1, rank=8),
+        write_adapter(folder / "narrow", 2, rank=2, use_rslora=True),
+        write_adapter(folder / "all", 3, targets=TARGETS, rank_pattern={"up_proj": 6}),
+    ]
+
+
+def recipe(dense: Path, adapters: list[Path], **options) -> MoeRecipe:
+    experts = tuple(Expert(source=Origin(adapter=str(folder))) for folder in adapters)
+    options = {"gate": Gate(mode="random"), "experts_per_token": 2} | options
+    return MoeRecipe(kind="adapter_moe", base_model=Origin(model=str(dense)), experts=experts, **options)
+
+
+@pytest.mark.parametrize("router_per", ["ffn", "linear", "model"])
+@pytest.mark.parametrize("scoring", ["softmax", "arrow", "uniform"])
+def test_what_is_built_loads_and_each_adapter_alone_is_the_merged_model(router_per, scoring, dense, adapters, tmp_path):
+    routing = AdapterRouting(router_per=router_per, scoring=scoring)
+    info = build_adapter_moe(recipe(dense, adapters, adapter_moe=routing), tmp_path / "mixture")
+    assert info.forced_expert < 1e-5
+    assert info.adapters == ("wide", "narrow", "all")
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "mixture")
+    assert model.config.num_experts_per_tok == (3 if scoring == "uniform" else 2)
+    offloaded = AutoModelForCausalLM.from_pretrained(tmp_path / "mixture", moe_offload=OffloadConfig())
+    assert torch.equal(logits(offloaded), logits(model))
+
+
+def test_names_on_disk_are_those_that_save_pretrained_writes(dense, adapters, tmp_path):
+    build_adapter_moe(recipe(dense, adapters, adapter_moe=AdapterRouting(router_per="linear")), tmp_path / "a")
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "a")
+    saved(model, tmp_path / "b")
+    names = []
+    for folder in (tmp_path / "a", tmp_path / "b"):
+        with safe_open(folder / "model.safetensors", "pt") as tensors:
+            names.append(set(tensors.keys()))
+    assert names[0] == names[1]
+
+
+def test_adapters_are_copied_byte_for_byte(dense, adapters, tmp_path):
+    build_adapter_moe(recipe(dense, adapters), tmp_path / "mixture")
+    for folder in adapters:
+        for file in ("adapter_model.safetensors", "adapter_config.json"):
+            assert (tmp_path / "mixture" / "adapters" / folder.name / file).read_bytes() == (folder / file).read_bytes()
+
+
+def test_arrow_routes_as_peft_does(dense, tmp_path):
+    # Of rank 1, so that the power iteration of PEFT has converged.
+    folders = [write_adapter(tmp_path / name, seed, rank=1) for seed, name in enumerate(("a", "b", "c"))]
+    routing = AdapterRouting(router_per="linear", scoring="arrow", temperature=0.5)
+    build_adapter_moe(recipe(dense, folders, adapter_moe=routing), tmp_path / "mixture")
+    ours = AutoModelForCausalLM.from_pretrained(tmp_path / "mixture")
+    config = ArrowConfig(top_k=2, router_temperature=0.5, rng_seed=0)
+    theirs = create_arrow_model(dense_model(), [str(folder) for folder in folders], config).eval()
+    torch.testing.assert_close(logits(ours), logits(theirs), rtol=0, atol=1e-5)
+
+
+# Embeddings tell less than what layers make of them; by chance a third would be right.
+@pytest.mark.parametrize(("router_per", "share"), [("ffn", 0.6), ("model", 0.5)])
+def test_programmed_routers_send_text_to_the_adapter_that_was_trained_on_its_kind(router_per, share, tmp_path):
+    experts = tuple(
+        Expert(name=name, source=Origin(adapter=str(MODELS / f"tiny-dense-{name}")), positive_prompts=tuple(texts))
+        for name, texts in TEXTS.items()
+    )
+    given = MoeRecipe(
+        kind="adapter_moe", base_model=Origin(model=str(MODELS / "tiny-dense")), experts=experts, experts_per_token=1,
+        adapter_moe=AdapterRouting(router_per=router_per), gate=Gate(mode="ridge"),
+    )  # fmt: skip
+    info = build_adapter_moe(given, tmp_path / "mixture")
+    assert info.gates.experts == ("c", "prose", "python")
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "mixture", dtype=torch.float32)
+    tokenizer = AutoTokenizer.from_pretrained(tmp_path / "mixture")
+    chosen = {}
+    routers = {name: one for name, one in model.named_modules() if type(one).__name__ == "AdapterRouter"}
+    for number, text in enumerate(("for (i = 0; i < n; i++) { p->x = malloc(4); }",
+                                   "This chapter describes the modules that are installed with the library.",
+                                   "for x in self.items():\n        yield x.name")):  # fmt: skip
+        hooks = [
+            one.register_forward_hook(lambda module, _, out, name=name: chosen.setdefault(name, []).append(out[2]))
+            for name, one in routers.items()
+        ]
+        with torch.no_grad():
+            model(**tokenizer(text, return_tensors="pt"))
+        for hook in hooks:
+            hook.remove()
+        shares = [(found[number] == number).float().mean().item() for found in chosen.values()]
+        assert max(shares) > share
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"experts": (Expert(),)}, "experts.0: kind: adapter_moe mixes adapters of the base model"),
+        ({"experts": (Expert(source=Origin(model="x", adapter="y")),)}, "set source to {adapter: folder or id}"),
+        ({"container": "mixtral"}, "kind: adapter_moe has no container"),
+        ({"layers": (0,)}, "kind: adapter_moe has no layers"),
+    ],
+)
+def test_what_adapters_cannot_be_mixed_with_is_refused(change, message, dense, adapters, tmp_path):
+    with pytest.raises(RecipeError, match=message):
+        build_adapter_moe(replace(recipe(dense, adapters, experts_per_token=1), **change), tmp_path / "mixture")
+    assert not (tmp_path / "mixture").exists()
+
+
+def test_noise_on_adapters_is_refused(dense, adapters, tmp_path):
+    given = recipe(dense, adapters)
+    noisy = replace(given, experts=(replace(given.experts[0], noise_scale=0.1), *given.experts[1:]))
+    with pytest.raises(RecipeError, match=r"experts\.0: noise_scale=0\.1 changes weights"):
+        build_adapter_moe(noisy, tmp_path / "mixture")
+
+
+def test_two_adapters_of_one_name_are_refused(dense, adapters, tmp_path):
+    with pytest.raises(RecipeError, match="two adapters are called 'wide'"):
+        build_adapter_moe(recipe(dense, [adapters[0], adapters[0]]), tmp_path / "mixture")
+
+
+def test_gates_that_have_rows_of_another_width_than_a_router_are_refused(tmp_path):
+    experts = tuple(
+        Expert(name=name, source=Origin(adapter=str(MODELS / f"tiny-dense-{name}")), positive_prompts=tuple(texts))
+        for name, texts in TEXTS.items()
+    )
+    given = MoeRecipe(
+        kind="adapter_moe", base_model=Origin(model=str(MODELS / "tiny-dense")), experts=experts,
+        adapter_moe=AdapterRouting(router_per="linear"), gate=Gate(mode="cheap_embed"),
+    )  # fmt: skip
+    with pytest.raises(RecipeError, match=r"gives rows of 192, but .*down_proj reads 512 values"):
+        build_adapter_moe(given, tmp_path / "mixture")
+
+
+def test_a_mixture_that_is_there_is_not_overwritten_unasked(dense, adapters, tmp_path):
+    given = recipe(dense, adapters, adapter_moe=AdapterRouting(scoring="uniform"))
+    build_adapter_moe(given, tmp_path / "mixture")
+    with pytest.raises(Exception, match="holds a complete checkpoint"):
+        build_adapter_moe(given, tmp_path / "mixture")
+    build_adapter_moe(given, tmp_path / "mixture", overwrite=True)
+
+
+def test_an_adapter_of_another_model_is_refused(dense, tmp_path):
+    folder = write_adapter(tmp_path / "odd", 1)
+    weights = folder / "adapter_model.safetensors"
+    save_file({name.replace("layers.1", "layers.7"): value for name, value in load_file(weights).items()}, weights)
+    with pytest.raises(Exception, match=r"layers\.7"):
+        build_adapter_moe(recipe(dense, [folder], experts_per_token=1), tmp_path / "mixture")

@@ -1,0 +1,63 @@
+"""`moe-offload build` shows its plan, writes what loads, and says in one line what cannot be."""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM
+
+MODELS = Path(__file__).parents[2] / "examples" / "models"
+
+
+@pytest.fixture
+def recipe(tmp_path):
+    """A recipe for the specialists that ship with the repository."""
+
+    def recipe(**changes) -> Path:
+        values = {
+            "schema": 1,
+            "base_model": str(MODELS / "tiny-dense"),
+            "gate": {"mode": "noise"},
+            "layers": [0, 2, 3],
+            "experts": [
+                {"name": name, "source": {"adapter": str(MODELS / f"tiny-dense-{name}")}} for name in ("c", "prose")
+            ],
+        }
+        (tmp_path / "recipe.yaml").write_text(json.dumps({**values, **changes}))
+        return tmp_path / "recipe.yaml"
+
+    return recipe
+
+
+def test_a_dry_run_shows_what_would_be_built_and_writes_nothing(run, recipe, tmp_path):
+    result = run("build", recipe(), tmp_path / "moe", "--dry-run")
+    assert result.exit_code == 0, result.output
+    assert "qwen2_moe: 2 experts, 2 a token, in 3 of 6 layers; bfloat16" in result.stdout
+    assert "expert    prose" in result.stdout
+    assert [path.name for path in tmp_path.iterdir()] == ["recipe.yaml"]
+
+
+def test_a_mixture_is_built_and_loads(run, recipe, tmp_path):
+    result = run("build", recipe(), tmp_path / "moe")
+    assert result.exit_code == 0, result.output
+    assert "loads with every byte" in result.stdout
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "moe")
+    assert model.generate(torch.tensor([[1, 5, 7]]), max_new_tokens=4).shape == (1, 7)
+
+    again = run("build", recipe(), tmp_path / "moe")
+    assert again.exit_code == 2
+    assert "holds a complete checkpoint" in again.stderr
+
+
+def test_what_cannot_be_is_said_in_one_line(run, recipe, tmp_path):
+    for changes, message in (
+        ({"experst": []}, "did you mean 'experts'"),
+        ({"container": "mixtral"}, "mixtral has experts in every layer, and layers 1, 4, 5 are to have none"),
+        ({"base_model": str(tmp_path / "nowhere")}, "cannot read the config"),
+    ):
+        result = run("build", recipe(**changes), tmp_path / "moe")
+        assert result.exit_code == 2, result.output
+        assert result.stderr.startswith("error: ")
+        assert message in result.stderr
+        assert not (tmp_path / "moe").exists()
