@@ -33,7 +33,6 @@ def sparse_forward(
     top_k_weights: Tensor,
     *,
     codings: LayerCodings = AS_USED,
-    keeps_weights: bool = False,
     started: Callable[[Sequence[int]], None] | None = None,
     host: HostSide | None = None,
 ) -> Tensor:
@@ -41,13 +40,11 @@ def sparse_forward(
 
     hidden_states (T, H), top_k_index (T, K) int64, top_k_weights (T, K) -> (T, H) in the dtype of hidden_states.
     `experts` is the module whose activation is used. `codings` says what the slots hold, expert by expert.
-    `keeps_weights` copies the weights out of the slots, for autograd.
     `started` is called with the wanted experts once their loads are under way. `host` may compute some of those that
     are absent, meanwhile.
     """
-    grouping = group_by_expert(top_k_index, top_k_weights, cache.num_experts(layer), keep_zero_weights=keeps_weights)
-    # Gradients are summed, and random numbers drawn, in the order of computation; then it must not be chance.
-    is_ordered = keeps_weights or experts.training
+    grouping = group_by_expert(top_k_index, top_k_weights, cache.num_experts(layer))
+    is_ordered = experts.training  # random numbers are drawn in the order of computation, which must not be chance
     outputs, share, computing = {}, {}, None
     if host is not None and not is_ordered and not torch.is_autocast_enabled(hidden_states.device.type):
         share = host.share(cache, layer, grouping, cache.num_loading)
@@ -55,7 +52,7 @@ def sparse_forward(
     with cache.visit(layer, grouping.by_last_use, started, share) as visit:
         if is_ordered:
             for expert, weights in visit.in_order():
-                found = opened(weights, codings.of(expert), keeps_weights=keeps_weights)
+                found = opened(weights, codings.of(expert))
                 outputs[expert] = mlp(experts, rows_of(hidden_states, grouping.tokens[expert]), found)
         else:
             for batch in visit.batches():
@@ -101,11 +98,9 @@ def _stacked(hidden_states: Tensor, tokens: list[Tensor | list[int]]) -> Tensor:
     return hidden_states[[int(token) for wanting in tokens for token in wanting]]
 
 
-def opened(weights: Weights, coding: Coding | None, *, keeps_weights: bool = False) -> ExpertWeights:
-    """What a slot holds, as matrices that can be multiplied with; in memory of their own if they are kept."""
-    if coding is None:
-        return {name: tensor.clone() for name, tensor in weights.items()} if keeps_weights else weights
-    return coding.decode(weights) if keeps_weights else coding.matrices(weights)
+def opened(weights: Weights, coding: Coding | None) -> ExpertWeights:
+    """What a slot holds, as matrices that can be multiplied with."""
+    return weights if coding is None else coding.matrices(weights)
 
 
 def combine(outputs: list[Tensor], grouping: Grouping, hidden_states: Tensor, top_k_weights: Tensor) -> Tensor:

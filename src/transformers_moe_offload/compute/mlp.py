@@ -9,7 +9,7 @@ gates need no code here.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -41,8 +41,12 @@ class ExpertMlp:
 
     def __call__(self, experts: Any, rows: Tensor, weights: ExpertWeights) -> Tensor:
         """rows (N, H), one expert's weights -> (N, H), not yet multiplied by the routing weights."""
-        hidden = self._activate(experts, self._project(rows, weights, self._first))
-        out = self._project(hidden, weights, "down_proj")
+        return self.through(experts, rows, lambda inputs, name: self.project(inputs, weights, name))
+
+    def through(self, experts: Any, rows: Tensor, project: Callable[[Tensor, str], Tensor]) -> Tensor:
+        """The same with products of your own: `project` takes rows (N, in) and the name of a field to (N, out)."""
+        hidden = self._activate(experts, project(rows, self._first))
+        out = project(hidden, "down_proj")
         if self.has_post_expert_norm:
             normalised: Tensor = experts.post_expert_norm(out)
             return normalised
@@ -83,8 +87,16 @@ class ExpertMlp:
         matrices = [one[name] for one in weights]
         return kernels.linear_each(rows, counts, matrices, activations=self.activations)
 
-    def _project(self, rows: Tensor, weights: ExpertWeights, name: str) -> Tensor:
-        """rows (N, in) -> (N, out)."""
+    def gradient(self, gradient: Tensor, weights: ExpertWeights, name: str) -> Tensor:
+        """That of a product, (N, out), to that of its rows, (N, in), in the same dtype."""
+        matrix = weights[name]
+        if isinstance(matrix, PackedMatrix):
+            return kernels.linear_transposed(gradient, matrix)
+        matrix = matrix.to(gradient.dtype)  # under autocast the product had it in this dtype
+        return gradient @ matrix.t() if self.is_transposed else kernels.dense.linear_transposed(gradient, matrix)
+
+    def project(self, rows: Tensor, weights: ExpertWeights, name: str) -> Tensor:
+        """rows (N, in) -> (N, out), their product with a field."""
         matrix, bias = weights[name], weights[f"{name}_bias"] if self.has_bias else None
         assert not isinstance(bias, PackedMatrix)
         if isinstance(matrix, PackedMatrix):

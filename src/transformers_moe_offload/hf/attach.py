@@ -12,11 +12,13 @@ from torch import nn
 
 from transformers_moe_offload.compute.mlp import ExpertMlp
 from transformers_moe_offload.config import OffloadConfig
+from transformers_moe_offload.hf.adapters.register import install_adapters
 from transformers_moe_offload.hf.dense import HqqLinear
 from transformers_moe_offload.hf.layer import SparseLayer
 from transformers_moe_offload.hf.prebuilt.layout import GUARD
 from transformers_moe_offload.hf.probe import reproduces
 from transformers_moe_offload.hf.runtime import OffloadRuntime
+from transformers_moe_offload.hf.state_dicts import install_state_dict_hook
 from transformers_moe_offload.kernels import Activations
 from transformers_moe_offload.memory.checkpoint import LayerSource
 
@@ -34,6 +36,8 @@ def attach(model: Any, config: OffloadConfig, layers: Sequence[SparseLayer], sou
             module.activations = activations_of(config)
     runtime.attach(sources)
     model.moe_offload = runtime
+    install_adapters()
+    install_state_dict_hook(model)
     _unmark_as_quantized(model)
 
 

@@ -7,36 +7,32 @@ it is what our own forward is checked against.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from transformers_moe_offload.cache.visit import Visit
+from transformers_moe_offload.compute.lending import Fetch
 from transformers_moe_offload.expert import ExpertSpec
 from transformers_moe_offload.formats.by_expert import LayerCodings
 from transformers_moe_offload.hf.layouts import ExpertField
 from transformers_moe_offload.memory.record import torch_dtype
 
-Fetch = Callable[[str, int], Tensor]
-"""One field of one expert: (field name, expert) -> its tensor."""
 
-
-def fetch_from(visit: Visit, spec: ExpertSpec, device: torch.device, *, codings: LayerCodings, copies: bool) -> Fetch:
+def fetch_from(visit: Visit, spec: ExpertSpec, device: torch.device, *, codings: LayerCodings) -> Fetch:
     """Fetch wanted experts through a visit, and zeros for others.
 
     Some forwards index experts that no row is sent to, or only rows of weight zero: their weights never show in the
     output, so they are not worth loading. `codings` says what the visit gives, expert by expert.
-    `copies` gives each expert memory of its own, for autograd.
     """
     by_name = {field.name: field for field in spec.fields}
 
     def fetch(name: str, expert: int) -> Tensor:
         if visit.wants(expert):
             held, coding = visit.take(expert), codings.of(expert)
-            tensor = held[name] if coding is None else coding.decode_field(name, held)
-            return tensor.clone() if copies else tensor
+            return held[name] if coding is None else coding.decode_field(name, held)
         field = by_name[name]
         return torch.zeros((), dtype=torch_dtype(field.dtype), device=device).expand(field.shape)
 

@@ -21,7 +21,7 @@ from transformers_moe_offload.compute.mlp import ExpertWeights
 from transformers_moe_offload.compute.rates import measured_rates
 from transformers_moe_offload.config import OffloadConfig
 from transformers_moe_offload.expert import ExpertId
-from transformers_moe_offload.hf.layer import SparseLayer
+from transformers_moe_offload.hf.layer import SparseLayer, experts_at
 from transformers_moe_offload.hf.plan import OffloadPlan, PoolPlan, copier_for
 from transformers_moe_offload.hf.top_k import experts_per_token
 from transformers_moe_offload.memory.checkpoint import ExpertStore
@@ -59,12 +59,12 @@ def host_sides(
 
 
 def _is_portable(model: nn.Module, layer: SparseLayer) -> bool:
-    return layer.mlp is not None and is_portable(layer.mlp, model.get_submodule(layer.name))
+    return layer.mlp is not None and is_portable(layer.mlp, experts_at(model, layer.name))
 
 
 def _side_of(model: nn.Module, layer: SparseLayer, pool: PoolPlan, host: HostTier, config: OffloadConfig) -> HostSide:
     store, compute = host.store, HostCompute()
-    module, spec = model.get_submodule(layer.name), store.layers[layer.index].spec
+    module, spec = experts_at(model, layer.name), store.layers[layer.index].spec
     hidden_size = spec.fields[0].shape[-2 if layer.layout.is_transposed(module) else -1]
     hot_experts = store.layers[layer.index].codings.hot_experts
     usual = spec.expert(next(expert for expert in range(spec.num_experts) if expert not in hot_experts))

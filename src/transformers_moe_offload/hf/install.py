@@ -20,6 +20,7 @@ from transformers.quantizers.auto import AUTO_QUANTIZATION_CONFIG_MAPPING, AUTO_
 
 from transformers_moe_offload.config import OffloadConfig
 from transformers_moe_offload.errors import CheckpointError, ConfigError
+from transformers_moe_offload.hf.adapters.register import uninstall_adapters
 from transformers_moe_offload.hf.delegates.methods import DELEGATED, refusal
 from transformers_moe_offload.hf.delegates.quantizer import delegating
 from transformers_moe_offload.hf.quantizer import MoeOffloadQuantizer, asked_for
@@ -50,6 +51,7 @@ def uninstall() -> None:
     for method in DELEGATED:
         if _is_ours(AUTO_QUANTIZER_MAPPING[method]):
             AUTO_QUANTIZER_MAPPING[method] = AUTO_QUANTIZER_MAPPING[method].__wrapped__
+    uninstall_adapters()
     current = PreTrainedModel.__dict__["from_pretrained"].__func__
     if _is_ours(current):
         PreTrainedModel.from_pretrained = classmethod(current.__wrapped__)

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable
+from contextlib import nullcontext
 from copy import deepcopy
 from functools import cache
 from math import prod
@@ -20,11 +21,15 @@ import torch
 from torch import Tensor, nn
 
 from transformers_moe_offload.cache.cache import ExpertCache
+from transformers_moe_offload.compute.adaptation import NOTHING, Adaptation
+from transformers_moe_offload.compute.adapted import adapted_forward
 from transformers_moe_offload.compute.forward import sparse_forward
+from transformers_moe_offload.compute.lending import Lending
 from transformers_moe_offload.compute.mlp import ExpertMlp
-from transformers_moe_offload.compute.recompute import recompute_in_backward
+from transformers_moe_offload.hf.adapters.added import added_to
 from transformers_moe_offload.hf.eager import fetch_from, twin_of
 from transformers_moe_offload.hf.layouts import ExpertField, ExpertsLayout
+from transformers_moe_offload.hf.own_experts import own_experts
 from transformers_moe_offload.memory.record import torch_dtype
 
 if TYPE_CHECKING:
@@ -76,14 +81,29 @@ class SparseLayer:
         """Stand in for the module's forward, whatever its arguments are."""
         inputs = args + tuple(kwargs[name] for name in self._input_names[len(args) :])
         assert self.runtime is not None
+        adaptation = self._adaptation(module)
+        needs_grad = torch.is_grad_enabled() and (
+            adaptation.needs_gradient() or any(isinstance(x, Tensor) and x.requires_grad for x in inputs)
+        )
         cache = self.runtime.cache_for(self, inputs[0].device)
-        if torch.is_grad_enabled() and any(isinstance(x, Tensor) and x.requires_grad for x in inputs):
-            return recompute_in_backward(
-                lambda *xs: self._compute(module, cache, xs, keeps_weights=False),
-                lambda *xs: self._compute(module, cache, xs, keeps_weights=True),
-                *inputs,
-            )
-        return self._compute(module, cache, inputs, keeps_weights=False)
+        if self.mlp is None:
+            return self._eager(module, cache, inputs, adaptation, needs_grad=needs_grad)
+        options: dict[str, Any] = {
+            "codings": self.runtime.source(self).codings,
+            "started": self.runtime.look_ahead_from(self, inputs[0]),
+        }
+        if not adaptation and not needs_grad:
+            host = self.runtime.host_side_of(self)
+            return sparse_forward(cache, self.index, self.mlp, module, *inputs, host=host, **options)
+        lender = self.runtime.lender(self, inputs[0].device)
+        return adapted_forward(
+            cache, self.index, self.mlp, module, *inputs, adaptation=adaptation, lender=lender, **options
+        )
+
+    def _adaptation(self, module: nn.Module) -> Adaptation:
+        """What is added to the layer's experts in this forward."""
+        low_rank, own = added_to(self), own_experts(module)
+        return Adaptation(low_rank, own) if low_rank or own else NOTHING
 
     def moved(self, fn: Callable[[Tensor], Tensor]) -> None:
         """The module is going through `nn.Module.to` or one of its relatives, which apply `fn` to every parameter."""
@@ -93,28 +113,31 @@ class SparseLayer:
         if probe.device.type != "meta":
             self.runtime.move(self, probe.device, probe.dtype)
 
-    def _compute(
-        self, module: nn.Module, cache: ExpertCache, inputs: tuple[Any, ...], *, keeps_weights: bool
+    def _eager(
+        self,
+        module: nn.Module,
+        cache: ExpertCache,
+        inputs: tuple[Any, ...],
+        adaptation: Adaptation,
+        *,
+        needs_grad: bool,
     ) -> Tensor:
+        """The forward that Transformers wrote, over weights that are fetched as it reaches for them."""
         assert self.runtime is not None
-        started = None if keeps_weights else self.runtime.look_ahead_from(self, inputs[0])
-        source = self.runtime.source(self)
-        if self.mlp is not None:
-            return sparse_forward(
-                cache,
-                self.index,
-                self.mlp,
-                module,
-                *inputs,
-                codings=source.codings,
-                keeps_weights=keeps_weights,
-                started=started,
-                host=self.runtime.host_side_of(self),
-            )
-        wanted = self.layout.wanted(self.num_experts, *inputs, keep_zero_weights=keeps_weights)
-        with cache.visit(self.index, wanted, started) as visit:
-            fetch = fetch_from(visit, source.spec, inputs[0].device, codings=source.codings, copies=keeps_weights)
-            return self.eager_forward(twin_of(module, self.plain_class, self.fields, fetch), *inputs)
+        source, device = self.runtime.source(self), inputs[0].device
+        lender = self.runtime.lender(self, device)
+        wanted = self.layout.wanted(self.num_experts, *inputs, keep_zero_weights=needs_grad)
+        wanted = [expert for expert in wanted if expert not in adaptation.own]
+        lender.used(wanted)
+        with cache.visit(self.index, wanted, self.runtime.look_ahead_from(self, inputs[0])) as visit:
+            fetch = fetch_from(visit, source.spec, device, codings=source.codings)
+            lending = Lending(fetch, lender.copy, adaptation)
+            twin = twin_of(module, self.plain_class, self.fields, lending)
+            try:
+                with lending.recorded() if needs_grad else nullcontext():
+                    return self.eager_forward(twin, *inputs)
+            finally:
+                lending.end()
 
 
 class OffloadedExperts(nn.Module):
@@ -127,6 +150,14 @@ class OffloadedExperts(nn.Module):
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Any:
         layer_of(self).moved(fn)
         return super()._apply(fn, recurse)
+
+
+def experts_at(model: nn.Module, path: str) -> nn.Module:
+    """The experts module at a path of the model, inside of what PEFT may have wrapped around it."""
+    module = model.get_submodule(path)
+    while not isinstance(module, OffloadedExperts) and "base_layer" in module._modules:
+        module = module.get_submodule("base_layer")
+    return module
 
 
 def layer_of(module: nn.Module) -> SparseLayer:

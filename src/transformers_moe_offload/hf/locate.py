@@ -101,6 +101,22 @@ def expert_sources(
     return [_checked(f"{name}[{expert}]", one, field.shape) for expert, one in enumerate(found)]
 
 
+def assembled(name: str, source: ParameterSource, field: ExpertField, expert: int, dtype: str, config: Any) -> Tensor:
+    """One entry of a stacked parameter, where its pieces are tensors in memory."""
+    assert field.num_entries is not None
+    if source.converter is None:
+        ((stack,),) = source.stored.values()
+        return stack[expert]  # type: ignore[index]
+    pieces: dict[str, list[Any]] = {}
+    for pattern in source.converter.source_patterns:
+        for_all = source.stored.get(pattern, [])
+        if len(for_all) == 1:
+            pieces[pattern] = [for_all[0][expert : expert + 1]]  # type: ignore[index]
+        elif for_all:
+            pieces[pattern] = for_all[expert :: field.num_entries]
+    return _assemble_with(name, source, pieces, field.shape, dtype, config)(list(chain(*pieces.values())))
+
+
 def whole_source(name: str, source: ParameterSource, shape: tuple[int, ...], casts: tuple[str, ...]) -> FieldSource:
     """Where a parameter that belongs to a single expert comes from."""
     if source.converter is not None:

@@ -22,6 +22,7 @@ from transformers_moe_offload.hf.checkpoint import Checkpoint, expect_unused, lo
 from transformers_moe_offload.hf.dense import prepare_dense, quantize_dense, settle_dense
 from transformers_moe_offload.hf.discover import take_over
 from transformers_moe_offload.hf.layer import SparseLayer
+from transformers_moe_offload.hf.own_experts import is_of_own_experts
 from transformers_moe_offload.hf.prebuilt.layout import INDEX_NAME
 from transformers_moe_offload.hf.quantization import quantized
 from transformers_moe_offload.hf.records import locate_records, record_keys
@@ -136,7 +137,8 @@ class MoeOffloadQuantizer(HfQuantizer):
         """For `save_pretrained`: the state dict of the plain model, experts included; an adapter needs none of them."""
         if getattr(model, "_hf_peft_config_loaded", False):
             return None, {}
-        return model.state_dict() | model.moe_offload.state_dict(), {}
+        others = {name: tensor for name, tensor in model.state_dict().items() if not is_of_own_experts(name)}
+        return others | model.moe_offload.state_dict(), {}
 
     def is_serializable(self, *args: Any, **kwargs: Any) -> bool:
         """Whether `save_pretrained` works: it writes what the plain model would."""

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from transformers_moe_offload.hf.choices import Choices, choices_of_block, choices_of_router
-from transformers_moe_offload.hf.layer import OffloadedExperts, layer_of
+from transformers_moe_offload.hf.layer import OffloadedExperts, experts_at, layer_of
 from transformers_moe_offload.hf.layouts import ExpertField, ExpertsLayout, layout_of
 from transformers_moe_offload.hf.norms import PreNorm, find_norm, random_hidden
 
@@ -26,6 +26,9 @@ _TOKENS = 32
 _LEAST_AGREEMENT = 0.9
 """Share of the experts chosen in the check that a probe must rank first. Of small models of all architectures of
 Transformers 5.23, those whose routers we reproduce reach 1 in float32 and 0.96 in bfloat16; others stay below 0.5."""
+
+_WRAPPED = ".base_layer"
+"""What PEFT puts a module under when it wraps it."""
 
 _SCORINGS: dict[str, Callable[[Tensor], Tensor]] = {
     "logits": lambda logits: logits,
@@ -134,9 +137,9 @@ class RouterProbe:
 
 def find_router(model: nn.Module, experts_path: str) -> RouterProbe | None:
     """The router of an experts module, by the module's path; None where there is none that we can reproduce."""
-    experts = model.get_submodule(experts_path)
+    experts = experts_at(model, experts_path)
     layout, num_experts, fields = _experts_facts(experts)
-    block_path, _, experts_name = experts_path.rpartition(".")
+    block_path, experts_name = _place(experts_path)
     block = model.get_submodule(block_path)
     found = _find_matrix(block, experts_name, num_experts, fields[0].shape)
     if found is None:
@@ -167,6 +170,45 @@ def find_router(model: nn.Module, experts_path: str) -> RouterProbe | None:
     return best if agreement >= _LEAST_AGREEMENT else None
 
 
+def router_of(model: nn.Module, experts_path: str) -> str | None:
+    """The path of the module that routes to an experts module, whether or not we can reproduce it; None if none is
+    there to be seen."""
+    num_experts, fields = _experts_facts(experts_at(model, experts_path))[1:]
+    block_path, experts_name = _place(experts_path)
+    block = model.get_submodule(block_path)
+    found = _find_matrix(block, experts_name, num_experts, fields[0].shape)
+    if found is not None:
+        return f"{block_path}.{found[0]}"
+    named = [
+        name
+        for name, child in block.named_children()
+        if _is_named_router(name) and next(child.parameters(), None) is not None
+    ]
+    return f"{block_path}.{named[0]}" if len(named) == 1 else None
+
+
+def only_for_choosing(model: nn.Module, experts_path: str) -> Tensor | None:
+    """The correction of a layer's scores, if any: it decides who is chosen, and the loss has no gradient in it."""
+    num_experts, fields = _experts_facts(experts_at(model, experts_path))[1:]
+    block_path, experts_name = _place(experts_path)
+    block = model.get_submodule(block_path)
+    found = _find_matrix(block, experts_name, num_experts, fields[0].shape)
+    correction = None if found is None else _find_correction(block, experts_name, num_experts, found[1])
+    return None if correction is None else correction()
+
+
+def _is_named_router(name: str) -> bool:
+    return name == "gate" or "router" in name
+
+
+def _place(experts_path: str) -> tuple[str, str]:
+    """The block that an experts module is in, and its name there; PEFT wraps what it adapts, perhaps more than once."""
+    while experts_path.endswith(_WRAPPED):
+        experts_path = experts_path.removesuffix(_WRAPPED)
+    block, _, name = experts_path.rpartition(".")
+    return block, name
+
+
 def _experts_facts(experts: nn.Module) -> tuple[ExpertsLayout, int, tuple[ExpertField, ...]]:
     """Layout, number of experts and fields, whether or not the module is offloaded."""
     if isinstance(experts, OffloadedExperts):
@@ -188,7 +230,7 @@ def _find_matrix(
             rows, columns = weight.shape
             if num_experts <= rows <= 2 * num_experts and columns in field_shape:
                 found.append((path.partition(".")[0], ParameterAt(module, "weight")))
-    named = [(name, place) for name, place in found if name == "gate" or "router" in name]
+    named = [(name, place) for name, place in found if _is_named_router(name)]
     return next(iter(named or found), None)
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import weakref
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from copy import deepcopy
 from dataclasses import replace
@@ -18,11 +18,14 @@ from transformers_moe_offload.compute.alignment import gives_equal_bits
 from transformers_moe_offload.compute.host_side import HostSide
 from transformers_moe_offload.config import OffloadConfig
 from transformers_moe_offload.errors import ConfigError, MoeOffloadError
-from transformers_moe_offload.expert import ExpertSpec
+from transformers_moe_offload.expert import ExpertId, ExpertSpec
 from transformers_moe_offload.hf.dense import restore_dense
 from transformers_moe_offload.hf.host_sides import host_sides
-from transformers_moe_offload.hf.layer import SparseLayer, layer_of, unbind
+from transformers_moe_offload.hf.layer import SparseLayer, experts_at, layer_of, unbind
+from transformers_moe_offload.hf.lender import Lender
 from transformers_moe_offload.hf.lookahead import Lookahead, look_ahead_in
+from transformers_moe_offload.hf.own_experts import NAME as OWN_EXPERTS
+from transformers_moe_offload.hf.own_experts import put_among_the_others
 from transformers_moe_offload.hf.parameters import parameters_of
 from transformers_moe_offload.hf.placeholders import put_back
 from transformers_moe_offload.hf.plan import OffloadPlan, Placement, build_caches, make_plan, tried_out
@@ -47,6 +50,8 @@ class OffloadRuntime:
         self._caches: dict[int, ExpertCache] = {}
         self._host_sides: dict[int, HostSide] = {}
         self._lookahead: Lookahead | None = None
+        self._lender: weakref.ref[Lender] | None = None
+        """Of the layer that was computed last."""
         self._recorder: TraceRecorder | None = None
         self._kept_stats: dict[int, LayerStats] = {}
         self._plan: OffloadPlan | None = None
@@ -132,8 +137,9 @@ class OffloadRuntime:
         Afterwards nothing of ours is left in it. Needs memory for the whole model.
         """
         model = self._living_model()
-        loaded = [(module, layer, parameters_of(layer, self.source(layer))) for module, layer in self._modules()]
+        loaded = [(module, layer, self._parameters(module, layer)) for module, layer in self.modules()]
         for module, layer, tensors in loaded:
+            module._modules.pop(OWN_EXPERTS, None)
             unbind(module)
             put_back(module, layer.parameter_order, tensors)
         restore_dense(model)
@@ -159,6 +165,13 @@ class OffloadRuntime:
     def is_quantized(self) -> bool:
         """Whether there are weights in a format of ours."""
         return self.config.experts is not None or self.config.dense is not None
+
+    def modules(self) -> Iterator[tuple[nn.Module, SparseLayer]]:
+        """The experts modules of the model, each with its layer."""
+        model = self._living_model()
+        for layer in self._layers:
+            module = experts_at(model, layer.name)
+            yield module, layer_of(module)
 
     def attach(self, sources: Sequence[LayerSource]) -> None:
         """Take over where the experts are; raises `CapacityError` if the budget cannot work."""
@@ -190,6 +203,23 @@ class OffloadRuntime:
         """What to call with the experts that a layer wants, once their loads are under way; hidden (..., H)."""
         return None if self._lookahead is None else self._lookahead.started(layer.index, hidden)
 
+    def lender(self, layer: SparseLayer, device: torch.device) -> Lender:
+        """Who gives a layer's experts to the backward pass of the forward that begins."""
+        before = None if self._lender is None else self._lender()
+        lender = Lender(self, layer, device, before)
+        self._lender = weakref.ref(lender)
+        return lender
+
+    def load_ahead(self, experts: Iterable[ExpertId]) -> None:
+        """Start loads of experts that are certain to be asked for next, as far as there is room.
+
+        That is no guess, so it does not depend on `config.prefetch`.
+        """
+        for expert in experts:
+            cache = self._caches.get(expert.layer)
+            if cache is None or (cache.is_absent(expert) and not cache.load_ahead(expert)):
+                return
+
     def host_side_of(self, layer: SparseLayer) -> HostSide | None:
         """What the host does of a layer's misses; None where all of them are fetched."""
         return self._host_sides.get(layer.index)
@@ -207,10 +237,16 @@ class OffloadRuntime:
         """All experts under the names that the plain model's `state_dict` gives them; tied ones share memory there."""
         tied = self._living_model().all_tied_weights_keys
         tensors: dict[str, Tensor] = {}
-        for layer in self._layers:
-            for path, tensor in parameters_of(layer, self.source(layer)).items():
+        for module, layer in self.modules():
+            for path, tensor in self._parameters(module, layer).items():
                 name = f"{layer.name}.{path}"
                 tensors[name] = tensors.setdefault(tied.get(name, name), tensor)
+        return tensors
+
+    def _parameters(self, module: nn.Module, layer: SparseLayer) -> dict[str, Tensor]:
+        """All experts of a layer, those that the model has as its own included."""
+        tensors = parameters_of(layer, self.source(layer))
+        put_among_the_others(module, layer.fields, tensors)
         return tensors
 
     def __deepcopy__(self, memo: dict[int, Any]) -> OffloadRuntime:
@@ -222,6 +258,7 @@ class OffloadRuntime:
         twin._sources = dict(self._sources)
         twin._caches, twin._host_sides = {}, {}
         twin._lookahead = None
+        twin._lender = None
         twin._recorder = None
         twin._kept_stats = {}
         twin._plan = None
@@ -287,12 +324,6 @@ class OffloadRuntime:
     def _layer_stats(self, layer: SparseLayer) -> LayerStats:
         cache = self._caches.get(layer.index)
         return cache.stats[layer.index] if cache else self._kept_stats.get(layer.index, LayerStats())
-
-    def _modules(self) -> Iterator[tuple[nn.Module, SparseLayer]]:
-        model = self._living_model()
-        for layer in self._layers:
-            module = model.get_submodule(layer.name)
-            yield module, layer_of(module)
 
     def _living_model(self) -> Any:
         model = self._model()

@@ -26,6 +26,7 @@ __all__ = [
     "dense",
     "linear",
     "linear_each",
+    "linear_transposed",
 ]
 
 
@@ -65,6 +66,11 @@ def linear_each(
     Only for rows that `can_multiply_each`; where the matrices are plain bfloat16 ones, that `dense.reads_fast`.
     """
     return cpu.linear_each(rows, counts, matrices, activations)
+
+
+def linear_transposed(rows: Tensor, matrix: PackedMatrix) -> Tensor:
+    """rows (T, N) of any float dtype -> their products with the columns of the matrix, (T, K): a gradient."""
+    return reference.linear_transposed(rows, matrix)
 
 
 def available() -> dict[str, str]:

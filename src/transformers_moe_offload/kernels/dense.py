@@ -72,6 +72,24 @@ def linear_in_tiles(rows: Tensor, weight: Tensor) -> Tensor:
     return out
 
 
+def linear_transposed(rows: Tensor, weight: Tensor) -> Tensor:
+    """rows (T, N), weight (N, K) -> (T, K), the gradient of `linear`, in float32 tiles where that is faster."""
+    if rows.device.type == "cpu" and wants_tiles(len(rows), rows.dtype, has_units=has_bfloat16_units()):
+        return linear_transposed_in_tiles(rows, weight)
+    return rows @ weight
+
+
+def linear_transposed_in_tiles(rows: Tensor, weight: Tensor) -> Tensor:
+    """rows (T, N), weight (N, K) -> (T, K) in the rows' dtype, added up in float32."""
+    inputs = rows.float()
+    out = torch.zeros((len(rows), weight.shape[1]))
+    for start in range(0, len(weight), TILE_ROWS):
+        some = weight[start : start + TILE_ROWS]
+        tile = scratch("dense", (len(some), weight.shape[1]), torch.float32, weight.device).copy_(some)
+        out.addmm_(inputs[:, start : start + len(some)], tile)
+    return out.to(rows.dtype)
+
+
 @functools.cache
 def has_bfloat16_units() -> bool:
     """Whether this processor multiplies bfloat16 itself (AVX512-BF16 or AMX); true of those we know nothing about."""

@@ -99,7 +99,8 @@ class SlotPool:
         """A slot seen as one expert. Valid until the slot is given to another expert; made once per slot."""
         views = self._views[slot].get(layout)
         if views is None:
-            views = self._views[slot][layout] = layout.views(self._slots[slot])
+            with torch.inference_mode(False):  # a model that generates now may be trained later
+                views = self._views[slot][layout] = layout.views(self._slots[slot])
         return views
 
 

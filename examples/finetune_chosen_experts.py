@@ -1,0 +1,31 @@
+"""Train in full the experts that a new domain uses most, and the routers, between frozen others.
+
+    python examples/finetune_chosen_experts.py --steps 60
+
+A trace of some held-in text says which experts those are. Writes the whole model as a plain checkpoint.
+"""
+
+import sys
+
+import torch
+from finetuning import load, parse, run
+
+from transformers_moe_offload import training
+
+
+def main() -> int:
+    options = parse(__doc__, learning_rate=1e-3)
+    model, held_out, train = load(options)
+    with torch.no_grad(), model.moe_offload.trace() as trace:
+        model(input_ids=torch.stack([block["input_ids"] for block in train[:8]]))
+    training.set_trainable(model, "router")
+    names = training.unfreeze_experts(model, top=2, trace=trace)
+    print(f"trained in full, among others: {names[0].rpartition('.')[0]}")
+    before, after = run(model, options, held_out, train)
+    model.save_pretrained(options.output)
+    print(f"the model is in {options.output}")
+    return 0 if after < before else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,26 @@
+"""Teach the routers of an offloaded mixture of experts a new domain.
+
+    python examples/finetune_router.py --steps 60
+
+Nothing but the routers is trained: one matrix a layer. Writes the whole model, experts included, as a plain checkpoint.
+"""
+
+import sys
+
+from finetuning import load, parse, run
+
+from transformers_moe_offload import training
+
+
+def main() -> int:
+    options = parse(__doc__, learning_rate=3e-3)
+    model, held_out, train = load(options)
+    training.set_trainable(model, "router")
+    before, after = run(model, options, held_out, train)
+    model.save_pretrained(options.output)
+    print(f"the model is in {options.output}")
+    return 0 if after < before else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())

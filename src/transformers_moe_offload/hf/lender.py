@@ -1,0 +1,73 @@
+"""Open a layer's experts for the backward pass, and bring in those that it will come to next.
+
+What a backward pass wants is no guess: the experts of the forward pass in reverse, those of the last layer first.
+"""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from itertools import chain, islice
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from transformers_moe_offload.compute.forward import opened
+from transformers_moe_offload.compute.mlp import ExpertWeights
+from transformers_moe_offload.expert import ExpertId
+from transformers_moe_offload.memory.slots import Weights
+
+if TYPE_CHECKING:
+    from transformers_moe_offload.hf.layer import SparseLayer
+    from transformers_moe_offload.hf.runtime import OffloadRuntime
+
+
+class Lender:
+    """Lends the experts of one layer to the backward pass of one forward."""
+
+    def __init__(
+        self, runtime: OffloadRuntime, layer: SparseLayer, device: torch.device, before: Lender | None
+    ) -> None:
+        """`before` lends to the layer that was computed before this one, whose backward pass comes after."""
+        self._runtime = runtime
+        self._layer = layer
+        self._device = device
+        self._before = None if before is None else weakref.ref(before)
+        self._experts: list[ExpertId] = []
+
+    def used(self, experts: Sequence[int]) -> None:
+        """The forward pass needs these, and so will the backward pass."""
+        self._experts = [ExpertId(self._layer.index, expert) for expert in sorted(experts, reverse=True)]
+
+    @contextmanager
+    def borrow(self, expert: int) -> Iterator[ExpertWeights]:
+        """An expert's weights, until this is closed."""
+        with self._held(expert) as held:
+            yield opened(held, self._runtime.source(self._layer).codings.of(expert))
+
+    def copy(self, name: str, expert: int) -> Tensor:
+        """A field of an expert, decoded, in memory of its own."""
+        coding = self._runtime.source(self._layer).codings.of(expert)
+        with self._held(expert) as held:
+            return held[name].clone() if coding is None else coding.decode_field(name, held).clone()
+
+    @contextmanager
+    def _held(self, expert: int) -> Iterator[Weights]:
+        cache = self._runtime.cache_for(self._layer, self._device)
+        with cache.visit(self._layer.index, [expert]) as visit:
+            held = visit.take(expert)
+            self._runtime.load_ahead(self._upcoming(expert))
+            yield held
+
+    def _upcoming(self, expert: int) -> Iterator[ExpertId]:
+        """Those that the backward pass comes to after an expert, in that order."""
+        own = (other for other in self._experts if other.expert < expert)
+        before = None if self._before is None else self._before()
+        return islice(chain(own, () if before is None else before._experts), _AHEAD)
+
+
+_AHEAD = 2
+"""Experts that are on their way while one is computed with: one for the time that it takes, one more so that the link
+does not wait for the next."""

@@ -1,0 +1,38 @@
+"""Experts that are parameters of the model although the others of their layer are offloaded.
+
+They live in a child of the experts module, `own_experts.{expert}.{field}`, where optimizers and `to` find them. In what
+`save_pretrained` writes, and after `restore`, they are at their places among the others.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from transformers_moe_offload.hf.layouts import ExpertField
+
+NAME = "own_experts"
+
+
+def own_experts(module: nn.Module) -> dict[int, dict[str, Tensor]]:
+    """The experts of a module that are its own parameters, each with its fields."""
+    child: Any = module._modules.get(NAME)
+    if child is None:
+        return {}
+    return {int(expert): dict(fields._parameters) for expert, fields in child._modules.items()}
+
+
+def is_of_own_experts(name: str) -> bool:
+    """Whether a name in a state dict is that of such a parameter."""
+    return f".{NAME}." in name
+
+
+@torch.no_grad()
+def put_among_the_others(module: nn.Module, fields: Iterable[ExpertField], tensors: Mapping[str, Tensor]) -> None:
+    """Write a module's own experts into the stacks of all its experts, by path in the module."""
+    for expert, own in own_experts(module).items():
+        for field in fields:
+            tensors[field.paths[0]][expert].copy_(own[field.name])

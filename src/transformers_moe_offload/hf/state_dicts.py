@@ -1,0 +1,104 @@
+"""Let `load_state_dict` take what `save_pretrained` wrote, as Trainer does when it goes on from a checkpoint.
+
+Files have the names and shapes of the architecture's authors; Transformers converts them in `from_pretrained`, but not
+here. Without this, a router or an expert that has another name in files would silently keep the weights that it has.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, MutableMapping
+from copy import copy
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers.conversion_mapping import get_model_conversion_mapping
+
+from transformers_moe_offload.errors import CheckpointError
+from transformers_moe_offload.hf.layer import SparseLayer
+from transformers_moe_offload.hf.layouts import ExpertField
+from transformers_moe_offload.hf.locate import ParameterSource, assembled, trace_parameters
+from transformers_moe_offload.hf.own_experts import NAME, own_experts
+from transformers_moe_offload.memory.record import torch_dtype
+
+
+def install_state_dict_hook(model: Any) -> None:
+    """Convert state dicts for this model, and for copies of it."""
+    model.register_load_state_dict_pre_hook(_convert)
+
+
+def _convert(model: Any, state_dict: MutableMapping[str, Any], prefix: str, *rest: Any) -> None:
+    """Called by torch with a copy of what is to be loaded, which it goes on with."""
+    runtime = vars(model).get("moe_offload")
+    own_names = set(model.state_dict())
+    if runtime is None or prefix or own_names.issuperset(state_dict):
+        return
+    given = dict(state_dict)
+    found = _by_parameter(model, given)
+    for name, source in found.items():
+        if name in own_names and name not in given:
+            state_dict[name] = _whole(model, name, source)
+    for module, layer in runtime.modules():
+        _load_experts(model, module, layer, found, given, state_dict)
+    for name in set(given) - own_names:
+        if any(name in _keys(source, given) for source in found.values()):
+            state_dict.pop(name, None)
+
+
+def _by_parameter(model: Any, given: Mapping[str, Tensor]) -> dict[str, ParameterSource]:
+    """For every parameter of the plain model, the tensors that make it up."""
+    parameters = dict(model.state_dict())
+    for layer in model.moe_offload.layers:
+        for field in layer.fields:
+            shape = field.shape if field.num_entries is None else (field.num_entries, *field.shape)
+            parameters |= {f"{layer.name}.{path}": torch.empty(shape, device="meta") for path in field.paths}
+    return trace_parameters(model, parameters, get_model_conversion_mapping(model), given)  # type: ignore[arg-type]
+
+
+def _whole(model: Any, name: str, source: ParameterSource) -> Tensor:
+    """A parameter that is not an expert's, converted."""
+    if source.converter is None:
+        (tensors,) = source.stored.values()
+        return tensors[0]  # type: ignore[return-value]
+    conversion = copy(source.converter)
+    conversion.collected_tensors = {pattern: list(tensors) for pattern, tensors in source.stored.items()}
+    out: Any = conversion.convert(name, model=model, config=model.config)[name]
+    return out[0] if isinstance(out, list) else out
+
+
+def _load_experts(
+    model: Any,
+    module: Any,
+    layer: SparseLayer,
+    found: Mapping[str, ParameterSource],
+    given: Mapping[str, Tensor],
+    state_dict: MutableMapping[str, Any],
+) -> None:
+    """Own experts are loaded; of the frozen ones, one a layer is compared with the one that is there."""
+    own = own_experts(module)
+    frozen = next((expert for expert in range(layer.num_experts) if expert not in own), None)
+    for field in layer.fields:
+        source = found.get(f"{layer.name}.{field.paths[0]}")
+        if source is None or not field.is_stacked or field.is_flattened:
+            continue
+        for expert in own:
+            state_dict[f"{layer.name}.{NAME}.{expert}.{field.name}"] = _expert(model, layer, field, source, expert)
+        if frozen is not None and model.moe_offload.source(layer).codings.of(frozen) is None:
+            there = model.moe_offload.source(layer).read(frozen)[field.name]
+            if not torch.equal(_expert(model, layer, field, source, frozen).to(there.dtype), there):
+                raise CheckpointError(
+                    f"{field.name} of expert {frozen} of {layer.name} is not the same in the weights that are loaded "
+                    f"and in the checkpoint of this model, where it is frozen; load the model that was trained"
+                )
+
+
+def _expert(model: Any, layer: SparseLayer, field: ExpertField, source: ParameterSource, expert: int) -> Tensor:
+    spec = next(spec for spec in model.moe_offload.spec(layer).fields if spec.name == field.name)
+    name = f"{layer.name}.{field.paths[0]}"
+    tensor = assembled(name, source, field, expert, spec.dtype, model.config)
+    return tensor.reshape(field.shape).to(torch_dtype(spec.dtype))
+
+
+def _keys(source: ParameterSource, given: Mapping[str, Tensor]) -> set[str]:
+    ids = {id(tensor) for tensors in source.stored.values() for tensor in tensors}
+    return {name for name, tensor in given.items() if id(tensor) in ids}

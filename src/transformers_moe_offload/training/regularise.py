@@ -1,0 +1,86 @@
+"""Keep routers from collapsing or growing sure of themselves while a model is fine-tuned. All of it is off by default.
+
+- balance: `E * sum_i f_i * P_i` per layer, the share of tokens that an expert is chosen by times its mean probability
+  (Switch Transformers, arXiv 2101.03961, equations 4 to 6). 1 when all experts are used alike.
+- z: the mean square of the logits' logsumexp (ST-MoE, arXiv 2202.08906, equation 5).
+- jitter: what enters a router is multiplied by numbers between 1 - jitter and 1 + jitter (Switch Transformers,
+  section 2.2 and appendix; `router_jitter_noise` in Transformers).
+- dropout: of what enters a router.
+"""
+
+# T tokens, K experts per token, E experts
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+from transformers_moe_offload.errors import ConfigError
+from transformers_moe_offload.hf.top_k import experts_per_token
+from transformers_moe_offload.training.parts import experts_paths, router_paths
+from transformers_moe_offload.training.routing import RouterWatch
+
+
+class RouterRegulariser:
+    """Adds to `output.loss` of a model that is being trained, until `remove`."""
+
+    def __init__(
+        self, model: Any, *, balance: float = 0.0, z: float = 0.0, jitter: float = 0.0, dropout: float = 0.0
+    ) -> None:
+        for name, value in (("balance", balance), ("z", z), ("jitter", jitter), ("dropout", dropout)):
+            if not value >= 0 or (name in ("jitter", "dropout") and value >= 1):
+                raise ConfigError(f"{name}={value} is not a weight of 0 or more{', below 1' if value >= 1 else ''}")
+        self.balance, self.z, self.jitter, self.dropout = balance, z, jitter, dropout
+        self.last: dict[str, float] = {}
+        """What the latest loss had in it, before weights."""
+        self._logits: list[Tensor] = []
+        path = experts_paths(model)[0]
+        self._top_k = experts_per_token(model, path.replace(".base_layer", "")) or 1
+        self._watch = RouterWatch(model, self._logits.append)
+        self._handles = [
+            model.register_forward_pre_hook(lambda *_: self._logits.clear()),
+            model.register_forward_hook(self._add),
+        ]
+        if jitter or dropout:
+            routers = [model.get_submodule(router) for router in router_paths(model)]
+            self._handles += [router.register_forward_pre_hook(self._disturb) for router in routers]
+
+    def remove(self) -> None:
+        """Take everything back."""
+        self._watch.remove()
+        for handle in self._handles:
+            handle.remove()
+
+    def _disturb(self, router: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...] | None:
+        if not router.training or not args:
+            return None
+        hidden = args[0]
+        if self.jitter:
+            hidden = hidden * torch.empty_like(hidden).uniform_(1 - self.jitter, 1 + self.jitter)
+        return (functional.dropout(hidden, self.dropout), *args[1:])
+
+    def _add(self, model: nn.Module, args: Any, output: Any) -> None:
+        logits, self._logits[:] = list(self._logits), []
+        if not model.training or getattr(output, "loss", None) is None or not logits:
+            return
+        balance = torch.stack([balance_loss(one, self._top_k) for one in logits]).mean()
+        z = torch.stack([z_loss(one) for one in logits]).mean()
+        self.last = {"balance": balance.item(), "z": z.item()}
+        added = self.balance * balance + self.z * z
+        output.loss = output.loss + added.to(output.loss.device)
+
+
+def balance_loss(logits: Tensor, top_k: int) -> Tensor:
+    """logits (T, E) -> (), 1 when all experts are used alike."""
+    num_experts = logits.shape[-1]
+    chosen = functional.one_hot(logits.topk(top_k).indices, num_experts).float().sum(1)
+    share = chosen.mean(0) / top_k
+    return num_experts * (share * logits.softmax(-1).mean(0)).sum()
+
+
+def z_loss(logits: Tensor) -> Tensor:
+    """logits (T, E) -> ()."""
+    return logits.logsumexp(-1).square().mean()

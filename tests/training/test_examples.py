@@ -1,0 +1,33 @@
+"""Each example lowers the loss on text that it was not trained on."""
+
+import random
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+EXAMPLES = Path(__file__).parents[2] / "examples"
+
+
+@pytest.mark.parametrize(
+    ("name", "written"),
+    [
+        ("finetune_router", "model.safetensors"),
+        ("finetune_experts_lora", "adapter_model.safetensors"),
+        ("finetune_chosen_experts", "model.safetensors"),
+    ],
+)
+def test_an_example_lowers_held_out_loss_and_writes_what_it_says(name, written, tmp_path):
+    draw = random.Random(0)
+    lines = [
+        f"SELECT c{draw.randrange(9)} FROM t{draw.randrange(9)} WHERE id = {draw.randrange(99)};" for _ in range(700)
+    ]
+    (tmp_path / "text").mkdir()
+    (tmp_path / "text" / "queries.sql").write_text("\n".join(lines))
+    command = [sys.executable, str(EXAMPLES / f"{name}.py"), "--steps", "5", "--text", "text", "--output", "out"]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=200)
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert "held-out loss" in done.stdout
+    assert (tmp_path / "out" / written).is_file()
+    assert (tmp_path / "out" / "loss.png").is_file()
