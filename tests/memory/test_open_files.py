@@ -5,7 +5,8 @@ import threading
 
 import pytest
 
-from transformers_moe_offload.memory import disk
+from stores import numbered_store
+from transformers_moe_offload.memory import checkpoint, disk
 from transformers_moe_offload.memory.disk import File
 from transformers_moe_offload.memory.open_files import OpenFiles, default_limit
 
@@ -87,3 +88,10 @@ def test_a_file_that_is_gone_takes_no_place(three, tmp_path):
 def test_half_of_what_the_system_allows_is_left_to_others():
     allowed = resource.getrlimit(resource.RLIMIT_NOFILE)[0]
     assert 8 <= default_limit() <= max(8, allowed // 2)
+
+
+def test_experts_in_more_files_than_may_be_open_are_not_mapped(tmp_path, monkeypatch):
+    store = numbered_store(tmp_path, 1, 2)
+    assert store.is_mappable(0)
+    monkeypatch.setattr(checkpoint, "OPEN_FILES", OpenFiles(0))
+    assert not numbered_store(tmp_path, 1, 2).is_mappable(0)

@@ -100,7 +100,8 @@ def build_moe(
         resume: whether to go on with what an earlier build by this recipe has left.
         overwrite: replace a complete checkpoint that is there.
         push: upload it to this repository of the Hub when it is done, as `recipe.hub` says.
-        token, local_files_only: as in `from_pretrained`.
+        token: as in `from_pretrained`.
+        local_files_only: as in `from_pretrained`.
         advance: told of the bytes that are written; without it there is a progress bar.
     """
     if recipe.kind == "adapter_moe":

@@ -217,8 +217,8 @@ def _is_mappable(placement: Placement, config: OffloadConfig) -> bool:
     if config.mmap is True and not placement.is_mappable:
         raise ConfigError(
             f"mmap=True, but the experts of {placement.spec.name} cannot be used where they lie in the files (they are "
-            f"stored in another dtype, layout or order of parts than the model uses, or computed on an accelerator); "
-            f"leave mmap at 'auto'"
+            f"stored in another dtype, layout or order of parts than the model uses, or in more files than a process "
+            f"may keep open, or computed on an accelerator); leave mmap at 'auto'"
         )
     return placement.is_mappable
 

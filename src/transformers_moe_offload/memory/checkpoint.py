@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from functools import cached_property
+from itertools import chain
 
 import torch
 from torch import Tensor
@@ -14,6 +16,7 @@ from transformers_moe_offload.memory.chunks import Chunk, cut
 from transformers_moe_offload.memory.expert_source import ExpertSource, RecordedExpert
 from transformers_moe_offload.memory.field_source import FieldSource, Stretch
 from transformers_moe_offload.memory.fill import Fill
+from transformers_moe_offload.memory.open_files import OPEN_FILES
 from transformers_moe_offload.memory.ram_file import RamFile
 from transformers_moe_offload.memory.record import RecordLayout, host_bytes
 
@@ -93,6 +96,12 @@ class ExpertStore:
         """The record layout of one expert; those of experts that are stored alike are the same."""
         return self._layouts[layer][expert]
 
+    @cached_property
+    def _files(self) -> set[int]:
+        """The files that experts are in, by identity."""
+        experts = chain.from_iterable(source.experts for source in self.layers.values())
+        return {id(piece.file) for expert in experts for piece in expert.pieces}
+
     def stored_bytes(self, expert: ExpertId) -> int:
         """Bytes read from files for this expert."""
         return sum(piece.nbytes for piece in self._source(expert).pieces)
@@ -100,8 +109,11 @@ class ExpertStore:
     def is_mappable(self, layer: int) -> bool:
         """Whether the layer's experts can be used where they lie in the files.
 
-        A few may not: of the expert at the end of a file, one part lies in the next one.
+        A few may not: of the expert at the end of a file, one part lies in the next one. None may where they lie in
+        more files than can be open at once: a mapped file stays open.
         """
+        if len(self._files) > OPEN_FILES.limit:
+            return False
         experts = range(len(self.layers[layer].experts))
         return 2 * sum(self.stretches(ExpertId(layer, expert)) is not None for expert in experts) > len(experts)
 

@@ -16,7 +16,8 @@ class Expert:
     Args:
         source: the dense model it is taken from; None means the base model.
         name: what it is called in reports and on the card; by default the source's.
-        positive_prompts, negative_prompts: texts that should, and should not, be routed to it.
+        positive_prompts: texts that should be routed to it.
+        negative_prompts: texts that should not.
         dataset: more text of the first kind.
         noise_scale: standard deviation of normal noise on its weights.
         residual_scale: factor on what it adds to the residual stream.

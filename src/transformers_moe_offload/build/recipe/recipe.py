@@ -46,7 +46,13 @@ class MoeRecipe:
         dtype: of the written weights; None means as the base model is stored.
         layers: decoder layers that get experts; the others keep the base model's block. None means all.
         gate: see there; by default ridge regression, and noise for the kinds that have no texts to tell experts by.
-        stem, upcycle, split, adapter_moe, checks, output, hub: see there.
+        stem: everything that is no feed-forward block.
+        upcycle: for the kind of that name.
+        split: for the kind of that name.
+        adapter_moe: for the kind of that name.
+        checks: what is checked of the result.
+        output: how it is written.
+        hub: how it is published.
         tokenizer: where the tokenizer comes from; None means the base model.
         seed: of noise on experts.
     """

@@ -59,7 +59,8 @@ def sweep_gates(
         dtype: of the mixture.
         prepare: called with the mixture when its routers have a gate's rows, before it is scored; for instance to train
             its routers. Whatever else it changes stays so for the gates that follow.
-        token, local_files_only: as in `from_pretrained`.
+        token: as in `from_pretrained`.
+        local_files_only: as in `from_pretrained`.
         advance: told of the gates that are scored.
     """
     hub = {"token": token, "local_files_only": local_files_only}

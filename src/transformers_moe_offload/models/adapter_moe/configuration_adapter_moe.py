@@ -14,7 +14,7 @@ _SCORINGS = ("softmax", "sigmoid", "arrow", "uniform")
 class AdapterMoeConfig(PreTrainedConfig):
     """A dense model whose experts are LoRA adapters.
 
-    Args:
+    Attributes:
         text_config: the config of the dense model.
         adapters: the adapters' names, in the order of the routers' rows; each is a PEFT folder `adapters/NAME`.
         target_modules: the linear layers that some adapter adds to, by the ends of their paths, as PEFT has them.
