@@ -38,6 +38,15 @@ def write_adapter(folder: Path, seed: int, *, rank: int = 4, targets: Sequence[s
     return folder
 
 
+def write_three(folder: Path) -> list[Path]:
+    """Adapters that differ in rank and in what they add to."""
+    return [
+        write_adapter(folder / "wide", 1, rank=8),
+        write_adapter(folder / "narrow", 2, rank=2, use_rslora=True),
+        write_adapter(folder / "all", 3, targets=TARGETS, rank_pattern={"up_proj": 6}),
+    ]
+
+
 def mixture(folders: Sequence[Path], **options) -> AdapterMoeForCausalLM:
     """A model of the dense model and these adapters, with random routers."""
     config = AdapterMoeConfig(

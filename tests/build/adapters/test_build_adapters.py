@@ -10,7 +10,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from models.mixtures import TARGETS, dense_model, logits, saved, write_adapter
+from models.mixtures import dense_model, logits, saved, write_adapter
 from transformers_moe_offload import OffloadConfig, RecipeError
 from transformers_moe_offload.build import MoeRecipe
 from transformers_moe_offload.build.adapters.build import build_adapter_moe
@@ -34,12 +34,7 @@ def dense(tmp_path_factory) -> Path:
 
 @pytest.fixture(scope="module")
 def adapters(tmp_path_factory) -> list[Path]:
-    folder = tmp_path_factory.mktemp("adapters")
-    return [
-        write_adapter(folder / "wide", 1, rank=8),
-        write_adapter(folder / "narrow", 2, rank=2, use_rslora=True),
-        write_adapter(folder / "all", 3, targets=TARGETS, rank_pattern={"up_proj": 6}),
-    ]
+    return write_three(tmp_path_factory.mktemp("adapters"))
 
 
 def recipe(dense: Path, adapters: list[Path], **options) -> MoeRecipe:
