@@ -10,7 +10,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from models.mixtures import dense_model, logits, saved, write_adapter
+from models.mixtures import dense_model, logits, saved, write_adapter, write_three
 from transformers_moe_offload import OffloadConfig, RecipeError
 from transformers_moe_offload.build import MoeRecipe
 from transformers_moe_offload.build.adapters.build import build_adapter_moe
