@@ -282,10 +282,10 @@ def test_a_failed_backward_pass_leaves_no_slot_held_and_the_next_one_works(layer
     hidden, index, weights = inputs(4, 3, torch.float64)
     read, fails = offloaded.cache.slots.start, [False]
 
-    def start(expert, slot):
+    def start(expert, slot, alongside):
         if fails[0]:
             raise OSError("gone")
-        return read(expert, slot)
+        return read(expert, slot, alongside)
 
     offloaded.cache.slots.start = start
     out = offloaded(hidden.clone().requires_grad_(), index, weights)

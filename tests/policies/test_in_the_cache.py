@@ -30,7 +30,7 @@ class Witness(NoSlots):
         self.inside = {}
         self.held = None
 
-    def start(self, expert, slot):
+    def start(self, expert, slot, alongside=0):
         assert slot != self.held, f"{expert} overwrites {self.inside[slot]}, which is held"
         assert expert not in self.inside.values(), f"{expert} is brought into a second slot"
         self.inside[slot] = expert
@@ -115,7 +115,7 @@ def test_a_plan_changes_nothing_whether_it_succeeds_or_has_to_defer(name, visits
 @pytest.mark.parametrize("name", policy_names())
 def test_a_load_that_cannot_start_leaves_a_policy_that_goes_on_working(name):
     class Broken(NoSlots):
-        def start(self, expert, slot):
+        def start(self, expert, slot, alongside=0):
             if expert.expert == 5:
                 raise OSError
             return Landed(from_files=0)

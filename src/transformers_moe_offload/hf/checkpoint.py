@@ -28,7 +28,7 @@ from transformers_moe_offload.hf.locate import (
 from transformers_moe_offload.memory.checkpoint import LayerSource
 from transformers_moe_offload.memory.expert_source import ScatteredExpert
 from transformers_moe_offload.memory.record import dtype_name
-from transformers_moe_offload.memory.safetensors_index import StoredTensor, check_index_file, read_index
+from transformers_moe_offload.memory.safetensors_index import StoredTensor, check_index_file, read_header, read_index
 
 
 @dataclass(frozen=True)
@@ -56,6 +56,8 @@ class Checkpoint:
         """
         if folder.is_dir():
             _refuse_outside(folder, files)
+        # First the name of what it is: files of such a format have tensors of the same names.
+        refuse_hqq((tensor.name for tensor in read_header(files[0])), folder)
         tensors = read_index(files)
         refuse_hqq(tensors, folder)
         if len(files) > 1:
