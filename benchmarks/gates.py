@@ -1,8 +1,9 @@
-"""How well gates route that nobody has trained: held-out bits per byte of a mixture of three specialists.
+"""How well gates route, as they are and with their routers trained: held-out bits per byte of a mixture of three
+specialists.
 
 After figure 2 of arXiv 2408.17280.
 
-    python benchmarks/gates.py            # examples/models/tiny-dense and its three adapters, about 3 minutes
+    python benchmarks/gates.py            # examples/models/tiny-dense and its three adapters, about 6 minutes
     python benchmarks/gates.py --quick    # every line of it once, figures without meaning
 
 Every gate gets the same texts of the models' training data, as prompts; held-out texts are of other files. Computed in
@@ -23,6 +24,7 @@ import typer
 from held_out import DOMAINS, collect
 from outcome import HERE, Verdict, show, write
 from peft import PeftModel
+from router_training import RouterTraining
 from series import TINY_MOE
 from transformers import AutoModelForCausalLM, AutoTokenizer
 from transformers.utils import logging
@@ -52,6 +54,9 @@ GATES = {
 OURS = "ridge"
 """What a recipe gets that says nothing of its gate."""
 
+STEPS = 60
+"""Of router training, from each gate anew."""
+
 SENT_HOME, NEAR = 0.8, 1.05
 """Promised: the least share of tokens that get home at the best layer, and the most bits per byte in each domain, as a
 multiple of its specialist's."""
@@ -68,13 +73,15 @@ def compare_gates(
     """Score gates of every kind on held-out text, beside the base model and the specialists."""
     torch.set_num_threads(1)
     logging.disable_progress_bar()
+    steps = STEPS
     if quick:
-        calibration, evaluation = 2, 2
+        calibration, evaluation, steps = 2, 2, 1
     texts = collect() if text is None else json.loads(text.read_text())
     known = {domain: pieces(texts[domain]["train"], calibration) for domain in DOMAINS}
     unseen = {domain: pieces(texts[domain]["held_out"], evaluation) for domain in DOMAINS}
     tokenizer = AutoTokenizer.from_pretrained(BASE)
     windows = {domain: held_out(some, tokenizer, length=512) for domain, some in unseen.items()}
+    train = RouterTraining.on(known, tokenizer, steps)
     result: dict[str, Any] = {
         "date": datetime.now(UTC).strftime("%Y-%m-%d-%H%M"),
         "conditions": conditions(BASE, 1),
@@ -84,14 +91,16 @@ def compare_gates(
             "calibration": f"{calibration} texts of up to {PIECE_CHARACTERS:,} characters of each domain, from the "
             "models' training text",
             "held-out text": ", ".join(f"{domain} {w.tokens:,} tokens" for domain, w in windows.items()),
-            "with router training": "not measured; `sweep_gates(prepare=...)` is where routers would be trained",
+            "router training": str(train),
         },
         "dense": dense_rows(windows),
         "sweeps": {},
+        "trained": {},
     }
     for experts_per_token in [1, 2] if both else [2]:
-        report = sweep_gates(recipe(known, experts_per_token), GATES, unseen)
-        result["sweeps"][str(experts_per_token)] = report.as_dict()
+        for kind, prepare in (("sweeps", None), ("trained", train)):
+            report = sweep_gates(recipe(known, experts_per_token), GATES, unseen, prepare=prepare)
+            result[kind][str(experts_per_token)] = report.as_dict()
     path = write(results, "gates", result)
     result = json.loads(path.read_text())
     show(path, result, tables(result), verdicts(result))
@@ -158,20 +167,25 @@ def tables(result: Mapping[str, Any]) -> list[Table]:
             [[name, *figures(row)] for name, row in result["dense"].items()],
         )
     ]
-    for count, sweep in result["sweeps"].items():
-        title = f"Bits per byte of mixtures, {count} of 3 experts a token (gateless: all 3)"
-        rows = [
-            [
-                row["name"],
-                *figures(row["bits_per_byte"]),
-                f"{fmean(row['sent_home'].values()):.1%}",
-                f"{max(row['sent_home'].values()):.1%}",
-                f"{fmean(row['entropy'].values()):.2f}",
-            ]
-            for row in sweep["rows"]
-        ]
-        found.append(Table(title, [*header, "sent home", "best layer", "entropy"], rows))
+    for kind, routers in (("sweeps", "not trained"), ("trained", "trained")):
+        for count, sweep in result[kind].items():
+            title = f"Bits per byte of mixtures, {count} of 3 experts a token (gateless: all 3), routers {routers}"
+            found.append(Table(title, [*header, "sent home", "best layer", "entropy"], mixture_rows(sweep)))
     return found
+
+
+def mixture_rows(sweep: Mapping[str, Any]) -> list[list[str]]:
+    """One for each gate."""
+    return [
+        [
+            row["name"],
+            *figures(row["bits_per_byte"]),
+            f"{fmean(row['sent_home'].values()):.1%}",
+            f"{max(row['sent_home'].values()):.1%}",
+            f"{fmean(row['entropy'].values()):.2f}",
+        ]
+        for row in sweep["rows"]
+    ]
 
 
 def figures(by_domain: Mapping[str, float]) -> list[str]:

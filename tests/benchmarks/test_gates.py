@@ -26,7 +26,7 @@ def result(gates, one_thread, tmp_path_factory):
     (folder / "texts.json").write_text(json.dumps(texts))
     gates.compare_gates(quick=True, both=True, text=folder / "texts.json", results=folder / "results")
     (path,) = (folder / "results").glob("gates-*.json")
-    assert path.with_suffix(".md").read_text().count("| ridge |") == 2
+    assert path.with_suffix(".md").read_text().count("| ridge |") == 4
     return json.loads(path.read_text())
 
 
@@ -34,9 +34,16 @@ def test_every_gate_and_every_dense_model_has_its_row(gates, result):
     assert list(result["dense"]) == [
         "base model", "specialist prose", "specialist python", "specialist c", "mean of specialists"
     ]  # fmt: skip
-    for sweep in result["sweeps"].values():
+    for sweep in (*result["sweeps"].values(), *result["trained"].values()):
         assert [row["name"] for row in sweep["rows"]] == list(gates.GATES)
         assert all(set(row["bits_per_byte"]) == {"prose", "python", "c"} for row in sweep["rows"])
+
+
+def test_training_moves_what_routers_choose(result):
+    """One step, whose direction is the loss's: what is better after it is not for this test to say."""
+    for untrained, trained in zip(result["sweeps"].values(), result["trained"].values(), strict=True):
+        for before, after in zip(untrained["rows"], trained["rows"], strict=True):
+            assert before["entropy"] != after["entropy"], before["name"]
 
 
 def test_a_promise_that_is_not_kept_is_said_to_be_broken(gates, result):

@@ -10,7 +10,7 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
 from build.made import NUM_LAYERS, SIZES, recipe_of, save_dense
-from transformers_moe_offload.build import build, build_moe, validate_recipe
+from transformers_moe_offload.build import assembly, build_moe, validate_recipe
 from transformers_moe_offload.build.checks import CheckFailedError
 from transformers_moe_offload.build.materials import Materials
 from transformers_moe_offload.build.recipe import Expert, Gate, Origin, Output, SharedExpert, Split, Stem, Upcycle
@@ -206,7 +206,7 @@ def test_a_build_that_was_killed_goes_on_and_gives_the_same_bytes(models, tmp_pa
 
 
 def test_another_recipe_does_not_go_on_with_what_is_left(models, tmp_path, monkeypatch):
-    monkeypatch.setattr(build, "check_reload", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
+    monkeypatch.setattr(assembly, "check_reload", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
     with pytest.raises(KeyboardInterrupt):
         built(recipe_of(models["base"], models["one"], models["two"]), tmp_path / "moe")
     monkeypatch.undo()

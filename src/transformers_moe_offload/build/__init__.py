@@ -6,6 +6,7 @@ recipe = MoeRecipe.from_file("mixture.yaml")
 info = build_moe(recipe, "my-mixture")
 """
 
+from transformers_moe_offload.build.adapters.bake import bake_adapters
 from transformers_moe_offload.build.adapters.build import AdapterMoeInfo, build_adapter_moe
 from transformers_moe_offload.build.build import build_moe, validate_recipe
 from transformers_moe_offload.build.edit import add_expert, drop_expert, merge_to_dense, replace_expert
@@ -20,6 +21,7 @@ __all__ = [
     "MoeRecipe",
     "SweepReport",
     "add_expert",
+    "bake_adapters",
     "build_adapter_moe",
     "build_moe",
     "drop_expert",

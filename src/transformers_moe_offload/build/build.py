@@ -1,14 +1,10 @@
-"""`validate_recipe` and `build_moe`: from a recipe to a checkpoint in its place, checked.
+"""`validate_recipe` and `build_moe`: from a recipe to a checkpoint.
 
-Every step is a neighbour's; here is their order, and what goes into the folder beside weights.
+What the recipe says is opened and computed here, or by neighbours; how it gets into its place is `assembly.py`'s.
 """
 
 from __future__ import annotations
 
-import hashlib
-import json
-import logging
-from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -16,21 +12,15 @@ from typing import Any
 from huggingface_hub import HfApi
 from torch import Tensor
 from transformers import AutoTokenizer
-from transformers.utils import CONFIG_NAME
-from transformers.utils.logging import tqdm
 
+from transformers_moe_offload.build.assembly import Advance, write_mixture
 from transformers_moe_offload.build.blocks import Channels
-from transformers_moe_offload.build.card import model_card
 from transformers_moe_offload.build.channels import channels_of
-from transformers_moe_offload.build.checks import CheckFailedError
-from transformers_moe_offload.build.checks.logits import check_logits
-from transformers_moe_offload.build.checks.reload import check_reload
-from transformers_moe_offload.build.checks.similarity import similarities, strangers
 from transformers_moe_offload.build.fitting import expect_mergeable
-from transformers_moe_offload.build.folder import MARKS, without_places
+from transformers_moe_offload.build.folder import MARKS
 from transformers_moe_offload.build.gates import STATISTICS_NAME, Gates, program_gates
 from transformers_moe_offload.build.gates.drawn import DRAWN
-from transformers_moe_offload.build.info import INFO_NAME, CheckReport, MoeBuildInfo
+from transformers_moe_offload.build.info import MoeBuildInfo
 from transformers_moe_offload.build.licences import judged, licence_of
 from transformers_moe_offload.build.materials import Materials
 from transformers_moe_offload.build.mixture import origins_of
@@ -39,21 +29,9 @@ from transformers_moe_offload.build.publish import publish
 from transformers_moe_offload.build.recipe import Expert, MoeRecipe
 from transformers_moe_offload.build.sources import Source, open_source
 from transformers_moe_offload.build.sources.tokenizer import is_tokenizer_file, tokenizer_files
-from transformers_moe_offload.build.write import weight_shards, write_weights
 from transformers_moe_offload.errors import CheckpointError, RecipeError
 from transformers_moe_offload.hub.upload import expect_pushable
-from transformers_moe_offload.memory.fingerprint import fingerprint
-from transformers_moe_offload.memory.record import dtype_name
-from transformers_moe_offload.memory.safetensors_index import read_index
-from transformers_moe_offload.memory.safetensors_writer import write_bytes, write_text
-from transformers_moe_offload.output.place import expect_place, place_for
-
-logger = logging.getLogger(__name__)
-
-CARD_NAME = "README.md"
-
-Advance = Callable[[int], None]
-"""Told of the bytes that are done, as they are."""
+from transformers_moe_offload.output.place import expect_place
 
 
 def validate_recipe(recipe: MoeRecipe, *, token: str | None = None, local_files_only: bool = False) -> BuildPlan:
@@ -111,42 +89,17 @@ def build_moe(
     if push is not None:
         expect_pushable(HfApi(token=token), push)
     plan = validate_recipe(recipe, token=token, local_files_only=local_files_only)
-    found = similarities(plan)
-    warnings = (*plan.warnings, *strangers(found, recipe.checks.similarity, plan.base.name))
-    for warning in warnings:
-        logger.warning(warning)
     companions = _companions(plan, token=token, local_files_only=local_files_only)
-    shards = weight_shards(plan, recipe.output.max_shard_bytes)
-    with place_for(
-        folder, _identity(plan), MARKS, overwrite=overwrite, resume=resume, discards=(CheckFailedError, RecipeError)
-    ) as place:
-        gates, materials = _materials(plan, device, place)
-        total = sum(shard.nbytes for shard in shards)
-        with tqdm(total=total, unit="B", unit_scale=True, desc="Writing shards", disable=advance is not None) as bar:
-            write_weights(place, shards, materials, advance or bar.update)
-        for name, content in companions.items():
-            write_bytes(place / name, content)
-        write_text(place / CONFIG_NAME, plan.config.to_json_string())
-        stored = read_index([place / shard.name for shard in shards])
-        was_loaded = check_reload(place, stored, plan.nbytes)
-        identity, forced = check_logits(materials, stored)
-        info = MoeBuildInfo(
-            folder=folder,
-            container=plan.container.name,
-            experts=plan.mixture.names,
-            experts_per_token=recipe.experts_per_token,
-            layers=plan.shape.layers,
-            dtype=dtype_name(plan.dtype),
-            nbytes=plan.nbytes,
-            parameters=plan.parameters,
-            sources=plan.ancestors,
-            gates=gates.report,
-            checks=CheckReport(identity, forced, was_loaded, found),
-            warnings=warnings,
-        )
-        write_text(place / INFO_NAME, json.dumps(info.as_dict(), indent=2) + "\n")
-        name = push or recipe.hub.repo_id or folder.resolve().name
-        write_text(place / CARD_NAME, model_card(name, info, recipe.to_dict(), plan.licence, recipe.hub.tags))
+    info = write_mixture(
+        plan,
+        folder,
+        companions,
+        lambda place: _materials(plan, device, place),
+        name=push or recipe.hub.repo_id,
+        resume=resume,
+        overwrite=overwrite,
+        advance=advance,
+    )
     if push is not None:
         hub = recipe.hub
         publish(folder, push, private=hub.private, revision=hub.revision, create_pr=hub.create_pr, token=token)
@@ -211,30 +164,3 @@ def _companions(plan: BuildPlan, *, token: str | None, local_files_only: bool) -
         files = {name: file for name, file in files.items() if not is_tokenizer_file(name)}
         files |= {file.name: file for file in theirs}
     return {name: file.read_bytes() for name, file in files.items()}
-
-
-def _identity(plan: BuildPlan) -> dict[str, Any]:
-    """What a build can only go on by if it is the same; says nothing about where sources are on this machine."""
-    sources = [
-        {
-            "name": one.name,
-            "revision": one.revision,
-            "files": {file.name: fingerprint(file) for file in one.files},
-        }
-        for one in plan.ancestors
-    ]
-    texts = {Path(dataset.path).name: _digest(Path(dataset.path)) for dataset in plan.recipe.datasets}
-    return {
-        "recipe": without_places(plan.recipe.to_dict()),
-        "container": plan.container.name,
-        "sources": sources,
-        "texts": texts,
-    }
-
-
-def _digest(path: Path) -> str | None:
-    """Of a file with text to calibrate with; data sets on the Hub are known by their names."""
-    if not path.is_file():
-        return None
-    with path.open("rb") as stream:
-        return hashlib.file_digest(stream, "sha256").hexdigest()

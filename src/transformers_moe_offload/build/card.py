@@ -15,6 +15,7 @@ from huggingface_hub import ModelCardData
 from transformers_moe_offload.build.folder import without_places
 from transformers_moe_offload.build.info import MoeBuildInfo
 from transformers_moe_offload.build.licences import Verdict
+from transformers_moe_offload.build.recipe.gate import BAKED
 
 TAGS = ("moe", "merge", "moe-offload")
 
@@ -115,7 +116,8 @@ def model_card(
 def _gates(info: MoeBuildInfo) -> str:
     """How the routers got their weights, layer by layer where there is something to say."""
     report = info.gates
-    lines = [f"Programmed by `{report.mode}`; condition numbers of the rows, without their mean, by layer:", ""]
+    origin = "Those of the mixture of adapters" if report.mode == BAKED else f"Programmed by `{report.mode}`"
+    lines = [f"{origin}; condition numbers of the rows, without their mean, by layer:", ""]
     rows = []
     for layer in report.layers:
         entropy = "" if layer.entropy is None else f"{layer.entropy:.2f}"

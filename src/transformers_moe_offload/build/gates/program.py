@@ -28,6 +28,7 @@ from transformers_moe_offload.build.gates.statistics import About, LayerStatisti
 from transformers_moe_offload.build.gates.texts import Texts, expect_texts, texts_of
 from transformers_moe_offload.build.gates.windows import Windows, random_windows, window_length, windows_of
 from transformers_moe_offload.build.recipe import Expert, Gate
+from transformers_moe_offload.build.recipe.gate import BAKED
 from transformers_moe_offload.build.sources.base import Source
 from transformers_moe_offload.errors import RecipeError
 
@@ -171,6 +172,11 @@ class _Program:
 
 
 def _expect_possible(gate: Gate, texts: Sequence[Texts]) -> None:
+    if gate.mode == BAKED:
+        raise RecipeError(
+            "gate mode 'baked' is what bake_adapters writes: rows of a mixture of adapters, which no recipe has; call "
+            "it on the mixture's folder, or set gate.mode to another"
+        )
     if gate.scoring == "mergekit":
         expect_mergekit(gate, texts)
     elif gate.mode not in (*DRAWN, "base_first"):

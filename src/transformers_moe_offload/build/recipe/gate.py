@@ -20,6 +20,8 @@ GATE_MODES = (
     "base_first",
     "gateless",
 )
+BAKED = "baked"
+"""What recipes say whose rows are those of a mixture of adapters; nobody can ask for it."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -29,7 +31,8 @@ class Gate:
     Args:
         mode: `ridge` regression onto the experts, the `mean` of their texts' hidden states, mergekit's `hidden` (last
             token) and `hidden_avg`, `cheap_embed`dings; without texts: `random`, `uniform`, `noise`, `orthogonal`,
-            `base_first` (the first expert unless trained otherwise), `gateless` (all experts alike).
+            `base_first` (the first expert unless trained otherwise), `gateless` (all experts alike). Recipes beside
+            what `bake_adapters` has written say `baked`: rows are those of the mixture of adapters.
         site: where hidden states are read: `router_input`, or `layer_input` as mergekit does.
         pool: `mean` over tokens or the `last` one, for `mode="mean"`.
         skip_bos: leave the first token out, whose hidden state is like no other's.
@@ -53,7 +56,7 @@ class Gate:
     seed: int = 0
 
     def __post_init__(self) -> None:
-        expect_choice(self, "mode", GATE_MODES)
+        expect_choice(self, "mode", GATE_MODES if self.mode != BAKED else (BAKED,))
         expect_choice(self, "site", ("router_input", "layer_input"))
         expect_choice(self, "pool", ("mean", "last"))
         expect_choice(self, "scoring", ("ours", "mergekit"))

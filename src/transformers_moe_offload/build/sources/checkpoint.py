@@ -56,7 +56,7 @@ class CheckpointSource:
         index = fetched.folder / _INDEX
         if len(fetched.weights) > 1 and index.is_file():
             check_index_file(index, stored)
-        return cls(fetched, config, _as_saved(name, config, stored))
+        return cls(fetched, config, as_saved(name, config, stored))
 
     @property
     def name(self) -> str:
@@ -100,7 +100,7 @@ def read_rows(stored: StoredTensor, start: int, stop: int) -> Tensor:
     return read_stored(rows)
 
 
-def _as_saved(name: str, config: PreTrainedConfig, stored: Mapping[str, StoredTensor]) -> dict[str, StoredTensor]:
+def as_saved(name: str, config: PreTrainedConfig, stored: Mapping[str, StoredTensor]) -> dict[str, StoredTensor]:
     """The tensors that belong to the class, or `CheckpointError` for what is missing, odd or of another shape."""
     expected = layout_of(config)
     for one in expected.values():

@@ -57,8 +57,9 @@ def sweep_gates(
             tokens get there is counted.
         device: where the mixture runs, and the base model's layers while gates are computed.
         dtype: of the mixture.
-        prepare: called with the mixture when its routers have a gate's rows, before it is scored; for instance to train
-            its routers. Whatever else it changes stays so for the gates that follow.
+        prepare: called with the mixture when its routers have a gate's rows and take as many experts as it is scored
+            with, before it is; for instance to train its routers. Whatever else it changes stays so for the gates that
+            follow.
         token: as in `from_pretrained`.
         local_files_only: as in `from_pretrained`.
         advance: told of the gates that are scored.
@@ -126,9 +127,9 @@ def _swept(
     for name, gate in gates.items():
         routers.set_rows(programmed[name].rows)
         every = gate.mode == "gateless"  # all experts at equal weight is what the mode is
-        if prepare is not None:
-            prepare(model)
         with routers.choosing(len(experts) if every else plan.recipe.experts_per_token):
+            if prepare is not None:
+                prepare(model)
             rows.append(_scored(name, model, routers, prepared, homes))
         if advance is not None:
             advance(1)

@@ -1,0 +1,128 @@
+"""A plan becomes a checkpoint in its place, checked: the order of steps, and what goes into the folder beside weights.
+
+Where the routers' rows come from is the caller's to know.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+from transformers.utils import CONFIG_NAME
+from transformers.utils.logging import tqdm
+
+from transformers_moe_offload.build.card import model_card
+from transformers_moe_offload.build.checks import CheckFailedError
+from transformers_moe_offload.build.checks.logits import check_logits
+from transformers_moe_offload.build.checks.reload import check_reload
+from transformers_moe_offload.build.checks.similarity import similarities, strangers
+from transformers_moe_offload.build.folder import MARKS, without_places
+from transformers_moe_offload.build.gates import Gates
+from transformers_moe_offload.build.info import INFO_NAME, CheckReport, MoeBuildInfo
+from transformers_moe_offload.build.materials import Materials
+from transformers_moe_offload.build.plan import BuildPlan
+from transformers_moe_offload.build.write import weight_shards, write_weights
+from transformers_moe_offload.errors import RecipeError
+from transformers_moe_offload.memory.fingerprint import fingerprint
+from transformers_moe_offload.memory.record import dtype_name
+from transformers_moe_offload.memory.safetensors_index import read_index
+from transformers_moe_offload.memory.safetensors_writer import write_bytes, write_text
+from transformers_moe_offload.output.place import place_for
+
+logger = logging.getLogger(__name__)
+
+CARD_NAME = "README.md"
+
+Advance = Callable[[int], None]
+"""Told of the bytes that are done, as they are."""
+
+
+def write_mixture(
+    plan: BuildPlan,
+    folder: Path,
+    companions: Mapping[str, bytes],
+    materials: Callable[[Path], tuple[Gates, Materials]],
+    *,
+    name: str | None = None,
+    resume: bool = True,
+    overwrite: bool = False,
+    advance: Advance | None = None,
+) -> MoeBuildInfo:
+    """Write a mixture to a place beside its folder, check it there, and put it in the folder.
+
+    Args:
+        plan: what to write.
+        folder: where it appears.
+        companions: small files that go along, by name.
+        materials: given the place, the gates and whatever is not simply read.
+        name: what the card calls it; None means as the folder.
+        resume, overwrite, advance: as in `build_moe`.
+    """
+    recipe = plan.recipe
+    found = similarities(plan)
+    warnings = (*plan.warnings, *strangers(found, recipe.checks.similarity, plan.base.name))
+    for warning in warnings:
+        logger.warning(warning)
+    shards = weight_shards(plan, recipe.output.max_shard_bytes)
+    with place_for(
+        folder, _identity(plan), MARKS, overwrite=overwrite, resume=resume, discards=(CheckFailedError, RecipeError)
+    ) as place:
+        gates, ready = materials(place)
+        total = sum(shard.nbytes for shard in shards)
+        with tqdm(total=total, unit="B", unit_scale=True, desc="Writing shards", disable=advance is not None) as bar:
+            write_weights(place, shards, ready, advance or bar.update)
+        for file, content in companions.items():
+            write_bytes(place / file, content)
+        write_text(place / CONFIG_NAME, plan.config.to_json_string())
+        stored = read_index([place / shard.name for shard in shards])
+        was_loaded = check_reload(place, stored, plan.nbytes)
+        identity, forced = check_logits(ready, stored)
+        info = MoeBuildInfo(
+            folder=folder,
+            container=plan.container.name,
+            experts=plan.mixture.names,
+            experts_per_token=recipe.experts_per_token,
+            layers=plan.shape.layers,
+            dtype=dtype_name(plan.dtype),
+            nbytes=plan.nbytes,
+            parameters=plan.parameters,
+            sources=plan.ancestors,
+            gates=gates.report,
+            checks=CheckReport(identity, forced, was_loaded, found),
+            warnings=warnings,
+        )
+        write_text(place / INFO_NAME, json.dumps(info.as_dict(), indent=2) + "\n")
+        title = name or folder.resolve().name
+        write_text(place / CARD_NAME, model_card(title, info, recipe.to_dict(), plan.licence, recipe.hub.tags))
+    return info
+
+
+def _identity(plan: BuildPlan) -> dict[str, Any]:
+    """What a build can only go on by if it is the same; says nothing about where sources are on this machine."""
+    sources = [
+        {
+            "name": one.name,
+            "revision": one.revision,
+            "files": {file.name: fingerprint(file) for file in one.files},
+        }
+        for one in plan.ancestors
+    ]
+    texts = {Path(dataset.path).name: _digest(Path(dataset.path)) for dataset in plan.recipe.datasets}
+    return {
+        "recipe": without_places(plan.recipe.to_dict()),
+        "container": plan.container.name,
+        "sources": sources,
+        "texts": texts,
+    }
+
+
+def _digest(path: Path) -> str | None:
+    """Of a file with text to calibrate with; data sets on the Hub are known by their names."""
+    if not path.is_file():
+        return None
+    with path.open("rb") as stream:
+        return hashlib.file_digest(stream, "sha256").hexdigest()
