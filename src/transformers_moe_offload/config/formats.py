@@ -31,7 +31,7 @@ class HqqFormat:
         axis: 1, groups along the input dimension; 0, along the outputs, is only read: `moe-offload convert` finds it in
             checkpoints that others have quantized. It has no arithmetic of its own, so experts are decoded at each use.
         meta_nbits: bits of a scale, and of a zero: 16 (float16), or 8, integers with a minimum and a step for each
-            128 of them, which saves 16 / `group_size` bits per weight and costs next to no accuracy.
+            128 of them, which saves 15.5 / `group_size` bits per weight and costs next to no accuracy.
         optimize: fit zeros with hqq's solver; False rounds to nearest, which is faster and a little worse.
     """
 
