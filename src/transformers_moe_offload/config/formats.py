@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, fields, replace
 from typing import Any
 
 from transformers_moe_offload.config.options import choose, refuse_unknown
@@ -56,7 +56,12 @@ class HqqFormat:
         return self.nbits + of_meta / self.group_size
 
     def __str__(self) -> str:
-        return f"{self.nbits}-bit, groups of {self.group_size}{'' if self.axis else ' along the outputs'}"
+        meta = ", 16-bit scales" if self.meta_nbits == 16 else ""
+        return f"{self.nbits}-bit, groups of {self.group_size}{'' if self.axis else ' along the outputs'}{meta}"
+
+    def as_stored(self) -> HqqFormat:
+        """The same but for `optimize`, which nobody can tell from what is stored."""
+        return replace(self, optimize=True)
 
     @classmethod
     def parse(cls, text: str) -> HqqFormat:
