@@ -1,6 +1,7 @@
 """`ExpertFormats`: which layer and which expert is in which format."""
 
 import json
+from dataclasses import replace
 
 import pytest
 
@@ -64,3 +65,20 @@ def test_what_makes_no_sense_is_refused(options, message):
 def test_experts_that_the_model_does_not_have_are_refused(experts, message):
     with pytest.raises(ConfigError, match=message):
         ExpertFormats(default=TWO, hot=FOUR, hot_experts=experts).check([16, 8])
+
+
+@pytest.mark.parametrize("asked", [HqqFormat(), {"default": HqqFormat(), "layers": {"1": HqqFormat(nbits=2)}}])
+def test_how_codes_were_found_makes_no_difference_to_a_checkpoint_but_every_bit_that_is_stored_does(asked):
+    def of(optimize, meta_nbits=8):
+        formats = ExpertFormats.make(asked)
+        changed = {"optimize": optimize, "meta_nbits": meta_nbits}
+        layers = {key: replace(value, **changed) for key, value in formats.layers.items()}
+        return OffloadConfig(experts=replace(formats, default=replace(formats.default, **changed), layers=layers))
+
+    assert of(False).override(of(True)).experts == of(False).experts
+    with pytest.raises(
+        ConfigError, match=r"experts=4-bit, groups of 64, 16-bit scales.* quantized with experts=4-bit, groups of 64;"
+    ):
+        of(False).override(of(True, meta_nbits=16))
+    with pytest.raises(ConfigError, match=r"experts=4-bit.* quantized with experts=None"):
+        OffloadConfig(dense=HqqFormat()).override(of(True))

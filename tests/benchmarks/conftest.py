@@ -1,6 +1,7 @@
 """Import the scripts of `benchmarks/`, which find each other because they lie in one folder."""
 
 import importlib
+import json
 import sys
 from pathlib import Path
 
@@ -35,3 +36,17 @@ def one_thread():
     torch.set_num_threads(1)
     yield
     torch.set_num_threads(before)
+
+
+@pytest.fixture(scope="module")
+def texts(tmp_path_factory) -> Path:
+    """A `texts.json` made of a licence, which will not change."""
+    licence = (ROOT / "LICENSE").read_text()
+    held_out, trained = licence[: len(licence) // 2], licence[len(licence) // 2 :]
+    found = {
+        domain: {"held_out": [held_out[start:]], "train": [trained[start:]]}
+        for domain, start in (("prose", 0), ("python", 1500), ("c", 3000))
+    }
+    path = tmp_path_factory.mktemp("texts") / "texts.json"
+    path.write_text(json.dumps(found))
+    return path

@@ -2,12 +2,9 @@
 
 import json
 from itertools import pairwise
-from pathlib import Path
 
 import pytest
 import typer
-
-LICENCE = Path(__file__).parents[2] / "LICENSE"
 
 
 @pytest.fixture(scope="module")
@@ -16,18 +13,11 @@ def quality(script):
 
 
 @pytest.fixture(scope="module")
-def written(quality, one_thread, tmp_path_factory):
-    """What `--quick` writes, with a licence for text, which will not change."""
+def written(quality, one_thread, texts, tmp_path_factory):
+    """What `--quick` writes."""
     folder = tmp_path_factory.mktemp("quality")
-    licence = LICENCE.read_text()
-    held_out, trained = licence[: len(licence) // 2], licence[len(licence) // 2 :]
-    texts = {
-        domain: {"held_out": [held_out[start:]], "train": [trained[start:]]}
-        for domain, start in (("prose", 0), ("python", 1500), ("c", 3000))
-    }
-    (folder / "texts.json").write_text(json.dumps(texts))
-    quality.measure_quality(quick=True, text=folder / "texts.json", results=folder / "results")
-    return folder / "results"
+    quality.measure_quality(quick=True, text=texts, results=folder)
+    return folder
 
 
 @pytest.fixture(scope="module")

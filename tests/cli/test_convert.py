@@ -25,7 +25,7 @@ def test_it_says_what_it_does_and_what_it_wrote_loads(run, source, tmp_path):
     result = run("convert", source, folder, *FROM, "--base-model", "mistralai/Mixtral-8x7B-Instruct-v0.1")
     assert result.exit_code == 0, result.output
     assert result.stdout.splitlines() == [
-        "experts: 2-bit, groups of 16 along the outputs; codes as they are",
+        "experts: 2-bit, groups of 16 along the outputs, 16-bit scales; codes as they are",
         "scales and zeros: were in 8 bits, decoded to float16",
         "dense weights: decoded to float16",
         f"wrote {folder}",

@@ -115,6 +115,19 @@ def test_hot_experts_that_nobody_can_tell_are_refused(run, tiny_moe, folder, tmp
     assert not folder.exists()
 
 
+@pytest.mark.parametrize("command", ["plan", "chat", "quantize"])
+def test_every_command_refuses_the_trace_of_another_model_even_if_all_its_experts_exist(
+    run, tiny_moe, tmp_path, command
+):
+    names = tuple(f"model.layers.{n}.mlp.experts" for n in range(8))
+    trace = Trace(names, (8,) * 8, visits=[RecordedVisit(0, (1,), 0)], step_tokens=[1])
+    trace.save(tmp_path / "trace.npz")
+    places = {"chat": ("--prompt", "int main("), "quantize": (tmp_path / "made",)}.get(command, ())
+    result = run(command, tiny_moe, *places, "--hot", "4x32", "--trace", tmp_path / "trace.npz")
+    assert "recorded with 8 sparse layers of 8 experts, but" in the_error(result)
+    assert not (tmp_path / "made").exists()
+
+
 def test_a_dry_run_writes_nothing_and_needs_no_weights(run, linked, folder):
     result = run("quantize", linked(without="*.safetensors"), folder, "--experts", "3x32", "--dry-run")
     assert result.exit_code == 0

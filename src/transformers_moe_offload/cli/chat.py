@@ -13,6 +13,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, set_seed
 
 from transformers_moe_offload.cli import formats, options
 from transformers_moe_offload.cli.answer import Sampling, answer
+from transformers_moe_offload.cli.blueprint import draw
 from transformers_moe_offload.cli.conversation import Conversation
 from transformers_moe_offload.cli.failures import CommandError, one_line_errors, reading, report
 from transformers_moe_offload.config import OffloadConfig
@@ -70,6 +71,9 @@ def chat(
         loading = {"dtype": options.parse_dtype(dtype) or "auto", "device_map": device_map}
         if prompt is not None and not prompt.strip():
             raise CommandError("--prompt is empty; write something, or leave it out to be asked")
+        if trace is not None:
+            found = draw(model, origin, options.parse_dtype(dtype)).experts
+            formats.expect_same_experts(trace, model, [spec.num_experts for spec in found])
         with reading(f"cannot load {model!r}"):
             tokenizer = AutoTokenizer.from_pretrained(model, **origin.for_classes())
             conversation = Conversation(tokenizer, system)

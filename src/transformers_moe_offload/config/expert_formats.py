@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Any
 
@@ -73,6 +73,16 @@ class ExpertFormats:
     def hot_of_layer(self, number: int) -> frozenset[int]:
         """The experts of a sparse layer that are in the format `hot`."""
         return self._hot_of.get(number, frozenset())
+
+    def as_stored(self) -> ExpertFormats:
+        """The same but for `optimize`, as `HqqFormat.as_stored`."""
+        layers = {key: value and value.as_stored() for key, value in self.layers.items()}
+        return replace(
+            self,
+            default=self.default and self.default.as_stored(),
+            layers=layers,
+            hot=self.hot and self.hot.as_stored(),
+        )
 
     def check(self, num_experts: Sequence[int]) -> None:
         """Raise `ConfigError` if a layer or an expert is named that the model does not have, given the experts of each

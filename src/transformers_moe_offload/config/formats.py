@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, fields, replace
 from typing import Any
 
 from transformers_moe_offload.config.options import choose, refuse_unknown
@@ -31,7 +31,7 @@ class HqqFormat:
         axis: 1, groups along the input dimension; 0, along the outputs, is only read: `moe-offload convert` finds it in
             checkpoints that others have quantized. It has no arithmetic of its own, so experts are decoded at each use.
         meta_nbits: bits of a scale, and of a zero: 16 (float16), or 8, integers with a minimum and a step for each
-            128 of them, which saves 16 / `group_size` bits per weight and costs next to no accuracy.
+            128 of them, which saves 15.5 / `group_size` bits per weight and costs next to no accuracy.
         optimize: fit zeros with hqq's solver; False rounds to nearest, which is faster and a little worse.
     """
 
@@ -56,7 +56,12 @@ class HqqFormat:
         return self.nbits + of_meta / self.group_size
 
     def __str__(self) -> str:
-        return f"{self.nbits}-bit, groups of {self.group_size}{'' if self.axis else ' along the outputs'}"
+        meta = ", 16-bit scales" if self.meta_nbits == 16 else ""
+        return f"{self.nbits}-bit, groups of {self.group_size}{'' if self.axis else ' along the outputs'}{meta}"
+
+    def as_stored(self) -> HqqFormat:
+        """The same but for `optimize`, which nobody can tell from what is stored."""
+        return replace(self, optimize=True)
 
     @classmethod
     def parse(cls, text: str) -> HqqFormat:

@@ -126,13 +126,13 @@ class OffloadConfig(dict[str, Any]):
     def override(self, given: OffloadConfig) -> OffloadConfig:
         """This config of a quantized checkpoint, with the budgets and policies of one that was `given` for loading it.
 
-        Raises `ConfigError` if that one asks for another format.
+        Raises `ConfigError` if that one asks for another format; how its codes were found makes no difference.
         """
         for name, asked, stored in (("experts", given.formats, self.formats), ("dense", given.dense, self.dense)):
-            if asked is not None and asked != stored:
+            if asked is not None and (stored is None or asked.as_stored() != stored.as_stored()):
                 raise ConfigError(
                     f"{name}={getattr(given, name)} was asked for, but the checkpoint was quantized with "
-                    f"{getattr(self, name)}; leave {name} out, or quantize the original checkpoint again"
+                    f"{name}={getattr(self, name)}; leave {name} out, or quantize the original checkpoint again"
                 )
         made: OffloadConfig = self.from_dict(given.to_dict() | self.recipe())
         return made
