@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -24,6 +25,7 @@ from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, get_cosine_schedule_with_warmup, set_seed
 
 from transformers_moe_offload import OffloadConfig, training
+from transformers_moe_offload.bench.page_cache import warm
 
 TOP = 2
 """Experts of each layer that "chosen" trains: those which the domain uses most."""
@@ -45,6 +47,7 @@ def train_row(
     windows = load_file(text)
     trained, held_out = windows["trained"], windows["held_out"]
     chosen = most_used(folder, trained.flatten(0, 1)[:TRACED]) if method == "chosen" else {}
+    warm(sorted(Path(folder).glob("*.safetensors")))
     forget_peak()
     imports_rss = peak_rss()
     options = {} if implementation is None else {"experts_implementation": implementation}
