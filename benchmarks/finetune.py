@@ -174,8 +174,8 @@ def verdicts(result: dict[str, Any]) -> list[Verdict]:
         offloaded, plain = rows[name], rows[PLAIN]
         share = offloaded["train_rss"] / plain["train_rss"]
         beyond = (offloaded["train_rss"] - offloaded["imports_rss"]) / (plain["train_rss"] - plain["imports_rss"])
-        promise = f"{name}: peak memory of LoRA training at most {MOST_MEMORY:.0%} of the plain model's: {share:.0%}"
-        found.append((f"{promise} ({beyond:.0%} without what imports take)", share <= MOST_MEMORY))
+        promise = f"{name}: peak memory of LoRA training at most {MOST_MEMORY:.0%} of the plain model's: {share:.1%}"
+        found.append((f"{promise} ({beyond:.1%} without what imports take)", share <= MOST_MEMORY))
         times = seconds(offloaded) / seconds(plain)
         found.append((f"{name}: at most {MOST_TIME:g} times the seconds a step: {times:.2f}", times <= MOST_TIME))
     return found
