@@ -73,3 +73,8 @@ QUICK = Shape(
 """Small enough to run through every line in seconds; its figures mean nothing."""
 
 QUICK_OLMOE = replace(QUICK, experts=16, experts_per_token=4, popularity=0.7)
+
+TRAINED = Shape(intermediate=512, layers=6, experts=64, experts_per_token=8, vocab=4096, popularity=0.7)
+"""Expert-heavy, to be trained: 1.125 GiB of experts beside 38 MiB of everything else."""
+
+QUICK_TRAINED = replace(QUICK, layers=3, experts=16, experts_per_token=4, popularity=0.7)

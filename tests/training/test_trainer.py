@@ -6,7 +6,7 @@ from peft import PeftModel, get_peft_model
 from torch.utils.data import Dataset
 from transformers import AutoModelForCausalLM, Trainer, TrainingArguments
 
-from transformers_moe_offload import CheckpointError, OffloadConfig, training
+from transformers_moe_offload import CheckpointError, ConfigError, OffloadConfig, training
 
 
 class Texts(Dataset):
@@ -187,3 +187,17 @@ def test_router_losses_are_added_while_training_and_nothing_is_left_of_them(chec
     assert model(input_ids=token_ids, labels=token_ids).loss.item() != plain
     noisy.remove()
     assert model(input_ids=token_ids, labels=token_ids).loss.item() == plain
+
+
+@pytest.mark.parametrize(
+    ("option", "message"),
+    [
+        ({"balance": -1.0}, "balance=-1.0 is no weight of a loss; choose 0, which is off, or more"),
+        ({"z": float("nan")}, "z=nan is no weight of a loss"),
+        ({"jitter": 1.0}, "jitter=1.0 is no share of 1; choose 0, which is off, or more, but less than 1"),
+        ({"dropout": -0.5}, "dropout=-0.5 is no share of 1"),
+    ],
+)
+def test_a_router_loss_or_noise_out_of_bounds_is_refused_before_the_model_is_touched(option, message):
+    with pytest.raises(ConfigError, match=message):
+        training.RouterRegulariser(None, **option)

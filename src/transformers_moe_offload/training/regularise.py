@@ -30,9 +30,12 @@ class RouterRegulariser:
     def __init__(
         self, model: Any, *, balance: float = 0.0, z: float = 0.0, jitter: float = 0.0, dropout: float = 0.0
     ) -> None:
-        for name, value in (("balance", balance), ("z", z), ("jitter", jitter), ("dropout", dropout)):
-            if not value >= 0 or (name in ("jitter", "dropout") and value >= 1):
-                raise ConfigError(f"{name}={value} is not a weight of 0 or more{', below 1' if value >= 1 else ''}")
+        for name, value in (("balance", balance), ("z", z)):
+            if not value >= 0:
+                raise ConfigError(f"{name}={value} is no weight of a loss; choose 0, which is off, or more")
+        for name, value in (("jitter", jitter), ("dropout", dropout)):
+            if not 0 <= value < 1:
+                raise ConfigError(f"{name}={value} is no share of 1; choose 0, which is off, or more, but less than 1")
         self.balance, self.z, self.jitter, self.dropout = balance, z, jitter, dropout
         self.last: dict[str, float] = {}
         """What the latest loss had in it, before weights."""
