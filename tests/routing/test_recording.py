@@ -201,6 +201,12 @@ def test_centroids_are_fitted_to_recorded_hidden_states(plain, token_ids, trace)
     assert set(routing.fit_centroids(some)) == {2}
     with pytest.raises(ConfigError, match=r"fitted for routers \[2\], and not for router 0"):
         routing.set_routing(plain, "k_means", centroids=routing.fit_centroids(some))
+    narrow = {router: one[:, :5] for router, one in centroids.items()}
+    with (
+        routing.set_routing(plain, "k_means", centroids=narrow),
+        pytest.raises(ConfigError, match=r"centroids of router 0 are \(8, 5\), and its hidden states have \d+ values"),
+    ):
+        record(plain, token_ids)
     with pytest.raises(ConfigError, match="has no hidden states; record it with"):
         routing.fit_centroids(record(plain, token_ids))
 

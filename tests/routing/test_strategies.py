@@ -169,6 +169,7 @@ def test_centroids_are_the_means_of_clusters_and_choose_the_nearest():
         ("drop", {"experts": ["a"]}, "is not a list of numbers of experts"),
         ("expert_choice", {"capacity_factor": 0}, "capacity_factor=0 is not a number above 0"),
         ("k_means", {}, "has no centroids; record with"),
+        ("k_means", {"centroids": torch.zeros(8, 4)}, "centroids=Tensor is not a mapping from numbers of routers"),
         ("top_k", {"kk": 2}, "has no option 'kk'; did you mean 'k'"),
         ("topk", {}, "did you mean 'top_k'"),
         (3, {}, "strategy=3 is neither a name nor"),

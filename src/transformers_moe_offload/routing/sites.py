@@ -19,8 +19,6 @@ from transformers_moe_offload.hf.top_k import experts_per_token
 
 _ROUTER_NAMES = ("gate", "router")
 _ROUTER_CLASS = re.compile(r"(Router|Gating)$")
-_MOST_LEVELS = 3
-"""How far above the experts a router may be: PEFT's wrappers lie in between."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -101,7 +99,7 @@ def _site(base: nn.Module, index: int, path: str, experts: list[tuple[int, str, 
         path,
         module,
         num_experts=experts[0][2],
-        top_k=experts_per_token(base, first),
+        top_k=experts_per_token(base, first) or vars(module).get("top_k"),
         layers=tuple(layer for layer, _, _ in experts),
         experts_paths=tuple(path for _, path, _ in experts),
         ends_at=base.get_submodule(first) if first.startswith(f"{path}.") else None,
@@ -111,16 +109,14 @@ def _site(base: nn.Module, index: int, path: str, experts: list[tuple[int, str, 
 def _router_path(base: nn.Module, experts: str) -> str:
     """The path of the router of an experts module."""
     block_path = experts
-    for _ in range(_MOST_LEVELS):
+    while block_path:  # PEFT's wrappers lie in between, and a mixture of adapters can have one router for all layers
         block_path, _, inside = block_path.rpartition(".")
         block = base.get_submodule(block_path)
         if hasattr(block, "route_tokens_to_experts"):
             return block_path  # the router only scores; the block chooses (DBRX)
         names = [name for name, child in block.named_children() if name != inside and _is_router(name, child)]
         if names:
-            return f"{block_path}.{names[0]}"
-        if not block_path:
-            break
+            return f"{block_path}.{names[0]}".lstrip(".")
     raise UnsupportedModelError(
         f"{type(base).__name__}: there is no router beside {experts}; a router is a module named gate or router, or of "
         f"a class named so"

@@ -29,6 +29,11 @@ class KMeans(RoutingStrategy):
     centroids: Mapping[int, Tensor] = field(default_factory=dict, repr=False)
 
     def __post_init__(self) -> None:
+        if not isinstance(self.centroids, Mapping):
+            raise ConfigError(
+                f"centroids={type(self.centroids).__name__} is not a mapping from numbers of routers to centroids, as "
+                f"routing.fit_centroids makes it"
+            )
         if not self.centroids:
             raise ConfigError(
                 "strategy 'k_means' has no centroids; record with record_routing(..., hidden_states=True), and pass "
@@ -51,6 +56,11 @@ class KMeans(RoutingStrategy):
         """The nearest ones that the architecture does not rule out; experts without weights have no centroid."""
         assert call.hidden is not None
         centroids = self.centroids[call.layer].to(call.hidden.device)
+        if centroids.shape[1:] != call.hidden.shape[1:]:
+            raise ConfigError(
+                f"the centroids of router {call.layer} are {tuple(centroids.shape)}, and its hidden states have "
+                f"{call.hidden.shape[1]} values; fit them on a recording of this model"
+            )
         nearness = -torch.cdist(call.hidden.float(), centroids.float())
         ranking = torch.full_like(call.scores, -torch.inf, dtype=torch.float32)
         ranking[:, : len(centroids)] = nearness
