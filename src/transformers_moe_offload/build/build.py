@@ -39,6 +39,8 @@ def validate_recipe(recipe: MoeRecipe, *, token: str | None = None, local_files_
 
     Reads configs and headers only. Raises an error of ours for what cannot be built.
     """
+    if recipe.kind == "adapter_moe":
+        raise RecipeError("kind: adapter_moe is built by build_adapter_moe, which takes the same arguments")
 
     def opened(origin: Any, base: Source | None) -> Source:
         return open_source(origin, base=base, token=token, local_files_only=local_files_only)
@@ -82,8 +84,6 @@ def build_moe(
         local_files_only: as in `from_pretrained`.
         advance: told of the bytes that are written; without it there is a progress bar.
     """
-    if recipe.kind == "adapter_moe":
-        raise RecipeError("kind: adapter_moe is built by build_adapter_moe, which takes the same arguments")
     folder = Path(folder)
     expect_place(folder, MARKS, overwrite=overwrite)
     if push is not None:

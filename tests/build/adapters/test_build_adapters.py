@@ -12,7 +12,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from models.mixtures import dense_model, logits, saved, write_adapter, write_three
 from transformers_moe_offload import OffloadConfig, RecipeError
-from transformers_moe_offload.build import MoeRecipe
+from transformers_moe_offload.build import MoeRecipe, build_moe, validate_recipe
 from transformers_moe_offload.build.adapters.build import build_adapter_moe
 from transformers_moe_offload.build.recipe import AdapterRouting, Expert, Gate, Origin
 
@@ -171,3 +171,9 @@ def test_an_adapter_of_another_model_is_refused(dense, tmp_path):
     save_file({name.replace("layers.1", "layers.7"): value for name, value in load_file(weights).items()}, weights)
     with pytest.raises(Exception, match=r"layers\.7"):
         build_adapter_moe(recipe(dense, [folder], experts_per_token=1), tmp_path / "mixture")
+
+
+@pytest.mark.parametrize("build", [validate_recipe, lambda given: build_moe(given, "never")])
+def test_who_builds_adapters_with_the_function_for_other_kinds_is_told_which_one_does(build, dense, adapters):
+    with pytest.raises(RecipeError, match="built by build_adapter_moe"):
+        build(recipe(dense, adapters))
