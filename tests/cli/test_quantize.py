@@ -9,6 +9,7 @@ import time
 import pytest
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from forked import with_locks_of_its_own
 from transformers_moe_offload.hf.prebuilt.layout import INDEX_NAME
 from transformers_moe_offload.tracing import RecordedVisit, Trace
 from zoo.build import build
@@ -137,7 +138,9 @@ def test_a_dry_run_writes_nothing_and_needs_no_weights(run, linked, folder):
 
 def test_killed_and_run_again_it_gives_the_bytes_of_a_run_that_was_not(run, tiny_moe, folder, tmp_path):
     options = ("--experts", "2x32", "--workers", "1")
-    child = multiprocessing.get_context("fork").Process(target=run, args=("quantize", tiny_moe, folder, *options))
+    child = multiprocessing.get_context("fork").Process(
+        target=with_locks_of_its_own, args=(run, "quantize", tiny_moe, folder, *options)
+    )
     child.start()
     while child.is_alive() and not list(folder.glob("moe_offload-00001-*")):
         time.sleep(0.005)

@@ -12,6 +12,7 @@ import pytest
 import torch
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM
 
+from forked import with_locks_of_its_own
 from transformers_moe_offload import CheckpointError, ConfigError, ExpertFormats, HqqFormat, OffloadConfig, restore
 from transformers_moe_offload.hf.prebuilt.layout import MARKS
 from transformers_moe_offload.output.place import recover
@@ -147,7 +148,8 @@ def test_killed_while_saving_the_old_or_the_new_checkpoint_is_there(quantized, s
     states.append(files(saved))
     context, moments, killed = multiprocessing.get_context("fork"), random.Random(0), 0
     for trial in range(20):
-        child = context.Process(target=(quantized, other)[trial % 2].save_pretrained, args=(saved,))
+        save = (quantized, other)[trial % 2].save_pretrained
+        child = context.Process(target=with_locks_of_its_own, args=(save, saved))
         child.start()
         child.join(moments.uniform(0, span))
         child.kill()

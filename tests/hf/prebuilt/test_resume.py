@@ -7,6 +7,7 @@ import time
 
 import pytest
 
+from forked import with_locks_of_its_own
 from transformers_moe_offload.errors import CheckpointError
 from transformers_moe_offload.hf.prebuilt.layout import INDEX_NAME, MARKS, RECIPE_NAME
 from transformers_moe_offload.memory.checksum import check_file
@@ -66,7 +67,7 @@ def run_and_kill(folder, seconds, **options) -> bool:
     """Whether the child was still at it."""
     context = multiprocessing.get_context("fork")
     is_ready = context.Event()
-    child = context.Process(target=write_slowly, args=(folder, is_ready, options))
+    child = context.Process(target=with_locks_of_its_own, args=(write_slowly, folder, is_ready, options))
     child.start()
     assert is_ready.wait(120)
     child.join(seconds)
