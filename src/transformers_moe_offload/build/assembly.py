@@ -5,12 +5,10 @@ Where the routers' rows come from is the caller's to know.
 
 from __future__ import annotations
 
-import hashlib
 import json
 import logging
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any
 
 from transformers.utils import CONFIG_NAME
 from transformers.utils.logging import tqdm
@@ -20,14 +18,14 @@ from transformers_moe_offload.build.checks import CheckFailedError
 from transformers_moe_offload.build.checks.logits import check_logits
 from transformers_moe_offload.build.checks.reload import check_reload
 from transformers_moe_offload.build.checks.similarity import similarities, strangers
-from transformers_moe_offload.build.folder import MARKS, without_places
+from transformers_moe_offload.build.folder import MARKS
 from transformers_moe_offload.build.gates import Gates
+from transformers_moe_offload.build.identity import build_identity
 from transformers_moe_offload.build.info import INFO_NAME, CheckReport, MoeBuildInfo
 from transformers_moe_offload.build.materials import Materials
 from transformers_moe_offload.build.plan import BuildPlan
 from transformers_moe_offload.build.write import weight_shards, write_weights
 from transformers_moe_offload.errors import RecipeError
-from transformers_moe_offload.memory.fingerprint import fingerprint
 from transformers_moe_offload.memory.record import dtype_name
 from transformers_moe_offload.memory.safetensors_index import read_index
 from transformers_moe_offload.memory.safetensors_writer import write_bytes, write_text
@@ -69,7 +67,12 @@ def write_mixture(
         logger.warning(warning)
     shards = weight_shards(plan, recipe.output.max_shard_bytes)
     with place_for(
-        folder, _identity(plan), MARKS, overwrite=overwrite, resume=resume, discards=(CheckFailedError, RecipeError)
+        folder,
+        build_identity(plan.recipe, plan.container.name, plan.ancestors),
+        MARKS,
+        overwrite=overwrite,
+        resume=resume,
+        discards=(CheckFailedError, RecipeError),
     ) as place:
         gates, ready = materials(place)
         total = sum(shard.nbytes for shard in shards)
@@ -99,30 +102,3 @@ def write_mixture(
         title = name or folder.resolve().name
         write_text(place / CARD_NAME, model_card(title, info, recipe.to_dict(), plan.licence, recipe.hub.tags))
     return info
-
-
-def _identity(plan: BuildPlan) -> dict[str, Any]:
-    """What a build can only go on by if it is the same; says nothing about where sources are on this machine."""
-    sources = [
-        {
-            "name": one.name,
-            "revision": one.revision,
-            "files": {file.name: fingerprint(file) for file in one.files},
-        }
-        for one in plan.ancestors
-    ]
-    texts = {Path(dataset.path).name: _digest(Path(dataset.path)) for dataset in plan.recipe.datasets}
-    return {
-        "recipe": without_places(plan.recipe.to_dict()),
-        "container": plan.container.name,
-        "sources": sources,
-        "texts": texts,
-    }
-
-
-def _digest(path: Path) -> str | None:
-    """Of a file with text to calibrate with; data sets on the Hub are known by their names."""
-    if not path.is_file():
-        return None
-    with path.open("rb") as stream:
-        return hashlib.file_digest(stream, "sha256").hexdigest()

@@ -16,6 +16,7 @@ from transformers_moe_offload.build.folder import without_places
 from transformers_moe_offload.build.info import MoeBuildInfo
 from transformers_moe_offload.build.licences import Verdict
 from transformers_moe_offload.build.recipe.gate import BAKED
+from transformers_moe_offload.build.sources import Ancestor
 
 TAGS = ("moe", "merge", "moe-offload")
 
@@ -106,7 +107,7 @@ def model_card(
             ],
         ),
         gates=_gates(info),
-        sources=_sources(info, licence),
+        sources=sources_table(info.sources, licence),
         notices="".join(f"\n{notice}\n" for notice in licence.notices),
         recipe=yaml.safe_dump(without_places(recipe), sort_keys=False, allow_unicode=True).rstrip(),
     )
@@ -135,16 +136,15 @@ def _gates(info: MoeBuildInfo) -> str:
     return "\n".join([*lines, table(header, rows)])
 
 
-def _sources(info: MoeBuildInfo, licence: Verdict) -> str:
+def linked(one: Ancestor) -> str:
+    """A checkpoint's name, leading to the Hub if it is from there."""
+    return f"[{one.name}](https://huggingface.co/{one.name})" if one.revision else one.name
+
+
+def sources_table(ancestors: Sequence[Ancestor], licence: Verdict) -> str:
+    """What a mixture was made of, with commits and licences."""
     licences = {one.source: str(one) for one in licence.sources}
-    rows = [
-        (
-            f"[{one.name}](https://huggingface.co/{one.name})" if one.revision else one.name,
-            f"`{one.revision}`" if one.revision else "",
-            licences.get(one.name, ""),
-        )
-        for one in info.sources
-    ]
+    rows = [(linked(one), f"`{one.revision}`" if one.revision else "", licences.get(one.name, "")) for one in ancestors]
     return table(("model", "commit", "licence"), rows, right=())
 
 

@@ -20,15 +20,15 @@ from transformers_moe_offload.build.adapters.card import adapters_card
 from transformers_moe_offload.build.adapters.plan import PREFIX, AdapterPlan, plan_adapters
 from transformers_moe_offload.build.adapters.routers import router_rows
 from transformers_moe_offload.build.checks import CheckFailedError
-from transformers_moe_offload.build.folder import MARKS, without_places
+from transformers_moe_offload.build.folder import MARKS
 from transformers_moe_offload.build.gates import GateReport
+from transformers_moe_offload.build.identity import build_identity
 from transformers_moe_offload.build.info import INFO_NAME
 from transformers_moe_offload.build.layout import on_meta
 from transformers_moe_offload.build.publish import publish
 from transformers_moe_offload.build.recipe import MoeRecipe
 from transformers_moe_offload.build.sources import Source
 from transformers_moe_offload.hub.upload import expect_pushable
-from transformers_moe_offload.memory.fingerprint import fingerprint
 from transformers_moe_offload.memory.record import torch_dtype
 from transformers_moe_offload.memory.safetensors_writer import write_bytes, write_text
 from transformers_moe_offload.models.adapter_moe import AdapterMoeForCausalLM
@@ -104,7 +104,12 @@ def build_adapter_moe(
     rows, report = router_rows(plan, _tokenizer(plan.base), device=device)
     shards = _shards(plan, rows, recipe.output.max_shard_bytes)
     with place_for(
-        folder, _identity(plan), MARKS, overwrite=overwrite, resume=resume, discards=(CheckFailedError,)
+        folder,
+        build_identity(recipe, plan.config.model_type, plan.ancestors),
+        MARKS,
+        overwrite=overwrite,
+        resume=resume,
+        discards=(CheckFailedError,),
     ) as place:
         expect_room(place, shards, "or write elsewhere")
         with tqdm(total=plan.nbytes, unit="B", unit_scale=True, desc="Writing", disable=advance is not None) as bar:
@@ -164,15 +169,6 @@ def _copy_adapters(plan: AdapterPlan, place: Path, done: Advance) -> None:
         for name in (folders.WEIGHTS_NAME, folders.CONFIG_NAME):
             write_bytes(target / name, (adapter.folder.folder / name).read_bytes())
         done(adapter.folder.weights.stat().st_size)
-
-
-def _identity(plan: AdapterPlan) -> dict[str, Any]:
-    """What a build can only go on by if it is the same."""
-    sources = [
-        {"name": one.name, "revision": one.revision, "files": {file.name: fingerprint(file) for file in one.files}}
-        for one in plan.ancestors
-    ]
-    return {"recipe": without_places(plan.recipe.to_dict()), "container": "adapter_moe", "sources": sources}
 
 
 def _parameters(plan: AdapterPlan) -> dict[str, int]:

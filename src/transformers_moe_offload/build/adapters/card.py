@@ -10,10 +10,9 @@ import yaml
 from huggingface_hub import ModelCardData
 
 from transformers_moe_offload.build.adapters.plan import AdapterPlan
-from transformers_moe_offload.build.card import table
+from transformers_moe_offload.build.card import linked, sources_table, table
 from transformers_moe_offload.build.folder import without_places
 from transformers_moe_offload.build.licences import Verdict
-from transformers_moe_offload.build.sources import Ancestor
 
 TAGS = ("moe", "lora", "moe-offload")
 
@@ -83,27 +82,15 @@ def adapters_card(
         name=name,
         version=sys.modules[__name__.partition(".")[0]].__version__,  # importing it would point up the layers
         num_adapters=len(plan.adapters),
-        base=_linked(base),
+        base=linked(base),
         per_token=plan.config.num_experts_per_tok,
         routers="" if routing.scoring == "uniform" else f", chosen by a router per {routing.router_per}",
         parameters=table(
             ("", "parameters"),
             [(part, f"{count:,}") for part, count in parameters.items()] + [("all", f"{sum(parameters.values()):,}")],
         ),
-        sources=_sources(plan.ancestors, licence),
+        sources=sources_table(plan.ancestors, licence),
         notices="".join(f"\n{notice}\n" for notice in licence.notices),
         recipe=yaml.safe_dump(without_places(plan.recipe.to_dict()), sort_keys=False, allow_unicode=True).rstrip(),
     )
     return f"---\n{data.to_yaml()}\n---\n\n{text}"
-
-
-def _linked(one: Ancestor) -> str:
-    return f"[{one.name}](https://huggingface.co/{one.name})" if one.revision else one.name
-
-
-def _sources(ancestors: Sequence[Ancestor], licence: Verdict) -> str:
-    licences = {one.source: str(one) for one in licence.sources}
-    rows = [
-        (_linked(one), f"`{one.revision}`" if one.revision else "", licences.get(one.name, "")) for one in ancestors
-    ]
-    return table(("model", "commit", "licence"), rows, right=())
