@@ -1,0 +1,168 @@
+"""Launch the kernels that multiply rows with the matrices of the experts they belong to.
+
+One launch for all experts, and without copying a weight: kernels read records where they are. Nothing is read on the
+host, and what is launched depends on shapes only, so that all of it can be captured in a CUDA graph.
+"""
+
+# T tokens, K experts per token, E experts, P = T * K pairs, N rows and C columns of a matrix, I outputs of a gate
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from transformers_moe_offload.kernels.grouped import Activation, Pairs, PlacedMatrix
+from transformers_moe_offload.kernels.triton.launch import PARTS
+from transformers_moe_offload.kernels.triton.pairs import combine_kernel, order_kernel
+from transformers_moe_offload.kernels.triton.row import grouped_row_kernel
+from transformers_moe_offload.kernels.triton.sizes import (
+    dense_row_sizes,
+    formats,
+    most_tiles,
+    programs,
+    row_sizes,
+    tile_sizes,
+)
+from transformers_moe_offload.kernels.triton.tile import grouped_tile_kernel
+
+DTYPES = {torch.float32: tl.float32, torch.bfloat16: tl.bfloat16, torch.float16: tl.float16}
+
+MOST_PAIRS = 1024
+"""That our own kernel sorts, each by counting all that come before it; a prompt's pairs are sorted by torch."""
+COMPARISONS = 8192
+"""That it makes at a time."""
+WIDTH = 512
+"""Columns of output that one program combines."""
+
+
+def ordered(pairs: Pairs) -> Pairs:
+    """The pairs, sorted by expert, so that tiles of those that share one can be computed together."""
+    chosen, weights, num_experts = pairs.chosen, pairs.weights, pairs.num_experts
+    assert chosen is not None
+    device = chosen.device
+    if pairs.count > MOST_PAIRS:
+        is_idle = (chosen < 0) | (chosen >= num_experts)
+        if weights is not None:
+            is_idle |= weights == 0
+        expert, order = torch.sort(torch.where(is_idle, num_experts, chosen), stable=True)
+        bounds = torch.arange(num_experts + 1, dtype=expert.dtype, device=device)
+        return pairs._replace(order=order.int(), offsets=torch.searchsorted(expert, bounds, out_int32=True))
+    order = torch.empty(pairs.count, dtype=torch.int32, device=device)
+    offsets = torch.empty(num_experts + 1, dtype=torch.int32, device=device)
+    most_pairs = triton.next_power_of_2(max(pairs.count, 16))
+    most_experts = triton.next_power_of_2(num_experts + 1)
+    step = max(4, min(most_pairs, COMPARISONS // max(most_pairs, most_experts)))
+    with torch.cuda.device_of(order):
+        order_kernel[(1,)](
+            chosen, chosen if weights is None else weights, order, offsets, pairs.count, num_experts,
+            has_weights=weights is not None, most_pairs=most_pairs, most_experts=most_experts, step=step,
+        )  # fmt: skip
+    return pairs._replace(order=order, offsets=offsets)
+
+
+class Product:
+    """The products with one matrix of every expert of a layer, and what is done to them.
+
+    Built once for a matrix: whatever can be settled beforehand is not settled again at each step.
+    """
+
+    def __init__(self, matrix: PlacedMatrix, activation: Activation | None = None) -> None:
+        assert activation is None or matrix.can_activate(activation)
+        self.cols = matrix.cols
+        self.outputs = matrix.rows if activation is None else activation.outputs(matrix.rows)
+        self._matrix = matrix
+        packing, places = matrix.packing, matrix.places
+        at = [places["weight"] if packing is None else places["codes"], *(places.get(name, 0) for name in PARTS[1:])]
+        self._numbers = (*at, places.get("bias", 0), matrix.rows, matrix.cols)
+        self._constants = constants(matrix, activation)
+        if packing is None:
+            self._row_sizes = dense_row_sizes(matrix.cols, is_transposed=matrix.is_transposed)
+        else:
+            self._row_sizes = row_sizes(packing)
+        self._row_programs = programs(matrix.rows, packing, self._row_sizes)
+        self._tiles: dict[tuple[torch.dtype, int], tuple[dict[str, int], int]] = {}
+
+    def __call__(self, rows: Tensor, pairs: Pairs) -> Tensor:
+        """Products of the pairs' tokens with their experts' matrices, (P, N), or what the activation makes of them,
+        (P, I).
+
+        rows (P / choices, C) float32, bfloat16 or float16. Rows of idle pairs come out as zeros. With `pairs.offsets`
+        tiles are computed, else each pair on its own.
+        """
+        rows = rows.contiguous()
+        count, num_experts = pairs.count, pairs.num_experts
+        assert rows.shape == (count // pairs.choices, self.cols)
+        out = torch.empty((count, self.outputs), dtype=rows.dtype, device=rows.device)
+        if not count:
+            return out
+        with torch.cuda.device_of(rows):
+            if pairs.offsets is None:
+                assert pairs.chosen is not None
+                weights = pairs.chosen if pairs.weights is None else pairs.weights
+                grouped_row_kernel[count, self._row_programs](
+                    rows, out, pairs.chosen, weights, pairs.addresses, *self._numbers, num_experts, pairs.choices,
+                    has_weights=pairs.weights is not None, **self._constants, **self._row_sizes,
+                )  # fmt: skip
+            else:
+                sizes, num_programs = self._tiles_for(rows.dtype, pairs.rows_per_expert)
+                order = pairs.offsets if pairs.order is None else pairs.order
+                grouped_tile_kernel[most_tiles(count, num_experts, sizes["height"]), num_programs](
+                    rows, out, order, pairs.offsets, pairs.addresses, *self._numbers, num_experts, pairs.choices, count,
+                    is_sorted=pairs.order is None, most_experts=triton.next_power_of_2(num_experts + 1),
+                    **self._constants, **sizes,
+                )  # fmt: skip
+        return out
+
+    def _tiles_for(self, dtype: torch.dtype, rows_per_expert: int) -> tuple[dict[str, int], int]:
+        """How tiles are cut, and how many programs it takes to compute a row of one."""
+        found = self._tiles.get((dtype, rows_per_expert))
+        if found is None:
+            packing = self._matrix.packing
+            sizes = tile_sizes(packing, dtype, rows_per_expert)
+            found = self._tiles[dtype, rows_per_expert] = sizes, programs(self._matrix.rows, packing, sizes)
+        return found
+
+
+def combine(rows: Tensor, pairs: Pairs, dtype: torch.dtype) -> Tensor:
+    """rows (P, H) of the pairs -> (T, H), weighted and added up over a token's choices in their order, in float32."""
+    assert pairs.chosen is not None
+    assert pairs.weights is not None
+    count, width = rows.shape
+    tokens = count // pairs.choices
+    out = torch.empty((tokens, width), dtype=dtype, device=rows.device)
+    if tokens:
+        with torch.cuda.device_of(rows):
+            combine_kernel[(tokens, triton.cdiv(width, WIDTH))](
+                rows.contiguous(), out, pairs.chosen, pairs.weights, width, pairs.num_experts, pairs.choices,
+                width=WIDTH,
+            )  # fmt: skip
+    return out
+
+
+def constants(matrix: PlacedMatrix, activation: Activation | None) -> dict[str, Any]:
+    """What kernels are compiled for, sizes apart."""
+    packing = matrix.packing
+    if packing is None:
+        assert matrix.dtype is not None
+        constants: dict[str, Any] = {"nbits": 8 * matrix.dtype.itemsize, "group_size": 1, "meta_nbits": 16}
+        constants["dtype"] = DTYPES[matrix.dtype]
+    else:
+        constants = formats(packing) | {"dtype": tl.uint8}
+    constants["is_transposed"] = matrix.is_transposed
+    constants["bias_dtype"] = None if matrix.bias_dtype is None else DTYPES[matrix.bias_dtype]
+    if activation is None:
+        return constants | {"function": "none", "gate": "none", "limit": None, "slope": 1.0, "shift": 0.0}
+    gate = "none"
+    if activation.has_gate:
+        gate = "neighbours" if activation.is_interleaved else "halves"
+    return constants | {
+        "function": activation.function,
+        "gate": gate,
+        "limit": activation.limit,
+        "slope": activation.slope,
+        "shift": activation.shift,
+    }
