@@ -90,8 +90,8 @@ def _sections(
     sections = [
         Section(
             "Hit rates",
-            "The trace played through the cache with each policy, and Belady's oracle, the limit for all of them. In the "
-            "table: experts resident when they were asked for, by the slots' share of all experts.",
+            "The trace played through the cache with each policy, and Belady's oracle, the limit for all of them. "
+            "Table: experts resident when they were asked for, by the slots' share of all experts.",
             figures["hit-rates.png"],
             _rates(replays, total_experts),
         )

@@ -49,7 +49,8 @@ class KMeans(RoutingStrategy):
             )
         if len(self.centroids[layer]) != num_experts:
             raise ConfigError(
-                f"{len(self.centroids[layer])} centroids for router {layer}, which has {num_experts} experts; fit as many"
+                f"{len(self.centroids[layer])} centroids for router {layer}, which has {num_experts} experts; "
+                f"fit as many"
             )
         if not self.centroids[layer].isfinite().all():
             raise ConfigError(f"the centroids of router {layer} are not all finite numbers; fit them again")
