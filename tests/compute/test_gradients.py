@@ -21,7 +21,10 @@ def no_readers_left():
     """Graphs hold caches in circles, so that their threads would outlive this file."""
     yield
     gc.collect()
-    assert not [thread for thread in threading.enumerate() if thread.name.startswith("moe-offload-read")]
+    readers = [thread for thread in threading.enumerate() if thread.name.startswith("moe-offload-read")]
+    for thread in readers:
+        thread.join(timeout=10)
+    assert not [thread for thread in readers if thread.is_alive()]
 
 
 @pytest.fixture(scope="module")

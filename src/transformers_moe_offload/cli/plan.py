@@ -181,8 +181,9 @@ def _cross_check(blueprint: Blueprint) -> str:
     if blueprint.recipe is not None:
         return f"quantized: experts {blueprint.recipe.formats}; dense layers {blueprint.recipe.dense or 'as they are'}"
     if blueprint.opener is not None:
-        kept = "as they are" if blueprint.keeps_dense else "opened while they are loaded"
-        return f"quantized with {blueprint.opener.name}; dense layers are {kept}"
+        is_opened = blueprint.opener.is_for_dense and not blueprint.keeps_dense
+        dense = "dense layers are opened while they are loaded" if is_opened else "dense layers are used as they are"
+        return f"quantized with {blueprint.opener.name}; {dense}"
     stored, expected = blueprint.stored.nbytes, blueprint.total_bytes * blueprint.read_share
     dtype = dtype_name(blueprint.stored.dtype or blueprint.dtype)
     if stored is None:

@@ -22,7 +22,7 @@ from transformers_moe_offload.hf.prebuilt.card import auto_class_of, model_card
 from transformers_moe_offload.hf.prebuilt.layout import MARKS, plain_config, prebuilt_config
 from transformers_moe_offload.hf.prebuilt.recipe import recipe_of
 from transformers_moe_offload.hf.prebuilt.sizes import Sizes
-from transformers_moe_offload.hf.prebuilt.source import contents
+from transformers_moe_offload.hf.prebuilt.source import Quantization, contents
 from transformers_moe_offload.hf.prebuilt.writer import Prebuilt, write_prebuilt
 from transformers_moe_offload.hub.fetch import fetch
 from transformers_moe_offload.hub.upload import expect_pushable
@@ -74,7 +74,7 @@ def quantize(
         sizes = Sizes.of(quantization, blueprint.stored_bytes(quantization, origin))
         console = Console()
         console.print(blueprint.title, style="bold", soft_wrap=True)
-        console.print(_plan(config, sizes, quantization.left_as))
+        console.print(_plan(config, sizes, quantization))
         if dry_run:
             return
         expect_place(folder, MARKS, overwrite=overwrite)
@@ -96,6 +96,7 @@ def quantize(
                     base_model=base_model,
                     auto_class=auto_class_of(blueprint.model),
                     left_as=quantization.left_as,
+                    dense_left_as=quantization.dense_left_as,
                 ),
             },
             copies=fetched.companions,
@@ -108,14 +109,14 @@ def quantize(
             push_folder(folder, push, private=private, revision=None, token=token)
 
 
-def _plan(config: OffloadConfig, sizes: Sizes, left_as: str) -> Table:
+def _plan(config: OffloadConfig, sizes: Sizes, quantization: Quantization) -> Table:
     table = Table("weights", "format", box=box.SIMPLE_HEAD)
     for column in ("bits per weight", "before", "after"):
         table.add_column(column, justify="right", no_wrap=True)
     stored = config.formats or ExpertFormats()
-    kinds = [str(value or left_as) for value in (stored.default, *stored.layers.values())]
+    kinds = [str(value or quantization.left_as) for value in (stored.default, *stored.layers.values())]
     if stored.num_hot:
-        kinds.append(f"{stored.num_hot} hot: {stored.hot or left_as}")
+        kinds.append(f"{stored.num_hot} hot: {stored.hot or quantization.left_as}")
     table.add_row(
         f"{sizes.num_experts} experts",
         "; ".join(dict.fromkeys(kinds)),
@@ -125,6 +126,6 @@ def _plan(config: OffloadConfig, sizes: Sizes, left_as: str) -> Table:
     )
     bits = f"{config.dense.bits_per_weight:.2f}" if config.dense else ""
     before, after = readable(sizes.plain_dense_bytes), readable(sizes.dense_bytes)
-    table.add_row("dense", str(config.dense or left_as), bits, before, after)
+    table.add_row("dense", str(config.dense or quantization.dense_left_as), bits, before, after)
     table.add_row("all", "", "", readable(sizes.plain_bytes), readable(sizes.nbytes))
     return table

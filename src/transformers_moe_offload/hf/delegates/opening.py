@@ -20,6 +20,9 @@ from transformers_moe_offload.memory.checkpoint import LayerSource
 from transformers_moe_offload.memory.record import dtype_name, torch_dtype
 from transformers_moe_offload.memory.safetensors_index import StoredTensor
 
+_FOR_EXPERTS = "mxfp4"
+"""The method that leaves everything but experts as it is."""
+
 
 @dataclass(frozen=True)
 class Opener:
@@ -31,6 +34,11 @@ class Opener:
     opens_dense: bool
     """Whether loading opens the dense part, wherever that happens."""
 
+    @property
+    def is_for_dense(self) -> bool:
+        """Whether the method quantizes more than experts."""
+        return self.name != _FOR_EXPERTS
+
     @classmethod
     def take_from(cls, config: Any) -> Opener | None:
         """What opens a checkpoint with this config, which is a plain model's afterwards; None if it was before."""
@@ -41,7 +49,7 @@ class Opener:
         quantizer = AutoHfQuantizer.from_config(stored, pre_quantized=True)
         method = quantizer.quantization_config
         name = str(getattr(method.quant_method, "value", method.quant_method))
-        opens_dense = bool(method.dequantize) or name == "mxfp4"  # which is about experts alone
+        opens_dense = bool(method.dequantize) or name == _FOR_EXPERTS
         method.dequantize = True
         del holder.quantization_config
         return cls(quantizer, name, opens_dense)

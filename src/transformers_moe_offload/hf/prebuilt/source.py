@@ -78,8 +78,13 @@ class Quantization:
 
     @property
     def left_as(self) -> str:
-        """What becomes of weights that have no format, for people."""
+        """What becomes of experts that have no format, for people."""
         return "as in the original" if self.opener is None else f"opened from {self.opener.name}"
+
+    @property
+    def dense_left_as(self) -> str:
+        """What becomes of the dense part if it has no format."""
+        return self.left_as if self.opener is None or self.opener.is_for_dense else "as in the original"
 
     @cached_property
     def conversions(self) -> list[Any]:
