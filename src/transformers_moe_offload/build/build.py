@@ -37,7 +37,7 @@ from transformers_moe_offload.output.place import expect_place
 def validate_recipe(recipe: MoeRecipe, *, token: str | None = None, local_files_only: bool = False) -> BuildPlan:
     """What a recipe comes to: container, tensors, bytes, and what is doubtful about it.
 
-    Reads configs and headers only. Raises an error of ours for what cannot be built.
+    Reads configs and headers only, of models on the Hub too. Raises an error of ours for what cannot be built.
     """
     if recipe.kind == "adapter_moe":
         raise RecipeError("kind: adapter_moe is built by build_adapter_moe, which takes the same arguments")
@@ -90,6 +90,8 @@ def build_moe(
         expect_pushable(HfApi(token=token), push)
     plan = validate_recipe(recipe, token=token, local_files_only=local_files_only)
     companions = _companions(plan, token=token, local_files_only=local_files_only)
+    for source, names in plan.read_of:
+        source.bring(names)
     info = write_mixture(
         plan,
         folder,
