@@ -70,8 +70,8 @@ def measure_building(
         "date": datetime.now(UTC).strftime("%Y-%m-%d-%H%M"),
         "conditions": conditions(folder),
         "facts": {
-            "mixture": f"{NUM_EXPERTS} experts of 2 made models, bfloat16, {builds[0]['nbytes']:,} bytes, random gates; "
-            f"with {MANY_EXPERTS} experts {large['nbytes']:,}",
+            "mixture": f"{NUM_EXPERTS} experts of 2 made models, bfloat16, {builds[0]['nbytes']:,} bytes, random "
+            f"gates; with {MANY_EXPERTS} experts {large['nbytes']:,}",
             "rounds": f"{rounds}, build and copy in turns, medians; {MANY_EXPERTS} experts once",
             "memory": "most resident memory of the process (VmHWM) less that with everything imported",
             "build": "the whole of build_moe, checks included; written files are synced, as copied ones are",
