@@ -45,12 +45,16 @@ class HubWeights:
     def look_up(cls, repo: str, folder: Path, options: Mapping[str, Any], *, file: str | None = None) -> HubWeights:
         """Find a repository's weight files and read their headers.
 
-        `folder` holds the commit's small files; `file` is the name of the only weight file, if the config tells one.
+        `folder` holds the commit's small files; `file` is the weight file, or the index, if the config names one.
         Raises `CheckpointError` where there are no safetensors, or an index points elsewhere.
         """
         wanted = {name: options.get(name) for name in ("token", "local_files_only")}
         found = cls(repo, folder, wanted)
-        names = [file] if file is not None else found._names()
+        index = folder / Path(file or SAFE_WEIGHTS_INDEX_NAME).name  # whatever the config says, in this folder
+        if index.suffix == ".json":
+            names = shards_of(index) if index.is_file() else [SAFE_WEIGHTS_NAME]
+        else:
+            names = [index.name]
         with ThreadPoolExecutor(_AT_ONCE, thread_name_prefix="moe-offload-hub") as several:
             headers = dict(zip(names, several.map(found._header, names), strict=True))
         return cls(repo, folder, wanted, headers)
@@ -58,11 +62,6 @@ class HubWeights:
     def download(self, files: Iterable[str]) -> list[Path]:
         """Bring files to this machine that are not there yet."""
         return [Path(hf_hub_download(self.repo, name, revision=self.folder.name, **self.options)) for name in files]
-
-    def _names(self) -> list[str]:
-        """The files of the index, or the one file that there is without."""
-        index = self.folder / SAFE_WEIGHTS_INDEX_NAME
-        return shards_of(index) if index.is_file() else [SAFE_WEIGHTS_NAME]
 
     def _header(self, name: str) -> tuple[FieldSpec, ...]:
         path = self.folder / name
