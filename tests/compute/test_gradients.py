@@ -19,9 +19,10 @@ from transformers_moe_offload.compute.routing import group_by_expert
 @pytest.fixture(scope="module", autouse=True)
 def no_readers_left():
     """Graphs hold caches in circles, so that their threads would outlive this file."""
+    before = set(threading.enumerate())
     yield
     gc.collect()
-    readers = [thread for thread in threading.enumerate() if thread.name.startswith("moe-offload-read")]
+    readers = [one for one in set(threading.enumerate()) - before if one.name.startswith("moe-offload-read")]
     for thread in readers:
         thread.join(timeout=10)
     assert not [thread for thread in readers if thread.is_alive()]
