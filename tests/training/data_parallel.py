@@ -1,4 +1,4 @@
-"""Train LoRA on an offloaded model and write down what came of it: MODEL OUTPUT BATCH, in as many processes as started it."""
+"""Train LoRA on an offloaded model, in as many processes as started it, and write down what came: MODEL OUTPUT BATCH."""
 
 import hashlib
 import json
