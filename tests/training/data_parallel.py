@@ -1,4 +1,4 @@
-"""Train LoRA on an offloaded model, in as many processes as started it, and write down what came: MODEL OUTPUT BATCH."""
+"""Train LoRA on an offloaded model and write down what came of it: MODEL OUTPUT BATCH, in however many processes."""
 
 import hashlib
 import json
@@ -37,6 +37,7 @@ def main(model: str, output: str, batch: str) -> None:
         "world_size": trainer.args.world_size,
         "losses": [entry["loss"] for entry in trainer.state.log_history if "loss" in entry],
         "trained": digest(adapted),
+        "slot_bytes": offloaded.moe_offload.plan.cache_bytes,
         "shared_bytes": shared_bytes(Path(model)),
     }
     Path(output, f"{trainer.args.process_index}.json").write_text(json.dumps(facts))
@@ -48,7 +49,7 @@ def digest(model: torch.nn.Module) -> str:
     found = hashlib.sha256()
     for parameter in model.parameters():
         if parameter.requires_grad:
-            found.update(parameter.detach().numpy().tobytes())
+            found.update(parameter.detach().view(-1).view(torch.uint8).numpy().tobytes())
     return found.hexdigest()
 
 

@@ -9,6 +9,8 @@ from pathlib import Path
 
 import pytest
 
+from .conftest import TINY_MOE
+
 SCRIPT = Path(__file__).parent / "data_parallel.py"
 ACCELERATE = [sys.executable, "-m", "accelerate.commands.launch", "--num_machines", "1"]
 TWO_ON_THIS_MACHINE = ["--mpirun_hostfile", "hosts"]
@@ -20,44 +22,39 @@ LAUNCHERS = {
 needs_mpi = pytest.mark.skipif(shutil.which("mpirun") is None, reason="needs mpirun")
 
 
-def trained(launch, checkpoint, folder, batch):
+def trained(launch, folder, batch):
     """What each process has written down, by its number."""
     output = folder / "output"
     output.mkdir()
     (folder / "hosts").write_text("localhost slots=2\n")
     as_root = {"OMPI_ALLOW_RUN_AS_ROOT": "1", "OMPI_ALLOW_RUN_AS_ROOT_CONFIRM": "1"}
     environment = os.environ | as_root | {"OMP_NUM_THREADS": "1", "HF_HOME": str(folder)}
-    command = [*launch, str(SCRIPT), str(checkpoint), str(output), str(batch)]
+    command = [*launch, str(SCRIPT), str(TINY_MOE), str(output), str(batch)]
     done = subprocess.run(command, cwd=folder, capture_output=True, text=True, timeout=240, env=environment)
     assert done.returncode == 0, done.stderr[-3000:]
     return {int(file.stem): json.loads(file.read_text()) for file in output.iterdir() if file.stem.isdigit()}
 
 
 @pytest.fixture(scope="module")
-def alone(checkpoint, tmp_path_factory):
+def alone(tmp_path_factory):
     """What one process learns."""
-    return trained([sys.executable], checkpoint, tmp_path_factory.mktemp("alone"), batch=4)
+    return trained([sys.executable], tmp_path_factory.mktemp("alone"), batch=4)
 
 
 @pytest.mark.parametrize(
     "launcher", ["torchrun", "accelerate", pytest.param("accelerate with mpirun", marks=needs_mpi)]
 )
-def test_two_processes_have_the_losses_of_one_with_twice_the_batch(launcher, alone, checkpoint, tmp_path):
-    found = trained(LAUNCHERS[launcher], checkpoint, tmp_path, batch=2)
+def test_two_processes_have_the_losses_of_one_with_twice_the_batch(launcher, alone, tmp_path):
+    found = trained(LAUNCHERS[launcher], tmp_path, batch=2)
     assert [facts["world_size"] for facts in (*alone.values(), *found.values())] == [1, 2, 2]
     assert found[0]["losses"] == pytest.approx(alone[0]["losses"], rel=1e-3)
     assert found[0]["trained"] == found[1]["trained"], "gradients were not synchronised"
     if sys.platform == "linux":
-        assert min(facts["shared_bytes"] for facts in found.values()) > 0.5 * experts_bytes(checkpoint)
-    assert alone[0]["shared_bytes"] == 0
+        slots = [facts["slot_bytes"] for facts in found.values()]
+        assert all(facts["shared_bytes"] >= 0.9 * min(slots) > 0 for facts in found.values()), "experts are not shared"
 
 
-def experts_bytes(checkpoint):
-    """Of what two processes share; the dense weights of a file this small are about a third of it."""
-    return sum(file.stat().st_size for file in checkpoint.glob("*.safetensors")) / 2
-
-
-def test_without_a_hostfile_accelerate_starts_one_process_on_a_cpu(checkpoint, tmp_path):
+def test_without_a_hostfile_accelerate_starts_one_process_on_a_cpu(tmp_path):
     """As docs/finetuning.md says; when this fails, accelerate has learnt to, and the docs can be shorter."""
-    found = trained([*ACCELERATE, "--cpu", "--num_processes", "2"], checkpoint, tmp_path, batch=2)
+    found = trained([*ACCELERATE, "--cpu", "--num_processes", "2"], tmp_path, batch=2)
     assert [facts["world_size"] for facts in found.values()] == [1]
