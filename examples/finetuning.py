@@ -1,5 +1,7 @@
 """What the three examples of fine-tuning share: text of a domain that the small model has never seen, a Trainer with a
-progress bar, held-out loss before and after, and a plot. `torchrun` and `accelerate launch` start them in several processes.
+progress bar, held-out loss before and after, and a plot.
+
+`torchrun` and `accelerate launch` start the examples in several processes.
 
 The domain is Perl, of which every Debian has some; `--text` takes any folder of your own.
 """
