@@ -1,4 +1,4 @@
-"""Two processes that share the files learn what one learns with batches of twice the size."""
+"""Two processes that share the files learn what one learns with batches of twice the size, and evaluate alike."""
 
 import json
 import os
@@ -12,26 +12,32 @@ import pytest
 from .conftest import TINY_MOE
 
 SCRIPT = Path(__file__).parent / "data_parallel.py"
+EVALUATION = Path(__file__).parent / "evaluation_in_parallel.py"
+TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node"]
 ACCELERATE = [sys.executable, "-m", "accelerate.commands.launch", "--num_machines", "1"]
-TWO_ON_THIS_MACHINE = ["--mpirun_hostfile", "hosts"]
 LAUNCHERS = {
-    "torchrun": [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"],
+    "torchrun": [*TORCHRUN, "2"],
     "accelerate": [*ACCELERATE, "--multi_gpu", "--num_processes", "2", "--main_process_port", "0"],
-    "accelerate with mpirun": [*ACCELERATE, "--cpu", "--num_processes", "2", *TWO_ON_THIS_MACHINE],
+    "accelerate with mpirun": [*ACCELERATE, "--cpu", "--num_processes", "2", "--mpirun_hostfile", "hosts"],
 }
 needs_mpi = pytest.mark.skipif(shutil.which("mpirun") is None, reason="needs mpirun")
+
+
+def launched(launch, script, *arguments, folder):
+    """Run a script to its end, in a folder."""
+    (folder / "hosts").write_text("localhost slots=2\n")
+    as_root = {"OMPI_ALLOW_RUN_AS_ROOT": "1", "OMPI_ALLOW_RUN_AS_ROOT_CONFIRM": "1"}
+    environment = os.environ | as_root | {"OMP_NUM_THREADS": "1", "HF_HOME": str(folder)}
+    command = [str(part) for part in (*launch, script, *arguments)]
+    done = subprocess.run(command, cwd=folder, capture_output=True, text=True, timeout=240, env=environment)
+    assert done.returncode == 0, done.stderr[-3000:]
 
 
 def trained(launch, folder, batch):
     """What each process has written down, by its number."""
     output = folder / "output"
     output.mkdir()
-    (folder / "hosts").write_text("localhost slots=2\n")
-    as_root = {"OMPI_ALLOW_RUN_AS_ROOT": "1", "OMPI_ALLOW_RUN_AS_ROOT_CONFIRM": "1"}
-    environment = os.environ | as_root | {"OMP_NUM_THREADS": "1", "HF_HOME": str(folder)}
-    command = [*launch, str(SCRIPT), str(TINY_MOE), str(output), str(batch)]
-    done = subprocess.run(command, cwd=folder, capture_output=True, text=True, timeout=240, env=environment)
-    assert done.returncode == 0, done.stderr[-3000:]
+    launched(launch, SCRIPT, TINY_MOE, output, batch, folder=folder)
     return {int(file.stem): json.loads(file.read_text()) for file in output.iterdir() if file.stem.isdigit()}
 
 
@@ -58,3 +64,14 @@ def test_without_a_hostfile_accelerate_starts_one_process_on_a_cpu(tmp_path):
     """As docs/finetuning.md says; when this fails, accelerate has learnt to, and the docs can be shorter."""
     found = trained([*ACCELERATE, "--cpu", "--num_processes", "2"], tmp_path, batch=2)
     assert [facts["world_size"] for facts in found.values()] == [1]
+
+
+def test_two_processes_that_accelerate_has_prepared_evaluate_what_one_does(checkpoint, tmp_path):
+    found = []
+    for number in ("1", "2"):
+        launched([*TORCHRUN, number], EVALUATION, checkpoint, tmp_path / number, folder=tmp_path)
+        found.append(json.loads((tmp_path / number).read_text()))
+    (_, alone), (wrapper, together) = found
+    assert wrapper == "DistributedDataParallel"
+    assert together == alone
+    assert len(set(alone)) == 8
