@@ -208,3 +208,22 @@ def test_without_the_advice_of_linux_pages_are_touched(store, monkeypatch):
     slots = slots_of(store)
     for expert in (FIRST, SECOND):
         assert numbers_in(bring_in(slots, expert)[1]) == {number(expert)}
+
+
+@needs_linux
+def test_who_has_left_is_unmapped_when_memory_is_to_be_given_back_and_who_returned_stays(large_store, tmp_path):
+    path, slots = tmp_path / "model.safetensors", slots_of(large_store)
+    one, other = ExpertId(0, 0), ExpertId(0, 2)
+    bring_in(slots, one)
+    bring_in(slots, other)
+    assert 16 <= mapped_bytes(path) / 2**20 <= 16 + 6
+    slots.give_back()
+    assert 8 <= mapped_bytes(path) / 2**20 <= 8 + 6
+    assert slots.holds(0)
+    bring_in(slots, one)
+    bring_in(slots, other)
+    bring_in(slots, one)
+    slots.give_back()
+    assert slots.holds(0)
+    assert numbers_in(slots.weights(one, 0)) == {1.0}
+    assert 8 <= mapped_bytes(path) / 2**20 <= 8 + 6

@@ -23,9 +23,9 @@ were used so shortly before are the last ones that the kernel takes."""
 class MappedSlots:
     """Slots that stand for mapped pages: bringing an expert in maps its pages and reads those that are not cached.
 
-    What leaves stays mapped until its slot is given up: the memory is the page cache's, and the kernel takes it back
-    when it is needed. So an expert that comes back is there at once, as a rule. One that does not lie in the files as
-    it should lie in memory is copied instead.
+    What leaves stays mapped until its slot is given up or somebody asks to give back: the memory is the page cache's,
+    and the kernel takes it back when it is needed. So an expert that comes back is there at once, as a rule. One that
+    does not lie in the files as it should lie in memory is copied instead.
     """
 
     def __init__(self, store: ExpertStore, workers: int) -> None:
@@ -34,6 +34,8 @@ class MappedSlots:
         self._lanes = Lanes(workers)
         self._experts: dict[ExpertId, _MappedExpert] = {}
         self._inside: dict[int, _MappedExpert] = {}
+        self._left: set[_MappedExpert] = set()
+        """Who has been replaced since memory was given back; some may have returned."""
 
     def add(self, slot: int) -> None:
         """Nothing is allocated."""
@@ -47,6 +49,7 @@ class MappedSlots:
         """Begin to map an expert, in one go: all of its pages are announced to the kernel at once anyway."""
         if slot in self._inside:
             self._inside[slot].leave()
+            self._left.add(self._inside[slot])
         coming = self._inside[slot] = self._experts.setdefault(expert, _MappedExpert(self._store, expert))
         if coming.is_there():
             return Landed(coming.from_files)
@@ -62,6 +65,12 @@ class MappedSlots:
     def holds(self, slot: int) -> bool:
         """Whether the kernel has not taken pages back meanwhile, and nobody has cut the file short."""
         return self._inside[slot].is_there()
+
+    def give_back(self) -> None:
+        """Unmap whoever has left."""
+        for expert in self._left.difference(self._inside.values()):
+            expert.let_go()
+        self._left.clear()
 
     def device_bytes(self, expert: ExpertId) -> int:
         """There is no accelerator."""
