@@ -8,7 +8,7 @@ where their experts come.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Container, Iterable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -19,11 +19,16 @@ from transformers_moe_offload.cache.warming import most_used
 from transformers_moe_offload.compute.alignment import gives_equal_bits
 from transformers_moe_offload.compute.host_side import HostSide
 from transformers_moe_offload.config import OffloadConfig
+from transformers_moe_offload.engine.engine import DeviceEngine
+from transformers_moe_offload.errors import ConfigError
 from transformers_moe_offload.expert import ExpertId
+from transformers_moe_offload.hf.decode.decoding import Decoding
+from transformers_moe_offload.hf.decode.engines import addressed_layers, build_engines
+from transformers_moe_offload.hf.decode.obstacles import obstacle, report
 from transformers_moe_offload.hf.host_sides import host_sides
 from transformers_moe_offload.hf.layer import SparseLayer
 from transformers_moe_offload.hf.lookahead import Lookahead, look_ahead_in
-from transformers_moe_offload.hf.plan import OffloadPlan, Placement, build_caches, make_plan, tried_out
+from transformers_moe_offload.hf.plan import OffloadPlan, Placement, build_caches, make_plan, tried_out, without_arenas
 from transformers_moe_offload.memory.checkpoint import ExpertStore, LayerSource
 from transformers_moe_offload.stats import LayerStats
 from transformers_moe_offload.tracing import TraceRecorder
@@ -37,6 +42,9 @@ class LayerCaches:
         self._of_layer: dict[int, ExpertCache] = {}
         self._host_sides: dict[int, HostSide] = {}
         self._lookahead: Lookahead | None = None
+        self._engines: dict[int, DeviceEngine] = {}
+        self.decoding = Decoding({}, {})
+        """What of the model decodes on the device."""
         self._recorder: TraceRecorder | None = None
         self._kept_stats: dict[int, LayerStats] = {}
         self.plan: OffloadPlan | None = None
@@ -45,8 +53,21 @@ class LayerCaches:
     def build(self, model: Any, by_layer: Mapping[int, LayerSource], config: OffloadConfig) -> OffloadPlan:
         """Build caches, empty; raises `CapacityError` if the budget cannot work."""
         sources = list(by_layer.values())
-        plan = tried_out(make_plan(self._placements(by_layer, config), config), sources, config)
+        obstacles = self._obstacles(by_layer, config)
+        plan = tried_out(make_plan(self._placements(by_layer, config, obstacles), config), sources, config)
+        engines: dict[int, DeviceEngine] = {}
+        if plan.arena_bytes:
+            try:
+                engines = build_engines(plan, sources, config)
+            except ConfigError as error:  # the system does not grant so much page-locked memory
+                plan = without_arenas(plan, config, str(error))
+        if plan.arena_refused is not None:
+            obstacles = {layer.name: plan.arena_refused for layer in self._layers} | obstacles
+        report(obstacles, len(self._layers), config)
+        self.decoding = Decoding(addressed_layers(self._layers, by_layer, engines, obstacles), obstacles)
         self._of_layer, host = build_caches(plan, sources, config)
+        self._of_layer |= {layer: engine.cache for layer, engine in engines.items()}
+        self._engines = engines
         self._host_sides = host_sides(model, self._layers, plan, host, config)
         specs = {layer.index: by_layer[layer.index].spec for layer in self._layers}
         self._lookahead = look_ahead_in(model, config.prefetch, self._of_layer, specs)
@@ -60,10 +81,13 @@ class LayerCaches:
     def drop(self, *, keep_stats: bool) -> None:
         """Free slots and threads, until caches are needed again."""
         if keep_stats:
-            self._kept_stats |= {index: cache.stats[index] for index, cache in self._of_layer.items()}
+            self._kept_stats |= {layer.index: self.stats_of(layer) for layer in self._layers}
         for side in set(self._host_sides.values()):
             side.compute.close()
-        self._of_layer, self._host_sides = {}, {}
+        for engine in set(self._engines.values()):
+            engine.close()
+        self._of_layer, self._host_sides, self._engines = {}, {}, {}
+        self.decoding = Decoding({}, {})
         self._lookahead = None
         self.plan = None
 
@@ -72,14 +96,16 @@ class LayerCaches:
 
         Raises `CapacityError` or `ConfigError` if that cannot work, and then nothing has changed.
         """
-        plan = make_plan(self._placements(sources, config), config)
+        plan = make_plan(self._placements(sources, config, self._obstacles(sources, config)), config)
         if self.plan is None:
             return
-        is_mapped = {pool.layers: pool.is_mapped for pool in self.plan.pools}
-        pools = tuple(replace(pool, is_mapped=is_mapped[pool.layers]) for pool in plan.pools)
-        self.plan = replace(plan, pools=pools, reads_past_cache=self.plan.reads_past_cache)
-        for pool in plan.pools:
-            self._of_layer[pool.layers[0]].resize(pool.num_slots)
+        num_slots = {pool.layers: pool.num_slots for pool in plan.pools}
+        pools = tuple(replace(pool, num_slots=num_slots[pool.layers]) for pool in self.plan.pools)
+        self.plan = replace(self.plan, pools=pools, budget_bytes=plan.budget_bytes)
+        for pool in pools:
+            first = pool.layers[0]
+            owner = self._engines[first] if first in self._engines else self._of_layer[first]
+            owner.resize(pool.num_slots)
 
     def warm(self, counts: Mapping[str, Sequence[float]]) -> None:
         """Load the experts that were used most, by the module path of their layer, as far as slots are free."""
@@ -113,22 +139,32 @@ class LayerCaches:
 
     def stats_of(self, layer: SparseLayer) -> LayerStats:
         """What a layer has asked for, before and after caches were dropped."""
-        cache = self._of_layer.get(layer.index)
-        return cache.stats[layer.index] if cache else self._kept_stats.get(layer.index, LayerStats())
+        owner = self._engines.get(layer.index) or self._of_layer.get(layer.index)
+        return owner.stats[layer.index] if owner else self._kept_stats.get(layer.index, LayerStats())
 
     def reset_stats(self) -> None:
         """Start counting from zero."""
         self._kept_stats = {}
+        for layer in self._layers:
+            self.stats_of(layer)  # what a device has counted is not to come in later
         for index, cache in self._of_layer.items():
             cache.stats[index] = LayerStats()
 
     def record(self, recorder: TraceRecorder | None) -> None:
         """Tell a recorder of every visit from now on, or nobody any more."""
         self._recorder = recorder
+        self.decoding.is_traced = recorder is not None
         for cache in self.all():
             cache.on_visit = None if recorder is None else recorder.record
 
-    def _placements(self, sources: Mapping[int, LayerSource], config: OffloadConfig) -> list[Placement]:
+    def _obstacles(self, sources: Mapping[int, LayerSource], config: OffloadConfig) -> dict[str, str]:
+        """By module path, why layers cannot decode on the device."""
+        found = {layer.name: obstacle(layer, sources[layer.index], config) for layer in self._layers}
+        return {name: reason for name, reason in found.items() if reason is not None}
+
+    def _placements(
+        self, sources: Mapping[int, LayerSource], config: OffloadConfig, on_the_host: Container[str]
+    ) -> list[Placement]:
         store = ExpertStore(list(sources.values()))
         return [
             Placement(
@@ -137,6 +173,7 @@ class LayerCaches:
                 codings=sources[layer.index].codings,
                 is_mappable=_is_mappable(layer, sources[layer.index], store, config),
                 is_in_ram=sources[layer.index].is_in_ram,
+                is_addressed=layer.name not in on_the_host,
             )
             for layer in self._layers
         ]

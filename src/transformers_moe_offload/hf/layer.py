@@ -92,6 +92,10 @@ class SparseLayer:
             "codings": self.runtime.source(self).codings,
             "started": self.runtime.look_ahead_from(self, inputs[0]),
         }
+        decoding = self.runtime.decoding
+        addressed = decoding.layer(self.index, module, inputs, needs_grad=needs_grad, is_adapted=bool(adaptation))
+        if addressed is not None:
+            return decoding.compute(addressed, module, *inputs)
         if not adaptation and not needs_grad:
             host = self.runtime.host_side_of(self)
             return sparse_forward(cache, self.index, self.mlp, module, *inputs, host=host, **options)

@@ -17,6 +17,8 @@ from transformers_moe_offload.config import OffloadConfig
 from transformers_moe_offload.errors import ConfigError, MoeOffloadError
 from transformers_moe_offload.expert import ExpertId, ExpertSpec
 from transformers_moe_offload.hf.caches import LayerCaches
+from transformers_moe_offload.hf.decode.decoding import Decoding
+from transformers_moe_offload.hf.decode.step import COMPILED_CALL, DecodeStep
 from transformers_moe_offload.hf.dense import restore_dense
 from transformers_moe_offload.hf.layer import SparseLayer, experts_at, layer_of, unbind
 from transformers_moe_offload.hf.lender import Lender
@@ -47,6 +49,7 @@ class OffloadRuntime:
         self._lender: weakref.ref[Lender] | None = None
         """Of the layer that was computed last."""
         self._recorder: TraceRecorder | None = None
+        self._step = DecodeStep(self)
         self._is_closed = False
         for layer in self._layers:
             layer.runtime = self
@@ -124,11 +127,13 @@ class OffloadRuntime:
         restore_dense(model)
         del model.moe_offload
         vars(model).pop("hf_quantizer", None)
+        vars(model).pop(COMPILED_CALL, None)
         self.close()
         return model
 
     def close(self) -> None:
         """Free slots, threads and files now. The model cannot run afterwards."""
+        self._step.forget()
         self._caches.drop(keep_stats=False)
         self._sources.clear()
         self._is_closed = True
@@ -145,6 +150,17 @@ class OffloadRuntime:
         """Whether there are weights in a format of ours."""
         return self.config.experts is not None or self.config.dense is not None
 
+    @property
+    def model(self) -> Any:
+        """The model whose handle this is."""
+        return self._living_model()
+
+    @property
+    def decoding(self) -> Decoding:
+        """What of the model decodes on the device."""
+        self._ensure_caches()
+        return self._caches.decoding
+
     def modules(self) -> Iterator[tuple[nn.Module, SparseLayer]]:
         """The experts modules of the model, each with its layer."""
         model = self._living_model()
@@ -156,6 +172,8 @@ class OffloadRuntime:
         """Take over where the experts are; raises `CapacityError` if the budget cannot work."""
         self._sources = {source.spec.layer: source for source in sources}
         self._ensure_caches()
+        if self.config.decode == "graph":
+            vars(self.model)[COMPILED_CALL] = self._step.get_compiled_call
 
     def spec(self, layer: SparseLayer) -> ExpertSpec:
         """What a layer's experts are made of now."""
@@ -235,6 +253,7 @@ class OffloadRuntime:
         twin._lender = None
         twin._recorder = None
         twin._is_closed = self._is_closed
+        twin._step = deepcopy(self._step, memo)
         twin._layers = deepcopy(self._layers, memo)
         twin._caches = LayerCaches(twin._layers)
         return twin
