@@ -41,6 +41,8 @@ class Counters:
             self._asked = torch.zeros((num_layers, self._width + 1), dtype=torch.uint8, device=device)
             """(L, E + 1): 1 for those among them; the last column is of nobody."""
             self._exists = (table.homes != NOBODY).to(torch.uint8)
+        self._places: dict[tuple[int, int], Tensor] = {}
+        """Parts of `routed`, by layer and number of pairs."""
         self._noted: set[int] = set()
         self._on_the_way: deque[tuple[Tensor, Mark]] = deque()
         self._spare: list[Tensor] = []
@@ -63,7 +65,9 @@ class Counters:
                 )
             self.close()
         self._noted.add(layer)
-        place = self._routed[self._row[layer], :pairs]
+        place = self._places.get((layer, pairs))
+        if place is None:
+            place = self._places[layer, pairs] = self._routed[self._row[layer], :pairs]
         self._streams.compute(lambda: torch.clamp(top_k_index.reshape(-1), max=self._width, out=place))
 
     @property

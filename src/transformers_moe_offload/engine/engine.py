@@ -60,6 +60,7 @@ class DeviceEngine:
 
         It may be read by kernels on the compute stream, submitted before the next `between_steps`.
         """
+        self._slots.table_is_read()
         return self._table.of(layer)
 
     def note(self, layer: int, top_k_index: Tensor) -> None:

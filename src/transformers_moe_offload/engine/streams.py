@@ -144,7 +144,7 @@ class CudaStreams:
 
     def is_capturing(self) -> bool:
         """Whether a CUDA graph is being captured."""
-        return torch.cuda.is_current_stream_capturing()
+        return bool(torch.cuda.is_current_stream_capturing())
 
     def synchronize(self) -> None:
         """Wait for all streams of the GPU."""
@@ -156,7 +156,7 @@ class _CudaMark:
         self.event = event
 
     def is_done(self) -> bool:
-        return self.event.query()
+        return bool(self.event.query())
 
     def wait(self) -> None:
         self.event.synchronize()  # sync: device -> host
