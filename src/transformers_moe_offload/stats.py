@@ -21,6 +21,8 @@ class LayerStats:
     """Experts whose load started because the layer asked."""
     computed: int = 0
     """Of the misses, experts that the host computed where they were, instead of their being loaded."""
+    in_place: int = 0
+    """Of the misses, experts that an accelerator read where they were, in host memory, without waiting for a load."""
     prefetch_used: int = 0
     """Experts loaded ahead of demand and then asked for."""
     prefetch_wasted: int = 0
@@ -28,7 +30,7 @@ class LayerStats:
     disk_bytes: int = 0
     """Bytes read from checkpoint files."""
     device_bytes: int = 0
-    """Bytes copied from host memory to an accelerator."""
+    """Bytes that an accelerator got from host memory, copied to it or read in place."""
     stall_ms: float = 0.0
     """Time the layer waited for loads, in milliseconds."""
 

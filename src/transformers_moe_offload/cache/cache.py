@@ -103,6 +103,36 @@ class ExpertCache:
         finally:
             self.turn.release()
 
+    def load_behind(self, expert: ExpertId, spared: Container[ExpertId]) -> bool:
+        """Start to bring in an absent expert that has been used where it was; returns whether there was a slot for it.
+
+        Nobody `spared` has to leave for it.
+        """
+        with self.turn:
+            load = plan_ahead(expert, self.residency, self._policy.candidates(), spared, self._floor)
+            if load is not None:
+                self._start(load, len(self._in_flight))
+            return load is not None
+
+    def used_in_place(self, layer: int, wanted: Sequence[int], hits: Container[int]) -> None:
+        """A device has used experts of a layer wherever they were: `hits` in slots, the others over the link."""
+        with self.turn:
+            stats, experts = self.stats[layer], [ExpertId(layer, expert) for expert in wanted]
+            for expert in experts:
+                if expert in self._ahead and expert.expert in hits:
+                    self._ahead.remove(expert)
+                    stats.prefetch_used += 1
+                if expert.expert in hits:
+                    stats.hits += 1
+                else:
+                    stats.misses += 1
+                    stats.in_place += 1
+                    stats.device_bytes += self.slots.device_bytes(expert)
+            self._policy.begin(layer, experts)
+            if self.on_visit is not None:
+                self.on_visit(layer, wanted)
+            self.announce(expert for expert in experts if self.residency.is_resident(expert))
+
     def warm(self, experts: Iterable[ExpertId]) -> None:
         """Bring experts into free slots before anybody asks for them, and wait until they are there."""
         with self.turn:

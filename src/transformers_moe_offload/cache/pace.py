@@ -1,0 +1,40 @@
+"""Decide how many experts may be brought in between two forwards, behind a device that does not wait for them. Pure.
+
+Absent experts are read over the same link meanwhile, and that must not take longer because of it. So copies get what
+demand leaves of the link's time; and a little more, for a link that is busy all the time is busy because nothing comes
+in that would be there next time.
+"""
+
+from __future__ import annotations
+
+from transformers_moe_offload.cache.link import Link
+
+LEAST_SHARE = 1 / 8
+"""Of the time, for copies, however busy the link is: what a step may lose for the sake of those after it. An expert
+that is used again within eight steps has then paid for itself."""
+
+MOST_WAITING = 2
+"""Copies under way until it is known how long one takes."""
+
+
+class Pace:
+    """Time that copies may take, saved up from forward to forward."""
+
+    def __init__(self, link: Link) -> None:
+        self._link = link
+        self._credit = 0.0
+
+    def step(self, seconds: float, num_missed: int) -> None:
+        """A forward began so long after the one before, and read so many absent experts over the link."""
+        self._link.asked(num_missed)
+        self._credit += max(LEAST_SHARE * seconds, self._link.idle_seconds(seconds))
+        self._credit = min(self._credit, max(seconds, self._link.seconds_per_load))
+
+    def allows(self, num_under_way: int) -> bool:
+        """Whether there is time for one more copy."""
+        cost = self._link.seconds_per_load
+        return self._credit >= cost if cost else num_under_way < MOST_WAITING
+
+    def started(self) -> None:
+        """A copy was started."""
+        self._credit -= self._link.seconds_per_load
