@@ -7,6 +7,7 @@ import torch
 
 from transformers_moe_offload import kernels
 from transformers_moe_offload.kernels import dequantized, gpu, reference
+from transformers_moe_offload.kernels.grouped import Activation, PlacedMatrix
 from transformers_moe_offload.kernels.packed import PackedMatrix, Packing
 
 from .compiled import assembly, bytes_loaded_at_once
@@ -44,25 +45,42 @@ def test_what_there_is_for_a_gpu_is_said_whether_there_is_one_or_not():
 def test_every_kernel_compiles_for_a_gpu(capability, tmp_path, monkeypatch):
     """With loads of 16 bytes, also at addresses from a table, and in the shared memory that every GPU has."""
     monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
-    from transformers_moe_offload.kernels.triton import launch
+    from transformers_moe_offload.kernels.triton import grouped, launch, sizes
 
     packing = Packing(1536, 2048, *((3, 64, 8) if capability == 80 else (4, 128, 16)))
-    for kernel, sizes in [
-        (launch.row_kernel, launch.row_sizes(packing)),
-        (launch.grouped_row_kernel, launch.row_sizes(packing) | {"experts": 256}),
-    ]:
-        instructions, shared = assembly(kernel, packing, sizes, "bfloat16", capability)
+    cut = sizes.row_sizes(packing)
+    instructions, shared = assembly(launch.row_kernel, "bfloat16", capability, sizes.formats(packing) | cut)
+    assert bytes_loaded_at_once(instructions) == 16
+    assert shared <= SHARED_MEMORY
+    cut = sizes.tile_sizes(packing, torch.float32, 32)
+    instructions, shared = assembly(launch.tile_kernel, "float32", capability, sizes.formats(packing) | cut)
+    assert "mma" not in instructions
+    assert shared <= SHARED_MEMORY
+    for matrix, activation in matrices(packing):
+        compiled_for = grouped.constants(matrix, activation)
+        cut = sizes.row_sizes(packing) if matrix.packing else sizes.dense_row_sizes(2048, is_transposed=False)
+        compiled = compiled_for | cut | {"has_weights": True}
+        instructions, shared = assembly(grouped.grouped_row_kernel, "bfloat16", capability, compiled)
         assert bytes_loaded_at_once(instructions) == 16
         assert shared <= SHARED_MEMORY
-    for kernel, dtype, count in [
-        (launch.tile_kernel, "float32", 32),
-        (launch.grouped_tile_kernel, "bfloat16", 64),
-    ]:
-        sizes = launch.tile_sizes(packing, getattr(torch, dtype), count) | {"experts": 256}
-        sizes = {name: size for name, size in sizes.items() if name in (*kernel.arg_names, "num_warps")}
-        instructions, shared = assembly(kernel, packing, sizes, dtype, capability)
-        assert ("mma" in instructions) == (dtype == "bfloat16")
-        assert shared <= SHARED_MEMORY
+        for height in (16, 64):
+            cut = sizes.tile_sizes(matrix.packing, torch.bfloat16, height)
+            compiled = compiled_for | cut | {"is_sorted": False, "most_experts": 256}
+            instructions, shared = assembly(grouped.grouped_tile_kernel, "bfloat16", capability, compiled)
+            assert "mma" in instructions
+            assert shared <= SHARED_MEMORY
+    compiled = {"has_weights": True, "most_pairs": 128, "most_experts": 256, "step": 32}
+    assembly(grouped.order_kernel, "bfloat16", capability, compiled)
+    assembly(grouped.combine_kernel, "bfloat16", capability, {"width": 512})
+
+
+def matrices(packing):
+    places = {name: 0 for name in ("codes", "high", "scale", "zero", "scale_range", "zero_range", "weight", "bias")}
+    bfloat16 = torch.bfloat16
+    yield PlacedMatrix(1536, 2048, places, packing), Activation("silu", has_gate=True)
+    yield PlacedMatrix(1536, 2048, places, dtype=bfloat16), Activation("gelu", has_gate=True)
+    clamped = Activation("silu", has_gate=True, is_interleaved=True, limit=7.0, slope=1.702, shift=1.0)
+    yield PlacedMatrix(1536, 2048, places, dtype=bfloat16, bias_dtype=bfloat16), clamped
 
 
 @pytest.mark.gpu

@@ -17,6 +17,7 @@ import pytest
 import torch
 
 from transformers_moe_offload.kernels import reference
+from transformers_moe_offload.kernels.grouped import Pairs, PlacedMatrix
 from transformers_moe_offload.kernels.packed import PackedMatrix
 
 from .interpreter import let_it_multiply_bfloat16
@@ -161,7 +162,7 @@ def test_there_are_always_as_many_tiles_as_rows_fill(kernels):
         counts = [chance.choice([0, 1, 15, 16, 17, chance.randrange(70)]) for _ in range(chance.randint(2, 9))]
         for height in (16, 32, 64):
             filled = sum(-(-count // height) for count in counts)
-            assert filled <= kernels.launch.most_tiles(sum(counts), len(counts) - 1, height)  # the last is nobody
+            assert filled <= kernels.grouped.most_tiles(sum(counts), len(counts) - 1, height)  # the last is nobody
 
 
 def experts(count, nbits=4, group_size=32, meta_nbits=8):
@@ -189,16 +190,17 @@ def grouped(kernels, rows, offsets, matrices, tokens, shift=0):
         records.append(record)
     has_rows = [start < stop for start, stop in itertools.pairwise(offsets)]
     addresses = [record.data_ptr() if wanted else 0 for record, wanted in zip(records, has_rows, strict=True)]
-    assert all(address % 16 == 0 for address in addresses)
-    kind = torch.int32 if shift else torch.int64
-    return kernels.grouped_linear(
-        rows.to(DEVICE),
-        torch.tensor(offsets, dtype=kind, device=DEVICE),
+    chosen = [expert for expert, (start, stop) in enumerate(itertools.pairwise(offsets)) for _ in range(start, stop)]
+    chosen += [len(matrices)] * (len(rows) - len(chosen))
+    pairs = Pairs(
+        torch.tensor(chosen, dtype=torch.int64, device=DEVICE),
         torch.tensor(addresses, device=DEVICE),
-        places,
-        packing,
-        tokens=tokens,
-    ).cpu()
+        choices=1,
+        offsets=None if tokens == 1 else torch.tensor(offsets, dtype=torch.int32, device=DEVICE),
+        num_tokens=tokens,
+    )
+    matrix = PlacedMatrix(packing.rows, packing.cols, places, packing)
+    return kernels.grouped.linear(rows.to(DEVICE), matrix, pairs).cpu()
 
 
 def assert_agrees(found, rows, matrix):

@@ -45,7 +45,7 @@ class ExpertMlp:
 
     def through(self, experts: Any, rows: Tensor, project: Callable[[Tensor, str], Tensor]) -> Tensor:
         """The same with products of your own: `project` takes rows (N, in) and the name of a field to (N, out)."""
-        hidden = self._activate(experts, project(rows, self._first))
+        hidden = self.activate(experts, project(rows, self.matrices[0]))
         out = project(hidden, "down_proj")
         if self.has_post_expert_norm:
             normalised: Tensor = experts.post_expert_norm(out)
@@ -70,14 +70,21 @@ class ExpertMlp:
 
         In few large steps, which cost less than many small ones.
         """
-        hidden = self._activate(experts, self._project_several(rows, counts, weights, self._first))
+        hidden = self.activate(experts, self._project_several(rows, counts, weights, self.matrices[0]))
         return torch.split(self._project_several(hidden, counts, weights, "down_proj"), list(counts))
 
     @property
-    def _first(self) -> str:
-        return "gate_up_proj" if self.has_gate else "up_proj"
+    def matrices(self) -> tuple[str, str]:
+        """The fields that rows are multiplied with, in this order."""
+        return ("gate_up_proj" if self.has_gate else "up_proj", "down_proj")
 
-    def _activate(self, experts: Any, hidden: Tensor) -> Tensor:
+    @property
+    def fields(self) -> tuple[str, ...]:
+        """All fields of an expert."""
+        return (*self.matrices, *(f"{name}_bias" for name in self.matrices if self.has_bias))
+
+    def activate(self, experts: Any, hidden: Tensor) -> Tensor:
+        """hidden (N, 2 * I) or (N, I), products with the first matrix -> (N, I), as the module has it."""
         activated: Tensor = experts._apply_gate(hidden) if self.has_gate else experts.act_fn(hidden)
         return activated
 

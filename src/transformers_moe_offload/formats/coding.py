@@ -142,6 +142,11 @@ class ExpertCoding:
         """One of these fields."""
         return self._by_name[name].decode(parts)
 
+    def packing(self, name: str) -> Packing | None:
+        """How the matrix of a field is packed, as `matrices` gives it; None for a field that it decodes."""
+        coding = self._by_name[name]
+        return coding.packing if coding.has_arithmetic else None
+
     @cached_property
     def _by_name(self) -> dict[str, FieldCoding]:
         return {coding.field.name: coding for coding in self.codings}

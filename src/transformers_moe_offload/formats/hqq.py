@@ -44,7 +44,7 @@ def quantize(
     pieces: list[dict[str, Tensor]] = []
     step = max(1, solver.chunk_of(weight) // (format.group_size * META_BLOCK)) * META_BLOCK
     for start in range(0, len(groups), step):
-        coded = code_groups(groups[start : start + step].float(), format, solver, name)
+        coded = code_groups(groups[start : start + step].float().contiguous(), format, solver, name)
         codes[start : start + step] = coded.codes
         pieces.append(coded.meta)
     meta = {

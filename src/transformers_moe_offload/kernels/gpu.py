@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import functools
 import importlib.util
+import os
 
 import torch
 from torch import Tensor
@@ -34,9 +35,16 @@ def linear(rows: Tensor, matrix: PackedMatrix) -> Tensor:
 
 @functools.cache
 def missing(device: torch.device | None = None) -> str | None:
-    """Why the Triton kernels cannot be used, on this device or at all; None if they can."""
+    """Why the Triton kernels cannot be used, on this device or at all; None if they can.
+
+    In Triton's interpreter (`TRITON_INTERPRET=1`) they can be used on a CPU that is asked for by name, however slowly:
+    so all that is built on them can be tested without a GPU.
+    """
     if importlib.util.find_spec("triton") is None:
         return "Triton is not installed; pip install triton"
+    if device is not None and device.type != "cuda":
+        is_interpreted = device.type == "cpu" and os.environ.get("TRITON_INTERPRET") == "1"
+        return None if is_interpreted else f"{device.type} is no GPU that Triton's kernels are for"
     if not torch.cuda.is_available():
         return "torch sees no GPU"
     found = torch.cuda.get_device_capability(device)

@@ -1,8 +1,9 @@
-"""Products with packed matrices on GPUs, in Triton: of one matrix, and of all the experts that a layer routes to.
+"""Products on GPUs, in Triton: with one packed matrix, and with those of all the experts that a layer routes to.
 
 Checked in Triton's interpreter, and compiled for compute capability 8.0 and 9.0; not yet run on a GPU.
 """
 
-from transformers_moe_offload.kernels.triton.launch import grouped_linear, linear
+from transformers_moe_offload.kernels.triton import grouped
+from transformers_moe_offload.kernels.triton.launch import linear
 
-__all__ = ["grouped_linear", "linear"]
+__all__ = ["grouped", "linear"]

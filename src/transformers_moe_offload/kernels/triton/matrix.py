@@ -28,9 +28,28 @@ def part(record, at, dtype: tl.constexpr):
 
 
 @triton.jit
+def lines_of(program, num_rows, fields: tl.constexpr, lines: tl.constexpr, gate: tl.constexpr):
+    """The rows of bytes, (L,), that a program computes; beyond the last one where there are too few.
+
+    With "halves" whoever computes a gate computes its up, too. If there are several fields, both are in one byte.
+    """
+    index = tl.arange(0, lines)
+    if gate == "halves" and fields == 1:
+        half: tl.constexpr = lines // 2
+        num_gates = num_rows // 2
+        line = program * half + index % half
+        line = tl.where(line < num_gates, line + (index // half) * num_gates, num_rows)
+    else:
+        line = program * lines + index
+    return line
+
+
+@triton.jit
 def rows_of(line, num_rows, fields: tl.constexpr):
-    """Rows of the matrix whose codes are in these rows of bytes: line (L,) -> (F, L)."""
-    return tl.arange(0, fields)[:, None] * tl.cdiv(num_rows, fields) + line[None, :]
+    """Rows of the matrix whose codes are in these rows of bytes, `num_rows` or more if none: line (L,) -> (F, L)."""
+    num_lines = tl.cdiv(num_rows, fields)
+    row = tl.arange(0, fields)[:, None] * num_lines + line[None, :]
+    return tl.where(line[None, :] < num_lines, row, num_rows)
 
 
 @triton.jit

@@ -3,7 +3,7 @@
 Products are added up in float32, on the ordinary cores: with one row there is nothing for tensor cores to share.
 """
 
-# P rows of input, N rows and K columns of the matrix, E experts, F fields of a byte, L lines of a program,
+# P rows of output, C columns and N rows of the matrix, E experts, F fields of a byte, L lines of a program,
 # B pieces of a group at a time, g the columns of a piece
 
 from __future__ import annotations
@@ -11,7 +11,10 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from transformers_moe_offload.kernels.triton.matrix import codes_at, meta_at, part, rows_of
+from transformers_moe_offload.kernels.triton.dense import dense_row
+from transformers_moe_offload.kernels.triton.gate import store
+from transformers_moe_offload.kernels.triton.matrix import codes_at, lines_of, meta_at, part, rows_of
+from transformers_moe_offload.kernels.triton.pairs import expert_of
 
 
 @triton.jit
@@ -20,61 +23,74 @@ def row_kernel(
     nbits: tl.constexpr, group_size: tl.constexpr, meta_nbits: tl.constexpr,
     lines: tl.constexpr, pieces: tl.constexpr, piece_size: tl.constexpr,
 ):  # fmt: skip
-    """Grid (P, ceil(R / L)). rows (P, K), out (P, N)."""
-    width: tl.constexpr = 2 if nbits == 3 else nbits
+    """Grid (P, ceil(R / L)). rows (P, C), out (P, N); one packed matrix for all."""
+    fields: tl.constexpr = 8 // (2 if nbits == 3 else nbits)
     p = tl.program_id(0).to(tl.int64)
-    line = tl.program_id(1) * lines + tl.arange(0, lines)
-    row = rows_of(line, num_rows, 8 // width)
-    product = _product(
+    line = lines_of(tl.program_id(1), num_rows, fields, lines, "none")
+    row = rows_of(line, num_rows, fields)
+    product = _packed_row(
         rows + p * num_cols, codes, high, scale, zero, scale_range, zero_range, num_rows, num_cols, line, row,
         nbits, group_size, meta_nbits, pieces, piece_size,
     )  # fmt: skip
-    tl.store(out + p * num_rows + row, product.to(out.dtype.element_ty), mask=_is_mine(line, row, num_rows, 8 // width))
+    tl.store(out + p * num_rows + row, product.to(out.dtype.element_ty), mask=row < num_rows)
 
 
-@triton.jit(do_not_specialize=["num_experts"])
+@triton.jit(do_not_specialize=["num_experts", "choices"])
 def grouped_row_kernel(
-    rows, out, offsets, addresses, codes, high, scale, zero, scale_range, zero_range, num_rows, num_cols, num_experts,
+    rows, out, chosen, weights, addresses, weight, high, scale, zero, scale_range, zero_range, bias,
+    num_rows, num_cols, num_experts, choices,
     nbits: tl.constexpr, group_size: tl.constexpr, meta_nbits: tl.constexpr,
-    lines: tl.constexpr, pieces: tl.constexpr, piece_size: tl.constexpr, experts: tl.constexpr,
+    dtype: tl.constexpr, is_transposed: tl.constexpr, bias_dtype: tl.constexpr, has_weights: tl.constexpr,
+    function: tl.constexpr, gate: tl.constexpr, limit: tl.constexpr, slope: tl.constexpr, shift: tl.constexpr,
+    lines: tl.constexpr, pieces: tl.constexpr, piece_size: tl.constexpr,
 ):  # fmt: skip
-    """Grid (P, ceil(R / L)). rows (P, K), out (P, N), offsets (E + 1,), addresses (E,) int64; parts by their places.
+    """Grid (P, programs of a row). rows (P / choices, C), out (P, N) or with gates (P, N / 2), chosen (P,),
+    weights (P,), addresses (E,) int64; the arrays of a matrix by their places in a record.
 
-    Rows beyond the last offset are nobody's, and come out as zeros.
+    A dense matrix has 16 `nbits` or more, a dtype, and no groups. Rows of idle pairs come out as zeros.
     """
-    width: tl.constexpr = 2 if nbits == 3 else nbits
+    is_dense: tl.constexpr = nbits >= 16
+    fields: tl.constexpr = 1 if is_dense else 8 // (2 if nbits == 3 else nbits)
     p = tl.program_id(0).to(tl.int64)
-    line = tl.program_id(1) * lines + tl.arange(0, lines)
-    row = rows_of(line, num_rows, 8 // width)
-    index = tl.arange(0, experts)
-    is_expert = index < num_experts
-    expert = tl.sum(((tl.load(offsets + 1 + index, mask=is_expert, other=0) <= p) & is_expert).to(tl.int32))
-    product = tl.zeros(row.shape, tl.float32)
-    if expert < num_experts:
-        record = tl.load(addresses + expert)
-        stored: tl.constexpr = tl.float16 if meta_nbits == 16 else tl.uint8
-        product = _product(
-            rows + p * num_cols, part(record, codes, tl.uint8), part(record, high, tl.uint8),
-            part(record, scale, stored), part(record, zero, stored),
-            part(record, scale_range, tl.float16), part(record, zero_range, tl.float16),
-            num_rows, num_cols, line, row, nbits, group_size, meta_nbits, pieces, piece_size,
-        )  # fmt: skip
-    tl.store(out + p * num_rows + row, product.to(out.dtype.element_ty), mask=_is_mine(line, row, num_rows, 8 // width))
+    line = lines_of(tl.program_id(1), num_rows, fields, lines, gate)
+    row = rows_of(line, num_rows, fields)
+    expert = expert_of(chosen, weights, p, p >= 0, num_experts, has_weights)
+    is_expert = expert < num_experts
+    product = tl.zeros((fields, lines), tl.float32)
+    record = tl.load(addresses + expert, mask=is_expert, other=0)
+    source = rows + (p // choices) * num_cols
+    if is_expert:
+        if is_dense:
+            product = tl.reshape(
+                dense_row(
+                    source, part(record, weight, dtype), num_rows, num_cols, line, is_transposed, pieces * piece_size
+                ),
+                (fields, lines),
+            )
+        else:
+            stored: tl.constexpr = tl.float16 if meta_nbits == 16 else tl.uint8
+            product = _packed_row(
+                source, part(record, weight, tl.uint8), part(record, high, tl.uint8),
+                part(record, scale, stored), part(record, zero, stored),
+                part(record, scale_range, tl.float16), part(record, zero_range, tl.float16),
+                num_rows, num_cols, line, row, nbits, group_size, meta_nbits, pieces, piece_size,
+            )  # fmt: skip
+    has_bias: tl.constexpr = bias_dtype is not None
+    store(
+        out, p + tl.arange(0, 1), tl.full((1,), True, tl.int1),
+        tl.reshape(product, (1, fields * lines)), tl.reshape(row, (fields * lines,)), num_rows,
+        part(record, bias, bias_dtype if has_bias else tl.uint8), is_expert,
+        function, gate, limit, slope, shift, has_bias,
+    )  # fmt: skip
 
 
 @triton.jit
-def _is_mine(line, row, num_rows, fields: tl.constexpr):
-    """Which of the rows (F, L) exist and are in the program's rows of bytes."""
-    return (line < tl.cdiv(num_rows, fields))[None, :] & (row < num_rows)
-
-
-@triton.jit
-def _product(
+def _packed_row(
     rows, codes, high, scale, zero, scale_range, zero_range, num_rows, num_cols, line, row,
     nbits: tl.constexpr, group_size: tl.constexpr, meta_nbits: tl.constexpr,
     pieces: tl.constexpr, piece_size: tl.constexpr,
 ):  # fmt: skip
-    """rows (K,) times rows (F, L) of the matrix -> (F, L) float32."""
+    """rows (C,) times rows (F, L) of the matrix -> (F, L) float32."""
     num_groups = num_cols // group_size
     num_pieces = num_cols // piece_size
     total = tl.zeros(row.shape, tl.float32)

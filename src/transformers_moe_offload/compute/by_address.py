@@ -1,0 +1,45 @@
+"""The arithmetic of all experts that some pairs need, by their records' addresses: two products and what is between.
+
+What one expert computes is said in `mlp.py`; here every step is one launch for all of them.
+"""
+
+# T tokens, K experts per token, P pairs, H hidden
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+from torch import Tensor
+
+from transformers_moe_offload.compute.mlp import ExpertMlp
+from transformers_moe_offload.kernels.grouped import Activation, Pairs, PlacedMatrix
+
+
+class ByAddress:
+    """How the experts of a layer compute when they are multiplied with where they lie."""
+
+    def __init__(
+        self, mlp: ExpertMlp, first: PlacedMatrix, second: PlacedMatrix, activation: Activation | None = None
+    ) -> None:
+        """The matrices are those of `gate_up_proj` or `up_proj`, and of `down_proj`.
+
+        `activation` is what the module does between them, where kernels can do it; None leaves it to the module.
+        """
+        self._mlp = mlp
+        self._first = first
+        self._second = second
+        self._activation = activation
+
+    def __call__(self, experts: Any, rows: Tensor, pairs: Pairs) -> Tensor:
+        """rows (P / choices, H) -> (P, H), not yet multiplied by the routing weights."""
+        from transformers_moe_offload.kernels.triton import grouped
+
+        hidden = grouped.linear(rows, self._first, pairs, self._activation)
+        if self._activation is None:
+            hidden = self._mlp.activate(experts, hidden)
+        out = grouped.linear(hidden, self._second, replace(pairs, choices=1))
+        if self._mlp.has_post_expert_norm:
+            normalised: Tensor = experts.post_expert_norm(out)
+            return normalised
+        return out
