@@ -34,7 +34,9 @@ WAITING = frozenset(
 )
 """Operators whose result, or its size, the host has to know."""
 
-MASKED = frozenset({_aten.index.Tensor, _aten.index_put.default, _aten.index_put_.default, _aten._index_put_impl_.default})
+MASKED = frozenset(
+    {_aten.index.Tensor, _aten.index_put.default, _aten.index_put_.default, _aten._index_put_impl_.default}
+)
 """Those that count a mask first, where their indices are masks."""
 
 HANDED_OVER = frozenset({Tensor.cpu, Tensor.numpy, Tensor.tolist, Tensor.__array__})
@@ -48,7 +50,7 @@ class HostSyncError(RuntimeError):
 @contextmanager
 def without_host() -> Iterator[None]:
     """Raise `HostSyncError` wherever a GPU would have to be waited for, on whichever device this runs."""
-    with _NoValues(), _NoWaiting():
+    with _NoValues(), _NoWaiting():  # type: ignore[no-untyped-call]
         yield
 
 

@@ -71,6 +71,10 @@ class DeviceEngine:
         self._slots.table_is_read()
         self._counters.note(layer, top_k_index)
 
+    def forget_notes(self) -> None:
+        """What layers have noted since the last step was part of a capture, and nothing of it has been computed."""
+        self._counters.forget()
+
     def between_steps(self) -> None:
         """One forward has been submitted and the next has not: follow what has become known, wait for nothing.
 

@@ -199,12 +199,12 @@ def make_plan(placements: Sequence[Placement], config: OffloadConfig) -> Offload
         )
     ]
     addressed = {placement.spec.layer for placement in placements if placement.is_addressed}
-    pools, refused = _with_arenas(pools, addressed, config)
+    placed, refused = _with_arenas(pools, addressed, config)
     return OffloadPlan(
-        tuple(pools),
+        tuple(placed),
         budget_bytes,
         smallest_budget(needs),
-        host_bytes=0 if all(placement.is_in_ram for placement in placements) else _host_bytes(pools, config),
+        host_bytes=0 if all(placement.is_in_ram for placement in placements) else _host_bytes(placed, config),
         reads_past_cache=config.direct_io is True or (config.direct_io == "auto" and not has_room),
         arena_refused=refused,
     )
@@ -214,7 +214,7 @@ def _with_arenas(
     pools: Sequence[PoolPlan], addressed: Set[int], config: OffloadConfig
 ) -> tuple[Sequence[PoolPlan], str | None]:
     """Pools with page-locked memory for their experts, where some of their layers read by address; or why not."""
-    wanted = [pool for pool in pools if addressed.intersection(pool.layers)]
+    wanted = [pool for pool in pools if not addressed.isdisjoint(pool.layers)]
     needed = sum(pool.need.all_bytes for pool in wanted)
     if not needed:
         return pools, None

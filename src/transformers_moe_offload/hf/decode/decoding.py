@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from transformers_moe_offload.compute.on_device import OnDevice
 from transformers_moe_offload.engine.counters import MOST_PAIRS
 from transformers_moe_offload.engine.engine import DeviceEngine
+from transformers_moe_offload.kernels import gpu
 
 logger = logging.getLogger(__name__)
 
@@ -83,19 +84,17 @@ class Decoding:
     @contextmanager
     def capturing(self) -> Iterator[None]:
         """Around the capture of a whole forward, of which nothing is computed; other threads wait."""
-        with ExitStack() as turns:
-            for engine in self.engines:
-                turns.enter_context(engine.turn)
-            self._is_whole = True
+        with self._whole():
             try:
                 yield
             finally:
-                self._is_whole = False
+                for engine in self.engines:
+                    engine.forget_notes()
 
     @contextmanager
     def replaying(self) -> Iterator[None]:
         """Around the replay of one, of which the caches hear when it has been submitted."""
-        with self.capturing():
+        with self._whole():
             yield
             for engine in self.engines:
                 engine.between_steps()
@@ -107,12 +106,23 @@ class Decoding:
             return f"{name} is computed on the host's terms: {reason}"
         return "the model is being traced" if self.is_traced else None
 
-    def _not_now(
-        self, module: nn.Module, inputs: Sequence[Any], *, needs_grad: bool, is_adapted: bool
-    ) -> str | None:
+    @contextmanager
+    def _whole(self) -> Iterator[None]:
+        with ExitStack() as turns:
+            for engine in self.engines:
+                turns.enter_context(engine.turn)
+            self._is_whole = True
+            try:
+                yield
+            finally:
+                self._is_whole = False
+
+    def _not_now(self, module: nn.Module, inputs: Sequence[Any], *, needs_grad: bool, is_adapted: bool) -> str | None:
         hidden, top_k_index = inputs[0], inputs[1]
         if hidden.shape[0] > MOST_TOKENS or top_k_index.numel() > MOST_PAIRS:
             return f"forwards of more than {MOST_TOKENS} tokens are computed expert by expert"
+        if hidden.dtype not in gpu.TYPES:
+            return f"no kernels multiply rows of {hidden.dtype}"
         if needs_grad or module.training:
             return "in training experts are computed one by one"
         if is_adapted:

@@ -23,7 +23,7 @@ def state_of(model: Any) -> Hashable:
 
 
 def watched(model: Any) -> str | None:
-    """Why a step of this model would do less if it were replayed: code that runs in Python only; None if nothing does."""
+    """Why a replayed step of this model would leave out code that runs in Python only; None if there is none."""
     if model.training:
         return "the model is in training mode"
     devices = {tensor.device for tensor in chain(model.parameters(), model.buffers())}

@@ -27,7 +27,7 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 MOST_STEPS = 4
-"""Captured steps that are kept, each with a cache of its own: more would be a batch size or a length that comes once."""
+"""Captured steps that are kept, each with a cache of its own: further ones would be for lengths that come once."""
 
 COMPILED_CALL = "get_compiled_call"
 """What a model is asked for it by."""
