@@ -50,7 +50,10 @@ class Machine:
         """(T, K): some experts often, the others at times; one that does not exist now and then."""
         often = self.random.random() < 0.7
         return torch.tensor(
-            [self.random.sample(range(NUM_EXPERTS // 2 if often else NUM_EXPERTS + 1), TOP_K) for _ in range(num_tokens)]
+            [
+                self.random.sample(range(NUM_EXPERTS // 2 if often else NUM_EXPERTS + 1), TOP_K)
+                for _ in range(num_tokens)
+            ]
         )
 
     def decode(self, layers=range(NUM_LAYERS), num_tokens=1):

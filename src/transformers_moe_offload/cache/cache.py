@@ -14,7 +14,7 @@ from collections.abc import Callable, Container, Iterable, Mapping, Sequence
 
 from transformers_moe_offload.cache.capacity import layer_floor
 from transformers_moe_offload.cache.link import Link
-from transformers_moe_offload.cache.planner import Load, plan, plan_ahead
+from transformers_moe_offload.cache.planner import Load, plan, plan_ahead, plan_behind
 from transformers_moe_offload.cache.residency import Residency
 from transformers_moe_offload.cache.visit import Visit
 from transformers_moe_offload.expert import ExpertId
@@ -103,16 +103,16 @@ class ExpertCache:
         finally:
             self.turn.release()
 
-    def load_behind(self, expert: ExpertId, spared: Container[ExpertId]) -> bool:
-        """Start to bring in an absent expert that has been used where it was; returns whether there was a slot for it.
+    def load_behind(self, absent: Sequence[ExpertId], spared: Container[ExpertId]) -> list[ExpertId]:
+        """Start to bring in absent experts that have been used where they were; returns those that got a slot.
 
-        Nobody `spared` has to leave for it.
+        Nobody `spared` has to leave for them.
         """
         with self.turn:
-            load = plan_ahead(expert, self.residency, self._policy.candidates(), spared, self._floor)
-            if load is not None:
+            loads = plan_behind(absent, self.residency, self._policy.candidates(), spared, self._floor)
+            for load in loads:
                 self._start(load, len(self._in_flight))
-            return load is not None
+            return [load.expert for load in loads]
 
     def used_in_place(self, layer: int, wanted: Sequence[int], hits: Container[int]) -> None:
         """A device has used experts of a layer wherever they were: `hits` in slots, the others over the link."""

@@ -62,12 +62,10 @@ class Follower:
             self._bring_in([expert for expert in absent if self._cache.is_absent(expert)], spared)
 
     def _bring_in(self, absent: Sequence[ExpertId], spared: set[ExpertId]) -> None:
-        for expert in absent:
-            if not self._pace.allows(len(self._under_way)):
-                return
-            if self._cache.load_behind(expert, spared):
-                self._pace.started()
-                self._under_way[expert] = None
+        most = self._pace.most_loads(len(self._under_way))
+        started = self._cache.load_behind(absent[:most], spared) if absent and most else []
+        self._pace.started(len(started))
+        self._under_way |= dict.fromkeys(started)
 
     def _measure(self, num_missed: int) -> None:
         now = self._clock()

@@ -30,11 +30,11 @@ class Pace:
         self._credit += max(LEAST_SHARE * seconds, self._link.idle_seconds(seconds))
         self._credit = min(self._credit, max(seconds, self._link.seconds_per_load))
 
-    def allows(self, num_under_way: int) -> bool:
-        """Whether there is time for one more copy."""
+    def most_loads(self, num_under_way: int) -> int:
+        """How many more copies there is time for."""
         cost = self._link.seconds_per_load
-        return self._credit >= cost if cost else num_under_way < MOST_WAITING
+        return int(self._credit / cost) if cost else max(0, MOST_WAITING - num_under_way)
 
-    def started(self) -> None:
-        """A copy was started."""
-        self._credit -= self._link.seconds_per_load
+    def started(self, num_loads: int) -> None:
+        """So many copies were started."""
+        self._credit -= num_loads * self._link.seconds_per_load

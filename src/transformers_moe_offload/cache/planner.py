@@ -5,7 +5,7 @@ Pure: reads a snapshot and returns a plan. `cache.py` carries the plan out.
 
 from __future__ import annotations
 
-from collections import Counter
+from collections import Counter, deque
 from collections.abc import Container, Iterable, Sequence
 from dataclasses import dataclass
 
@@ -95,6 +95,53 @@ def plan_ahead(
     counts = Counter({expert.layer: residency.count(expert.layer)})
     victim = _next_victim(candidates, expert.layer, spared, residency, counts, floor)
     return Load(expert, victim) if victim is not None else None
+
+
+def plan_behind(
+    absent: Iterable[ExpertId],
+    residency: Residency,
+    candidates: Iterable[ExpertId],
+    spared: Container[ExpertId],
+    floor: int,
+) -> list[Load]:
+    """Find slots for absent experts of any layers, the first ones first; those that would cost a spared expert or
+    another layer's floor are left out.
+
+    The candidates are gone through once. Who may not leave because of its layer's floor may for an expert of that layer
+    later on, before anybody who follows.
+    """
+    counts: Counter[int] = Counter()
+    free = residency.num_free
+    leaving = (candidate for candidate in candidates if candidate not in spared)
+    passed_over: dict[int, deque[ExpertId]] = {}
+    loads: list[Load] = []
+
+    def count(layer: int) -> int:
+        if layer not in counts:
+            counts[layer] = residency.count(layer)
+        return counts[layer]
+
+    def victim_for(layer: int) -> ExpertId | None:
+        if passed_over.get(layer):
+            return passed_over[layer].popleft()
+        for candidate in leaving:
+            if candidate.layer == layer or count(candidate.layer) > floor:
+                return candidate
+            passed_over.setdefault(candidate.layer, deque()).append(candidate)
+        return None
+
+    for expert in absent:
+        victim = None
+        if free:
+            free -= 1
+        else:
+            victim = victim_for(expert.layer)
+            if victim is None:
+                continue
+            counts[victim.layer] = count(victim.layer) - 1
+        counts[expert.layer] = count(expert.layer) + 1
+        loads.append(Load(expert, victim))
+    return loads
 
 
 def _next_victim(

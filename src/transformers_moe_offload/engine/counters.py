@@ -33,6 +33,7 @@ class Counters:
         self._table = table
         self._streams = streams
         self._row = {layer: row for row, layer in enumerate(table.layers)}
+        self._layers = table.layers
         num_layers, self._width = table.homes.shape
         device = table.homes.device
         with torch.inference_mode(False):
@@ -115,11 +116,13 @@ class Counters:
         reading.copy_(asked * (ABSENT + is_resident.to(torch.uint8)), non_blocking=True)  # copy: device -> host, async
 
     def _uses(self, reading: Tensor) -> list[Use]:
-        uses = []
+        """reading (L, E) uint8 -> who was asked for, layer by layer."""
         states = reading.numpy()
-        for layer, row in self._row.items():
-            (wanted,) = states[row].nonzero()
-            if len(wanted):
-                hits = frozenset(int(expert) for expert in wanted if states[row, expert] == RESIDENT)
-                uses.append(Use(layer, tuple(map(int, wanted)), hits))
-        return uses
+        rows, experts = states.nonzero()
+        wanted: dict[int, list[int]] = {}
+        hits: dict[int, list[int]] = {}
+        for row, expert, state in zip(rows.tolist(), experts.tolist(), states[rows, experts].tolist(), strict=True):
+            wanted.setdefault(row, []).append(expert)
+            if state == RESIDENT:
+                hits.setdefault(row, []).append(expert)
+        return [Use(self._layers[row], tuple(asked), frozenset(hits.get(row, ()))) for row, asked in wanted.items()]
