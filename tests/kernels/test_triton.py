@@ -193,11 +193,12 @@ def grouped(kernels, rows, offsets, matrices, tokens, shift=0):
     chosen = [expert for expert, (start, stop) in enumerate(itertools.pairwise(offsets)) for _ in range(start, stop)]
     chosen += [len(matrices)] * (len(rows) - len(chosen))
     pairs = Pairs(
-        torch.tensor(chosen, dtype=torch.int64, device=DEVICE),
+        len(rows),
         torch.tensor(addresses, device=DEVICE),
         choices=1,
+        chosen=torch.tensor(chosen, dtype=torch.int64, device=DEVICE),
         offsets=None if tokens == 1 else torch.tensor(offsets, dtype=torch.int32, device=DEVICE),
-        num_tokens=tokens,
+        rows_per_expert=tokens,
     )
     matrix = PlacedMatrix(packing.rows, packing.cols, places, packing)
     return kernels.grouped.linear(rows.to(DEVICE), matrix, pairs).cpu()

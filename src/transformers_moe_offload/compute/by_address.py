@@ -24,12 +24,12 @@ class ByAddress:
     ) -> None:
         """The matrices are those of `gate_up_proj` or `up_proj`, and of `down_proj`.
 
-        `activation` is what the module does between them, where kernels can do it; None leaves it to the module.
+        `activation` is what the module does between them. Where no kernel can do it, as with None, the module does.
         """
         self._mlp = mlp
         self._first = first
         self._second = second
-        self._activation = activation
+        self._activation = activation if activation is not None and first.can_activate(activation) else None
 
     def __call__(self, experts: Any, rows: Tensor, pairs: Pairs) -> Tensor:
         """rows (P / choices, H) -> (P, H), not yet multiplied by the routing weights."""

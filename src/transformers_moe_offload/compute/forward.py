@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from transformers_moe_offload.cache.cache import ExpertCache
+from transformers_moe_offload.compute.held import are_computed_together, together
 from transformers_moe_offload.compute.host_side import HostSide
 from transformers_moe_offload.compute.mlp import ExpertMlp, ExpertWeights
 from transformers_moe_offload.compute.routing import FEW_PAIRS, Grouping, group_by_expert
@@ -70,10 +71,12 @@ def computed(
     held: Mapping[int, Weights],
     codings: LayerCodings,
 ) -> dict[int, Tensor]:
-    """The rows of some experts that are held: together where they are few and kernels can, else one by one.
+    """The rows of some experts that are held: together where kernels can, on a CPU if they are few, else one by one.
 
     It makes no difference to the rows of each.
     """
+    if are_computed_together(mlp, hidden_states, codings):
+        return together(mlp, experts, hidden_states, grouping, held, codings)
     if len(held) > 1:
         tokens = [grouping.tokens[expert] for expert in held]
         counts = [len(wanting) for wanting in tokens]

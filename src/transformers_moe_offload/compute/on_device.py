@@ -12,6 +12,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
+from transformers_moe_offload.compute.activation import recognised
 from transformers_moe_offload.compute.by_address import ByAddress
 from transformers_moe_offload.compute.mlp import ExpertMlp
 from transformers_moe_offload.compute.placing import placed
@@ -47,11 +48,21 @@ def missing_on_device(mlp: ExpertMlp, layout: RecordLayout, codings: LayerCoding
 class OnDevice:
     """One layer's arithmetic by address."""
 
-    def __init__(self, mlp: ExpertMlp, layout: RecordLayout, coding: Coding | None, num_experts: int) -> None:
+    def __init__(
+        self,
+        mlp: ExpertMlp,
+        layout: RecordLayout,
+        coding: Coding | None,
+        num_experts: int,
+        experts: nn.Module | None = None,
+    ) -> None:
+        """For layers that nothing is `missing_on_device` for. The module `experts` is looked at for an activation that
+        kernels can do; without it, or where they cannot, the module does its own at each call."""
         assert coding is None or isinstance(coding, ExpertCoding)
+        arrays = {field.name: field for field in layout.fields}
+        first, second = (placed(mlp, arrays, layout.offsets, coding, name) for name in mlp.matrices)
         self._num_experts = num_experts
-        first, second = (placed(mlp, layout, coding, name) for name in mlp.matrices)
-        self._experts = ByAddress(mlp, first, second)
+        self._experts = ByAddress(mlp, first, second, None if experts is None else recognised(mlp, experts))
 
     def __call__(
         self, experts: nn.Module, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor, addresses: Tensor
@@ -59,15 +70,24 @@ class OnDevice:
         """The experts' contribution to each token.
 
         hidden_states (T, H) float32, bfloat16 or float16, top_k_index (T, K) int64, top_k_weights (T, K),
-        addresses (E,) int64 -> (T, H). A pair whose index is no expert's or whose weight is zero is idle: it adds
-        nothing, and nothing is read for it.
+        addresses (E,) int64 -> (T, H) in the dtype of hidden_states. A pair whose index is no expert's or whose weight
+        is zero is idle: it adds nothing, and nothing is read for it.
         """
         from transformers_moe_offload.kernels.triton import grouped
 
         num_tokens, choices = top_k_index.shape
+        assert addresses.shape == (self._num_experts,)
+        rows, kind = hidden_states, hidden_states.device.type
+        if torch.is_autocast_enabled(kind):
+            rows = rows.to(torch.get_autocast_dtype(kind))
         pairs = Pairs(
-            top_k_index.reshape(-1), addresses, choices, weights=top_k_weights.reshape(-1), num_tokens=num_tokens
+            num_tokens * choices,
+            addresses,
+            choices,
+            chosen=top_k_index.reshape(-1),
+            weights=top_k_weights.reshape(-1),
+            rows_per_expert=min(num_tokens, -(-num_tokens * choices // self._num_experts)),
         )
         if num_tokens > 1:
             pairs = grouped.ordered(pairs)
-        return grouped.combine(self._experts(experts, hidden_states, pairs), pairs)
+        return grouped.combine(self._experts(experts, rows, pairs), pairs, hidden_states.dtype)

@@ -2,28 +2,32 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 from transformers_moe_offload.compute.mlp import ExpertMlp
+from transformers_moe_offload.expert import FieldSpec
 from transformers_moe_offload.formats.coding import ExpertCoding
 from transformers_moe_offload.kernels.grouped import PlacedMatrix
-from transformers_moe_offload.memory.record import RecordLayout, torch_dtype
+from transformers_moe_offload.memory.record import torch_dtype
 
 
-def placed(mlp: ExpertMlp, layout: RecordLayout, coding: ExpertCoding | None, name: str) -> PlacedMatrix:
-    """One of the matrices, with its bias; `coding` says how it is packed, None that it is not."""
-    dtypes = {field.name: torch_dtype(field.dtype) for field in layout.fields}
-    bias_dtype = dtypes[f"{name}_bias"] if mlp.has_bias else None
-    bias = {"bias": layout.offsets[f"{name}_bias"]} if mlp.has_bias else {}
+def placed(
+    mlp: ExpertMlp, arrays: Mapping[str, FieldSpec], places: Mapping[str, int], coding: ExpertCoding | None, name: str
+) -> PlacedMatrix:
+    """The matrix of a field, with its bias.
+
+    `arrays` are those of a record by name, `places` the bytes into it at which they begin, and `coding` says how
+    matrices are packed; None that they are not.
+    """
+    bias = f"{name}_bias"
+    own_places = {"bias": places[bias]} if mlp.has_bias else {}
+    bias_dtype = torch_dtype(arrays[bias].dtype) if mlp.has_bias else None
     packing = None if coding is None else coding.packing(name)
     if packing is not None:
-        places = {part.name: layout.offsets[f"{name}.{part.name}"] for part in packing.parts}
-        return PlacedMatrix(packing.rows, packing.cols, places | bias, packing, bias_dtype=bias_dtype)
-    shape = next(field.shape for field in layout.fields if field.name == name)
+        own_places |= {part.name: places[f"{name}.{part.name}"] for part in packing.parts}
+        return PlacedMatrix(packing.rows, packing.cols, own_places, packing, bias_dtype=bias_dtype)
+    shape = arrays[name].shape
     rows, cols = reversed(shape) if mlp.is_transposed else shape
-    return PlacedMatrix(
-        rows,
-        cols,
-        {"weight": layout.offsets[name]} | bias,
-        dtype=dtypes[name],
-        is_transposed=mlp.is_transposed,
-        bias_dtype=bias_dtype,
-    )
+    own_places["weight"] = places[name]
+    dtype = torch_dtype(arrays[name].dtype)
+    return PlacedMatrix(rows, cols, own_places, dtype=dtype, is_transposed=mlp.is_transposed, bias_dtype=bias_dtype)

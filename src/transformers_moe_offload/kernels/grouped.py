@@ -23,6 +23,27 @@ Function = Literal["silu", "gelu", "gelu_tanh", "relu", "relu2"]
 
 
 @dataclass(frozen=True)
+class Activation:
+    """What becomes of products (P, N): an activation of each, or of gates that are multiplied with their `up` (P, I).
+
+    `function(min(gate, limit)) * (clamp(up, -limit, limit) + shift)`; clamped only where there is a limit.
+    """
+
+    function: Function
+    has_gate: bool = False
+    """Whether rows of the matrix are gates and ups, I = N / 2 of each."""
+    is_interleaved: bool = False
+    """Whether a gate's up is the next row, instead of that I further down."""
+    limit: float | None = None
+    slope: float = 1.0
+    shift: float = 0.0
+
+    def outputs(self, rows: int) -> int:
+        """How many of them there are for so many rows of the matrix."""
+        return rows // 2 if self.has_gate else rows
+
+
+@dataclass(frozen=True)
 class PlacedMatrix:
     """A matrix with a place in every expert's record, the same in each."""
 
@@ -46,26 +67,16 @@ class PlacedMatrix:
         assert (self.packing is None) == (self.dtype is not None)
         assert self.packing is None or (self.packing.rows, self.packing.cols) == (self.rows, self.cols)
 
-
-@dataclass(frozen=True)
-class Activation:
-    """What becomes of products (P, N): an activation of each, or of gates that are multiplied with their `up` (P, I).
-
-    `function(min(gate, limit)) * (clamp(up, -limit, limit) + shift)`; clamped only where there is a limit.
-    """
-
-    function: Function
-    has_gate: bool = False
-    """Whether rows of the matrix are gates and ups, I = N / 2 of each."""
-    is_interleaved: bool = False
-    """Whether a gate's up is the next row, instead of that I further down."""
-    limit: float | None = None
-    slope: float = 1.0
-    shift: float = 0.0
-
-    def outputs(self, rows: int) -> int:
-        """How many of them there are for so many rows of the matrix."""
-        return rows // 2 if self.has_gate else rows
+    def can_activate(self, activation: Activation) -> bool:
+        """Whether whoever computes a gate of this matrix has its up at hand, too."""
+        if not activation.has_gate:
+            return True
+        fields = 1 if self.packing is None else self.packing.fields
+        if self.rows % 2:
+            return False
+        if activation.is_interleaved:
+            return fields == 1 or -(-self.rows // fields) % 2 == 0
+        return self.rows % fields == 0  # both are in one byte then, if there are several codes in it
 
 
 @dataclass(frozen=True)
@@ -76,26 +87,24 @@ class Pairs:
     `num_tokens` only; what is in the tensors counts when it runs.
     """
 
-    chosen: Tensor
-    """(P,) int64 or int32, the expert of each pair."""
+    count: int
+    """P."""
     addresses: Tensor
     """(E,) int64, of the experts' records: multiples of 16, in memory that the device can read. Those of experts that
     nobody wants are not looked at."""
     choices: int
     """K: pair p is token p // K's."""
+    chosen: Tensor | None = None
+    """(P,) int64 or int32, the expert of each pair; None if `offsets` tell all."""
     weights: Tensor | None = None
     """(P,) routing weights; None if no pair is idle on account of its weight."""
-    order: Tensor | None = None
-    """(P,) int32, the pairs sorted by expert, idle ones last; None where each pair is computed on its own."""
     offsets: Tensor | None = None
-    """(E + 1,) int32: the pairs of expert e are at `offsets[e]` to `offsets[e + 1]` of `order`."""
-    num_tokens: int = 1
-    """T, which decides how the work is cut."""
-
-    @property
-    def count(self) -> int:
-        """P."""
-        return self.chosen.shape[0]
+    """(E + 1,) int32 or int64: the pairs of expert e are at `offsets[e]` to `offsets[e + 1]` of `order`, those beyond
+    the last one are idle. None if each pair is computed on its own."""
+    order: Tensor | None = None
+    """(P,) int32, the pairs sorted by expert; None if they are."""
+    rows_per_expert: int = 1
+    """About how many there are. Decides how the work is cut, and so must not depend on what is resident."""
 
     @property
     def num_experts(self) -> int:

@@ -40,6 +40,11 @@ class Packing:
         """Groups in a row."""
         return self.cols // self.group_size
 
+    @property
+    def fields(self) -> int:
+        """Codes in a byte of `codes`."""
+        return 8 // (2 if self.nbits == 3 else self.nbits)
+
     @cached_property
     def parts(self) -> tuple[FieldSpec, ...]:
         """The arrays of a packed matrix.

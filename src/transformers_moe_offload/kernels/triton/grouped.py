@@ -22,7 +22,6 @@ from transformers_moe_offload.kernels.triton.pairs import combine_kernel, order_
 from transformers_moe_offload.kernels.triton.row import grouped_row_kernel
 from transformers_moe_offload.kernels.triton.sizes import (
     dense_row_sizes,
-    fields,
     formats,
     most_tiles,
     programs,
@@ -43,34 +42,26 @@ WIDTH = 512
 
 def ordered(pairs: Pairs) -> Pairs:
     """The pairs, sorted by expert, so that tiles of those that share one can be computed together."""
-    count, num_experts, device = pairs.count, pairs.num_experts, pairs.chosen.device
-    if count > MOST_PAIRS:
-        expert = torch.where((pairs.chosen < 0) | (pairs.chosen >= num_experts), num_experts, pairs.chosen)
-        if pairs.weights is not None:
-            expert = torch.where(pairs.weights == 0, num_experts, expert)
-        expert, order = torch.sort(expert, stable=True)
-        offsets = torch.searchsorted(
-            expert, torch.arange(num_experts + 1, dtype=expert.dtype, device=device), out_int32=True
-        )
-        return replace(pairs, order=order.int(), offsets=offsets)
-    order = torch.empty(count, dtype=torch.int32, device=device)
+    chosen, weights, num_experts = pairs.chosen, pairs.weights, pairs.num_experts
+    assert chosen is not None
+    device = chosen.device
+    if pairs.count > MOST_PAIRS:
+        is_idle = (chosen < 0) | (chosen >= num_experts)
+        if weights is not None:
+            is_idle |= weights == 0
+        expert, order = torch.sort(torch.where(is_idle, num_experts, chosen), stable=True)
+        bounds = torch.arange(num_experts + 1, dtype=expert.dtype, device=device)
+        return replace(pairs, order=order.int(), offsets=torch.searchsorted(expert, bounds, out_int32=True))
+    order = torch.empty(pairs.count, dtype=torch.int32, device=device)
     offsets = torch.empty(num_experts + 1, dtype=torch.int32, device=device)
-    most_pairs = triton.next_power_of_2(max(count, 16))
+    most_pairs = triton.next_power_of_2(max(pairs.count, 16))
     most_experts = triton.next_power_of_2(num_experts + 1)
-    weights = pairs.chosen if pairs.weights is None else pairs.weights
+    step = max(4, min(most_pairs, COMPARISONS // max(most_pairs, most_experts)))
     with torch.cuda.device_of(order):
         order_kernel[(1,)](
-            pairs.chosen,
-            weights,
-            order,
-            offsets,
-            count,
-            num_experts,
-            has_weights=pairs.weights is not None,
-            most_pairs=most_pairs,
-            most_experts=most_experts,
-            step=max(4, min(most_pairs, COMPARISONS // max(most_pairs, most_experts))),
-        )
+            chosen, chosen if weights is None else weights, order, offsets, pairs.count, num_experts,
+            has_weights=weights is not None, most_pairs=most_pairs, most_experts=most_experts, step=step,
+        )  # fmt: skip
     return replace(pairs, order=order, offsets=offsets)
 
 
@@ -88,54 +79,39 @@ def linear(rows: Tensor, matrix: PlacedMatrix, pairs: Pairs, activation: Activat
     if not count:
         return out
     packing, places = matrix.packing, matrix.places
-    num_fields = 1 if packing is None else fields(packing)
     at = [places["weight"] if packing is None else places["codes"], *(places.get(name, 0) for name in PARTS[1:])]
-    arguments = (*at, places.get("bias", 0), matrix.rows, matrix.cols, num_experts, pairs.choices)
+    assert activation is None or matrix.can_activate(activation)
+    numbers = (*at, places.get("bias", 0), matrix.rows, matrix.cols, num_experts, pairs.choices)
     compiled_for = constants(matrix, activation)
     with torch.cuda.device_of(rows):
         if pairs.offsets is None:
-            sizes = (
-                dense_row_sizes(matrix.cols, is_transposed=matrix.is_transposed)
-                if packing is None
-                else row_sizes(packing)
-            )
+            assert pairs.chosen is not None
+            is_transposed = matrix.is_transposed
+            sizes = row_sizes(packing) if packing else dense_row_sizes(matrix.cols, is_transposed=is_transposed)
             weights = pairs.chosen if pairs.weights is None else pairs.weights
-            grid = (count, programs(matrix.rows, num_fields, sizes))
-            grouped_row_kernel[grid](
-                rows, out, pairs.chosen, weights, pairs.addresses, *arguments,
+            grouped_row_kernel[count, programs(matrix.rows, packing, sizes)](
+                rows, out, pairs.chosen, weights, pairs.addresses, *numbers,
                 has_weights=pairs.weights is not None, **compiled_for, **sizes,
             )  # fmt: skip
         else:
-            sizes = tile_sizes(packing, rows.dtype, min(pairs.num_tokens, triton.cdiv(count, num_experts)))
+            sizes = tile_sizes(packing, rows.dtype, pairs.rows_per_expert)
             tiles = most_tiles(count, num_experts, sizes["height"])
-            grid = (tiles, programs(matrix.rows, num_fields, sizes))
             order = pairs.offsets if pairs.order is None else pairs.order
-            grouped_tile_kernel[grid](
-                rows, out, order, pairs.offsets, pairs.addresses, *arguments, count,
+            grouped_tile_kernel[tiles, programs(matrix.rows, packing, sizes)](
+                rows, out, order, pairs.offsets, pairs.addresses, *numbers, count,
                 is_sorted=pairs.order is None, most_experts=triton.next_power_of_2(num_experts + 1),
                 **compiled_for, **sizes,
             )  # fmt: skip
     return out
 
 
-def can_activate(matrix: PlacedMatrix, activation: Activation) -> bool:
-    """Whether the program that computes a gate computes its up, too."""
-    if not activation.has_gate:
-        return True
-    if matrix.rows % 2:
-        return False
-    num_fields = 1 if matrix.packing is None else fields(matrix.packing)
-    if activation.is_interleaved:
-        return num_fields == 1 or -(-matrix.rows // num_fields) % 2 == 0
-    return matrix.rows % num_fields == 0
-
-
-def combine(rows: Tensor, pairs: Pairs) -> Tensor:
+def combine(rows: Tensor, pairs: Pairs, dtype: torch.dtype) -> Tensor:
     """rows (P, H) of the pairs -> (T, H), weighted and added up over a token's choices in their order, in float32."""
+    assert pairs.chosen is not None
     assert pairs.weights is not None
     count, width = rows.shape
     tokens = count // pairs.choices
-    out = torch.empty((tokens, width), dtype=rows.dtype, device=rows.device)
+    out = torch.empty((tokens, width), dtype=dtype, device=rows.device)
     if tokens:
         with torch.cuda.device_of(rows):
             combine_kernel[(tokens, triton.cdiv(width, WIDTH))](

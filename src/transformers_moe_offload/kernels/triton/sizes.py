@@ -36,9 +36,9 @@ TILE_PIECES = {torch.float32: 16, torch.bfloat16: 64, torch.float16: 64}
 
 
 def row_sizes(packing: Packing) -> dict[str, int]:
-    """How the kernels that multiply one row are cut."""
+    """How the kernels that multiply one row with a packed matrix are cut."""
     piece_size = min(packing.group_size, PIECE)
-    pieces = min(CODES // (LINES * fields(packing) * piece_size), triton.next_power_of_2(packing.cols // piece_size))
+    pieces = min(CODES // (LINES * packing.fields * piece_size), triton.next_power_of_2(packing.cols // piece_size))
     return {"lines": LINES, "pieces": pieces, "piece_size": piece_size}
 
 
@@ -54,7 +54,7 @@ def tile_sizes(packing: Packing | None, dtype: torch.dtype, count: int) -> dict[
     height = next((height for height in heights if height >= count), heights[-1])
     columns = TILE_PIECES[dtype]
     return {
-        "lines": PRODUCTS if packing is None else PRODUCTS // fields(packing),
+        "lines": PRODUCTS if packing is None else PRODUCTS // packing.fields,
         "height": height,
         "piece_size": columns if packing is None else min(packing.group_size, columns),
         "num_warps": 4 if height < 64 else 8,
@@ -69,16 +69,11 @@ def most_tiles(count: int, num_experts: int, height: int) -> int:
     return (count + min(num_experts + 1, count) * (height - 1)) // height
 
 
-def fields(packing: Packing) -> int:
-    """Codes in a byte of `codes`."""
-    return 8 // (2 if packing.nbits == 3 else packing.nbits)
-
-
 def formats(packing: Packing) -> dict[str, int]:
     """What kernels are compiled for."""
     return {"nbits": packing.nbits, "group_size": packing.group_size, "meta_nbits": packing.meta_nbits}
 
 
-def programs(rows: int, fields: int, sizes: Mapping[str, int]) -> int:
+def programs(rows: int, packing: Packing | None, sizes: Mapping[str, int]) -> int:
     """That it takes to compute a row of output; as many where half of a program's lines are gates, the others ups."""
-    return -(-rows // (fields * sizes["lines"]))
+    return -(-rows // (sizes["lines"] * (1 if packing is None else packing.fields)))
