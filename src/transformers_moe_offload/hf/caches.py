@@ -64,7 +64,7 @@ class LayerCaches:
         if plan.arena_refused is not None:
             obstacles = {layer.name: plan.arena_refused for layer in self._layers} | obstacles
         report(obstacles, len(self._layers), config)
-        self.decoding = Decoding(addressed_layers(self._layers, by_layer, engines, obstacles), obstacles)
+        self.decoding = Decoding(addressed_layers(model, self._layers, by_layer, engines, obstacles), obstacles)
         self._of_layer, host = build_caches(plan, sources, config)
         self._of_layer |= {layer: engine.cache for layer, engine in engines.items()}
         self._engines = engines

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 
+from torch import nn
 from transformers.utils import logging
 
 from transformers_moe_offload.compute.on_device import OnDevice
@@ -12,7 +13,7 @@ from transformers_moe_offload.engine.arena import Arena
 from transformers_moe_offload.engine.engine import DeviceEngine
 from transformers_moe_offload.hf.decode.decoding import AddressedLayer
 from transformers_moe_offload.hf.decode.obstacles import record_layout
-from transformers_moe_offload.hf.layer import SparseLayer
+from transformers_moe_offload.hf.layer import SparseLayer, experts_at
 from transformers_moe_offload.hf.plan import OffloadPlan, PoolPlan, workers_of
 from transformers_moe_offload.memory.checkpoint import ExpertStore, LayerSource
 from transformers_moe_offload.policies import make_policy
@@ -40,6 +41,7 @@ def build_engines(plan: OffloadPlan, sources: Sequence[LayerSource], config: Off
 
 
 def addressed_layers(
+    model: nn.Module,
     layers: Sequence[SparseLayer],
     sources: Mapping[int, LayerSource],
     engines: Mapping[int, DeviceEngine],
@@ -51,7 +53,8 @@ def addressed_layers(
         if layer.index in engines and layer.name not in obstacles:
             source = sources[layer.index]
             assert layer.mlp is not None
-            compute = OnDevice(layer.mlp, record_layout(source), source.codings.usual, layer.num_experts)
+            module, coding = experts_at(model, layer.name), source.codings.usual
+            compute = OnDevice(layer.mlp, record_layout(source), coding, layer.num_experts, module)
             found[layer.index] = AddressedLayer(layer.index, compute, engines[layer.index])
     return found
 
