@@ -16,8 +16,9 @@ from transformers_moe_offload.errors import CheckpointError, ConfigError
 from transformers_moe_offload.expert import ExpertId, ExpertSpec, FieldSpec
 from transformers_moe_offload.memory.checkpoint import ExpertStore, LayerSource
 from transformers_moe_offload.memory.expert_source import RecordedExpert
-from transformers_moe_offload.memory.record import RecordLayout
-from transformers_moe_offload.memory.safetensors_index import read_index
+from transformers_moe_offload.memory.ram_file import RamFile
+from transformers_moe_offload.memory.record import RecordLayout, host_bytes
+from transformers_moe_offload.memory.safetensors_index import StoredTensor, read_index
 
 CPU, GPU = torch.device("cpu"), torch.device("cuda", 0)
 NUM_LAYERS, NUM_EXPERTS = 3, 8
@@ -33,7 +34,7 @@ def store(tmp_path):
 def runtime(monkeypatch):
     """A GPU, as far as the arena is concerned, that locks a mebibyte at most."""
     runtime = Runtime(granted=1 << 20)
-    monkeypatch.setattr(torch.cuda, "cudart", lambda: runtime)
+    runtime.install(monkeypatch)
     monkeypatch.setattr(arena_module, "why_not_readable", lambda device: None)
     return runtime
 
@@ -168,4 +169,33 @@ def test_an_interruption_leaves_nothing_behind(store, runtime):
 
     with pytest.raises(KeyboardInterrupt):
         Arena(store, range(NUM_LAYERS), GPU, workers=2, advance=interrupt)
+    assert runtime.locked == {}
+
+
+def quantized_in_ram(store):
+    """The same experts as records in a file in RAM, but those of the last layer."""
+    sources = [store.layers[layer] for layer in range(NUM_LAYERS)]
+    for layer in range(NUM_LAYERS - 1):
+        row_bytes = store.layout(layer, 0).row_bytes
+        file = RamFile("experts", NUM_EXPERTS * row_bytes)
+        for e in range(NUM_EXPERTS):
+            file.write(host_bytes(record_of(store, ExpertId(layer, e))), e * row_bytes)
+        rows = [StoredTensor("experts", file, e * row_bytes, "uint8", (row_bytes,)) for e in range(NUM_EXPERTS)]
+        sources[layer] = LayerSource(sources[layer].spec, tuple(map(RecordedExpert, rows)))
+    return ExpertStore(sources)
+
+
+def test_experts_that_are_in_ram_already_are_locked_where_they_are_and_not_read_again(store, runtime, monkeypatch):
+    in_ram, told = quantized_in_ram(store), []
+    arena = Arena(in_ram, range(NUM_LAYERS), GPU, advance=told.append)
+    for expert in EVERYBODY:
+        assert torch.equal(arena.record(expert), record_of(store, expert))
+        assert arena.record(expert).data_ptr() % 64 == 0
+    assert len(told) == NUM_EXPERTS
+    files = {in_ram.in_ram(expert)[0] for expert in EVERYBODY if in_ram.in_ram(expert)}
+    assert sorted(runtime.locked.values()) == sorted([sum(told), *(file.nbytes for file in files)])
+    (file, start) = in_ram.in_ram(ExpertId(1, 2))
+    file.write(memoryview(b"changed"), start)
+    assert bytes(arena.record(ExpertId(1, 2))[:7].numpy()) == b"changed", "it is the same memory"
+    arena.close()
     assert runtime.locked == {}

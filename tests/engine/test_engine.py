@@ -108,6 +108,49 @@ def test_what_a_prompt_has_loaded_is_read_in_its_slots_afterwards(arena, store):
     assert everybody_is_where_the_table_says(engine, store)
 
 
+def test_a_replay_finds_what_a_prompt_has_loaded(arena):
+    engine = engine_of(arena, 4)
+    addresses = engine.addresses(0)
+    with engine.cache.visit(0, [1]) as visit:
+        visit.take(1)
+    assert addresses.tolist() == arena.addresses(0)
+    engine.before_replay()
+    assert addresses[1] == engine.cache.slots.pool.record(engine.cache.residency.slot(ExpertId(0, 1))).data_ptr()
+
+
+def test_what_was_only_captured_is_not_counted(arena):
+    engine = engine_of(arena, 4)
+    engine.note(0, torch.tensor([[3, 4]]))
+    engine.forget_notes()
+    step(engine, {0: [5]})
+    assert engine.stats[0].asked == 1
+    step(engine, {})
+    assert set(engine.cache.residency.residents()) == {ExpertId(0, 5)}
+
+
+class Capturing(HostStreams):
+    """A graph may be being captured; then nothing may be queued but what layers do."""
+
+    now = False
+
+    def is_capturing(self):
+        return self.now
+
+
+def test_while_a_forward_is_captured_the_table_stays_as_it_is(arena):
+    streams = Capturing()
+    engine = engine_of(arena, 4, streams=streams)
+    with engine.cache.visit(0, [1]) as visit:
+        visit.take(1)
+    streams.now = True
+    engine.note(0, torch.tensor([[1, 2]]))
+    assert engine.addresses(0).tolist() == arena.addresses(0)
+    streams.now = False
+    engine.forget_notes()
+    engine.note(0, torch.tensor([[1, 2]]))
+    assert engine.addresses(0)[1] != arena.addresses(0)[1]
+
+
 def test_what_was_counted_is_known_when_it_is_asked_for_and_not_before_the_device_has_got_there(tmp_path):
     machine = Machine(tmp_path, seed=0)
     machine.decode()
@@ -278,6 +321,6 @@ def test_closing_waits_for_the_device_and_gives_everything_back(tmp_path):
     machine.engine.close()
     assert not any(machine.streams.queues)
     assert len(machine.pool) == 0
-    assert machine.arena._blocks == []
+    assert machine.arena._records == {}
     assert machine.streams.problems == []
     machine.engine.close()

@@ -83,6 +83,11 @@ class Counters:
         self._streams.compute(lambda: self._compare_into(reading))
         self._on_the_way.append((reading, self._streams.mark()))
 
+    def forget(self) -> None:
+        """What was left behind since `close` was only captured, and has not been asked for."""
+        self._noted.clear()
+        self._streams.compute(lambda: self._routed.fill_(self._width))
+
     def arrived(self, *, wait: bool = False) -> Iterator[list[Use]]:
         """What layers asked for in the forwards of which the host has heard by now, one after the other."""
         while self._on_the_way:
