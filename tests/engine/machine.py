@@ -41,6 +41,7 @@ class Machine:
         ]
         self.hits = [0] * NUM_LAYERS
         self.asked = [0] * NUM_LAYERS
+        self.visit_hits = [0] * NUM_LAYERS
 
     @property
     def pool(self):
@@ -75,11 +76,15 @@ class Machine:
         """Submit a forward in which layers hold the experts that they want."""
         for layer in layers:
             wanted = self.random.sample(range(NUM_EXPERTS), self.random.randint(1, NUM_EXPERTS))
-            with self.engine.cache.visit(layer, wanted) as visit:
-                for expert, _ in visit:
-                    slot = self.engine.cache.residency.slot(ExpertId(layer, expert))
-                    self.streams.read(self.pool.record(slot), self.bytes[layer][expert])
-                    self.streams.maybe_advance()
+            before = self.engine.cache.stats[layer].hits
+            try:
+                with self.engine.cache.visit(layer, wanted) as visit:
+                    for expert, _ in visit:
+                        slot = self.engine.cache.residency.slot(ExpertId(layer, expert))
+                        self.streams.read(self.pool.record(slot), self.bytes[layer][expert])
+                        self.streams.maybe_advance()
+            finally:
+                self.visit_hits[layer] += self.engine.cache.stats[layer].hits - before
 
     def resize(self, num_slots):
         """Change the number of slots; memory that was freed is somebody else's from now on."""

@@ -1,9 +1,9 @@
 """A device whose streams do what is queued as late, and in as odd an order, as the marks allow; and who saw it.
 
 Two things are checked, whatever the seed. By bytes: a kernel looks up its addresses when it begins, and reads what is
-there then and once more when it ends; a copy leaves garbage in its target until it has ended. By order (happens-before):
-a kernel and a copy that touch the same memory must be ordered by marks, whichever of them this schedule ran first. So a
-mark that was forgotten is found in every run that comes near it, and not only in the one that it spoils.
+there then and once more when it ends; a copy leaves garbage in its target until it has ended. By order, of what happens
+before what: a kernel and a copy that touch the same memory must be ordered by marks, whichever of them this schedule
+ran first. So a mark that was forgotten is found in every run that comes near it, not only in the one that it spoils.
 """
 
 import ctypes

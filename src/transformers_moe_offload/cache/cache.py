@@ -103,36 +103,6 @@ class ExpertCache:
         finally:
             self.turn.release()
 
-    def load_behind(self, absent: Sequence[ExpertId], spared: Container[ExpertId]) -> list[ExpertId]:
-        """Start to bring in absent experts that have been used where they were; returns those that got a slot.
-
-        Nobody `spared` has to leave for them.
-        """
-        with self.turn:
-            loads = plan_behind(absent, self.residency, self._policy.candidates(), spared, self._floor)
-            for load in loads:
-                self._start(load, len(self._in_flight))
-            return [load.expert for load in loads]
-
-    def used_in_place(self, layer: int, wanted: Sequence[int], hits: Container[int]) -> None:
-        """A device has used experts of a layer wherever they were: `hits` in slots, the others over the link."""
-        with self.turn:
-            stats, experts = self.stats[layer], [ExpertId(layer, expert) for expert in wanted]
-            for expert in experts:
-                if expert in self._ahead and expert.expert in hits:
-                    self._ahead.remove(expert)
-                    stats.prefetch_used += 1
-                if expert.expert in hits:
-                    stats.hits += 1
-                else:
-                    stats.misses += 1
-                    stats.in_place += 1
-                    stats.device_bytes += self.slots.device_bytes(expert)
-            self._policy.begin(layer, experts)
-            if self.on_visit is not None:
-                self.on_visit(layer, wanted)
-            self.announce(expert for expert in experts if self.residency.is_resident(expert))
-
     def warm(self, experts: Iterable[ExpertId]) -> None:
         """Bring experts into free slots before anybody asks for them, and wait until they are there."""
         with self.turn:
@@ -158,7 +128,7 @@ class ExpertCache:
                     self._evict(next(iter(self._policy.candidates())))
                 self.slots.remove(self.residency.remove_slot())
 
-    # What follows is for `Visit`, which holds the turn.
+    # What follows is for `Visit` and `Follower`, which hold the turn.
 
     def begin(self, layer: int, wanted: Sequence[ExpertId], computed: Container[int]) -> None:
         """Count and announce what a layer is about to use, or has the host compute."""
@@ -235,6 +205,32 @@ class ExpertCache:
             self._policy.use(expert)
         for expert in sorted(self._unannounced):
             self._admit(expert)
+
+    def used_in_place(self, layer: int, wanted: Sequence[int], hits: Container[int]) -> None:
+        """A device has used experts of a layer wherever they were: `hits` in slots, the others over the link."""
+        stats, experts = self.stats[layer], [ExpertId(layer, expert) for expert in wanted]
+        for expert in experts:
+            if expert.expert in hits:
+                stats.hits += 1
+                if expert in self._ahead:
+                    self._ahead.remove(expert)
+                    stats.prefetch_used += 1
+            else:
+                stats.misses += 1
+                stats.in_place += 1
+                stats.device_bytes += self.slots.device_bytes(expert)
+        self._policy.begin(layer, experts)
+        if self.on_visit is not None:
+            self.on_visit(layer, wanted)
+        self.announce(expert for expert in experts if self.residency.is_resident(expert))
+
+    def plan_behind(self, absent: Sequence[ExpertId], spared: Container[ExpertId]) -> list[Load]:
+        """Slots for absent experts that have been used where they were; nobody `spared` has to leave for them."""
+        return plan_behind(absent, self.residency, self._policy.candidates(), spared, self._floor)
+
+    def start(self, load: Load) -> None:
+        """Start one load of a plan; if it cannot be started, its expert is absent and the slot free."""
+        self._start(load, len(self._in_flight))
 
     def settle(self) -> None:
         """Wait for every load under way; those that fail leave their experts absent."""

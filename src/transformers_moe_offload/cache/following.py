@@ -63,9 +63,10 @@ class Follower:
 
     def _bring_in(self, absent: Sequence[ExpertId], spared: set[ExpertId]) -> None:
         most = self._pace.most_loads(len(self._under_way))
-        started = self._cache.load_behind(absent[:most], spared) if absent and most else []
-        self._pace.started(len(started))
-        self._under_way |= dict.fromkeys(started)
+        for load in self._cache.plan_behind(absent[:most], spared) if absent and most else ():
+            self._cache.start(load)
+            self._pace.started()
+            self._under_way[load.expert] = None
 
     def _measure(self, num_missed: int) -> None:
         now = self._clock()

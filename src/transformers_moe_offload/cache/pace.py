@@ -35,6 +35,6 @@ class Pace:
         cost = self._link.seconds_per_load
         return int(self._credit / cost) if cost else max(0, MOST_WAITING - num_under_way)
 
-    def started(self, num_loads: int) -> None:
-        """So many copies were started."""
-        self._credit -= num_loads * self._link.seconds_per_load
+    def started(self) -> None:
+        """A copy was started."""
+        self._credit -= self._link.seconds_per_load

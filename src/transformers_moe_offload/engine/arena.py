@@ -1,7 +1,8 @@
 """All experts of some layers in host memory that the device reads where it is; filled once, and never changed.
 
 On a GPU it is page-locked, so it is asked for in blocks: a refusal comes before anything is read, and says how far the
-system went. On a CPU it is memory like any other.
+system went. On a CPU it is memory like any other. Experts that were quantized while the model was loaded are in RAM
+already, and read where they are there.
 """
 
 from __future__ import annotations
@@ -16,7 +17,8 @@ from torch import Tensor
 from transformers_moe_offload.errors import ConfigError
 from transformers_moe_offload.expert import ExpertId
 from transformers_moe_offload.memory.checkpoint import ExpertStore
-from transformers_moe_offload.memory.page_locked import PageableBlock, PageLockedBlock, why_not_readable
+from transformers_moe_offload.memory.page_locked import PageLock, pageable, why_not_readable
+from transformers_moe_offload.memory.ram_file import RamFile
 from transformers_moe_offload.memory.record import RecordLayout
 from transformers_moe_offload.memory.transfer import HostCopier, Transfer
 
@@ -40,7 +42,7 @@ class Arena:
     ) -> None:
         """Takes the memory and reads every expert into it, by `workers` threads.
 
-        `advance` is called with the bytes of each record that is there. Raises `ConfigError` if the experts take more
+        `advance` is called with the bytes of each record that was read. Raises `ConfigError` if the experts take more
         than `budget_bytes`, or the system does not grant them, and what the store raises for files that are missing,
         short or not what they were; then nothing is kept.
         """
@@ -57,11 +59,14 @@ class Arena:
                 f"host_budget allows {budget_bytes:,}. Set OffloadConfig.host_budget to {self.nbytes:,} bytes or more, "
                 f"or decode='host'"
             )
-        self._blocks: list[PageLockedBlock | PageableBlock] = []
+        reason = why_not_readable(device) if device.type == "cuda" else None
+        if reason is not None:
+            raise self._refused(0, reason)
+        self._locks: list[PageLock] = []
         self._records: dict[ExpertId, Tensor] = {}
         try:
             self._take(experts)
-            self._read(experts, workers, advance)
+            self._read([expert for expert in experts if store.in_ram(expert) is None], workers, advance)
         except BaseException:
             self.close()
             raise
@@ -82,45 +87,49 @@ class Arena:
     def close(self) -> None:
         """Give the memory back. The device must not be reading it any more."""
         self._records.clear()
-        while self._blocks:
-            self._blocks.pop().free()
+        while self._locks:
+            self._locks.pop().free()
 
     def _take(self, experts: Sequence[ExpertId]) -> None:
         """Memory for all records, before any is read."""
-        reason = why_not_readable(self._device) if self._device.type == "cuda" else None
         granted = 0
-        for members in self._in_blocks(experts):
-            nbytes = sum(self.layout(expert).nbytes for expert in members)
+        for memory, starts in self._blocks(experts):
             try:
-                if reason is not None:
-                    raise OSError(reason)  # noqa: TRY301
-                block = PageLockedBlock(nbytes) if self._device.type == "cuda" else PageableBlock(nbytes)
+                if self._device.type == "cuda":
+                    self._locks.append(PageLock(memory, self._device))
             except OSError as error:
-                raise ConfigError(
-                    f"decoding on {self._device} needs {self.nbytes:,} bytes of page-locked memory for all experts, of "
-                    f"which the system granted {granted:,} ({error}); `ulimit -l` shows one limit. Use decode='host', "
-                    f"or fewer bits for experts"
-                ) from error
-            self._blocks.append(block)
-            granted += nbytes
-            start = 0
-            for expert in members:
-                stop = start + self.layout(expert).nbytes
-                self._records[expert] = block.memory[start:stop]
-                start = stop
+                raise self._refused(granted, error) from error
+            for expert, start in starts.items():
+                self._records[expert] = memory[start : start + self.layout(expert).nbytes]
+                granted += self.layout(expert).nbytes
 
-    def _in_blocks(self, experts: Sequence[ExpertId]) -> Iterator[list[ExpertId]]:
-        members: list[ExpertId] = []
-        nbytes = 0
+    def _blocks(self, experts: Sequence[ExpertId]) -> Iterator[tuple[Tensor, dict[ExpertId, int]]]:
+        """Pieces of memory, and where in it records begin: that which records are in already, else blocks of it."""
+        in_files: dict[RamFile, dict[ExpertId, int]] = {}
+        block: dict[ExpertId, int] = {}
+        end = 0
         for expert in experts:
-            more = self.layout(expert).nbytes
-            if members and nbytes + more > BLOCK_BYTES:
-                yield members
-                members, nbytes = [], 0
-            members.append(expert)
-            nbytes += more
-        if members:
-            yield members
+            found = self._store.in_ram(expert)
+            if found is not None:
+                in_files.setdefault(found[0], {})[expert] = found[1]
+                continue
+            nbytes = self.layout(expert).nbytes
+            if block and end + nbytes > BLOCK_BYTES:
+                yield pageable(end), block
+                block, end = {}, 0
+            block[expert] = end
+            end += nbytes
+        if block:
+            yield pageable(end), block
+        for file, starts in in_files.items():
+            yield file.shared(), starts
+
+    def _refused(self, granted: int, why: object) -> ConfigError:
+        return ConfigError(
+            f"decoding on {self._device} needs {self.nbytes:,} bytes of page-locked memory for all experts, of which "
+            f"the system granted {granted:,} ({why}); `ulimit -l` shows one limit. Use decode='host', or fewer bits "
+            f"for experts"
+        )
 
     def _read(self, experts: Sequence[ExpertId], workers: int, advance: Callable[[int], object]) -> None:
         """Fill the records, a few at a time; when one fails, nobody writes into the memory any more."""

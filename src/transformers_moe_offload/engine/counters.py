@@ -38,7 +38,7 @@ class Counters:
         device = table.homes.device
         with torch.inference_mode(False):
             self._routed = torch.full((num_layers, MOST_PAIRS), self._width, dtype=torch.int64, device=device)
-            """(L, pairs) int64: experts asked for; E where nobody is."""
+            """(L, pairs) int64: experts asked for; E, or more, where nobody is."""
             self._asked = torch.zeros((num_layers, self._width + 1), dtype=torch.uint8, device=device)
             """(L, E + 1): 1 for those among them; the last column is of nobody."""
             self._exists = (table.homes != NOBODY).to(torch.uint8)
@@ -69,7 +69,7 @@ class Counters:
         place = self._places.get((layer, pairs))
         if place is None:
             place = self._places[layer, pairs] = self._routed[self._row[layer], :pairs]
-        self._streams.compute(lambda: torch.clamp(top_k_index.reshape(-1), max=self._width, out=place))
+        self._streams.compute(lambda: place.copy_(top_k_index.reshape(-1)))
 
     @property
     def has_notes(self) -> bool:
@@ -108,6 +108,7 @@ class Counters:
 
     def _compare_into(self, reading: Tensor) -> None:
         """reading (L, E) uint8 gets `ABSENT` or `RESIDENT` for those asked for, else 0."""
+        self._routed.clamp_(max=self._width)
         self._asked.zero_()
         self._asked.scatter_(1, self._routed, 1)
         self._routed.fill_(self._width)

@@ -5,8 +5,8 @@ multiplies. Between two forwards, `between_steps` hears what has arrived of earl
 kernels know of experts that have come in. The host waits for none of it.
 
 Prompts, and layers that are computed on the host's terms, use the same slots through `cache`, an `ExpertCache` like any
-other: whoever it evicts is read in the arena again, and whoever it loads can be read in a slot from the next
-`between_steps` on. So there is one account of who is where, one planner, and one policy that hears of everything.
+other: whoever it evicts is read in the arena again, and whoever it loads is read in a slot from the next `note` on. So
+there is one account of who is where, one planner, and one policy that hears of everything.
 """
 
 from __future__ import annotations
@@ -68,12 +68,18 @@ class DeviceEngine:
 
         One operation on the device, which a graph can capture. Indices that are no expert's are nobody.
         """
+        self._publish()
         self._slots.table_is_read()
         self._counters.note(layer, top_k_index)
 
     def forget_notes(self) -> None:
         """What layers have noted since the last step was part of a capture, and nothing of it has been computed."""
         self._counters.forget()
+
+    def before_replay(self) -> None:
+        """A captured forward is about to be replayed: let it find those that a prompt has loaded."""
+        with self.turn:
+            self._publish()
 
     def between_steps(self) -> None:
         """One forward has been submitted and the next has not: follow what has become known, wait for nothing.
@@ -85,7 +91,7 @@ class DeviceEngine:
             self._counters.close()
             self._follower.follow(self._counters.arrived())
             self._follower.receive()
-            self._table.publish()
+            self._publish()
 
     @property
     def stats(self) -> Mapping[int, LayerStats]:
@@ -99,8 +105,7 @@ class DeviceEngine:
         with self.turn:
             self._slots.table_is_read()
             self.cache.resize(num_slots)
-            self._follower.receive()
-            self._table.publish()
+            self._publish()
 
     def close(self) -> None:
         """Give slots and arena back, once the device has finished with them. No kernel may read the table again."""
@@ -109,6 +114,13 @@ class DeviceEngine:
             self.cache.resize(0)
             self._streams.synchronize()
             self._arena.close()
+
+    def _publish(self) -> None:
+        """Let kernels find who has arrived; those that were submitted before are counted by what they found."""
+        if self._table.has_news and not self._streams.is_capturing():
+            if self._counters.has_notes:
+                self._counters.close()
+            self._table.publish()
 
     def _catch_up(self) -> None:
         """Count what is known to the device alone."""

@@ -59,6 +59,11 @@ class AddressTable:
         """An expert can be read in a slot by whatever is queued on the compute stream after this; see `publish`."""
         self._arriving[expert] = address
 
+    @property
+    def has_news(self) -> bool:
+        """Whether somebody has arrived since `publish`."""
+        return bool(self._arriving)
+
     def publish(self) -> None:
         """Let kernels submitted from now on find those that have arrived."""
         if self._arriving:

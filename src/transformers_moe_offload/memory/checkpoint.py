@@ -117,6 +117,13 @@ class ExpertStore:
         experts = range(len(self.layers[layer].experts))
         return 2 * sum(self.stretches(ExpertId(layer, expert)) is not None for expert in experts) > len(experts)
 
+    def in_ram(self, expert: ExpertId) -> tuple[RamFile, int] | None:
+        """Where an expert's record lies in memory of ours, if it does: the file, and the first byte."""
+        source = self._source(expert)
+        if isinstance(source, RecordedExpert) and isinstance(source.row.file, RamFile):
+            return source.row.file, source.row.offset
+        return None
+
     def stretches(self, expert: ExpertId) -> tuple[Stretch, ...] | None:
         """Where each field of an expert lies in one piece; None if one of them does not."""
         return self._source(expert).stretches(self.layout(*expert))

@@ -1,7 +1,7 @@
 """Host memory that an accelerator reads where it is: page-locked, and at the address that the host knows it by.
 
 torch's own page-locked memory comes in powers of two and is kept when it is freed, which is right for small buffers and
-wrong for all experts of a model. So memory is taken from the system as it is needed, and then registered with CUDA.
+wrong for all experts of a model. So memory is had from elsewhere, as much as it takes, and registered with CUDA.
 """
 
 from __future__ import annotations
@@ -22,30 +22,23 @@ SAME_ADDRESS = 91
 kernels are for and Windows may not have."""
 
 
-class PageLockedBlock:
-    """Some bytes of page-locked memory. They are given back by `free`, or when nobody refers to the block any more."""
+class PageLock:
+    """Keeps memory where it is, until `free`, or until nobody refers to the lock any more."""
 
-    def __init__(self, nbytes: int) -> None:
-        """Raises `OSError` where the system, or CUDA, does not grant them."""
-        self.memory: Tensor = pageable(nbytes)
-        """uint8 (nbytes,)."""
+    def __init__(self, memory: Tensor, device: torch.device) -> None:
+        """memory uint8 (nbytes,), from the beginning of a page. Raises `OSError` where it is not granted."""
         runtime = torch.cuda.cudart()
-        address = self.memory.data_ptr()
-        error = runtime.cudaHostRegister(address, nbytes, PORTABLE_AND_MAPPED)
+        error = runtime.cudaHostRegister(memory.data_ptr(), memory.nbytes, PORTABLE_AND_MAPPED)
         if int(error):
-            raise OSError(f"CUDA would not lock {nbytes:,} bytes in memory: {runtime.cudaGetErrorString(error)}")
-        self.free: Callable[[], object] = weakref.finalize(self, runtime.cudaHostUnregister, address)
-        """Give the memory back; the device must not be reading it any more."""
+            why = runtime.cudaGetErrorString(error)
+            raise OSError(f"CUDA would not lock {memory.nbytes:,} bytes in memory: {why}")
+        self.free: Callable[[], object] = weakref.finalize(self, _unlock, memory, device)
+        """Give it up, when the device has done what it was told so far; a second time does nothing."""
 
 
-class PageableBlock:
-    """The same of ordinary memory, for a CPU."""
-
-    def __init__(self, nbytes: int) -> None:
-        self.memory: Tensor = pageable(nbytes)
-
-    def free(self) -> None:
-        """It goes with whoever refers to it last."""
+def _unlock(memory: Tensor, device: torch.device) -> None:
+    torch.cuda.synchronize(device)  # sync: host waits for device, which may be reading
+    torch.cuda.cudart().cudaHostUnregister(memory.data_ptr())
 
 
 def pageable(nbytes: int) -> Tensor:

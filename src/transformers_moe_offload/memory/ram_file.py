@@ -5,11 +5,15 @@ Being a file, it is read, mapped and copied from like any checkpoint.
 
 from __future__ import annotations
 
+import mmap
 import os
 import tempfile
 import weakref
 from pathlib import Path
 from typing import Any
+
+import torch
+from torch import Tensor
 
 from transformers_moe_offload.memory.disk import File
 
@@ -40,6 +44,10 @@ class RamFile(File):
         while content:
             written = os.pwrite(self._fd, content, offset)
             content, offset = content[written:], offset + written
+
+    def shared(self) -> Tensor:
+        """All of it, uint8 (nbytes,), from the beginning of a page: no copy, and there as long as the tensor is."""
+        return torch.frombuffer(mmap.mmap(self._fd, self.nbytes), dtype=torch.uint8)
 
     def __reduce__(self) -> Any:
         raise TypeError(

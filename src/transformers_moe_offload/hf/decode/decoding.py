@@ -95,6 +95,8 @@ class Decoding:
     def replaying(self) -> Iterator[None]:
         """Around the replay of one, of which the caches hear when it has been submitted."""
         with self._whole():
+            for engine in self.engines:
+                engine.before_replay()
             yield
             for engine in self.engines:
                 engine.between_steps()
