@@ -88,14 +88,14 @@ class SparseLayer:
         cache = self.runtime.cache_for(self, inputs[0].device)
         if self.mlp is None:
             return self._eager(module, cache, inputs, adaptation, needs_grad=needs_grad)
-        options: dict[str, Any] = {
-            "codings": self.runtime.source(self).codings,
-            "started": self.runtime.look_ahead_from(self, inputs[0]),
-        }
         decoding = self.runtime.decoding
         addressed = decoding.layer(self.index, module, inputs, needs_grad=needs_grad, is_adapted=bool(adaptation))
         if addressed is not None:
             return decoding.compute(addressed, module, *inputs)
+        options: dict[str, Any] = {
+            "codings": self.runtime.source(self).codings,
+            "started": self.runtime.look_ahead_from(self, inputs[0]),
+        }
         if not adaptation and not needs_grad:
             host = self.runtime.host_side_of(self)
             return sparse_forward(cache, self.index, self.mlp, module, *inputs, host=host, **options)
