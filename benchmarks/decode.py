@@ -28,9 +28,6 @@ from rich.progress import Progress
 
 HERE = Path(__file__).parent
 
-WIDTH = 120
-"""Columns of a table that goes to a file."""
-
 
 def decode(
     check: Annotated[Path | None, typer.Option(help="Measure nothing; judge this result file.")] = None,
@@ -50,8 +47,6 @@ def decode(
 ) -> None:
     """Compare ways of running a mixture-of-experts model that does not fit."""
     console = Console()
-    if not console.is_terminal:
-        console = Console(width=WIDTH)
     if check is not None:
         raise typer.Exit(_judge(console, json.loads(check.read_text())))
     sizes = {"layers": layers, "experts": experts, "experts_per_token": experts_per_token}
@@ -66,7 +61,7 @@ def decode(
     from report import as_markdown, tables
 
     from transformers_moe_offload.bench.conditions import conditions
-    from transformers_moe_offload.bench.tables import for_terminal
+    from transformers_moe_offload.bench.tables import show
 
     folder = made_model(shape, made)
     result = {
@@ -78,7 +73,7 @@ def decode(
     path.write_text(json.dumps(result, indent=1) + "\n")
     path.with_suffix(".md").write_text(as_markdown(result))
     for table in tables(result):
-        console.print(for_terminal(table))
+        show(console, table)
     _judge(console, result)
     console.print(f"written to {path} and {path.with_suffix('.md').name}", soft_wrap=True)
     for name, error in result["failed"].items():

@@ -9,23 +9,15 @@ from typing import Any
 from rich.console import Console
 
 from transformers_moe_offload.bench.conditions import described
-from transformers_moe_offload.bench.tables import Table, as_markdown, for_terminal
+from transformers_moe_offload.bench.tables import Table, as_markdown
+from transformers_moe_offload.bench.tables import show as show_table
 
 HERE = Path(__file__).parent
-
-WIDTH = 130
-"""Columns of a table that goes to a file."""
 
 Verdict = tuple[str, bool | None]
 """A promise with its figures; kept, broken, or None where it was not measured."""
 
 SIGNS = {True: "kept", False: "broken", None: "not measured"}
-
-
-def terminal() -> Console:
-    """The terminal, or a page of fixed width where the output goes to a file."""
-    console = Console()
-    return console if console.is_terminal else Console(width=WIDTH)
 
 
 def write(folder: Path, name: str, result: dict[str, Any]) -> Path:
@@ -38,13 +30,13 @@ def write(folder: Path, name: str, result: dict[str, Any]) -> Path:
 
 def show(path: Path, result: dict[str, Any], tables: list[Table], verdicts: list[Verdict]) -> None:
     """Print conditions, tables, verdicts and failures, and write the same as Markdown beside the results."""
-    console = terminal()
+    console = Console()
     facts = described(result["conditions"]) | result.get("facts", {})
     lines = [f"# {path.stem}", "", *(f"- {name}: {value}" for name, value in facts.items()), ""]
     for name, value in facts.items():
         console.print(f"{name}: {value}", soft_wrap=True, markup=False, highlight=False)
     for table in tables:
-        console.print(for_terminal(table))
+        show_table(console, table)
         lines.append(as_markdown(table))
     said = [f"{SIGNS[is_kept]}: {promise}" for promise, is_kept in verdicts]
     said += [f"{name} failed: {error}" for name, error in result.get("failed", {}).items()]

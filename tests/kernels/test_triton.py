@@ -201,7 +201,7 @@ def grouped(kernels, rows, offsets, matrices, tokens, shift=0):
         rows_per_expert=tokens,
     )
     matrix = PlacedMatrix(packing.rows, packing.cols, places, packing)
-    return kernels.grouped.linear(rows.to(DEVICE), matrix, pairs).cpu()
+    return kernels.grouped.Product(matrix)(rows.to(DEVICE), pairs).cpu()
 
 
 def assert_agrees(found, rows, matrix):

@@ -1,4 +1,4 @@
-"""A small stand-in for the part of `torch.cuda` that `CudaCopier` uses: streams that run only when they are told to.
+"""A small stand-in for the part of `torch.cuda` that copies to a GPU use: streams that run only when they are told to.
 
 Work on a stream is queued, in order, and nothing of it happens until somebody runs the stream or synchronizes with an
 event on it. So a copy that forgot to wait for a kernel overtakes it in every run, and not once in a million.
@@ -7,6 +7,7 @@ event on it. So a copy that forgot to wait for a kernel overtakes it in every ru
 import threading
 from collections import deque
 from contextlib import contextmanager
+from itertools import count
 
 import torch
 
@@ -39,12 +40,28 @@ class Event:
 
     machine = None
 
-    def __init__(self):
+    def __init__(self, enable_timing=False):
+        self.is_timed = enable_timing
         self.last_mark = None
+        self.tick = None
 
     def record(self, stream):
         mark = self.last_mark = threading.Event()
-        stream.enqueue(mark.set)
+
+        def reach():
+            self.tick = self.machine.tick()
+            mark.set()
+
+        stream.enqueue(reach)
+
+    def query(self):
+        return self.reached_by_now()()
+
+    def elapsed_time(self, other):
+        """Milliseconds; a tick of the machine is one."""
+        assert self.is_timed
+        assert other.is_timed
+        return float(other.tick - self.tick)
 
     def reached_by_now(self):
         mark = self.last_mark
@@ -64,12 +81,16 @@ class Machine:
         self.made = []
         self.kept_for = []
         self._current = threading.local()
+        self._ticks = count()
         self._memory = type("Memory", (_DeviceMemory,), {"machine": self})  # parts of a slot are of the same class
 
     @property
     def copies(self):
         (stream,) = self.made
         return stream
+
+    def tick(self):
+        return next(self._ticks)
 
     def current_stream(self, device=None):
         return getattr(self._current, "stream", self.compute)

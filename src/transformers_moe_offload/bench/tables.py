@@ -5,9 +5,14 @@ from __future__ import annotations
 from typing import NamedTuple
 
 from rich import box
+from rich.console import Console
+from rich.measure import Measurement
 from rich.table import Table as RichTable
 
 MIB = 2**20
+
+UNBOUNDED = 10_000
+"""Columns: more than any table has."""
 
 
 class Table(NamedTuple):
@@ -18,14 +23,17 @@ class Table(NamedTuple):
     rows: list[list[str]]
 
 
-def for_terminal(table: Table) -> RichTable:
-    """A table for rich."""
+def show(console: Console, table: Table) -> None:
+    """Print a table, as wide as its figures are: words of its header stand below one another where that saves columns,
+    and a terminal that is narrower than that breaks lines, but loses nothing."""
     shown = RichTable(title=table.title, title_justify="left", title_style="bold", box=box.SIMPLE_HEAD)
     for number, name in enumerate(table.header):
-        shown.add_column(name, justify="right" if number else "left", no_wrap=True)
+        whole = [*name.split(), *(row[number] for row in table.rows)]
+        shown.add_column(name, justify="right" if number else "left", min_width=max(map(len, whole)))
     for row in table.rows:
         shown.add_row(*row)
-    return shown
+    width = Measurement.get(console, console.options.update(width=UNBOUNDED), shown).minimum
+    console.print(shown, width=max(width, len(table.title)), crop=False)
 
 
 def as_markdown(table: Table) -> str:

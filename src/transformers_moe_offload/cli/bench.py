@@ -19,7 +19,7 @@ from transformers_moe_offload.bench.passage import Passage, passage_for, text_pa
 from transformers_moe_offload.bench.protocol import QUICK, Protocol
 from transformers_moe_offload.bench.report import facts, tables
 from transformers_moe_offload.bench.session import measure
-from transformers_moe_offload.bench.tables import for_terminal
+from transformers_moe_offload.bench.tables import show
 from transformers_moe_offload.cli import options
 from transformers_moe_offload.cli.failures import CommandError, one_line_errors, reading
 from transformers_moe_offload.cli.results import write_json
@@ -99,7 +99,7 @@ def _bench_kernels(json_file: Path | None, protocol: KernelProtocol) -> None:
         console.print(f"{name}: {value}", soft_wrap=True, markup=False, highlight=False)
     console.print()
     for table in kernel_tables(result):
-        console.print(for_terminal(table))
+        show(console, table)
     if json_file is not None:
         write_json(json_file, result)
 
@@ -149,6 +149,6 @@ def _show(result: dict[str, Any]) -> None:
         console.print(f"{name}: {value}", soft_wrap=True, markup=False, highlight=False)
     console.print()
     for table in tables(result):
-        console.print(for_terminal(table))
+        show(console, table)
     for note in result["notes"]:
         console.print(f"note: {note}", soft_wrap=True, markup=False, highlight=False)

@@ -7,13 +7,15 @@ What one expert computes is said in `mlp.py`; here every step is one launch for 
 
 from __future__ import annotations
 
-from dataclasses import replace
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
 
 from transformers_moe_offload.compute.mlp import ExpertMlp
 from transformers_moe_offload.kernels.grouped import Activation, Pairs, PlacedMatrix
+
+if TYPE_CHECKING:
+    from transformers_moe_offload.kernels.triton.grouped import Product
 
 
 class ByAddress:
@@ -30,15 +32,19 @@ class ByAddress:
         self._first = first
         self._second = second
         self._activation = activation if activation is not None and first.can_activate(activation) else None
+        self._products: tuple[Product, Product] | None = None
 
     def __call__(self, experts: Any, rows: Tensor, pairs: Pairs) -> Tensor:
         """rows (P / choices, H) -> (P, H), not yet multiplied by the routing weights."""
-        from transformers_moe_offload.kernels.triton import grouped
+        if self._products is None:  # not before: Triton takes a second to import
+            from transformers_moe_offload.kernels.triton.grouped import Product
 
-        hidden = grouped.linear(rows, self._first, pairs, self._activation)
+            self._products = Product(self._first, self._activation), Product(self._second)
+        first, second = self._products
+        hidden = first(rows, pairs)
         if self._activation is None:
             hidden = self._mlp.activate(experts, hidden)
-        out = grouped.linear(hidden, self._second, replace(pairs, choices=1))
+        out = second(hidden, pairs._replace(choices=1))
         if self._mlp.has_post_expert_norm:
             normalised: Tensor = experts.post_expert_norm(out)
             return normalised

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, NamedTuple
 
 import torch
 from torch import Tensor
@@ -79,8 +79,7 @@ class PlacedMatrix:
         return self.rows % fields == 0  # both are in one byte then, if there are several codes in it
 
 
-@dataclass(frozen=True)
-class Pairs:
+class Pairs(NamedTuple):
     """The (token, choice) pairs of a layer, on the device.
 
     A pair is idle if its index is no expert's or its weight is zero. What is launched depends on the shapes and on

@@ -8,7 +8,6 @@ host, and what is launched depends on shapes only, so that all of it can be capt
 
 from __future__ import annotations
 
-from dataclasses import replace
 from typing import Any
 
 import torch
@@ -51,7 +50,7 @@ def ordered(pairs: Pairs) -> Pairs:
             is_idle |= weights == 0
         expert, order = torch.sort(torch.where(is_idle, num_experts, chosen), stable=True)
         bounds = torch.arange(num_experts + 1, dtype=expert.dtype, device=device)
-        return replace(pairs, order=order.int(), offsets=torch.searchsorted(expert, bounds, out_int32=True))
+        return pairs._replace(order=order.int(), offsets=torch.searchsorted(expert, bounds, out_int32=True))
     order = torch.empty(pairs.count, dtype=torch.int32, device=device)
     offsets = torch.empty(num_experts + 1, dtype=torch.int32, device=device)
     most_pairs = triton.next_power_of_2(max(pairs.count, 16))
@@ -62,47 +61,70 @@ def ordered(pairs: Pairs) -> Pairs:
             chosen, chosen if weights is None else weights, order, offsets, pairs.count, num_experts,
             has_weights=weights is not None, most_pairs=most_pairs, most_experts=most_experts, step=step,
         )  # fmt: skip
-    return replace(pairs, order=order, offsets=offsets)
+    return pairs._replace(order=order, offsets=offsets)
 
 
-def linear(rows: Tensor, matrix: PlacedMatrix, pairs: Pairs, activation: Activation | None = None) -> Tensor:
-    """Products of the pairs' tokens with their experts' matrices, (P, N), or what the activation makes of them, (P, I).
+class Product:
+    """The products with one matrix of every expert of a layer, and what is done to them.
 
-    rows (P / choices, C) float32, bfloat16 or float16. Rows of idle pairs come out as zeros. With `pairs.offsets` tiles
-    are computed, else each pair on its own.
+    Built once for a matrix: whatever can be settled beforehand is not settled again at each step.
     """
-    rows = rows.contiguous()
-    count, num_experts = pairs.count, pairs.num_experts
-    assert rows.shape == (count // pairs.choices, matrix.cols)
-    width = matrix.rows if activation is None else activation.outputs(matrix.rows)
-    out = torch.empty((count, width), dtype=rows.dtype, device=rows.device)
-    if not count:
-        return out
-    packing, places = matrix.packing, matrix.places
-    at = [places["weight"] if packing is None else places["codes"], *(places.get(name, 0) for name in PARTS[1:])]
-    assert activation is None or matrix.can_activate(activation)
-    numbers = (*at, places.get("bias", 0), matrix.rows, matrix.cols, num_experts, pairs.choices)
-    compiled_for = constants(matrix, activation)
-    with torch.cuda.device_of(rows):
-        if pairs.offsets is None:
-            assert pairs.chosen is not None
-            is_transposed = matrix.is_transposed
-            sizes = row_sizes(packing) if packing else dense_row_sizes(matrix.cols, is_transposed=is_transposed)
-            weights = pairs.chosen if pairs.weights is None else pairs.weights
-            grouped_row_kernel[count, programs(matrix.rows, packing, sizes)](
-                rows, out, pairs.chosen, weights, pairs.addresses, *numbers,
-                has_weights=pairs.weights is not None, **compiled_for, **sizes,
-            )  # fmt: skip
+
+    def __init__(self, matrix: PlacedMatrix, activation: Activation | None = None) -> None:
+        assert activation is None or matrix.can_activate(activation)
+        self.cols = matrix.cols
+        self.outputs = matrix.rows if activation is None else activation.outputs(matrix.rows)
+        self._matrix = matrix
+        packing, places = matrix.packing, matrix.places
+        at = [places["weight"] if packing is None else places["codes"], *(places.get(name, 0) for name in PARTS[1:])]
+        self._numbers = (*at, places.get("bias", 0), matrix.rows, matrix.cols)
+        self._constants = constants(matrix, activation)
+        if packing is None:
+            self._row_sizes = dense_row_sizes(matrix.cols, is_transposed=matrix.is_transposed)
         else:
-            sizes = tile_sizes(packing, rows.dtype, pairs.rows_per_expert)
-            tiles = most_tiles(count, num_experts, sizes["height"])
-            order = pairs.offsets if pairs.order is None else pairs.order
-            grouped_tile_kernel[tiles, programs(matrix.rows, packing, sizes)](
-                rows, out, order, pairs.offsets, pairs.addresses, *numbers, count,
-                is_sorted=pairs.order is None, most_experts=triton.next_power_of_2(num_experts + 1),
-                **compiled_for, **sizes,
-            )  # fmt: skip
-    return out
+            self._row_sizes = row_sizes(packing)
+        self._row_programs = programs(matrix.rows, packing, self._row_sizes)
+        self._tiles: dict[tuple[torch.dtype, int], tuple[dict[str, int], int]] = {}
+
+    def __call__(self, rows: Tensor, pairs: Pairs) -> Tensor:
+        """Products of the pairs' tokens with their experts' matrices, (P, N), or what the activation makes of them,
+        (P, I).
+
+        rows (P / choices, C) float32, bfloat16 or float16. Rows of idle pairs come out as zeros. With `pairs.offsets`
+        tiles are computed, else each pair on its own.
+        """
+        rows = rows.contiguous()
+        count, num_experts = pairs.count, pairs.num_experts
+        assert rows.shape == (count // pairs.choices, self.cols)
+        out = torch.empty((count, self.outputs), dtype=rows.dtype, device=rows.device)
+        if not count:
+            return out
+        with torch.cuda.device_of(rows):
+            if pairs.offsets is None:
+                assert pairs.chosen is not None
+                weights = pairs.chosen if pairs.weights is None else pairs.weights
+                grouped_row_kernel[count, self._row_programs](
+                    rows, out, pairs.chosen, weights, pairs.addresses, *self._numbers, num_experts, pairs.choices,
+                    has_weights=pairs.weights is not None, **self._constants, **self._row_sizes,
+                )  # fmt: skip
+            else:
+                sizes, num_programs = self._tiles_for(rows.dtype, pairs.rows_per_expert)
+                order = pairs.offsets if pairs.order is None else pairs.order
+                grouped_tile_kernel[most_tiles(count, num_experts, sizes["height"]), num_programs](
+                    rows, out, order, pairs.offsets, pairs.addresses, *self._numbers, num_experts, pairs.choices, count,
+                    is_sorted=pairs.order is None, most_experts=triton.next_power_of_2(num_experts + 1),
+                    **self._constants, **sizes,
+                )  # fmt: skip
+        return out
+
+    def _tiles_for(self, dtype: torch.dtype, rows_per_expert: int) -> tuple[dict[str, int], int]:
+        """How tiles are cut, and how many programs it takes to compute a row of one."""
+        found = self._tiles.get((dtype, rows_per_expert))
+        if found is None:
+            packing = self._matrix.packing
+            sizes = tile_sizes(packing, dtype, rows_per_expert)
+            found = self._tiles[dtype, rows_per_expert] = sizes, programs(self._matrix.rows, packing, sizes)
+        return found
 
 
 def combine(rows: Tensor, pairs: Pairs, dtype: torch.dtype) -> Tensor:
