@@ -16,7 +16,7 @@ import pytest
 import torch
 from transformers import LogitsProcessor
 
-from transformers_moe_offload import HqqFormat, MoeOffloadError, OffloadConfig
+from transformers_moe_offload import ExpertFormats, HqqFormat, MoeOffloadError, OffloadConfig
 from transformers_moe_offload.compute.without_host import HostSyncError, without_host
 from transformers_moe_offload.routing import record_routing, set_routing
 
@@ -50,6 +50,7 @@ def on_the_host(folder):
     return generate(load(folder, device=DEVICE), prompt())
 
 
+@pytest.mark.timeout(900)
 def test_all_tests_for_a_gpu_pass_in_the_interpreter():
     here = Path(__file__).parent
     done = subprocess.run(
@@ -215,6 +216,21 @@ def test_quantized_experts_are_read_where_they_are(folder, nbits):
         found = [load(folder, "device", b, experts=format, device=DEVICE)(ids).logits for b in ("13%", "100%")]
     assert torch.equal(*found)
     torch.testing.assert_close(found[0], expected, **CLOSE)
+
+
+@gpu
+def test_a_layer_whose_experts_have_several_formats_uses_the_same_slots_through_the_host(folder, caplog):
+    four, eight = HqqFormat(nbits=4, group_size=16), HqqFormat(nbits=8, group_size=16)
+    formats = ExpertFormats(default=four, hot=eight, hot_experts={"0": [1]})
+    ids = prompt(1, 2).to(DEVICE)
+    with torch.no_grad():
+        expected = load(folder, experts=formats, device=DEVICE)(ids).logits
+        models = [load(folder, "device", budget, experts=formats, device=DEVICE) for budget in ("20%", "100%")]
+        found = [model(ids).logits for model in models]
+    assert torch.equal(*found)
+    torch.testing.assert_close(found[0], expected, **CLOSE)
+    assert len(models[0].moe_offload.plan.pools) == 1
+    assert "1 of 2 sparse layers, model.layers.0.mlp.experts first, decode on the host: some of its" in caplog.text
 
 
 @gpu

@@ -152,6 +152,17 @@ def test_copies_capture_for_themselves_and_restored_models_not_at_all(folder, ea
 
 
 @gpu
+def test_dense_modules_that_were_compiled_in_place_are_captured_as_they_are(folder, eager):
+    model = load(folder, "graph", device=DEVICE)
+    for layer in model.model.layers:
+        layer.self_attn.compile(backend="eager")
+    tokens, logits = generate(model, prompt(), **static())
+    assert torch.equal(tokens, eager[0])
+    torch.testing.assert_close(logits, eager[1], rtol=1e-4, atol=1e-5)  # Transformers' attention differs a little
+    assert step_of(model).num_captured == 1
+
+
+@gpu
 def test_a_step_that_waits_for_the_device_is_computed_as_ever_and_the_log_says_why(folder, eager, caplog, monkeypatch):
     model = load(folder, "graph", device=DEVICE)
     forward = model.model.norm.forward
