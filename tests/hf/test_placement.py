@@ -2,6 +2,7 @@
 
 import json
 from dataclasses import replace
+from itertools import count
 
 import pytest
 import torch
@@ -187,6 +188,7 @@ class Both:
 
     def __init__(self, machines):
         self.machines = machines
+        self.tick = count().__next__
 
     def run_all(self):
         return any([machine.run_all() for machine in self.machines])
