@@ -13,7 +13,7 @@ from transformers import AutoModelForCausalLM
 from transformers_moe_offload import ConfigError, OffloadConfig
 from transformers_moe_offload.errors import CheckpointError
 from transformers_moe_offload.hf import plan as planning
-from transformers_moe_offload.memory import lanes
+from transformers_moe_offload.memory import lanes, small
 
 from .conftest import TINY_MOE
 
@@ -67,6 +67,7 @@ def test_where_ram_is_short_a_trial_decides_what_files_are_read_past(is_faster, 
 def test_experts_read_in_chunks_give_the_same_bits(workers, past_cache, token_ids, monkeypatch):
     expected = logits(load(TINY_MOE, cache_budget="100%", mmap=False, direct_io=False), token_ids)
     monkeypatch.setattr(lanes, "LEAST_CHUNK", 5000)  # a record has 108 KiB
+    monkeypatch.setattr(small, "SMALL_BYTES", 0)
     for budget in ("2%", "25%"):
         model = load(TINY_MOE, cache_budget=budget, mmap=False, direct_io=past_cache, io_workers=workers)
         assert torch.equal(logits(model, token_ids), expected)

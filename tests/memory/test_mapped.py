@@ -11,7 +11,7 @@ from stores import number, numbered_store, stacked_store
 from transformers_moe_offload.bench.page_cache import drop
 from transformers_moe_offload.errors import CheckpointError
 from transformers_moe_offload.expert import ExpertId, ExpertSpec, FieldSpec
-from transformers_moe_offload.memory import mapping
+from transformers_moe_offload.memory import mapped, mapping
 from transformers_moe_offload.memory.checkpoint import ExpertStore, LayerSource
 from transformers_moe_offload.memory.disk import File
 from transformers_moe_offload.memory.expert_source import ScatteredExpert
@@ -178,6 +178,7 @@ def test_an_expert_whose_pages_the_kernel_took_back_is_not_there(large_store, tm
     assert slots.holds(0)
     os.sync()
     drop([tmp_path / "model.safetensors"])
+    time.sleep(2 * mapped._LOOK_EVERY)
     assert not slots.holds(0)
     bring_in(slots, ExpertId(0, 0), 0)
     assert slots.holds(0)

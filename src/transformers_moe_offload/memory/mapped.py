@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import time
+
 import torch
 
 from transformers_moe_offload.expert import ExpertId
@@ -12,6 +14,10 @@ from transformers_moe_offload.memory.mapping import FileMap
 from transformers_moe_offload.memory.record import torch_dtype
 from transformers_moe_offload.memory.slots import Weights
 from transformers_moe_offload.memory.transfer import Landed, Transfer
+
+_LOOK_EVERY = 0.05
+"""Seconds between two looks at an expert's pages. A look takes 5 to 7 us for each expert of each layer, and pages that
+were used so shortly before are the last ones that the kernel takes."""
 
 
 class MappedSlots:
@@ -72,13 +78,24 @@ class _MappedExpert:
         self._expert = expert
         self._maps: list[FileMap] = []
         self._stretches: list[Stretch] = []
+        self._was_cached = False
+        self._look_again = 0.0
 
     def is_there(self) -> bool:
-        """Whether it has come in, its pages are still in memory, and the files as long as they were."""
-        return bool(self.weights) and all(
-            map.is_whole() and map.is_cached(stretch.start, stretch.stop)
-            for map, stretch in zip(self._maps, self._stretches, strict=True)
-        )
+        """Whether it has come in, its pages were in memory when last looked at, and the files are as long as they were.
+
+        Touching what a file has lost would end the process; a page that was taken back only takes its time.
+        """
+        if not self.weights or not all(map.is_whole() for map in self._maps):
+            return False
+        now = time.monotonic()
+        if now > self._look_again:
+            pages = zip(self._maps, self._stretches, strict=True)
+            self._seen(all(map.is_cached(stretch.start, stretch.stop) for map, stretch in pages), now)
+        return self._was_cached
+
+    def _seen(self, is_cached: bool, now: float) -> None:
+        self._was_cached, self._look_again = is_cached, now + _LOOK_EVERY
 
     def bring_in(self) -> int:
         """Map the expert's pages, or read a copy of it; returns the bytes of the files that are used."""
@@ -104,6 +121,7 @@ class _MappedExpert:
                 .view(field.shape)
                 for field, part in zip(layout.fields, stretches, strict=True)
             }
+        self._seen(True, time.monotonic())
         return self.from_files
 
     def leave(self) -> None:
