@@ -48,7 +48,7 @@ def host_sides(
     found: dict[int, HostSide] = {}
     for pool in plan.pools:
         members = [by_index[index] for index in pool.layers]
-        if pool.device.type == "cpu" or not all(_is_portable(model, layer) for layer in members):
+        if pool.device.type == "cpu" or pool.arena_bytes or not all(_is_portable(model, layer) for layer in members):
             continue
         side = _side_of(model, members[0], pool, host, config)
         if config.misses == "compute" or pays(side.rates, experts_per_token(model, members[0].name) or 1):

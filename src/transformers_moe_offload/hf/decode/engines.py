@@ -1,0 +1,74 @@
+"""Build the engines of a plan: page-locked memory with all experts in it, and the slots in front of it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+
+from torch import nn
+from transformers.utils import logging
+
+from transformers_moe_offload.compute.on_device import OnDevice
+from transformers_moe_offload.config import OffloadConfig
+from transformers_moe_offload.engine.arena import Arena
+from transformers_moe_offload.engine.engine import DeviceEngine
+from transformers_moe_offload.hf.decode.decoding import AddressedLayer
+from transformers_moe_offload.hf.decode.obstacles import record_layout
+from transformers_moe_offload.hf.layer import SparseLayer, experts_at
+from transformers_moe_offload.hf.plan import OffloadPlan, PoolPlan, workers_of
+from transformers_moe_offload.memory.checkpoint import ExpertStore, LayerSource
+from transformers_moe_offload.policies import make_policy
+
+
+def build_engines(plan: OffloadPlan, sources: Sequence[LayerSource], config: OffloadConfig) -> dict[int, DeviceEngine]:
+    """By sparse layer, the engine that serves it: one for each pool that the plan has page-locked memory for.
+
+    Raises `ConfigError` if the system does not grant that memory, and what reading experts raises.
+    """
+    pools = [pool for pool in plan.pools if pool.arena_bytes]
+    store = ExpertStore(sources, past_cache=plan.reads_past_cache)
+    engines: list[DeviceEngine] = []
+    found: dict[int, DeviceEngine] = {}
+    try:
+        with logging.tqdm(total=plan.arena_bytes, unit="B", unit_scale=True, desc="Reading experts") as bar:
+            for pool in pools:
+                engines.append(_engine(store, pool, config, bar.update))
+                found |= dict.fromkeys(pool.layers, engines[-1])
+    except BaseException:
+        for engine in engines:
+            engine.close()
+        raise
+    return found
+
+
+def addressed_layers(
+    model: nn.Module,
+    layers: Sequence[SparseLayer],
+    sources: Mapping[int, LayerSource],
+    engines: Mapping[int, DeviceEngine],
+    obstacles: Mapping[str, str],
+) -> dict[int, AddressedLayer]:
+    """The layers that decode through engines, by index."""
+    found = {}
+    for layer in layers:
+        if layer.index in engines and layer.name not in obstacles:
+            source = sources[layer.index]
+            assert layer.mlp is not None
+            module, coding = experts_at(model, layer.name), source.codings.usual
+            compute = OnDevice(layer.mlp, record_layout(source), coding, layer.num_experts, module)
+            found[layer.index] = AddressedLayer(layer.index, compute, engines[layer.index])
+    return found
+
+
+def _engine(
+    store: ExpertStore, pool: PoolPlan, config: OffloadConfig, advance: Callable[[int], object]
+) -> DeviceEngine:
+    arena = Arena(
+        store,
+        pool.layers,
+        pool.device,
+        budget_bytes=pool.arena_bytes,
+        workers=workers_of(config),
+        advance=advance,
+    )
+    num_experts = {layer: store.layers[layer].spec.num_experts for layer in pool.layers}
+    return DeviceEngine(arena, num_experts, pool.num_slots, make_policy(config.policy), pool.device)
