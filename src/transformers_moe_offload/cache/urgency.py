@@ -1,7 +1,7 @@
 """Decide who is brought in first behind a device that does not wait, where there is not time for everybody. Pure.
 
 Those missed most often lately. In the order in which layers miss them, the first layers would have all the copies, and
-the last ones none. Hit rates of 24 layers of 64 experts, 6 chosen, with slots for 40 % and LRU, on drawn routing (an
+the last ones none. Simulated hit rates of 24 layers of 64 experts, 6 chosen, slots for 40 % and LRU, drawn routing (an
 expert's chance falls with the 0.8th power of its rank, and 4 of 10 choices are the token's before): with 4 copies a
 step, in order of layers 45 %, in turn 61 %, those missed most often first 65 %; with 16 copies 61, 68 and 68 %.
 """

@@ -23,8 +23,8 @@ from transformers_moe_offload.memory.record import RecordLayout
 from transformers_moe_offload.memory.transfer import HostCopier, Transfer
 
 BLOCK_BYTES = 1 << 30
-"""Of one block, unless a record is larger. Locking pages takes the system about a second for each GiB, in which nothing
-else of the process is interrupted by more than one block."""
+"""Of one block, unless a record is larger. The system has to find every page that it locks, and can only be interrupted
+between two blocks."""
 
 
 class Arena:
