@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections import Counter
-from collections.abc import Sequence, Set
+from collections.abc import Container, Sequence, Set
 from dataclasses import dataclass, replace
 from typing import NamedTuple
 
@@ -230,10 +230,10 @@ def _with_arenas(
     ], None
 
 
-def without_arenas(plan: OffloadPlan, config: OffloadConfig, reason: str) -> OffloadPlan:
-    """The same plan where page-locked memory cannot be had."""
-    pools = tuple(replace(pool, arena_bytes=0) for pool in plan.pools)
-    return replace(plan, pools=pools, host_bytes=_host_bytes(pools, config), arena_refused=reason)
+def without_arenas(plan: OffloadPlan, config: OffloadConfig, left_out: Container[PoolPlan]) -> OffloadPlan:
+    """The same plan without page-locked memory for the experts of some pools."""
+    pools = tuple(replace(pool, arena_bytes=0) if pool in left_out else pool for pool in plan.pools)
+    return replace(plan, pools=pools, host_bytes=_host_bytes(pools, config))
 
 
 def _others(members: Sequence[Placement]) -> tuple[tuple[int, int], ...]:
