@@ -57,7 +57,7 @@ def measure_gpu(
     results: Annotated[Path, typer.Option(help="Where results are written.")] = HERE / "results",
 ) -> None:
     """Measure all rows for every model, number of bits and cap."""
-    expect_gpu(quick)
+    expect_gpu(quick=quick)
     ends = math.inf if quick else time.monotonic() + 60 * most_minutes
     names = chosen("--row", row, list(QUICK_ROWS) if quick else [one.name for one in ROWS])
     caps = [None] if quick else sizes("--cap", cap or ["8GB"])
@@ -87,7 +87,7 @@ def measure_gpu(
     raise typer.Exit(1 if result["failed"] else 0)
 
 
-def expect_gpu(quick: bool) -> None:
+def expect_gpu(*, quick: bool) -> None:
     """One clear error where there is nothing to measure."""
     if quick:
         missing = None if find_spec("triton") else "Triton is not installed, whose interpreter --quick runs"

@@ -19,7 +19,7 @@ from gpu_bandwidth import measure_bandwidths
 from gpu_rows import BY_NAME, FITS, Row
 from job import serve
 from torch import Tensor
-from transformers import AutoModelForCausalLM, LogitsProcessorList
+from transformers import AutoModelForCausalLM, CompileConfig, LogitsProcessorList
 from variants import variants
 
 from transformers_moe_offload import OffloadConfig
@@ -103,7 +103,7 @@ def measure_row(
         for length in prefills
         if length <= longest
     }
-    answer["decode"] = repeated(model, decode, passage, runs, row.generation)
+    answer["decode"] = repeated(model, decode, passage, runs, keywords(row.generation))
     host_us, digest = watched(model, decode, passage)
     answer |= {"host_us_per_layer": host_us, "digest": digest if row.is_on_device else None}
     answer["decoding"] = how_it_decodes(model)
@@ -137,6 +137,16 @@ def repeated(
     while not done or (len(done) < runs and time.monotonic() < ends):
         done.append(run(model, work, passage, generation=generation))
     return [asdict(one) for one in done]
+
+
+def keywords(generation: Mapping[str, Any]) -> dict[str, Any]:
+    """Of `generate`. Transformers asks for a compiled step, in place of which a captured one is, on GPUs; on a CPU only
+    if it is told to."""
+    if not generation or torch.cuda.is_available():
+        return dict(generation)
+    everywhere = CompileConfig()
+    everywhere._compile_all_devices = True
+    return {**generation, "compile_config": everywhere}
 
 
 def watched(model: Any, work: Workload, passage: Passage) -> tuple[float, str]:
@@ -176,7 +186,7 @@ def watched(model: Any, work: Workload, passage: Passage) -> tuple[float, str]:
                 do_sample=False,
                 logits_processor=LogitsProcessorList([StepClock(laid_down(following), between)]),
                 pad_token_id=0,
-                cache_implementation="static",
+                **keywords({"cache_implementation": "static"}),
             )
     finally:
         for module, _ in layers:

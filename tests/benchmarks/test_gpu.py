@@ -68,15 +68,16 @@ def test_the_report_names_its_conditions_and_no_folder_of_this_machine(outcome):
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
-def test_without_a_gpu_there_is_one_clear_error_and_nothing_is_made(tmp_path):
-    done = run("--made", tmp_path / "made", "--results", tmp_path)
-    assert done.returncode == 2
-    assert done.stderr.strip().startswith("nothing to measure: torch sees no GPU")
-    assert "--quick" in done.stderr
-    assert list(tmp_path.iterdir()) == []
+def test_without_a_gpu_there_is_one_clear_error(script, capsys):
+    with pytest.raises(script("gpu").typer.Exit) as raised:
+        script("gpu").expect_gpu(quick=False)
+    assert raised.value.exit_code == 2
+    said = capsys.readouterr().err
+    assert said.startswith("nothing to measure: torch sees no GPU")
+    assert "--quick" in said
 
 
-def test_an_unknown_model_is_refused(script, capsys):
+def test_an_unknown_model_is_refused(script):
     with pytest.raises(script("gpu").typer.BadParameter, match="'GPT-5' is not one of Mixtral-8x7B"):
         script("gpu").chosen("--model", ["GPT-5"], list(script("gpu_models").PUBLISHED))
 

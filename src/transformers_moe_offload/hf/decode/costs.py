@@ -76,8 +76,8 @@ def _why_not(
     logger.info(
         f"{pool.device}: a sparse layer decodes in {1e6 * found.from_host_s:.0f} us from the host and in "
         f"{1e6 * found.on_device_s:.0f} us on the device, by measured rates; an absent expert is moved in "
-        f"{1e6 * rates.misses.fetch_s:.0f} us, read in place in {1e6 * rates.read_s:.0f} us and computed by the host in "
-        f"{1e6 * rates.misses.expert_s:.0f} us"
+        f"{1e6 * rates.misses.fetch_s:.0f} us, read in place in {1e6 * rates.read_s:.0f} us and computed by the host "
+        f"in {1e6 * rates.misses.expert_s:.0f} us"
     )
     if found.is_device_faster:
         return None
