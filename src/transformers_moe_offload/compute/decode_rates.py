@@ -46,7 +46,7 @@ def decode_rates(
     records = made_records(layout.nbytes)[: None if token.is_cuda else 2]
     in_slots = [record.to(token.device) for record in records]
     in_place = [record.pin_memory() for record in records] if token.is_cuda else records
-    compute = OnDevice(mlp, layout, coding, len(records))
+    compute = OnDevice(mlp, layout, coding, len(records), experts)
 
     def seconds(places: Sequence[Tensor]) -> float:
         addresses = torch.tensor([place.data_ptr() for place in places], device=token.device)
@@ -56,7 +56,7 @@ def decode_rates(
     resident_s, read_s = seconds(in_slots), seconds(in_place)
     few = [in_slots[number % len(in_slots)] for number in range(num_wanted)]
     addresses = torch.tensor([place.data_ptr() for place in few], device=token.device)
-    of_few, routing = OnDevice(mlp, layout, coding, num_wanted), _routing(num_wanted, token)
+    of_few, routing = OnDevice(mlp, layout, coding, num_wanted, experts), _routing(num_wanted, token)
     cache = ExpertCache(_MadeSlots(few, layout), num_wanted, {0: num_wanted}, LRU())
     codings = LayerCodings(coding)
     from_host_s = _seconds(
