@@ -51,7 +51,7 @@ def measure_from_disk(
         answer["works"][work.name] = {"runs": runs}
     model.moe_offload.resize("100%")
     for work in works:
-        resident = seconds_per_forward(repeated(model, work, passage, min(rounds, 3), "warm"))
+        resident = seconds_per_forward(repeated(model, work, passage, min(rounds, 3), "cold"))
         answer["works"][work.name]["resident_s"] = resident
     return answer
 

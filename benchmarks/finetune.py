@@ -11,8 +11,8 @@ expert-heavy model of random weights is trained on random tokens, for memory and
 
 from __future__ import annotations
 
+import math
 import sys
-import tempfile
 from pathlib import Path
 from statistics import median
 from typing import Annotated, Any
@@ -55,6 +55,7 @@ def compare_finetuning(
     heavy_steps: Annotated[int, typer.Option(min=2, help="With the expert-heavy one; the first is not timed.")] = 5,
     text: Annotated[Path | None, typer.Option(help="A folder of text to learn; default is Perl's own.")] = None,
     threads: Annotated[int | None, typer.Option(help="OMP_NUM_THREADS; default is what torch chooses.")] = None,
+    most_minutes: Annotated[float, typer.Option(help="Begin no row after so long; run again to go on.")] = math.inf,
     made: Annotated[Path, typer.Option(help="Where made models are kept.")] = HERE / "made",
     results: Annotated[Path, typer.Option(help="Where results are written.")] = HERE / "results",
 ) -> None:
@@ -62,11 +63,11 @@ def compare_finetuning(
     steps, heavy_steps, batch = (2, 2, 2) if quick else (steps, heavy_steps, BATCH)
     shape = shapes.QUICK_TRAINED if quick else shapes.TRAINED
     heavy = made_model(shape, made)
-    with tempfile.TemporaryDirectory() as folder:
-        windows = {"tiny": Path(folder) / "tiny.safetensors", "heavy": Path(folder) / "heavy.safetensors"}
-        save_file(learnt(text, steps, batch, 4 if quick else 16), windows["tiny"])
-        save_file(random_tokens(shape, heavy_steps, batch), windows["heavy"])
-        result = measured_rows("finetune_row.py", jobs(windows, heavy), TINY_MOE, threads)
+    windows = {"tiny": made / "windows-tiny.safetensors", "heavy": made / "windows-heavy.safetensors"}
+    save_file(learnt(text, steps, batch, 4 if quick else 16), windows["tiny"])
+    save_file(random_tokens(shape, heavy_steps, batch), windows["heavy"])
+    rows = jobs(windows, heavy)
+    result = measured_rows("finetune_row.py", rows, TINY_MOE, threads, parts=made / "parts", most_s=60 * most_minutes)
     result["facts"] = {
         "training": f"steps of {batch} windows of {CONTEXT} tokens, AdamW, warm-up and cosine, no checkpointing",
         "tiny-moe": f"{steps} steps on {'the given text' if text else 'Perl modules'}, weights in bfloat16, "

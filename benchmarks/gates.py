@@ -90,7 +90,8 @@ def compare_gates(
             "Mixtral of 3 experts in each of 6 layers; float32",
             "calibration": f"{calibration} texts of up to {PIECE_CHARACTERS:,} characters of each domain, from the "
             "models' training text",
-            "held-out text": ", ".join(f"{domain} {w.tokens:,} tokens" for domain, w in windows.items()),
+            "held-out text": f"{evaluation} texts of each domain: "
+            + ", ".join(f"{domain} {w.tokens:,} tokens" for domain, w in windows.items()),
             "router training": str(train),
         },
         "dense": dense_rows(windows),

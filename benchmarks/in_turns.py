@@ -1,4 +1,6 @@
-"""Measure the same work with and without prefetch, in one process and taking turns.
+"""Measure the same work with and without prefetch, and without it a second time, in one process and taking turns.
+
+The second time is the control: what differs there is chance, and where the models lie in memory.
 
 python benchmarks/in_turns.py '{"folder": "...", "budget": "25%", "state": "cold", ...}' answer.json
 """
@@ -21,7 +23,7 @@ from transformers_moe_offload.bench.session import facts, unmap_dense
 from transformers_moe_offload.bench.workload import Workload, run
 from transformers_moe_offload.config import PrefetchConfig
 
-ROWS = {"off": None, "on": PrefetchConfig()}
+ROWS = {"off": None, "on": PrefetchConfig(), "control": None}
 
 SETTLING_S = 25.0
 """No more than this is spent on settling: steps that take longer are measured in the middle of a trial."""
@@ -36,7 +38,7 @@ def measure_in_turns(
     rounds: int,
     settling_steps: int,
 ) -> dict[str, Any]:
-    """Runs of each work by row, one of each a round.
+    """Runs of each work by row, one of each a round; who begins a round changes from one to the next.
 
     Before that, with prefetch, `settling_steps` of it that are not counted, in which the controller decides. What its
     trials cost is bounded by itself (docs/prefetch.md) and tested there; here is measured what it has settled for.
@@ -62,10 +64,13 @@ def measure_in_turns(
     for work in (Workload(**fields) for fields in works):
         runs: dict[str, list[Any]] = {name: [] for name in models}
         answer["settled"][work.name] = _settle(models["on"], work, passage, before_forward, settling_steps)
-        run(models["off"], work, passage, before_forward)
+        for name in ("off", "control"):
+            run(models[name], work, passage, before_forward)
+        order = list(models)
         for _ in range(rounds):
-            for name, model in models.items():
-                runs[name].append(asdict(run(model, work, passage, before_forward)))
+            for name in order:
+                runs[name].append(asdict(run(models[name], work, passage, before_forward)))
+            order = order[1:] + order[:1]
         answer["works"][work.name] = runs
     return answer
 

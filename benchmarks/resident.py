@@ -29,7 +29,7 @@ def measure_residencies(
     passage = passage_for(model, folder)
     lengths = {"prompt_tokens": prompt_tokens, "steps": steps}
     decode, beams = Workload(name="decode", **lengths), Workload(name="beam 5", beams=5, **lengths)
-    answer: dict[str, Any] = {"model": facts(model), "passage": passage.source}
+    answer: dict[str, Any] = {"model": facts(model), "passage": passage.source, "dense_bytes": _dense_bytes(model)}
     runs: dict[str, list[Any]] = {str(percent): [] for percent in percents}
     searched: dict[str, list[Any]] = {"decode": [], "beam 5": []}
     for _ in range(rounds):
@@ -48,6 +48,12 @@ def measure_residencies(
     }
     answer["batch"]["one slot"] = _batch(model, batch, passage, model.moe_offload.plan.smallest_budget)
     return answer
+
+
+def _dense_bytes(model: Any) -> int:
+    """Bytes of weights, beside the experts, that every step multiplies with: all but an embedding of its own."""
+    embedding, head = model.get_input_embeddings().weight, model.get_output_embeddings().weight
+    return sum(p.nbytes for p in model.parameters() if p is not embedding or p is head)
 
 
 def _batch(model: Any, work: Workload, passage: Passage, budget: str | int) -> dict[str, Any]:

@@ -22,6 +22,9 @@ from transformers_moe_offload.hf.layer import SparseLayer
 from transformers_moe_offload.memory.slots import CopiedSlots, Slots
 from transformers_moe_offload.memory.transfer import Transfer
 
+STATES = ("warm", "cold")
+"""Of the page cache."""
+
 
 @dataclass(frozen=True)
 class Variant:
@@ -34,6 +37,8 @@ class Variant:
     """From the budget."""
     apply: Callable[[Any], None] = lambda model: None
     """What is done to the model after it has been loaded."""
+    states: tuple[str, ...] = STATES
+    """Of the page cache, in which it is what the package would do."""
 
 
 def _copied(budget: str | int) -> OffloadConfig:
@@ -163,11 +168,18 @@ def variants() -> list[Variant]:
             Variant("as published, ahead", published_ahead, copied_ahead, _imitate_published),
             Variant("lru + prefetch", "LRU, and loads ahead of demand", copied_ahead),
         ]
-    rows.append(
+    rows += [
         Variant(
-            "everything",
-            "this package as it is by default, with prefetch where there is any",
-            lambda budget: OffloadConfig(cache_budget=budget, **(ahead or {})),
-        )
-    )
+            "everything, RAM to spare",
+            "this package as it is by default where the page cache holds all experts, with prefetch",
+            lambda budget: OffloadConfig(cache_budget=budget, mmap="auto", **(ahead or {})),
+            states=("warm",),
+        ),
+        Variant(
+            "everything, RAM short",
+            "as it is by default where that is not so and the disk is faster past the page cache, with prefetch",
+            lambda budget: OffloadConfig(cache_budget=budget, mmap=False, direct_io=True, **(ahead or {})),
+            states=("cold",),
+        ),
+    ]
     return rows

@@ -8,7 +8,7 @@ A trace of some held-in text says which experts those are. Writes the whole mode
 import sys
 
 import torch
-from finetuning import load, parse, run
+from finetuning import load, parse, run, save
 
 from transformers_moe_offload import training
 
@@ -22,8 +22,7 @@ def main() -> int:
     names = training.unfreeze_experts(model, top=2, trace=trace)
     print(f"trained in full, among others: {names[0].rpartition('.')[0]}")
     before, after = run(model, options, held_out, train)
-    model.save_pretrained(options.output)
-    print(f"the model is in {options.output}")
+    save(model, options.output, "model")
     return 0 if after < before else 1
 
 

@@ -7,7 +7,7 @@ Writes an adapter as PEFT does. It loads on the plain model, too: `PeftModel.fro
 
 import sys
 
-from finetuning import load, parse, run
+from finetuning import load, parse, run, save
 from peft import get_peft_model
 
 from transformers_moe_offload import training
@@ -18,8 +18,7 @@ def main() -> int:
     model, held_out, train = load(options)
     adapted = get_peft_model(model, training.lora_config(model, r=4, lora_alpha=8))
     before, after = run(adapted, options, held_out, train)
-    adapted.save_pretrained(options.output)
-    print(f"the adapter is in {options.output}")
+    save(adapted, options.output, "adapter")
     return 0 if after < before else 1
 
 

@@ -1,6 +1,8 @@
 """What the three examples of fine-tuning share: text of a domain that the small model has never seen, a Trainer with a
 progress bar, held-out loss before and after, and a plot.
 
+`torchrun` and `accelerate launch` start the examples in several processes.
+
 The domain is Perl, of which every Debian has some; `--text` takes any folder of your own.
 """
 
@@ -8,6 +10,7 @@ import argparse
 from pathlib import Path
 
 import torch
+from accelerate import PartialState
 from transformers import AutoModelForCausalLM, AutoTokenizer, Trainer, TrainingArguments, set_seed
 
 from transformers_moe_offload import OffloadConfig, training
@@ -82,9 +85,17 @@ def run(model, options: argparse.Namespace, held_out: list, train: list) -> tupl
     before = trainer.evaluate()["eval_loss"]
     trainer.train()
     after = trainer.evaluate()["eval_loss"]
-    draw([entry for entry in trainer.state.log_history if "loss" in entry], options.output, before, after)
-    print(f"held-out loss: {before:.3f} before, {after:.3f} after")
+    if trainer.is_world_process_zero():
+        draw([entry for entry in trainer.state.log_history if "loss" in entry], options.output, before, after)
+        print(f"held-out loss: {before:.3f} before, {after:.3f} after")
     return before, after
+
+
+def save(model, folder: Path, kind: str) -> None:
+    """Write the model or adapter, once however many processes have trained it."""
+    if PartialState().is_main_process:
+        model.save_pretrained(folder)
+        print(f"the {kind} is in {folder}")
 
 
 def draw(log: list[dict], output: Path, before: float, after: float) -> None:

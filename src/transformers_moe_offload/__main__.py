@@ -4,7 +4,8 @@
     accelerate launch -m transformers_moe_offload lm_eval ...
 
 Transformers loads no plugins by itself, and programs such as lm-evaluation-harness have no place to name one. The first
-argument is a module, as after `python -m`; the rest is its own.
+argument is a module, as after `python -m`; the rest is its own. The harness also learns a type of model, `hf-reuse`
+(`routing/harness.py`).
 """
 
 import runpy
@@ -16,4 +17,8 @@ if __name__ == "__main__":
     if len(sys.argv) < 2 or sys.argv[1].startswith("-"):
         sys.exit("usage: python -m transformers_moe_offload MODULE [ARGUMENT]...  (runs it with the plugin imported)")
     sys.argv = sys.argv[1:]
+    if sys.argv[0].partition(".")[0] == "lm_eval":
+        from lm_eval.api.registry import model_registry
+
+        model_registry.register("hf-reuse", target="transformers_moe_offload.routing.harness:ReuseOrderedLM")
     runpy.run_module(sys.argv[0], run_name="__main__", alter_sys=True)

@@ -64,6 +64,18 @@ def _id(case) -> str:
     return "-".join([*case[:2], *(key for key in case[2] if key != "max_window_layers")])
 
 
+ONE_OF_EACH = {container: case for case in PAIRS for container in [case[1]]}
+
+
+@pytest.mark.parametrize("container", ONE_OF_EACH)
+def test_checks_of_narrow_weights_compare_as_closely_as_those_of_wide_ones(container, tmp_path):
+    family, _, fields = ONE_OF_EACH[container]
+    recipe = recipe_of(save_dense(tmp_path / "dense", family, **fields), container=container, dtype="bfloat16")
+    info = build_moe(recipe, tmp_path / "moe", advance=lambda _: None)
+    assert info.dtype == "bfloat16"
+    assert max(info.checks.identity, info.checks.forced_expert) <= 5e-6
+
+
 @pytest.mark.parametrize("case", PAIRS, ids=_id)
 def test_copies_of_a_dense_model_as_experts_are_the_dense_model(case, tmp_path):
     family, container, fields = case

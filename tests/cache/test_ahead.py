@@ -11,6 +11,7 @@ from stores import number
 from transformers_moe_offload.cache.cache import ExpertCache
 from transformers_moe_offload.expert import ExpertId
 from transformers_moe_offload.memory.slots import CopiedSlots, SlotPool
+from transformers_moe_offload.memory.small import Announced, SmallReads
 from transformers_moe_offload.memory.transfer import FakeCopier, HostCopier
 from transformers_moe_offload.policies import LRU
 
@@ -161,11 +162,23 @@ steps = st.one_of(
 )
 
 
+class Cold(SmallReads):
+    """The page cache has nothing when experts set out."""
+
+    def start(self, expert, slot):
+        return Announced(self._store, expert, slot)
+
+
 @settings(deadline=None, max_examples=60)
-@given(steps=st.lists(steps, max_size=20), num_slots=st.integers(1, 12))
-def test_whatever_comes_ahead_an_expert_asked_for_is_the_expert_handed_out(store, steps, num_slots):
-    """Over real files and reader threads; every expert that came ahead is used, wasted, or still there."""
-    cache = cache_of(store, num_slots, HostCopier(store.fill, 2))
+@given(
+    steps=st.lists(steps, max_size=20),
+    num_slots=st.integers(1, 12),
+    small=st.sampled_from([None, SmallReads, Cold]),
+)
+def test_whatever_comes_ahead_an_expert_asked_for_is_the_expert_handed_out(store, steps, num_slots, small):
+    """Over real files, with reader threads and without; an expert that came ahead is used, wasted, or still there."""
+    at_once = [small(store).start] if small is not None else []
+    cache = cache_of(store, num_slots, HostCopier(store.fill, 2, *at_once))
     for kind, first, second in steps:
         if kind == "resize":
             cache.resize(first)
@@ -173,9 +186,11 @@ def test_whatever_comes_ahead_an_expert_asked_for_is_the_expert_handed_out(store
             if cache.is_absent(ExpertId(first, second)):
                 cache.load_ahead(ExpertId(first, second))
         else:
+            found = {}
             with cache.visit(first, second) as visit:
-                for expert, weights in visit:
-                    values = {value for tensor in weights.values() for value in tensor.flatten().tolist()}
-                    assert values == {number(ExpertId(first, expert))}
+                for batch in visit.batches():
+                    for expert, weights in batch.items():
+                        found[expert] = {value for one in weights.values() for value in one.flatten().tolist()}
+            assert found == {expert: {number(ExpertId(first, expert))} for expert in second}
         occupied = sum(cache.residency.count(layer) for layer in range(NUM_LAYERS))
         assert occupied + cache.residency.num_free == cache.residency.num_slots

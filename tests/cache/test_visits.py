@@ -75,6 +75,39 @@ def test_a_held_expert_is_never_evicted(store):
             assert numbers_in(weights) == {number(ExpertId(0, expert))}
 
 
+class InTheirTime(FakeCopier):
+    """Transfers that are done when they are told to be, or when somebody waits for them."""
+
+    def __init__(self):
+        super().__init__()
+        self.done = set()
+
+    def start(self, expert, slot, alongside=0):
+        transfer = super().start(expert, slot)
+        transfer.is_done = lambda: expert.expert in self.done
+        return transfer
+
+
+def test_what_is_there_is_used_together_and_the_rest_as_it_lands(store):
+    copier = InTheirTime()
+    cache = cache_of(store, 8, copier)
+    visit_all(cache, 0, [3, 5])
+    copier.done = {1}
+    with cache.visit(0, [1, 2, 3, 4, 5, 6, 7]) as visit:
+        batches = visit.batches()
+        assert list(next(batches)) == [3, 5, 1], "residents, and what has landed by now"
+        copier.done = {4, 6}
+        rest = [list(batch) for batch in batches]
+    assert rest == [[4, 6], [2], [7]]
+    assert counts(cache.stats[0]) == (2, 0, 7)
+
+
+def test_what_passes_in_waves_is_used_one_by_one(store):
+    cache = cache_of(store, 3)
+    with cache.visit(0, range(8)) as visit:
+        assert [list(batch) for batch in visit.batches()] == [[expert] for expert in range(8)]
+
+
 @pytest.mark.parametrize("num_slots", [1, 2, 3])
 def test_after_taking_one_expert_a_visit_can_iterate_over_the_rest(store, num_slots):
     cache = reading_cache_of(store, num_slots)

@@ -5,9 +5,12 @@ import shutil
 from pathlib import Path
 
 import pytest
+import torch
 from typer.testing import CliRunner
 
+from hf.other_methods import as_fp8
 from transformers_moe_offload.cli.main import app
+from zoo.build import build, save
 
 TINY_MOE = Path(__file__).parents[2] / "examples" / "models" / "tiny-moe"
 
@@ -46,6 +49,15 @@ def linked(tmp_path):
         return folder
 
     return linked
+
+
+@pytest.fixture
+def fp8(tmp_path) -> Path:
+    """A model of four small layers in FP8."""
+    folder = tmp_path / "fp8"
+    save(build("qwen3_moe", torch.bfloat16), folder, "per-expert")
+    as_fp8(folder)
+    return folder
 
 
 @pytest.fixture

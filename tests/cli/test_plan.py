@@ -7,17 +7,21 @@ import pytest
 from huggingface_hub.errors import LocalEntryNotFoundError
 from transformers import AutoModelForCausalLM
 
+from hub.server import Hub, Repo
 from transformers_moe_offload import OffloadConfig
 from transformers_moe_offload.cli.blueprint import draw
 from transformers_moe_offload.cli.options import Origin
+from transformers_moe_offload.cli.stored import stored_tensors
 from transformers_moe_offload.hf.discover import find_experts
 from transformers_moe_offload.hf.top_k import experts_per_token
+from transformers_moe_offload.memory.safetensors_index import read_index
 from zoo.build import build
 
 from .conftest import TINY_MOE, the_error
 
 ONE_EXPERT = 3 * 192 * 96 * 2
 """Bytes of an expert of the tiny MoE: three matrices in bfloat16."""
+TEMPLATE = "/{repo_id}/resolve/{revision}/{filename}"
 
 
 def facts(result) -> dict[str, str]:
@@ -100,6 +104,30 @@ def test_a_checkpoint_of_another_size_than_its_config_is_noticed(run, linked):
     assert "16.6 MiB by its index, but" in facts(run("plan", folder))["checkpoint"]
 
 
+def test_the_plan_of_a_checkpoint_in_fp8_is_that_of_the_model_that_is_loaded(run, fp8):
+    model = AutoModelForCausalLM.from_pretrained(fp8, moe_offload=OffloadConfig(cache_budget="25%"))
+    plan, shown = model.moe_offload.plan, facts(run("plan", fp8, "--cache-budget", "25%"))
+    assert shown["slots"].startswith(f"{plan.num_slots} ")
+    assert f"({plan.smallest_budget:,} bytes)" in shown["smallest budget"]
+    dense_bytes = sum(tensor.nbytes for tensor in {id(t): t for t in model.parameters()}.values())
+    assert shown["dense weights"] == f"{dense_bytes / 2**10:.1f} KiB"
+    assert shown["bits per expert weight"] == f"{8 + 32 / 16**2:.2f}"
+    assert shown["checkpoint"] == "quantized with fp8; dense layers are opened while they are loaded"
+
+
+def test_of_a_checkpoint_in_fp8_on_the_hub_only_headers_are_read(fp8, monkeypatch):
+    with Hub() as hub:
+        hub.repos["somebody/fp8"] = Repo(is_private=False)
+        hub.repos["somebody/fp8"].add_commit("main", {file.name: file.read_bytes() for file in fp8.iterdir()})
+        monkeypatch.setattr("huggingface_hub.constants.ENDPOINT", hub.endpoint)
+        monkeypatch.setattr("huggingface_hub.constants.HUGGINGFACE_CO_URL_TEMPLATE", hub.endpoint + TEMPLATE)
+        found = stored_tensors("somebody/fp8", None, Origin("main", None, False, False))
+    here = read_index([fp8 / "model.safetensors"])
+    assert {(name, one.dtype, one.shape) for name, one in found.items()} == {
+        (name, one.dtype, one.shape) for name, one in here.items()
+    }
+
+
 @pytest.mark.parametrize(("name", "count"), [("mixtral", 2), ("gemma4", 2), ("dbrx", 2), ("zaya", 1)])
 def test_experts_per_token_are_found_in_the_module_tree(name, count):
     model = build(name)
@@ -149,8 +177,8 @@ def test_a_config_of_no_known_model_is_refused(run, tmp_path):
 
 
 def test_a_checkpoint_of_another_quantization_method_is_refused_by_name(run, linked):
-    folder = linked(config={"quantization_config": {"quant_method": "fp8"}})
-    assert "already quantized with 'fp8'" in the_error(run("plan", folder))
+    folder = linked(config={"quantization_config": {"quant_method": "awq"}})
+    assert "already quantized with 'awq'" in the_error(run("plan", folder))
 
 
 def test_an_index_that_is_none_is_refused(run, linked):

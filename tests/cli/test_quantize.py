@@ -7,9 +7,11 @@ import signal
 import time
 
 import pytest
+import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from forked import with_locks_of_its_own
+from transformers_moe_offload import ExpertFormats, HqqFormat, OffloadConfig
 from transformers_moe_offload.hf.prebuilt.layout import INDEX_NAME
 from transformers_moe_offload.tracing import RecordedVisit, Trace
 from zoo.build import build
@@ -155,6 +157,21 @@ def test_killed_and_run_again_it_gives_the_bytes_of_a_run_that_was_not(run, tiny
     assert files(folder) == files(tmp_path / "undisturbed" / "quantized")
 
 
+def test_a_checkpoint_in_fp8_is_opened_and_quantized_anew(run, fp8, folder):
+    result = run("quantize", fp8, folder, "--experts", "4x16", "--layers", "0=none")
+    assert result.exit_code == 0, result.output
+    assert re.search(r"32 experts\s+4-bit, groups of 16; opened from fp8\s+\d", result.stdout)
+    assert re.search(r"dense\s+opened from fp8", result.stdout)
+    config = json.loads((folder / "config.json").read_text())
+    assert config["quantization_config"]["quant_method"] == "moe_offload"
+    assert "| experts of sparse layers 0 | opened from fp8 |" in (folder / "README.md").read_text()
+    on_load = OffloadConfig(experts=ExpertFormats(default=HqqFormat(nbits=4, group_size=16), layers={"0": None}))
+    expected = AutoModelForCausalLM.from_pretrained(fp8, moe_offload=on_load)
+    model = AutoModelForCausalLM.from_pretrained(folder)
+    ids = torch.arange(9)[None]
+    assert torch.equal(model(input_ids=ids).logits, expected(input_ids=ids).logits)
+
+
 def test_a_complete_checkpoint_is_replaced_only_on_request(run, source, folder):
     assert run("quantize", source, folder, "--experts", "4x16").exit_code == 0
     before = files(folder)
@@ -200,9 +217,16 @@ def test_a_model_that_is_quantized_already_is_refused(run, source, folder, tmp_p
     assert "is quantized already; quantize the model that it was made from" in error
 
 
-def test_a_model_that_another_method_has_quantized_is_refused_by_name(run, linked, folder):
-    model = linked(config={"quantization_config": {"quant_method": "fp8"}})
-    assert "already quantized with 'fp8'" in the_error(run("quantize", model, folder, "--experts", "4x32"))
+def test_a_model_of_another_method_that_cannot_be_opened_is_refused_by_name(run, linked, folder):
+    model = linked(config={"quantization_config": {"quant_method": "awq"}})
+    assert "already quantized with 'awq'" in the_error(run("quantize", model, folder, "--experts", "4x32"))
+
+
+def test_weights_of_another_method_that_are_not_there_are_refused(run, linked, folder):
+    model = linked(without="*.safetensors*", config={"quantization_config": {"quant_method": "fp8"}})
+    error = the_error(run("quantize", model, folder, "--experts", "4x32"))
+    assert "is quantized with 'fp8', and the headers of its files say how: " in error
+    assert not folder.exists()
 
 
 def test_a_model_without_experts_is_refused(run, dense_model, folder):

@@ -38,7 +38,10 @@ DEVICE = torch.device("cpu" if IS_INTERPRETED else "cuda")
 gpu = pytest.mark.gpu
 pytestmark = pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="Triton is not installed")
 
-FORMATS = [None, *(HqqFormat(nbits=nbits, group_size=16, meta_nbits=16 if nbits == 4 else 8) for nbits in (8, 4, 3, 2))]
+FORMATS = [
+    None,
+    *(HqqFormat(nbits=nbits, group_size=16, meta_nbits=16 if nbits == 4 else 8) for nbits in (8, 4, 3, 2, 1)),
+]
 HALF = [torch.bfloat16, torch.float16]
 
 
@@ -148,17 +151,6 @@ def module_of(activation):
         act_fn=lambda products: activate(activation, products),
         **numbers,
     )
-
-
-@gpu
-@pytest.mark.parametrize("is_interleaved", [False, True])
-def test_gates_whose_ups_are_in_other_bytes_are_left_to_the_module(is_interleaved):
-    activation = Activation("silu", has_gate=True, is_interleaved=is_interleaved)
-    format = HqqFormat(nbits=2, group_size=1 << 4)
-    layer = Records(GATED, 2, 16, 16 + 16 * is_interleaved, torch.float32, format)
-    module = module_of(activation)
-    inputs = layer.inputs(2, 2)
-    layer.assert_agrees(on_device(layer, inputs, module, module), inputs, module)
 
 
 @gpu

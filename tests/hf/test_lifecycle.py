@@ -13,6 +13,7 @@ from transformers.quantizers.auto import AUTO_QUANTIZATION_CONFIG_MAPPING, AUTO_
 
 import transformers_moe_offload as tmo
 from transformers_moe_offload import CapacityError, ConfigError, MoeOffloadError, OffloadConfig
+from transformers_moe_offload.memory import small
 from zoo.build import build, save
 
 from .conftest import TINY_MOE
@@ -109,7 +110,9 @@ def test_threads_that_share_a_model_get_the_right_answers(checkpoint, token_ids,
     assert right == [True] * 20
 
 
-def test_a_deleted_model_frees_its_slots_threads_and_files(checkpoint, token_ids):
+def test_a_deleted_model_frees_its_slots_threads_and_files(checkpoint, token_ids, monkeypatch):
+    monkeypatch.setattr(small, "SMALL_BYTES", 0)  # or no thread would read
+
     def open_files():
         names = [
             os.readlink(f"/proc/self/fd/{fd}")

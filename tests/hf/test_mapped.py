@@ -13,7 +13,8 @@ from transformers import AutoModelForCausalLM
 from transformers_moe_offload import ConfigError, OffloadConfig
 from transformers_moe_offload.errors import CheckpointError
 from transformers_moe_offload.hf import plan as planning
-from transformers_moe_offload.memory import lanes
+from transformers_moe_offload.memory import lanes, small
+from transformers_moe_offload.memory.mapping import FileMap
 
 from .conftest import TINY_MOE
 
@@ -67,6 +68,7 @@ def test_where_ram_is_short_a_trial_decides_what_files_are_read_past(is_faster, 
 def test_experts_read_in_chunks_give_the_same_bits(workers, past_cache, token_ids, monkeypatch):
     expected = logits(load(TINY_MOE, cache_budget="100%", mmap=False, direct_io=False), token_ids)
     monkeypatch.setattr(lanes, "LEAST_CHUNK", 5000)  # a record has 108 KiB
+    monkeypatch.setattr(small, "SMALL_BYTES", 0)
     for budget in ("2%", "25%"):
         model = load(TINY_MOE, cache_budget=budget, mmap=False, direct_io=past_cache, io_workers=workers)
         assert torch.equal(logits(model, token_ids), expected)
@@ -118,6 +120,24 @@ def test_gradients_are_those_of_copied_experts(token_ids):
         model(input_ids=token_ids, labels=token_ids).loss.backward()
         grads.append(model.model.layers[0].mlp.gate.weight.grad)
     assert torch.equal(*grads)
+
+
+@pytest.mark.parametrize("arithmetic", ["fast", "exact"])
+def test_who_leaves_the_cache_is_unmapped_in_training_and_stays_mapped_otherwise(arithmetic, token_ids, monkeypatch):
+    unmapped, let_go = [], FileMap.let_go
+
+    def counted(self, start, stop):
+        unmapped.append(stop - start)
+        let_go(self, start, stop)
+
+    monkeypatch.setattr(FileMap, "let_go", counted)
+    model = load(TINY_MOE, cache_budget="25%", mmap=True, arithmetic=arithmetic)
+    logits(model, token_ids)
+    assert not unmapped
+    loss = model(input_ids=token_ids, labels=token_ids).loss
+    after_forward = sum(unmapped)
+    loss.backward()
+    assert 0 < after_forward < sum(unmapped)
 
 
 def test_a_file_cut_short_while_its_experts_are_mapped_fails_the_forward_and_not_the_process(tmp_path, token_ids):

@@ -167,7 +167,10 @@ class Both:
     """Some machines, run as one."""
 
     def __init__(self, machines):
-        self.machines = machines
+        self.machines = list(machines)
+
+    def tick(self):
+        return self.machines[0].tick()
 
     def run_all(self):
         return any([machine.run_all() for machine in self.machines])

@@ -6,7 +6,8 @@ from copy import deepcopy
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from transformers import AutoModelForCausalLM, FineGrainedFP8Config, Mxfp4Config
+from transformers import AutoConfig, AutoModelForCausalLM, FineGrainedFP8Config, Mxfp4Config
+from transformers.quantizers import AutoQuantizationConfig
 
 from transformers_moe_offload import CheckpointError, ConfigError, HqqFormat, OffloadConfig, UnsupportedModelError
 from zoo.build import build, inputs, output_tensor, save
@@ -178,6 +179,17 @@ def test_experts_as_stored_beside_dense_layers_in_a_format_of_ours_are_saved_ope
     model = load(folder, plain, dense=HqqFormat(nbits=8, group_size=16))
     model.save_pretrained(tmp_path)
     assert torch.equal(forward("qwen3_moe", load(tmp_path)), forward("qwen3_moe", model))
+
+
+def test_the_checkpoint_s_own_config_may_be_handed_over_beside_moe_offload(stored):
+    folder, plain = stored("qwen3_moe")
+    own = AutoConfig.from_pretrained(folder).quantization_config
+    config = OffloadConfig(cache_budget="30%", arithmetic="exact")
+    for given in (own, AutoQuantizationConfig.from_dict(own)):
+        model = type(plain).from_pretrained(folder, moe_offload=config, quantization_config=given)
+        assert torch.equal(forward("qwen3_moe", model), forward("qwen3_moe", plain))
+    with pytest.raises(ConfigError, match="both moe_offload and quantization_config"):
+        type(plain).from_pretrained(folder, moe_offload=config, quantization_config=own | {"weight_block_size": [8, 8]})
 
 
 def test_without_moe_offload_the_method_itself_loads_it(stored):

@@ -47,6 +47,8 @@ class Hub:
         self.objects: dict[str, bytes] = {}
         """What was uploaded as LFS, by its SHA-256."""
         self.unknown: list[str] = []
+        self.sent: dict[str, int] = {}
+        """Bytes of each file that were read, by repository and path."""
         self.refuses: Callable[[str, str], bool | int] = lambda method, path: False
         """Requests to turn down, as a Hub does that is over its quota; a number is the status to answer with."""
 
@@ -262,17 +264,20 @@ class _Handler(BaseHTTPRequestHandler):
             self._send(404, {"error": "Entry not found"}, "EntryNotFound")
             return
         content = files[file]
-        start = int(self.headers.get("Range", "bytes=0-").removeprefix("bytes=").partition("-")[0] or 0)
-        self.send_response(206 if start else 200)
+        asked = self.headers.get("Range", "")
+        first, _, last = asked.removeprefix("bytes=").partition("-")
+        start, stop = int(first or 0), min(int(last) + 1 if last else len(content), len(content))
+        self.send_response(206 if asked else 200)
         self.send_header("X-Repo-Commit", commit)
         self.send_header("ETag", f'"{hashlib.sha256(content).hexdigest()}"')
         self.send_header("Accept-Ranges", "bytes")
-        self.send_header("Content-Length", str(len(content) - start))
-        if start:
-            self.send_header("Content-Range", f"bytes {start}-{len(content) - 1}/{len(content)}")
+        self.send_header("Content-Length", str(stop - start))
+        if asked:
+            self.send_header("Content-Range", f"bytes {start}-{stop - 1}/{len(content)}")
         self.end_headers()
         if self.command == "GET":
-            self.wfile.write(content[start:])
+            self.hub.sent[f"{name}/{file}"] = self.hub.sent.get(f"{name}/{file}", 0) + stop - start
+            self.wfile.write(content[start:stop])
 
     def _send(self, status: int, answer: Any, error_code: str | None = None) -> None:
         body = json.dumps(answer).encode()

@@ -40,6 +40,31 @@ def test_what_there_is_for_a_gpu_is_said_whether_there_is_one_or_not():
         assert said == f"not there: {gpu.missing()}"
 
 
+@pytest.mark.parametrize(
+    ("rows", "nbits", "is_interleaved", "can_activate"),
+    [
+        (6, None, False, True),
+        (6, None, True, True),
+        (7, None, False, False),
+        (7, None, True, False),
+        (6, 8, False, True),
+        (6, 2, False, False),
+        (8, 3, False, True),
+        (8, 1, False, True),
+        (12, 1, False, False),
+        (6, 8, True, True),
+        (10, 4, True, False),
+        (6, 2, True, True),
+    ],
+)
+def test_a_gate_is_activated_where_its_up_is_in_the_same_program(rows, nbits, is_interleaved, can_activate):
+    packing = None if nbits is None else Packing(rows, 16, nbits, 16, 16)
+    dtype = torch.float32 if nbits is None else None
+    matrix = PlacedMatrix(rows, 16, {}, packing, dtype)
+    assert matrix.can_activate(Activation("silu", has_gate=True, is_interleaved=is_interleaved)) == can_activate
+    assert matrix.can_activate(Activation("silu"))
+
+
 @pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="Triton is not installed")
 @pytest.mark.parametrize("capability", [80, 90])
 def test_every_kernel_compiles_for_a_gpu(capability, tmp_path, monkeypatch):

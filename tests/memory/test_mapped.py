@@ -11,7 +11,7 @@ from stores import number, numbered_store, stacked_store
 from transformers_moe_offload.bench.page_cache import drop
 from transformers_moe_offload.errors import CheckpointError
 from transformers_moe_offload.expert import ExpertId, ExpertSpec, FieldSpec
-from transformers_moe_offload.memory import mapping
+from transformers_moe_offload.memory import mapped, mapping
 from transformers_moe_offload.memory.checkpoint import ExpertStore, LayerSource
 from transformers_moe_offload.memory.disk import File
 from transformers_moe_offload.memory.expert_source import ScatteredExpert
@@ -178,6 +178,7 @@ def test_an_expert_whose_pages_the_kernel_took_back_is_not_there(large_store, tm
     assert slots.holds(0)
     os.sync()
     drop([tmp_path / "model.safetensors"])
+    time.sleep(2 * mapped._LOOK_EVERY)
     assert not slots.holds(0)
     bring_in(slots, ExpertId(0, 0), 0)
     assert slots.holds(0)
@@ -207,3 +208,22 @@ def test_without_the_advice_of_linux_pages_are_touched(store, monkeypatch):
     slots = slots_of(store)
     for expert in (FIRST, SECOND):
         assert numbers_in(bring_in(slots, expert)[1]) == {number(expert)}
+
+
+@needs_linux
+def test_who_has_left_is_unmapped_when_memory_is_to_be_given_back_and_who_returned_stays(large_store, tmp_path):
+    path, slots = tmp_path / "model.safetensors", slots_of(large_store)
+    one, other = ExpertId(0, 0), ExpertId(0, 2)
+    bring_in(slots, one)
+    bring_in(slots, other)
+    assert 16 <= mapped_bytes(path) / 2**20 <= 16 + 6
+    slots.give_back()
+    assert 8 <= mapped_bytes(path) / 2**20 <= 8 + 6
+    assert slots.holds(0)
+    bring_in(slots, one)
+    bring_in(slots, other)
+    bring_in(slots, one)
+    slots.give_back()
+    assert slots.holds(0)
+    assert numbers_in(slots.weights(one, 0)) == {1.0}
+    assert 8 <= mapped_bytes(path) / 2**20 <= 8 + 6

@@ -176,12 +176,20 @@ def test_a_link_that_demand_keeps_busy_carries_nothing_else(tmp_path):
     assert (1, 7) not in loaded
 
 
-def test_the_idle_time_of_the_link_bounds_how_many_set_out(tmp_path):
-    """Two and a half seconds between layers that ask for nothing new leave time for two loads."""
+def test_as_many_set_out_as_the_link_can_begin_with_before_their_layer_is_reached(tmp_path):
+    """Two and a half seconds between layers that ask for nothing new: the third begins after two, a fourth too late."""
     setting = Setting(tmp_path, {}, num_slots=24)
     setting.warm_up(seconds=2.5)
-    setting.oracle.guesses = {1: dict.fromkeys(range(2, 8), 0.9)}
-    assert setting.visit(0, [0]) == [(1, 2), (1, 3)]
+    setting.oracle.guesses = {1: dict.fromkeys(range(2, 8), 0.99)}
+    assert setting.visit(0, [0]) == [(1, 2), (1, 3), (1, 4)]
+
+
+def test_the_idle_time_of_the_link_bounds_how_much_may_be_carried_in_vain(tmp_path):
+    """Two loads of a second, one in two of them for nothing, fit into one and a quarter seconds; a third does not."""
+    setting = Setting(tmp_path, {}, num_slots=24, lookahead=3)
+    setting.warm_up(seconds=1.25)
+    setting.oracle.guesses = {3: dict.fromkeys(range(2, 8), 0.5)}
+    assert setting.visit(0, [0]) == [(3, 2), (3, 3)]
 
 
 def test_the_byte_limit_bounds_how_many_set_out(tmp_path):

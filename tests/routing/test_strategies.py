@@ -189,7 +189,12 @@ def test_an_option_that_cannot_be_is_refused_with_the_reason(strategy, options, 
         ("fixed", {"experts": {0: [1]}}, r"those of routers \[0\], and not of router 3"),
         ("drop", {"experts": list(range(7))}, "dropping 7 of 8 experts leaves router 3 with 1, and a token takes 2"),
         ("k_means", {"centroids": {0: torch.zeros(8, 4)}}, r"fitted for routers \[0\], and not for router 3"),
-        ("k_means", {"centroids": {3: torch.zeros(4, 4)}}, "4 centroids for router 3, which has 8 experts"),
+        (
+            "k_means",
+            {"centroids": {3: torch.zeros(4, 4)}},
+            "4 centroids for router 3, which has 8 experts; fit as many",
+        ),
+        ("k_means", {"centroids": {3: torch.full((8, 4), torch.nan)}}, "of router 3 are not all finite numbers"),
     ],
 )
 def test_an_option_that_does_not_fit_the_router_is_refused_with_both_numbers(strategy, options, message):

@@ -1,10 +1,12 @@
-"""Train LoRA on an offloaded model and write the losses: MODEL OUTPUT BATCH, in as many processes as started it."""
+"""Train LoRA on an offloaded model and write down what came of it: MODEL OUTPUT BATCH, in however many processes."""
 
+import hashlib
 import json
 import sys
 from pathlib import Path
 
 import torch
+from accelerate import PartialState
 from peft import get_peft_model
 from transformers import AutoModelForCausalLM, Trainer, TrainingArguments
 
@@ -30,9 +32,36 @@ def main(model: str, output: str, batch: str) -> None:
     )
     trainer = Trainer(adapted, arguments, train_dataset=[{"input_ids": one, "labels": one} for one in ids])
     trainer.train()
-    if trainer.is_world_process_zero():
-        losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
-        Path(output, "losses.json").write_text(json.dumps([trainer.args.world_size, losses]))
+    PartialState().wait_for_everyone()  # so that pages are counted while all processes have them
+    facts = {
+        "world_size": trainer.args.world_size,
+        "losses": [entry["loss"] for entry in trainer.state.log_history if "loss" in entry],
+        "trained": digest(adapted),
+        "slot_bytes": offloaded.moe_offload.plan.cache_bytes,
+        "shared_bytes": shared_bytes(Path(model)),
+    }
+    Path(output, f"{trainer.args.process_index}.json").write_text(json.dumps(facts))
+    PartialState().wait_for_everyone()
+
+
+def digest(model: torch.nn.Module) -> str:
+    """Of all that has been trained, bit by bit."""
+    found = hashlib.sha256()
+    for parameter in model.parameters():
+        if parameter.requires_grad:
+            found.update(parameter.detach().view(-1).view(torch.uint8).numpy().tobytes())
+    return found.hexdigest()
+
+
+def shared_bytes(folder: Path) -> int:
+    """Bytes of a folder's files that this process has mapped and another one, too (Linux)."""
+    total, is_ours = 0, False
+    for line in Path("/proc/self/smaps").read_text().splitlines():
+        if ":" not in line.split()[0]:
+            is_ours = str(folder) in line
+        elif is_ours and line.startswith("Shared_Clean:"):
+            total += int(line.split()[1]) << 10
+    return total
 
 
 if __name__ == "__main__":

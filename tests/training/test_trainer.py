@@ -6,7 +6,7 @@ from peft import PeftModel, get_peft_model
 from torch.utils.data import Dataset
 from transformers import AutoModelForCausalLM, Trainer, TrainingArguments
 
-from transformers_moe_offload import CheckpointError, ConfigError, OffloadConfig, training
+from transformers_moe_offload import CheckpointError, ConfigError, HqqFormat, OffloadConfig, training
 
 
 class Texts(Dataset):
@@ -131,6 +131,34 @@ def test_going_on_with_another_model_than_the_one_that_was_trained_is_refused(ch
     other = trainer(METHODS["lora"](loaded(tmp_path / "other")), tmp_path / "elsewhere")
     with pytest.raises(CheckpointError, match="resume_from_checkpoint"):
         other.train(resume_from_checkpoint=str(tmp_path / "run" / "checkpoint-3"))
+
+
+def with_adapter_of_routers(model):
+    return get_peft_model(model, training.lora_config(model, r=2, experts=False, routers=True))
+
+
+@pytest.mark.parametrize(
+    ("method", "save", "warned"),
+    [(with_routers, "steps", True), (with_routers, "no", False), (with_adapter_of_routers, "steps", False)],
+)
+def test_checkpoints_in_low_bits_that_trainer_does_not_go_on_from_are_warned_of(
+    method, save, warned, checkpoint, tmp_path, caplog
+):
+    low_bits = {"experts": HqqFormat(nbits=4, group_size=16)}
+    run = trainer(method(loaded(checkpoint, **low_bits)), tmp_path / "run", save_strategy=save)
+    with caplog.at_level("WARNING", logger="transformers_moe_offload"):
+        run.train()
+    assert any("Trainer will neither go on" in record.message for record in caplog.records) == warned
+    if save == "no":
+        return
+    again = trainer(method(loaded(checkpoint, **low_bits)), tmp_path / "again")
+    folder = str(tmp_path / "run" / "checkpoint-3")
+    if warned:
+        with pytest.raises(ValueError, match="valid checkpoint"):
+            again.train(resume_from_checkpoint=folder)
+    else:
+        again.train(resume_from_checkpoint=folder)
+        assert losses(again)[3:] == losses(run)[3:]
 
 
 def test_generation_in_the_middle_of_training_and_an_exception_in_a_step_do_no_harm(checkpoint, token_ids):

@@ -30,6 +30,7 @@ from transformers_moe_offload.memory.record import dtype_name
 from transformers_moe_offload.memory.safetensors_index import read_index
 from transformers_moe_offload.memory.safetensors_writer import write_bytes, write_text
 from transformers_moe_offload.output.place import place_for
+from transformers_moe_offload.output.syncing import Syncing
 
 logger = logging.getLogger(__name__)
 
@@ -66,18 +67,21 @@ def write_mixture(
     for warning in warnings:
         logger.warning(warning)
     shards = weight_shards(plan, recipe.output.max_shard_bytes)
-    with place_for(
-        folder,
-        build_identity(plan.recipe, plan.container.name, plan.ancestors),
-        MARKS,
-        overwrite=overwrite,
-        resume=resume,
-        discards=(CheckFailedError, RecipeError),
-    ) as place:
+    with (
+        place_for(
+            folder,
+            build_identity(plan.recipe, plan.container.name, plan.ancestors),
+            MARKS,
+            overwrite=overwrite,
+            resume=resume,
+            discards=(CheckFailedError, RecipeError),
+        ) as place,
+        Syncing() as syncing,  # what is checked meanwhile is read from the page cache
+    ):
         gates, ready = materials(place)
         total = sum(shard.nbytes for shard in shards)
         with tqdm(total=total, unit="B", unit_scale=True, desc="Writing shards", disable=advance is not None) as bar:
-            write_weights(place, shards, ready, advance or bar.update)
+            write_weights(place, shards, ready, advance or bar.update, syncing)
         for file, content in companions.items():
             write_bytes(place / file, content)
         write_text(place / CONFIG_NAME, plan.config.to_json_string())

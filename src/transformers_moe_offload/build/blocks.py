@@ -11,12 +11,13 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
 from transformers_moe_offload.build.sources import Source
+from transformers_moe_offload.memory.safetensors_index import StoredTensor
 
 Channels = Callable[[int], Sequence[Tensor]]
 """Layer -> the channels of each part of its block, int64."""
@@ -75,6 +76,16 @@ class Blocks:
             shape[dimension] = missing
             parts.append(parts[0].new_zeros(shape))
         return parts[0] if len(parts) == 1 else torch.cat(_alike(parts), dimension)
+
+    def stored(self, block: Block, layer: int, role: str, width: int | None = None) -> StoredTensor | None:
+        """Where a matrix of an expert lies as `matrix` would give it; None if it is made."""
+        part, *others = block.parts
+        if others or replace(part, source=0, seed="") != Part():
+            return None
+        found = self._sources[part.source].stored(self._names(layer)[role])
+        if found is None or width not in (None, found.shape[1 if role == "down" else 0]):
+            return None
+        return found
 
     def _part(self, part: Part, layer: int, role: str) -> Tensor:
         name = self._names(layer)[role]

@@ -11,7 +11,6 @@ from typing import Any
 
 from huggingface_hub import HfApi
 from torch import Tensor
-from transformers import AutoTokenizer
 
 from transformers_moe_offload.build.assembly import Advance, write_mixture
 from transformers_moe_offload.build.blocks import Channels
@@ -19,7 +18,6 @@ from transformers_moe_offload.build.channels import channels_of
 from transformers_moe_offload.build.fitting import expect_mergeable
 from transformers_moe_offload.build.folder import MARKS
 from transformers_moe_offload.build.gates import STATISTICS_NAME, Gates, program_gates
-from transformers_moe_offload.build.gates.drawn import DRAWN
 from transformers_moe_offload.build.info import MoeBuildInfo
 from transformers_moe_offload.build.licences import judged, licence_of
 from transformers_moe_offload.build.materials import Materials
@@ -29,7 +27,8 @@ from transformers_moe_offload.build.publish import publish
 from transformers_moe_offload.build.recipe import Expert, MoeRecipe
 from transformers_moe_offload.build.sources import Source, open_source
 from transformers_moe_offload.build.sources.tokenizer import is_tokenizer_file, tokenizer_files
-from transformers_moe_offload.errors import CheckpointError, RecipeError
+from transformers_moe_offload.build.tokenizer import tokenizer_for
+from transformers_moe_offload.errors import RecipeError
 from transformers_moe_offload.hub.upload import expect_pushable
 from transformers_moe_offload.output.place import expect_place
 
@@ -37,7 +36,7 @@ from transformers_moe_offload.output.place import expect_place
 def validate_recipe(recipe: MoeRecipe, *, token: str | None = None, local_files_only: bool = False) -> BuildPlan:
     """What a recipe comes to: container, tensors, bytes, and what is doubtful about it.
 
-    Reads configs and headers only. Raises an error of ours for what cannot be built.
+    Reads configs and headers only, of models on the Hub too. Raises an error of ours for what cannot be built.
     """
     if recipe.kind == "adapter_moe":
         raise RecipeError("kind: adapter_moe is built by build_adapter_moe, which takes the same arguments")
@@ -90,6 +89,8 @@ def build_moe(
         expect_pushable(HfApi(token=token), push)
     plan = validate_recipe(recipe, token=token, local_files_only=local_files_only)
     companions = _companions(plan, token=token, local_files_only=local_files_only)
+    for source, names in plan.read_of:
+        source.bring(names)
     info = write_mixture(
         plan,
         folder,
@@ -119,7 +120,7 @@ def _materials(plan: BuildPlan, device: str, place: Path) -> tuple[Gates, Materi
         recipe.gate,
         [*experts, *gated],
         plan.base,
-        _tokenizer(plan),
+        tokenizer_for(plan.recipe, plan.base),
         plan.ffn,
         scores=plan.container.scores,
         statistics=place / STATISTICS_NAME if has_statistics else None,
@@ -134,26 +135,7 @@ def _channels(plan: BuildPlan, device: str) -> Channels | None:
     """Which channels go together where one block is split."""
     if plan.recipe.split is None:
         return None
-    return channels_of(plan.recipe.split, plan.base, _tokenizer(plan), plan.ffn, device=device)
-
-
-def _tokenizer(plan: BuildPlan) -> Any:
-    """The base model's, if texts are to be read; a mixture without them can do without one."""
-    recipe = plan.recipe
-    texts: list[Any] = [recipe.split.dataset] if recipe.split is not None and recipe.split.dataset is not None else []
-    if recipe.gate.mode not in DRAWN:
-        texts += [text for expert in recipe.experts for text in (*expert.positive_prompts, expert.dataset) if text]
-    if not texts:
-        return None
-    folders = {file.parent for file in plan.base.companions if is_tokenizer_file(file.name)}
-    if not folders:
-        raise CheckpointError(f"{plan.base.name} has no tokenizer to read the texts of its experts with; add one to it")
-    try:
-        return AutoTokenizer.from_pretrained(folders.pop(), local_files_only=True)
-    except (OSError, ValueError) as error:
-        raise CheckpointError(
-            f"cannot read the tokenizer of {plan.base.name}: {' '.join(str(error).split())}"
-        ) from error
+    return channels_of(plan.recipe.split, plan.base, tokenizer_for(plan.recipe, plan.base), plan.ffn, device=device)
 
 
 def _companions(plan: BuildPlan, *, token: str | None, local_files_only: bool) -> dict[str, bytes]:

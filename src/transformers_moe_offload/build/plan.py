@@ -123,6 +123,13 @@ class BuildPlan:
         return tuple(piece.name for tensor in self.tensors for piece in tensor.pieces if isinstance(piece, FromStem))
 
     @property
+    def read_of(self) -> tuple[tuple[Source, tuple[str, ...]], ...]:
+        """What is read of each model: all of those that make the stem, and of others the blocks that become experts."""
+        blocks = tuple(name for layer in self.shape.layers for name in self.container.dense_matrices(layer).values())
+        whole = [(source, tuple(source.tensors)) for source in (self.base, *self.stems)]
+        return (*whole, *((source, blocks) for source in self.sources[1:]))
+
+    @property
     def nbytes(self) -> int:
         """Bytes of all tensors."""
         return sum(tensor.spec.nbytes for tensor in self.tensors)

@@ -20,6 +20,7 @@ from transformers_moe_offload.build.plan import BuildPlan, FromBlock, PlannedTen
 from transformers_moe_offload.expert import ITEMSIZE
 from transformers_moe_offload.memory.safetensors_writer import SafetensorsWriter, write_text
 from transformers_moe_offload.output.shards import Advance, Shard, expect_room, fill_shards, index_of, shard_names
+from transformers_moe_offload.output.syncing import Syncing
 from transformers_moe_offload.output.text import as_json
 
 WeightShard = Shard[Sequence[PlannedTensor]]
@@ -43,7 +44,9 @@ def weight_shards(plan: BuildPlan, max_shard_bytes: int) -> list[WeightShard]:
     return [_shard(name, group) for name, group in zip(names, groups, strict=True)]
 
 
-def write_weights(folder: Path, shards: Sequence[WeightShard], materials: Materials, done: Advance) -> None:
+def write_weights(
+    folder: Path, shards: Sequence[WeightShard], materials: Materials, done: Advance, syncing: Syncing
+) -> None:
     """Write those weight files that are not there yet, and the index that names them."""
     expect_room(folder, shards, "or write elsewhere")
     with ThreadPoolExecutor(1, thread_name_prefix="moe-offload-build") as reader:
@@ -53,7 +56,7 @@ def write_weights(folder: Path, shards: Sequence[WeightShard], materials: Materi
                 writer.write(tensor.spec.name, values)
                 done(values.nbytes)
 
-        fill_shards(folder, shards, fill, done, resumes=True)
+        fill_shards(folder, shards, fill, done, resumes=True, syncing=syncing)
     if len(shards) > 1:
         index = index_of(shards)
         index["metadata"]["total_parameters"] = materials.plan.parameters.total

@@ -128,6 +128,11 @@ class ExpertCache:
                     self._evict(next(iter(self._policy.candidates())))
                 self.slots.remove(self.residency.remove_slot())
 
+    def give_back(self) -> None:
+        """Give back memory that experts take although they have left, in case they return."""
+        with self.turn:
+            self.slots.give_back()
+
     # What follows is for `Visit` and `Follower`, which hold the turn.
 
     def begin(self, layer: int, wanted: Sequence[ExpertId], computed: Container[int]) -> None:

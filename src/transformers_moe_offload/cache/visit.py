@@ -71,17 +71,19 @@ class Visit:
         yield from self._one_by_one()
 
     def batches(self) -> Iterator[dict[int, Weights]]:
-        """Each wanted expert once: those that are resident together, then the others as they become available.
+        """Each wanted expert once: those that are available together, then the others as they become so.
 
         Weights are valid until the next batch is asked for.
         """
         self._begin_loads()
-        together = [] if self._in_waves else [e for e in self._upcoming if self._cache.residency.is_resident(e)]
-        if together:
+        while self._upcoming and not self._in_waves:
             self._tell_started()
-            self._used |= dict.fromkeys(together)
+            together = list(filter(self._is_available, self._upcoming)) or [next(iter(self._upcoming))]
             for expert in together:
+                if self._cache.residency.is_loading(expert):
+                    self._cache.finish_load(expert)
                 del self._upcoming[expert]
+                self._used[expert] = None
             yield {expert.expert: self._cache.weights(expert) for expert in together}
             for expert in together:
                 self._cache.retire(expert)
@@ -150,16 +152,14 @@ class Visit:
 
     def _next_available(self) -> ExpertId:
         """A resident if there is one, else a load that has landed, else the one that started first."""
-        residency, cache = self._cache.residency, self._cache
-        loading = []
-        for expert in self._upcoming:
-            if residency.is_resident(expert):
-                return expert
-            if residency.is_loading(expert):
-                if cache.has_landed(expert):
-                    return expert
-                loading.append(expert)
-        return loading[0] if loading else next(iter(self._upcoming))
+        available = next(filter(self._is_available, self._upcoming), None)
+        loading = next(filter(self._cache.residency.is_loading, self._upcoming), None)
+        return available or loading or next(iter(self._upcoming))
+
+    def _is_available(self, expert: ExpertId) -> bool:
+        """Whether an expert can be used without waiting."""
+        residency = self._cache.residency
+        return residency.is_resident(expert) or (residency.is_loading(expert) and self._cache.has_landed(expert))
 
     def _start_loads(self, upcoming: Sequence[ExpertId]) -> None:
         """The policy hears of those who have been used before it says who may leave."""

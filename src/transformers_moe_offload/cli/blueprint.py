@@ -13,15 +13,18 @@ import transformers
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig
 
-from transformers_moe_offload.cli.failures import CommandError, reading
+from transformers_moe_offload.cli.failures import reading
 from transformers_moe_offload.cli.options import Origin
-from transformers_moe_offload.cli.stored import Stored, what_is_stored
+from transformers_moe_offload.cli.stored import Stored, stored_tensors, what_is_stored
 from transformers_moe_offload.config import OffloadConfig
 from transformers_moe_offload.expert import ExpertSpec
 from transformers_moe_offload.hf.checkpoint import Checkpoint
 from transformers_moe_offload.hf.delegates.methods import DELEGATED, refusal
+from transformers_moe_offload.hf.delegates.opening import Opener, StoredBytes
 from transformers_moe_offload.hf.discover import expert_spec, find_experts, take_over
 from transformers_moe_offload.hf.install import method_of
+from transformers_moe_offload.hf.prebuilt.source import Quantization
+from transformers_moe_offload.memory.record import dtype_name
 
 
 @dataclass(frozen=True)
@@ -40,6 +43,13 @@ class Blueprint:
     """Bytes of everything that a checkpoint of the model holds, once where weights are tied."""
     stored: Stored
     """What the checkpoint says of itself, its dtype filled in from the config where it says none."""
+    opener: Opener | None = None
+    """What opens the weights, where another method has quantized them."""
+
+    @property
+    def title(self) -> str:
+        """What it is, in a line."""
+        return f"{self.name}: {type(self.model).__name__}, {dtype_name(self.dtype)}"
 
     @property
     def recipe(self) -> OffloadConfig | None:
@@ -50,7 +60,25 @@ class Blueprint:
     @property
     def read_share(self) -> float:
         """Bytes in the files for each byte in memory: not 1 where the model is loaded in another dtype."""
+        if self.opener is not None:
+            return 1.0
         return (self.stored.dtype or self.dtype).itemsize / self.dtype.itemsize
+
+    @property
+    def keeps_dense(self) -> bool:
+        """Whether loading leaves the dense part as another method has stored it."""
+        return self.opener is not None and self.opener.keeps_dense
+
+    def quantization(self, config: OffloadConfig) -> Quantization:
+        """What a config makes of the weights."""
+        return Quantization.of(self.model, config, self.dtype, self.opener)
+
+    def stored_bytes(self, quantization: Quantization, origin: Origin) -> StoredBytes | None:
+        """What weights that another method has quantized take, by the headers of their files; None for others."""
+        if self.opener is None:
+            return None
+        with reading(f"{self.name!r} is quantized with {self.opener.name!r}, and the headers of its files say how"):
+            return quantization.stored_bytes(stored_tensors(self.name, self.model.config, origin))
 
 
 def draw(name: str, origin: Origin, dtype: torch.dtype | None) -> Blueprint:
@@ -60,7 +88,7 @@ def draw(name: str, origin: Origin, dtype: torch.dtype | None) -> Blueprint:
     """
     with reading(f"{name!r} is neither a folder with a model nor one that can be read from the Hub"):
         config = AutoConfig.from_pretrained(name, **origin.for_classes())
-    _expect_known_sizes(name, method_of(name, {"config": config}))
+    opener = _opener(name, config)
     stored = what_is_stored(name, origin)
     dtype = dtype or config.dtype or stored.dtype or torch.get_default_dtype()
     with reading(f"no model can be built from the config of {name!r}"):
@@ -69,20 +97,18 @@ def draw(name: str, origin: Origin, dtype: torch.dtype | None) -> Blueprint:
     experts = tuple(expert_spec(index, *found) for index, found in enumerate(find_experts(model)))
     take_over(model)
     stored = Stored(stored.nbytes, stored.dtype or config.dtype)
-    return Blueprint(name, model, experts, dtype, _saved_bytes(model), total_bytes, stored)
+    return Blueprint(name, model, experts, dtype, _saved_bytes(model), total_bytes, stored, opener)
 
 
-def _expect_known_sizes(name: str, method: str | None) -> None:
-    """What experts of another method take is in the files, not in the config."""
+def _opener(name: str, config: PretrainedConfig) -> Opener | None:
+    """What opens the weights of another method, whose name is taken out of the config."""
+    method = method_of(name, {"config": config})
     if method in (None, OffloadConfig.quant_method):
-        return
+        return None
     if method not in DELEGATED:
         raise refusal(name, str(method))
-    raise CommandError(
-        f"{name!r} is already quantized with {method!r}, and what its experts take is known once it is loaded: "
-        f"`moe-offload chat` runs it, and `model.moe_offload.plan` shows it; to quantize anew, start from an "
-        f"unquantized checkpoint"
-    )
+    with reading(f"cannot read how {name!r} is quantized"):
+        return Opener.take_from(config)
 
 
 def _on_meta(config: PretrainedConfig, dtype: torch.dtype, trust_remote_code: bool) -> Any:

@@ -7,6 +7,7 @@ from typing import Annotated
 import typer
 
 import transformers_moe_offload
+from transformers_moe_offload.cli.bake import bake
 from transformers_moe_offload.cli.bench import bench
 from transformers_moe_offload.cli.build import build
 from transformers_moe_offload.cli.chat import chat
@@ -45,6 +46,7 @@ app.command()(chat)
 app.command()(quantize)
 app.command()(convert)
 app.command()(build)
+app.command()(bake)
 app.command()(push)
 app.command()(bench)
 app.command()(trace)

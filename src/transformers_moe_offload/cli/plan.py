@@ -18,7 +18,6 @@ from transformers_moe_offload.config import Budget, OffloadConfig
 from transformers_moe_offload.formats.by_expert import LayerCodings
 from transformers_moe_offload.hf.plan import OffloadPlan, Placement, make_plan, readable
 from transformers_moe_offload.hf.prebuilt.sizes import Sizes
-from transformers_moe_offload.hf.prebuilt.source import Quantization
 from transformers_moe_offload.hf.top_k import experts_per_token
 from transformers_moe_offload.memory.available import HOST_SHARE, available_bytes
 from transformers_moe_offload.memory.record import dtype_name
@@ -57,11 +56,11 @@ def plan(
         blueprint = draw(model, origin, options.parse_dtype(dtype))
         formats.expect_same_experts(trace, model, [spec.num_experts for spec in blueprint.experts])
         recipe = blueprint.recipe
-        weights = _Weights.of(blueprint, config if recipe is None else recipe.override(config))
+        weights = _Weights.of(blueprint, config if recipe is None else recipe.override(config), origin)
         device = torch.device("cuda", torch.cuda.current_device()) if torch.cuda.is_available() else torch.device("cpu")
         offload_plan = make_plan(weights.placements(device), _settled(config, weights, device))
         console = Console()
-        console.print(_title(blueprint), style="bold", soft_wrap=True)
+        console.print(blueprint.title, style="bold", soft_wrap=True)
         console.print(_tiers(weights, offload_plan, device))
         console.print(_facts(weights, offload_plan))
 
@@ -81,18 +80,19 @@ class _Weights:
     """Whether experts are quantized while the model is loaded."""
 
     @classmethod
-    def of(cls, blueprint: Blueprint, config: OffloadConfig) -> _Weights:
+    def of(cls, blueprint: Blueprint, config: OffloadConfig, origin: options.Origin) -> _Weights:
         """What a config makes of a model's weights."""
-        quantization = Quantization.of(blueprint.model, config, blueprint.dtype)
-        sizes = Sizes.of(quantization)
-        return cls(
-            blueprint,
-            tuple(quantization.codings),
-            "as stored" if config.formats is None or blueprint.recipe is not None else str(config.formats),
-            sizes.dense_bytes if config.dense is not None else blueprint.dense_bytes,
-            sizes.bits_per_expert_weight if config.formats is not None else None,
-            config.formats is not None and blueprint.recipe is None,
-        )
+        quantization = blueprint.quantization(config)
+        stored = blueprint.stored_bytes(quantization, origin)
+        sizes = Sizes.of(quantization, stored)
+        is_in_ram = config.formats is not None and blueprint.recipe is None
+        codings, bits = tuple(quantization.codings), None if config.formats is None else sizes.bits_per_expert_weight
+        dense_bytes = sizes.dense_bytes if config.dense is not None else blueprint.dense_bytes
+        if stored is not None and config.formats is None:
+            codings, bits = stored.codings, 8 * stored.expert_bytes / sizes.expert_weights
+        if stored is not None and config.dense is None and blueprint.keeps_dense:
+            dense_bytes = stored.dense_bytes
+        return cls(blueprint, codings, str(config.formats) if is_in_ram else "as stored", dense_bytes, bits, is_in_ram)
 
     def placements(self, device: torch.device) -> list[Placement]:
         """Every sparse layer on a device."""
@@ -116,10 +116,6 @@ def _settled(config: OffloadConfig, weights: _Weights, device: torch.device) -> 
     left = int(available_bytes(device) - share * weights.dense_bytes)
     every_slot = make_plan(weights.placements(device), OffloadConfig(cache_budget="100%", mmap=False, direct_io=False))
     return OffloadConfig(cache_budget=max(1, min(left, every_slot.expert_bytes)))
-
-
-def _title(blueprint: Blueprint) -> str:
-    return f"{blueprint.name}: {type(blueprint.model).__name__}, {dtype_name(blueprint.dtype)}"
 
 
 def _tiers(weights: _Weights, plan: OffloadPlan, device: torch.device) -> Table:
@@ -184,6 +180,10 @@ def _expected_bytes(traffic: Traffic | None, plan: OffloadPlan, source: str) -> 
 def _cross_check(blueprint: Blueprint) -> str:
     if blueprint.recipe is not None:
         return f"quantized: experts {blueprint.recipe.formats}; dense layers {blueprint.recipe.dense or 'as they are'}"
+    if blueprint.opener is not None:
+        is_opened = blueprint.opener.is_for_dense and not blueprint.keeps_dense
+        dense = "dense layers are opened while they are loaded" if is_opened else "dense layers are used as they are"
+        return f"quantized with {blueprint.opener.name}; {dense}"
     stored, expected = blueprint.stored.nbytes, blueprint.total_bytes * blueprint.read_share
     dtype = dtype_name(blueprint.stored.dtype or blueprint.dtype)
     if stored is None:

@@ -12,7 +12,7 @@ from rich.console import Console
 from rich.table import Table
 
 from transformers_moe_offload.cli import formats, options, writing
-from transformers_moe_offload.cli.blueprint import Blueprint, draw
+from transformers_moe_offload.cli.blueprint import draw
 from transformers_moe_offload.cli.failures import CommandError, one_line_errors, reading
 from transformers_moe_offload.cli.push import push_folder
 from transformers_moe_offload.cli.writing import expect_apart, progress
@@ -67,14 +67,14 @@ def quantize(
         origin = options.Origin(revision, token, local_files_only, trust_remote_code=False)
         expect_apart(source, folder)
         blueprint = draw(source, origin, None)
-        if getattr(blueprint.model.config, "quantization_config", None):
+        if blueprint.recipe is not None:
             raise CommandError(f"{source!r} is quantized already; quantize the model that it was made from")
         formats.expect_same_experts(trace, source, [spec.num_experts for spec in blueprint.experts])
-        quantization = Quantization.of(blueprint.model, config, blueprint.dtype)
-        sizes = Sizes.of(quantization)
+        quantization = blueprint.quantization(config)
+        sizes = Sizes.of(quantization, blueprint.stored_bytes(quantization, origin))
         console = Console()
-        console.print(_title(blueprint), style="bold", soft_wrap=True)
-        console.print(_plan(config, sizes))
+        console.print(blueprint.title, style="bold", soft_wrap=True)
+        console.print(_plan(config, sizes, quantization))
         if dry_run:
             return
         expect_place(folder, MARKS, overwrite=overwrite)
@@ -95,6 +95,8 @@ def quantize(
                     sizes,
                     base_model=base_model,
                     auto_class=auto_class_of(blueprint.model),
+                    left_as=quantization.left_as,
+                    dense_left_as=quantization.dense_left_as,
                 ),
             },
             copies=fetched.companions,
@@ -107,18 +109,14 @@ def quantize(
             push_folder(folder, push, private=private, revision=None, token=token)
 
 
-def _title(blueprint: Blueprint) -> str:
-    return f"{blueprint.name}: {type(blueprint.model).__name__}, {dtype_name(blueprint.dtype)}"
-
-
-def _plan(config: OffloadConfig, sizes: Sizes) -> Table:
+def _plan(config: OffloadConfig, sizes: Sizes, quantization: Quantization) -> Table:
     table = Table("weights", "format", box=box.SIMPLE_HEAD)
     for column in ("bits per weight", "before", "after"):
         table.add_column(column, justify="right", no_wrap=True)
     stored = config.formats or ExpertFormats()
-    kinds = [str(value or "as stored") for value in (stored.default, *stored.layers.values())]
+    kinds = [str(value or quantization.left_as) for value in (stored.default, *stored.layers.values())]
     if stored.num_hot:
-        kinds.append(f"{stored.num_hot} hot: {stored.hot or 'as stored'}")
+        kinds.append(f"{stored.num_hot} hot: {stored.hot or quantization.left_as}")
     table.add_row(
         f"{sizes.num_experts} experts",
         "; ".join(dict.fromkeys(kinds)),
@@ -128,6 +126,6 @@ def _plan(config: OffloadConfig, sizes: Sizes) -> Table:
     )
     bits = f"{config.dense.bits_per_weight:.2f}" if config.dense else ""
     before, after = readable(sizes.plain_dense_bytes), readable(sizes.dense_bytes)
-    table.add_row("dense", str(config.dense or "as stored"), bits, before, after)
+    table.add_row("dense", str(config.dense or quantization.dense_left_as), bits, before, after)
     table.add_row("all", "", "", readable(sizes.plain_bytes), readable(sizes.nbytes))
     return table

@@ -90,7 +90,8 @@ def _sections(
     sections = [
         Section(
             "Hit rates",
-            "The trace played through the cache with each policy, and Belady's oracle, the limit for all of them.",
+            "The trace played through the cache with each policy, and Belady's oracle, the limit for all of them. "
+            "Table: experts resident when they were asked for, by the slots' share of all experts.",
             figures["hit-rates.png"],
             _rates(replays, total_experts),
         )
@@ -107,7 +108,7 @@ def _rates(replays: list[Replay], total_experts: int) -> list[dict[str, Any]]:
     """A row for each policy."""
     rows: dict[str, dict[str, Any]] = {}
     for played in replays:
-        share = f"{100 * played.num_slots / total_experts:.0f}% of the experts"
+        share = f"{100 * played.num_slots / total_experts:.0f}%"
         rows.setdefault(played.policy, {"policy": played.policy})[share] = f"{100 * played.hit_rate:.1f}%"
     return list(rows.values())
 

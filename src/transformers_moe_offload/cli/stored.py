@@ -1,21 +1,28 @@
 """What a checkpoint says about itself without its weights being downloaded.
 
-Asks for `model.safetensors.index.json`; of weight files that are on this machine already the headers are read.
+Asks for `model.safetensors.index.json`; of weight files that are on this machine already the headers are read. Only
+where the config cannot tell what weights take, another method having quantized them, is the Hub asked for headers, too.
 """
 
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
+from huggingface_hub import HfApi
+from huggingface_hub.errors import SafetensorsParsingError
 from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME, cached_file
 
 from transformers_moe_offload.cli.options import Origin
 from transformers_moe_offload.errors import CheckpointError
+from transformers_moe_offload.hub.fetch import fetch
+from transformers_moe_offload.memory.disk import File
 from transformers_moe_offload.memory.record import torch_dtype
-from transformers_moe_offload.memory.safetensors_index import StoredTensor, read_header
+from transformers_moe_offload.memory.safetensors_index import DTYPES, StoredTensor, read_header, read_index
 
 
 @dataclass(frozen=True)
@@ -25,7 +32,8 @@ class Stored:
     nbytes: int | None
     """Bytes of all tensors."""
     dtype: torch.dtype | None
-    """Dtype of the first floating-point tensor: what Transformers loads a model in if its config names none."""
+    """Dtype of the first floating-point tensor that is not quantized: what Transformers loads a model in if its config
+    names none."""
 
 
 def what_is_stored(name: str, origin: Origin) -> Stored:
@@ -36,6 +44,21 @@ def what_is_stored(name: str, origin: Origin) -> Stored:
         return Stored(sum(tensor.nbytes for tensor in header) or None, _first_float(header))
     shard, total_bytes = _read_index(index_path)
     return Stored(total_bytes, _first_float(_header(name, shard, origin)))
+
+
+def stored_tensors(name: str, config: Any, origin: Origin) -> Mapping[str, StoredTensor]:
+    """All tensors of a checkpoint by name: those of the Hub to be looked at only, for they are in no file here."""
+    if Path(name).is_dir() or origin.local_files_only:
+        return read_index(fetch(name, config, origin.for_files()).weights)
+    try:
+        found = HfApi(token=origin.token).get_safetensors_metadata(name, revision=origin.revision)
+        return {
+            tensor: StoredTensor(tensor, File(Path(file), 0), one.data_offsets[0], DTYPES[one.dtype], tuple(one.shape))
+            for file, header in found.files_metadata.items()
+            for tensor, one in header.tensors.items()
+        }
+    except (SafetensorsParsingError, KeyError) as error:
+        raise CheckpointError(f"the files of {name} have headers that cannot be read: {error}") from error
 
 
 def _read_index(index_path: Path) -> tuple[str, int | None]:
@@ -66,4 +89,4 @@ def _find(name: str, file: str, options: dict[str, object]) -> Path | None:
 
 def _first_float(header: list[StoredTensor]) -> torch.dtype | None:
     dtypes = (torch_dtype(tensor.dtype) for tensor in header)
-    return next((dtype for dtype in dtypes if dtype.is_floating_point), None)
+    return next((dtype for dtype in dtypes if dtype.is_floating_point and dtype.itemsize > 1), None)

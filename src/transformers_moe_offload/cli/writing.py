@@ -25,6 +25,10 @@ Overwrite = Annotated[
     bool, typer.Option("--overwrite", help="Replace a complete checkpoint, once the new one is complete.")
 ]
 
+Resume = Annotated[
+    bool, typer.Option("--resume/--no-resume", help="Go on with what an interrupted build has left, or do not.")
+]
+
 
 def expect_apart(source: str, folder: Path) -> None:
     """Reading from and writing to one folder would end badly."""

@@ -21,6 +21,7 @@ from transformers_moe_offload.compute.adaptation import Adaptation
 from transformers_moe_offload.compute.borrowed import borrowed_product
 from transformers_moe_offload.compute.forward import combine, opened
 from transformers_moe_offload.compute.mlp import ExpertMlp, ExpertWeights
+from transformers_moe_offload.compute.padding import padded
 from transformers_moe_offload.compute.routing import Grouping, group_by_expert
 from transformers_moe_offload.formats.by_expert import AS_USED, LayerCodings
 
@@ -64,10 +65,12 @@ def adapted_forward(
                 out = out + addition.product(expert, inputs).to(out.dtype)
             return out
 
-        return mlp.through(experts, rows[expert], project)
+        return mlp.through(experts, rows[expert], project)[: len(grouping.tokens[expert])]
 
     outputs = {
-        expert: mlp(experts, rows[expert], weights) for expert, weights in adaptation.own.items() if expert in rows
+        expert: mlp(experts, rows[expert], weights)[: len(grouping.tokens[expert])]
+        for expert, weights in adaptation.own.items()
+        if expert in rows
     }
     wanted = [expert for expert in grouping.by_last_use if expert not in adaptation.own]
     lender.used(wanted)
@@ -78,7 +81,7 @@ def adapted_forward(
 
 
 def rows_by_expert(hidden_states: Tensor, grouping: Grouping) -> dict[int, Tensor]:
-    """hidden_states (T, H) -> each needed expert's rows, (N, H).
+    """hidden_states (T, H) -> each needed expert's rows, (N, H), and as many more as padding asks for.
 
     The rows of the last expert come first: gradients of one token are then added up in the order in which autograd
     comes to the experts of Transformers' loop over them (`eager` experts, 5.23), from the last to the first.
@@ -87,6 +90,6 @@ def rows_by_expert(hidden_states: Tensor, grouping: Grouping) -> dict[int, Tenso
     if not tokens:
         return {}
     device = hidden_states.device
-    order = torch.cat([torch.as_tensor(wanting, device=device) for wanting in tokens.values()])
-    parts = hidden_states.index_select(0, order).split([len(wanting) for wanting in tokens.values()])
+    wanted = [padded(torch.as_tensor(wanting, device=device), hidden_states) for wanting in tokens.values()]
+    parts = hidden_states.index_select(0, torch.cat(wanted)).split([len(some) for some in wanted])
     return dict(zip(tokens, parts, strict=True))

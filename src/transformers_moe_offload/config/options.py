@@ -24,7 +24,7 @@ def refuse_unknown(owner: str, options: Iterable[str], known: list[str]) -> None
     for key in options:
         if key not in known:
             near = difflib.get_close_matches(str(key), known, n=1)
-            hint = f"did you mean {near[0]!r}?" if near else f"options are {', '.join(known)}"
+            hint = f"did you mean {near[0]!r}?" if near else f"options are {', '.join(known) or 'none at all'}"
             raise ConfigError(f"{owner} has no option {key!r}; {hint}")
 
 

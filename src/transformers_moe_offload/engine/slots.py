@@ -80,6 +80,9 @@ class AddressedSlots:
         """Always: the buffer is ours."""
         return True
 
+    def give_back(self) -> None:
+        """Nothing to do: who leaves is overwritten."""
+
     def device_bytes(self, expert: ExpertId) -> int:
         """The record, where the device's memory is not the host's."""
         return 0 if self.pool.device.type == "cpu" else self._arena.layout(expert).nbytes

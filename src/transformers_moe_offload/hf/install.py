@@ -16,7 +16,12 @@ from typing import Any
 
 from safetensors import SafetensorError
 from transformers import PretrainedConfig, PreTrainedModel
-from transformers.quantizers.auto import AUTO_QUANTIZATION_CONFIG_MAPPING, AUTO_QUANTIZER_MAPPING
+from transformers.quantizers.auto import (
+    AUTO_QUANTIZATION_CONFIG_MAPPING,
+    AUTO_QUANTIZER_MAPPING,
+    AutoHfQuantizer,
+    AutoQuantizationConfig,
+)
 
 from transformers_moe_offload.config import OffloadConfig
 from transformers_moe_offload.errors import CheckpointError, ConfigError
@@ -70,6 +75,9 @@ def _accepting_moe_offload(plain: Any) -> Any:
     def from_pretrained(cls: Any, pretrained_model_name_or_path: Any, *model_args: Any, **kwargs: Any) -> Any:
         config = OffloadConfig.make(kwargs.pop("moe_offload", None))
         given = kwargs.get("quantization_config")
+        if config is not None and given is not None and _is_of_checkpoint(given, pretrained_model_name_or_path, kwargs):
+            # lm-evaluation-harness (0.4.13) reads it from the checkpoint and hands it over beside what it was told.
+            given = None
         if config is not None and given is not None:
             raise ConfigError(
                 f"both moe_offload and quantization_config={given!r} were given, but a model has one quantizer; "
@@ -127,6 +135,15 @@ def method_of(name_or_path: Any, kwargs: dict[str, Any]) -> str | None:
 
     Asks for the config as `from_pretrained` with these keywords would.
     """
+    found = _stored_quantization(name_or_path, kwargs)
+    if found is None:
+        return None
+    method = found.get("quant_method", "a method without a name")
+    return str(getattr(method, "value", method))
+
+
+def _stored_quantization(name_or_path: Any, kwargs: dict[str, Any]) -> dict[str, Any] | None:
+    """What a checkpoint's config says about how it is quantized."""
     config = kwargs.get("config")
     if isinstance(config, PretrainedConfig):
         config = config.to_dict()
@@ -136,7 +153,14 @@ def method_of(name_or_path: Any, kwargs: dict[str, Any]) -> str | None:
         options = {name: kwargs[name] for name in _HUB_OPTIONS if name in kwargs}
         config = PretrainedConfig.get_config_dict(config or name_or_path, **options)[0]
     found = config.get("quantization_config") or (config.get("text_config") or {}).get("quantization_config")
-    if not found:
-        return None
-    method = found.get("quant_method", "a method without a name")
-    return str(getattr(method, "value", method))
+    return found or None
+
+
+def _is_of_checkpoint(given: Any, name_or_path: Any, kwargs: dict[str, Any]) -> bool:
+    """Whether a quantization config says what the checkpoint says of itself."""
+    stored = _stored_quantization(name_or_path, kwargs)
+    if stored is None or not AutoHfQuantizer.supports_quant_method(stored):
+        return False
+    if isinstance(given, dict):
+        given = AutoQuantizationConfig.from_dict(dict(given)) if AutoHfQuantizer.supports_quant_method(given) else None
+    return given is not None and AutoQuantizationConfig.from_dict(dict(stored)).to_dict() == given.to_dict()

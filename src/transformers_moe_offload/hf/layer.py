@@ -86,6 +86,22 @@ class SparseLayer:
             adaptation.needs_gradient() or any(isinstance(x, Tensor) and x.requires_grad for x in inputs)
         )
         cache = self.runtime.cache_for(self, inputs[0].device)
+        out = self._computed(module, cache, inputs, adaptation, needs_grad=needs_grad)
+        if needs_grad:
+            cache.give_back()  # training is short of memory, and its steps are long beside mapping pages again
+        return out
+
+    def _computed(
+        self,
+        module: nn.Module,
+        cache: ExpertCache,
+        inputs: tuple[Any, ...],
+        adaptation: Adaptation,
+        *,
+        needs_grad: bool,
+    ) -> Tensor:
+        """The layer's output, by the arithmetic that it has."""
+        assert self.runtime is not None
         if self.mlp is None:
             return self._eager(module, cache, inputs, adaptation, needs_grad=needs_grad)
         decoding = self.runtime.decoding

@@ -60,6 +60,7 @@ class Lender:
             held = visit.take(expert)
             self._runtime.load_ahead(self._upcoming(expert))
             yield held
+        cache.give_back()
 
     def _upcoming(self, expert: int) -> Iterator[ExpertId]:
         """Those that the backward pass comes to after an expert, in that order."""

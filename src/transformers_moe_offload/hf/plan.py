@@ -25,6 +25,7 @@ from transformers_moe_offload.memory.lanes import default_workers
 from transformers_moe_offload.memory.mapped import MappedSlots
 from transformers_moe_offload.memory.record import RecordLayout
 from transformers_moe_offload.memory.slots import CopiedSlots, SlotPool, Slots
+from transformers_moe_offload.memory.small import SmallReads
 from transformers_moe_offload.memory.transfer import Copier, HostCopier
 from transformers_moe_offload.memory.upload import CudaCopier
 from transformers_moe_offload.policies import make_policy
@@ -308,8 +309,12 @@ def build_caches(plan: OffloadPlan, sources: Sequence[LayerSource], config: Offl
 def _slots(store: ExpertStore, host: HostTier, pool: PoolPlan, config: OffloadConfig) -> Slots:
     if pool.is_mapped:
         return MappedSlots(store, workers_of(config))
-    fill = store.fill if pool.device.type == "cpu" else host.fill
-    return CopiedSlots(store, SlotPool(pool.sizes[0], pool.device), copier_for(pool, fill, config))
+    copier: Copier
+    if pool.device.type == "cpu":
+        copier = HostCopier(store.fill, workers_of(config), SmallReads(store).start)
+    else:
+        copier = copier_for(pool, host.fill, config)
+    return CopiedSlots(store, SlotPool(pool.sizes[0], pool.device), copier)
 
 
 def copier_for(pool: PoolPlan, fill: OpenFill, config: OffloadConfig) -> Copier:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from fnmatch import fnmatch
 from pathlib import Path
 from typing import Any
@@ -47,6 +47,11 @@ def fetch(name: str, config: Any, options: Mapping[str, Any]) -> Fetched:
     )
     if not files:
         raise CheckpointError(f"{name} holds no weights")
+    return replace(fetch_small(name, options), weights=tuple(Path(file) for file in files))
+
+
+def fetch_small(name: str, options: Mapping[str, Any]) -> Fetched:
+    """The same without weights."""
     is_local = Path(name).is_dir()
     patterns = [*_COMPANIONS, _CARD]
     folder = Path(name) if is_local else Path(snapshot_download(name, allow_patterns=patterns, **options))
@@ -62,7 +67,7 @@ def fetch(name: str, config: Any, options: Mapping[str, Any]) -> Fetched:
         folder.resolve().name if is_local else name,
         None if is_local else folder.name,
         folder,
-        tuple(Path(file) for file in files),
+        (),
         tuple(companions),
         card if card.is_file() else None,
     )

@@ -86,7 +86,7 @@ class Pairs(NamedTuple):
     `num_tokens` only; what is in the tensors counts when it runs.
     """
 
-    count: int
+    num_pairs: int
     """P."""
     addresses: Tensor
     """(E,) int64, of the experts' records: multiples of 16, in memory that the device can read. Those of experts that

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from transformers_moe_offload.expert import ExpertId, ExpertSpec, FieldSpec
 from transformers_moe_offload.formats.by_expert import AS_USED, LayerCodings
-from transformers_moe_offload.memory.chunks import Chunk, cut
+from transformers_moe_offload.memory.chunks import Chunk, Piece, Run, cut
 from transformers_moe_offload.memory.expert_source import ExpertSource, RecordedExpert
 from transformers_moe_offload.memory.field_source import FieldSource, Stretch
 from transformers_moe_offload.memory.fill import Fill
@@ -91,6 +91,7 @@ class ExpertStore:
         self.layers = {source.spec.layer: source for source in layers}
         self._layouts = {layer: _layouts(source) for layer, source in self.layers.items()}
         self._checked: set[ExpertId] = set()
+        self._reads: dict[ExpertId, Sequence[Piece]] = {}
 
     def layout(self, layer: int, expert: int) -> RecordLayout:
         """The record layout of one expert; those of experts that are stored alike are the same."""
@@ -140,7 +141,24 @@ class ExpertStore:
 
     def fill(self, expert: ExpertId, chunk_bytes: int | None = None) -> Fill:
         """What has to be read of an expert, in chunks of at most so many bytes, or in one."""
-        return _Fill(self, expert, cut(self._source(expert).reads(self.layout(*expert)), chunk_bytes))
+        return _Fill(self, expert, cut(self._pieces(expert), chunk_bytes))
+
+    def read_cached_into(self, expert: ExpertId, record: Tensor) -> bool:
+        """Fill a record from the page cache, without waiting for the disk; returns whether all of it was there.
+
+        Experts that have yet to be checked, or are not stored as they are used, have to be waited for.
+        """
+        runs, raw = self._verbatim(expert), host_bytes(record)
+        if not runs or self.has_to_check(expert):
+            return False
+        return all(
+            run.file.scatter_cached_into([raw[start:stop] for start, stop in run.segments], run.offset) for run in runs
+        )
+
+    def announce(self, expert: ExpertId) -> bool:
+        """Have the system fetch an expert into the page cache, without waiting; returns whether it does."""
+        runs = self._verbatim(expert)
+        return bool(runs) and all(run.file.announce(run.offset, run.nbytes) for run in runs)
 
     def check(self, expert: ExpertId, record: Tensor) -> None:
         """Compare an expert's checksum, if there is one, the first time it is brought in: record (nbytes,) uint8."""
@@ -151,6 +169,18 @@ class ExpertStore:
     def has_to_check(self, expert: ExpertId) -> bool:
         """Whether an expert has a checksum that was not compared yet."""
         return expert not in self._checked and self._source(expert).has_checksum
+
+    def _verbatim(self, expert: ExpertId) -> Sequence[Run]:
+        """What is read of an expert, as it is stored and through the page cache; nothing, if not all of it is."""
+        pieces = () if self.past_cache else self._pieces(expert)
+        runs = [piece for piece in pieces if isinstance(piece, Run)]
+        return runs if len(runs) == len(pieces) else ()
+
+    def _pieces(self, expert: ExpertId) -> Sequence[Piece]:
+        """What has to be read of an expert. Kept: of a small one it takes longer to work out than to read."""
+        if expert not in self._reads:
+            self._reads[expert] = self._source(expert).reads(self.layout(*expert))
+        return self._reads[expert]
 
     def _source(self, expert: ExpertId) -> ExpertSource:
         return self.layers[expert.layer].experts[expert.expert]

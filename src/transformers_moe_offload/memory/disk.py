@@ -56,6 +56,26 @@ class File:
             self.close()
             raise
 
+    def scatter_cached_into(self, targets: Sequence[memoryview], offset: int) -> bool:
+        """The same from the page cache, without waiting for the disk; returns whether all bytes were there.
+
+        Where the system cannot be asked for that, none are. What cannot be read is told to whoever waits for it.
+        """
+        try:
+            return self._open().read_cached(targets, offset) == sum(map(len, targets))
+        except (OSError, CheckpointError):
+            return False
+
+    def announce(self, offset: int, nbytes: int) -> bool:
+        """Have the system fetch bytes into the page cache, without waiting; returns whether it can be asked to.
+
+        What cannot be read is told to whoever reads it.
+        """
+        try:
+            return self._open().announce(offset, nbytes)
+        except (OSError, CheckpointError):
+            return False
+
     def offers_direct(self) -> bool:
         """Whether it can be read past the page cache, as far as is known."""
         try:
@@ -172,6 +192,19 @@ class _Opened:
 
     def size(self) -> int:
         return os.fstat(self._raw.fileno()).st_size
+
+    def read_cached(self, targets: Sequence[memoryview], offset: int) -> int:
+        """Read what is in the page cache; returns the number of bytes, or raises `OSError`."""
+        if not hasattr(os, "RWF_NOWAIT"):
+            return 0
+        return os.preadv(self._raw.fileno(), targets, offset, os.RWF_NOWAIT)
+
+    def announce(self, offset: int, nbytes: int) -> bool:
+        """Begin to read ahead; False where the system offers no such thing."""
+        if not hasattr(os, "posix_fadvise"):
+            return False
+        os.posix_fadvise(self._raw.fileno(), offset, nbytes, os.POSIX_FADV_WILLNEED)
+        return True
 
     def read_into(self, targets: list[memoryview], offset: int) -> int:
         """Read once; returns the number of bytes, 0 at the end of the file."""

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import time
+
 import torch
 
 from transformers_moe_offload.expert import ExpertId
@@ -13,13 +15,17 @@ from transformers_moe_offload.memory.record import torch_dtype
 from transformers_moe_offload.memory.slots import Weights
 from transformers_moe_offload.memory.transfer import Landed, Transfer
 
+_LOOK_EVERY = 0.05
+"""Seconds between two looks at an expert's pages. A look takes 5 to 7 us for each expert of each layer, and pages that
+were used so shortly before are the last ones that the kernel takes."""
+
 
 class MappedSlots:
     """Slots that stand for mapped pages: bringing an expert in maps its pages and reads those that are not cached.
 
-    What leaves stays mapped until its slot is given up: the memory is the page cache's, and the kernel takes it back
-    when it is needed. So an expert that comes back is there at once, as a rule. One that does not lie in the files as
-    it should lie in memory is copied instead.
+    What leaves stays mapped until its slot is given up or somebody asks to give back: the memory is the page cache's,
+    and the kernel takes it back when it is needed. So an expert that comes back is there at once, as a rule. One that
+    does not lie in the files as it should lie in memory is copied instead.
     """
 
     def __init__(self, store: ExpertStore, workers: int) -> None:
@@ -28,6 +34,8 @@ class MappedSlots:
         self._lanes = Lanes(workers)
         self._experts: dict[ExpertId, _MappedExpert] = {}
         self._inside: dict[int, _MappedExpert] = {}
+        self._left: set[_MappedExpert] = set()
+        """Who has been replaced since memory was given back; some may have returned."""
 
     def add(self, slot: int) -> None:
         """Nothing is allocated."""
@@ -41,6 +49,7 @@ class MappedSlots:
         """Begin to map an expert, in one go: all of its pages are announced to the kernel at once anyway."""
         if slot in self._inside:
             self._inside[slot].leave()
+            self._left.add(self._inside[slot])
         coming = self._inside[slot] = self._experts.setdefault(expert, _MappedExpert(self._store, expert))
         if coming.is_there():
             return Landed(coming.from_files)
@@ -57,6 +66,12 @@ class MappedSlots:
         """Whether the kernel has not taken pages back meanwhile, and nobody has cut the file short."""
         return self._inside[slot].is_there()
 
+    def give_back(self) -> None:
+        """Unmap whoever has left."""
+        for expert in self._left.difference(self._inside.values()):
+            expert.let_go()
+        self._left.clear()
+
     def device_bytes(self, expert: ExpertId) -> int:
         """There is no accelerator."""
         return 0
@@ -72,13 +87,24 @@ class _MappedExpert:
         self._expert = expert
         self._maps: list[FileMap] = []
         self._stretches: list[Stretch] = []
+        self._was_cached = False
+        self._look_again = 0.0
 
     def is_there(self) -> bool:
-        """Whether it has come in, its pages are still in memory, and the files as long as they were."""
-        return bool(self.weights) and all(
-            map.is_whole() and map.is_cached(stretch.start, stretch.stop)
-            for map, stretch in zip(self._maps, self._stretches, strict=True)
-        )
+        """Whether it has come in, its pages were in memory when last looked at, and the files are as long as they were.
+
+        Touching what a file has lost would end the process; a page that was taken back only takes its time.
+        """
+        if not self.weights or not all(map.is_whole() for map in self._maps):
+            return False
+        now = time.monotonic()
+        if now > self._look_again:
+            pages = zip(self._maps, self._stretches, strict=True)
+            self._seen(all(map.is_cached(stretch.start, stretch.stop) for map, stretch in pages), now)
+        return self._was_cached
+
+    def _seen(self, is_cached: bool, now: float) -> None:
+        self._was_cached, self._look_again = is_cached, now + _LOOK_EVERY
 
     def bring_in(self) -> int:
         """Map the expert's pages, or read a copy of it; returns the bytes of the files that are used."""
@@ -104,6 +130,7 @@ class _MappedExpert:
                 .view(field.shape)
                 for field, part in zip(layout.fields, stretches, strict=True)
             }
+        self._seen(True, time.monotonic())
         return self.from_files
 
     def leave(self) -> None:

@@ -13,6 +13,7 @@ import os
 import shutil
 import struct
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from types import TracebackType
@@ -39,12 +40,20 @@ class SafetensorsWriter:
     the system is a `CheckpointError`.
     """
 
-    def __init__(self, path: Path, tensors: Sequence[FieldSpec], metadata: Mapping[str, str] | None = None) -> None:
+    def __init__(
+        self,
+        path: Path,
+        tensors: Sequence[FieldSpec],
+        metadata: Mapping[str, str] | None = None,
+        *,
+        syncs: bool = True,
+    ) -> None:
         """Declare the tensors by name, shape and dtype, and what else the header is to say.
 
-        Each tensor must come out aligned to its elements.
+        Each tensor must come out aligned to its elements. Without `syncs` the caller brings the file to disk.
         """
         self.path = path
+        self._syncs = syncs
         self._metadata = metadata or {}
         self._partial = path.with_name(path.name + PARTIAL)
         self._tensors = {tensor.name: tensor for tensor in tensors}
@@ -52,6 +61,8 @@ class SafetensorsWriter:
         self._starts = _starts(tensors, _data_start(tensors, self._metadata))
         self._written = dict.fromkeys(self._tensors, 0)
         self._checksums = dict.fromkeys(self._tensors, 0)
+        # Sums run beside writing: they take as long as copying into the page cache, and neither holds Python's lock.
+        self._summing = ThreadPoolExecutor(1, thread_name_prefix="moe-offload-checksum")
         self.nbytes = file_bytes(tensors, self._metadata)
         """Size of the complete file."""
 
@@ -71,11 +82,12 @@ class SafetensorsWriter:
         """Write the next elements of a tensor, of its dtype and on any device."""
         raw = host_bytes(values.detach().cpu().contiguous().view(-1).view(torch.uint8))
         start = self._starts[name] + self._written[name]
+        summed = self._summing.submit(checksum, raw, self._checksums[name])
         with self._failures_explained():
             self._stream.seek(start)
             self._stream.write(raw)
         self._written[name] += len(raw)
-        self._checksums[name] = checksum(raw, self._checksums[name])
+        self._checksums[name] = summed.result()
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
@@ -83,6 +95,7 @@ class SafetensorsWriter:
         if kind is not None:
             self._discard()
             return
+        self._summing.shutdown()
         with self._failures_explained():
             for name, tensor in self._tensors.items():
                 assert self._written[name] == tensor.nbytes, f"{name}: {self._written[name]} of {tensor.nbytes} bytes"
@@ -90,10 +103,12 @@ class SafetensorsWriter:
             self._stream.seek(0)
             self._stream.write(struct.pack("<Q", len(header)) + header)
             self._stream.flush()
-            os.fsync(self._stream.fileno())
+            if self._syncs:
+                os.fsync(self._stream.fileno())
             self._stream.close()
             self._partial.replace(self.path)
-            sync_folder(self.path.parent)
+            if self._syncs:
+                sync_folder(self.path.parent)
 
     @contextmanager
     def _failures_explained(self) -> Iterator[None]:
@@ -110,6 +125,7 @@ class SafetensorsWriter:
             raise
 
     def _discard(self) -> None:
+        self._summing.shutdown()
         stream = getattr(self, "_stream", None)
         if stream is not None:
             with suppress(OSError):  # what could not be flushed is not wanted any more

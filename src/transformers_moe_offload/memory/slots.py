@@ -48,6 +48,9 @@ class Slots(Protocol):
     def holds(self, slot: int) -> bool:
         """Whether the expert that was brought in is still there: the system can take back what is its own."""
 
+    def give_back(self) -> None:
+        """Give back memory that experts take although they have left, in case they return."""
+
     def device_bytes(self, expert: ExpertId) -> int:
         """Bytes that cross to an accelerator when the expert is brought in."""
 
@@ -145,6 +148,9 @@ class CopiedSlots:
     def holds(self, slot: int) -> bool:
         """Always: the buffer is ours."""
         return True
+
+    def give_back(self) -> None:
+        """Nothing to do: who leaves is overwritten."""
 
     def device_bytes(self, expert: ExpertId) -> int:
         """The record, where the buffer is not in host memory."""

@@ -6,6 +6,7 @@ directly from the file; `upload.py` has the way to a GPU.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from functools import partial
 from typing import Protocol
 
@@ -75,13 +76,19 @@ class Landed:
 class HostCopier:
     """Fills slots in host memory."""
 
-    def __init__(self, fill: OpenFill, workers: int) -> None:
+    def __init__(
+        self, fill: OpenFill, workers: int, small: Callable[[ExpertId, Tensor], Transfer | None] = lambda *_: None
+    ) -> None:
+        """`small` begins to read experts that are not worth another thread, and returns None for the others."""
         self.num_lanes = workers
+        self._small = small
         self._open = fill
         self._lanes = Lanes(workers)
 
     def start(self, expert: ExpertId, slot: Tensor, alongside: int = 0) -> Transfer:
         """Begin to read an expert straight into its slot."""
+        if (transfer := self._small(expert, slot)) is not None:
+            return transfer
         fill = self._open(expert, chunk_bytes(slot.numel(), self.num_lanes, alongside))
         record = host_bytes(slot)
         reads = [partial(fill.read, chunk, chunk.inside(record)) for chunk in fill.chunks]

@@ -19,6 +19,7 @@ from transformers_moe_offload.expert import ITEMSIZE, FieldSpec
 from transformers_moe_offload.memory.checksum import check_file
 from transformers_moe_offload.memory.safetensors_index import read_metadata
 from transformers_moe_offload.memory.safetensors_writer import SafetensorsWriter, file_bytes
+from transformers_moe_offload.output.syncing import Syncing
 
 C = TypeVar("C")
 Advance = Callable[[int], None]
@@ -100,18 +101,23 @@ def fill_shards(
     done: Advance,
     *,
     resumes: bool = False,
+    syncing: Syncing | None = None,
 ) -> None:
     """Write all shards; with `resumes` only those that are not there, or are not what was written.
 
     `fill` writes the tensors of one of them and tells what it is given of their bytes; all bytes of all files are told.
+    Each is on disk before the next is begun, or, with `syncing`, when that block ends.
     """
     for shard in shards:
+        path = folder / shard.name
         if resumes and is_finished(shard, folder):
             done(shard.nbytes)
-            continue
-        with SafetensorsWriter(folder / shard.name, shard.tensors, shard.metadata) as writer:
-            fill(writer, shard.content, done)
-        done(shard.nbytes - sum(tensor.nbytes for tensor in shard.tensors))
+        else:
+            with SafetensorsWriter(path, shard.tensors, shard.metadata, syncs=syncing is None) as writer:
+                fill(writer, shard.content, done)
+            done(shard.nbytes - sum(tensor.nbytes for tensor in shard.tensors))
+        if syncing is not None:  # the finished ones too: whoever wrote them may have been killed before that
+            syncing.file(path)
 
 
 def write_contents(writer: SafetensorsWriter, contents: Sequence[Content], done: Advance) -> None:

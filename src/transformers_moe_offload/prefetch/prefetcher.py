@@ -9,9 +9,8 @@ from collections.abc import Callable, Mapping, Sequence
 from torch import Tensor
 
 from transformers_moe_offload.cache.cache import ExpertCache
-from transformers_moe_offload.expert import ExpertId
 from transformers_moe_offload.prefetch.controller import Controller
-from transformers_moe_offload.prefetch.predictors import Predictor
+from transformers_moe_offload.prefetch.predictors import Prediction, Predictor
 
 
 class Prefetcher:
@@ -79,18 +78,26 @@ class Prefetcher:
         if not targets:
             return
         predictions = self._predictor.predict(layer, targets, hidden)
-        self._start([guess.expert for guess in predictions if guess.confidence >= self._min_confidence])
+        self._start(place, [guess for guess in predictions if guess.confidence >= self._min_confidence])
 
-    def _start(self, likely: Sequence[ExpertId]) -> None:
-        """Start loads, the likeliest first, until the link's spare time is spent."""
-        spent_seconds, spent_bytes = 0.0, 0
-        for expert in likely:
+    def _start(self, place: int, likely: Sequence[Prediction]) -> None:
+        """Start loads, the likeliest first, that set out before their layer is reached, until the link's spare time is
+        spent.
+
+        A guess that comes true takes none of it, for it spares demand the same load; so each takes as much as it is
+        likely to be wrong.
+        """
+        wasted_seconds, spent_bytes = 0.0, 0
+        for expert, confidence in likely:
             cache, nbytes = self._caches[expert.layer], self._record_bytes[expert.layer]
             if not cache.is_absent(expert):
                 continue
+            time_left = self._period * ((self._place[expert.layer] - place) % len(self._layers))
+            if cache.num_loading * cache.link.seconds_per_load > time_left:
+                continue
             spent_bytes += nbytes
-            spent_seconds += cache.link.seconds_per_load
-            if spent_seconds > cache.link.idle_seconds(self._period) or spent_bytes > (self._max_bytes or spent_bytes):
+            wasted_seconds += (1 - confidence) * cache.link.seconds_per_load
+            if wasted_seconds > cache.link.idle_seconds(self._period) or spent_bytes > (self._max_bytes or spent_bytes):
                 return
             if not cache.load_ahead(expert):
                 return

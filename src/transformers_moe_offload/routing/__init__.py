@@ -10,7 +10,7 @@ from transformers_moe_offload.routing import strategies
 from transformers_moe_offload.routing.calibration import RouterCalibration, calibration
 from transformers_moe_offload.routing.centroids import fit_centroids
 from transformers_moe_offload.routing.choice import Choice, RouterCall
-from transformers_moe_offload.routing.order import reuse_order
+from transformers_moe_offload.routing.order import reuse_order, token_order
 from transformers_moe_offload.routing.recorder import RoutingRecorder, record_routing
 from transformers_moe_offload.routing.strategy import RoutingStrategy, register_strategy, strategy_names
 from transformers_moe_offload.routing.switching import RoutingChange, reset, set_routing
@@ -36,4 +36,5 @@ __all__ = [
     "set_routing",
     "strategies",
     "strategy_names",
+    "token_order",
 ]

@@ -1,8 +1,13 @@
-"""In which order to evaluate texts, so that each finds the experts of the one before still in the cache."""
+"""In which order to evaluate texts, so that each finds the experts of the one before still in the cache.
 
-# N texts, E experts of all routers together
+By the experts that they used, where they have been recorded before; by their tokens otherwise, which experts follow.
+"""
+
+# N texts, E experts of all routers together, D dimensions
 
 from __future__ import annotations
+
+from collections.abc import Sequence
 
 import numpy as np
 from numpy.typing import NDArray
@@ -10,6 +15,11 @@ from numpy.typing import NDArray
 from transformers_moe_offload.errors import ConfigError
 from transformers_moe_offload.routing import measures
 from transformers_moe_offload.routing.trace import RoutingTrace
+
+_AT_A_TIME = 4096
+"""Texts that are compared with one another: the time grows with their square, to some seconds here."""
+_DIMENSIONS = 1024
+"""Of what stands for the tokens of a text; two of a large vocabulary may share one."""
 
 
 def reuse_order(trace: RoutingTrace) -> list[int]:
@@ -21,14 +31,42 @@ def reuse_order(trace: RoutingTrace) -> list[int]:
     uses = expert_use_by_text(trace)
     if not len(uses):
         raise ConfigError("the trace holds no text; record one that was given as token ids")
-    lengths = np.linalg.norm(uses, axis=1, keepdims=True)
-    directions = uses / np.where(lengths > 0, lengths, 1)
-    order = [int(np.argmax(directions @ directions.mean(axis=0)))]  # the most usual one begins
-    left = np.ones(len(uses), np.bool_)
-    while left[order[-1]] and len(order) < len(uses):
-        left[order[-1]] = False
+    return _chain(uses)
+
+
+def token_order(texts: Sequence[Sequence[int]]) -> list[int]:
+    """Texts of token ids, each followed by the one of those left that has the most tokens in common with it.
+
+    Needs no model and no recording. Of more than a few thousand texts, those are near one another that begin alike, and
+    that many at a time are put in order.
+    """
+    alike = sorted(range(len(texts)), key=lambda number: tuple(texts[number]))
+    order: list[int] = []
+    for start in range(0, len(alike), _AT_A_TIME):
+        block = alike[start : start + _AT_A_TIME]
+        order += [block[number] for number in _chain(_bags([texts[number] for number in block]))]
+    return order
+
+
+def _bags(texts: Sequence[Sequence[int]]) -> NDArray[np.float64]:
+    """How often each text has each token, (N, D)."""
+    bags = np.zeros((len(texts), _DIMENSIONS))
+    for bag, text in zip(bags, texts, strict=True):
+        np.add.at(bag, np.asarray(text, np.int64) % _DIMENSIONS, 1)
+    return bags
+
+
+def _chain(vectors: NDArray[np.float64]) -> list[int]:
+    """All rows of (N, D), beginning with the most usual one, each followed by the one most like it of those left."""
+    lengths = np.linalg.norm(vectors, axis=1, keepdims=True)
+    directions = vectors / np.where(lengths > 0, lengths, 1)
+    order = [int(np.argmax(directions @ directions.mean(axis=0)))]
+    left = np.ones(len(vectors), np.bool_)
+    left[order[0]] = False
+    while left.any():
         likeness = np.where(left, directions @ directions[order[-1]], -np.inf)
         order.append(int(np.argmax(likeness)))
+        left[order[-1]] = False
     return order
 
 

@@ -25,6 +25,7 @@ section { background: var(--paper); border: 1px solid var(--line); border-radius
 section { padding: 20px; margin-top: 20px; }
 img { display: block; max-width: 100%; height: auto; margin: 0 auto; }
 .wide { overflow-x: auto; }
+img + .wide { margin-top: 20px; }
 table { border-collapse: collapse; font-variant-numeric: tabular-nums; font-size: 14px; }
 th, td { padding: 5px 12px; border-bottom: 1px solid var(--line); text-align: right; white-space: nowrap; }
 th { color: var(--soft); font-weight: 600; }

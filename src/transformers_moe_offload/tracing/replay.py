@@ -114,6 +114,9 @@ class NoSlots:
         """It is there."""
         return True
 
+    def give_back(self) -> None:
+        """Nobody takes memory."""
+
     def device_bytes(self, expert: ExpertId) -> int:
         """No bytes."""
         return 0

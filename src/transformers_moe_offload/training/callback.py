@@ -3,22 +3,26 @@
 from __future__ import annotations
 
 import hashlib
+import logging
 from typing import Any
 
 from transformers import TrainerCallback
 from transformers.trainer_callback import ExportableState
+from transformers.trainer_utils import SaveStrategy
 
 from transformers_moe_offload.errors import CheckpointError
 from transformers_moe_offload.hf.runtime import OffloadRuntime, runtime_of
 from transformers_moe_offload.memory.record import host_bytes
 from transformers_moe_offload.training.routing import RouterWatch, entropy
 
+logger = logging.getLogger(__name__)
+
 
 class MoeOffloadCallback(TrainerCallback, ExportableState):
     """Adds `moe_hit_rate`, `moe_disk_mb_per_step`, `moe_stall_ms_per_step` and `router_entropy` to every log entry.
 
     Every checkpoint notes which weights the frozen experts had; going on from one with others raises
-    `CheckpointError`.
+    `CheckpointError`. Who writes checkpoints that Trainer will not go on from is warned before the first step.
     """
 
     def __init__(self) -> None:
@@ -41,6 +45,12 @@ class MoeOffloadCallback(TrainerCallback, ExportableState):
             raise CheckpointError(
                 f"the checkpoint was trained on experts with key {trained_on}, but this model's have "
                 f"{self.content_key}; load the model that was trained, or start anew without resume_from_checkpoint"
+            )
+        if runtime.is_quantized and not hasattr(model, "peft_config") and args.save_strategy != SaveStrategy.NO:
+            logger.warning(
+                "Trainer will neither go on from checkpoints of this run nor find the best of them: it looks for "
+                "model.safetensors, and models in low bits are saved under other names; train an adapter, such as "
+                "training.lora_config(model, experts=False, routers=True), or set save_strategy='no'"
             )
         self._watch = RouterWatch(model, lambda logits: self._entropies.append(entropy(logits)))
         runtime.reset_stats()

@@ -11,10 +11,10 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from models.mixtures import dense_model, logits, saved, write_adapter, write_three
-from transformers_moe_offload import OffloadConfig, RecipeError
+from transformers_moe_offload import CheckpointError, OffloadConfig, RecipeError
 from transformers_moe_offload.build import MoeRecipe, build_moe, validate_recipe
 from transformers_moe_offload.build.adapters.build import build_adapter_moe
-from transformers_moe_offload.build.recipe import AdapterRouting, Expert, Gate, Origin
+from transformers_moe_offload.build.recipe import AdapterRouting, Dataset, Expert, Gate, Origin
 
 MODELS = Path(__file__).parents[3] / "examples" / "models"
 TEXTS = {
@@ -163,6 +163,51 @@ def test_a_mixture_that_is_there_is_not_overwritten_unasked(dense, adapters, tmp
     with pytest.raises(Exception, match="holds a complete checkpoint"):
         build_adapter_moe(given, tmp_path / "mixture")
     build_adapter_moe(given, tmp_path / "mixture", overwrite=True)
+
+
+@pytest.mark.parametrize("is_changed", [False, True], ids=["same text", "another text"])
+def test_an_interrupted_build_goes_on_unless_its_text_has_changed(is_changed, tmp_path, monkeypatch):
+    def given():
+        experts = tuple(
+            Expert(
+                name=name, source=Origin(adapter=str(MODELS / f"tiny-dense-{name}")),
+                dataset=Dataset(path=str(tmp_path / f"{name}.txt")),
+            )
+            for name in ("c", "python")
+        )  # fmt: skip
+        base, routing = Origin(model=str(MODELS / "tiny-dense")), AdapterRouting()
+        return MoeRecipe(kind="adapter_moe", base_model=base, experts=experts, adapter_moe=routing)
+
+    def interrupted(*args):
+        raise KeyboardInterrupt
+
+    for name in ("c", "python"):
+        (tmp_path / f"{name}.txt").write_text("\n".join(TEXTS[name]))
+    with monkeypatch.context() as patch:
+        patch.setattr("transformers_moe_offload.build.adapters.build.write_bytes", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            build_adapter_moe(given(), tmp_path / "mixture")
+    assert not (tmp_path / "mixture").exists()
+    weights = tmp_path / ".mixture.new" / "model.safetensors"
+    left = weights.stat().st_ino, weights.read_bytes()
+    if is_changed:
+        (tmp_path / "c.txt").write_text("\n".join(TEXTS["prose"]))
+    build_adapter_moe(given(), tmp_path / "mixture")
+    build_adapter_moe(given(), tmp_path / "anew")
+    weights = tmp_path / "mixture" / "model.safetensors"
+    assert weights.read_bytes() == (tmp_path / "anew" / "model.safetensors").read_bytes()
+    assert (weights.read_bytes() != left[1]) == is_changed
+    if not is_changed:
+        assert weights.stat().st_ino == left[0]
+
+
+def test_texts_need_a_tokenizer_and_what_reads_none_does_not(dense, adapters, tmp_path):
+    given = recipe(dense, adapters)
+    experts = tuple(replace(expert, positive_prompts=("a", "b")) for expert in given.experts)
+    with pytest.raises(CheckpointError, match="dense has no tokenizer to read the texts of its experts with"):
+        build_adapter_moe(replace(given, experts=experts, gate=Gate(mode="ridge")), tmp_path / "mixture")
+    arrow = AdapterRouting(router_per="linear", scoring="arrow")
+    build_adapter_moe(replace(given, experts=experts, gate=Gate(), adapter_moe=arrow), tmp_path / "mixture")
 
 
 def test_an_adapter_of_another_model_is_refused(dense, tmp_path):

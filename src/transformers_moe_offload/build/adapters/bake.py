@@ -25,7 +25,7 @@ from transformers_moe_offload.build.plan import BuildPlan, plan_build
 from transformers_moe_offload.build.recipe import Expert, Gate, MoeRecipe, Origin
 from transformers_moe_offload.build.recipe.gate import BAKED
 from transformers_moe_offload.build.sources import AdapterSource, Ancestor, CheckpointSource
-from transformers_moe_offload.build.sources.checkpoint import as_saved
+from transformers_moe_offload.build.sources.checkpoint import as_saved, specs_of
 from transformers_moe_offload.errors import CheckpointError, RecipeError
 from transformers_moe_offload.hub.fetch import fetch
 from transformers_moe_offload.memory.field_source import read_stored
@@ -69,7 +69,8 @@ def bake_adapters(
     routers = {name.removeprefix(PREFIX): one for name, one in stored.items() if name.endswith(_ROUTER)}
     dense = {name.removeprefix(PREFIX): one for name, one in stored.items() if not name.endswith(_ROUTER)}
     text_config = config.get_text_config()
-    base = CheckpointSource(fetched, text_config, as_saved(str(folder), text_config, dense))
+    specs = as_saved(str(folder), text_config, specs_of(dense), dense)
+    base = CheckpointSource(fetched, text_config, specs, dense)
     adapters = [_adapter(base, folder, name) for name in config.adapters]
     recipe = MoeRecipe(
         base_model=Origin(model=str(folder)),

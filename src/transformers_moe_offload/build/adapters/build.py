@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from huggingface_hub import HfApi
 from torch import Tensor
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoModelForCausalLM
 from transformers.dynamic_module_utils import custom_object_save
 from transformers.utils import CONFIG_NAME, SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME
 from transformers.utils.logging import tqdm
@@ -27,7 +27,6 @@ from transformers_moe_offload.build.info import INFO_NAME
 from transformers_moe_offload.build.layout import on_meta
 from transformers_moe_offload.build.publish import publish
 from transformers_moe_offload.build.recipe import MoeRecipe
-from transformers_moe_offload.build.sources import Source
 from transformers_moe_offload.hub.upload import expect_pushable
 from transformers_moe_offload.memory.record import torch_dtype
 from transformers_moe_offload.memory.safetensors_writer import write_bytes, write_text
@@ -101,7 +100,7 @@ def build_adapter_moe(
     plan = plan_adapters(recipe, token=token, local_files_only=local_files_only)
     for warning in plan.licence.warnings:
         logger.warning(warning)
-    rows, report = router_rows(plan, _tokenizer(plan.base), device=device)
+    rows, report = router_rows(plan, device=device)
     shards = _shards(plan, rows, recipe.output.max_shard_bytes)
     with place_for(
         folder,
@@ -139,12 +138,6 @@ def build_adapter_moe(
         hub = recipe.hub
         publish(folder, push, private=hub.private, revision=hub.revision, create_pr=hub.create_pr, token=token)
     return info
-
-
-def _tokenizer(base: Source) -> Any:
-    """The base model's; None where it has none."""
-    at = {file.parent for file in base.companions if file.name.startswith("tokenizer")}
-    return AutoTokenizer.from_pretrained(at.pop(), local_files_only=True) if at else None
 
 
 def _shards(plan: AdapterPlan, rows: dict[str, Tensor], max_shard_bytes: int) -> list[Any]:

@@ -8,7 +8,6 @@ import re
 from collections import defaultdict
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from typing import Any
 
 from torch import Tensor
 
@@ -18,6 +17,7 @@ from transformers_moe_offload.build.gates import GateReport, program_gates
 from transformers_moe_offload.build.gates.drawn import DRAWN, drawn_rows
 from transformers_moe_offload.build.layout import on_meta
 from transformers_moe_offload.build.recipe import Gate
+from transformers_moe_offload.build.tokenizer import tokenizer_for
 from transformers_moe_offload.errors import RecipeError
 from transformers_moe_offload.models.adapter_moe.routed_layers import LoraExperts
 
@@ -62,7 +62,7 @@ def router_sites(plan: AdapterPlan) -> list[RouterSite]:
 
 
 def router_rows(
-    plan: AdapterPlan, tokenizer: Any, *, device: str = "cpu", advance: Callable[[int], None] | None = None
+    plan: AdapterPlan, *, device: str = "cpu", advance: Callable[[int], None] | None = None
 ) -> tuple[dict[str, Tensor], GateReport | None]:
     """The rows (E, I) float32 of every router by its name, and what is said of those that were programmed.
 
@@ -75,6 +75,7 @@ def router_rows(
         return {site.name: arrow_rows(plan.adapters, site.linears, site.num_inputs) for site in sites}, None
     if gate.mode in DRAWN:
         return {site.name: _drawn(plan, gate, number, site) for number, site in enumerate(sites)}, None
+    tokenizer = tokenizer_for(plan.recipe, plan.base)
     named = zip(plan.recipe.experts, plan.adapters, strict=True)
     experts = [replace(expert, name=adapter.name) for expert, adapter in named]
     rows, report = {}, None

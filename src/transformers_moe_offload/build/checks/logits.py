@@ -3,7 +3,8 @@
 Identity: experts that are all the base model's block have to give what the base model's block gives, whatever the
 router says. Forced expert: all that is routed to expert e has to come out as if the dense model had e's block.
 The mixture's tensors are read from its files; the dense model's from the sources, along the same way as they were
-written but for the names. One layer, and in it one expert, are in memory at a time.
+written but for the names. One layer, and in it one expert, are in memory at a time; matrices that are stored as they
+are needed are looked at in the page cache.
 """
 
 # B texts: one for each expert, and one for the base model's block. T tokens in each, E experts, H hidden size
@@ -18,14 +19,16 @@ from torch import Tensor, nn
 
 from transformers_moe_offload.build.blocks import Block, Part
 from transformers_moe_offload.build.checks import CheckFailedError
+from transformers_moe_offload.build.checks.products import WidenedProducts
 from transformers_moe_offload.build.checks.twin import Forward, Twin, put
 from transformers_moe_offload.build.layout import experts_paths, names_in_memory
 from transformers_moe_offload.build.materials import Materials
 from transformers_moe_offload.build.sources.checkpoint import read_rows
 from transformers_moe_offload.build.targets import ROLES
 from transformers_moe_offload.memory.field_source import read_stored
-from transformers_moe_offload.memory.record import torch_dtype
+from transformers_moe_offload.memory.record import dtype_name, torch_dtype
 from transformers_moe_offload.memory.safetensors_index import StoredTensor
+from transformers_moe_offload.memory.sight import Sight
 
 NUM_TOKENS = 12
 """In each text: enough for attention to matter, few enough for the blocks not to take longer than reading them."""
@@ -96,18 +99,20 @@ def _experts(materials: Materials, stored: Mapping[str, StoredTensor], layer: in
         def forward(hidden: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
             """(B * T, H), (B * T, K) int64, (B * T, K) -> (B * T, H)."""
             texts = zip(*(one.chunk(num_experts + 1) for one in (hidden, top_k_index, top_k_weights)), strict=True)
-            answers = []
+            answers, sight = [], Sight()
             for number, (states, index, weights) in enumerate(texts):
                 if number < num_experts:
                     index = torch.full_like(index[:, :1], number)
                     weights = torch.ones_like(weights[:, :1])
-                    matrices = _stored_expert(materials, stored, layer, number)
+                    matrices = _stored_expert(materials, stored, layer, number, sight)
                 else:
-                    matrices = {role: _rounded(materials, base, layer, role) for role in ROLES}
-                gate_up = torch.cat((matrices["gate"], matrices["up"]))
+                    matrices = {role: _rounded(materials, base, layer, role, sight) for role in ROLES}
+                gate_up = _joined(matrices["gate"], matrices["up"])
                 put(module, "gate_up_proj", gate_up.expand(num_experts, *gate_up.shape))
                 put(module, "down_proj", matrices["down"].expand(num_experts, *matrices["down"].shape))
-                answers.append(own(states, index, weights))
+                with WidenedProducts():
+                    answers.append(own(states, index, weights))
+                sight.let_go()
             module.to("meta")
             return torch.cat(answers)
 
@@ -140,12 +145,15 @@ def _blocks(materials: Materials, layer: int) -> Callable[[nn.Module], Forward]:
     }
 
     def forward_of(module: nn.Module) -> Forward:
-        own = module.forward
+        own, sight = module.forward, Sight()
 
         def block(states: Tensor, block: Block) -> Tensor:
             for role, name in names.items():
-                put(module, name, _rounded(materials, block, layer, role))
-            return own(states)
+                put(module, name, _rounded(materials, block, layer, role, sight))
+            with WidenedProducts():
+                answer: Tensor = own(states)
+            sight.let_go()
+            return answer
 
         def forward(hidden: Tensor) -> Tensor:
             """(B, T, H) -> (B, T, H)."""
@@ -167,7 +175,7 @@ def _blocks(materials: Materials, layer: int) -> Callable[[nn.Module], Forward]:
 
 
 def _stored_expert(
-    materials: Materials, stored: Mapping[str, StoredTensor], layer: int, expert: int
+    materials: Materials, stored: Mapping[str, StoredTensor], layer: int, expert: int, sight: Sight
 ) -> dict[str, Tensor]:
     """The matrices of an expert, by role, from the files: (I, H), (I, H) and (H, I)."""
     shape, hidden_size = materials.plan.shape, materials.plan.config.hidden_size
@@ -179,10 +187,23 @@ def _stored_expert(
                 one = stored[name]
                 # All matrices of a tensor are of one size.
                 start = one.offset + number * one.nbytes // len(matrices)
-                found[matrix.role] = read_stored(replace(one, offset=start, shape=rows)).float()
+                found[matrix.role] = sight.tensor(replace(one, offset=start, shape=rows))
     return found
 
 
-def _rounded(materials: Materials, block: Block, layer: int, role: str) -> Tensor:
-    """A matrix as the mixture has it, in float32, without channels of zeros."""
-    return materials.blocks.matrix(block, layer, role).to(materials.plan.dtype).float()
+def _rounded(materials: Materials, block: Block, layer: int, role: str, sight: Sight) -> Tensor:
+    """A matrix as the mixture has it, without channels of zeros."""
+    stored = materials.blocks.stored(block, layer, role)
+    if stored is not None and stored.dtype == dtype_name(materials.plan.dtype):
+        return sight.tensor(stored)
+    return materials.blocks.matrix(block, layer, role).to(materials.plan.dtype)
+
+
+def _joined(first: Tensor, second: Tensor) -> Tensor:
+    """One matrix below another: (A, H), (B, H) -> (A + B, H); where they lie so in a file, there."""
+    rows, width = len(first) + len(second), first.shape[1]
+    are_neighbours = (
+        first.untyped_storage().data_ptr() == second.untyped_storage().data_ptr()
+        and first.storage_offset() + first.numel() == second.storage_offset()
+    )
+    return first.as_strided((rows, width), (width, 1)) if are_neighbours else torch.cat((first, second))

@@ -9,14 +9,15 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 
-import torch
-
 from transformers_moe_offload.build.plan import BuildPlan
 from transformers_moe_offload.build.sources import Source
 from transformers_moe_offload.errors import RecipeError
 
 RELATED = 0.5
 """Cosine below which two models are taken for strangers: far from both of what is found."""
+
+_ROWS = 256
+_SMALLEST = 1e-30  # so that matrices of zeros are strangers, and not a division by zero
 
 
 def similarities(plan: BuildPlan) -> dict[str, float]:
@@ -48,5 +49,11 @@ def strangers(found: Mapping[str, float], level: str, base: str) -> Sequence[str
 
 
 def _cosine(base: Source, source: Source, name: str) -> float:
-    first, second = base.read(name).float().flatten(), source.read(name).float().flatten()
-    return float(torch.nn.functional.cosine_similarity(first, second, dim=0))
+    """Of one matrix; some rows of it are in float32 at a time."""
+    product = first_norm = second_norm = 0.0
+    for rows in zip(base.read(name).split(_ROWS), source.read(name).split(_ROWS), strict=True):
+        first, second = (one.float().flatten() for one in rows)
+        product += float(first @ second)
+        first_norm += float(first @ first)
+        second_norm += float(second @ second)
+    return product / max((first_norm * second_norm) ** 0.5, _SMALLEST)

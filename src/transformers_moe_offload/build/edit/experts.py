@@ -14,15 +14,14 @@ from functools import partial
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
-import torch
 from torch import Tensor
-from transformers import AutoTokenizer
 
 from transformers_moe_offload.build.edit.anatomy import Anatomy, SparseBlock
-from transformers_moe_offload.build.edit.matrices import Copied, Donor, FromDense, with_dtype
-from transformers_moe_offload.build.edit.rows import Row, expect_number, expect_row, row_of
-from transformers_moe_offload.build.edit.surgery import Edit, Written, carried_out, stored
-from transformers_moe_offload.build.gates import STATISTICS_NAME, RidgeStatistics, add_expert_gate, drop_expert_gate
+from transformers_moe_offload.build.edit.matrices import Copied, Donor, FromDense
+from transformers_moe_offload.build.edit.rows import Row, expect_number, expect_row, ridge_rows, row_of
+from transformers_moe_offload.build.edit.stacks import alike, cast, exchanged, grown, with_row, without
+from transformers_moe_offload.build.edit.surgery import Edit, Written, carried_out
+from transformers_moe_offload.build.gates import STATISTICS_NAME, RidgeStatistics, drop_expert_gate
 from transformers_moe_offload.build.recipe import Expert, Origin
 from transformers_moe_offload.build.sources import Source, open_source
 from transformers_moe_offload.errors import CheckpointError, RecipeError
@@ -80,16 +79,16 @@ def add_expert(
         rows: Callable[[SparseBlock], Tensor]
         if is_ridge:
             assert opened is not None
-            grown = _spare_folder(target, stack) / STATISTICS_NAME
-            rows = _ridge_rows(anatomy, expert, opened, statistics, grown, device)
+            found = _spare_folder(target, stack) / STATISTICS_NAME
+            rows = ridge_rows(anatomy, expert, opened, statistics, found, device)
         else:
-            rows = partial(_with_row, anatomy, row, noise_scale, seed)
+            rows = partial(with_row, anatomy, row, noise_scale, seed)
             _warn_of(statistics)
         written = []
         for block in anatomy.blocks:
             for name_for, like in _places(block).items():
                 tensor = anatomy.tensors[like]
-                read = partial(_alike, donor.one, block, name_for, tensor.dtype)
+                read = partial(alike, donor.one, block, name_for, tensor.dtype)
                 spec = FieldSpec(name_for.format(anatomy.num_experts), tensor.shape, tensor.dtype)
                 written.append(Written(spec, read, like))
             for of_all, axis in block.stacked.items():
@@ -97,8 +96,8 @@ def add_expert(
                 shape[axis] += 1
                 spec = FieldSpec(of_all, tuple(shape), anatomy.tensors[of_all].dtype)
                 is_router = of_all == block.router
-                read = partial(rows, block) if is_router else partial(_grown, anatomy, donor, block, of_all)
-                written.append(Written(spec, partial(_cast, read, spec.dtype), of_all))
+                read = partial(rows, block) if is_router else partial(grown, anatomy, donor, block, of_all)
+                written.append(Written(spec, partial(cast, read, spec.dtype), of_all))
         edit = Edit(
             what=f"Expert {anatomy.num_experts}, {name}, was added.",
             config=config,
@@ -109,7 +108,7 @@ def add_expert(
         )
         with carried_out(anatomy, edit, None if out is None else Path(out)) as place:
             if is_ridge:
-                grown.replace(place / STATISTICS_NAME)
+                found.replace(place / STATISTICS_NAME)
     return target
 
 
@@ -132,7 +131,7 @@ def drop_expert(folder: str | Path, number: int, *, out: str | Path | None = Non
             shape = list(tensor.shape)
             shape[stacked[name]] -= 1
             spec = FieldSpec(name, tuple(shape), tensor.dtype)
-            written.append(Written(spec, partial(_without, anatomy, name, stacked[name], number), name))
+            written.append(Written(spec, partial(without, anatomy, name, stacked[name], number), name))
         elif name not in experts:
             names[name] = name
         elif experts[name][0] != number:
@@ -184,7 +183,7 @@ def replace_expert(
             if at == number:
                 tensor = anatomy.tensors[one]
                 spec = FieldSpec(one, tensor.shape, tensor.dtype)
-                written.append(Written(spec, partial(_alike, donor.one, block, place, tensor.dtype), one))
+                written.append(Written(spec, partial(alike, donor.one, block, place, tensor.dtype), one))
         for stack, axis in block.stacked.items():
             tensor = anatomy.tensors[stack]
             if stack == block.router:
@@ -193,7 +192,7 @@ def replace_expert(
                 value = partial(donor.part, block, stack)
             else:
                 continue
-            read = partial(_exchanged, anatomy, stack, axis, number, value)
+            read = partial(exchanged, anatomy, stack, axis, number, value)
             written.append(Written(FieldSpec(stack, tensor.shape, tensor.dtype), read, stack))
     changed = {one.spec.name for one in written}
     edit = Edit(
@@ -252,52 +251,6 @@ def _spare_folder(target: Path, stack: ExitStack) -> Path:
         raise CheckpointError(f"cannot write to {parent}: {error.strerror}") from error
 
 
-def _ridge_rows(
-    anatomy: Anatomy, expert: Expert, base: Source, statistics: Path, path: Path, device: str
-) -> Callable[[SparseBlock], Tensor]:
-    """All rows, computed with the new expert's texts beside the others'."""
-    container = anatomy.container
-    if container is None:
-        raise RecipeError(f"there are statistics in {statistics}, but the mixture is none of ours; give gate")
-    ffn = {block.layer: container.ffn(block.layer) for block in anatomy.blocks}
-    tokenizer = AutoTokenizer.from_pretrained(anatomy.folder, local_files_only=True)
-    gates = add_expert_gate(RidgeStatistics(statistics), expert, base, tokenizer, ffn, path, device=device)
-    return lambda block: gates.rows[block.layer]
-
-
 def _warn_of(statistics: Path) -> None:
     if statistics.is_file():
         logger.warning("%s does not hold for the mixture any more and is left out.", statistics.name)
-
-
-def _with_row(anatomy: Anatomy, row: Row, noise_scale: float, seed: int, block: SparseBlock) -> Tensor:
-    rows = stored(anatomy.tensors[block.router])
-    return torch.cat([rows, row_of(row, anatomy, block, noise_scale, seed)[None].to(rows.dtype)])
-
-
-def _grown(anatomy: Anatomy, donor: Donor, block: SparseBlock, name: str) -> Tensor:
-    """A tensor of all experts with the new one's part: a mean, where a dense model has no such thing."""
-    old, axis = stored(anatomy.tensors[name]), block.stacked[name]
-    is_matrix = len(old.shape) > 2 or isinstance(donor, Copied)
-    new = donor.part(block, name) if is_matrix else old.float().mean(axis)
-    return torch.cat([old, new.to(old.dtype).unsqueeze(axis)], axis)
-
-
-def _without(anatomy: Anatomy, name: str, axis: int, number: int) -> Tensor:
-    tensor = stored(anatomy.tensors[name])
-    kept = [position for position in range(tensor.shape[axis]) if position != number]
-    return tensor.index_select(axis, torch.tensor(kept))
-
-
-def _exchanged(anatomy: Anatomy, name: str, axis: int, number: int, value: Callable[[], Tensor]) -> Tensor:
-    tensor = stored(anatomy.tensors[name]).clone()
-    tensor.select(axis, number).copy_(value())
-    return tensor
-
-
-def _alike(read: Callable[[SparseBlock, str], Tensor], block: SparseBlock, place: str, dtype: str) -> Tensor:
-    return with_dtype(read(block, place), dtype)
-
-
-def _cast(read: Callable[[], Tensor], dtype: str) -> Tensor:
-    return with_dtype(read(), dtype)

@@ -5,13 +5,18 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from pathlib import Path
 
 import torch
 from torch import Tensor
 
 from transformers_moe_offload.build.edit.anatomy import Anatomy, SparseBlock
 from transformers_moe_offload.build.edit.surgery import stored
+from transformers_moe_offload.build.gates import RidgeStatistics, add_expert_gate
+from transformers_moe_offload.build.recipe import Expert
+from transformers_moe_offload.build.sources import Source
+from transformers_moe_offload.build.tokenizer import read_tokenizer
 from transformers_moe_offload.errors import RecipeError
 
 Row = str | int | Mapping[int, Tensor]
@@ -51,3 +56,16 @@ def row_of(row: Row, anatomy: Anatomy, block: SparseBlock, noise_scale: float, s
         generator = torch.Generator().manual_seed(int.from_bytes(digest[:8], "little") >> 1)
         made += noise_scale * rows.pow(2).mean().sqrt() * torch.randn(made.shape, generator=generator)
     return made
+
+
+def ridge_rows(
+    anatomy: Anatomy, expert: Expert, base: Source, statistics: Path, path: Path, device: str
+) -> Callable[[SparseBlock], Tensor]:
+    """All rows, computed with the new expert's texts beside the others'."""
+    container = anatomy.container
+    if container is None:
+        raise RecipeError(f"there are statistics in {statistics}, but the mixture is none of ours; give gate")
+    ffn = {block.layer: container.ffn(block.layer) for block in anatomy.blocks}
+    tokenizer = read_tokenizer(anatomy.folder, anatomy.folder.name)
+    gates = add_expert_gate(RidgeStatistics(statistics), expert, base, tokenizer, ffn, path, device=device)
+    return lambda block: gates.rows[block.layer]

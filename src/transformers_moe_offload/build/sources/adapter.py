@@ -9,7 +9,7 @@ Layout and formula: PEFT 0.21, `tuners/lora/layer.py`; W + scale * B A (arXiv 21
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -110,6 +110,14 @@ class AdapterSource:
         if name in self._whole or name in self._pairs:
             return self.read(name)[start:stop]
         return self._base.read_rows(name, start, stop)
+
+    def stored(self, name: str) -> StoredTensor | None:
+        """Where a tensor lies that the adapter does not change."""
+        return None if name in self._whole or name in self._pairs else self._base.stored(name)
+
+    def bring(self, names: Iterable[str]) -> None:
+        """The base model's files; the adapter is here."""
+        self._base.bring(names)
 
     def _parts(
         self, stored: Mapping[str, StoredTensor]

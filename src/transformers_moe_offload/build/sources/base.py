@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import NamedTuple, Protocol
 
@@ -10,6 +10,7 @@ from torch import Tensor
 from transformers import PreTrainedConfig
 
 from transformers_moe_offload.expert import FieldSpec
+from transformers_moe_offload.memory.safetensors_index import StoredTensor
 
 
 class Ancestor(NamedTuple):
@@ -53,6 +54,12 @@ class Source(Protocol):
 
     def read_rows(self, name: str, start: int, stop: int) -> Tensor:
         """Some rows of a tensor, without reading the others where that can be."""
+
+    def stored(self, name: str) -> StoredTensor | None:
+        """Where a tensor lies as `read` would give it; None if it is computed."""
+
+    def bring(self, names: Iterable[str]) -> None:
+        """Download what these tensors are read from, if it is not on this machine; else it is when they are read."""
 
     @property
     def companions(self) -> tuple[Path, ...]:

@@ -2,61 +2,57 @@
 
 from __future__ import annotations
 
-import json
-import os
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
+from huggingface_hub.errors import HfHubHTTPError
 from torch import Tensor
 from transformers import AutoConfig, PreTrainedConfig
 
 from transformers_moe_offload.build.layout import layout_of, on_meta
 from transformers_moe_offload.build.sources.base import Ancestor
+from transformers_moe_offload.build.sources.downloads import HubTensors
 from transformers_moe_offload.errors import CheckpointError, RecipeError
 from transformers_moe_offload.expert import FieldSpec
-from transformers_moe_offload.hub.fetch import Fetched, fetch
+from transformers_moe_offload.hub.fetch import Fetched, fetch, fetch_small
+from transformers_moe_offload.hub.weights import HubWeights, shards_of, without_safetensors
 from transformers_moe_offload.memory.field_source import read_stored
 from transformers_moe_offload.memory.safetensors_index import StoredTensor, check_index_file, read_index
 
 _INDEX = "model.safetensors.index.json"
 _ROWS = 4096
-_PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt")
 
 
 class CheckpointSource:
     """A whole model as `save_pretrained` wrote it."""
 
-    def __init__(self, fetched: Fetched, config: PreTrainedConfig, stored: Mapping[str, StoredTensor]) -> None:
+    def __init__(
+        self,
+        fetched: Fetched,
+        config: PreTrainedConfig,
+        tensors: Mapping[str, FieldSpec],
+        stored: Mapping[str, StoredTensor],
+    ) -> None:
         self._fetched = fetched
         self._stored = stored
         self.config = config
-        self.tensors = {name: FieldSpec(name, one.shape, one.dtype) for name, one in stored.items()}
+        self.tensors = tensors
 
     @classmethod
     def open(cls, name: str, options: Mapping[str, Any]) -> CheckpointSource:
-        """Read config and headers; what is not on this machine is downloaded first."""
+        """Read config and headers; weights on the Hub stay there until they are read."""
         try:
             config = AutoConfig.from_pretrained(name, **options)
         except (OSError, ValueError) as error:
             raise CheckpointError(f"cannot read the config of {name}: {_one_line(error)}") from error
         if getattr(config, "quantization_config", None):
             raise RecipeError(f"{name} is quantized; experts are made of the model that it was quantized from")
-        folder = Path(name)
-        if folder.is_dir():
-            _expect_inside(folder)
-        try:
-            fetched = fetch(name, config, options)
-        except (OSError, ValueError) as error:
-            raise _without_weights(name, error) from error
-        stored = read_index(fetched.weights)
-        index = fetched.folder / _INDEX
-        if len(fetched.weights) > 1 and index.is_file():
-            check_index_file(index, stored)
-        return cls(fetched, config, as_saved(name, config, stored))
+        fetched, specs, stored = _in_folder(name, config) if Path(name).is_dir() else _on_hub(name, config, options)
+        return cls(fetched, config, as_saved(name, config, specs, stored), stored)
 
     @property
     def name(self) -> str:
@@ -85,12 +81,20 @@ class CheckpointSource:
 
     def read(self, name: str) -> Tensor:
         """One tensor, as it is stored."""
-        stored = self._stored[name]
-        return read_stored(stored)
+        return read_stored(self._stored[name])
 
     def read_rows(self, name: str, start: int, stop: int) -> Tensor:
         """Some rows of it, and only these are read."""
         return read_rows(self._stored[name], start, stop)
+
+    def stored(self, name: str) -> StoredTensor:
+        """Where it lies."""
+        return self._stored[name]
+
+    def bring(self, names: Iterable[str]) -> None:
+        """Download the files that hold these tensors, if they are not here."""
+        for name in names:
+            self._stored[name]
 
 
 def read_rows(stored: StoredTensor, start: int, stop: int) -> Tensor:
@@ -100,14 +104,16 @@ def read_rows(stored: StoredTensor, start: int, stop: int) -> Tensor:
     return read_stored(rows)
 
 
-def as_saved(name: str, config: PreTrainedConfig, stored: Mapping[str, StoredTensor]) -> dict[str, StoredTensor]:
+def as_saved(
+    name: str, config: PreTrainedConfig, specs: Mapping[str, FieldSpec], stored: Mapping[str, StoredTensor]
+) -> dict[str, FieldSpec]:
     """The tensors that belong to the class, or `CheckpointError` for what is missing, odd or of another shape."""
     expected = layout_of(config)
     for one in expected.values():
-        found = stored.get(one.name)
+        found = specs.get(one.name)
         if found is None:
             raise CheckpointError(
-                f"{name} has no tensor {one.name}; {len(expected)} belong to a {config.model_type}, {len(stored)} are "
+                f"{name} has no tensor {one.name}; {len(expected)} belong to a {config.model_type}, {len(specs)} are "
                 f"there: the checkpoint is incomplete, or its config belongs to other weights"
             )
         if found.shape != one.shape:
@@ -116,9 +122,9 @@ def as_saved(name: str, config: PreTrainedConfig, stored: Mapping[str, StoredTen
                 f"belongs to other weights"
             )
     model = on_meta(config)
-    tied = {name: kept for name, kept in model.all_tied_weights_keys.items() if name in stored}
+    tied = {name: kept for name, kept in model.all_tied_weights_keys.items() if name in specs}
     harmless = [*(model._keys_to_ignore_on_load_unexpected or ()), r"rotary_emb\.inv_freq$", r"\.attn\.(masked_)?bias$"]
-    for extra in stored.keys() - expected.keys() - tied.keys():
+    for extra in specs.keys() - expected.keys() - tied.keys():
         if not any(re.search(pattern, extra) for pattern in harmless):
             raise CheckpointError(
                 f"{name} has a tensor {extra}, which no {config.model_type} with its config has; its config belongs to "
@@ -130,7 +136,7 @@ def as_saved(name: str, config: PreTrainedConfig, stored: Mapping[str, StoredTen
                 f"{name} stores {one} and {kept} with different values, but its config says that they are one "
                 f"(tie_word_embeddings); set that to false in its config.json, or take one of them out"
             )
-    return {one: stored[one] for one in expected}
+    return {one: specs[one] for one in expected}
 
 
 def _are_equal(first: StoredTensor, second: StoredTensor) -> bool:
@@ -145,33 +151,38 @@ def _are_equal(first: StoredTensor, second: StoredTensor) -> bool:
     )
 
 
-def _expect_inside(folder: Path) -> None:
-    """File names in an index were written by somebody else: none of them may lead out of the folder."""
+def specs_of(stored: Mapping[str, StoredTensor]) -> dict[str, FieldSpec]:
+    """What the tensors of files are."""
+    return {name: FieldSpec(name, one.shape, one.dtype) for name, one in stored.items()}
+
+
+_Opened = tuple[Fetched, Mapping[str, FieldSpec], Mapping[str, StoredTensor]]
+
+
+def _in_folder(name: str, config: PreTrainedConfig) -> _Opened:
+    folder = Path(name)
     index = folder / _INDEX
-    if not index.is_file():
-        return
-    try:
-        shards = set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values())
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise CheckpointError(f"{index} is not a checkpoint index: it has no readable weight_map") from error
-    root = os.path.abspath(folder)
-    for shard in shards:
-        if not isinstance(shard, str) or os.path.commonpath([root, os.path.abspath(folder / shard)]) != root:
-            raise CheckpointError(f"{index} names {shard!r}; refusing to read outside of {folder}")
+    for shard in shards_of(index) if index.is_file() else ():
         if not (folder / shard).is_file():
             raise CheckpointError(f"{folder} has no {shard}, which its index names; copy or download it again")
+    try:
+        fetched = fetch(name, config, {})
+    except (OSError, ValueError) as error:
+        raise without_safetensors(name, (file.name for file in folder.iterdir())) from error
+    stored = read_index(fetched.weights)
+    if len(fetched.weights) > 1 and index.is_file():
+        check_index_file(index, stored)
+    return fetched, specs_of(stored), stored
 
 
-def _without_weights(name: str, error: Exception) -> CheckpointError:
-    """Why there are no weights that can be read."""
-    folder = Path(name)
-    pickles = sorted(file.name for pattern in _PICKLES for file in folder.glob(pattern)) if folder.is_dir() else []
-    if pickles or ".bin" in str(error):
-        return CheckpointError(
-            f"{name} has its weights in {', '.join(pickles) or 'pickle files'}, which run code when they are read; "
-            f"only safetensors are, so load the model where you trust it and call save_pretrained"
-        )
-    return CheckpointError(f"cannot read the weights of {name}: {_one_line(error)}")
+def _on_hub(name: str, config: PreTrainedConfig, options: Mapping[str, Any]) -> _Opened:
+    try:
+        fetched = fetch_small(name, options)
+        weights = HubWeights.look_up(name, fetched.folder, options, file=getattr(config, "transformers_weights", None))
+    except (HfHubHTTPError, OSError, ValueError) as error:
+        raise CheckpointError(f"cannot read the weights of {name}: {_one_line(error)}") from error
+    stored = HubTensors(weights)
+    return fetched, stored.specs, stored
 
 
 def _one_line(error: Exception) -> str:

@@ -6,7 +6,7 @@ Linear layers only, as in LoRA: embeddings, head, norms and biases are the base 
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 
 import torch
@@ -16,6 +16,7 @@ from transformers import PreTrainedConfig
 from transformers_moe_offload.build.sources.base import Ancestor, Source
 from transformers_moe_offload.errors import RecipeError
 from transformers_moe_offload.expert import FieldSpec
+from transformers_moe_offload.memory.safetensors_index import StoredTensor
 
 _EXACT_UP_TO = 1024
 """Smaller dimension of a matrix up to which it is decomposed as a whole; beyond, by random projection (Halko,
@@ -85,6 +86,16 @@ class ExtractedSource:
         if _is_linear(self._base.tensors[name]):
             return self.read(name)[start:stop]
         return self._base.read_rows(name, start, stop)
+
+    def stored(self, name: str) -> StoredTensor | None:
+        """Where a tensor lies that is the base model's."""
+        return None if _is_linear(self._base.tensors[name]) else self._base.stored(name)
+
+    def bring(self, names: Iterable[str]) -> None:
+        """Both models' files, the fine-tuned one's for linear layers only."""
+        names = list(names)
+        self._base.bring(names)
+        self._tuned.bring(name for name in names if _is_linear(self._base.tensors[name]))
 
 
 def _is_linear(one: FieldSpec) -> bool:

@@ -70,13 +70,12 @@ def sweep_gates(
             recipe, folder = mixture, Path(built or f"{scratch}/mixture")
         else:
             recipe, folder = recipe_of(Path(mixture)), Path(built or mixture)
+        named = _named(gates, recipe)
         if folder.is_relative_to(scratch):
             flat = replace(recipe, gate=Gate(mode="gateless"))
             build_moe(flat, folder, device=device, token=token, local_files_only=local_files_only)
         plan = validate_recipe(recipe, **hub)  # type: ignore[arg-type]
-        return _swept(
-            plan, folder, _named(gates, recipe), texts, device=device, dtype=dtype, prepare=prepare, advance=advance
-        )
+        return _swept(plan, folder, named, texts, device=device, dtype=dtype, prepare=prepare, advance=advance)
 
 
 def recipe_of(folder: Path) -> MoeRecipe:

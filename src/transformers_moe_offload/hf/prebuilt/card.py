@@ -62,10 +62,13 @@ def model_card(
     *,
     base_model: str | None = None,
     auto_class: str = "AutoModelForCausalLM",
+    left_as: str = "as in the original",
+    dense_left_as: str = "as in the original",
 ) -> str:
     """The card of the checkpoint `name`; its licence and the like are those that the source's card names.
 
-    `base_model` is the original's id on the Hub where it was not read from there.
+    `base_model` is the original's id on the Hub where it was not read from there; `left_as` and `dense_left_as` say
+    what became of experts and of the dense part if they have no format.
     """
     base_model = base_model or (fetched.name if fetched.revision else None)
     origin: dict[str, Any] = {"base_model": base_model, "base_model_relation": "quantized"} if base_model else {}
@@ -80,7 +83,7 @@ def model_card(
         name=name,
         auto_class=auto_class,
         base=f"[{base_model}](https://huggingface.co/{base_model})" if base_model else fetched.name,
-        recipe=_table(config),
+        recipe=_table(config, left_as, dense_left_as),
         bits=sizes.bits_per_expert_weight,
         num_experts=sizes.num_experts,
         experts=readable(sizes.expert_bytes),
@@ -113,14 +116,14 @@ def _kept(source_card: Path | None) -> dict[str, Any]:
     return {key: data.get(key) for key in _KEPT if data.get(key) is not None}
 
 
-def _table(config: OffloadConfig) -> str:
+def _table(config: OffloadConfig, left_as: str, dense_left_as: str) -> str:
     formats = config.formats or ExpertFormats()
-    rows = [("experts", formats.default)]
-    rows += [(f"experts of sparse layers {key}", format) for key, format in formats.layers.items()]
-    rows += [(f"{formats.num_hot} experts that are used most", formats.hot)] if formats.num_hot else []
-    rows += [("attention and dense MLPs", config.dense)]
+    rows = [("experts", formats.default, left_as)]
+    rows += [(f"experts of sparse layers {key}", format, left_as) for key, format in formats.layers.items()]
+    rows += [(f"{formats.num_hot} experts that are used most", formats.hot, left_as)] if formats.num_hot else []
+    rows += [("attention and dense MLPs", config.dense, dense_left_as)]
     lines = [
-        f"| {what} | {format or 'as in the original'} | {f'{format.bits_per_weight:.4g}' if format else ''} |"
-        for what, format in rows
+        f"| {what} | {format or otherwise} | {f'{format.bits_per_weight:.4g}' if format else ''} |"
+        for what, format, otherwise in rows
     ]
     return "\n".join(["| weights | format | bits per weight |", "|---|---|---:|", *lines])

@@ -11,6 +11,7 @@ from transformers_moe_offload.config import OffloadConfig
 from transformers_moe_offload.expert import ExpertSpec
 from transformers_moe_offload.formats.by_expert import LayerCodings
 from transformers_moe_offload.hf.codings import plain_fields
+from transformers_moe_offload.hf.delegates.opening import StoredBytes
 from transformers_moe_offload.hf.plan import Placement, make_plan
 from transformers_moe_offload.hf.prebuilt.source import Quantization
 
@@ -25,6 +26,7 @@ class Sizes:
     """In all sparse layers."""
     expert_weights: int
     plain_expert_bytes: int
+    """Before they are quantized."""
     expert_bytes: int
     plain_dense_bytes: int
     dense_bytes: int
@@ -49,8 +51,8 @@ class Sizes:
         return self.expert_bytes + self.dense_bytes
 
     @classmethod
-    def of(cls, quantization: Quantization) -> Sizes:
-        """The sizes of a model that is about to be quantized."""
+    def of(cls, quantization: Quantization, stored: StoredBytes | None = None) -> Sizes:
+        """The sizes of a model that is about to be quantized; `stored` if another method has quantized it before."""
         specs = [
             ExpertSpec(layer.index, layer.name, layer.num_experts, plain_fields(layer)) for layer in quantization.layers
         ]
@@ -59,12 +61,14 @@ class Sizes:
         plan = make_plan(placements, OffloadConfig(cache_budget="100%", mmap=False, direct_io=False))
         saved = quantization.saved_names()
         checkpoint, tensors = quantization.checkpoint, quantization.checkpoint.parameters
+        plain_expert_bytes = sum(spec.num_experts * spec.expert_nbytes for spec in specs)
+        plain_dense_bytes = sum(tensors[name].numel() * checkpoint.dtype_of(name).itemsize for name in saved)
         return cls(
             num_experts=sum(spec.num_experts for spec in specs),
             expert_weights=sum(spec.num_experts * prod(field.shape) for spec in specs for field in spec.fields),
-            plain_expert_bytes=sum(spec.num_experts * spec.expert_nbytes for spec in specs),
+            plain_expert_bytes=plain_expert_bytes if stored is None else stored.expert_bytes,
             expert_bytes=sum(_stored_bytes(spec, codings) for spec, codings in pairs),
-            plain_dense_bytes=sum(tensors[name].numel() * checkpoint.dtype_of(name).itemsize for name in saved),
+            plain_dense_bytes=plain_dense_bytes if stored is None else stored.dense_bytes,
             dense_bytes=sum(part.nbytes for name in saved for part in quantization.parts_of(name)),
             cache_bytes=plan.expert_bytes,
             smallest_budget=plan.smallest_budget,

@@ -1,6 +1,7 @@
-"""A plain checkpoint, expert by expert and dense tensor by tensor, as what a prebuilt one is written from.
+"""A checkpoint, expert by expert and dense tensor by tensor, as what a prebuilt one is written from.
 
 Nothing larger than one expert or one conversion's tensors is read at a time, and the model is never built with weights.
+What another method has quantized is opened on the way, by that method's own code (`hf/delegates/opening.py`).
 """
 
 from __future__ import annotations
@@ -8,8 +9,8 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from copy import deepcopy
-from dataclasses import dataclass
-from functools import partial
+from dataclasses import dataclass, replace
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
@@ -24,14 +25,18 @@ from transformers_moe_offload.formats.by_expert import LayerCodings
 from transformers_moe_offload.formats.hqq import packing_of, quantize
 from transformers_moe_offload.hf.checkpoint import Checkpoint, locate
 from transformers_moe_offload.hf.codings import codings_of, plain_fields
+from transformers_moe_offload.hf.delegates.as_stored import as_stored
+from transformers_moe_offload.hf.delegates.opening import Opener, StoredBytes
 from transformers_moe_offload.hf.dense import dense_linears
 from transformers_moe_offload.hf.layer import OffloadedExperts, SparseLayer, layer_of
 from transformers_moe_offload.hf.layouts.base import parameter
 from transformers_moe_offload.hf.locate import ParameterSource, trace_parameters
 from transformers_moe_offload.hf.prebuilt.layout import LayerContent
+from transformers_moe_offload.memory.checkpoint import LayerSource
 from transformers_moe_offload.memory.encoding import encoded_row
 from transformers_moe_offload.memory.field_source import FieldSource
 from transformers_moe_offload.memory.record import dtype_name
+from transformers_moe_offload.memory.safetensors_index import StoredTensor
 from transformers_moe_offload.output.shards import Content
 
 
@@ -49,10 +54,12 @@ class Quantization:
     """How."""
     checkpoint: Checkpoint
     """What Transformers would decide about loading the plain model; without files yet."""
+    opener: Opener | None = None
+    """What opens the weights, where another method has quantized them."""
 
     @classmethod
-    def of(cls, model: Any, config: OffloadConfig, dtype: torch.dtype) -> Quantization:
-        """How to quantize a model that is loaded in a dtype.
+    def of(cls, model: Any, config: OffloadConfig, dtype: torch.dtype, opener: Opener | None = None) -> Quantization:
+        """How to quantize a model that is loaded in a dtype, from a plain checkpoint or from one that has to be opened.
 
         Raises `ConfigError` where a group size does not divide a matrix, with those that do.
         """
@@ -67,7 +74,32 @@ class Quantization:
                 f"{config.dense} fits none of the model's attention and dense MLP matrices; leave dense out, or choose "
                 f"a group_size that divides their inputs"
             )
-        return cls(model, layers, codings, packed, config.dense, _undecided(model, layers, dtype))
+        return cls(model, layers, codings, packed, config.dense, _undecided(model, layers, dtype), opener)
+
+    @property
+    def left_as(self) -> str:
+        """What becomes of experts that have no format, for people."""
+        return "as in the original" if self.opener is None else f"opened from {self.opener.name}"
+
+    @property
+    def dense_left_as(self) -> str:
+        """What becomes of the dense part if it has no format."""
+        return self.left_as if self.opener is None or self.opener.is_for_dense else "as in the original"
+
+    @cached_property
+    def conversions(self) -> list[Any]:
+        """What Transformers does to the checkpoint's tensors so that they are the model's."""
+        return get_model_conversion_mapping(self.model) if self.opener is None else self.opener.conversions(self.model)
+
+    def located(self, tensors: Mapping[str, StoredTensor]) -> list[LayerSource]:
+        """Where experts are among the tensors of a checkpoint; those of another method as it has stored them."""
+        checkpoint = replace(self.checkpoint, tensors=tensors)
+        sources = locate(self.model, self.layers, checkpoint, self.conversions)
+        return sources if self.opener is None else [as_stored(source) for source in sources]
+
+    def stored_bytes(self, tensors: Mapping[str, StoredTensor]) -> StoredBytes:
+        """What the checkpoint's weights take as they are stored."""
+        return StoredBytes.of(self.located(tensors), tensors)
 
     def parts_of(self, name: str) -> tuple[FieldSpec, ...]:
         """What is stored for a dense tensor."""
@@ -99,16 +131,15 @@ class Quantization:
 def contents(
     quantization: Quantization, files: Sequence[Path], folder: Path
 ) -> tuple[list[LayerContent], list[Content]]:
-    """What to write, given the files of the plain checkpoint and the folder that they belong to."""
+    """What to write, given the files of the checkpoint and the folder that they belong to."""
     model, undecided = quantization.model, quantization.checkpoint
     checkpoint = Checkpoint.open(files, folder=folder, parameters=undecided.parameters, dtype_plan=undecided.dtype_plan)
-    conversions = get_model_conversion_mapping(model)
-    sources = locate(model, quantization.layers, checkpoint, conversions)
+    sources = quantization.located(checkpoint.tensors)
     layers = [
         LayerContent.coded(source.spec.name, source.spec.num_experts, codings, partial(encoded_row, source, codings))
         for source, codings in zip(sources, quantization.codings, strict=True)
     ]
-    traced = trace_parameters(model, checkpoint.parameters, conversions, checkpoint.tensors)
+    traced = trace_parameters(model, checkpoint.parameters, quantization.conversions, checkpoint.tensors)
     return layers, list(_dense_contents(quantization, checkpoint, traced))
 
 
@@ -155,7 +186,7 @@ def _read(
     quantization: Quantization, leader: str, source: ParameterSource, dtype: str, names: Mapping[str, str]
 ) -> dict[str, Tensor]:
     """Run one conversion, and quantize what it makes; `names` are the names in the model -> the names to save it as."""
-    made = _convert(quantization.model, leader, source, dtype)
+    made = _convert(quantization, leader, source, dtype)
     arrays: dict[str, Tensor] = {}
     expected = quantization.checkpoint.parameters
     for found, name in names.items():
@@ -165,16 +196,25 @@ def _read(
                 f"the checkpoint holds {shape} for {found}, but the model expects {list(expected[name].shape)}; the "
                 f"config does not belong to these weights"
             )
-        arrays |= quantization.encode(name, made[found].to(quantization.checkpoint.dtype_of(name)))
+        dtype_in_model = quantization.checkpoint.dtype_of(name)
+        if made[found].dtype.itemsize == 1 < dtype_in_model.itemsize:
+            raise CheckpointError(
+                f"the checkpoint holds {found} in {dtype_name(made[found].dtype)}, and no scales to make "
+                f"{dtype_name(dtype_in_model)} of it; it is incomplete: download it again"
+            )
+        arrays |= quantization.encode(name, made[found].to(dtype_in_model))
     return arrays
 
 
-def _convert(model: Any, leader: str, source: ParameterSource, dtype: str) -> dict[str, Tensor]:
+def _convert(quantization: Quantization, leader: str, source: ParameterSource, dtype: str) -> dict[str, Tensor]:
     """The parameters that a conversion makes, as Transformers would: `leader` is the first of them."""
-    tensors = {
-        pattern: [FieldSource((one,), (dtype,)).read(one.shape) for one in stored]
-        for pattern, stored in source.stored.items()
-    }
+    model, opener = quantization.model, quantization.opener
+
+    def read(stored: StoredTensor) -> Tensor:
+        cast = dtype if opener is None else opener.dtype_of(stored, source.converter, dtype)
+        return FieldSource((stored,), (cast,)).read(stored.shape)
+
+    tensors = {pattern: [read(one) for one in stored] for pattern, stored in source.stored.items()}
     if source.converter is None:
         ((tensor,),) = tensors.values()
         return {leader: tensor}

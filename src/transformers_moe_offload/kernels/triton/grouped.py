@@ -25,6 +25,7 @@ from transformers_moe_offload.kernels.triton.sizes import (
     most_tiles,
     programs,
     row_sizes,
+    tile_height,
     tile_sizes,
 )
 from transformers_moe_offload.kernels.triton.tile import grouped_tile_kernel
@@ -44,21 +45,21 @@ def ordered(pairs: Pairs) -> Pairs:
     chosen, weights, num_experts = pairs.chosen, pairs.weights, pairs.num_experts
     assert chosen is not None
     device = chosen.device
-    if pairs.count > MOST_PAIRS:
+    if pairs.num_pairs > MOST_PAIRS:
         is_idle = (chosen < 0) | (chosen >= num_experts)
         if weights is not None:
             is_idle |= weights == 0
         expert, order = torch.sort(torch.where(is_idle, num_experts, chosen), stable=True)
         bounds = torch.arange(num_experts + 1, dtype=expert.dtype, device=device)
         return pairs._replace(order=order.int(), offsets=torch.searchsorted(expert, bounds, out_int32=True))
-    order = torch.empty(pairs.count, dtype=torch.int32, device=device)
+    order = torch.empty(pairs.num_pairs, dtype=torch.int32, device=device)
     offsets = torch.empty(num_experts + 1, dtype=torch.int32, device=device)
-    most_pairs = triton.next_power_of_2(max(pairs.count, 16))
+    most_pairs = triton.next_power_of_2(max(pairs.num_pairs, 16))
     most_experts = triton.next_power_of_2(num_experts + 1)
     step = max(4, min(most_pairs, COMPARISONS // max(most_pairs, most_experts)))
     with torch.cuda.device_of(order):
         order_kernel[(1,)](
-            chosen, chosen if weights is None else weights, order, offsets, pairs.count, num_experts,
+            chosen, chosen if weights is None else weights, order, offsets, pairs.num_pairs, num_experts,
             has_weights=weights is not None, most_pairs=most_pairs, most_experts=most_experts, step=step,
         )  # fmt: skip
     return pairs._replace(order=order, offsets=offsets)
@@ -94,7 +95,7 @@ class Product:
         tiles are computed, else each pair on its own.
         """
         rows = rows.contiguous()
-        count, num_experts = pairs.count, pairs.num_experts
+        count, num_experts = pairs.num_pairs, pairs.num_experts
         assert rows.shape == (count // pairs.choices, self.cols)
         out = torch.empty((count, self.outputs), dtype=rows.dtype, device=rows.device)
         if not count:
@@ -108,22 +109,23 @@ class Product:
                     has_weights=pairs.weights is not None, **self._constants, **self._row_sizes,
                 )  # fmt: skip
             else:
-                sizes, num_programs = self._tiles_for(rows.dtype, pairs.rows_per_expert)
+                height = tile_height(rows.dtype, pairs.rows_per_expert)
+                sizes, num_programs = self._tiles_for(rows.dtype, height)
                 order = pairs.offsets if pairs.order is None else pairs.order
-                grouped_tile_kernel[most_tiles(count, num_experts, sizes["height"]), num_programs](
+                grouped_tile_kernel[most_tiles(count, num_experts, height), num_programs](
                     rows, out, order, pairs.offsets, pairs.addresses, *self._numbers, num_experts, pairs.choices, count,
                     is_sorted=pairs.order is None, most_experts=triton.next_power_of_2(num_experts + 1),
                     **self._constants, **sizes,
                 )  # fmt: skip
         return out
 
-    def _tiles_for(self, dtype: torch.dtype, rows_per_expert: int) -> tuple[dict[str, int], int]:
+    def _tiles_for(self, dtype: torch.dtype, height: int) -> tuple[dict[str, int], int]:
         """How tiles are cut, and how many programs it takes to compute a row of one."""
-        found = self._tiles.get((dtype, rows_per_expert))
+        found = self._tiles.get((dtype, height))
         if found is None:
             packing = self._matrix.packing
-            sizes = tile_sizes(packing, dtype, rows_per_expert)
-            found = self._tiles[dtype, rows_per_expert] = sizes, programs(self._matrix.rows, packing, sizes)
+            sizes = tile_sizes(packing, dtype, height)
+            found = self._tiles[dtype, height] = sizes, programs(self._matrix.rows, packing, sizes)
         return found
 
 

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from transformers_moe_offload.kernels.packed import PackedMatrix
 from transformers_moe_offload.kernels.triton.row import row_kernel
-from transformers_moe_offload.kernels.triton.sizes import formats, programs, row_sizes, tile_sizes
+from transformers_moe_offload.kernels.triton.sizes import formats, programs, row_sizes, tile_height, tile_sizes
 from transformers_moe_offload.kernels.triton.tile import tile_kernel
 
 PARTS = ("codes", "high", "scale", "zero", "scale_range", "zero_range")
@@ -32,7 +32,7 @@ def linear(rows: Tensor, matrix: PackedMatrix) -> Tensor:
             grid = (1, programs(packing.rows, packing, sizes))
             row_kernel[grid](*arguments, **formats(packing), **sizes)
         elif count:
-            sizes = tile_sizes(packing, rows.dtype, count)
+            sizes = tile_sizes(packing, rows.dtype, tile_height(rows.dtype, count))
             grid = (triton.cdiv(count, sizes["height"]), programs(packing.rows, packing, sizes))
             tile_kernel[grid](*arguments, count, **formats(packing), **sizes)
     return out

@@ -48,10 +48,14 @@ def dense_row_sizes(cols: int, *, is_transposed: bool) -> dict[str, int]:
     return {"lines": lines, "pieces": 1, "piece_size": min(WEIGHTS // lines, triton.next_power_of_2(cols))}
 
 
-def tile_sizes(packing: Packing | None, dtype: torch.dtype, count: int) -> dict[str, int]:
-    """How the kernels that multiply tiles are cut, for about so many rows of input with one matrix."""
+def tile_height(dtype: torch.dtype, count: int) -> int:
+    """Rows of a tile, for about so many rows of input with one matrix."""
     heights = HEIGHTS[dtype]
-    height = next((height for height in heights if height >= count), heights[-1])
+    return next((height for height in heights if height >= count), heights[-1])
+
+
+def tile_sizes(packing: Packing | None, dtype: torch.dtype, height: int) -> dict[str, int]:
+    """How the kernels that multiply tiles of so many rows are cut."""
     columns = TILE_PIECES[dtype]
     return {
         "lines": PRODUCTS if packing is None else PRODUCTS // packing.fields,

@@ -49,8 +49,11 @@ class KMeans(RoutingStrategy):
             )
         if len(self.centroids[layer]) != num_experts:
             raise ConfigError(
-                f"{len(self.centroids[layer])} centroids for router {layer}, which has {num_experts} experts"
+                f"{len(self.centroids[layer])} centroids for router {layer}, which has {num_experts} experts; "
+                f"fit as many"
             )
+        if not self.centroids[layer].isfinite().all():
+            raise ConfigError(f"the centroids of router {layer} are not all finite numbers; fit them again")
 
     def choose(self, call: RouterCall) -> Choice:
         """The nearest ones that the architecture does not rule out; experts without weights have no centroid."""

@@ -1,0 +1,118 @@
+"""The weight files of a checkpoint on the Hub: which there are and what is in them, before any of them is downloaded.
+
+A header is a few kilobytes at the beginning of a file, and the Hub sends parts of files. So what would be built can be
+said after seconds, and of a model whose blocks alone are wanted the other files stay where they are.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+from fnmatch import fnmatch
+from pathlib import Path
+from typing import Any
+
+from huggingface_hub import HfApi, hf_hub_download
+from huggingface_hub.errors import EntryNotFoundError, HfHubHTTPError, OfflineModeIsEnabled, SafetensorsParsingError
+from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME
+
+from transformers_moe_offload.errors import CheckpointError
+from transformers_moe_offload.expert import FieldSpec
+from transformers_moe_offload.memory.safetensors_index import DTYPES, read_header
+
+_PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt")
+_CONNECTION_FAILED: Any = HfHubHTTPError.__bases__[0]
+"""What the HTTP client of huggingface_hub raises, which is another one in other versions of it."""
+_AT_ONCE = 8
+"""Headers that are asked for at a time, as many as huggingface_hub downloads files."""
+
+
+@dataclass(frozen=True)
+class HubWeights:
+    """The weight files of one commit."""
+
+    repo: str
+    folder: Path
+    """Where its files are on this machine, once they are downloaded."""
+    options: Mapping[str, Any]
+    """`token` and `local_files_only`."""
+    headers: Mapping[str, tuple[FieldSpec, ...]] = field(default_factory=dict)
+    """By file, the tensors in it."""
+
+    @classmethod
+    def look_up(cls, repo: str, folder: Path, options: Mapping[str, Any], *, file: str | None = None) -> HubWeights:
+        """Find a repository's weight files and read their headers.
+
+        `folder` holds the commit's small files; `file` is the weight file, or the index, if the config names one.
+        Raises `CheckpointError` where there are no safetensors, or an index points elsewhere.
+        """
+        wanted = {name: options.get(name) for name in ("token", "local_files_only")}
+        found = cls(repo, folder, wanted)
+        index = folder / Path(file or SAFE_WEIGHTS_INDEX_NAME).name  # whatever the config says, in this folder
+        if index.suffix == ".json":
+            names = shards_of(index) if index.is_file() else [SAFE_WEIGHTS_NAME]
+        else:
+            names = [index.name]
+        with ThreadPoolExecutor(_AT_ONCE, thread_name_prefix="moe-offload-hub") as several:
+            headers = dict(zip(names, several.map(found._header, names), strict=True))
+        return cls(repo, folder, wanted, headers)
+
+    def download(self, files: Iterable[str]) -> list[Path]:
+        """Bring files to this machine that are not there yet."""
+        return [Path(hf_hub_download(self.repo, name, revision=self.folder.name, **self.options)) for name in files]
+
+    def _header(self, name: str) -> tuple[FieldSpec, ...]:
+        path = self.folder / name
+        if path.is_file():
+            return tuple(FieldSpec(one.name, one.shape, one.dtype) for one in read_header(path))
+        if self.options["local_files_only"]:
+            raise self._missing(name)
+        api = HfApi(token=self.options["token"])
+        try:
+            header = api.parse_safetensors_file_metadata(self.repo, name, revision=self.folder.name)
+        except OfflineModeIsEnabled as error:
+            raise self._missing(name) from error
+        except EntryNotFoundError as error:
+            there = api.list_repo_files(self.repo, revision=self.folder.name)
+            raise without_safetensors(self.repo, there) from error
+        except (_CONNECTION_FAILED, SafetensorsParsingError) as error:
+            raise CheckpointError(
+                f"cannot read the header of {name} of {self.repo}: {' '.join(str(error).split())}"
+            ) from error
+        odd = sorted({one.dtype for one in header.tensors.values()} - DTYPES.keys())
+        if odd:
+            raise CheckpointError(f"{self.repo} has tensors of dtype {odd[0]} in {name}, which is not read")
+        return tuple(FieldSpec(key, tuple(one.shape), DTYPES[one.dtype]) for key, one in header.tensors.items())
+
+    def _missing(self, name: str) -> CheckpointError:
+        return CheckpointError(
+            f"{self.repo} has its {name} on the Hub only, which is not to be asked; leave out local_files_only (or "
+            f"HF_HUB_OFFLINE) once, so that its header can be read"
+        )
+
+
+def shards_of(index: Path) -> list[str]:
+    """The files that an index names; it was written by somebody else, so none of them may lead out of the folder."""
+    try:
+        shards = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise CheckpointError(f"{index} is not a checkpoint index: it has no readable weight_map") from error
+    for shard in shards:
+        if not isinstance(shard, str) or Path(shard).is_absolute() or ".." in Path(shard).parts:
+            raise CheckpointError(f"{index} names {shard!r}; refusing to read outside of {index.parent}")
+    return shards
+
+
+def without_safetensors(name: str, files: Iterable[str]) -> CheckpointError:
+    """Why there are no weights that can be read."""
+    pickles = sorted(file for file in files if any(fnmatch(file, pattern) for pattern in _PICKLES))
+    if pickles:
+        return CheckpointError(
+            f"{name} has its weights in {', '.join(pickles[:3])}{', ...' if len(pickles) > 3 else ''}, which run code "
+            f"when they are read; only safetensors are, so load the model where you trust it and call save_pretrained"
+        )
+    return CheckpointError(
+        f"cannot read the weights of {name}: it has no {SAFE_WEIGHTS_NAME} and no {SAFE_WEIGHTS_INDEX_NAME}"
+    )
