@@ -8,6 +8,7 @@ import gc
 import importlib.util
 import logging
 import os
+import threading
 
 import pytest
 import torch
@@ -119,6 +120,19 @@ def test_resizing_and_replacing_experts_between_replays_changes_nothing(folder, 
     assert torch.equal(tokens, eager[0])
     assert torch.equal(logits, eager[1])
     assert step_of(model).num_captured == 1
+
+
+@gpu
+def test_threads_that_share_a_model_get_the_right_tokens(folder, eager):
+    model = load(folder, "graph", device=DEVICE)
+    found = []
+    threads = [threading.Thread(target=lambda: found.append(generate(model, prompt(), **static()))) for _ in range(2)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert len(found) == 2
+    assert all(torch.equal(tokens, eager[0]) and torch.equal(logits, eager[1]) for tokens, logits in found)
 
 
 @gpu

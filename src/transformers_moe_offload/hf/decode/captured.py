@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Hashable, Mapping
+from math import prod
 from typing import Any
 
 import torch
@@ -76,9 +77,19 @@ def signature(inputs: Mapping[str, Any]) -> Hashable | None:
     )
 
 
+def num_tokens(inputs: Mapping[str, Any]) -> int:
+    """Tokens of all rows of a batch."""
+    return int(prod(_shape(inputs)))
+
+
 def _num_new(inputs: Mapping[str, Any]) -> int:
+    """Tokens of each row."""
+    return _shape(inputs)[1]
+
+
+def _shape(inputs: Mapping[str, Any]) -> torch.Size:
     ids = inputs.get("input_ids")
-    return (inputs["inputs_embeds"] if ids is None else ids).shape[1]
+    return inputs["inputs_embeds"].shape[:2] if ids is None else ids.shape
 
 
 def _others(inputs: Mapping[str, Any]) -> dict[str, Any]:

@@ -123,8 +123,8 @@ class Decoding:
         hidden, top_k_index = inputs[0], inputs[1]
         if hidden.shape[0] > MOST_TOKENS or top_k_index.numel() > MOST_PAIRS:
             return f"forwards of more than {MOST_TOKENS} tokens are computed expert by expert"
-        if hidden.dtype not in gpu.TYPES:
-            return f"no kernels multiply rows of {hidden.dtype}"
+        if hidden.dtype not in gpu.TYPES or top_k_index.dtype != torch.int64:
+            return f"no kernels take rows of {hidden.dtype} with indices of {top_k_index.dtype}"
         if needs_grad or module.training:
             return "in training experts are computed one by one"
         if is_adapted:

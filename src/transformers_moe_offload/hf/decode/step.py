@@ -16,8 +16,9 @@ from typing import TYPE_CHECKING, Any
 import torch
 from transformers import CompileConfig
 
-from transformers_moe_offload.hf.decode.captured import PAST, CapturedStep, signature
-from transformers_moe_offload.hf.decode.decoding import Decoding
+from transformers_moe_offload.errors import MoeOffloadError
+from transformers_moe_offload.hf.decode.captured import PAST, CapturedStep, num_tokens, signature
+from transformers_moe_offload.hf.decode.decoding import MOST_TOKENS, Decoding
 from transformers_moe_offload.hf.decode.state import state_of, watched
 from transformers_moe_offload.hf.decode.static_cache import unfit
 
@@ -117,7 +118,7 @@ class DecodeStep:
         try:
             with self._runtime.decoding.capturing():
                 step = CapturedStep(model, inputs, model.device)
-        except RuntimeError as error:  # torch's own for whatever a graph cannot capture
+        except (RuntimeError, MoeOffloadError) as error:  # torch's own for whatever a graph cannot capture, and ours
             self._refused.add(key)
             self._say(f"steps are not captured: {type(model).__name__} does what a graph cannot: {error}")
             return None
@@ -134,12 +135,16 @@ class DecodeStep:
 
 def _hindered(args: tuple[Any, ...], inputs: Mapping[str, Any]) -> str | None:
     """What about a call stands against capturing it; None if nothing does."""
-    if args or PAST not in inputs:
-        return "the model was not called with names for all of its inputs, past_key_values among them"
+    if args or PAST not in inputs or all(inputs.get(name) is None for name in ("input_ids", "inputs_embeds")):
+        return "the model was not called with tokens and past_key_values by name"
     if torch.is_grad_enabled():
         return "gradients are enabled"
     cache = inputs[PAST]
     reason = unfit(cache)
-    if reason is None and inputs.get("position_ids") is None and any(layer.is_sliding for layer in cache.layers):
+    if reason is not None:
+        return reason
+    if num_tokens(inputs) > MOST_TOKENS:
+        return f"forwards of more than {MOST_TOKENS} tokens are not on the device"
+    if inputs.get("position_ids") is None and any(layer.is_sliding for layer in cache.layers):
         return "without position_ids the model counts positions in Python"
-    return reason
+    return None
