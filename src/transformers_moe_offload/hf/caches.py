@@ -22,6 +22,7 @@ from transformers_moe_offload.config import OffloadConfig
 from transformers_moe_offload.engine.engine import DeviceEngine
 from transformers_moe_offload.errors import ConfigError
 from transformers_moe_offload.expert import ExpertId
+from transformers_moe_offload.hf.decode.costs import slower_on_device
 from transformers_moe_offload.hf.decode.decoding import Decoding
 from transformers_moe_offload.hf.decode.engines import addressed_layers, build_engines
 from transformers_moe_offload.hf.decode.obstacles import obstacle, report
@@ -55,12 +56,17 @@ class LayerCaches:
         sources = list(by_layer.values())
         obstacles = self._obstacles(by_layer, config)
         plan = tried_out(make_plan(self._placements(by_layer, config, obstacles), config), sources, config)
+        if config.decode == "auto" and plan.arena_bytes:
+            slower = slower_on_device(model, self._layers, by_layer, plan, config)
+            names = {layer.index: layer.name for layer in self._layers}
+            obstacles |= {names[index]: reason for pool, reason in slower.items() for index in pool.layers}
+            plan = without_arenas(plan, config, slower)
         engines: dict[int, DeviceEngine] = {}
         if plan.arena_bytes:
             try:
                 engines = build_engines(plan, sources, config)
             except ConfigError as error:  # the system does not grant so much page-locked memory
-                plan = without_arenas(plan, config, str(error))
+                plan = replace(without_arenas(plan, config, plan.pools), arena_refused=str(error))
         if plan.arena_refused is not None:
             obstacles = {layer.name: plan.arena_refused for layer in self._layers} | obstacles
         report(obstacles, len(self._layers), config)

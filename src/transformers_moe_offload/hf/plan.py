@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import logging
 from collections import Counter
-from collections.abc import Sequence, Set
+from collections.abc import Container, Sequence, Set
 from dataclasses import dataclass, replace
 from typing import NamedTuple
 
 import torch
 
 from transformers_moe_offload.cache.cache import ExpertCache
-from transformers_moe_offload.cache.capacity import PoolNeed, share_out, smallest_budget
+from transformers_moe_offload.cache.capacity import PoolNeed, share_out, share_out_by_device, smallest_budget
 from transformers_moe_offload.config import Budget, OffloadConfig
 from transformers_moe_offload.errors import ConfigError
 from transformers_moe_offload.expert import ExpertSpec
@@ -179,11 +179,7 @@ def make_plan(placements: Sequence[Placement], config: OffloadConfig) -> Offload
         for (_, slot_bytes, _, _), members in groups.items()
     ]
     all_bytes = sum(need.all_bytes for need in needs)
-    budget = config.budget
-    available = 0
-    if budget.nbytes is None and budget.share is None:
-        available = sum(available_bytes(device) for device in {device for device, *_ in groups})
-    budget_bytes = budget.resolve(all_bytes, available)
+    budget_bytes, slots = _shared_out(config.budget, [device for device, *_ in groups], needs)
     has_room = page_cache_holds(all_bytes)
     pools = [
         PoolPlan(
@@ -196,7 +192,7 @@ def make_plan(placements: Sequence[Placement], config: OffloadConfig) -> Offload
             is_mapped=is_mappable and (config.mmap is True or is_in_ram or (has_room and num_slots < need.num_experts)),
         )
         for ((device, _, is_mappable, is_in_ram), members), need, num_slots in zip(
-            groups.items(), needs, share_out(budget_bytes, needs), strict=True
+            groups.items(), needs, slots, strict=True
         )
     ]
     addressed = {placement.spec.layer for placement in placements if placement.is_addressed}
@@ -209,6 +205,14 @@ def make_plan(placements: Sequence[Placement], config: OffloadConfig) -> Offload
         reads_past_cache=config.direct_io is True or (config.direct_io == "auto" and not has_room),
         arena_refused=refused,
     )
+
+
+def _shared_out(budget: Budget, devices: Sequence[torch.device], needs: Sequence[PoolNeed]) -> tuple[int, list[int]]:
+    """A budget in bytes, and the slots of each pool: in proportion, or by what is free on each device."""
+    if budget.nbytes is None and budget.share is None:
+        return share_out_by_device({device: available_bytes(device) for device in devices}, devices, needs)
+    budget_bytes = budget.resolve(sum(need.all_bytes for need in needs), 0)
+    return budget_bytes, share_out(budget_bytes, needs)
 
 
 def _with_arenas(
@@ -231,10 +235,10 @@ def _with_arenas(
     ], None
 
 
-def without_arenas(plan: OffloadPlan, config: OffloadConfig, reason: str) -> OffloadPlan:
-    """The same plan where page-locked memory cannot be had."""
-    pools = tuple(replace(pool, arena_bytes=0) for pool in plan.pools)
-    return replace(plan, pools=pools, host_bytes=_host_bytes(pools, config), arena_refused=reason)
+def without_arenas(plan: OffloadPlan, config: OffloadConfig, left_out: Container[PoolPlan]) -> OffloadPlan:
+    """The same plan without page-locked memory for the experts of some pools."""
+    pools = tuple(replace(pool, arena_bytes=0) if pool in left_out else pool for pool in plan.pools)
+    return replace(plan, pools=pools, host_bytes=_host_bytes(pools, config))
 
 
 def _others(members: Sequence[Placement]) -> tuple[tuple[int, int], ...]:
@@ -314,7 +318,9 @@ def _slots(store: ExpertStore, host: HostTier, pool: PoolPlan, config: OffloadCo
 
 
 def copier_for(pool: PoolPlan, fill: OpenFill, config: OffloadConfig) -> Copier:
-    """What fills the slots of a pool on an accelerator with records from somewhere."""
+    """What fills the slots of a pool with records from somewhere."""
+    if pool.device.type == "cpu":
+        return HostCopier(fill, workers_of(config))
     is_pinned = config.pin_memory is not False
     return CudaCopier(fill, workers_of(config), pool.device, pool.need.largest_bytes, is_pinned)
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 
+import torch
 from torch import nn
 from transformers.utils import logging
 
@@ -11,10 +12,12 @@ from transformers_moe_offload.compute.on_device import OnDevice
 from transformers_moe_offload.config import OffloadConfig
 from transformers_moe_offload.engine.arena import Arena
 from transformers_moe_offload.engine.engine import DeviceEngine
+from transformers_moe_offload.engine.peers import faster_peers, lodge
 from transformers_moe_offload.hf.decode.decoding import AddressedLayer
 from transformers_moe_offload.hf.decode.obstacles import record_layout
 from transformers_moe_offload.hf.layer import SparseLayer, experts_at
 from transformers_moe_offload.hf.plan import OffloadPlan, PoolPlan, workers_of
+from transformers_moe_offload.memory.available import available_bytes
 from transformers_moe_offload.memory.checkpoint import ExpertStore, LayerSource
 from transformers_moe_offload.policies import make_policy
 
@@ -25,14 +28,21 @@ def build_engines(plan: OffloadPlan, sources: Sequence[LayerSource], config: Off
     Raises `ConfigError` if the system does not grant that memory, and what reading experts raises.
     """
     pools = [pool for pool in plan.pools if pool.arena_bytes]
+    arenas: dict[torch.device, list[Arena]] = {}
+    """Of experts that do not all have slots."""
     store = ExpertStore(sources, past_cache=plan.reads_past_cache)
     engines: list[DeviceEngine] = []
     found: dict[int, DeviceEngine] = {}
     try:
         with logging.tqdm(total=plan.arena_bytes, unit="B", unit_scale=True, desc="Reading experts") as bar:
             for pool in pools:
-                engines.append(_engine(store, pool, config, bar.update))
+                arena = _arena(store, pool, config, bar.update)
+                engines.append(_engine(store, pool, arena, config))
                 found |= dict.fromkeys(pool.layers, engines[-1])
+                if pool.num_slots < pool.need.num_experts:
+                    arenas.setdefault(pool.device, []).append(arena)
+        if config.cache_budget == "auto":
+            _use_spare_memory(arenas, plan)
     except BaseException:
         for engine in engines:
             engine.close()
@@ -59,10 +69,8 @@ def addressed_layers(
     return found
 
 
-def _engine(
-    store: ExpertStore, pool: PoolPlan, config: OffloadConfig, advance: Callable[[int], object]
-) -> DeviceEngine:
-    arena = Arena(
+def _arena(store: ExpertStore, pool: PoolPlan, config: OffloadConfig, advance: Callable[[int], object]) -> Arena:
+    return Arena(
         store,
         pool.layers,
         pool.device,
@@ -70,5 +78,24 @@ def _engine(
         workers=workers_of(config),
         advance=advance,
     )
+
+
+def _engine(store: ExpertStore, pool: PoolPlan, arena: Arena, config: OffloadConfig) -> DeviceEngine:
     num_experts = {layer: store.layers[layer].spec.num_experts for layer in pool.layers}
     return DeviceEngine(arena, num_experts, pool.num_slots, make_policy(config.policy), pool.device)
+
+
+def _use_spare_memory(arenas: Mapping[torch.device, Sequence[Arena]], plan: OffloadPlan) -> None:
+    """Give experts that do not all have slots copies on GPUs that have memory to spare when all pools have theirs."""
+    gpus = sorted({pool.device for pool in plan.pools if pool.device.type == "cuda"}, key=str)
+    if len(gpus) < 2 or not arenas:
+        return
+    faster = {}
+    for device, (arena, *_) in arenas.items():
+        record = arena.record(next(iter(arena.experts)))
+        faster[device] = faster_peers(device, [other for other in gpus if other != device], record)
+    spare_bytes = {device: available_bytes(device) for device in gpus}
+    for pool in plan.pools:
+        if not pool.arena_bytes and pool.device in spare_bytes:  # its cache is built later
+            spare_bytes[pool.device] -= pool.cache_bytes
+    lodge(arenas, spare_bytes, faster)
