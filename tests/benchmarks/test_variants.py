@@ -14,7 +14,7 @@ LAYERS, EXPERTS, TOP_K, STEPS = 8, 16, 4, 3
 @pytest.fixture(scope="module")
 def measured(script, tiny_moe, one_thread):
     """Measure one row, once."""
-    lengths = {"prompt_tokens": 8, "steps": STEPS, "runs": 1, "states": ["warm"]}
+    lengths = {"prompt_tokens": 8, "steps": STEPS, "runs": 1}
     return cache(lambda name: script("ablate").measure_variant(name, tiny_moe, "50%", **lengths))
 
 

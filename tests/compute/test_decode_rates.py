@@ -1,14 +1,12 @@
 """Rates of decoding are read off real layers, on a GPU or in Triton's interpreter; none has to be of any size."""
 
 import importlib.util
-import os
-import subprocess
-import sys
 
 import pytest
 import torch
 from torch import nn
 
+from interpreted import IS_INTERPRETED, pass_in_the_interpreter
 from transformers_moe_offload.cache.misses import MissRates
 from transformers_moe_offload.compute import rates
 from transformers_moe_offload.compute.decode_rates import decode_rates
@@ -18,7 +16,6 @@ from transformers_moe_offload.expert import FieldSpec
 from transformers_moe_offload.formats.coding import ExpertCoding
 from transformers_moe_offload.memory.record import RecordLayout
 
-IS_INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 H, I = 64, 32  # noqa: E741 - hidden, intermediate
 FIELDS = (FieldSpec("gate_up_proj", (2 * I, H), "float32"), FieldSpec("down_proj", (H, I), "float32"))
 MISSES = MissRates(fetch_s=1.0, expert_s=2.0, row_s=3.0, trip_s=4.0)
@@ -35,14 +32,7 @@ class Experts(nn.Module):
 
 
 def test_the_test_for_a_gpu_passes_in_the_interpreter():
-    done = subprocess.run(
-        [sys.executable, "-m", "pytest", __file__, "-m", "gpu", "-p", "no:cacheprovider", "-p", "no:xdist"],
-        env=os.environ | {"TRITON_INTERPRET": "1"},
-        capture_output=True,
-        text=True,
-    )
-    assert done.returncode == 0, done.stdout + done.stderr
-    assert "2 passed" in done.stdout
+    pass_in_the_interpreter(__file__)
 
 
 @pytest.mark.gpu

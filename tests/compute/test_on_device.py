@@ -7,9 +7,6 @@ As in `kernels/test_triton.py`, tests marked `gpu` run on a GPU, or interpreted 
 
 import importlib.util
 import itertools
-import os
-import subprocess
-import sys
 from dataclasses import replace
 from types import SimpleNamespace
 
@@ -20,6 +17,7 @@ from hypothesis import strategies as st
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from compute.records import EXPERTS, GATED, ROUNDING, Records, swiglu
+from interpreted import DEVICE, IS_INTERPRETED, need_a_gpu, pass_in_the_interpreter
 from kernels.interpreter import let_it_multiply_bfloat16
 from transformers_moe_offload.compute import held, routing
 from transformers_moe_offload.compute.activation import activate
@@ -33,8 +31,6 @@ from transformers_moe_offload.formats.foreign import ForeignCoding, ForeignField
 from transformers_moe_offload.kernels.grouped import Activation
 from transformers_moe_offload.memory.record import RecordLayout
 
-IS_INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
-DEVICE = torch.device("cpu" if IS_INTERPRETED else "cuda")
 gpu = pytest.mark.gpu
 pytestmark = pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="Triton is not installed")
 
@@ -53,20 +49,12 @@ def _kernels(request):
 
 @pytest.fixture(autouse=True)
 def _needs_a_gpu(request):
-    if "gpu" in request.keywords and not IS_INTERPRETED and not torch.cuda.is_available():
-        pytest.skip("needs a CUDA device")
+    if "gpu" in request.keywords:
+        need_a_gpu()
 
 
 def test_all_tests_for_a_gpu_pass_in_the_interpreter():
-    done = subprocess.run(
-        [sys.executable, "-m", "pytest", __file__, "-m", "gpu", "-p", "no:cacheprovider", "-p", "no:xdist"],
-        env=os.environ | {"TRITON_INTERPRET": "1"},
-        capture_output=True,
-        text=True,
-    )
-    assert done.returncode == 0, done.stdout + done.stderr
-    assert " passed" in done.stdout
-    assert "skipped" not in done.stdout
+    pass_in_the_interpreter(__file__)
 
 
 def test_a_cpu_is_no_device_for_kernels_unless_they_are_interpreted():

@@ -7,10 +7,13 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+from transformers_moe_offload.compute.forward import computed
 from transformers_moe_offload.compute.padding import padded, padded_count
+from transformers_moe_offload.compute.routing import group_by_expert
+from transformers_moe_offload.formats.by_expert import AS_USED
 from transformers_moe_offload.kernels.dense import FEW_ROWS
 
-HALF, FLOAT = torch.empty(0, dtype=torch.bfloat16), torch.empty(0)
+HALF, FLOAT = torch.empty(0, dtype=torch.float16), torch.empty(0)
 
 
 def test_up_to_four_thousand_rows_there_are_few_numbers():
@@ -43,3 +46,19 @@ def test_the_first_token_fills_up(count):
     found = padded(tokens, HALF)
     assert torch.equal(found[:count], tokens)
     assert found[count:].tolist() == [100] * (padded_count(count, HALF) - count)
+    assert padded(tokens.tolist(), HALF) == found.tolist()
+
+
+def test_prompts_of_any_length_give_an_expert_few_numbers_of_rows():
+    counts = []
+
+    def mlp(experts, rows, weights):
+        counts.append(len(rows))
+        return 2 * rows
+
+    for length in range(9, 60):
+        hidden = torch.arange(length, dtype=torch.float16)[:, None].expand(-1, 4)
+        grouping = group_by_expert(torch.zeros(length, 1, dtype=torch.int64), torch.ones(length, 1), 1)
+        found = computed(mlp, None, hidden, grouping, {0: {}}, AS_USED)[0]
+        assert torch.equal(found, 2 * hidden)
+    assert set(counts) == {16, 32, 48, 64}

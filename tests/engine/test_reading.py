@@ -5,13 +5,11 @@ kernel can read page-locked memory at the host's address, and whether marks are 
 """
 
 import importlib.util
-import os
-import subprocess
-import sys
 
 import pytest
 import torch
 
+from interpreted import DEVICE, IS_INTERPRETED, need_a_gpu, pass_in_the_interpreter
 from stores import stacked_store
 from transformers_moe_offload.engine.arena import Arena
 from transformers_moe_offload.engine.engine import DeviceEngine
@@ -20,8 +18,6 @@ from transformers_moe_offload.policies import make_policy
 
 gpu = pytest.mark.gpu
 pytestmark = pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="Triton is not installed")
-IS_INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
-DEVICE = torch.device("cpu") if IS_INTERPRETED else torch.device("cuda", 0)
 NUM_LAYERS, NUM_EXPERTS, TOP_K = 3, 8, 2
 WIDTH = 16 if IS_INTERPRETED else 256
 """Of an expert's matrix: on a GPU large enough for a copy to take longer than a launch."""
@@ -31,8 +27,7 @@ NUM_STEPS = 8 if IS_INTERPRETED else 1000
 @pytest.fixture(scope="module")
 def read():
     """What reads all records of a layer; imported in tests only, which decides whether it is interpreted."""
-    if not IS_INTERPRETED and not torch.cuda.is_available():
-        pytest.skip("needs a CUDA device")
+    need_a_gpu()
     from .reading import read
 
     return read
@@ -48,15 +43,7 @@ def store(tmp_path_factory):
 
 
 def test_all_tests_for_a_gpu_pass_in_the_interpreter():
-    done = subprocess.run(
-        [sys.executable, "-m", "pytest", __file__, "-m", "gpu", "-p", "no:cacheprovider", "-p", "no:xdist"],
-        env=os.environ | {"TRITON_INTERPRET": "1"},
-        capture_output=True,
-        text=True,
-    )
-    assert done.returncode == 0, done.stdout + done.stderr
-    assert " passed" in done.stdout
-    assert "skipped" not in done.stdout
+    pass_in_the_interpreter(__file__)
 
 
 @gpu

@@ -6,14 +6,12 @@ As in `kernels/test_triton.py`, tests marked `gpu` run on a GPU, or interpreted 
 # T tokens, K experts per token, E experts, H hidden
 
 import importlib.util
-import os
-import subprocess
-import sys
 from types import SimpleNamespace
 
 import pytest
 import torch
 
+from interpreted import DEVICE, need_a_gpu, pass_in_the_interpreter
 from transformers_moe_offload.compute.activation import activate, recognised
 from transformers_moe_offload.compute.mlp import ExpertMlp
 from transformers_moe_offload.compute.on_device import OnDevice, missing_on_device
@@ -23,8 +21,6 @@ from transformers_moe_offload.hf.layouts.stacked import StackedLayout
 from transformers_moe_offload.memory.record import RecordLayout, dtype_name
 from zoo.build import build
 
-IS_INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
-DEVICE = torch.device("cpu" if IS_INTERPRETED else "cuda")
 gpu = pytest.mark.gpu
 pytestmark = pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="Triton is not installed")
 
@@ -44,22 +40,13 @@ RECOGNISED = {
 
 
 def test_all_tests_for_a_gpu_pass_in_the_interpreter():
-    done = subprocess.run(
-        [sys.executable, "-m", "pytest", __file__, "-m", "gpu", "-p", "no:cacheprovider", "-p", "no:xdist"],
-        env=os.environ | {"TRITON_INTERPRET": "1"},
-        capture_output=True,
-        text=True,
-    )
-    assert done.returncode == 0, done.stdout + done.stderr
-    assert " passed" in done.stdout
-    assert "skipped" not in done.stdout
+    pass_in_the_interpreter(__file__)
 
 
 @gpu
 @pytest.mark.parametrize("name", RECOGNISED)
 def test_experts_of_transformers_compute_by_address_what_they_compute_themselves(name):
-    if not IS_INTERPRETED and not torch.cuda.is_available():
-        pytest.skip("needs a CUDA device")
+    need_a_gpu()
     module = next(module for module in build(name).modules() if StackedLayout.matches(module))
     layout = StackedLayout()
     mlp, fields, num_experts = layout.mlp(module), layout.fields(module), layout.num_experts(module)

@@ -7,23 +7,19 @@ numpy, they run anywhere.
 import copy
 import importlib.util
 import logging
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 import torch
 from transformers import LogitsProcessor
 
+from interpreted import DEVICE, IS_INTERPRETED, need_a_gpu, pass_in_the_interpreter
 from transformers_moe_offload import ExpertFormats, HqqFormat, MoeOffloadError, OffloadConfig
 from transformers_moe_offload.compute.without_host import HostSyncError, without_host
 from transformers_moe_offload.routing import record_routing, set_routing
 
 from .decoding import NEW_TOKENS, generate, load, prompt, save
 
-IS_INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
-DEVICE = "cpu" if IS_INTERPRETED else "cuda"
 gpu = pytest.mark.gpu
 pytestmark = pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="Triton is not installed")
 
@@ -33,8 +29,8 @@ CLOSE = {"rtol": 1e-4, "atol": 1e-5}
 
 @pytest.fixture(autouse=True)
 def _needs_a_gpu(request):
-    if "gpu" in request.keywords and not IS_INTERPRETED and not torch.cuda.is_available():
-        pytest.skip("needs a CUDA device")
+    if "gpu" in request.keywords:
+        need_a_gpu()
 
 
 @pytest.fixture(scope="module")
@@ -52,19 +48,7 @@ def on_the_host(folder):
 
 @pytest.mark.timeout(900)
 def test_all_tests_for_a_gpu_pass_in_the_interpreter():
-    here = Path(__file__).parent
-    done = subprocess.run(
-        [
-            *(sys.executable, "-m", "pytest", "-m", "gpu", "-p", "no:cacheprovider", "-p", "no:xdist"),
-            *(__file__, str(here / "test_graphs.py")),
-        ],
-        env=os.environ | {"TRITON_INTERPRET": "1"},
-        capture_output=True,
-        text=True,
-    )
-    assert done.returncode == 0, done.stdout + done.stderr
-    assert " passed" in done.stdout
-    assert "skipped" not in done.stdout
+    pass_in_the_interpreter(__file__, Path(__file__).with_name("test_graphs.py"))
 
 
 @gpu

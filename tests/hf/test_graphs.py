@@ -7,27 +7,25 @@ import copy
 import gc
 import importlib.util
 import logging
-import os
 import threading
 
 import pytest
 import torch
 from transformers import LogitsProcessor, LogitsProcessorList
 
+from interpreted import DEVICE, need_a_gpu
 from transformers_moe_offload.routing import record_routing
 
 from .decoding import NEW_TOKENS, generate, load, prompt, save, static
 
-IS_INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
-DEVICE = "cpu" if IS_INTERPRETED else "cuda"
 gpu = pytest.mark.gpu
 pytestmark = pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="Triton is not installed")
 
 
 @pytest.fixture(autouse=True)
 def _needs_a_gpu(request):
-    if "gpu" in request.keywords and not IS_INTERPRETED and not torch.cuda.is_available():
-        pytest.skip("needs a CUDA device")
+    if "gpu" in request.keywords:
+        need_a_gpu()
 
 
 @pytest.fixture(scope="module")

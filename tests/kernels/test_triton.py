@@ -8,14 +8,12 @@ numpy, they run anywhere.
 
 import importlib.util
 import itertools
-import os
 import random
-import subprocess
-import sys
 
 import pytest
 import torch
 
+from interpreted import DEVICE, IS_INTERPRETED, pass_in_the_interpreter
 from transformers_moe_offload.kernels import reference
 from transformers_moe_offload.kernels.grouped import Pairs, PlacedMatrix
 from transformers_moe_offload.kernels.packed import PackedMatrix
@@ -23,8 +21,6 @@ from transformers_moe_offload.kernels.packed import PackedMatrix
 from .interpreter import let_it_multiply_bfloat16
 from .matrices import GROUP_SIZES, META_NBITS, NBITS, random_matrix, random_rows, with_meta
 
-IS_INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
-DEVICE = "cpu" if IS_INTERPRETED else "cuda"
 gpu = pytest.mark.gpu
 pytestmark = pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="Triton is not installed")
 
@@ -47,15 +43,7 @@ def kernels():
 
 
 def test_all_tests_for_a_gpu_pass_in_the_interpreter():
-    done = subprocess.run(
-        [sys.executable, "-m", "pytest", __file__, "-m", "gpu", "-p", "no:cacheprovider", "-p", "no:xdist"],
-        env=os.environ | {"TRITON_INTERPRET": "1"},
-        capture_output=True,
-        text=True,
-    )
-    assert done.returncode == 0, done.stdout + done.stderr
-    assert " passed" in done.stdout
-    assert "skipped" not in done.stdout
+    pass_in_the_interpreter(__file__)
 
 
 @gpu

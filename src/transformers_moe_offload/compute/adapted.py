@@ -90,6 +90,6 @@ def rows_by_expert(hidden_states: Tensor, grouping: Grouping) -> dict[int, Tenso
     if not tokens:
         return {}
     device = hidden_states.device
-    wanted = [padded(torch.as_tensor(wanting, device=device), hidden_states) for wanting in tokens.values()]
+    wanted = [torch.as_tensor(padded(wanting, hidden_states), device=device) for wanting in tokens.values()]
     parts = hidden_states.index_select(0, torch.cat(wanted)).split([len(some) for some in wanted])
     return dict(zip(tokens, parts, strict=True))

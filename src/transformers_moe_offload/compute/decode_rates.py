@@ -135,6 +135,9 @@ class _MadeSlots:
     def retire(self, slot: int) -> None:
         """Nothing is ever copied."""
 
+    def give_back(self) -> None:
+        """There is nothing but what is resident."""
+
     def weights(self, expert: ExpertId, slot: int) -> Weights:
         """The expert."""
         return self._views[slot]

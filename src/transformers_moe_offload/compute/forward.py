@@ -18,6 +18,7 @@ from transformers_moe_offload.cache.cache import ExpertCache
 from transformers_moe_offload.compute.held import are_computed_together, together
 from transformers_moe_offload.compute.host_side import HostSide
 from transformers_moe_offload.compute.mlp import ExpertMlp, ExpertWeights
+from transformers_moe_offload.compute.padding import padded
 from transformers_moe_offload.compute.routing import FEW_PAIRS, Grouping, group_by_expert
 from transformers_moe_offload.formats.base import Coding
 from transformers_moe_offload.formats.by_expert import AS_USED, LayerCodings
@@ -78,15 +79,18 @@ def computed(
     if are_computed_together(mlp, hidden_states, codings):
         return together(mlp, experts, hidden_states, grouping, held, codings)
     if len(held) > 1:
-        tokens = [grouping.tokens[expert] for expert in held]
-        counts = [len(wanting) for wanting in tokens]
+        wanting = [grouping.tokens[expert] for expert in held]
+        counts = [len(tokens) for tokens in wanting]
         if sum(counts) <= FEW_PAIRS and mlp.takes_several(hidden_states, counts, map(codings.of, held)):
             weights = [opened(one, codings.of(expert)) for expert, one in held.items()]
-            return dict(zip(held, mlp.several(experts, _stacked(hidden_states, tokens), counts, weights), strict=True))
-    return {
-        expert: mlp(experts, rows_of(hidden_states, grouping.tokens[expert]), opened(one, codings.of(expert)))
-        for expert, one in held.items()
-    }
+            return dict(zip(held, mlp.several(experts, _stacked(hidden_states, wanting), counts, weights), strict=True))
+    outputs = {}
+    for expert, one in held.items():
+        tokens, coding = grouping.tokens[expert], codings.of(expert)
+        is_packed = coding is not None and coding.is_packed
+        rows = rows_of(hidden_states, tokens if is_packed else padded(tokens, hidden_states))
+        outputs[expert] = mlp(experts, rows, opened(one, coding))[: len(tokens)]
+    return outputs
 
 
 def rows_of(hidden_states: Tensor, tokens: Tensor | list[int]) -> Tensor:
@@ -94,11 +98,11 @@ def rows_of(hidden_states: Tensor, tokens: Tensor | list[int]) -> Tensor:
     return hidden_states if hidden_states.shape[0] == 1 == len(tokens) else hidden_states[tokens]
 
 
-def _stacked(hidden_states: Tensor, tokens: list[Tensor | list[int]]) -> Tensor:
+def _stacked(hidden_states: Tensor, wanting: list[Tensor | list[int]]) -> Tensor:
     """hidden_states (T, H) of some tokens, and of some more, and so on: (N, H)."""
     if hidden_states.shape[0] == 1:
-        return hidden_states.expand(sum(map(len, tokens)), -1)
-    return hidden_states[[int(token) for wanting in tokens for token in wanting]]
+        return hidden_states.expand(sum(map(len, wanting)), -1)
+    return hidden_states[[int(token) for tokens in wanting for token in tokens]]
 
 
 def opened(weights: Weights, coding: Coding | None) -> ExpertWeights:
