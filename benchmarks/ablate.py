@@ -20,7 +20,7 @@ from transformers_moe_offload.bench.workload import Workload
 
 
 def measure_variant(
-    variant: str, folder: str, budget: str, prompt_tokens: int, steps: int, runs: int, states: list[str]
+    variant: str, folder: str, budget: str, prompt_tokens: int, steps: int, runs: int
 ) -> dict[str, Any]:
     """Runs by page cache state, and a digest of the logits, which no variant may change."""
     chosen = next(row for row in variants() if row.name == variant)
@@ -32,7 +32,7 @@ def measure_variant(
     work = Workload(name="decode", prompt_tokens=prompt_tokens, steps=steps)
     answer: dict[str, Any] = {"says": chosen.says, "model": facts(model), "passage": passage.source}
     answer["digest"] = hashlib.sha256(logits.float().numpy().tobytes()).hexdigest()
-    for state in states:
+    for state in chosen.states:
         answer[state] = [asdict(one) for one in repeated(model, work, passage, runs, state)]
     return answer | {"written_share": written_share(model)}
 

@@ -19,11 +19,9 @@ import typer
 from make_model import made_model
 from outcome import HERE, Verdict, show, write
 from series import measured_rows
-from variants import prefetching, variants
+from variants import STATES, prefetching, variants
 
 from transformers_moe_offload.bench.tables import Table, mib
-
-STATES = ("warm", "cold")
 
 
 def measure_ablation(
@@ -39,7 +37,7 @@ def measure_ablation(
     """Measure all rows, each in a process of its own."""
     folder = model or made_model(shapes.QUICK if quick else shapes.Shape(), made)
     lengths = {"prompt_tokens": 16, "steps": 4 if quick else 16, "runs": 1 if quick else runs}
-    common = {"folder": str(folder), "budget": budget, "states": STATES} | lengths
+    common = {"folder": str(folder), "budget": budget} | lengths
     jobs = {row.name: common | {"variant": row.name} for row in variants()}
     result = measured_rows("ablate.py", jobs, folder, threads, parts=made / "parts", most_s=60 * most_minutes)
     result["facts"] = {"model": folder.name, "budget": budget, "lengths": str(lengths)}
@@ -54,6 +52,8 @@ def table(result: dict[str, Any], state: str) -> Table:
     """Speed and bytes of each row, and its speed as a multiple of the first row's."""
     rows, first_s = [], None
     for name, found in result["rows"].items():
+        if state not in found:
+            continue
         runs = found[state]
         token_s = median(one["elapsed_s"] / len(one["forward_s"]) for one in runs)
         first_s = first_s or token_s

@@ -10,11 +10,15 @@ import os
 import subprocess
 import sys
 import tempfile
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from cap import Cap
+
+ON_CPU = {"CUDA_VISIBLE_DEVICES": ""}
+"""For jobs that compute on the CPU, whatever else there is."""
 
 TAIL = 2000
 """Characters of a failed process's stderr that are kept."""
@@ -31,12 +35,13 @@ def run_job(
     *,
     cap: Cap | None = None,
     python: str = sys.executable,
+    variables: Mapping[str, str] = ON_CPU,
 ) -> Any:
-    """Run a script of this folder on a job and return its answer. Computes on the CPU, whatever else there is.
+    """Run a script of this folder on a job and return its answer; `variables` are added to its environment.
 
     Under a `cap` if one is given, and by another interpreter than this one if its packages are needed.
     """
-    environment = os.environ | {"CUDA_VISIBLE_DEVICES": "", "HF_HUB_OFFLINE": "1", "HF_HUB_DISABLE_PROGRESS_BARS": "1"}
+    environment = os.environ | {"HF_HUB_OFFLINE": "1", "HF_HUB_DISABLE_PROGRESS_BARS": "1"} | variables
     if num_threads is not None:
         environment["OMP_NUM_THREADS"] = str(num_threads)
     with tempfile.TemporaryDirectory() as folder:

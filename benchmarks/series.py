@@ -9,6 +9,7 @@ import shutil
 import time
 from collections.abc import Mapping
 from datetime import UTC, datetime
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -39,12 +40,15 @@ def measured_rows(
     *,
     parts: Path | None = None,
     most_s: float = math.inf,
+    variables: Mapping[str, str] | None = None,
 ) -> dict[str, Any]:
     """Date, conditions around a folder, and by name the answers of a script to some jobs, or why there is none.
 
     With a folder for `parts`, every answer is kept there until all jobs of the series have one: after `most_s` seconds
     no further job begins and the process ends; the next run of the same series, at the same commit, goes on from there.
+    `variables` are those of `run_job`.
     """
+    answered = run_job if variables is None else partial(run_job, variables=variables)
     result: dict[str, Any] = {
         "date": datetime.now(UTC).strftime("%Y-%m-%d-%H%M"),
         "conditions": conditions(folder, threads),
@@ -64,7 +68,7 @@ def measured_rows(
         typer.echo(f"measuring {name}", err=True)
         started = time.monotonic()
         try:
-            result["rows"][name] = run_job(script, job, threads)
+            result["rows"][name] = answered(script, job, threads)
         except JobFailedError as failure:
             result["failed"][name] = str(failure)
         else:

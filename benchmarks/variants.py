@@ -22,6 +22,9 @@ from transformers_moe_offload.hf.layer import SparseLayer
 from transformers_moe_offload.memory.slots import CopiedSlots, Slots
 from transformers_moe_offload.memory.transfer import Transfer
 
+STATES = ("warm", "cold")
+"""Of the page cache."""
+
 
 @dataclass(frozen=True)
 class Variant:
@@ -30,14 +33,16 @@ class Variant:
     name: str
     says: str
     """What it does, for the report."""
-    config: Callable[[str], OffloadConfig]
+    config: Callable[[str | int], OffloadConfig]
     """From the budget."""
     apply: Callable[[Any], None] = lambda model: None
     """What is done to the model after it has been loaded."""
+    states: tuple[str, ...] = STATES
+    """Of the page cache, in which it is what the package would do."""
 
 
-def _copied(budget: str) -> OffloadConfig:
-    return OffloadConfig(cache_budget=budget, mmap=False, prefetch=None)
+def _copied(budget: str | int) -> OffloadConfig:
+    return OffloadConfig(cache_budget=budget, mmap=False, prefetch=None, misses="fetch")
 
 
 def _keep_nothing(model: Any) -> None:
@@ -154,18 +159,27 @@ def variants() -> list[Variant]:
     ]
     ahead = prefetching()
     if ahead is not None:
-        rows.append(
-            Variant(
-                "lru + prefetch",
-                "and loads ahead of demand",
-                lambda budget: OffloadConfig(cache_budget=budget, mmap=False, **ahead),
-            )
-        )
-    rows.append(
+
+        def copied_ahead(budget: str | int) -> OffloadConfig:
+            return OffloadConfig(cache_budget=budget, mmap=False, misses="fetch", **ahead)
+
+        published_ahead = "what the paper adds to that, and its code does not have: loads for the next layer"
+        rows += [
+            Variant("as published, ahead", published_ahead, copied_ahead, _imitate_published),
+            Variant("lru + prefetch", "LRU, and loads ahead of demand", copied_ahead),
+        ]
+    rows += [
         Variant(
-            "everything",
-            "this package as it is by default, with prefetch where there is any",
-            lambda budget: OffloadConfig(cache_budget=budget, **(ahead or {})),
-        )
-    )
+            "everything, RAM to spare",
+            "this package as it is by default where the page cache holds all experts, with prefetch",
+            lambda budget: OffloadConfig(cache_budget=budget, mmap="auto", **(ahead or {})),
+            states=("warm",),
+        ),
+        Variant(
+            "everything, RAM short",
+            "as it is by default where that is not so and the disk is faster past the page cache, with prefetch",
+            lambda budget: OffloadConfig(cache_budget=budget, mmap=False, direct_io=True, **(ahead or {})),
+            states=("cold",),
+        ),
+    ]
     return rows

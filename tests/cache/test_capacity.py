@@ -2,7 +2,13 @@ import pytest
 from hypothesis import assume, given
 from hypothesis import strategies as st
 
-from transformers_moe_offload.cache.capacity import PoolNeed, layer_floor, share_out, smallest_budget
+from transformers_moe_offload.cache.capacity import (
+    PoolNeed,
+    layer_floor,
+    share_out,
+    share_out_by_device,
+    smallest_budget,
+)
 from transformers_moe_offload.errors import CapacityError
 
 
@@ -81,3 +87,21 @@ def test_the_floors_of_all_layers_together_fit_into_the_slots(num_slots, num_lay
     """So a layer that wants a slot always finds one: free, its own, or another layer's above its floor."""
     floor = layer_floor(num_slots, num_layers)
     assert 0 <= floor * num_layers <= num_slots
+
+
+def test_what_is_free_on_one_device_is_no_budget_for_another():
+    """Two devices with eight experts each, of which one has room for all and the other for three."""
+    equal = PoolNeed(2, 8, 100)
+    budget_bytes, slots = share_out_by_device({"a": 5000, "b": 350}, ["a", "b"], [equal, equal])
+    assert (budget_bytes, slots) == (800 + 350, [8, 3])
+
+
+def test_pools_of_one_device_share_what_is_free_there():
+    small, large = PoolNeed(1, 10, 10), PoolNeed(1, 10, 30)
+    _, slots = share_out_by_device({"a": 200, "b": 50}, ["a", "b", "a"], [small, small, large])
+    assert slots == [5, 5, 5]
+
+
+def test_a_device_without_room_for_one_expert_is_an_error_although_another_has_plenty():
+    with pytest.raises(CapacityError):
+        share_out_by_device({"a": 99, "b": 10**9}, ["a", "b"], [PoolNeed(1, 4, 100), PoolNeed(1, 4, 100)])

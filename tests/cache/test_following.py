@@ -13,7 +13,9 @@ from transformers_moe_offload.cache.link import Link
 from transformers_moe_offload.cache.pace import LEAST_SHARE, MOST_WAITING, Pace
 from transformers_moe_offload.cache.planner import plan_behind
 from transformers_moe_offload.cache.residency import Residency
+from transformers_moe_offload.cache.urgency import HALF_LIFE, Urgency
 from transformers_moe_offload.expert import ExpertId
+from transformers_moe_offload.memory.transfer import Landed
 from transformers_moe_offload.policies import make_policy
 from transformers_moe_offload.tracing.replay import NoSlots
 
@@ -111,6 +113,15 @@ def start(pace, num_loads):
         pace.started()
 
 
+class SlowSlots(NoSlots):
+    """Loads that take as long as a forward."""
+
+    def start(self, expert, slot, alongside=0):
+        landed = Landed(0)
+        landed.seconds = 1.0
+        return landed
+
+
 def link_of(load_seconds):
     link = Link(num_lanes=1)
     link.loaded(load_seconds)
@@ -145,6 +156,13 @@ def test_copies_take_what_demand_leaves_of_the_link_and_else_their_least_share(m
     assert spent > 0 or granted < LOAD
 
 
+def test_a_pause_between_two_forwards_is_no_time_for_copies():
+    pace = Pace(link_of(LOAD))
+    for seconds in [10 * LOAD] * 9 + [3600.0]:
+        pace.step(seconds, num_missed=0)
+    assert pace.most_loads(0) == 10
+
+
 def test_a_link_that_is_always_busy_still_lets_somebody_in():
     pace, loads = Pace(link_of(LOAD)), 0
     for _ in range(80):
@@ -164,6 +182,49 @@ def test_an_expert_that_takes_longer_than_a_step_is_saved_up_for():
         start(pace, loads[-1])
     assert max(loads) == 1
     assert 7 <= sum(loads) <= 8
+
+
+def test_those_missed_most_often_lately_come_first():
+    urgency = Urgency()
+    urgency.missed([ExpertId(0, 1), ExpertId(1, 1)])
+    urgency.missed([ExpertId(1, 1)])
+    assert urgency.first([ExpertId(0, 0), ExpertId(0, 1), ExpertId(1, 1)]) == [(1, 1), (0, 1), (0, 0)]
+    urgency.started(ExpertId(1, 1))
+    assert urgency.first([ExpertId(0, 1), ExpertId(1, 1)]) == [(0, 1), (1, 1)]
+
+
+def test_experts_missed_equally_often_take_turns():
+    urgency, everybody, brought_in = Urgency(), [ExpertId(layer, 0) for layer in range(5)], []
+    for _ in range(10):
+        urgency.missed(everybody)
+        brought_in.append(urgency.first(everybody)[0].layer)
+        urgency.started(ExpertId(brought_in[-1], 0))
+    assert sorted(brought_in) == sorted([*range(5)] * 2)
+
+
+def test_misses_of_long_ago_are_forgotten():
+    urgency = Urgency()
+    for _ in range(3):
+        urgency.missed([ExpertId(0, 1)])
+    for _ in range(4 * HALF_LIFE):
+        urgency.missed([])
+    assert urgency._missed == {}
+
+
+def test_with_few_copies_the_last_layers_get_theirs():
+    slots = SlowSlots()
+    cache, follower = following(15, layers=range(5), slots=slots)
+    hits = Counter()
+    for step in range(100):
+        asked = {layer: [step % 3, 7] for layer in range(5)}
+        found = {
+            layer: [e for e in wanted if cache.residency.is_resident(ExpertId(layer, e))]
+            for layer, wanted in asked.items()
+        }
+        follower.follow([[use(layer, wanted, found[layer]) for layer, wanted in asked.items()]])
+        follower.receive()
+        hits.update({layer: len(found[layer]) for layer in asked})
+    assert min(hits.values()) > max(hits.values()) / 2
 
 
 experts = st.builds(ExpertId, st.integers(0, 2), st.integers(0, 5))

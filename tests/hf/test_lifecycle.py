@@ -130,7 +130,7 @@ def test_a_deleted_model_frees_its_slots_threads_and_files(checkpoint, token_ids
     threads, files = readers(), open_files()
     model = load(checkpoint)
     logits(model, token_ids)
-    cache = next(iter(model.moe_offload._caches.values()))
+    cache = model.moe_offload._caches.all()[0]
     slot = weakref.ref(cache.slots.pool.record(0))
     assert open_files() > files
     assert readers() > threads
@@ -216,7 +216,7 @@ class TestResize:
         while any(thread.is_alive() for thread in threads):
             for budget in ("100%", "15%", "60%", "30%"):
                 model.moe_offload.resize(budget)
-                (cache,) = set(model.moe_offload._caches.values())
+                (cache,) = model.moe_offload._caches.all()
                 sizes.append(cache.residency.num_slots)
                 assert sizes[-1] == model.moe_offload.plan.num_slots
                 assert mmap or len(cache.slots.pool) == sizes[-1]

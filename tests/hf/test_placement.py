@@ -1,6 +1,8 @@
 """Where layers and their slots go."""
 
 import json
+from dataclasses import replace
+from itertools import count
 
 import pytest
 import torch
@@ -74,6 +76,24 @@ class TestPlan:
         assert plan.host_bytes == 8 * 64_000 // 4
         assert "125.0 KiB of RAM hold experts, the others stay on disk" in str(plan)
         assert make_plan(placements, OffloadConfig(cache_budget="50%")).host_bytes == 8 * 64_000
+
+    def test_experts_that_are_read_by_address_are_all_page_locked_and_what_is_left_holds_others(self):
+        addressed = [replace(placement, is_addressed=True) for placement in on("cuda:0", layer(0))]
+        placements = [*addressed, *on("cuda:1", layer(1))]
+        plan = make_plan(placements, OffloadConfig(cache_budget="50%", host_budget=600_000))
+        assert [pool.arena_bytes for pool in plan.pools] == [512_000, 0]
+        assert plan.host_bytes == 88_000
+        assert "page-locked" in str(plan).splitlines()[0]
+        assert str(plan).splitlines()[1].endswith("500.0 KiB")
+
+    def test_where_not_all_fit_into_the_host_budget_nobody_is_page_locked(self):
+        addressed = [replace(placement, is_addressed=True) for placement in on("cuda:0", layer(0), layer(1))]
+        plan = make_plan(addressed, OffloadConfig(cache_budget="50%", host_budget=600_000))
+        assert plan.arena_bytes == 0
+        assert plan.host_bytes == 600_000
+        assert "1,024,000 bytes" in plan.arena_refused
+        assert "allows 600,000" in plan.arena_refused
+        assert "page-locked" not in str(plan)
 
     def test_a_host_budget_without_an_accelerator_is_told_to_have_no_effect(self, caplog):
         plan = make_plan(on("cpu", layer(0)), OffloadConfig(cache_budget="50%", host_budget="1GB"))
@@ -168,6 +188,7 @@ class Both:
 
     def __init__(self, machines):
         self.machines = machines
+        self.tick = count().__next__
 
     def run_all(self):
         return any([machine.run_all() for machine in self.machines])

@@ -25,6 +25,9 @@ SAMPLE_BYTES = 2 << 30
 RAM_BYTES = 256 << 20
 """Of each buffer that RAM is measured with: larger than the caches of any processor we know of."""
 
+DEVICE_COPIES = 16
+"""One after another: a GPU is done with one before the host has submitted the next."""
+
 
 class Range(NamedTuple):
     """Bytes of a file that are read in one piece."""
@@ -129,6 +132,19 @@ def link_bandwidth(device: torch.device, record_bytes: int, repeats: int) -> dic
         "pageable_bytes_per_s": speed(ordinary),
         "record_bytes": record_bytes,
     }
+
+
+def device_bandwidth(device: torch.device, repeats: int) -> float:
+    """Bytes per second that a GPU reads and writes in its own memory, by a copy: each byte counts for both."""
+    source = torch.ones(RAM_BYTES, dtype=torch.uint8, device=device)
+    target = torch.empty_like(source)
+
+    def copy() -> None:
+        for _ in range(DEVICE_COPIES):
+            target.copy_(source)
+        torch.cuda.synchronize(device)
+
+    return 2 * DEVICE_COPIES * RAM_BYTES / _best_s(copy, repeats)
 
 
 def _best_s(work: Callable[[], object], repeats: int) -> float:

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from statistics import median
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -66,8 +67,17 @@ class Run:
     layer_misses: list[int] = field(default_factory=list)
 
 
-def run(model: Any, workload: Workload, passage: Passage, before_forward: Callable[[], None] = lambda: None) -> Run:
-    """Do the work once; `before_forward` is called before every measured forward, while the clock stands still."""
+def run(
+    model: Any,
+    workload: Workload,
+    passage: Passage,
+    before_forward: Callable[[], None] = lambda: None,
+    generation: Mapping[str, Any] = MappingProxyType({}),
+) -> Run:
+    """Do the work once; `before_forward` is called before every measured forward, while the clock stands still.
+
+    `generation` are further keywords of `generate`.
+    """
     runtime = model.moe_offload
     sequences = passage.sequences(workload.batch, workload.prompt_tokens + workload.steps + 1)
     prompt = sequences[:, : workload.prompt_tokens].to(model.device)
@@ -93,6 +103,7 @@ def run(model: Any, workload: Workload, passage: Passage, before_forward: Callab
             num_beams=workload.beams,
             logits_processor=LogitsProcessorList([clock]),
             pad_token_id=0,
+            **generation,
         )
     seconds = [clock.first_s] if workload.is_prefill else clock.step_s
     assert len(seconds) == workload.forwards

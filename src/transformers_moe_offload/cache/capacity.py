@@ -7,10 +7,14 @@ a slot is then as large as who is in it, and so many slots are had as fit when t
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import TypeVar
 
 from transformers_moe_offload.errors import CapacityError
+
+D = TypeVar("D", bound=Hashable)
+"""A device."""
 
 FLOOR_SHARE = 1.0
 """Part of a layer's equal share of the slots that other layers cannot take from it.
@@ -84,6 +88,24 @@ def share_out(budget_bytes: int, needs: Sequence[PoolNeed]) -> list[int]:
         slots[i] += 1
         left -= more
     return slots
+
+
+def share_out_by_device(
+    available: Mapping[D, int], devices: Sequence[D], needs: Sequence[PoolNeed]
+) -> tuple[int, list[int]]:
+    """Slots for each pool, of what is available on its own device, and the bytes that this comes to.
+
+    `devices` are those of the pools. Raises `CapacityError` where one has no room for the first slots.
+    """
+    slots, budget_bytes = [0] * len(needs), 0
+    for device in dict.fromkeys(devices):
+        members = [i for i, other in enumerate(devices) if other == device]
+        of_device = [needs[i] for i in members]
+        nbytes = min(available[device], sum(need.all_bytes for need in of_device))
+        budget_bytes += nbytes
+        for i, num_slots in zip(members, share_out(nbytes, of_device), strict=True):
+            slots[i] = num_slots
+    return budget_bytes, slots
 
 
 def layer_floor(num_slots: int, num_layers: int) -> int:

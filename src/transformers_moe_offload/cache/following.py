@@ -12,6 +12,7 @@ from dataclasses import dataclass
 
 from transformers_moe_offload.cache.cache import ExpertCache
 from transformers_moe_offload.cache.pace import Pace
+from transformers_moe_offload.cache.urgency import Urgency
 from transformers_moe_offload.expert import ExpertId
 
 
@@ -32,6 +33,7 @@ class Follower:
     def __init__(self, cache: ExpertCache, clock: Callable[[], float] = time.perf_counter) -> None:
         self._cache = cache
         self._pace = Pace(cache.link)
+        self._urgency = Urgency()
         self._clock = clock
         self._last: float | None = None
         self._under_way: dict[ExpertId, None] = {}
@@ -50,22 +52,26 @@ class Follower:
     def follow(self, forwards: Iterable[Sequence[Use]]) -> None:
         """Take note of some forwards, the latest one last, and start to bring in who was absent."""
         with self._cache.turn:
-            absent: dict[ExpertId, None] = {}
+            absent: set[ExpertId] = set()
             spared: set[ExpertId] = set()
             for uses in forwards:
                 for use in uses:
                     self._cache.used_in_place(use.layer, use.wanted, use.hits)
-                self._measure(sum(len(use.wanted) - len(use.hits) for use in uses))
+                missed = [ExpertId(use.layer, e) for use in uses for e in use.wanted if e not in use.hits]
+                self._measure(len(missed))
+                self._urgency.missed(missed)
+                absent.update(missed)
                 spared = {ExpertId(use.layer, expert) for use in uses for expert in use.wanted}
-                for use in uses:
-                    absent |= dict.fromkeys(ExpertId(use.layer, e) for e in use.wanted if e not in use.hits)
             self._bring_in([expert for expert in absent if self._cache.is_absent(expert)], spared)
 
     def _bring_in(self, absent: Sequence[ExpertId], spared: set[ExpertId]) -> None:
         most = self._pace.most_loads(len(self._under_way))
-        for load in self._cache.plan_behind(absent[:most], spared) if absent and most else ():
+        if not absent or not most:
+            return
+        for load in self._cache.plan_behind(self._urgency.first(absent)[:most], spared):
             self._cache.start(load)
             self._pace.started()
+            self._urgency.started(load.expert)
             self._under_way[load.expert] = None
 
     def _measure(self, num_missed: int) -> None:

@@ -7,6 +7,9 @@ in that would be there next time.
 
 from __future__ import annotations
 
+from collections import deque
+from statistics import median
+
 from transformers_moe_offload.cache.link import Link
 
 LEAST_SHARE = 1 / 8
@@ -16,6 +19,9 @@ that is used again within eight steps has then paid for itself."""
 MOST_WAITING = 2
 """Copies under way until it is known how long one takes."""
 
+RECENT = 8
+"""Forwards whose median is what one takes: after a prompt, or a pause, there is not suddenly time for hundreds."""
+
 
 class Pace:
     """Time that copies may take, saved up from forward to forward."""
@@ -23,12 +29,15 @@ class Pace:
     def __init__(self, link: Link) -> None:
         self._link = link
         self._credit = 0.0
+        self._recent: deque[float] = deque(maxlen=RECENT)
 
     def step(self, seconds: float, num_missed: int) -> None:
         """A forward began so long after the one before, and read so many absent experts over the link."""
+        self._recent.append(seconds)
+        period = median(self._recent)
         self._link.asked(num_missed)
-        self._credit += max(LEAST_SHARE * seconds, self._link.idle_seconds(seconds))
-        self._credit = min(self._credit, max(seconds, self._link.seconds_per_load))
+        self._credit += max(LEAST_SHARE * period, self._link.idle_seconds(period))
+        self._credit = min(self._credit, max(period, self._link.seconds_per_load))
 
     def most_loads(self, num_under_way: int) -> int:
         """How many more copies there is time for."""

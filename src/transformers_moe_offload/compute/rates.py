@@ -57,7 +57,7 @@ def measured_rates(
     token (1, H) is on the layer's device, in its dtype. `opened` sees an expert in a record, uint8 (record_bytes,), and
     `copier` makes what fills slots on the device, with records that are read as it is told.
     """
-    records = _made_records(record_bytes)
+    records = made_records(record_bytes)
 
     def read(expert: ExpertId, record: Tensor) -> int:
         record.copy_(records[expert.expert % len(records)])
@@ -70,7 +70,7 @@ def measured_rates(
         fetch_s=fetch_seconds(copier(read), slots),
         expert_s=expert_s,
         row_s=row_s,
-        trip_s=_fastest(lambda: host.start(mlp, experts, token, {}, _nobody).finish()),
+        trip_s=fastest(lambda: host.start(mlp, experts, token, {}, _nobody).finish()),
     )
 
 
@@ -88,7 +88,7 @@ def fetch_seconds(copier: Copier, slots: Sequence[Tensor]) -> float:
         if slots[0].is_cuda:
             torch.cuda.synchronize(slots[0].device)
 
-    return _fastest(move) / len(slots)
+    return fastest(move) / len(slots)
 
 
 def host_seconds(
@@ -102,13 +102,14 @@ def host_seconds(
                 compute(rows, weights)
 
         with torch.no_grad():
-            return _fastest(work) / len(experts)
+            return fastest(work) / len(experts)
 
     one, many = seconds(row), seconds(row.repeat(MANY_ROWS, 1))
     return one, max(0.0, many - one) / (MANY_ROWS - 1)
 
 
-def _made_records(record_bytes: int) -> list[Tensor]:
+def made_records(record_bytes: int) -> list[Tensor]:
+    """Experts that mean nothing, uint8 (record_bytes,) each, in host memory."""
     number = min(max(2, COLD_BYTES // record_bytes), MOST_EXPERTS)
     return [torch.full((record_bytes,), FILLING, dtype=torch.uint8) for _ in range(number)]
 
@@ -117,7 +118,7 @@ def _nobody(expert: int) -> AbstractContextManager[ExpertWeights]:
     raise AssertionError(f"nobody asked for expert {expert}")
 
 
-def _fastest(work: Callable[[], object]) -> float:
+def fastest(work: Callable[[], object]) -> float:
     """Seconds of the fastest of some calls, after one that is not counted."""
     work()
     seconds = []

@@ -20,6 +20,7 @@ from transformers_moe_offload.errors import ConfigError
 
 Arithmetic = Literal["fast", "exact", "int8"]
 Misses = Literal["auto", "fetch", "compute"]
+Decode = Literal["host", "device", "graph", "auto"]
 
 RECIPE_VERSION = 1
 """Of what `config.json` of a checkpoint with quantized experts says about them."""
@@ -44,6 +45,13 @@ class OffloadConfig(dict[str, Any]):
             better kernels and orders of summation and is at least as close to exact arithmetic; `"int8"` is `"fast"`
             with the inputs of products with quantized weights rounded to 8 bits, which is faster yet and about 1 %
             off.
+        decode: who has to know which experts a token wants. `"host"`: it asks the cache layer by layer, and fetches.
+            `"device"`, on a machine with GPU: kernels read experts by address, in slots or, where they are not
+            resident, in page-locked host memory, and the cache follows behind. That takes page-locked memory for all
+            experts, within `host_budget`. `"graph"` besides captures whole steps of
+            `generate(cache_implementation="static")` in CUDA graphs. `"auto"` is `"device"` where that is possible
+            and, by rates that are measured when the model is loaded, faster. Prompts, training, and what else cannot do
+            without the host, are computed as with `"host"`, and the log says so. No GPU has run this so far.
         mmap: on a CPU machine, use experts where they lie in the page cache instead of copying them into slots; the
             pages stay the system's, which takes them back when it needs them. `"auto"` does so where all experts fit
             into free RAM but not into the cache, and can be used as they are stored; False copies, so that
@@ -74,6 +82,7 @@ class OffloadConfig(dict[str, Any]):
     experts: HqqFormat | ExpertFormats | None = None
     dense: HqqFormat | None = None
     misses: Misses = "auto"
+    decode: Decode = "host"
     arithmetic: Arithmetic = "fast"
     io_workers: int | None = None
     pin_memory: bool | Literal["auto"] = "auto"
@@ -89,6 +98,7 @@ class OffloadConfig(dict[str, Any]):
         if not isinstance(self.policy, str):
             raise ConfigError(f"policy={self.policy!r} is not the name of a policy; register yours and pass its name")
         choose("misses", self.misses, get_args(Misses))
+        choose("decode", self.decode, get_args(Decode))
         choose("arithmetic", self.arithmetic, get_args(Arithmetic))
         if self.io_workers is not None and (type(self.io_workers) is not int or self.io_workers < 1):
             raise ConfigError(f"io_workers={self.io_workers!r} is not a positive number of threads")

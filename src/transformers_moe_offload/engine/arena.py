@@ -8,7 +8,7 @@ already, and read where they are there.
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import suppress
 
 import torch
@@ -23,8 +23,8 @@ from transformers_moe_offload.memory.record import RecordLayout
 from transformers_moe_offload.memory.transfer import HostCopier, Transfer
 
 BLOCK_BYTES = 1 << 30
-"""Of one block, unless a record is larger. Locking pages takes the system about a second for each GiB, in which nothing
-else of the process is interrupted by more than one block."""
+"""Of one block, unless a record is larger. The system has to find every page that it locks, and can only be interrupted
+between two blocks."""
 
 
 class Arena:
@@ -64,6 +64,8 @@ class Arena:
             raise self._refused(0, reason)
         self._locks: list[PageLock] = []
         self._records: dict[ExpertId, Tensor] = {}
+        self._copies: dict[ExpertId, Tensor] = {}
+        """Of some records, on other devices."""
         try:
             self._take(experts)
             self._read([expert for expert in experts if store.in_ram(expert) is None], workers, advance)
@@ -74,6 +76,20 @@ class Arena:
     def record(self, expert: ExpertId) -> Tensor:
         """An expert's record, uint8 (nbytes,); read-only."""
         return self._records[expert]
+
+    @property
+    def experts(self) -> Collection[ExpertId]:
+        """All of them, layer by layer."""
+        return self._records.keys()
+
+    def source(self, expert: ExpertId) -> Tensor:
+        """From where an expert comes into a slot fastest, uint8 (nbytes,): its record, or a copy of it; read-only."""
+        return self._copies.get(expert, self._records[expert])
+
+    def copy_to(self, places: Mapping[ExpertId, torch.device]) -> None:
+        """Have copies of some experts' records on other devices, from which `source` takes them."""
+        with torch.inference_mode(False):  # they outlive the block that happens to be open
+            self._copies |= {expert: self._records[expert].to(place, copy=True) for expert, place in places.items()}
 
     def layout(self, expert: ExpertId) -> RecordLayout:
         """Where in its record each of an expert's tensors is."""
@@ -87,6 +103,7 @@ class Arena:
     def close(self) -> None:
         """Give the memory back. The device must not be reading it any more."""
         self._records.clear()
+        self._copies.clear()
         while self._locks:
             self._locks.pop().free()
 

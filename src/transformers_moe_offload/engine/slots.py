@@ -57,7 +57,7 @@ class AddressedSlots:
     def start(self, expert: ExpertId, slot: int, alongside: int = 0) -> Transfer:
         """Begin to copy an expert into a slot."""
         self._vacate(slot)
-        source = self._arena.record(expert)
+        source = self._arena.source(expert)
         if self.pool.record(slot).nbytes != source.nbytes:
             self.pool.fit(slot, source.nbytes)
             self._last_use[slot] = self._streams.mark()

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any, Protocol
 
 import torch
@@ -109,6 +110,9 @@ class CudaStreams:
     def __init__(self, device: torch.device) -> None:
         self._device = device
         self._copies = torch.cuda.Stream(device)
+        self._of_others: dict[torch.device, torch.cuda.Stream] = {}
+        """Of the GPUs from which something is copied: torch has the source's current stream do that
+        (`aten/src/ATen/native/cuda/Copy.cu`, 2.13), which is to go on computing meanwhile."""
 
     def compute(self, work: Callable[[], Any]) -> None:
         """Torch queues its operations by itself."""
@@ -122,16 +126,24 @@ class CudaStreams:
 
     def copy(self, target: Tensor, source: Tensor, after: Sequence[Mark]) -> Copy:
         """A copy between two events, which tell how long it took."""
-        began, ended = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-        with torch.cuda.stream(self._copies):
+        with self._stream_at(source), torch.cuda.stream(self._copies):
+            began, ended = (torch.cuda.Event(enable_timing=True) for _ in range(2))
             for mark in after:
                 assert isinstance(mark, _CudaMark)
                 self._copies.wait_event(mark.event)
             began.record(self._copies)
-            target.copy_(source, non_blocking=True)  # copy: host -> device, async
+            target.copy_(source, non_blocking=True)  # copy: host or another device -> device, async
             target.record_stream(self._copies)  # whoever drops the target now, its memory waits for the copy
             ended.record(self._copies)
         return _CudaCopy(began, ended)
+
+    def _stream_at(self, source: Tensor) -> AbstractContextManager[object]:
+        """A stream of the source's device, while this is open; nothing where that is the host or this device."""
+        if not source.is_cuda or source.device == self._device:
+            return nullcontext()
+        if source.device not in self._of_others:
+            self._of_others[source.device] = torch.cuda.Stream(source.device)
+        return torch.cuda.stream(self._of_others[source.device])
 
     def join(self, copy: Copy) -> None:
         """Let the current stream wait for the event at the copy's end."""

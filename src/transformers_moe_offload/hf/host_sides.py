@@ -14,13 +14,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from transformers_moe_offload.cache.misses import pays
+from transformers_moe_offload.cache.misses import MissRates, pays
 from transformers_moe_offload.compute.host import HostCompute, is_portable
 from transformers_moe_offload.compute.host_side import HostSide
 from transformers_moe_offload.compute.mlp import ExpertWeights
 from transformers_moe_offload.compute.rates import measured_rates
 from transformers_moe_offload.config import OffloadConfig
-from transformers_moe_offload.expert import ExpertId
+from transformers_moe_offload.expert import ExpertId, ExpertSpec
 from transformers_moe_offload.hf.layer import SparseLayer, experts_at
 from transformers_moe_offload.hf.plan import OffloadPlan, PoolPlan, copier_for
 from transformers_moe_offload.hf.top_k import experts_per_token
@@ -48,7 +48,7 @@ def host_sides(
     found: dict[int, HostSide] = {}
     for pool in plan.pools:
         members = [by_index[index] for index in pool.layers]
-        if pool.device.type == "cpu" or not all(_is_portable(model, layer) for layer in members):
+        if pool.device.type == "cpu" or pool.arena_bytes or not all(_is_portable(model, layer) for layer in members):
             continue
         side = _side_of(model, members[0], pool, host, config)
         if config.misses == "compute" or pays(side.rates, experts_per_token(model, members[0].name) or 1):
@@ -62,22 +62,34 @@ def _is_portable(model: nn.Module, layer: SparseLayer) -> bool:
     return layer.mlp is not None and is_portable(layer.mlp, experts_at(model, layer.name))
 
 
-def _side_of(model: nn.Module, layer: SparseLayer, pool: PoolPlan, host: HostTier, config: OffloadConfig) -> HostSide:
-    store, compute = host.store, HostCompute()
+def miss_rates(
+    model: nn.Module, layer: SparseLayer, pool: PoolPlan, store: ExpertStore, config: OffloadConfig, host: HostCompute
+) -> MissRates:
+    """What it takes to serve the absent experts of one of a pool's layers, measured."""
     module, spec = experts_at(model, layer.name), store.layers[layer.index].spec
-    hidden_size = spec.fields[0].shape[-2 if layer.layout.is_transposed(module) else -1]
     hot_experts = store.layers[layer.index].codings.hot_experts
     usual = spec.expert(next(expert for expert in range(spec.num_experts) if expert not in hot_experts))
     assert layer.mlp is not None
-    rates = measured_rates(
+    return measured_rates(
         layer.mlp,
         module,
-        torch.zeros(1, hidden_size, dtype=torch_dtype(spec.fields[0].dtype), device=pool.device),
+        token_of(model, layer, spec, pool.device),
         pool.need.slot_bytes,
         lambda record: _opened(store, usual, record),
         lambda read_into: copier_for(pool, whole(read_into, pool.need.slot_bytes), config),
-        compute,
+        host,
     )
+
+
+def token_of(model: nn.Module, layer: SparseLayer, spec: ExpertSpec, device: torch.device) -> Tensor:
+    """A token that means nothing, (1, H) in a layer's dtype."""
+    hidden_size = spec.fields[0].shape[-2 if layer.layout.is_transposed(experts_at(model, layer.name)) else -1]
+    return torch.zeros(1, hidden_size, dtype=torch_dtype(spec.fields[0].dtype), device=device)
+
+
+def _side_of(model: nn.Module, layer: SparseLayer, pool: PoolPlan, host: HostTier, config: OffloadConfig) -> HostSide:
+    store, compute = host.store, HostCompute()
+    rates = miss_rates(model, layer, pool, store, config, compute)
 
     @contextmanager
     def hold(expert: ExpertId) -> Iterator[ExpertWeights]:

@@ -104,6 +104,10 @@ class SparseLayer:
         assert self.runtime is not None
         if self.mlp is None:
             return self._eager(module, cache, inputs, adaptation, needs_grad=needs_grad)
+        decoding = self.runtime.decoding
+        addressed = decoding.layer(self.index, module, inputs, needs_grad=needs_grad, is_adapted=bool(adaptation))
+        if addressed is not None:
+            return decoding.compute(addressed, module, *inputs)
         options: dict[str, Any] = {
             "codings": self.runtime.source(self).codings,
             "started": self.runtime.look_ahead_from(self, inputs[0]),

@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import logging
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Container, Sequence, Set
 from dataclasses import dataclass, replace
 from typing import NamedTuple
 
 import torch
 
 from transformers_moe_offload.cache.cache import ExpertCache
-from transformers_moe_offload.cache.capacity import PoolNeed, share_out, smallest_budget
+from transformers_moe_offload.cache.capacity import PoolNeed, share_out, share_out_by_device, smallest_budget
 from transformers_moe_offload.config import Budget, OffloadConfig
 from transformers_moe_offload.errors import ConfigError
 from transformers_moe_offload.expert import ExpertSpec
@@ -45,6 +45,8 @@ class Placement:
     """Whether its experts can be used where they lie in the checkpoint's files."""
     is_in_ram: bool = False
     """Whether there are no such files, but memory of ours."""
+    is_addressed: bool = False
+    """Whether its experts are to be read by address, where they all fit into page-locked memory."""
 
     @property
     def slot_bytes(self) -> int:
@@ -67,6 +69,8 @@ class PoolPlan:
     num_slots: int
     is_mapped: bool = False
     """Whether slots are mapped pages of the files instead of buffers."""
+    arena_bytes: int = 0
+    """Page-locked RAM for all of the pool's experts, which the device can read; 0 where decoding is on the host."""
 
     @property
     def cache_bytes(self) -> int:
@@ -90,6 +94,8 @@ class OffloadPlan:
     """RAM for experts on their way to accelerators."""
     reads_past_cache: bool = False
     """Whether files are read without the page cache."""
+    arena_refused: str | None = None
+    """Why experts that could be read by address are not."""
 
     @property
     def num_experts(self) -> int:
@@ -107,14 +113,19 @@ class OffloadPlan:
         return sum(pool.need.all_bytes for pool in self.pools)
 
     @property
+    def arena_bytes(self) -> int:
+        """Page-locked RAM for experts that the devices read by address."""
+        return sum(pool.arena_bytes for pool in self.pools)
+
+    @property
     def cache_bytes(self) -> int:
         """Bytes of all slots."""
         return sum(pool.cache_bytes for pool in self.pools)
 
     def __str__(self) -> str:
-        header = ("tier", "sparse layers", "experts", "bytes per expert", "all experts", "slots", "cache")
+        header = ["tier", "sparse layers", "experts", "bytes per expert", "all experts", "slots", "cache"]
         rows = [
-            (
+            [
                 f"{pool.device} (mapped)" if pool.is_mapped else str(pool.device),
                 str(pool.need.num_layers),
                 str(pool.need.num_experts),
@@ -122,9 +133,13 @@ class OffloadPlan:
                 readable(pool.need.all_bytes),
                 f"{pool.num_slots} ({pool.num_slots / pool.need.num_experts:.0%})",
                 readable(pool.cache_bytes),
-            )
+            ]
             for pool in self.pools
         ]
+        if self.arena_bytes:
+            header.append("page-locked")
+            for row, pool in zip(rows, self.pools, strict=True):
+                row.append(readable(pool.arena_bytes) if pool.arena_bytes else "-")
         widths = [max(len(row[i]) for row in (header, *rows)) for i in range(len(header))]
         lines = [
             "  ".join(cell.rjust(width) for cell, width in zip(row, widths, strict=True)) for row in (header, *rows)
@@ -137,6 +152,8 @@ class OffloadPlan:
 
     def _beyond_the_cache(self) -> str:
         on_disk = "stay on disk, read past the page cache" if self.reads_past_cache else "stay on disk"
+        if all(pool.arena_bytes for pool in self.pools):
+            return "experts beyond the cache are read in page-locked RAM"
         if not self.host_bytes:
             return f"experts beyond the cache {on_disk}"
         return f"beyond the cache {readable(self.host_bytes)} of RAM hold experts, the others {on_disk}"
@@ -162,11 +179,7 @@ def make_plan(placements: Sequence[Placement], config: OffloadConfig) -> Offload
         for (_, slot_bytes, _, _), members in groups.items()
     ]
     all_bytes = sum(need.all_bytes for need in needs)
-    budget = config.budget
-    available = 0
-    if budget.nbytes is None and budget.share is None:
-        available = sum(available_bytes(device) for device in {device for device, *_ in groups})
-    budget_bytes = budget.resolve(all_bytes, available)
+    budget_bytes, slots = _shared_out(config.budget, [device for device, *_ in groups], needs)
     has_room = page_cache_holds(all_bytes)
     pools = [
         PoolPlan(
@@ -179,16 +192,53 @@ def make_plan(placements: Sequence[Placement], config: OffloadConfig) -> Offload
             is_mapped=is_mappable and (config.mmap is True or is_in_ram or (has_room and num_slots < need.num_experts)),
         )
         for ((device, _, is_mappable, is_in_ram), members), need, num_slots in zip(
-            groups.items(), needs, share_out(budget_bytes, needs), strict=True
+            groups.items(), needs, slots, strict=True
         )
     ]
+    addressed = {placement.spec.layer for placement in placements if placement.is_addressed}
+    placed, refused = _with_arenas(pools, addressed, config)
     return OffloadPlan(
-        tuple(pools),
+        tuple(placed),
         budget_bytes,
         smallest_budget(needs),
-        host_bytes=0 if all(placement.is_in_ram for placement in placements) else _host_bytes(pools, config),
+        host_bytes=0 if all(placement.is_in_ram for placement in placements) else _host_bytes(placed, config),
         reads_past_cache=config.direct_io is True or (config.direct_io == "auto" and not has_room),
+        arena_refused=refused,
     )
+
+
+def _shared_out(budget: Budget, devices: Sequence[torch.device], needs: Sequence[PoolNeed]) -> tuple[int, list[int]]:
+    """A budget in bytes, and the slots of each pool: in proportion, or by what is free on each device."""
+    if budget.nbytes is None and budget.share is None:
+        return share_out_by_device({device: available_bytes(device) for device in devices}, devices, needs)
+    budget_bytes = budget.resolve(sum(need.all_bytes for need in needs), 0)
+    return budget_bytes, share_out(budget_bytes, needs)
+
+
+def _with_arenas(
+    pools: Sequence[PoolPlan], addressed: Set[int], config: OffloadConfig
+) -> tuple[Sequence[PoolPlan], str | None]:
+    """Pools with page-locked memory for their experts, where some of their layers read by address; or why not."""
+    wanted = [pool for pool in pools if not addressed.isdisjoint(pool.layers)]
+    needed = sum(pool.need.all_bytes for pool in wanted)
+    if not needed:
+        return pools, None
+    budget = Budget.parse(config.host_budget, "host_budget")
+    allowed = budget.resolve(needed, available_bytes(torch.device("cpu")))
+    if allowed < needed:
+        return pools, (
+            f"all experts take {needed:,} bytes of page-locked memory, and host_budget={config.host_budget!r} allows "
+            f"{allowed:,}; set OffloadConfig.host_budget to {needed:,} bytes or more"
+        )
+    return [
+        replace(pool, is_mapped=False, arena_bytes=pool.need.all_bytes) if pool in wanted else pool for pool in pools
+    ], None
+
+
+def without_arenas(plan: OffloadPlan, config: OffloadConfig, left_out: Container[PoolPlan]) -> OffloadPlan:
+    """The same plan without page-locked memory for the experts of some pools."""
+    pools = tuple(replace(pool, arena_bytes=0) if pool in left_out else pool for pool in plan.pools)
+    return replace(plan, pools=pools, host_bytes=_host_bytes(pools, config))
 
 
 def _others(members: Sequence[Placement]) -> tuple[tuple[int, int], ...]:
@@ -201,9 +251,12 @@ def _others(members: Sequence[Placement]) -> tuple[tuple[int, int], ...]:
 
 
 def _host_bytes(pools: Sequence[PoolPlan], config: OffloadConfig) -> int:
-    """RAM for the experts of pools on accelerators."""
+    """RAM for the experts of pools on accelerators that are not in page-locked memory."""
     budget = Budget.parse(config.host_budget, "host_budget")
-    behind = sum(pool.need.all_bytes for pool in pools if pool.device.type != "cpu")
+    behind = sum(pool.need.all_bytes for pool in pools if pool.device.type != "cpu" and not pool.arena_bytes)
+    if any(pool.arena_bytes for pool in pools):
+        allowed = budget.resolve(sum(pool.need.all_bytes for pool in pools), available_bytes(torch.device("cpu")))
+        return min(behind, max(0, allowed - sum(pool.arena_bytes for pool in pools)))
     if behind:
         return budget.resolve(behind, available_bytes(torch.device("cpu")))
     if config.host_budget != "auto":
@@ -242,11 +295,11 @@ class Caches(NamedTuple):
 
 
 def build_caches(plan: OffloadPlan, sources: Sequence[LayerSource], config: OffloadConfig) -> Caches:
-    """The caches of a plan, empty."""
+    """The caches of a plan, empty; those of pools with page-locked memory are their engines' (`decode/engines.py`)."""
     store = ExpertStore(sources, past_cache=plan.reads_past_cache)
     host = HostTier(store, plan.host_bytes)
     caches: dict[int, ExpertCache] = {}
-    for pool in plan.pools:
+    for pool in (pool for pool in plan.pools if not pool.arena_bytes):
         num_experts = {layer: store.layers[layer].spec.num_experts for layer in pool.layers}
         cache = ExpertCache(_slots(store, host, pool, config), pool.num_slots, num_experts, make_policy(config.policy))
         caches |= dict.fromkeys(pool.layers, cache)
@@ -255,20 +308,23 @@ def build_caches(plan: OffloadPlan, sources: Sequence[LayerSource], config: Offl
 
 def _slots(store: ExpertStore, host: HostTier, pool: PoolPlan, config: OffloadConfig) -> Slots:
     if pool.is_mapped:
-        return MappedSlots(store, _workers(config))
+        return MappedSlots(store, workers_of(config))
     copier: Copier
     if pool.device.type == "cpu":
-        copier = HostCopier(store.fill, _workers(config), SmallReads(store).start)
+        copier = HostCopier(store.fill, workers_of(config), SmallReads(store).start)
     else:
         copier = copier_for(pool, host.fill, config)
     return CopiedSlots(store, SlotPool(pool.sizes[0], pool.device), copier)
 
 
 def copier_for(pool: PoolPlan, fill: OpenFill, config: OffloadConfig) -> Copier:
-    """What fills the slots of a pool on an accelerator with records from somewhere."""
+    """What fills the slots of a pool with records from somewhere."""
+    if pool.device.type == "cpu":
+        return HostCopier(fill, workers_of(config))
     is_pinned = config.pin_memory is not False
-    return CudaCopier(fill, _workers(config), pool.device, pool.need.largest_bytes, is_pinned)
+    return CudaCopier(fill, workers_of(config), pool.device, pool.need.largest_bytes, is_pinned)
 
 
-def _workers(config: OffloadConfig) -> int:
+def workers_of(config: OffloadConfig) -> int:
+    """Threads that read experts."""
     return config.io_workers or default_workers()

@@ -151,5 +151,9 @@ class MoeOffloadQuantizer(HfQuantizer):
 
     @property
     def is_compileable(self) -> bool:
-        """Which experts are needed is decided on the host, so `generate` must not compile the model."""
-        return False
+        """Whether `generate` may ask for a compiled call.
+
+        Which experts are needed is decided on the host, so the model must not be compiled; with `decode="graph"` what
+        `generate` is given in place of a compiled call replays steps that were captured (`decode/step.py`).
+        """
+        return bool(self.quantization_config.decode == "graph")

@@ -6,32 +6,30 @@ import weakref
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from copy import deepcopy
-from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from transformers_moe_offload.cache.cache import ExpertCache
-from transformers_moe_offload.cache.warming import most_used
-from transformers_moe_offload.compute.alignment import gives_equal_bits
 from transformers_moe_offload.compute.host_side import HostSide
 from transformers_moe_offload.config import OffloadConfig
 from transformers_moe_offload.errors import ConfigError, MoeOffloadError
 from transformers_moe_offload.expert import ExpertId, ExpertSpec
+from transformers_moe_offload.hf.caches import LayerCaches
+from transformers_moe_offload.hf.decode.decoding import Decoding
+from transformers_moe_offload.hf.decode.step import COMPILED_CALL, DecodeStep
 from transformers_moe_offload.hf.dense import restore_dense
-from transformers_moe_offload.hf.host_sides import host_sides
 from transformers_moe_offload.hf.layer import SparseLayer, experts_at, layer_of, unbind
 from transformers_moe_offload.hf.lender import Lender
-from transformers_moe_offload.hf.lookahead import Lookahead, look_ahead_in
 from transformers_moe_offload.hf.own_experts import NAME as OWN_EXPERTS
 from transformers_moe_offload.hf.own_experts import put_among_the_others
 from transformers_moe_offload.hf.parameters import parameters_of
 from transformers_moe_offload.hf.placeholders import put_back
-from transformers_moe_offload.hf.plan import OffloadPlan, Placement, build_caches, make_plan, tried_out
-from transformers_moe_offload.memory.checkpoint import ExpertStore, LayerSource
+from transformers_moe_offload.hf.plan import OffloadPlan
+from transformers_moe_offload.memory.checkpoint import LayerSource
 from transformers_moe_offload.memory.record import dtype_name
-from transformers_moe_offload.stats import CacheStats, LayerStats
+from transformers_moe_offload.stats import CacheStats
 from transformers_moe_offload.tracing import Trace, TraceRecorder
 
 
@@ -47,14 +45,11 @@ class OffloadRuntime:
         self._model = weakref.ref(model)
         self._layers = list(layers)
         self._sources: dict[int, LayerSource] = {}
-        self._caches: dict[int, ExpertCache] = {}
-        self._host_sides: dict[int, HostSide] = {}
-        self._lookahead: Lookahead | None = None
+        self._caches = LayerCaches(self._layers)
         self._lender: weakref.ref[Lender] | None = None
         """Of the layer that was computed last."""
         self._recorder: TraceRecorder | None = None
-        self._kept_stats: dict[int, LayerStats] = {}
-        self._plan: OffloadPlan | None = None
+        self._step = DecodeStep(self)
         self._is_closed = False
         for layer in self._layers:
             layer.runtime = self
@@ -63,20 +58,16 @@ class OffloadRuntime:
 
     def stats(self) -> CacheStats:
         """Counts since loading or the last `reset_stats`, in total and by layer."""
-        return CacheStats.total({layer.name: self._layer_stats(layer) for layer in self._layers})
+        return CacheStats.total({layer.name: self._caches.stats_of(layer) for layer in self._layers})
 
     def reset_stats(self) -> None:
         """Start counting from zero; what is resident stays."""
-        self._kept_stats = {}
-        for index, cache in self._caches.items():
-            cache.stats[index] = LayerStats()
+        self._caches.reset_stats()
 
     @property
     def plan(self) -> OffloadPlan:
         """Where experts are and how many slots there are; prints as a table."""
-        self._ensure_caches()
-        assert self._plan is not None
-        return self._plan
+        return self._ensure_caches()
 
     def resize(self, cache_budget: int | str) -> None:
         """Give the cache another budget, also while a generation runs; the experts that fit stay where they are.
@@ -84,15 +75,9 @@ class OffloadRuntime:
         A budget that cannot work raises `CapacityError` or `ConfigError` and changes nothing.
         """
         config = OffloadConfig.from_dict(self.config.to_dict() | {"cache_budget": cache_budget})
-        plan = make_plan(self._placements(), config)
+        self._check_open()
+        self._caches.resize(self._sources, config)
         self.config = config
-        if self._plan is None:
-            return
-        is_mapped = {pool.layers: pool.is_mapped for pool in self._plan.pools}
-        pools = tuple(replace(pool, is_mapped=is_mapped[pool.layers]) for pool in plan.pools)
-        self._plan = replace(plan, pools=pools, reads_past_cache=self._plan.reads_past_cache)
-        for pool in plan.pools:
-            self._caches[pool.layers[0]].resize(pool.num_slots)
 
     def warm(self, histogram: Trace | Mapping[str, Sequence[float]]) -> None:
         """Load the experts that were used most, as far as slots are free, and wait for them.
@@ -109,10 +94,7 @@ class OffloadRuntime:
                 raise ConfigError(
                     f"{len(uses)} counts for the experts of {name}, which has {by_name[name].num_experts}"
                 )
-        for cache in set(self._caches.values()):
-            layers = [layer for layer in self._layers if self._caches[layer.index] is cache]
-            wanted = {layer.index: counts[layer.name] for layer in layers if layer.name in counts}
-            cache.warm(most_used(wanted, cache.residency.num_slots))
+        self._caches.warm(counts)
 
     @contextmanager
     def trace(self) -> Iterator[Trace]:
@@ -123,13 +105,13 @@ class OffloadRuntime:
         num_experts = [layer.num_experts for layer in self._layers]
         recorder = self._recorder = TraceRecorder(names, num_experts, stall_ms=lambda: self.stats().stall_ms)
         self._ensure_caches()
-        self._plug_in(recorder)
+        self._caches.record(recorder)
         try:
             yield recorder.trace
         finally:
             recorder.finish_visit()
             self._recorder = None
-            self._plug_in(None)
+            self._caches.record(None)
 
     def restore(self) -> Any:
         """Read all experts into ordinary parameters, decode what is quantized, and give the plain model back.
@@ -145,12 +127,14 @@ class OffloadRuntime:
         restore_dense(model)
         del model.moe_offload
         vars(model).pop("hf_quantizer", None)
+        vars(model).pop(COMPILED_CALL, None)
         self.close()
         return model
 
     def close(self) -> None:
         """Free slots, threads and files now. The model cannot run afterwards."""
-        self._drop_caches(keep_stats=False)
+        self._step.forget()
+        self._caches.drop(keep_stats=False)
         self._sources.clear()
         self._is_closed = True
 
@@ -166,6 +150,17 @@ class OffloadRuntime:
         """Whether there are weights in a format of ours."""
         return self.config.experts is not None or self.config.dense is not None
 
+    @property
+    def model(self) -> Any:
+        """The model whose handle this is."""
+        return self._living_model()
+
+    @property
+    def decoding(self) -> Decoding:
+        """What of the model decodes on the device."""
+        self._ensure_caches()
+        return self._caches.decoding
+
     def modules(self) -> Iterator[tuple[nn.Module, SparseLayer]]:
         """The experts modules of the model, each with its layer."""
         model = self._living_model()
@@ -177,6 +172,8 @@ class OffloadRuntime:
         """Take over where the experts are; raises `CapacityError` if the budget cannot work."""
         self._sources = {source.spec.layer: source for source in sources}
         self._ensure_caches()
+        if self.config.decode == "graph":
+            vars(self.model)[COMPILED_CALL] = self._step.get_compiled_call
 
     def spec(self, layer: SparseLayer) -> ExpertSpec:
         """What a layer's experts are made of now."""
@@ -184,24 +181,24 @@ class OffloadRuntime:
 
     def source(self, layer: SparseLayer) -> LayerSource:
         """Where a layer's experts come from now."""
-        if self._is_closed:
-            raise MoeOffloadError("this model's offloading was closed; load the model again to use it")
+        self._check_open()
         return self._sources[layer.index]
 
     def cache_for(self, layer: SparseLayer, device: torch.device) -> ExpertCache:
         """The cache that serves a layer on the device where its inputs are."""
         if device != layer.device:
             layer.device = device
-            self._drop_caches(keep_stats=True)
-        cache = self._caches.get(layer.index)
+            self._caches.drop(keep_stats=True)
+        cache = self._caches.of(layer)
         if cache is None:
             self._ensure_caches()
-            cache = self._caches[layer.index]
+            cache = self._caches.of(layer)
+            assert cache is not None
         return cache
 
     def look_ahead_from(self, layer: SparseLayer, hidden: Tensor) -> Callable[[Sequence[int]], None] | None:
         """What to call with the experts that a layer wants, once their loads are under way; hidden (..., H)."""
-        return None if self._lookahead is None else self._lookahead.started(layer.index, hidden)
+        return self._caches.look_ahead_from(layer, hidden)
 
     def lender(self, layer: SparseLayer, device: torch.device) -> Lender:
         """Who gives a layer's experts to the backward pass of the forward that begins."""
@@ -215,14 +212,11 @@ class OffloadRuntime:
 
         That is no guess, so it does not depend on `config.prefetch`.
         """
-        for expert in experts:
-            cache = self._caches.get(expert.layer)
-            if cache is None or (cache.is_absent(expert) and not cache.load_ahead(expert)):
-                return
+        self._caches.load_ahead(experts)
 
     def host_side_of(self, layer: SparseLayer) -> HostSide | None:
         """What the host does of a layer's misses; None where all of them are fetched."""
-        return self._host_sides.get(layer.index)
+        return self._caches.host_side_of(layer)
 
     def move(self, layer: SparseLayer, device: torch.device, dtype: torch.dtype) -> None:
         """A layer computes on another device or in another dtype from now on."""
@@ -231,7 +225,7 @@ class OffloadRuntime:
             return
         layer.device = device
         self._sources[layer.index] = source.cast(dtype_name(dtype))
-        self._drop_caches(keep_stats=True)
+        self._caches.drop(keep_stats=True)
 
     def state_dict(self) -> dict[str, Tensor]:
         """All experts under the names that the plain model's `state_dict` gives them; tied ones share memory there."""
@@ -256,74 +250,24 @@ class OffloadRuntime:
         twin.config = self.config
         twin._model = weakref.ref(memo.get(id(old_model), old_model))
         twin._sources = dict(self._sources)
-        twin._caches, twin._host_sides = {}, {}
-        twin._lookahead = None
         twin._lender = None
         twin._recorder = None
-        twin._kept_stats = {}
-        twin._plan = None
         twin._is_closed = self._is_closed
+        twin._step = deepcopy(self._step, memo)
         twin._layers = deepcopy(self._layers, memo)
+        twin._caches = LayerCaches(twin._layers)
         return twin
 
     def __repr__(self) -> str:
         return f"OffloadRuntime({self.config!r})\n{self.plan}"
 
-    def _placements(self) -> list[Placement]:
-        store = ExpertStore(list(self._sources.values()))
-        return [
-            Placement(
-                self.spec(layer),
-                layer.device,
-                codings=self.source(layer).codings,
-                is_mappable=self._is_mappable(layer, store),
-                is_in_ram=self.source(layer).is_in_ram,
-            )
-            for layer in self._layers
-        ]
+    def _check_open(self) -> None:
+        if self._is_closed:
+            raise MoeOffloadError("this model's offloading was closed; load the model again to use it")
 
-    def _is_mappable(self, layer: SparseLayer, store: ExpertStore) -> bool:
-        """Whether a layer's experts may be used where they lie, and can be, with the same bits as from a slot."""
-        if self.config.mmap is False or layer.device.type != "cpu" or not store.is_mappable(layer.index):
-            return False
-        source = self.source(layer)
-        if source.is_recorded:  # records begin at the same alignment everywhere
-            return True
-        fields = set(source.spec.fields)
-        kinds = [fields if kind is None else fields.intersection(kind.stored) for kind in source.codings.kinds]
-        used_in_place = set().union(*kinds)  # others are decoded first
-        return all(gives_equal_bits(field.shape, field.dtype) for field in used_in_place)
-
-    def _ensure_caches(self) -> None:
-        if self._caches:
-            return
-        sources = list(self._sources.values())
-        self._plan = tried_out(make_plan(self._placements(), self.config), sources, self.config)
-        self._caches, host = build_caches(self._plan, sources, self.config)
-        self._host_sides = host_sides(self._living_model(), self._layers, self._plan, host, self.config)
-        specs = {layer.index: self.spec(layer) for layer in self._layers}
-        self._lookahead = look_ahead_in(self._living_model(), self.config.prefetch, self._caches, specs)
-        for index, stats in self._kept_stats.items():
-            self._caches[index].stats[index] = stats
-        self._kept_stats = {}
-        self._plug_in(self._recorder)
-
-    def _plug_in(self, recorder: TraceRecorder | None) -> None:
-        for cache in set(self._caches.values()):
-            cache.on_visit = None if recorder is None else recorder.record
-
-    def _drop_caches(self, *, keep_stats: bool) -> None:
-        if keep_stats:
-            self._kept_stats |= {index: cache.stats[index] for index, cache in self._caches.items()}
-        for side in set(self._host_sides.values()):
-            side.compute.close()
-        self._caches, self._host_sides = {}, {}
-        self._lookahead = None
-        self._plan = None
-
-    def _layer_stats(self, layer: SparseLayer) -> LayerStats:
-        cache = self._caches.get(layer.index)
-        return cache.stats[layer.index] if cache else self._kept_stats.get(layer.index, LayerStats())
+    def _ensure_caches(self) -> OffloadPlan:
+        self._check_open()
+        return self._caches.plan or self._caches.build(self._living_model(), self._sources, self.config)
 
     def _living_model(self) -> Any:
         model = self._model()

@@ -1,0 +1,1 @@
+"""Decoding on the device: which forwards are, and whole steps that are captured and replayed."""

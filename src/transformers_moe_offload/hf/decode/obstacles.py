@@ -1,0 +1,45 @@
+"""What stands against decoding on the device, layer by layer, before anything is built."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Mapping
+
+from transformers_moe_offload.compute.on_device import missing_on_device
+from transformers_moe_offload.config import OffloadConfig
+from transformers_moe_offload.hf.layer import SparseLayer
+from transformers_moe_offload.memory.checkpoint import LayerSource
+from transformers_moe_offload.memory.record import RecordLayout
+
+logger = logging.getLogger(__name__)
+
+
+def obstacle(layer: SparseLayer, source: LayerSource, config: OffloadConfig) -> str | None:
+    """Why a layer cannot decode on its device; None if it can."""
+    if config.decode == "host":
+        return "decode='host'"
+    if config.arithmetic == "exact":
+        return "arithmetic='exact' computes with the model's own code"
+    if layer.mlp is None:
+        return f"{layer.plain_class.__name__} computes in a way of its own"
+    return missing_on_device(layer.mlp, record_layout(source), source.codings, layer.device)
+
+
+def record_layout(source: LayerSource) -> RecordLayout:
+    """How the usual record of a layer's experts is laid out."""
+    coding = source.codings.usual
+    return RecordLayout(source.spec.fields if coding is None else coding.stored)
+
+
+def report(obstacles: Mapping[str, str], num_layers: int, config: OffloadConfig) -> None:
+    """Tell once, when a model is made ready, which layers do not decode on the device although that was asked for."""
+    if config.decode == "host" or not obstacles:
+        return
+    level = logging.INFO if config.decode == "auto" else logging.WARNING
+    if len(obstacles) == num_layers and len(set(obstacles.values())) == 1:
+        reason = next(iter(obstacles.values()))
+        logger.log(level, f"decode={config.decode!r} has no effect: {reason}")
+        return
+    for reason in dict.fromkeys(obstacles.values()):
+        names = [name for name, other in obstacles.items() if other == reason]
+        logger.log(level, f"{len(names)} of {num_layers} sparse layers, {names[0]} first, decode on the host: {reason}")

@@ -1,0 +1,150 @@
+"""What `generate` calls for each token in place of the model, where whole steps are to be captured and replayed.
+
+Transformers asks a model for its compiled call where it decodes with a static cache (`get_compiled_call` in
+`modeling_utils.py`, 5.23, called by `generation/utils.py`); ours is no compiled one, but this. What cannot be captured
+is computed step by step as ever, and the log says once why.
+"""
+
+from __future__ import annotations
+
+import logging
+import threading
+from collections.abc import Hashable, Mapping
+from copy import deepcopy
+from typing import TYPE_CHECKING, Any
+
+import torch
+from transformers import CompileConfig
+
+from transformers_moe_offload.errors import MoeOffloadError
+from transformers_moe_offload.hf.decode.captured import PAST, CapturedStep, num_tokens, signature
+from transformers_moe_offload.hf.decode.decoding import MOST_TOKENS, Decoding
+from transformers_moe_offload.hf.decode.state import state_of, watched
+from transformers_moe_offload.hf.decode.static_cache import unfit
+
+if TYPE_CHECKING:
+    from transformers_moe_offload.hf.runtime import OffloadRuntime
+
+logger = logging.getLogger(__name__)
+
+MOST_STEPS = 4
+"""Captured steps that are kept, each with a cache of its own: further ones would be for lengths that come once."""
+
+COMPILED_CALL = "get_compiled_call"
+"""What a model is asked for it by."""
+
+EAGER_STEPS = 1
+"""Computed before one is captured: kernels are compiled then, and libraries make their workspaces."""
+
+
+class DecodeStep:
+    """A model's forward, which replays what it has captured of it."""
+
+    def __init__(self, runtime: OffloadRuntime) -> None:
+        self._runtime = runtime
+        self._lock = threading.RLock()
+        self._captured: list[tuple[Hashable, CapturedStep]] = []
+        self._num_eager: dict[Hashable, int] = {}
+        self._decoding: Decoding | None = None
+        self._state: Hashable = None
+        """Of the model, when steps were captured."""
+        self._obstacle: str | None = None
+        """Why nothing can be captured of the generation that is running."""
+        self._refused: set[Hashable] = set()
+        self._said: set[str] = set()
+        self.num_captured = 0
+        """Steps that were captured so far."""
+        self.num_replayed = 0
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> DecodeStep:
+        twin = DecodeStep(deepcopy(self._runtime, memo))
+        memo[id(self)] = twin
+        return twin
+
+    def get_compiled_call(self, compile_config: CompileConfig | None = None) -> DecodeStep:
+        """Stands in for the model's method of that name: a generation begins."""
+        if compile_config is not None and compile_config != CompileConfig():
+            self._say("compile_config has no effect on an offloaded model with decode='graph'")
+        with self._lock:
+            model = self._runtime.model
+            state = state_of(model)
+            if state != self._state:
+                self.forget()
+            self._state = state
+            self._obstacle = watched(model)
+        return self
+
+    def forget(self) -> None:
+        """Drop what was captured."""
+        with self._lock:
+            self._captured.clear()
+            self._num_eager.clear()
+            self._refused.clear()
+
+    def __call__(self, *args: Any, **inputs: Any) -> Any:
+        """What the model returns."""
+        with self._lock:
+            decoding = self._runtime.decoding
+            if decoding is not self._decoding:  # layers have moved
+                self.forget()
+                self._decoding = decoding
+            step = self._step(args, inputs)
+            if step is not None:
+                with decoding.replaying():
+                    outputs = step(inputs)
+                self.num_replayed += 1
+                return outputs
+        return self._runtime.model(*args, **inputs)
+
+    def _step(self, args: tuple[Any, ...], inputs: Mapping[str, Any]) -> CapturedStep | None:
+        """A captured step for these inputs, captured now if it is time to; None where there is none."""
+        obstacle = self._obstacle or self._runtime.decoding.obstacle() or _hindered(args, inputs)
+        key = signature(inputs) if obstacle is None else None
+        if key is None:
+            self._say(f"steps are not captured: {obstacle or 'inputs that are neither tensors nor plain values'}")
+            return None
+        for other, step in self._captured:
+            if other == key and step.serves(inputs[PAST]):
+                return step
+        if key in self._refused:
+            return None
+        self._num_eager[key] = self._num_eager.get(key, 0) + 1
+        if self._num_eager[key] <= EAGER_STEPS:
+            return None
+        return self._capture(key, inputs)
+
+    def _capture(self, key: Hashable, inputs: Mapping[str, Any]) -> CapturedStep | None:
+        model = self._runtime.model
+        try:
+            with self._runtime.decoding.capturing():
+                step = CapturedStep(model, inputs, model.device)
+        except (RuntimeError, MoeOffloadError) as error:  # torch's own for whatever a graph cannot capture, and ours
+            self._refused.add(key)
+            self._say(f"steps are not captured: {type(model).__name__} does what a graph cannot: {error}")
+            return None
+        self._captured = [*self._captured, (key, step)][-MOST_STEPS:]
+        self.num_captured += 1
+        return step
+
+    def _say(self, what: str) -> None:
+        """Tell why, once."""
+        if what not in self._said:
+            self._said.add(what)
+            logger.warning(what)
+
+
+def _hindered(args: tuple[Any, ...], inputs: Mapping[str, Any]) -> str | None:
+    """What about a call stands against capturing it; None if nothing does."""
+    if args or PAST not in inputs or all(inputs.get(name) is None for name in ("input_ids", "inputs_embeds")):
+        return "the model was not called with tokens and past_key_values by name"
+    if torch.is_grad_enabled():
+        return "gradients are enabled"
+    cache = inputs[PAST]
+    reason = unfit(cache)
+    if reason is not None:
+        return reason
+    if num_tokens(inputs) > MOST_TOKENS:
+        return f"forwards of more than {MOST_TOKENS} tokens are not on the device"
+    if inputs.get("position_ids") is None and any(layer.is_sliding for layer in cache.layers):
+        return "without position_ids the model counts positions in Python"
+    return None

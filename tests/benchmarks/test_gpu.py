@@ -1,0 +1,191 @@
+"""The GPU benchmark runs through everything that needs no GPU, and judges figures by what is promised."""
+
+import json
+import os
+import subprocess
+import sys
+from copy import deepcopy
+from importlib.util import find_spec
+from pathlib import Path
+
+import pytest
+import torch
+
+GPU = Path(__file__).parents[2] / "benchmarks" / "gpu.py"
+SETTING, MODEL = "Some-MoE, 4 bits, 8 GB", "Some-MoE-4bit"
+
+
+def run(*arguments) -> subprocess.CompletedProcess:
+    command = [sys.executable, str(GPU), *map(str, arguments)]
+    return subprocess.run(command, capture_output=True, text=True, env=os.environ | {"OMP_NUM_THREADS": "1"})
+
+
+@pytest.fixture(scope="module")
+def outcome(tmp_path_factory):
+    """A quick run: its result and its report."""
+    if find_spec("triton") is None:
+        pytest.skip("Triton is not installed")
+    folder = tmp_path_factory.mktemp("benchmark")
+    done = run("--quick", "--made", folder / "made", "--results", folder)
+    assert done.returncode == 0, done.stdout + done.stderr
+    (result,), (page,) = folder.glob("gpu-*.json"), folder.glob("gpu-*.md")
+    return result.read_text(), page.read_text()
+
+
+def test_a_quick_run_measures_one_row_of_every_kind(script, outcome):
+    result = json.loads(outcome[0])
+    (setting,) = result["settings"].values()
+    assert list(setting["rows"]) == list(script("gpu_rows").QUICK)
+    for name, row in setting["rows"].items():
+        assert "left_out" not in row, f"{name}: {row}"
+        assert len(row["decode"][0]["forward_s"]) == 2
+        assert row["prefill"]["24"][0]["forward_s"][0] > 0
+
+
+def test_rows_decode_in_the_way_that_they_say(script, outcome):
+    rows = next(iter(json.loads(outcome[0])["settings"].values()))["rows"]
+    names = script("gpu_rows")
+    for name in (names.RESIDENT, names.EAGER, names.GRAPHED):
+        assert rows[name]["decoding"]["devices"] == 1, name
+    assert rows[names.GRAPHED]["decoding"]["steps_replayed"] > 0
+    assert rows[names.HOST]["decoding"] == {"devices": 0, "steps_captured": 0, "steps_replayed": 0}
+    assert rows[names.EAGER]["decode"][0]["hits"] < rows[names.EAGER]["decode"][0]["asked"]
+
+
+def test_logits_are_equal_whatever_is_resident_and_whether_steps_are_replayed(outcome):
+    rows = next(iter(json.loads(outcome[0])["settings"].values()))["rows"]
+    digests = [row["digest"] for row in rows.values() if row.get("digest")]
+    assert len(digests) == 3
+    assert len(set(digests)) == 1
+
+
+def test_the_report_names_its_conditions_and_no_folder_of_this_machine(outcome):
+    for text in outcome:
+        assert "/tmp" not in text
+        assert str(Path.home()) not in text
+    for word in ("machine", "torch", "commit", "routing", "lengths", "bandwidths", "| graphed |", "not measured"):
+        assert word in outcome[1]
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+def test_without_a_gpu_there_is_one_clear_error(script, capsys):
+    with pytest.raises(script("gpu").typer.Exit) as raised:
+        script("gpu").expect_gpu(quick=False)
+    assert raised.value.exit_code == 2
+    said = capsys.readouterr().err
+    assert said.startswith("nothing to measure: torch sees no GPU")
+    assert "--quick" in said
+
+
+def test_an_unknown_model_is_refused(script):
+    with pytest.raises(script("gpu").typer.BadParameter, match="'GPT-5' is not one of Mixtral-8x7B"):
+        script("gpu").chosen("--model", ["GPT-5"], list(script("gpu_models").PUBLISHED))
+
+
+@pytest.mark.parametrize(
+    ("name", "experts", "millions"),
+    [("Mixtral-8x7B", 8, 176.2), ("Qwen3-30B-A3B", 128, 4.72), ("gpt-oss-20b", 32, 24.9), ("OLMoE-1B-7B", 64, 6.29)],
+)
+def test_shapes_are_those_of_the_published_models(script, name, experts, millions):
+    """Parameters of an expert and experts of a layer: arithmetic on the sizes in the models' cards."""
+    models = script("gpu_models")
+    quantization, _ = models.blueprint(models.PUBLISHED[name], 4, layers=1)
+    (layer,) = quantization.layers
+    assert layer.num_experts == experts
+    assert layer.expert_bytes / 2 / 1e6 == pytest.approx(millions, rel=2e-3)
+
+
+def test_a_machine_gets_as_many_layers_as_it_holds(script):
+    models = script("gpu_models")
+    mixtral = models.PUBLISHED["Mixtral-8x7B"]
+    enough = models.layers_that_fit(mixtral, 4, 64 << 30, 200 << 30)
+    less_ram, less_disk = (
+        models.layers_that_fit(mixtral, 4, *sizes) for sizes in ((16 << 30, 200 << 30), (64 << 30, 16 << 30))
+    )
+    assert enough == mixtral.config().num_hidden_layers
+    assert 0 < less_disk <= less_ram < enough
+
+
+def row(token_s, *, needed=0.0, us=10.0, digest=None, prompt_s=0.1):
+    one = {"forward_s": [token_s, token_s], "needed_bytes": 2 * needed, "hits": 8, "asked": 16}
+    return {
+        "model": {},
+        "decode": [one],
+        "prefill": {"2048": [one | {"forward_s": [prompt_s], "needed_bytes": needed}]},
+        "host_us_per_layer": us,
+        "digest": digest,
+        "memory": {"gpu_bytes": 1 << 30, "pinned_bytes": 1 << 20},
+    }
+
+
+@pytest.fixture
+def result(script):
+    """One in which all promises hold: the link lets 1e9 bytes a second through, and a token misses 1e7 of them."""
+    names = script("gpu_rows")
+    rows = {
+        names.RESIDENT: row(0.008, digest="same"),
+        names.RESIDENT_GRAPHED: row(0.005, digest="same"),
+        names.NAIVE: row(0.5),
+        names.PUBLISHED_FULL: row(0.1),
+        names.HOST: row(0.03),
+        names.EAGER: row(0.0125, needed=1e7, us=50.0, digest="same", prompt_s=0.012),
+        names.GRAPHED: row(0.0105, needed=1e7, us=0.0, digest="same"),
+        names.EAGER_PARTLY: row(0.009, digest="same"),
+        names.GRAPHED_PARTLY: row(0.006, digest="same"),
+    }
+    made = {"name": MODEL, "layers": 2, "experts": 16, "experts_per_token": 2, "expert_bytes": 10, "dense_bytes": 10}
+    link = {"pinned_bytes_per_s": 1e9, "pageable_bytes_per_s": 5e8}
+    kernel = {"resident_s": 1e-5, "read_s": 1e-3, "submit_s": 1e-5}
+    bandwidth = {"link": link, "gpu_bytes_per_s": 1e12, "kernel": kernel, "record_bytes": 7e6}
+    return {"settings": {SETTING: {"made": made, "rows": rows}}, "bandwidth": {MODEL: bandwidth}}
+
+
+def test_promises_that_hold_are_kept(script, result):
+    judged = script("gpu_report").verdicts(result)
+    assert len(judged) == 10
+    assert [promise for promise, is_kept in judged if is_kept is not True] == []
+    (table,) = script("gpu_report").tables(result)
+    assert dict(zip(table.header, table.rows[6], strict=True))["reached"] == "95%"
+
+
+@pytest.mark.parametrize(
+    ("name", "changed", "broken"),
+    [
+        ("EAGER", {"host_us_per_layer": 61.0}, "eager: at most 60 us"),
+        ("GRAPHED", {"host_us_per_layer": 6.0}, "graphed: at most 5 us"),
+        ("EAGER", {"decode": row(0.0171, needed=1e7)["decode"]}, "eager: at least 60% of the limit"),
+        ("GRAPHED", {"decode": row(0.0137, needed=1e7)["decode"]}, "graphed: at least 75% of the limit"),
+        ("EAGER_PARTLY", {"decode": row(0.0101)["decode"]}, "eager, 40%: at least 80%"),
+        ("GRAPHED_PARTLY", {"decode": row(0.0064)["decode"]}, "graphed, 40%: at least 80%"),
+        ("PUBLISHED_FULL", {"decode": row(0.03)["decode"]}, "the best row: at least 3 times"),
+        ("EAGER", {"prefill": row(1.0, needed=1e7, prompt_s=0.2)["prefill"]}, "a prompt of 2048 tokens"),
+        ("GRAPHED", {"digest": "another"}, "equal logits"),
+    ],
+)
+def test_each_promise_is_broken_by_its_own_figure(script, result, name, changed, broken):
+    result = deepcopy(result)
+    result["settings"][SETTING]["rows"][getattr(script("gpu_rows"), name)] |= changed
+    judged = script("gpu_report").verdicts(result)
+    assert [broken in promise for promise, is_kept in judged if is_kept is False] == [True]
+
+
+def test_a_slow_kernel_breaks_its_promise(script, result):
+    result["bandwidth"][MODEL]["kernel"]["resident_s"] = 2e-5
+    (promise,) = [promise for promise, is_kept in script("gpu_report").verdicts(result) if is_kept is False]
+    assert "kernels on resident experts" in promise
+
+
+def test_what_was_left_out_is_not_taken_for_a_promise_kept(script, result):
+    names = script("gpu_rows")
+    rows = result["settings"][SETTING]["rows"]
+    for name in (names.EAGER, names.PUBLISHED_FULL, names.RESIDENT, names.RESIDENT_GRAPHED):
+        rows[name] = {"left_out": "OutOfMemoryError"}
+    judged = dict(script("gpu_report").verdicts(result))
+    assert sum(is_kept is None for is_kept in judged.values()) == 6
+    (table,) = script("gpu_report").tables(result)
+    assert table.rows[0][:2] == [names.RESIDENT, "left out"]
+
+
+def test_accelerates_time_is_for_all_layers(script):
+    found = {"layers": 10, "all_layers": 32, "decode": [{"forward_s": [1.0, 1.0]}], "prefill": {}}
+    assert script("gpu_report").seconds(found) == pytest.approx(3.2)

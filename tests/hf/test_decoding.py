@@ -1,0 +1,275 @@
+"""Decoding on the device gives what decoding on the host gives, whatever is resident, and never asks the host.
+
+Tests marked `gpu` run on a GPU where there is one. In a process of their own, where Triton interprets its kernels with
+numpy, they run anywhere.
+"""
+
+import copy
+import importlib.util
+import logging
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import LogitsProcessor
+
+from transformers_moe_offload import ExpertFormats, HqqFormat, MoeOffloadError, OffloadConfig
+from transformers_moe_offload.compute.without_host import HostSyncError, without_host
+from transformers_moe_offload.routing import record_routing, set_routing
+
+from .decoding import NEW_TOKENS, generate, load, prompt, save
+
+IS_INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
+DEVICE = "cpu" if IS_INTERPRETED else "cuda"
+gpu = pytest.mark.gpu
+pytestmark = pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="Triton is not installed")
+
+CLOSE = {"rtol": 1e-4, "atol": 1e-5}
+"""float32 sums in another order."""
+
+
+@pytest.fixture(autouse=True)
+def _needs_a_gpu(request):
+    if "gpu" in request.keywords and not IS_INTERPRETED and not torch.cuda.is_available():
+        pytest.skip("needs a CUDA device")
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    place = tmp_path_factory.mktemp("small")
+    save("qwen3_moe", place)
+    return place
+
+
+@pytest.fixture(scope="module")
+def on_the_host(folder):
+    """What the host's way answers to the prompt."""
+    return generate(load(folder, device=DEVICE), prompt())
+
+
+@pytest.mark.timeout(900)
+def test_all_tests_for_a_gpu_pass_in_the_interpreter():
+    here = Path(__file__).parent
+    done = subprocess.run(
+        [
+            *(sys.executable, "-m", "pytest", "-m", "gpu", "-p", "no:cacheprovider", "-p", "no:xdist"),
+            *(__file__, str(here / "test_graphs.py")),
+        ],
+        env=os.environ | {"TRITON_INTERPRET": "1"},
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert " passed" in done.stdout
+    assert "skipped" not in done.stdout
+
+
+@gpu
+def test_tokens_are_the_hosts_and_logits_the_same_bits_at_every_cache_size(folder, on_the_host):
+    tokens, logits = on_the_host
+    seen, hits = [], []
+    for budget in ("13%", "50%", "100%"):
+        model = load(folder, "device", budget, device=DEVICE)
+        found, theirs = generate(model, prompt())
+        assert torch.equal(found, tokens)
+        torch.testing.assert_close(theirs, logits, **CLOSE)
+        seen.append(theirs)
+        hits.append(model.moe_offload.stats().hits)
+        plan = model.moe_offload.plan
+        assert plan.pools[0].arena_bytes == plan.expert_bytes
+        assert "page-locked" in str(plan)
+    assert all(torch.equal(other, seen[0]) for other in seen)
+    assert 0 <= hits[0] < hits[1] < hits[2]
+
+
+@gpu
+def test_what_is_asked_for_is_counted_as_on_the_host(folder):
+    asked = []
+    for decode in ("host", "device"):
+        model = load(folder, decode, "100%", device=DEVICE)
+        generate(model, prompt(2, 3), max_new_tokens=3)
+        asked.append({name: layer.asked for name, layer in model.moe_offload.stats().per_layer.items()})
+        model.moe_offload.reset_stats()
+        assert model.moe_offload.stats().asked == 0
+    assert asked[0] == asked[1]
+
+
+@gpu
+def test_no_sparse_layer_waits_for_the_device_with_16_tokens_and_every_one_does_with_17(folder):
+    model = load(folder, "device", "25%", device=DEVICE)
+    decoding = model.moe_offload.decoding
+    hidden = torch.randn(17, 1, 32, generator=torch.Generator().manual_seed(0)).to(DEVICE)
+    for layer in model.model.layers:
+        with torch.no_grad():
+            expected = layer.mlp(hidden[:16])
+            with decoding.capturing(), without_host():  # what the host does between two forwards is left out
+                found = layer.mlp(hidden[:16])
+            assert torch.equal(found, expected)
+            with pytest.raises(HostSyncError), without_host():
+                layer.mlp(hidden)
+            torch.testing.assert_close(layer.mlp(hidden)[:16], expected, **CLOSE)
+
+
+@gpu
+def test_beams_are_the_hosts(folder):
+    options = {"num_beams": 3, "max_new_tokens": 3, "length_penalty": 0.0}
+    tokens, _ = generate(load(folder, device=DEVICE), prompt(), **options)
+    found, _ = generate(load(folder, "device", device=DEVICE), prompt(), **options)
+    assert torch.equal(found, tokens)
+
+
+class _Resizes(LogitsProcessor):
+    def __init__(self, model, budgets):
+        self._model, self._budgets = model, iter(budgets)
+
+    def __call__(self, input_ids, scores):
+        self._model.moe_offload.resize(next(self._budgets))
+        return scores
+
+
+@gpu
+def test_a_cache_that_is_resized_during_a_generation_changes_nothing(folder, on_the_host):
+    model = load(folder, "device", "50%", device=DEVICE)
+    _, logits = generate(model, prompt())
+    resizes = _Resizes(model, ["100%", "13%", "75%", "25%", "50%"])
+    tokens, meanwhile = generate(model, prompt(), logits_processor=[resizes])
+    assert torch.equal(tokens, on_the_host[0])
+    assert torch.equal(meanwhile, logits)
+    assert model.moe_offload.plan.num_slots == 4
+
+
+@gpu
+def test_copies_closed_and_restored_models_do_what_they_do_on_the_host(folder, on_the_host):
+    model = load(folder, "device", device=DEVICE)
+    _, logits = generate(model, prompt())
+    twin = copy.deepcopy(model)
+    model.moe_offload.close()
+    with pytest.raises(MoeOffloadError, match="was closed"):
+        model(prompt(1, 1).to(DEVICE))
+    assert torch.equal(generate(twin, prompt())[1], logits)
+    plain = twin.moe_offload.restore()
+    tokens, restored = generate(plain, prompt())
+    assert torch.equal(tokens, on_the_host[0])
+    torch.testing.assert_close(restored, logits, **CLOSE)
+
+
+@gpu
+def test_gradients_are_the_hosts(folder):
+    grads = []
+    for decode in ("host", "device"):
+        model = load(folder, decode, device=DEVICE)
+        ids = prompt(1, 4).to(DEVICE)
+        model(ids, labels=ids).loss.backward()
+        grads.append(model.model.layers[0].mlp.gate.weight.grad)
+    assert grads[0].abs().max() > 0
+    assert torch.equal(*grads)
+
+
+@gpu
+def test_adapters_on_experts_and_traces_have_the_host_compute(folder, caplog):
+    from peft import LoraConfig, get_peft_model
+
+    caplog.set_level(logging.INFO, "transformers_moe_offload")
+    ids = prompt(1, 2).to(DEVICE)
+    found = []
+    for decode in ("host", "device"):
+        model = load(folder, decode, device=DEVICE)
+        with torch.no_grad():
+            with model.moe_offload.trace() as trace:
+                traced = model(ids).logits
+            assert sum(map(sum, trace.counts().values())) > 0
+            options = {"target_parameters": ["mlp.experts.gate_up_proj"], "init_lora_weights": False}
+            torch.manual_seed(0)
+            adapted = get_peft_model(model, LoraConfig(r=2, target_modules=[], **options))(ids).logits
+        assert not torch.equal(adapted, traced)
+        found.append((traced, adapted))
+    assert torch.equal(found[0][0], found[1][0])
+    assert torch.equal(found[0][1], found[1][1])
+    assert "while a model is traced the host has to know its routing" in caplog.text
+    assert "experts to which adapters add are computed one by one" in caplog.text
+
+
+@gpu
+def test_routing_strategies_and_recordings_work(folder):
+    ids = prompt(1, 3).to(DEVICE)
+    seen = []
+    for decode in ("host", "device"):
+        model = load(folder, decode, device=DEVICE)
+        with torch.no_grad(), set_routing(model, "top_k", k=1), record_routing(model) as recorder:
+            logits = model(ids).logits
+        seen.append((logits, recorder.trace.to_cache_trace().counts()))
+        assert all(sum(counts) > 0 for counts in seen[-1][1].values())
+    torch.testing.assert_close(seen[0][0], seen[1][0], **CLOSE)
+    assert seen[0][1] == seen[1][1]
+
+
+@gpu
+@pytest.mark.parametrize("nbits", [4, 3])
+def test_quantized_experts_are_read_where_they_are(folder, nbits):
+    ids = prompt(1, 2).to(DEVICE)
+    format = HqqFormat(nbits=nbits, group_size=16)
+    with torch.no_grad():
+        expected = load(folder, experts=format, device=DEVICE)(ids).logits
+        found = [load(folder, "device", b, experts=format, device=DEVICE)(ids).logits for b in ("13%", "100%")]
+    assert torch.equal(*found)
+    torch.testing.assert_close(found[0], expected, **CLOSE)
+
+
+@gpu
+def test_a_layer_whose_experts_have_several_formats_uses_the_same_slots_through_the_host(folder, caplog):
+    four, eight = HqqFormat(nbits=4, group_size=16), HqqFormat(nbits=8, group_size=16)
+    formats = ExpertFormats(default=four, hot=eight, hot_experts={"0": [1]})
+    ids = prompt(1, 2).to(DEVICE)
+    with torch.no_grad():
+        expected = load(folder, experts=formats, device=DEVICE)(ids).logits
+        models = [load(folder, "device", budget, experts=formats, device=DEVICE) for budget in ("20%", "100%")]
+        found = [model(ids).logits for model in models]
+    assert torch.equal(*found)
+    torch.testing.assert_close(found[0], expected, **CLOSE)
+    assert len(models[0].moe_offload.plan.pools) == 1
+    assert "1 of 2 sparse layers, model.layers.0.mlp.experts first, decode on the host: some of its" in caplog.text
+
+
+@gpu
+def test_too_little_host_memory_is_said_with_both_numbers_and_the_host_decodes(folder, on_the_host, caplog):
+    model = load(folder, "device", device=DEVICE, host_budget="1KiB")
+    assert "all experts take 49,152 bytes of page-locked memory, and host_budget='1KiB' allows 1,024" in caplog.text
+    assert model.moe_offload.plan.arena_bytes == 0
+    assert torch.equal(generate(model, prompt())[1], on_the_host[1])
+
+
+@gpu
+def test_what_cannot_be_on_the_device_is_said_once(folder, caplog):
+    caplog.set_level(logging.INFO, "transformers_moe_offload")
+    model = load(folder, "device", device=DEVICE)
+    with torch.no_grad():
+        for _ in range(2):
+            model(prompt().to(DEVICE))
+    assert caplog.text.count("forwards of more than 16 tokens are computed expert by expert") == 1
+    load(folder, "device", device=DEVICE, arithmetic="exact")
+    assert "decode='device' has no effect: arithmetic='exact' computes with the model's own code" in caplog.text
+
+
+@pytest.mark.skipif(IS_INTERPRETED or torch.cuda.is_available(), reason="needs a machine without GPU")
+def test_without_a_gpu_it_has_no_effect_and_says_so(folder, caplog):
+    expected = load(folder)(prompt(1, 2)).logits
+    for decode in ("device", "graph"):
+        model = load(folder, decode)
+        assert f"decode='{decode}' has no effect: " in caplog.text
+        assert torch.equal(model(prompt(1, 2)).logits, expected)
+        tokens, _ = generate(model, prompt(), cache_implementation="static")
+        assert tokens.shape[1] == 20 + NEW_TOKENS
+    caplog.clear()
+    load(folder, "auto")
+    assert "has no effect" not in caplog.text
+
+
+def test_the_option_is_checked_and_written():
+    config = OffloadConfig(decode="graph")
+    assert OffloadConfig.from_dict(config.to_dict()) == config
+    assert config.to_diff_dict()["decode"] == "graph"
+    with pytest.raises(MoeOffloadError, match="decode='gpu' is not one of"):
+        OffloadConfig(decode="gpu")
