@@ -42,6 +42,7 @@ def main(model: str, output: str, batch: str) -> None:
     }
     Path(output, f"{trainer.args.process_index}.json").write_text(json.dumps(facts))
     PartialState().wait_for_everyone()
+    PartialState().destroy_process_group()  # or gloo's threads may abort the process as it ends
 
 
 def digest(model: torch.nn.Module) -> str:

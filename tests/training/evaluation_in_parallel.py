@@ -25,6 +25,7 @@ def main(name: str, output: str) -> None:
     assert cache_stats(model).asked > 0
     if accelerator.is_main_process:
         Path(output).write_text(json.dumps([type(prepared).__name__, gathered.tolist()]))
+    accelerator.end_training()  # or gloo's threads may abort the process as it ends
 
 
 if __name__ == "__main__":
