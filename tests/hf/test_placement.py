@@ -13,7 +13,8 @@ from stores import number, numbered_store
 from transformers_moe_offload import CapacityError, OffloadConfig
 from transformers_moe_offload.expert import ExpertId, ExpertSpec, FieldSpec
 from transformers_moe_offload.hf import plan as planning
-from transformers_moe_offload.hf.plan import Placement, build_caches, make_plan
+from transformers_moe_offload.hf.plan import Placement, make_plan
+from transformers_moe_offload.hf.pools import build_caches
 from transformers_moe_offload.hf.quantizer import MoeOffloadQuantizer
 
 EXACT = OffloadConfig(cache_budget="30%", arithmetic="exact")

@@ -29,7 +29,8 @@ from transformers_moe_offload.hf.decode.obstacles import obstacle, report
 from transformers_moe_offload.hf.host_sides import host_sides
 from transformers_moe_offload.hf.layer import SparseLayer
 from transformers_moe_offload.hf.lookahead import Lookahead, look_ahead_in
-from transformers_moe_offload.hf.plan import OffloadPlan, Placement, build_caches, make_plan, tried_out, without_arenas
+from transformers_moe_offload.hf.plan import OffloadPlan, Placement, make_plan, tried_out, without_arenas
+from transformers_moe_offload.hf.pools import build_caches
 from transformers_moe_offload.memory.checkpoint import ExpertStore, LayerSource
 from transformers_moe_offload.stats import LayerStats
 from transformers_moe_offload.tracing import TraceRecorder

@@ -22,7 +22,8 @@ from transformers_moe_offload.compute.rates import measured_rates
 from transformers_moe_offload.config import OffloadConfig
 from transformers_moe_offload.expert import ExpertId, ExpertSpec
 from transformers_moe_offload.hf.layer import SparseLayer, experts_at
-from transformers_moe_offload.hf.plan import OffloadPlan, PoolPlan, copier_for
+from transformers_moe_offload.hf.plan import OffloadPlan, PoolPlan
+from transformers_moe_offload.hf.pools import copier_for
 from transformers_moe_offload.hf.top_k import experts_per_token
 from transformers_moe_offload.memory.checkpoint import ExpertStore
 from transformers_moe_offload.memory.fill import whole

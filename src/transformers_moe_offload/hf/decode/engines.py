@@ -16,7 +16,8 @@ from transformers_moe_offload.engine.peers import faster_peers, lodge
 from transformers_moe_offload.hf.decode.decoding import AddressedLayer
 from transformers_moe_offload.hf.decode.obstacles import record_layout
 from transformers_moe_offload.hf.layer import SparseLayer, experts_at
-from transformers_moe_offload.hf.plan import OffloadPlan, PoolPlan, workers_of
+from transformers_moe_offload.hf.plan import OffloadPlan, PoolPlan
+from transformers_moe_offload.hf.pools import workers_of
 from transformers_moe_offload.memory.available import available_bytes
 from transformers_moe_offload.memory.checkpoint import ExpertStore, LayerSource
 from transformers_moe_offload.policies import make_policy

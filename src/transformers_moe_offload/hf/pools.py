@@ -1,0 +1,64 @@
+"""Build the caches that a plan describes: slots, and what fills them from the tiers below."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+from transformers_moe_offload.cache.cache import ExpertCache
+from transformers_moe_offload.config import OffloadConfig
+from transformers_moe_offload.hf.plan import OffloadPlan, PoolPlan
+from transformers_moe_offload.memory.checkpoint import ExpertStore, LayerSource
+from transformers_moe_offload.memory.fill import OpenFill
+from transformers_moe_offload.memory.host import HostTier
+from transformers_moe_offload.memory.lanes import default_workers
+from transformers_moe_offload.memory.mapped import MappedSlots
+from transformers_moe_offload.memory.slots import CopiedSlots, SlotPool, Slots
+from transformers_moe_offload.memory.small import SmallReads
+from transformers_moe_offload.memory.transfer import Copier, HostCopier
+from transformers_moe_offload.memory.upload import CudaCopier
+from transformers_moe_offload.policies import make_policy
+
+
+class Caches(NamedTuple):
+    """What a plan describes, built."""
+
+    of_layer: dict[int, ExpertCache]
+    """One cache for each pool: layer -> the cache it uses."""
+    host: HostTier
+
+
+def build_caches(plan: OffloadPlan, sources: Sequence[LayerSource], config: OffloadConfig) -> Caches:
+    """The caches of a plan, empty; those of pools with page-locked memory are their engines' (`decode/engines.py`)."""
+    store = ExpertStore(sources, past_cache=plan.reads_past_cache)
+    host = HostTier(store, plan.host_bytes)
+    caches: dict[int, ExpertCache] = {}
+    for pool in (pool for pool in plan.pools if not pool.arena_bytes):
+        num_experts = {layer: store.layers[layer].spec.num_experts for layer in pool.layers}
+        cache = ExpertCache(_slots(store, host, pool, config), pool.num_slots, num_experts, make_policy(config.policy))
+        caches |= dict.fromkeys(pool.layers, cache)
+    return Caches(caches, host)
+
+
+def _slots(store: ExpertStore, host: HostTier, pool: PoolPlan, config: OffloadConfig) -> Slots:
+    if pool.is_mapped:
+        return MappedSlots(store, workers_of(config))
+    copier: Copier
+    if pool.device.type == "cpu":
+        copier = HostCopier(store.fill, workers_of(config), SmallReads(store).start)
+    else:
+        copier = copier_for(pool, host.fill, config)
+    return CopiedSlots(store, SlotPool(pool.sizes[0], pool.device), copier)
+
+
+def copier_for(pool: PoolPlan, fill: OpenFill, config: OffloadConfig) -> Copier:
+    """What fills the slots of a pool with records from somewhere."""
+    if pool.device.type == "cpu":
+        return HostCopier(fill, workers_of(config))
+    is_pinned = config.pin_memory is not False
+    return CudaCopier(fill, workers_of(config), pool.device, pool.need.largest_bytes, is_pinned)
+
+
+def workers_of(config: OffloadConfig) -> int:
+    """Threads that read experts."""
+    return config.io_workers or default_workers()
