@@ -36,6 +36,11 @@ def test_afterwards_ctrl_c_is_what_it_was():
     assert signal.getsignal(signal.SIGINT) == before
 
 
+def listen_to_ctrl_c() -> None:
+    """As in the foreground of a shell; what these tests were started by may be in its background, where it is ignored."""
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+
+
 class Terminal:
     """A command on a terminal of its own."""
 
@@ -43,7 +48,13 @@ class Terminal:
         self._master, slave = pty.openpty()
         environment = os.environ | {"OMP_NUM_THREADS": "1", "TERM": "xterm", "COLUMNS": "120"}
         self.process = subprocess.Popen(
-            command, stdin=slave, stdout=slave, stderr=slave, env=environment, start_new_session=True
+            command,
+            stdin=slave,
+            stdout=slave,
+            stderr=slave,
+            env=environment,
+            start_new_session=True,
+            preexec_fn=listen_to_ctrl_c,
         )
         os.close(slave)
         self._unread = ""
