@@ -37,7 +37,7 @@ def test_afterwards_ctrl_c_is_what_it_was():
 
 
 def listen_to_ctrl_c() -> None:
-    """As in the foreground of a shell; what these tests were started by may be in its background, where it is ignored."""
+    """As in the foreground of a shell. These tests may have been started in the background, where it is ignored."""
     signal.signal(signal.SIGINT, signal.SIG_DFL)
 
 
