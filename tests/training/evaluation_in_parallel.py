@@ -1,6 +1,7 @@
 """Evaluate an offloaded model in as many processes as started this, by what Accelerate prepares: MODEL OUTPUT."""
 
 import json
+import os
 import sys
 from pathlib import Path
 
@@ -25,7 +26,10 @@ def main(name: str, output: str) -> None:
     assert cache_stats(model).asked > 0
     if accelerator.is_main_process:
         Path(output).write_text(json.dumps([type(prepared).__name__, gathered.tolist()]))
-    accelerator.end_training()  # or gloo's threads may abort the process as it ends
+    accelerator.wait_for_everyone()
+    # Without tearing anything down: a wrapper that outlives its process group waits for gloo's threads with the
+    # interpreter's lock held, which they may need, and one that does not may abort the process.
+    os._exit(0)
 
 
 if __name__ == "__main__":
