@@ -5,6 +5,7 @@ from pathlib import Path
 
 import torch
 from safetensors.torch import load_file, save_file
+from transformers import FineGrainedFP8Config, Mxfp4Config
 
 BLOCK = 16
 FP4_VALUES = torch.tensor([0, 0.5, 1, 1.5, 2, 3, 4, 6])
@@ -96,3 +97,14 @@ def _rewrite(folder: Path, stored, quantization_config) -> None:
         save_file(tensors, file, metadata={"format": "pt"})
     config = json.loads((folder / "config.json").read_text())
     (folder / "config.json").write_text(json.dumps(config | {"quantization_config": quantization_config}))
+
+
+FP8, MXFP4 = FineGrainedFP8Config(dequantize=True), Mxfp4Config(dequantize=True)
+KINDS = {
+    "qwen3_moe": (as_fp8, FP8),
+    "deepseek_v3": (as_fp8, FP8),
+    "mixtral": (as_fp8, FP8),
+    "deepseek_v4": (as_fp4_experts, FP8),
+    "gpt_oss": (as_mxfp4, MXFP4),
+}
+"""How an architecture's checkpoints are made, and what has Transformers open them."""

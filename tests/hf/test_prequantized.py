@@ -6,22 +6,13 @@ from copy import deepcopy
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from transformers import AutoConfig, AutoModelForCausalLM, FineGrainedFP8Config, Mxfp4Config
+from transformers import AutoConfig, AutoModelForCausalLM
 from transformers.quantizers import AutoQuantizationConfig
 
 from transformers_moe_offload import CheckpointError, ConfigError, HqqFormat, OffloadConfig, UnsupportedModelError
 from zoo.build import build, inputs, output_tensor, save
 
-from .other_methods import as_fp4_experts, as_fp8, as_mxfp4, opened_fp8, opened_mxfp4
-
-FP8, MXFP4 = FineGrainedFP8Config(dequantize=True), Mxfp4Config(dequantize=True)
-KINDS = {
-    "qwen3_moe": (as_fp8, FP8),
-    "deepseek_v3": (as_fp8, FP8),
-    "mixtral": (as_fp8, FP8),
-    "deepseek_v4": (as_fp4_experts, FP8),
-    "gpt_oss": (as_mxfp4, MXFP4),
-}
+from .other_methods import FP8, KINDS, as_fp8, opened_fp8, opened_mxfp4
 
 
 @pytest.fixture(scope="module")

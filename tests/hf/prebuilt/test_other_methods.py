@@ -5,7 +5,6 @@ from copy import deepcopy
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from transformers import FineGrainedFP8Config, Mxfp4Config
 
 from transformers_moe_offload import CheckpointError, ExpertFormats, HqqFormat, OffloadConfig
 from transformers_moe_offload.cli.blueprint import draw
@@ -15,16 +14,8 @@ from transformers_moe_offload.hf.prebuilt.writer import Prebuilt, write_prebuilt
 from transformers_moe_offload.hub.fetch import fetch
 from zoo.build import build, save
 
-from ..other_methods import as_fp4_experts, as_fp8, as_mxfp4
+from ..other_methods import KINDS, as_fp8
 
-FP8, MXFP4 = FineGrainedFP8Config(dequantize=True), Mxfp4Config(dequantize=True)
-KINDS = {
-    "qwen3_moe": (as_fp8, FP8),
-    "deepseek_v3": (as_fp8, FP8),
-    "mixtral": (as_fp8, FP8),
-    "deepseek_v4": (as_fp4_experts, FP8),
-    "gpt_oss": (as_mxfp4, MXFP4),
-}
 FORMAT = HqqFormat(nbits=4, group_size=16)
 LOCAL = Origin("main", None, local_files_only=True, trust_remote_code=False)
 
