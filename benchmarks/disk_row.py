@@ -12,7 +12,7 @@ from job import serve
 from transformers import AutoModelForCausalLM
 
 from transformers_moe_offload import OffloadConfig
-from transformers_moe_offload.bench.bandwidth import Range, expert_ranges, read_all, sample
+from transformers_moe_offload.bench.bandwidth import Range, expert_ranges, read_all, read_all_past_cache, sample
 from transformers_moe_offload.bench.layers import files_of, store_of
 from transformers_moe_offload.bench.page_cache import drop
 from transformers_moe_offload.bench.passage import passage_for
@@ -59,9 +59,9 @@ def measure_from_disk(
 def _disk(files: list[Any], ranges: list[Range], threads: int) -> float:
     """Bytes per second of cold experts, through the page cache or past it, whichever is faster."""
     speeds = []
-    for past_cache in (False, True):
+    for read in (read_all, read_all_past_cache):
         drop(files)
-        speeds.append(read_all(ranges, threads, past_cache=past_cache))
+        speeds.append(read(ranges, threads))
     return max(speeds)
 
 

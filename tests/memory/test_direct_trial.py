@@ -42,16 +42,18 @@ class Disk:
     """Reads take as long as is said; counted."""
 
     def __init__(self, monkeypatch, *, past, through):
-        self.reads, self.delays, self.really = {True: 0, False: 0}, {True: past, False: through}, File.scatter_into
-        disk = self
+        self.reads = {"past": 0, "through": 0}
+        monkeypatch.setattr(File, "read_pages_into", self._slow("past", past, File.read_pages_into))
+        monkeypatch.setattr(File, "read_into", self._slow("through", through, File.read_into))
 
-        def scatter_into(file, targets, offset, *, past_cache=False):
-            if len(targets[0]) > 1:
-                disk.reads[past_cache] += 1
-                time.sleep(disk.delays[past_cache])
-            disk.really(file, targets, offset, past_cache=past_cache)
+    def _slow(self, way, seconds, really):
+        def read(file, target, *rest):
+            if len(target) > 1:
+                self.reads[way] += 1
+                time.sleep(seconds)
+            really(file, target, *rest)
 
-        monkeypatch.setattr(File, "scatter_into", scatter_into)
+        return read
 
 
 def test_the_faster_way_is_chosen(store, path, monkeypatch):
@@ -61,7 +63,7 @@ def test_the_faster_way_is_chosen(store, path, monkeypatch):
         with monkeypatch.context() as patch:
             disk = Disk(patch, past=past, through=through)
             assert is_faster_past_cache(store) is expected
-            assert disk.reads == {True: MOST_PAIRS, False: MOST_PAIRS}
+            assert disk.reads == {"past": MOST_PAIRS, "through": MOST_PAIRS}
 
 
 def test_where_both_are_about_as_fast_the_page_cache_is_left_alone(store, path, monkeypatch):
@@ -75,14 +77,14 @@ def test_a_slow_disk_is_not_asked_for_long(store, path, monkeypatch):
     drop(path)
     disk = Disk(monkeypatch, past=0.03, through=0.03)
     is_faster_past_cache(store)
-    assert disk.reads == {True: 1, False: 1}, "0.06 s: no further pair begins"
+    assert disk.reads == {"past": 1, "through": 1}, "0.06 s: no further pair begins"
 
 
 def test_what_is_in_the_page_cache_tells_nothing_and_is_not_read(store, path, monkeypatch):
     path.read_bytes()
     disk = Disk(monkeypatch, past=0, through=0)
     assert is_faster_past_cache(store)
-    assert disk.reads == {True: 0, False: 0}
+    assert disk.reads == {"past": 0, "through": 0}
 
 
 def test_a_filesystem_that_refuses_is_read_through_the_page_cache(store, path, monkeypatch):

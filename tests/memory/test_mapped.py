@@ -130,15 +130,15 @@ def test_an_expert_in_two_files_is_copied(tmp_path):
     split = FieldSource((index["gate"], index["up"]), ("float32",))
     store = ExpertStore([LayerSource(ExpertSpec(0, "experts", 1, fields), (ScatteredExpert((split,)),))])
     assert store.stretches(FIRST) is None
-    assert not store.is_mappable(0)
+    assert not store.is_as_used(0)
     from_files, weights = bring_in(slots_of(store), FIRST)
     assert from_files == 48
     assert weights["gate_up"].tolist() == [[1.0] * 3] * 2 + [[2.0] * 3] * 2
 
 
-def test_what_has_to_be_cast_or_assembled_is_not_mappable(store):
-    assert store.is_mappable(0)
-    assert not ExpertStore([store.layers[0].cast("float16")]).is_mappable(0)
+def test_what_has_to_be_cast_or_assembled_is_not_used_where_it_lies(store):
+    assert store.is_as_used(0)
+    assert not ExpertStore([store.layers[0].cast("float16")]).is_as_used(0)
 
 
 @pytest.fixture

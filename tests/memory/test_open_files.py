@@ -91,7 +91,6 @@ def test_half_of_what_the_system_allows_is_left_to_others():
 
 
 def test_experts_in_more_files_than_may_be_open_are_not_mapped(tmp_path, monkeypatch):
-    store = numbered_store(tmp_path, 1, 2)
-    assert store.is_mappable(0)
+    assert numbered_store(tmp_path, 1, 2).can_be_mapped()
     monkeypatch.setattr(checkpoint, "OPEN_FILES", OpenFiles(0))
-    assert not numbered_store(tmp_path, 1, 2).is_mappable(0)
+    assert not numbered_store(tmp_path, 1, 2).can_be_mapped()

@@ -6,24 +6,35 @@ These figures are to be limits, so the best of several passes counts and nothing
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Sequence
+from collections import deque
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
 import torch
+from torch import Tensor
 
 from transformers_moe_offload.bench.page_cache import can_drop, drop, resident_share
 from transformers_moe_offload.memory.checkpoint import ExpertStore
 from transformers_moe_offload.memory.disk import File
 from transformers_moe_offload.memory.field_source import Stretch, joined
+from transformers_moe_offload.memory.page_reads import placed
+from transformers_moe_offload.memory.paged_slots import PageReader
+from transformers_moe_offload.memory.pages import PageMemory
 from transformers_moe_offload.memory.record import host_bytes
+from transformers_moe_offload.memory.transfer import Transfer
 
 SAMPLE_BYTES = 2 << 30
 """Most that one pass reads: some seconds of a slow drive, and more than any drive's own buffer."""
 
 RAM_BYTES = 256 << 20
 """Of each buffer that RAM is measured with: larger than the caches of any processor we know of."""
+
+_AT_ONCE = 8
+"""Reads past the page cache that wait or are under way."""
 
 DEVICE_COPIES = 16
 """One after another: a GPU is done with one before the host has submitted the next."""
@@ -57,7 +68,7 @@ def sample(ranges: Sequence[Range], most_bytes: int = SAMPLE_BYTES) -> list[Rang
 def disk_bandwidth(ranges: Sequence[Range], threads: int, repeats: int) -> dict[str, float | None]:
     """Bytes per second, cold and warm, and how much of the files was cached before the cold passes.
 
-    Cold is None where the page cache cannot be emptied.
+    Cold is through the page cache or past it, whichever is faster; None where the page cache cannot be emptied.
     """
     chosen = sample(ranges)
     files = sorted({found.path for found in chosen})
@@ -66,6 +77,8 @@ def disk_bandwidth(ranges: Sequence[Range], threads: int, repeats: int) -> dict[
         drop(files)
         cached.append(resident_share(files))
         cold.append(read_all(chosen, threads))
+        drop(files)
+        cold.append(read_all_past_cache(chosen, threads))
     hot = [read_all(chosen, threads) for _ in range(repeats + 1)]  # the first pass may still have to fetch
     return {
         "cold_bytes_per_s": max(cold, default=None),
@@ -76,26 +89,53 @@ def disk_bandwidth(ranges: Sequence[Range], threads: int, repeats: int) -> dict[
     }
 
 
-def read_all(ranges: Sequence[Range], threads: int, *, past_cache: bool = False) -> float:
-    """Bytes per second over all ranges, read by some threads into buffers that exist; past the page cache if wanted."""
+def read_all(ranges: Sequence[Range], threads: int) -> float:
+    """Bytes per second over all ranges, read through the page cache by some threads into buffers that exist."""
     largest = max(found.nbytes for found in ranges)
     buffers = [torch.ones(largest, dtype=torch.uint8) for _ in range(threads)]  # ones: memory that is really there
-    files = {path: File(path, path.stat().st_size) for path in {found.path for found in ranges}}
 
-    def read(worker: int) -> None:
+    def read(files: Mapping[Path, File], worker: int) -> None:
         target = host_bytes(buffers[worker])
         for found in ranges[worker::threads]:
-            files[found.path].scatter_into([target[: found.nbytes]], found.start, past_cache=past_cache)
+            files[found.path].scatter_into([target[: found.nbytes]], found.start)
 
+    with _opened(ranges) as files, ThreadPoolExecutor(threads) as pool:
+        started = time.perf_counter()
+        list(pool.map(partial(read, files), range(threads)))
+        elapsed_s = time.perf_counter() - started
+    return sum(found.nbytes for found in ranges) / elapsed_s
+
+
+def read_all_past_cache(ranges: Sequence[Range], threads: int) -> float:
+    """The same past the page cache, in the way in which slots are filled."""
+    reader, memory = PageReader(threads), PageMemory()
+    with _opened(ranges) as files:
+        wanted = [placed([Stretch(files[one.path], one.start, one.start + one.nbytes)]) for one in ranges]
+        largest = max(place.nbytes for place in wanted)
+        spare = deque(memory.take(largest).fill_(1) for _ in range(_AT_ONCE))
+        coming: deque[tuple[Transfer, Tensor]] = deque()
+        started = time.perf_counter()
+        for place in wanted:
+            if not spare:
+                transfer, buffer = coming.popleft()
+                transfer.finish()
+                spare.append(buffer)
+            coming.append((reader.start(place.reads, spare[0], int), spare.popleft()))
+        for transfer, _ in coming:
+            transfer.finish()
+        elapsed_s = time.perf_counter() - started
+    return sum(found.nbytes for found in ranges) / elapsed_s
+
+
+@contextmanager
+def _opened(ranges: Sequence[Range]) -> Iterator[dict[Path, File]]:
+    """The files of some ranges, closed again afterwards."""
+    files = {path: File(path, path.stat().st_size) for path in {found.path for found in ranges}}
     try:
-        with ThreadPoolExecutor(threads) as pool:
-            started = time.perf_counter()
-            list(pool.map(read, range(threads)))
-            elapsed_s = time.perf_counter() - started
+        yield files
     finally:
         for file in files.values():
             file.close()
-    return sum(found.nbytes for found in ranges) / elapsed_s
 
 
 def ram_bandwidth(dtype: torch.dtype, columns: int, repeats: int) -> dict[str, float]:

@@ -178,17 +178,19 @@ class LayerCaches:
                 sources[layer.index].spec,
                 layer.device,
                 codings=sources[layer.index].codings,
-                is_mappable=_is_mappable(layer, sources[layer.index], store, config),
+                is_mappable=config.mmap is not False and store.can_be_mapped() and is_as_used,
                 is_in_ram=sources[layer.index].is_in_ram,
                 is_addressed=layer.name not in on_the_host,
+                spare_bytes=store.spare_bytes(layer.index) if is_as_used else None,
             )
             for layer in self._layers
+            for is_as_used in [_is_as_used(layer, sources[layer.index], store)]
         ]
 
 
-def _is_mappable(layer: SparseLayer, source: LayerSource, store: ExpertStore, config: OffloadConfig) -> bool:
-    """Whether a layer's experts may be used where they lie, and can be, with the same bits as from a slot."""
-    if config.mmap is False or layer.device.type != "cpu" or not store.is_mappable(layer.index):
+def _is_as_used(layer: SparseLayer, source: LayerSource, store: ExpertStore) -> bool:
+    """Whether a CPU can use a layer's experts as they lie in the files, with the same bits as from a record."""
+    if layer.device.type != "cpu" or not store.is_as_used(layer.index):
         return False
     if source.is_recorded:  # records begin at the same alignment everywhere
         return True

@@ -36,6 +36,8 @@ class Placement:
     """Whether there are no such files, but memory of ours."""
     is_addressed: bool = False
     """Whether its experts are to be read by address, where they all fit into page-locked memory."""
+    spare_bytes: int | None = None
+    """Bytes that pages of a file have beyond an expert's own, for experts that can be used inside of them."""
 
     @property
     def slot_bytes(self) -> int:
@@ -60,6 +62,9 @@ class PoolPlan:
     """Whether slots are mapped pages of the files instead of buffers."""
     arena_bytes: int = 0
     """Page-locked RAM for all of the pool's experts, which the device can read; 0 where decoding is on the host."""
+    spare_bytes: int | None = None
+    """Of every slot, what pages of the files have beyond an expert's bytes, where those are read past the page cache
+    straight into slots."""
 
     @property
     def cache_bytes(self) -> int:
@@ -159,17 +164,21 @@ def readable(nbytes: float) -> str:
 
 def make_plan(placements: Sequence[Placement], config: OffloadConfig) -> OffloadPlan:
     """Share the budget out; raises `CapacityError` if it is too small, `ConfigError` if `mmap=True` cannot be done."""
-    groups: dict[tuple[torch.device, int, bool, bool], list[Placement]] = {}
+    groups: dict[tuple[torch.device, int, bool, bool, int | None], list[Placement]] = {}
     for placement in placements:
-        kind = (placement.device, placement.slot_bytes, _is_mappable(placement, config), placement.is_in_ram)
+        kind = (
+            placement.device,
+            placement.slot_bytes,
+            _is_mappable(placement, config),
+            placement.is_in_ram,
+            placement.spare_bytes,
+        )
         groups.setdefault(kind, []).append(placement)
-    needs = [
-        PoolNeed(len(members), sum(member.spec.num_experts for member in members), slot_bytes, _others(members))
-        for (_, slot_bytes, _, _), members in groups.items()
-    ]
-    all_bytes = sum(need.all_bytes for need in needs)
+    has_room = page_cache_holds(sum(_need(members, 0).all_bytes for members in groups.values()))
+    past_cache = config.direct_io is True or (config.direct_io == "auto" and not has_room)
+    spares = [spare if past_cache and config.mmap is not True else None for *_, spare in groups]
+    needs = [_need(members, spare or 0) for members, spare in zip(groups.values(), spares, strict=True)]
     budget_bytes, slots = _shared_out(config.budget, [device for device, *_ in groups], needs)
-    has_room = page_cache_holds(all_bytes)
     pools = [
         PoolPlan(
             device,
@@ -179,9 +188,10 @@ def make_plan(placements: Sequence[Placement], config: OffloadConfig) -> Offload
             # A cache that holds everything reads each expert once. In a slot it begins at a cache line, which made
             # decoding 1.07 times as fast as where a file happened to have it.
             is_mapped=is_mappable and (config.mmap is True or is_in_ram or (has_room and num_slots < need.num_experts)),
+            spare_bytes=spare,
         )
-        for ((device, _, is_mappable, is_in_ram), members), need, num_slots in zip(
-            groups.items(), needs, slots, strict=True
+        for ((device, _, is_mappable, is_in_ram, _), members), need, num_slots, spare in zip(
+            groups.items(), needs, slots, spares, strict=True
         )
     ]
     addressed = {placement.spec.layer for placement in placements if placement.is_addressed}
@@ -191,7 +201,7 @@ def make_plan(placements: Sequence[Placement], config: OffloadConfig) -> Offload
         budget_bytes,
         smallest_budget(needs),
         host_bytes=0 if all(placement.is_in_ram for placement in placements) else _host_bytes(placed, config),
-        reads_past_cache=config.direct_io is True or (config.direct_io == "auto" and not has_room),
+        reads_past_cache=past_cache,
         arena_refused=refused,
     )
 
@@ -230,13 +240,14 @@ def without_arenas(plan: OffloadPlan, config: OffloadConfig, left_out: Container
     return replace(plan, pools=pools, host_bytes=_host_bytes(pools, config))
 
 
-def _others(members: Sequence[Placement]) -> tuple[tuple[int, int], ...]:
-    """Of hot experts: the size of a record, and how many have it."""
-    counts: Counter[int] = Counter()
+def _need(members: Sequence[Placement], spare_bytes: int) -> PoolNeed:
+    """What a pool of some layers needs, with so many bytes to spare in every slot."""
+    hot: Counter[int] = Counter()
     for member in members:
         for size in member.record_bytes[1:]:
-            counts[size] += len(member.codings.hot_experts)
-    return tuple(counts.items())
+            hot[size + spare_bytes] += len(member.codings.hot_experts)
+    num_experts = sum(member.spec.num_experts for member in members)
+    return PoolNeed(len(members), num_experts, members[0].slot_bytes + spare_bytes, tuple(hot.items()))
 
 
 def _host_bytes(pools: Sequence[PoolPlan], config: OffloadConfig) -> int:

@@ -13,9 +13,10 @@ from transformers_moe_offload.memory.fill import OpenFill
 from transformers_moe_offload.memory.host import HostTier
 from transformers_moe_offload.memory.lanes import default_workers
 from transformers_moe_offload.memory.mapped import MappedSlots
+from transformers_moe_offload.memory.paged_slots import PagedSlots
 from transformers_moe_offload.memory.slots import CopiedSlots, SlotPool, Slots
 from transformers_moe_offload.memory.small import SmallReads
-from transformers_moe_offload.memory.transfer import Copier, HostCopier
+from transformers_moe_offload.memory.transfer import Copier, HostCopier, StartHere, no_start
 from transformers_moe_offload.memory.upload import CudaCopier
 from transformers_moe_offload.policies import make_policy
 
@@ -43,18 +44,17 @@ def build_caches(plan: OffloadPlan, sources: Sequence[LayerSource], config: Offl
 def _slots(store: ExpertStore, host: HostTier, pool: PoolPlan, config: OffloadConfig) -> Slots:
     if pool.is_mapped:
         return MappedSlots(store, workers_of(config))
-    copier: Copier
-    if pool.device.type == "cpu":
-        copier = HostCopier(store.fill, workers_of(config), SmallReads(store).start)
-    else:
-        copier = copier_for(pool, host.fill, config)
+    if pool.spare_bytes is not None and store.past_cache:
+        return PagedSlots(store, pool.sizes[0], pool.spare_bytes, workers_of(config))
+    fill = store.fill if pool.device.type == "cpu" else host.fill
+    copier = copier_for(pool, fill, config, SmallReads(store).start)
     return CopiedSlots(store, SlotPool(pool.sizes[0], pool.device), copier)
 
 
-def copier_for(pool: PoolPlan, fill: OpenFill, config: OffloadConfig) -> Copier:
-    """What fills the slots of a pool with records from somewhere."""
+def copier_for(pool: PoolPlan, fill: OpenFill, config: OffloadConfig, small: StartHere = no_start) -> Copier:
+    """What fills the slots of a pool with records from somewhere; on a CPU `small` may begin with some at once."""
     if pool.device.type == "cpu":
-        return HostCopier(fill, workers_of(config))
+        return HostCopier(fill, workers_of(config), small)
     is_pinned = config.pin_memory is not False
     return CudaCopier(fill, workers_of(config), pool.device, pool.need.largest_bytes, is_pinned)
 

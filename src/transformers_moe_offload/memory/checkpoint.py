@@ -17,6 +17,7 @@ from transformers_moe_offload.memory.expert_source import ExpertSource, Recorded
 from transformers_moe_offload.memory.field_source import FieldSource, Stretch
 from transformers_moe_offload.memory.fill import Fill
 from transformers_moe_offload.memory.open_files import OPEN_FILES
+from transformers_moe_offload.memory.page_reads import most_spare_bytes
 from transformers_moe_offload.memory.ram_file import RamFile
 from transformers_moe_offload.memory.record import RecordLayout, host_bytes
 
@@ -107,16 +108,25 @@ class ExpertStore:
         """Bytes read from files for this expert."""
         return sum(piece.nbytes for piece in self._source(expert).pieces)
 
-    def is_mappable(self, layer: int) -> bool:
-        """Whether the layer's experts can be used where they lie in the files.
+    def can_be_mapped(self) -> bool:
+        """Whether no more files hold experts than can be open at once: a mapped file stays open."""
+        return len(self._files) <= OPEN_FILES.limit
 
-        A few may not: of the expert at the end of a file, one part lies in the next one. None may where they lie in
-        more files than can be open at once: a mapped file stays open.
+    def is_as_used(self, layer: int) -> bool:
+        """Whether the layer's experts lie in the files as they should lie in memory.
+
+        A few may not: of the expert at the end of a file, one part lies in the next one.
         """
-        if len(self._files) > OPEN_FILES.limit:
-            return False
         experts = range(len(self.layers[layer].experts))
         return 2 * sum(self.stretches(ExpertId(layer, expert)) is not None for expert in experts) > len(experts)
+
+    def spare_bytes(self, layer: int) -> int | None:
+        """How much more memory than its record an expert of a layer takes in whole pages of its files, at most, as a
+        rule; None for experts that are in memory of ours."""
+        if self.layers[layer].is_in_ram:
+            return None
+        found = (self.stretches(ExpertId(layer, expert)) for expert in range(len(self.layers[layer].experts)))
+        return next((most_spare_bytes(stretches) for stretches in found if stretches is not None), None)
 
     def in_ram(self, expert: ExpertId) -> tuple[RamFile, int] | None:
         """Where an expert's record lies in memory of ours, if it does: the file, and the first byte."""

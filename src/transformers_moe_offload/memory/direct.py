@@ -24,25 +24,31 @@ class DirectReader:
     def __init__(self, path: Path) -> None:
         if not hasattr(os, "O_DIRECT"):
             raise OSError("this system has no direct reads")
-        self._descriptor = os.open(path, os.O_RDONLY | os.O_DIRECT)
-        weakref.finalize(self, os.close, self._descriptor)
+        self.descriptor = os.open(path, os.O_RDONLY | os.O_DIRECT)
+        weakref.finalize(self, os.close, self.descriptor)
 
     def size(self) -> int:
         """Bytes of the file, now."""
-        return os.fstat(self._descriptor).st_size
+        return os.fstat(self.descriptor).st_size
 
     def read(self, offset: int, nbytes: int) -> memoryview:
         """The file's bytes from `offset` on, fewer than `nbytes` at its end; valid until the thread's next read."""
         first = offset // BLOCK * BLOCK
         length = -(-(offset + nbytes - first) // BLOCK) * BLOCK
         buffer = _buffer(length)
+        filled = self.read_into(buffer[:length], first)
+        return buffer[offset - first : min(offset - first + nbytes, filled)]
+
+    def read_into(self, target: memoryview, offset: int) -> int:
+        """Fill whole blocks of memory with those of the file from `offset` on; returns how many bytes came, fewer at
+        the file's end."""
         filled = 0
-        while filled < length:
-            count = os.preadv(self._descriptor, [buffer[filled:length]], first + filled)
+        while filled < len(target):
+            count = os.preadv(self.descriptor, [target[filled:]], offset + filled)
             filled += count
             if count % BLOCK or count == 0:  # the end of the file
                 break
-        return buffer[offset - first : min(offset - first + nbytes, filled)]
+        return filled
 
 
 _THREAD = threading.local()

@@ -7,14 +7,17 @@ the next time. Takes some hundredths of a second, and reads some MiB that are no
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from itertools import islice
 from statistics import median
 
 from transformers_moe_offload.expert import ExpertId
 from transformers_moe_offload.memory.checkpoint import ExpertStore
 from transformers_moe_offload.memory.chunks import Run
-from transformers_moe_offload.memory.record import PAGE_BYTES
+from transformers_moe_offload.memory.field_source import Stretch
+from transformers_moe_offload.memory.page_reads import placed
+from transformers_moe_offload.memory.pages import PageMemory
+from transformers_moe_offload.memory.record import PAGE_BYTES, host_bytes
 
 READ_BYTES = 1 << 20
 """Of each read: enough for the disk's speed to count, and not its latency."""
@@ -41,16 +44,17 @@ def is_faster_past_cache(store: ExpertStore) -> bool:
     could be tried is in the page cache at the moment, which it will not be for long."""
     past: list[float] = []
     through: list[float] = []
-    buffer = memoryview(bytearray(b"-" * (READ_BYTES + PAGE_BYTES)))  # memory that is really there
+    memory = PageMemory().take(READ_BYTES + 2 * PAGE_BYTES).fill_(1)  # which is really there
+    buffer = host_bytes(memory)
     runs = (
         run for run in islice(_runs(store), MOST_LOOKED_AT) if run.file.mapped().is_all_on_disk(run.offset, run.end)
     )
     deadline = time.perf_counter() + MOST_SECONDS
     for first, second in zip(runs, runs, strict=False):
-        past.append(_seconds(first, buffer, past_cache=True))
-        if not first.file.offers_direct():
+        past.append(_seconds(_pages_of, first, buffer))
+        if first.file.directly() is None:
             return False
-        through.append(_seconds(second, buffer, past_cache=False))
+        through.append(_seconds(_bytes_of, second, buffer))
         if len(past) == MOST_PAIRS or time.perf_counter() > deadline:
             break
     return not past or median(past) < CLEARLY * median(through)
@@ -65,9 +69,19 @@ def _runs(store: ExpertStore) -> Iterator[Run]:
                 yield from (piece for piece in pieces if isinstance(piece, Run) and piece.nbytes >= LEAST_BYTES)
 
 
-def _seconds(run: Run, buffer: memoryview, *, past_cache: bool) -> float:
+def _seconds(read: Callable[[Run, memoryview], None], run: Run, buffer: memoryview) -> float:
     """Seconds for each byte."""
-    run.file.scatter_into([buffer[:1]], 0, past_cache=past_cache)  # opens the file
+    run.file.read_into(buffer[:1], 0)  # opens the file, and so does what follows
+    run.file.directly()
     began = time.perf_counter()
-    run.file.scatter_into([buffer[: run.nbytes]], run.offset, past_cache=past_cache)
+    read(run, buffer)
     return (time.perf_counter() - began) / run.nbytes
+
+
+def _pages_of(run: Run, buffer: memoryview) -> None:
+    for read in placed([Stretch(run.file, run.offset, run.end)]).reads:
+        run.file.read_pages_into(buffer[: read.nbytes], read.offset, read.needed)
+
+
+def _bytes_of(run: Run, buffer: memoryview) -> None:
+    run.file.read_into(buffer[: run.nbytes], run.offset)

@@ -45,7 +45,7 @@ class File:
         `past_cache` leaves the page cache aside, where the system and the filesystem allow it.
         """
         try:
-            direct = self._open_direct() if past_cache else None
+            direct = self._opened_directly() if past_cache else None
             if direct is not None and self._fill_directly(direct, targets, offset):
                 return
             self._fill(self._open(), list(targets), offset)
@@ -76,10 +76,26 @@ class File:
         except (OSError, CheckpointError):
             return False
 
-    def offers_direct(self) -> bool:
-        """Whether it can be read past the page cache, as far as is known."""
+    def read_pages_into(self, target: memoryview, offset: int, needed: int) -> None:
+        """Fill memory that begins at a page with whole pages of the file, past the page cache where that can be done.
+
+        At the file's end not all of them are whole: `needed` bytes have to be there.
+        """
         try:
-            return self._open_direct() is not None
+            direct = self._opened_directly()
+            if direct is None or not self._fill_pages(direct, target, offset, needed):
+                self._fill(self._open(), [target[:needed]], offset)
+        except OSError as error:
+            self.close()
+            raise self._unreadable(error) from error
+        except CheckpointError:
+            self.close()
+            raise
+
+    def directly(self) -> DirectReader | None:
+        """The file, opened past the page cache; None where that is refused, as far as is known."""
+        try:
+            return self._opened_directly()
         except OSError as error:
             raise self._unreadable(error) from error
 
@@ -110,8 +126,7 @@ class File:
             offset += count
             targets = _without_first(targets, count)
 
-    def _open_direct(self) -> DirectReader | None:
-        """The file opened past the page cache; None where that is refused."""
+    def _opened_directly(self) -> DirectReader | None:
         with self._lock:
             if self._refuses_direct:
                 return None
@@ -142,16 +157,30 @@ class File:
         try:
             found = direct.read(offset, nbytes)
         except OSError as error:
-            if error.errno != errno.EINVAL:
-                raise
-            self._refuses_direct = True
-            return False
+            return self._has_refused(error)
         if len(found) < nbytes:
             raise self._too_short(direct.size(), offset + nbytes)
         for target in targets:
             copy_bytes(target, found[: len(target)])
             found = found[len(target) :]
         return True
+
+    def _fill_pages(self, direct: DirectReader, target: memoryview, offset: int, needed: int) -> bool:
+        """The same with whole pages."""
+        try:
+            count = direct.read_into(target, offset)
+        except OSError as error:
+            return self._has_refused(error)
+        if count < needed:
+            raise self._too_short(direct.size(), offset + needed)
+        return True
+
+    def _has_refused(self, error: OSError) -> bool:
+        """An error of a direct read: remembers that they are refused and returns False, if that is what it says."""
+        if error.errno != errno.EINVAL:
+            raise error
+        self._refuses_direct = True
+        return False
 
     def close(self) -> None:
         """Forget the open file; reads that use it finish first, the next read opens it again."""

@@ -62,11 +62,13 @@ class RecordLayout:
     def __hash__(self) -> int:
         return hash(self.fields)
 
-    def views(self, record: Tensor) -> dict[str, Tensor]:
-        """The tensors inside a record, without copying: record (nbytes,) uint8 -> each field's shape and dtype."""
+    def views(self, record: Tensor, offsets: Sequence[int] | None = None) -> dict[str, Tensor]:
+        """The tensors inside a record, without copying: record (nbytes,) uint8 -> each field's shape and dtype.
+
+        `offsets`, by field, where they are not those of a record.
+        """
         seen = {}
-        for field in self.fields:
-            start = self.offsets[field.name]
+        for field, start in zip(self.fields, self.offsets.values() if offsets is None else offsets, strict=True):
             raw = record[start : start + field.nbytes]
             seen[field.name] = raw.view(torch_dtype(field.dtype)).view(field.shape)
         return seen

@@ -73,13 +73,18 @@ class Landed:
         return False
 
 
+StartHere = Callable[[ExpertId, Tensor], Transfer | None]
+"""Begins to fill a slot, (nbytes,) uint8, without another thread; None where that is not worth it."""
+
+
+def no_start(expert: ExpertId, slot: Tensor) -> None:
+    """It never is."""
+
+
 class HostCopier:
     """Fills slots in host memory."""
 
-    def __init__(
-        self, fill: OpenFill, workers: int, small: Callable[[ExpertId, Tensor], Transfer | None] = lambda *_: None
-    ) -> None:
-        """`small` begins to read experts that are not worth another thread, and returns None for the others."""
+    def __init__(self, fill: OpenFill, workers: int, small: StartHere = no_start) -> None:
         self.num_lanes = workers
         self._small = small
         self._open = fill

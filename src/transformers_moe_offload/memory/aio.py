@@ -1,0 +1,129 @@
+"""Linux' asynchronous reads of files that are open past the page cache: io_submit(2), and what belongs to it.
+
+Containers allow it, as a rule, where they forbid io_uring. The C library has no functions for it, so the system calls
+are made by number. The structures are those of linux/aio_abi.h.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import os
+import platform
+import sys
+import weakref
+from collections.abc import Callable
+from functools import cache
+
+CALLS = {"x86_64": (206, 207, 209, 208), "aarch64": (0, 1, 2, 4), "riscv64": (0, 1, 2, 4)}
+"""Numbers of io_setup, io_destroy, io_submit and io_getevents, by machine."""
+
+
+class AsyncReads:
+    """A context that reads are submitted to. Raises `OSError` where the system has none to give."""
+
+    def __init__(self, most: int) -> None:
+        """For so many reads at once."""
+        if sys.platform != "linux" or platform.machine() not in CALLS or sys.maxsize < 1 << 32:
+            raise OSError(f"no system calls are known for {sys.platform} on {platform.machine()}")
+        setup, destroy, self._submit, self._get_events = CALLS[platform.machine()]
+        self._most = most
+        self._context = ctypes.c_ulong(0)
+        _call(setup, ctypes.c_long(most), ctypes.byref(self._context))
+        weakref.finalize(self, _call, destroy, self._context)  # waits for what is under way
+        self._read = _Read(operation=0)
+        self._batch = (ctypes.c_void_p * 1)(ctypes.addressof(self._read))
+        self._ended = (_Ended * most)()
+
+    def submit(self, key: int, descriptor: int, offset: int, address: int, nbytes: int) -> None:
+        """Begin to read. `key` is not 0. Raises `OSError` if the system refuses to."""
+        read = self._read  # the kernel takes a copy
+        read.key, read.descriptor, read.offset, read.address, read.nbytes = key, descriptor, offset, address, nbytes
+        _call(self._submit, self._context, ctypes.c_long(1), self._batch)
+
+    def ended(self, at_least: int) -> list[tuple[int, int]]:
+        """Reads that have ended, once there are so many: their keys, and how many bytes came, or an error below zero.
+
+        They are told again until they were `seen`: whoever is told may be interrupted.
+        """
+        if not self._ended[0].key:
+            self._await(at_least)
+        found = []
+        for one in self._ended:
+            if not one.key:
+                break
+            found.append((one.key, one.result))
+        return found
+
+    def seen(self, number: int) -> None:
+        """The first so many reads that have ended need not be told again; they are all there are."""
+        for place in reversed(range(number)):
+            self._ended[place].key = 0
+
+    def _await(self, at_least: int) -> None:
+        timeout = None if at_least else ctypes.byref(_AT_ONCE)
+        while True:
+            try:
+                _call(
+                    self._get_events,
+                    self._context,
+                    ctypes.c_long(at_least),
+                    ctypes.c_long(self._most),
+                    self._ended,
+                    timeout,
+                )
+            except InterruptedError:
+                continue
+            return
+
+
+class _Read(ctypes.Structure):
+    """`struct iocb`, of a little-endian machine."""
+
+    _fields_ = (
+        ("key", ctypes.c_uint64),
+        ("_reserved", ctypes.c_uint64),
+        ("operation", ctypes.c_uint16),
+        ("_priority", ctypes.c_int16),
+        ("descriptor", ctypes.c_uint32),
+        ("address", ctypes.c_uint64),
+        ("nbytes", ctypes.c_uint64),
+        ("offset", ctypes.c_int64),
+        ("_reserved_too", ctypes.c_uint64),
+        ("_flags", ctypes.c_uint32),
+        ("_event", ctypes.c_uint32),
+    )
+
+
+class _Ended(ctypes.Structure):
+    """`struct io_event`."""
+
+    _fields_ = (
+        ("key", ctypes.c_uint64),
+        ("_read", ctypes.c_uint64),
+        ("result", ctypes.c_int64),
+        ("_result_too", ctypes.c_int64),
+    )
+
+
+class _Time(ctypes.Structure):
+    """`struct timespec`."""
+
+    _fields_ = (("seconds", ctypes.c_int64), ("nanoseconds", ctypes.c_int64))
+
+
+_AT_ONCE = _Time(0, 0)
+
+
+@cache
+def _system_call() -> Callable[..., int]:
+    """The C library's syscall(2), made without the interpreter's lock."""
+    function = ctypes.CDLL(None, use_errno=True).syscall
+    function.restype = ctypes.c_long
+    return function
+
+
+def _call(number: int, *arguments: object) -> None:
+    """Make a system call; raises `OSError`."""
+    if _system_call()(ctypes.c_long(number), *arguments) < 0:
+        code = ctypes.get_errno()
+        raise OSError(code, os.strerror(code))

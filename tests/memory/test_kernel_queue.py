@@ -1,0 +1,214 @@
+"""Experts that the kernel reads on its own arrive whole, or it is told why not."""
+
+import ctypes
+import errno
+import gc
+import os
+import threading
+
+import pytest
+
+from transformers_moe_offload.errors import CheckpointError
+from transformers_moe_offload.memory import direct, kernel_queue
+from transformers_moe_offload.memory.disk import File
+from transformers_moe_offload.memory.field_source import Stretch
+from transformers_moe_offload.memory.kernel_queue import AT_ONCE, MOST_BYTES, MOST_READS, KernelQueue
+from transformers_moe_offload.memory.page_reads import placed
+from transformers_moe_offload.memory.pages import PageMemory
+from transformers_moe_offload.memory.record import PAGE_BYTES
+
+NUM_PAGES = 64
+CONTENT = os.urandom(NUM_PAGES * PAGE_BYTES + 1234)
+
+
+@pytest.fixture
+def path(tmp_path):
+    path = tmp_path / "weights.bin"
+    path.write_bytes(CONTENT)
+    try:
+        KernelQueue()
+        direct.DirectReader(path).read(0, 1)
+    except OSError as error:
+        pytest.skip(f"no asynchronous reads here: {error}")
+    return path
+
+
+class Reads:
+    """A queue, and memory for what it reads."""
+
+    def __init__(self, path):
+        self.file = File(path, len(CONTENT))
+        self.queue = KernelQueue()
+        self.memory = PageMemory()
+
+    def start(self, start, stop):
+        """Begin to read a range of the file."""
+        place = placed([Stretch(self.file, start, stop)])
+        slot = self.memory.take(place.nbytes)
+        begins = place.offsets[0]
+        return self.queue.start(place.reads, slot, lambda: stop - start), slot[begins : begins + stop - start]
+
+
+@pytest.fixture
+def reads(path):
+    return Reads(path)
+
+
+def as_bytes(memory):
+    return memory.numpy().tobytes()
+
+
+@pytest.mark.parametrize(("start", "stop"), [(0, 1), (4095, 4097), (100, 50_000), (8192, 12288), (5000, len(CONTENT))])
+def test_any_range_arrives_as_it_is(reads, start, stop):
+    expert, found = reads.start(start, stop)
+    assert expert.finish() == stop - start
+    assert expert.is_done()
+    assert as_bytes(found) == CONTENT[start:stop]
+
+
+def test_many_experts_arrive_whatever_order_they_are_waited_for_in(reads):
+    wanted = [(page * PAGE_BYTES + 8, (page + 2) * PAGE_BYTES) for page in range(60)] * 4
+    assert len(wanted) > MOST_READS
+    coming = [(reads.start(*span), span) for span in wanted]
+    for (expert, found), (start, stop) in reversed(coming):
+        expert.finish()
+        assert as_bytes(found) == CONTENT[start:stop]
+
+
+def test_looking_is_enough_for_an_expert_to_arrive(reads):
+    expert, found = reads.start(8, 9000)
+    while not expert.is_done():
+        pass
+    assert as_bytes(found) == CONTENT[8:9000]
+
+
+def test_an_expert_that_the_kernel_was_not_told_of_can_be_given_up(reads, monkeypatch):
+    monkeypatch.setattr(kernel_queue, "MOST_BYTES", 1)
+    first, found = reads.start(0, 20_000)
+    second, _ = reads.start(20_000, 30_000)
+    assert second.cancel()
+    assert not first.cancel()
+    first.finish()
+    assert as_bytes(found) == CONTENT[:20_000]
+    third, found = reads.start(30_000, 40_000)
+    third.finish()
+    assert as_bytes(found) == CONTENT[30_000:40_000]
+
+
+def test_the_kernel_is_told_of_no_more_than_keeps_a_disk_busy(reads):
+    coming = [reads.start(0, NUM_PAGES * PAGE_BYTES)[0] for _ in range(2 + MOST_BYTES // (NUM_PAGES * PAGE_BYTES))]
+    assert coming[-1].cancel()
+    for expert in coming[:-1]:
+        expert.finish()
+
+
+def test_a_file_that_shrank_is_told_by_whoever_waits(reads, path):
+    reads.start(0, 100)[0].finish()
+    with path.open("r+b") as stream:
+        stream.truncate(5000)
+    expert, _ = reads.start(100, 9000)
+    with pytest.raises(CheckpointError, match=r"ends at byte 5,000, but an expert's weights reach to byte 9,000"):
+        expert.finish()
+    path.write_bytes(CONTENT)
+    expert, found = reads.start(100, 9000)
+    expert.finish()
+    assert as_bytes(found) == CONTENT[100:9000]
+
+
+def test_a_file_that_is_gone_is_named(reads, path):
+    path.rename(path.with_name("elsewhere"))
+    expert, _ = reads.start(0, 10)
+    with pytest.raises(CheckpointError, match=r"cannot read .*weights\.bin: No such file"):
+        expert.finish()
+
+
+@pytest.mark.parametrize("code", [errno.EINVAL, errno.EAGAIN])
+def test_what_the_kernel_refuses_is_read_by_whoever_waits(reads, monkeypatch, code):
+    def refuse(*arguments):
+        raise OSError(code, os.strerror(code))
+
+    monkeypatch.setattr(kernel_queue.AsyncReads, "submit", refuse)
+    expert, found = reads.start(100, 9000)
+    assert expert.finish() == 8900
+    assert as_bytes(found) == CONTENT[100:9000]
+
+
+def test_a_filesystem_without_direct_reads_is_read_through_the_page_cache(reads, monkeypatch):
+    def refuse(*arguments):
+        raise OSError(errno.EINVAL, "Invalid argument")
+
+    monkeypatch.setattr(direct.DirectReader, "__init__", refuse)
+    expert, found = reads.start(100, len(CONTENT))
+    expert.finish()
+    assert as_bytes(found) == CONTENT[100:]
+
+
+def test_an_interruption_loses_no_read(reads, monkeypatch):
+    """Ctrl-C between two lines: what has ended by then is noted the next time."""
+    expert, found = reads.start(100, 9000)
+    with monkeypatch.context() as patch:
+        patch.setattr(kernel_queue.AsyncReads, "seen", interrupt)
+        with pytest.raises(KeyboardInterrupt):
+            expert.finish()
+    expert.finish()
+    other, also_found = reads.start(9000, 20_000)
+    other.finish()
+    assert as_bytes(found) + as_bytes(also_found) == CONTENT[100:20_000]
+
+
+def interrupt(*arguments):
+    raise KeyboardInterrupt
+
+
+class ReadsAtOnce:
+    """A system that reads while it is told to, as some do."""
+
+    def __init__(self, most):
+        self._ended = []
+
+    def submit(self, key, descriptor, offset, address, nbytes):
+        target = (ctypes.c_char * nbytes).from_address(address)
+        self._ended.append((key, os.preadv(descriptor, [target], offset)))
+
+    def ended(self, at_least):
+        return list(self._ended)
+
+    def seen(self, number):
+        del self._ended[:number]
+
+
+def test_a_system_that_reads_while_it_is_told_to_is_noticed(path, monkeypatch):
+    monkeypatch.setattr(kernel_queue, "AsyncReads", ReadsAtOnce)
+    reads = Reads(path)
+    for number in range(AT_ONCE):
+        assert not reads.queue.is_synchronous
+        expert, found = reads.start(number, 9000)
+        expert.finish()
+        assert as_bytes(found) == CONTENT[number:9000]
+    assert reads.queue.is_synchronous
+
+
+def test_two_threads_can_wait_at_once(reads):
+    found = {}
+
+    def read(number):
+        for page in range(number, NUM_PAGES - 2, 2):
+            expert, memory = reads.start(page * PAGE_BYTES + 16, (page + 2) * PAGE_BYTES)
+            expert.finish()
+            found[page] = as_bytes(memory)
+
+    threads = [threading.Thread(target=read, args=(number,)) for number in range(2)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert len(found) == NUM_PAGES - 2
+    assert all(found[page] == CONTENT[page * PAGE_BYTES + 16 : (page + 2) * PAGE_BYTES] for page in found)
+
+
+def test_a_queue_ends_only_when_its_reads_have(path):
+    reads = Reads(path)
+    memory = [reads.start(0, NUM_PAGES * PAGE_BYTES)[1] for _ in range(8)]
+    del reads
+    gc.collect()
+    assert all(as_bytes(piece) == CONTENT[: NUM_PAGES * PAGE_BYTES] for piece in memory)
