@@ -114,6 +114,16 @@ class TestPlan:
         assert plan.reads_past_cache == past_cache
         assert ("past the page cache" in str(plan)) == past_cache
 
+    @pytest.mark.parametrize(("direct_io", "num_slots"), [(True, 9), (False, 10)])
+    def test_what_pages_have_beyond_an_expert_counts_where_they_are_read_into_slots(self, direct_io, num_slots):
+        placements = [replace(one, spare_bytes=one.slot_bytes // 10) for one in on("cpu", layer(0, num_experts=16))]
+        budget = 10 * placements[0].slot_bytes
+        plan = make_plan(placements, OffloadConfig(cache_budget=budget, direct_io=direct_io, mmap=False))
+        assert plan.num_slots == num_slots
+        assert plan.cache_bytes <= budget
+        half = make_plan(placements, OffloadConfig(cache_budget="50%", direct_io=direct_io, mmap=False))
+        assert half.num_slots == 8, "half of the experts, however they are read"
+
     def test_a_budget_beyond_all_experts_makes_no_idle_slots(self):
         plan = make_plan(on("cpu", layer(0)), OffloadConfig(cache_budget="1TB"))
         assert plan.num_slots == plan.num_experts
