@@ -105,6 +105,19 @@ def test_guesses_that_are_not_sure_enough_are_not_acted_upon(tmp_path):
     assert (1, 5) not in loaded
 
 
+def test_nobody_who_was_guessed_leaves_for_a_surer_guess(tmp_path):
+    """Demand will know all of a layer's experts, and keep them; a guess must not be worse."""
+    setting = Setting(tmp_path, {}, num_slots=2 * NUM_LAYERS)  # two slots for each layer
+    setting.warm_up()
+    for layer in range(NUM_LAYERS):
+        setting.visit(layer, [0, 3])
+    setting.oracle.guesses = {1: {5: 0.9, 0: 0.2, 3: 0.1}}
+    assert setting.visit(0, [0]) == [], "both that layer 1 has were guessed, too"
+    setting.oracle.guesses = {1: {5: 0.9, 3: 0.1}}
+    assert setting.visit(0, [0]) == [(1, 5)]
+    assert setting.visit(1, [3, 5]) == []
+
+
 def test_it_looks_as_far_ahead_as_it_is_told_and_on_to_the_next_token(tmp_path):
     setting = Setting(tmp_path, {}, lookahead=2)
     for layer in range(NUM_LAYERS):

@@ -10,7 +10,7 @@ from __future__ import annotations
 import logging
 import threading
 import time
-from collections.abc import Callable, Container, Iterable, Mapping, Sequence
+from collections.abc import Callable, Container, Iterable, Mapping, Sequence, Set
 
 from transformers_moe_offload.cache.capacity import layer_floor
 from transformers_moe_offload.cache.link import Link
@@ -86,15 +86,15 @@ class ExpertCache:
         """Loads under way."""
         return len(self._in_flight)
 
-    def load_ahead(self, expert: ExpertId) -> bool:
+    def load_ahead(self, expert: ExpertId, spared: Set[ExpertId] = frozenset()) -> bool:
         """Start to bring in an expert that nobody has asked for yet; returns whether there was a slot to spare.
 
-        Nobody who is wanted or on the way has to leave for it.
+        Nobody who is `spared`, wanted or on the way has to leave for it.
         """
         if not self.turn.acquire(blocking=False):
             return False
         try:
-            spared = self._asked | self._ahead
+            spared = self._asked | self._ahead | spared
             load = plan_ahead(expert, self.residency, self._policy.candidates(), spared, self._floor)
             if load is not None:
                 self._start(load, len(self._in_flight))

@@ -77,20 +77,20 @@ class Prefetcher:
         targets = [target for target in targets if not self._caches[target].holds_all(target)]
         if not targets:
             return
-        predictions = self._predictor.predict(layer, targets, hidden)
-        self._start(place, [guess for guess in predictions if guess.confidence >= self._min_confidence])
+        self._start(place, self._predictor.predict(layer, targets, hidden))
 
-    def _start(self, place: int, likely: Sequence[Prediction]) -> None:
+    def _start(self, place: int, predictions: Sequence[Prediction]) -> None:
         """Start loads, the likeliest first, that set out before their layer is reached, until the link's spare time is
         spent.
 
         A guess that comes true takes none of it, for it spares demand the same load; so each takes as much as it is
-        likely to be wrong.
+        likely to be wrong. Nobody leaves who was guessed, too, however unlikely: demand would not have let them go.
         """
+        guessed = {expert for expert, _ in predictions}
         wasted_seconds, spent_bytes = 0.0, 0
-        for expert, confidence in likely:
+        for expert, confidence in predictions:
             cache, nbytes = self._caches[expert.layer], self._record_bytes[expert.layer]
-            if not cache.is_absent(expert):
+            if confidence < self._min_confidence or not cache.is_absent(expert):
                 continue
             time_left = self._period * ((self._place[expert.layer] - place) % len(self._layers))
             if cache.num_loading * cache.link.seconds_per_load > time_left:
@@ -99,7 +99,7 @@ class Prefetcher:
             wasted_seconds += (1 - confidence) * cache.link.seconds_per_load
             if wasted_seconds > cache.link.idle_seconds(self._period) or spent_bytes > (self._max_bytes or spent_bytes):
                 return
-            if not cache.load_ahead(expert):
+            if not cache.load_ahead(expert, guessed):
                 return
 
     def _measure(self, layer: int, num_tokens: int) -> None:
