@@ -3,6 +3,7 @@
 import copy
 import gc
 import os
+import pickle
 import threading
 import weakref
 
@@ -45,6 +46,7 @@ class TestRestore:
         assert list(model.state_dict()) == list(plain.state_dict())
         assert all(torch.equal(model.state_dict()[k], v) for k, v in plain.state_dict().items())
         assert not any("moe_offload" in name for m in model.modules() for name in vars(m))
+        assert b"moe_offload" not in pickle.dumps(model), "nothing of ours is left in it"
         model.set_experts_implementation("eager")
         assert torch.equal(logits(model, token_ids), expected)
 
