@@ -191,11 +191,9 @@ class OffloadRuntime:
         if device != layer.device:
             layer.device = device
             self._caches.drop(keep_stats=True)
+        self._ensure_caches()
         cache = self._caches.of(layer)
-        if cache is None:
-            self._ensure_caches()
-            cache = self._caches.of(layer)
-            assert cache is not None
+        assert cache is not None
         return cache
 
     def look_ahead_from(self, layer: SparseLayer, hidden: Tensor) -> Callable[[Sequence[int]], None] | None:
