@@ -189,6 +189,22 @@ def test_generation_in_the_middle_of_training_and_an_exception_in_a_step_do_no_h
         assert torch.equal(model.get_parameter(name).grad, grad)
 
 
+def test_training_again_after_an_exception_watches_each_router_once(checkpoint, tmp_path):
+    model = with_routers(loaded(checkpoint))
+    first = trainer(model, tmp_path)
+
+    def fail(*_):
+        raise RuntimeError("in a step")
+
+    hook = model.lm_head.register_forward_hook(fail)
+    with pytest.raises(RuntimeError, match="in a step"):
+        first.train()
+    hook.remove()
+    first.train()
+    routers = [layer.mlp.gate for layer in model.model.layers]
+    assert [len(router._forward_hooks) for router in routers] == [0] * len(routers)
+
+
 def test_a_merged_checkpoint_is_the_model_with_its_adapter(checkpoint, token_ids, tmp_path):
     model = METHODS["lora"](loaded(checkpoint))
     for name, parameter in model.named_parameters():
