@@ -71,7 +71,7 @@ class Interception(TorchFunctionMode):
         self._is_broken_off = True
         self._affinities, self._later, self._taken_from = {}, {}, []
         if _get_current_function_mode() is self:
-            self.__exit__(None, None, None)  # type: ignore[no-untyped-call]
+            self.__exit__(None, None, None)
 
     def came_later(self, tensor: Tensor) -> bool:
         """Whether a tensor was made after the choice, and not just of the scores."""
