@@ -3,6 +3,8 @@
 import copy
 import gc
 import os
+import pickle
+import sys
 import threading
 import weakref
 
@@ -45,6 +47,7 @@ class TestRestore:
         assert list(model.state_dict()) == list(plain.state_dict())
         assert all(torch.equal(model.state_dict()[k], v) for k, v in plain.state_dict().items())
         assert not any("moe_offload" in name for m in model.modules() for name in vars(m))
+        assert b"moe_offload" not in pickle.dumps(model), "nothing of ours is left in it"
         model.set_experts_implementation("eager")
         assert torch.equal(logits(model, token_ids), expected)
 
@@ -108,6 +111,31 @@ def test_threads_that_share_a_model_get_the_right_answers(checkpoint, token_ids,
     for thread in threads:
         thread.join()
     assert right == [True] * 20
+
+
+def test_threads_that_find_no_cache_build_one_together(checkpoint, token_ids):
+    """Two would take twice the budget, and what one of them has counted would be lost."""
+    model = load(checkpoint)
+    logits(model, token_ids)
+    asked = model.moe_offload.stats().asked
+    switch_interval = sys.getswitchinterval()
+    sys.setswitchinterval(1e-6)
+    try:
+        for dtype in (torch.float64, torch.float32) * 3:
+            model.to(dtype)
+            model.moe_offload.reset_stats()
+            together = threading.Barrier(4)
+            threads = [
+                threading.Thread(target=lambda start=together: (start.wait(), logits(model, token_ids)))
+                for _ in range(4)
+            ]
+            for thread in threads:
+                thread.start()
+            for thread in threads:
+                thread.join()
+            assert model.moe_offload.stats().asked == 4 * asked
+    finally:
+        sys.setswitchinterval(switch_interval)
 
 
 def test_a_deleted_model_frees_its_slots_threads_and_files(checkpoint, token_ids, monkeypatch):

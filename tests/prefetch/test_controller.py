@@ -14,6 +14,7 @@ from transformers_moe_offload.prefetch.controller import (
     ROUND,
     SHORTEST_HOLD,
     WARM_UP,
+    WATCHED_STEPS,
     Controller,
 )
 
@@ -30,9 +31,9 @@ def run(controller, steps, seconds_on, seconds_off):
     return with_prefetching
 
 
-def time_saved(gain, noise, steps, seed):
+def time_saved(gain, noise, steps, seed, controller=None):
     """Part of the time without prefetching that a controller saves where it saves `gain` of each step."""
-    controller, without, saved = Controller(), 0.0, 0.0
+    controller, without, saved = controller or Controller(), 0.0, 0.0
     for slowness in noise(random.Random(seed), steps):
         without += slowness
         saved += slowness * gain * controller.is_on
@@ -119,6 +120,29 @@ def test_it_is_tried_again_when_things_change():
     run(controller, SHORTEST_TRIAL, 1.1, 1.0)
     run(controller, 2 * SHORTEST_HOLD, 0.9, 1.0)
     assert run(controller, 50, 0.9, 1.0) == 50
+
+
+@each_noise
+@pytest.mark.parametrize("gain", [0.2, 0.5])
+@pytest.mark.parametrize("loss", [0.3, 1.0])
+def test_what_has_paid_is_left_off_soon_after_it_costs(gain, loss, noise):
+    """As where another text comes: it lasts until it is looked at, and through one trial."""
+    steps, lasts, saved = 2000, SHORTEST_HOLD + WATCHED_STEPS + SHORTEST_TRIAL, []
+    for seed in range(12):
+        controller = Controller()
+        time_saved(gain, noise, 500, seed, controller)
+        saved.append(time_saved(-loss, noise, steps, seed, controller))
+    assert sorted(saved)[len(saved) // 2] > -loss * lasts / steps
+
+
+def test_what_pays_is_kept_while_all_steps_grow_slower():
+    """As they do when a text grows; what it takes to look again is little."""
+    controller, saved, without = Controller(), 0.0, 0.0
+    for step in range(6000):
+        without += 1 + step / 2000
+        saved += 0.2 * (1 + step / 2000) * controller.is_on
+        controller.took((1 + step / 2000) * (1 - 0.2 * controller.is_on))
+    assert saved / without > 0.2 * 0.9
 
 
 def test_what_costs_much_is_seldom_tried():

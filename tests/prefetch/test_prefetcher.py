@@ -6,6 +6,7 @@ from transformers_moe_offload.expert import ExpertId
 from transformers_moe_offload.memory.slots import CopiedSlots, SlotPool
 from transformers_moe_offload.memory.transfer import FakeCopier
 from transformers_moe_offload.policies import LRU
+from transformers_moe_offload.prefetch.controller import Controller
 from transformers_moe_offload.prefetch.predictors import Prediction
 from transformers_moe_offload.prefetch.prefetcher import Prefetcher
 
@@ -161,12 +162,24 @@ def test_each_number_of_tokens_has_a_controller_of_its_own(tmp_path):
             self.is_on = len(self.steps) >= 2
 
     setting = Setting(tmp_path, {1: {5: 0.9}}, controller=OnFromTwoSteps)
-    for num_tokens in (1, 1, 3, 3, 3, 500, 1):
+    for num_tokens in (1, 3, 3, 3, 500, 1):
         for layer in range(NUM_LAYERS):
             setting.visit(layer, [0], num_tokens=num_tokens)
     assert [controller.steps for controller in made] == [[400.0], [400.0, 400.0]]
     assert (setting.prefetcher.is_on(1), setting.prefetcher.is_on(3)) == (False, True)
     assert not setting.prefetcher.is_on(500)
+
+
+def test_prefetching_that_does_not_pay_ends_also_where_no_step_has_as_many_tokens_as_the_one_before(tmp_path):
+    """As in assisted decoding, where the model is given as many guesses as seem worth it."""
+    setting = Setting(tmp_path, {1: {5: 0.9}}, controller=Controller)
+    was_on = []
+    for step in range(600):
+        num_tokens = 2 + step % 3
+        was_on.append(setting.prefetcher.is_on(num_tokens))
+        for layer in range(NUM_LAYERS):
+            setting.visit(layer, [0], num_tokens=num_tokens, seconds=1.5 if was_on[-1] else 1.0)
+    assert not any(was_on[-300:])
 
 
 def test_prompts_are_not_guessed_for(tmp_path):

@@ -1,6 +1,8 @@
 """Strategies in a model: what they compose with, and that nothing stays behind."""
 
 import copy
+import sys
+import threading
 
 import accelerate
 import peft
@@ -185,6 +187,52 @@ def test_a_forward_that_fails_leaves_the_model_usable(plain, token_ids):
         plain(inputs_embeds=torch.zeros(1, 3, plain.config.hidden_size))
     assert torch.equal(logits(plain, token_ids), own)
     assert torch.zeros(3).topk(2).indices.shape == (2,), "torch functions are still being watched"
+
+
+def test_ctrl_c_within_a_router_leaves_nothing_behind(plain, token_ids):
+    """Python calls no hook then, torch would watch all functions from there on, and recordings would stay empty."""
+
+    def interrupt(*_):
+        raise KeyboardInterrupt
+
+    expected = logits(plain, token_ids)
+    routing.set_routing(plain, "random")
+    hook = plain.model.layers[1].mlp.gate.register_forward_pre_hook(interrupt)
+    with pytest.raises(KeyboardInterrupt):
+        logits(plain, token_ids)
+    hook.remove()
+    with routing.record_routing(plain) as recorder:
+        logits(plain, token_ids)
+    assert recorder.trace.num_tokens == token_ids.numel()
+    assert torch.overrides._get_current_function_mode() is None
+    plain.model.layers[1].mlp.gate.register_forward_pre_hook(interrupt)
+    with pytest.raises(KeyboardInterrupt):
+        logits(plain, token_ids)
+    plain.model.layers[1].mlp.gate._forward_pre_hooks.popitem()
+    routing.reset(plain)
+    assert torch.overrides._get_current_function_mode() is None
+    assert torch.equal(logits(plain, token_ids), expected)
+
+
+def test_threads_that_share_a_model_each_follow_its_strategy(plain, token_ids):
+    routing.set_routing(plain, "top_k", k=1)
+    texts = [token_ids[:, : 3 + number] for number in range(4)]
+    expected, right = [logits(plain, text) for text in texts], []
+
+    def run(text, answer):
+        right.extend(torch.equal(logits(plain, text), answer) for _ in range(5))
+
+    switch_interval = sys.getswitchinterval()
+    sys.setswitchinterval(1e-6)
+    try:
+        threads = [threading.Thread(target=run, args=pair) for pair in zip(texts, expected, strict=True)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+    finally:
+        sys.setswitchinterval(switch_interval)
+    assert right == [True] * 20
 
 
 def test_moving_an_offloaded_model_asks_its_routers_and_disturbs_no_strategy(plain, offloaded, token_ids):

@@ -113,13 +113,31 @@ def test_what_was_saved_is_loaded_again_by_load_state_dict(name, original, tmp_p
     assert all(any(key == name for name, _ in fresh.named_parameters()) for key in own)
 
 
-def test_weights_of_another_model_are_refused(tmp_path):
-    _, offloaded = pair("qwen3_moe", tmp_path / "model")
-    other = build("qwen3_moe", seed=1)
+@pytest.mark.parametrize("name", ["qwen3_moe", "dbrx", "switch_transformers"])
+def test_weights_of_another_model_are_refused(name, tmp_path):
+    """However experts are laid out: in one stack, one after another in a matrix, each in a module of its own."""
+    _, offloaded = pair(name, tmp_path / "model")
+    other = build(name, seed=1)
     before = {key: it.clone() for key, it in offloaded.state_dict().items()}
     with pytest.raises(CheckpointError, match="frozen"):
         offloaded.load_state_dict(other.state_dict(), strict=False)
     assert all(torch.equal(it, before[key]) for key, it in offloaded.state_dict().items())
+
+
+@pytest.mark.parametrize("name", ["qwen3_moe", "dbrx", "switch_transformers"])
+def test_the_weights_that_a_model_was_loaded_with_are_taken_again(name, tmp_path):
+    plain, offloaded = pair(name, tmp_path / "model")
+    assert str(offloaded.load_state_dict(plain.state_dict())) == "<All keys matched successfully>"
+
+
+def test_experts_in_low_bits_are_not_silently_kept_in_place_of_those_that_are_loaded(checkpoint):
+    config = OffloadConfig(experts=HqqFormat(nbits=4, group_size=32))
+    offloaded = AutoModelForCausalLM.from_pretrained(checkpoint, moe_offload=config)
+    plain = AutoModelForCausalLM.from_pretrained(checkpoint).state_dict()
+    with pytest.raises(CheckpointError, match="are in low bits and constant; leave them out"):
+        offloaded.load_state_dict(plain)
+    dense = {name: tensor for name, tensor in plain.items() if ".experts." not in name}
+    assert str(offloaded.load_state_dict(dense)) == "<All keys matched successfully>"
 
 
 def test_the_most_used_experts_of_a_trace_are_chosen(tmp_path):

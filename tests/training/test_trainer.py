@@ -1,5 +1,7 @@
 """Trainer trains offloaded models as it trains any: logs, checkpoints, goes on, finds the best."""
 
+import copy
+
 import pytest
 import torch
 from peft import PeftModel, get_peft_model
@@ -187,6 +189,22 @@ def test_generation_in_the_middle_of_training_and_an_exception_in_a_step_do_no_h
         assert torch.equal(model.get_parameter(name).grad, grad)
 
 
+def test_training_again_after_an_exception_watches_each_router_once(checkpoint, tmp_path):
+    model = with_routers(loaded(checkpoint))
+    first = trainer(model, tmp_path)
+
+    def fail(*_):
+        raise RuntimeError("in a step")
+
+    hook = model.lm_head.register_forward_hook(fail)
+    with pytest.raises(RuntimeError, match="in a step"):
+        first.train()
+    hook.remove()
+    first.train()
+    routers = [layer.mlp.gate for layer in model.model.layers]
+    assert [len(router._forward_hooks) for router in routers] == [0] * len(routers)
+
+
 def test_a_merged_checkpoint_is_the_model_with_its_adapter(checkpoint, token_ids, tmp_path):
     model = METHODS["lora"](loaded(checkpoint))
     for name, parameter in model.named_parameters():
@@ -215,6 +233,47 @@ def test_router_losses_are_added_while_training_and_nothing_is_left_of_them(chec
     assert model(input_ids=token_ids, labels=token_ids).loss.item() != plain
     noisy.remove()
     assert model(input_ids=token_ids, labels=token_ids).loss.item() == plain
+
+
+def test_router_losses_come_along_with_a_copy_of_the_model(checkpoint, token_ids):
+    model = loaded(checkpoint).train()
+    extra = training.RouterRegulariser(model, balance=0.5)
+    twin = copy.deepcopy(model)
+    inputs = {"input_ids": token_ids, "labels": token_ids}
+    regular = model(**inputs).loss.item()
+    assert twin(**inputs).loss.item() == regular
+    extra.remove()
+    assert model(**inputs).loss.item() < regular
+    assert twin(**inputs).loss.item() == regular
+
+
+def test_router_losses_have_the_same_gradients_with_gradient_checkpointing(checkpoint, token_ids):
+    model = with_routers(loaded(checkpoint)).train()
+    training.RouterRegulariser(model, balance=0.5)
+    gradients = []
+    for _ in range(2):
+        model(input_ids=token_ids, labels=token_ids).loss.backward()
+        gradients.append(model.model.layers[1].mlp.gate.weight.grad.clone())
+        model.zero_grad()
+        model.activation_checkpointing_enable({"use_reentrant": False})
+    torch.testing.assert_close(*gradients)
+
+
+@pytest.mark.parametrize("is_reentrant", [True, False])
+def test_a_forward_that_router_losses_would_have_no_effect_on_is_refused(is_reentrant, checkpoint, token_ids):
+    model = with_routers(loaded(checkpoint)).train()
+    training.RouterRegulariser(model, balance=0.5)
+    with torch.no_grad():
+        model(input_ids=token_ids)  # nothing is trained by it
+    with pytest.raises(ConfigError, match="a tuple without one"):
+        model(input_ids=token_ids, labels=token_ids, return_dict=False)
+    if is_reentrant:
+        model.activation_checkpointing_enable({"use_reentrant": True})
+        model.enable_input_require_grads()
+    else:
+        model.requires_grad_(False).lm_head.requires_grad_(True)
+    with pytest.raises(ConfigError, match="no gradient, so balance and z would change nothing"):
+        model(input_ids=token_ids, labels=token_ids)
 
 
 @pytest.mark.parametrize(

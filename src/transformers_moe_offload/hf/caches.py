@@ -8,6 +8,7 @@ where their experts come.
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable, Container, Iterable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
@@ -50,10 +51,15 @@ class LayerCaches:
         self._recorder: TraceRecorder | None = None
         self._kept_stats: dict[int, LayerStats] = {}
         self.plan: OffloadPlan | None = None
-        """What has been built; None while nothing is."""
+        """What has been built; None while nothing is, or not all of it."""
+        self._building = threading.RLock()
 
     def build(self, model: Any, by_layer: Mapping[int, LayerSource], config: OffloadConfig) -> OffloadPlan:
-        """Build caches, empty; raises `CapacityError` if the budget cannot work."""
+        """Build caches, empty, unless another thread has; raises `CapacityError` if the budget cannot work."""
+        with self._building:
+            return self.plan or self._build(model, by_layer, config)
+
+    def _build(self, model: Any, by_layer: Mapping[int, LayerSource], config: OffloadConfig) -> OffloadPlan:
         sources = list(by_layer.values())
         obstacles = self._obstacles(by_layer, config)
         plan = tried_out(make_plan(self._placements(by_layer, config, obstacles), config), sources, config)

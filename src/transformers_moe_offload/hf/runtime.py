@@ -27,6 +27,7 @@ from transformers_moe_offload.hf.own_experts import put_among_the_others
 from transformers_moe_offload.hf.parameters import parameters_of
 from transformers_moe_offload.hf.placeholders import put_back
 from transformers_moe_offload.hf.plan import OffloadPlan
+from transformers_moe_offload.hf.state_dicts import remove_state_dict_hook
 from transformers_moe_offload.memory.checkpoint import LayerSource
 from transformers_moe_offload.memory.record import dtype_name
 from transformers_moe_offload.stats import CacheStats
@@ -126,6 +127,7 @@ class OffloadRuntime:
             put_back(module, layer.parameter_order, tensors)
         restore_dense(model)
         del model.moe_offload
+        remove_state_dict_hook(model)
         vars(model).pop("hf_quantizer", None)
         vars(model).pop(COMPILED_CALL, None)
         self.close()
@@ -189,11 +191,9 @@ class OffloadRuntime:
         if device != layer.device:
             layer.device = device
             self._caches.drop(keep_stats=True)
+        self._ensure_caches()
         cache = self._caches.of(layer)
-        if cache is None:
-            self._ensure_caches()
-            cache = self._caches.of(layer)
-            assert cache is not None
+        assert cache is not None
         return cache
 
     def look_ahead_from(self, layer: SparseLayer, hidden: Tensor) -> Callable[[Sequence[int]], None] | None:

@@ -27,6 +27,13 @@ def install_state_dict_hook(model: Any) -> None:
     model.register_load_state_dict_pre_hook(_convert)
 
 
+def remove_state_dict_hook(model: Any) -> None:
+    """Take it out again; found by what it calls, for handles that torch returns do not survive copies of a model."""
+    hooks = model._load_state_dict_pre_hooks
+    for key in [key for key, hook in hooks.items() if hook.hook is _convert]:
+        del hooks[key]
+
+
 def _convert(model: Any, state_dict: MutableMapping[str, Any], prefix: str, *rest: Any) -> None:
     """Called by torch with a copy of what is to be loaded, which it goes on with."""
     runtime = vars(model).get("moe_offload")
@@ -75,27 +82,40 @@ def _load_experts(
     state_dict: MutableMapping[str, Any],
 ) -> None:
     """Own experts are loaded; of the frozen ones, one a layer is compared with the one that is there."""
-    own = own_experts(module)
-    frozen = next((expert for expert in range(layer.num_experts) if expert not in own), None)
+    own, source = own_experts(module), model.moe_offload.source(layer)
+    frozen = [expert for expert in range(layer.num_experts) if expert not in own]
+    comparable = next((expert for expert in frozen if source.codings.of(expert) is None), None)
     for field in layer.fields:
-        source = found.get(f"{layer.name}.{field.paths[0]}")
-        if source is None or not field.is_stacked or field.is_flattened:
+        if f"{layer.name}.{field.paths[0]}" not in found:
             continue
         for expert in own:
-            state_dict[f"{layer.name}.{NAME}.{expert}.{field.name}"] = _expert(model, layer, field, source, expert)
-        if frozen is not None and model.moe_offload.source(layer).codings.of(frozen) is None:
-            there = model.moe_offload.source(layer).read(frozen)[field.name]
-            if not torch.equal(_expert(model, layer, field, source, frozen).to(there.dtype), there):
+            state_dict[f"{layer.name}.{NAME}.{expert}.{field.name}"] = _expert(model, layer, field, found, expert)
+        if comparable is not None:
+            there = source.read(comparable)[field.name]
+            if not torch.equal(_expert(model, layer, field, found, comparable).to(there), there):
                 raise CheckpointError(
-                    f"{field.name} of expert {frozen} of {layer.name} is not the same in the weights that are loaded "
-                    f"and in the checkpoint of this model, where it is frozen; load the model that was trained"
+                    f"{field.name} of expert {comparable} of {layer.name} is not the same in the weights that are "
+                    f"loaded and in the checkpoint of this model, where it is frozen; load the model that was trained"
                 )
+        elif frozen:
+            raise CheckpointError(
+                f"the weights that are loaded have experts of {layer.name}, but this model's are in low bits and "
+                f"constant; leave them out of what is loaded, or load these weights with from_pretrained"
+            )
 
 
-def _expert(model: Any, layer: SparseLayer, field: ExpertField, source: ParameterSource, expert: int) -> Tensor:
+def _expert(
+    model: Any, layer: SparseLayer, field: ExpertField, found: Mapping[str, ParameterSource], expert: int
+) -> Tensor:
+    """A field of an expert, as the loaded weights have it."""
     spec = next(spec for spec in model.moe_offload.spec(layer).fields if spec.name == field.name)
-    name = f"{layer.name}.{field.paths[0]}"
-    tensor = assembled(name, source, field, expert, spec.dtype, model.config)
+    name = f"{layer.name}.{field.paths[0 if field.is_stacked else expert]}"
+    if not field.is_stacked:
+        tensor = _whole(model, name, found[name])
+    elif field.is_flattened:
+        tensor = _whole(model, name, found[name]).unflatten(0, (layer.num_experts, -1))[expert]
+    else:
+        tensor = assembled(name, found[name], field, expert, spec.dtype, model.config)
     return tensor.reshape(field.shape).to(torch_dtype(spec.dtype))
 
 

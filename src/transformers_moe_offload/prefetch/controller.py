@@ -2,12 +2,16 @@
 
 Loads that nobody asked for take time from the link, from slots and from the processor, so whether they help depends on
 the machine, the model and the text. In a trial, steps with and without them take turns until it is clear which are
-faster; then that way is kept until the next trial.
+faster; then that way is kept until the next trial. Prefetching is kept no longer than it is seen to pay: once steps
+with it take longer than those without it did in the trial, things have changed, and it is tried again.
 """
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Generator
+from itertools import chain
+from statistics import median
 
 from transformers_moe_offload.prefetch.comparison import Comparison
 
@@ -32,6 +36,10 @@ TRIAL_COST = 0.01
 SHORTEST_HOLD, LONGEST_HOLD = 300, 3000
 """Steps between two trials."""
 
+WATCHED_STEPS = 50
+"""Whose typical time is compared with that of steps without prefetching: what holds the machine up for thirty steps
+(`with_hold_ups` in the tests) decides nothing."""
+
 LEAST_GAIN = 0.01
 """Part of a step that prefetching must save to be kept."""
 
@@ -53,16 +61,26 @@ def _steps() -> Generator[bool, float, None]:
     while True:
         for _ in range(WARM_UP):
             yield True
-        found, rounds = yield from _trial()
+        found, rounds, seconds_without = yield from _trial()
         pays = found.gain > LEAST_GAIN
         slower_steps = rounds * 2 * BLOCK_STEPS + (0 if pays else WARM_UP)
         hold = slower_steps * abs(found.gain) / TRIAL_COST
-        for _ in range(round(min(max(hold, SHORTEST_HOLD), LONGEST_HOLD))):
-            yield pays
+        yield from _hold(round(min(max(hold, SHORTEST_HOLD), LONGEST_HOLD)), pays, seconds_without)
 
 
-def _trial() -> Generator[bool, float, tuple[Comparison, int]]:
-    """Rounds until the comparison is clear, or long enough; returns it, and how many there were."""
+def _hold(num_steps: int, is_on: bool, seconds_without: float) -> Generator[bool, float, None]:
+    """Keep to one way for so many steps; to prefetching only while its steps are faster than those without it."""
+    latest: deque[float] = deque(maxlen=WATCHED_STEPS)
+    for step in range(num_steps):
+        latest.append((yield is_on))
+        is_due = step >= SHORTEST_HOLD - WATCHED_STEPS and step % WATCHED_STEPS == WATCHED_STEPS - 1
+        if is_on and is_due and median(latest) > seconds_without:
+            return
+
+
+def _trial() -> Generator[bool, float, tuple[Comparison, int, float]]:
+    """Rounds until the comparison is clear, or long enough; returns it, how many there were, and what a step without
+    prefetching took."""
     blocks: dict[bool, list[list[float]]] = {True: [], False: []}
     rounds = 0
     while True:
@@ -76,4 +94,4 @@ def _trial() -> Generator[bool, float, tuple[Comparison, int]]:
         rounds += 1
         found = Comparison.of(list(zip(blocks[False], blocks[True], strict=True)))
         if rounds == MOST_ROUNDS or found.is_clear(LEAST_GAIN):
-            return found, rounds
+            return found, rounds, median(chain.from_iterable(blocks[False]))

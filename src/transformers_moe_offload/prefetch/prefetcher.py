@@ -112,11 +112,14 @@ class Prefetcher:
         self._last = (now, place)
 
     def _step_is_over(self, now: float, num_tokens: int) -> None:
-        """Tell the controller, if the step before was like the one that begins: as many tokens."""
-        if self._step_began is not None:
+        """Tell the controller of the step before how long that took, unless a prompt comes next: who asks may think.
+
+        The next step need not have as many tokens: in assisted decoding it seldom has.
+        """
+        if self._step_began is not None and num_tokens <= _FEW_TOKENS:
             began, tokens_before = self._step_began
-            controller = self._controller(num_tokens)
-            if controller is not None and tokens_before == num_tokens:
+            controller = self._controller(tokens_before)
+            if controller is not None:
                 controller.took(now - began)
         self._step_began = (now, num_tokens)
 

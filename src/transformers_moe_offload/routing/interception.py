@@ -19,7 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.nn import functional as F  # noqa: N812
-from torch.overrides import TorchFunctionMode
+from torch.overrides import TorchFunctionMode, _get_current_function_mode
 
 from transformers_moe_offload.errors import UnsupportedModelError
 from transformers_moe_offload.routing.choice import Choice
@@ -64,6 +64,14 @@ class Interception(TorchFunctionMode):
         """The router's own choice, where it comes out of the router in place of ours."""
         self._experts: Tensor | None = None
         self._is_dropped: Tensor | None = None
+        self._is_broken_off = False
+
+    def break_off(self) -> None:
+        """Watch no longer, and keep nothing, though nobody has left the `with` block."""
+        self._is_broken_off = True
+        self._affinities, self._later, self._taken_from = {}, {}, []
+        if _get_current_function_mode() is self:
+            self.__exit__(None, None, None)
 
     def came_later(self, tensor: Tensor) -> bool:
         """Whether a tensor was made after the choice, and not just of the scores."""
@@ -72,6 +80,8 @@ class Interception(TorchFunctionMode):
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         """What torch calls instead of any of its functions."""
         kwargs = kwargs or {}
+        if self._is_broken_off:
+            return func(*args, **kwargs)
         kind = _KINDS.get(func)
         out = self._watch(kind, func, args, kwargs) if kind in _WATCHED else func(*args, **kwargs)
         if isinstance(out, Tensor):

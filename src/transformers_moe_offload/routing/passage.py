@@ -7,6 +7,7 @@ One passage per model, shared by all its seams. It hangs on the model itself, so
 
 from __future__ import annotations
 
+import threading
 import weakref
 from typing import Any, Protocol
 
@@ -28,6 +29,13 @@ class Listener(Protocol):
         """It is over; not called for one that failed."""
 
 
+class _Running(threading.local):
+    """The models that run in a thread, the outermost first, by identity."""
+
+    def __init__(self) -> None:
+        self.modules: list[int] = []
+
+
 class Passage:
     """Counts the forwards of a model and keeps the token ids of the one that runs."""
 
@@ -43,7 +51,7 @@ class Passage:
         self.inputs: dict[str, Any] = {}
         """The keyword arguments of the forward that runs."""
         self.listeners: list[Listener] = []
-        self._depth = 0
+        self._running = _Running()
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Passage:
         twin = memo.get(id(self._base()))
@@ -55,8 +63,11 @@ class Passage:
 
     def begin(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """Hook: the model, or a model within it, starts a forward."""
-        self._depth += 1
-        if self._depth > 1:
+        running = self._running.modules
+        if id(module) in running:  # no hook is called when Ctrl-C ends a forward
+            running.clear()
+        running.append(id(module))
+        if len(running) > 1:
             return
         self.forward += 1
         self.is_running = True
@@ -68,8 +79,10 @@ class Passage:
 
     def end(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
         """Hook: that forward is over."""
-        self._depth -= 1
-        if self._depth > 0:
+        running = self._running.modules
+        if running:
+            running.pop()
+        if running:
             return
         if output is not None:
             for listener in self.listeners:

@@ -8,6 +8,7 @@ hooks do nothing; `switching.py` takes them out.
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable
 from copy import deepcopy
 from typing import Any, NamedTuple
@@ -47,6 +48,13 @@ Observer = Callable[[int, Decision], None]
 """Called with the number of the router and what it did."""
 
 
+class _Watching(threading.local):
+    """What is being watched in a thread; None where nothing is."""
+
+    def __init__(self) -> None:
+        self.seen: list[Interception | None] = []
+
+
 class Seam:
     """The hooks around the router of a site."""
 
@@ -60,7 +68,7 @@ class Seam:
         self._top_k = site.top_k
         self._has_groups = site.has_groups
         self._passage = passage
-        self._watching: list[Interception | None] = []
+        self._watching = _Watching()
         self._reading: Reading | None = None
         """How to read the answers that follow a prompt; None where they have to be watched."""
 
@@ -70,7 +78,7 @@ class Seam:
         vars(twin).update(vars(self))  # strategies are immutable
         twin.observers = []  # whoever watches this model does not watch its copies
         twin._passage = deepcopy(self._passage, memo)
-        twin._watching, twin._reading = [], None
+        twin._watching, twin._reading = _Watching(), None
         return twin
 
     def put_on(self, base: nn.Module, site: Site) -> None:
@@ -86,10 +94,18 @@ class Seam:
         self.strategy = strategy
         self._first_forward = self._passage.forward + 1
 
+    def break_off(self) -> None:
+        """Stop watching what this thread never saw the end of: no hook is called when Ctrl-C ends a forward."""
+        for seen in reversed(self._watching.seen):
+            if seen is not None:
+                seen.break_off()
+        self._watching.seen = [None for seen in self._watching.seen if seen is None]
+
     def _enter(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        self.break_off()
         is_read = self._reading is not None and self.strategy is None and self._passage.num_before > 0
         if is_asking() or (self.strategy is None and not self.observers) or is_read:
-            self._watching.append(None)
+            self._watching.seen.append(None)
             return
         seen = Interception(
             self._num_experts,
@@ -97,7 +113,7 @@ class Seam:
             lambda scores, top_k, has_affinities: self._choose(args, kwargs, scores, top_k, has_affinities),
             has_groups=self._has_groups,
         )
-        self._watching.append(seen)
+        self._watching.seen.append(seen)
         seen.__enter__()  # type: ignore[no-untyped-call]
 
     def _choose(
@@ -132,7 +148,7 @@ class Seam:
 
     def _reach_experts(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         seen = self._stop_watching()
-        self._watching.append(None)  # for `_leave`
+        self._watching.seen.append(None)  # for `_leave`
         if seen is None:
             return None
         given = (*args, *kwargs.values())
@@ -140,7 +156,7 @@ class Seam:
         return outputs[: len(args)], dict(zip(kwargs, outputs[len(args) :], strict=True))
 
     def _stop_watching(self) -> Interception | None:
-        seen = self._watching.pop() if self._watching else None
+        seen = self._watching.seen.pop() if self._watching.seen else None
         if seen is not None:
             seen.__exit__(None, None, None)  # type: ignore[no-untyped-call]
         return seen

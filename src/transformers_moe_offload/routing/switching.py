@@ -107,6 +107,7 @@ def _tidy(base: nn.Module) -> None:
     seams = list(hooks.owners(Seam))
     idle = [seam for seam in seams if seam.strategy is None and not seam.observers]
     for seam in idle:
+        seam.break_off()
         hooks.remove(seam)
     if len(idle) == len(seams):
         drop_passage(base)

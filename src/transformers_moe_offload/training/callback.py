@@ -52,6 +52,7 @@ class MoeOffloadCallback(TrainerCallback, ExportableState):
                 "model.safetensors, and models in low bits are saved under other names; train an adapter, such as "
                 "training.lora_config(model, experts=False, routers=True), or set save_strategy='no'"
             )
+        self._stop_watching()  # a training that was broken off has no end
         self._watch = RouterWatch(model, lambda logits: self._entropies.append(entropy(logits)))
         runtime.reset_stats()
         self._steps = 0
@@ -83,6 +84,10 @@ class MoeOffloadCallback(TrainerCallback, ExportableState):
 
     def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Stop to watch."""
+        self._stop_watching()
+
+    def _stop_watching(self) -> None:
+        self._entropies.clear()
         if self._watch is not None:
             self._watch.remove()
             self._watch = None

@@ -25,7 +25,10 @@ from transformers_moe_offload.training.routing import RouterWatch
 
 
 class RouterRegulariser:
-    """Adds to `output.loss` of a model that is being trained, until `remove`."""
+    """Adds to `output.loss` of a model that is being trained, until `remove`.
+
+    A forward with gradients whose loss it cannot add to, or not to any effect, raises `ConfigError`.
+    """
 
     def __init__(
         self, model: Any, *, balance: float = 0.0, z: float = 0.0, jitter: float = 0.0, dropout: float = 0.0
@@ -40,13 +43,13 @@ class RouterRegulariser:
         self.last: dict[str, float] = {}
         """What the latest loss had in it, before weights."""
         self._logits: list[Tensor] = []
+        """Of the forward that runs. What is computed again for gradients comes after it and is not among them."""
+        self._is_running = False
         path = experts_paths(model)[0]
         self._top_k = experts_per_token(model, path.replace(".base_layer", "")) or 1
-        self._watch = RouterWatch(model, self._logits.append)
-        self._handles = [
-            model.register_forward_pre_hook(lambda *_: self._logits.clear()),
-            model.register_forward_hook(self._add),
-        ]
+        # Methods of this object, so that a copy of the model comes with a copy of it.
+        self._watch = RouterWatch(model, self._scored)
+        self._handles = [model.register_forward_pre_hook(self._begin), model.register_forward_hook(self._add)]
         if jitter or dropout:
             routers = [model.get_submodule(router) for router in router_paths(model)]
             self._handles += [router.register_forward_pre_hook(self._disturb) for router in routers]
@@ -65,15 +68,40 @@ class RouterRegulariser:
             hidden = hidden * torch.empty_like(hidden).uniform_(1 - self.jitter, 1 + self.jitter)
         return (functional.dropout(hidden, self.dropout), *args[1:])
 
+    def _begin(self, model: nn.Module, args: Any) -> None:
+        self._logits, self._is_running = [], True
+
+    def _scored(self, logits: Tensor) -> None:
+        if self._is_running:
+            self._logits.append(logits)
+
     def _add(self, model: nn.Module, args: Any, output: Any) -> None:
-        logits, self._logits[:] = list(self._logits), []
-        if not model.training or getattr(output, "loss", None) is None or not logits:
+        logits, self._logits, self._is_running = self._logits, [], False
+        if not model.training or not logits:
+            return
+        if torch.is_grad_enabled() and (self.balance or self.z):
+            _expect_effect(logits, output)
+        if getattr(output, "loss", None) is None:
             return
         balance = torch.stack([balance_loss(one, self._top_k) for one in logits]).mean()
         z = torch.stack([z_loss(one) for one in logits]).mean()
         self.last = {"balance": balance.item(), "z": z.item()}
         added = self.balance * balance + self.z * z
         output.loss = output.loss + added.to(output.loss.device)
+
+
+def _expect_effect(logits: list[Tensor], output: Any) -> None:
+    """Raise where training would go on as if there were no regulariser."""
+    if getattr(output, "loss", None) is None:
+        raise ConfigError(
+            f"balance and z are added to output.loss, and this forward returned a {type(output).__name__} without one; "
+            f"pass labels, and not return_dict=False"
+        )
+    if not any(one.requires_grad for one in logits):
+        raise ConfigError(
+            "what the routers score has no gradient, so balance and z would change nothing; train the routers or what "
+            "comes before them, and checkpoint with activation_checkpointing_kwargs={'use_reentrant': False}"
+        )
 
 
 def balance_loss(logits: Tensor, top_k: int) -> Tensor:
