@@ -1,6 +1,6 @@
 """Measure one row of `from_disk.py`: forwards whose experts come from the disk, and the disk around each of them.
 
-python benchmarks/disk_row.py '{"folder": "...", "budget": "25%", "past_cache": false, ...}' answer.json
+python benchmarks/disk_row.py '{"folder": "...", "budget": "25%", "past_cache": true, ...}' answer.json
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ from typing import Any
 from job import serve
 from transformers import AutoModelForCausalLM
 
-from transformers_moe_offload import OffloadConfig
+from transformers_moe_offload import OffloadConfig, PrefetchConfig
 from transformers_moe_offload.bench.bandwidth import Range, expert_ranges, read_all, read_all_past_cache, sample
 from transformers_moe_offload.bench.layers import files_of, store_of
 from transformers_moe_offload.bench.page_cache import drop
@@ -26,10 +26,12 @@ SAMPLE_BYTES = 512 << 20
 
 
 def measure_from_disk(
-    folder: str, budget: str, past_cache: bool, rounds: int, steps: int, prefill_tokens: int | None
+    folder: str, budget: str, past_cache: bool, ahead: bool, rounds: int, steps: int, prefill_tokens: int | None
 ) -> dict[str, Any]:
     """Runs of decoding and, if wanted, of a prompt; with each the disk's bytes per second around it."""
-    config = OffloadConfig(cache_budget=budget, mmap=False, direct_io=past_cache)
+    # Runs are too short for the controller: a trial of it has up to 176 steps.
+    prefetch = PrefetchConfig(adaptive=False) if ahead else None
+    config = OffloadConfig(cache_budget=budget, mmap=False, direct_io=past_cache, prefetch=prefetch)
     model = AutoModelForCausalLM.from_pretrained(folder, moe_offload=config).eval()
     unmap_dense(model)
     passage, store, threads = passage_for(model, folder), store_of(model), default_workers()

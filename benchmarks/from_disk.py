@@ -25,7 +25,12 @@ BUDGETS = ("10%", "25%", "50%")
 REACHED = 0.6
 """Of the limit, at every budget."""
 
-MANNERS = {"through the page cache": False, "past the page cache": True}
+MANNERS = {
+    "through the page cache": {"past_cache": False, "ahead": False},
+    "past the page cache": {"past_cache": True, "ahead": False},
+    "past it and ahead": {"past_cache": True, "ahead": True},
+}
+"""How experts are read, and whether some are before they are asked for."""
 
 
 def measure_from_disk(
@@ -36,21 +41,21 @@ def measure_from_disk(
     made: Annotated[Path, typer.Option(help="Where made models are kept.")] = HERE / "made",
     results: Annotated[Path, typer.Option(help="Where results are written.")] = HERE / "results",
 ) -> None:
-    """Measure both models at every budget, reading through the page cache and past it."""
+    """Measure both models at every budget, reading through the page cache, past it, and ahead."""
     rounds = 1 if quick else rounds
     steps, prompt = (2, 32) if quick else (16, 2048)
     jobs = {
-        f"{name}, {budget}, {manner}": {
+        f"{name}, {budget}, {way}": {
             "folder": str(folder),
             "budget": budget,
-            "past_cache": past_cache,
+            **manner,
             "rounds": rounds,
             "steps": steps,
             "prefill_tokens": prompt if budget == BUDGETS[1] else None,
         }
         for name, folder in compared_models(quick, made).items()
         for budget in (BUDGETS[1:2] if quick else BUDGETS)
-        for manner, past_cache in MANNERS.items()
+        for way, manner in MANNERS.items()
     }
     result = measured_rows("disk_row.py", jobs, TINY_MOE, threads, parts=made / "parts", most_s=60 * most_minutes)
     result["facts"] = {

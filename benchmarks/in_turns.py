@@ -25,7 +25,7 @@ from transformers_moe_offload.config import PrefetchConfig
 
 ROWS = {"off": None, "on": PrefetchConfig(), "control": None}
 
-SETTLING_S = 25.0
+SETTLING_S = 45.0
 """No more than this is spent on settling: steps that take longer are measured in the middle of a trial."""
 
 
@@ -46,7 +46,12 @@ def measure_in_turns(
     models = {
         name: AutoModelForCausalLM.from_pretrained(
             folder,
-            moe_offload=OffloadConfig(cache_budget=budget, prefetch=prefetch, mmap=False if is_copied else "auto"),
+            moe_offload=OffloadConfig(
+                cache_budget=budget,
+                prefetch=prefetch,
+                mmap=False if is_copied else "auto",
+                direct_io=state == "cold",  # as where RAM is short
+            ),
         ).eval()
         for name, prefetch in ROWS.items()
     }

@@ -34,7 +34,7 @@ def test_the_better_manner_of_reading_is_held_against_the_promise(from_disk):
 
 
 def test_every_miss_of_a_row_is_read_from_the_disk(script, tiny_moe, one_thread):
-    job = {"budget": "25%", "past_cache": False, "rounds": 1, "steps": 2, "prefill_tokens": 8}
+    job = {"budget": "25%", "past_cache": False, "ahead": False, "rounds": 1, "steps": 2, "prefill_tokens": 8}
     found = script("disk_row").measure_from_disk(folder=tiny_moe, **job)
     assert list(found["works"]) == ["decode", "prefill 8"]
     for done in found["works"].values():
