@@ -143,21 +143,26 @@ def test_a_filesystem_without_direct_reads_is_read_through_the_page_cache(reads,
     assert as_bytes(found) == CONTENT[100:]
 
 
-def test_an_interruption_loses_no_read(reads, monkeypatch):
-    """Ctrl-C between two lines: what has ended by then is noted the next time."""
-    expert, found = reads.start(100, 9000)
-    with monkeypatch.context() as patch:
-        patch.setattr(kernel_queue.AsyncReads, "seen", interrupt)
-        with pytest.raises(KeyboardInterrupt):
-            expert.finish()
-    expert.finish()
-    other, also_found = reads.start(9000, 20_000)
-    other.finish()
-    assert as_bytes(found) + as_bytes(also_found) == CONTENT[100:20_000]
+@pytest.mark.parametrize("method", ["ended", "submit"])
+def test_an_interruption_loses_no_expert(reads, monkeypatch, method):
+    """Ctrl-C between two lines: what is under way ends, and is read again if somebody still wants it."""
+    coming = [reads.start(number * 5000, 30_000 + number * 5000) for number in range(3)]
+    really, calls = getattr(kernel_queue.AsyncReads, method), []
 
+    def interrupted(*arguments):
+        found = really(*arguments)
+        if not calls:
+            calls.append(method)
+            raise KeyboardInterrupt
+        return found
 
-def interrupt(*arguments):
-    raise KeyboardInterrupt
+    monkeypatch.setattr(kernel_queue.AsyncReads, method, interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        reads.start(50_000, 60_000)[0].finish()
+    coming.append(reads.start(15_000, 45_000))
+    for number, (expert, found) in enumerate(coming):
+        assert expert.finish() == 30_000
+        assert as_bytes(found) == CONTENT[number * 5000 : 30_000 + number * 5000]
 
 
 class ReadsAtOnce:
@@ -171,10 +176,8 @@ class ReadsAtOnce:
         self._ended.append((key, os.preadv(descriptor, [target], offset)))
 
     def ended(self, at_least):
-        return list(self._ended)
-
-    def seen(self, number):
-        del self._ended[:number]
+        ended, self._ended = self._ended, []
+        return ended
 
 
 def test_a_system_that_reads_while_it_is_told_to_is_noticed(path, monkeypatch):

@@ -29,13 +29,14 @@ class AsyncReads:
         self._most = most
         self._context = ctypes.c_ulong(0)
         _call(setup, ctypes.c_long(most), ctypes.byref(self._context))
-        weakref.finalize(self, _call, destroy, self._context)  # waits for what is under way
+        self.close: Callable[[], object] = weakref.finalize(self, _call, destroy, self._context)
+        """Wait for what is under way, and take no more. By itself when nobody refers to this any more."""
         self._read = _Read(operation=0)
         self._batch = (ctypes.c_void_p * 1)(ctypes.addressof(self._read))
         self._ended = (_Ended * most)()
 
     def submit(self, key: int, descriptor: int, offset: int, address: int, nbytes: int) -> None:
-        """Begin to read. `key` is not 0. Raises `OSError` if the system refuses to."""
+        """Begin to read. Raises `OSError` if the system refuses to."""
         read = self._read  # the kernel takes a copy
         read.key, read.descriptor, read.offset, read.address, read.nbytes = key, descriptor, offset, address, nbytes
         _call(self._submit, self._context, ctypes.c_long(1), self._batch)
@@ -43,37 +44,16 @@ class AsyncReads:
     def ended(self, at_least: int) -> list[tuple[int, int]]:
         """Reads that have ended, once there are so many: their keys, and how many bytes came, or an error below zero.
 
-        They are told again until they were `seen`: whoever is told may be interrupted.
+        They are told once.
         """
-        if not self._ended[0].key:
-            self._await(at_least)
-        found = []
-        for one in self._ended:
-            if not one.key:
-                break
-            found.append((one.key, one.result))
-        return found
-
-    def seen(self, number: int) -> None:
-        """The first so many reads that have ended need not be told again; they are all there are."""
-        for place in reversed(range(number)):
-            self._ended[place].key = 0
-
-    def _await(self, at_least: int) -> None:
         timeout = None if at_least else ctypes.byref(_AT_ONCE)
+        least, most = ctypes.c_long(at_least), ctypes.c_long(self._most)
         while True:
             try:
-                _call(
-                    self._get_events,
-                    self._context,
-                    ctypes.c_long(at_least),
-                    ctypes.c_long(self._most),
-                    self._ended,
-                    timeout,
-                )
+                number = _call(self._get_events, self._context, least, most, self._ended, timeout)
             except InterruptedError:
                 continue
-            return
+            return [(one.key, one.result) for one in self._ended[:number]]
 
 
 class _Read(ctypes.Structure):
@@ -122,8 +102,10 @@ def _system_call() -> Callable[..., int]:
     return function
 
 
-def _call(number: int, *arguments: object) -> None:
-    """Make a system call; raises `OSError`."""
-    if _system_call()(ctypes.c_long(number), *arguments) < 0:
+def _call(number: int, *arguments: object) -> int:
+    """Make a system call; returns its result, or raises `OSError`."""
+    result = _system_call()(ctypes.c_long(number), *arguments)
+    if result < 0:
         code = ctypes.get_errno()
         raise OSError(code, os.strerror(code))
+    return int(result)

@@ -10,7 +10,9 @@ import threading
 import time
 from collections import deque
 from collections.abc import Callable, Sequence
+from functools import wraps
 from itertools import count
+from typing import Concatenate, ParamSpec, TypeVar
 
 from torch import Tensor
 
@@ -18,6 +20,9 @@ from transformers_moe_offload.errors import CheckpointError
 from transformers_moe_offload.memory.aio import AsyncReads
 from transformers_moe_offload.memory.page_reads import PageRead
 from transformers_moe_offload.memory.record import host_bytes
+
+P = ParamSpec("P")
+T = TypeVar("T")
 
 MOST_READS = 128
 """That the kernel is told of at once."""
@@ -30,6 +35,21 @@ AT_ONCE = 3
 """Reads in a row that have ended when they were just submitted: the system reads while it is told to."""
 
 
+def _in_turn(method: Callable[Concatenate[KernelQueue, P], T]) -> Callable[Concatenate[KernelQueue, P], T]:
+    """One thread at a time. Ctrl-C may come between any two lines, so the queue starts over then."""
+
+    @wraps(method)
+    def in_turn(queue: KernelQueue, /, *arguments: P.args, **named: P.kwargs) -> T:
+        with queue.lock:
+            try:
+                return method(queue, *arguments, **named)
+            except BaseException:
+                queue.start_over()
+                raise
+
+    return in_turn
+
+
 class KernelQueue:
     """What the kernel is told to read, in this order. Raises `OSError` where the system offers no such thing.
 
@@ -37,8 +57,9 @@ class KernelQueue:
     """
 
     def __init__(self) -> None:
+        self.lock = threading.RLock()
         self._system = AsyncReads(MOST_READS)
-        self._lock = threading.RLock()
+        self._unfinished: set[QueuedExpert] = set()
         self._waiting: deque[tuple[QueuedExpert, PageRead]] = deque()
         self._reading: dict[int, tuple[QueuedExpert, PageRead]] = {}
         self._reading_bytes = 0
@@ -55,6 +76,7 @@ class KernelQueue:
         """Whether the system reads while it is told to: a thread should be told to instead."""
         return self._at_once == AT_ONCE
 
+    @_in_turn
     def start(self, reads: Sequence[PageRead], slot: Tensor, complete: Callable[[], int]) -> QueuedExpert:
         """Begin to read an expert into a slot, (nbytes,) uint8, that begins at a page.
 
@@ -62,49 +84,64 @@ class KernelQueue:
         files.
         """
         expert = QueuedExpert(self, reads, slot, complete)
-        with self._lock:
-            self._waiting.extend((expert, read) for read in reads)
-            self._submit()
+        self._unfinished.add(expert)
+        self._waiting.extend((expert, read) for read in reads)
+        self._submit()
         return expert
+
+    def start_over(self) -> None:
+        """Forget everything, once the kernel writes nowhere any more; whoever waits for an expert reads it."""
+        self._system.close()
+        self._waiting.clear()
+        self._reading.clear()
+        self._reading_bytes = 0
+        for expert in self._unfinished:
+            expert.give_up()
+        self._unfinished.clear()
+        self._system = AsyncReads(MOST_READS)
 
     # What follows is for the experts.
 
+    @_in_turn
     def look(self) -> None:
         """Note what has ended."""
-        with self._lock:
-            if self._note(0):
-                self._busy_since = time.perf_counter()
+        if self._note(0):
+            self._busy_since = time.perf_counter()
 
+    @_in_turn
     def wait(self) -> None:
         """Wait until something has ended."""
-        with self._lock:
-            nbytes = self._note(1 if self._reading else 0)
-            now = time.perf_counter()
-            if nbytes:
-                self.seconds_per_byte = (now - self._busy_since) / nbytes
-                self._busy_since = now
+        nbytes = self._note(1 if self._reading else 0)
+        now = time.perf_counter()
+        if nbytes:
+            self.seconds_per_byte = (now - self._busy_since) / nbytes
+            self._busy_since = now
 
+    @_in_turn
     def withdraw(self, expert: QueuedExpert) -> bool:
         """Forget an expert of which the kernel has not been told; returns whether it had not."""
-        with self._lock:
-            others = deque(one for one in self._waiting if one[0] is not expert)
-            if len(self._waiting) - len(others) < expert.num_reads:
-                return False
-            self._waiting = others
-            return True
+        others = deque(one for one in self._waiting if one[0] is not expert)
+        if len(self._waiting) - len(others) < expert.num_reads:
+            return False
+        self._waiting = others
+        self._unfinished.discard(expert)
+        return True
 
     def _note(self, at_least: int) -> int:
         """Note what has ended, once it is so much, and tell the kernel of more; returns the bytes that have come."""
-        ended, nbytes = self._system.ended(at_least), 0
-        for key, result in ended:
-            if key in self._reading:  # else it was noted before an interruption
-                expert, read = self._reading.pop(key)
-                self._reading_bytes -= read.nbytes
-                expert.has_ended(read, result >= read.needed)
-                nbytes += read.nbytes
-        self._system.seen(len(ended))
+        nbytes = 0
+        for key, result in self._system.ended(at_least):
+            nbytes += self._has_ended(key, result)
         self._submit()
         return nbytes
+
+    def _has_ended(self, key: int, result: int) -> int:
+        """A read is over, with so many bytes or an error below zero; returns the bytes that it was to bring."""
+        expert, read = self._reading.pop(key)
+        self._reading_bytes -= read.nbytes
+        if expert.has_ended(read, result >= read.needed):
+            self._unfinished.discard(expert)
+        return read.nbytes
 
     def _submit(self) -> None:
         """Tell the kernel of what waits, as far as it is to know of so much at once."""
@@ -118,9 +155,7 @@ class KernelQueue:
             if self._is_told(key, read, expert.address):
                 self._try_out()
             else:
-                del self._reading[key]
-                self._reading_bytes -= read.nbytes
-                expert.has_ended(read, False)
+                self._has_ended(key, -1)
 
     def _is_told(self, key: int, read: PageRead, address: int) -> bool:
         """Tell the kernel; False if it refuses. Why, will be told when it is read once more."""
@@ -134,8 +169,12 @@ class KernelQueue:
 
     def _try_out(self) -> None:
         """See whether the only read that was submitted has ended already, a few times."""
-        if self._at_once is not None and not self.is_synchronous and len(self._reading) == 1:
-            self._at_once = self._at_once + 1 if self._system.ended(0) else None
+        if self._at_once is None or self.is_synchronous or len(self._reading) > 1:
+            return
+        ended = self._system.ended(0)
+        self._at_once = self._at_once + 1 if ended else None
+        for key, result in ended:
+            self._has_ended(key, result)
 
 
 class QueuedExpert:
@@ -149,7 +188,7 @@ class QueuedExpert:
         self._queue = queue
         self._slot = slot
         self._complete = complete
-        self._num_left = len(reads)
+        self._left = set(reads)
         self._failed: list[PageRead] = []
         self._nbytes = sum(read.nbytes for read in reads)
 
@@ -160,16 +199,16 @@ class QueuedExpert:
 
     def is_done(self) -> bool:
         """Whether all of it is there."""
-        if self._num_left:
+        if self._left:
             self._queue.look()
-        return not self._num_left
+        return not self._left
 
     def finish(self) -> int:
         """Wait for all of it; what the kernel could not read is read once more, by whoever waits.
 
         Returns the bytes that came from files, or raises `CheckpointError`.
         """
-        while self._num_left:
+        while self._left:
             self._queue.wait()
         while self._failed:
             read = self._failed[-1]
@@ -182,8 +221,16 @@ class QueuedExpert:
         """Give it up, unless the kernel has been told of it; returns whether it had not."""
         return self._queue.withdraw(self)
 
-    def has_ended(self, read: PageRead, is_there: bool) -> None:
-        """One of its reads is over."""
+    # What follows is for the queue.
+
+    def has_ended(self, read: PageRead, is_there: bool) -> bool:
+        """One of its reads is over; returns whether all of them are."""
         if not is_there:
             self._failed.append(read)
-        self._num_left -= 1
+        self._left.discard(read)
+        return not self._left
+
+    def give_up(self) -> None:
+        """The kernel will not read what is left."""
+        self._failed += self._left
+        self._left.clear()
