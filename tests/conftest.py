@@ -1,6 +1,18 @@
 """What holds for every test."""
 
+import pytest
 import torch
+
+from interpreted import IS_INTERPRETED
 
 # Tests run side by side; kernels whose threads wait for each other's cores take up to ten times as long.
 torch.set_num_threads(1)
+
+
+def pytest_runtest_setup(item):
+    """Skip a test marked `gpu` where there is neither a GPU nor what stands in for it.
+
+    A hook and no fixture: models are put on the device by fixtures of a module, which would come first.
+    """
+    if item.get_closest_marker("gpu") and not IS_INTERPRETED and not torch.cuda.is_available():
+        pytest.skip("needs a CUDA device")

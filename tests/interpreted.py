@@ -8,19 +8,12 @@ import os
 import subprocess
 import sys
 
-import pytest
 import torch
 
 IS_INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 
 DEVICE = torch.device("cpu") if IS_INTERPRETED else torch.device("cuda", 0)
 """Of the tests marked `gpu`."""
-
-
-def need_a_gpu():
-    """Skip a test where there is neither a GPU nor what stands in for it."""
-    if not IS_INTERPRETED and not torch.cuda.is_available():
-        pytest.skip("needs a CUDA device")
 
 
 def pass_in_the_interpreter(*files):

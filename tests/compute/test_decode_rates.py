@@ -36,7 +36,6 @@ def test_the_test_for_a_gpu_passes_in_the_interpreter():
 
 
 @pytest.mark.gpu
-@pytest.mark.skipif(not (IS_INTERPRETED or torch.cuda.is_available()), reason="needs a CUDA device")
 @pytest.mark.parametrize("format", [None, HqqFormat(nbits=4, group_size=32)], ids=str)
 def test_a_layer_is_measured_from_the_host_and_on_the_device(format, monkeypatch):
     coding = None if format is None else ExpertCoding(FIELDS, format)

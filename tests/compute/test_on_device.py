@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from compute.records import EXPERTS, GATED, ROUNDING, Records, swiglu
-from interpreted import DEVICE, IS_INTERPRETED, need_a_gpu, pass_in_the_interpreter
+from interpreted import DEVICE, IS_INTERPRETED, pass_in_the_interpreter
 from kernels.interpreter import let_it_multiply_bfloat16
 from transformers_moe_offload.compute import held, routing
 from transformers_moe_offload.compute.activation import activate
@@ -45,12 +45,6 @@ HALF = [torch.bfloat16, torch.float16]
 def _kernels(request):
     if IS_INTERPRETED:
         let_it_multiply_bfloat16()
-
-
-@pytest.fixture(autouse=True)
-def _needs_a_gpu(request):
-    if "gpu" in request.keywords:
-        need_a_gpu()
 
 
 def test_all_tests_for_a_gpu_pass_in_the_interpreter():

@@ -9,7 +9,7 @@ import importlib.util
 import pytest
 import torch
 
-from interpreted import DEVICE, IS_INTERPRETED, need_a_gpu, pass_in_the_interpreter
+from interpreted import DEVICE, IS_INTERPRETED, pass_in_the_interpreter
 from stores import stacked_store
 from transformers_moe_offload.engine.arena import Arena
 from transformers_moe_offload.engine.engine import DeviceEngine
@@ -27,7 +27,6 @@ NUM_STEPS = 8 if IS_INTERPRETED else 1000
 @pytest.fixture(scope="module")
 def read():
     """What reads all records of a layer; imported in tests only, which decides whether it is interpreted."""
-    need_a_gpu()
     from .reading import read
 
     return read

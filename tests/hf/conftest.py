@@ -8,6 +8,8 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from zoo.build import build
 
+from .decoding import save
+
 TINY_MOE = Path(__file__).parents[2] / "examples" / "models" / "tiny-moe"
 
 
@@ -25,6 +27,14 @@ def own_checkpoint(tmp_path) -> Path:
     """Like `checkpoint`, for tests that damage it."""
     folder = tmp_path / "own"
     build("qwen3_moe").save_pretrained(folder, max_shard_size="200KB")
+    return folder
+
+
+@pytest.fixture(scope="session")
+def small_checkpoint(tmp_path_factory) -> Path:
+    """A random Qwen3-MoE that Triton's interpreter gets through."""
+    folder = tmp_path_factory.mktemp("small")
+    save("qwen3_moe", folder)
     return folder
 
 

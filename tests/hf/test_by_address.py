@@ -11,7 +11,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from interpreted import DEVICE, need_a_gpu, pass_in_the_interpreter
+from interpreted import DEVICE, pass_in_the_interpreter
 from transformers_moe_offload.compute.activation import activate, recognised
 from transformers_moe_offload.compute.mlp import ExpertMlp
 from transformers_moe_offload.compute.on_device import OnDevice, missing_on_device
@@ -46,7 +46,6 @@ def test_all_tests_for_a_gpu_pass_in_the_interpreter():
 @gpu
 @pytest.mark.parametrize("name", RECOGNISED)
 def test_experts_of_transformers_compute_by_address_what_they_compute_themselves(name):
-    need_a_gpu()
     module = next(module for module in build(name).modules() if StackedLayout.matches(module))
     layout = StackedLayout()
     mlp, fields, num_experts = layout.mlp(module), layout.fields(module), layout.num_experts(module)

@@ -13,12 +13,12 @@ import pytest
 import torch
 from transformers import LogitsProcessor
 
-from interpreted import DEVICE, IS_INTERPRETED, need_a_gpu, pass_in_the_interpreter
+from interpreted import DEVICE, IS_INTERPRETED, pass_in_the_interpreter
 from transformers_moe_offload import ExpertFormats, HqqFormat, MoeOffloadError, OffloadConfig
 from transformers_moe_offload.compute.without_host import HostSyncError, without_host
 from transformers_moe_offload.routing import record_routing, set_routing
 
-from .decoding import NEW_TOKENS, generate, load, prompt, save
+from .decoding import NEW_TOKENS, generate, load, prompt
 
 gpu = pytest.mark.gpu
 pytestmark = pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="Triton is not installed")
@@ -27,23 +27,10 @@ CLOSE = {"rtol": 1e-4, "atol": 1e-5}
 """float32 sums in another order."""
 
 
-@pytest.fixture(autouse=True)
-def _needs_a_gpu(request):
-    if "gpu" in request.keywords:
-        need_a_gpu()
-
-
 @pytest.fixture(scope="module")
-def folder(tmp_path_factory):
-    place = tmp_path_factory.mktemp("small")
-    save("qwen3_moe", place)
-    return place
-
-
-@pytest.fixture(scope="module")
-def on_the_host(folder):
+def on_the_host(small_checkpoint):
     """What the host's way answers to the prompt."""
-    return generate(load(folder, device=DEVICE), prompt())
+    return generate(load(small_checkpoint, device=DEVICE), prompt())
 
 
 @pytest.mark.timeout(900)
@@ -52,11 +39,11 @@ def test_all_tests_for_a_gpu_pass_in_the_interpreter():
 
 
 @gpu
-def test_tokens_are_the_hosts_and_logits_the_same_bits_at_every_cache_size(folder, on_the_host):
+def test_tokens_are_the_hosts_and_logits_the_same_bits_at_every_cache_size(small_checkpoint, on_the_host):
     tokens, logits = on_the_host
     seen, hits = [], []
     for budget in ("13%", "50%", "100%"):
-        model = load(folder, "device", budget, device=DEVICE)
+        model = load(small_checkpoint, "device", budget, device=DEVICE)
         found, theirs = generate(model, prompt())
         assert torch.equal(found, tokens)
         torch.testing.assert_close(theirs, logits, **CLOSE)
@@ -70,10 +57,10 @@ def test_tokens_are_the_hosts_and_logits_the_same_bits_at_every_cache_size(folde
 
 
 @gpu
-def test_what_is_asked_for_is_counted_as_on_the_host(folder):
+def test_what_is_asked_for_is_counted_as_on_the_host(small_checkpoint):
     asked = []
     for decode in ("host", "device"):
-        model = load(folder, decode, "100%", device=DEVICE)
+        model = load(small_checkpoint, decode, "100%", device=DEVICE)
         generate(model, prompt(2, 3), max_new_tokens=3)
         asked.append({name: layer.asked for name, layer in model.moe_offload.stats().per_layer.items()})
         model.moe_offload.reset_stats()
@@ -82,8 +69,8 @@ def test_what_is_asked_for_is_counted_as_on_the_host(folder):
 
 
 @gpu
-def test_no_sparse_layer_waits_for_the_device_with_16_tokens_and_every_one_does_with_17(folder):
-    model = load(folder, "device", "25%", device=DEVICE)
+def test_no_sparse_layer_waits_for_the_device_with_16_tokens_and_every_one_does_with_17(small_checkpoint):
+    model = load(small_checkpoint, "device", "25%", device=DEVICE)
     decoding = model.moe_offload.decoding
     hidden = torch.randn(17, 1, 32, generator=torch.Generator().manual_seed(0)).to(DEVICE)
     for layer in model.model.layers:
@@ -98,10 +85,10 @@ def test_no_sparse_layer_waits_for_the_device_with_16_tokens_and_every_one_does_
 
 
 @gpu
-def test_beams_are_the_hosts(folder):
+def test_beams_are_the_hosts(small_checkpoint):
     options = {"num_beams": 3, "max_new_tokens": 3, "length_penalty": 0.0}
-    tokens, _ = generate(load(folder, device=DEVICE), prompt(), **options)
-    found, _ = generate(load(folder, "device", device=DEVICE), prompt(), **options)
+    tokens, _ = generate(load(small_checkpoint, device=DEVICE), prompt(), **options)
+    found, _ = generate(load(small_checkpoint, "device", device=DEVICE), prompt(), **options)
     assert torch.equal(found, tokens)
 
 
@@ -115,8 +102,8 @@ class _Resizes(LogitsProcessor):
 
 
 @gpu
-def test_a_cache_that_is_resized_during_a_generation_changes_nothing(folder, on_the_host):
-    model = load(folder, "device", "50%", device=DEVICE)
+def test_a_cache_that_is_resized_during_a_generation_changes_nothing(small_checkpoint, on_the_host):
+    model = load(small_checkpoint, "device", "50%", device=DEVICE)
     _, logits = generate(model, prompt())
     resizes = _Resizes(model, ["100%", "13%", "75%", "25%", "50%"])
     tokens, meanwhile = generate(model, prompt(), logits_processor=[resizes])
@@ -126,8 +113,8 @@ def test_a_cache_that_is_resized_during_a_generation_changes_nothing(folder, on_
 
 
 @gpu
-def test_copies_closed_and_restored_models_do_what_they_do_on_the_host(folder, on_the_host):
-    model = load(folder, "device", device=DEVICE)
+def test_copies_closed_and_restored_models_do_what_they_do_on_the_host(small_checkpoint, on_the_host):
+    model = load(small_checkpoint, "device", device=DEVICE)
     _, logits = generate(model, prompt())
     twin = copy.deepcopy(model)
     model.moe_offload.close()
@@ -141,10 +128,10 @@ def test_copies_closed_and_restored_models_do_what_they_do_on_the_host(folder, o
 
 
 @gpu
-def test_gradients_are_the_hosts(folder):
+def test_gradients_are_the_hosts(small_checkpoint):
     grads = []
     for decode in ("host", "device"):
-        model = load(folder, decode, device=DEVICE)
+        model = load(small_checkpoint, decode, device=DEVICE)
         ids = prompt(1, 4).to(DEVICE)
         model(ids, labels=ids).loss.backward()
         grads.append(model.model.layers[0].mlp.gate.weight.grad)
@@ -153,14 +140,14 @@ def test_gradients_are_the_hosts(folder):
 
 
 @gpu
-def test_adapters_on_experts_and_traces_have_the_host_compute(folder, caplog):
+def test_adapters_on_experts_and_traces_have_the_host_compute(small_checkpoint, caplog):
     from peft import LoraConfig, get_peft_model
 
     caplog.set_level(logging.INFO, "transformers_moe_offload")
     ids = prompt(1, 2).to(DEVICE)
     found = []
     for decode in ("host", "device"):
-        model = load(folder, decode, device=DEVICE)
+        model = load(small_checkpoint, decode, device=DEVICE)
         with torch.no_grad():
             with model.moe_offload.trace() as trace:
                 traced = model(ids).logits
@@ -177,11 +164,11 @@ def test_adapters_on_experts_and_traces_have_the_host_compute(folder, caplog):
 
 
 @gpu
-def test_routing_strategies_and_recordings_work(folder):
+def test_routing_strategies_and_recordings_work(small_checkpoint):
     ids = prompt(1, 3).to(DEVICE)
     seen = []
     for decode in ("host", "device"):
-        model = load(folder, decode, device=DEVICE)
+        model = load(small_checkpoint, decode, device=DEVICE)
         with torch.no_grad(), set_routing(model, "top_k", k=1), record_routing(model) as recorder:
             logits = model(ids).logits
         seen.append((logits, recorder.trace.to_cache_trace().counts()))
@@ -192,24 +179,28 @@ def test_routing_strategies_and_recordings_work(folder):
 
 @gpu
 @pytest.mark.parametrize("nbits", [4, 3])
-def test_quantized_experts_are_read_where_they_are(folder, nbits):
+def test_quantized_experts_are_read_where_they_are(small_checkpoint, nbits):
     ids = prompt(1, 2).to(DEVICE)
     format = HqqFormat(nbits=nbits, group_size=16)
     with torch.no_grad():
-        expected = load(folder, experts=format, device=DEVICE)(ids).logits
-        found = [load(folder, "device", b, experts=format, device=DEVICE)(ids).logits for b in ("13%", "100%")]
+        expected = load(small_checkpoint, experts=format, device=DEVICE)(ids).logits
+        found = [
+            load(small_checkpoint, "device", b, experts=format, device=DEVICE)(ids).logits for b in ("13%", "100%")
+        ]
     assert torch.equal(*found)
     torch.testing.assert_close(found[0], expected, **CLOSE)
 
 
 @gpu
-def test_a_layer_whose_experts_have_several_formats_uses_the_same_slots_through_the_host(folder, caplog):
+def test_a_layer_whose_experts_have_several_formats_uses_the_same_slots_through_the_host(small_checkpoint, caplog):
     four, eight = HqqFormat(nbits=4, group_size=16), HqqFormat(nbits=8, group_size=16)
     formats = ExpertFormats(default=four, hot=eight, hot_experts={"0": [1]})
     ids = prompt(1, 2).to(DEVICE)
     with torch.no_grad():
-        expected = load(folder, experts=formats, device=DEVICE)(ids).logits
-        models = [load(folder, "device", budget, experts=formats, device=DEVICE) for budget in ("20%", "100%")]
+        expected = load(small_checkpoint, experts=formats, device=DEVICE)(ids).logits
+        models = [
+            load(small_checkpoint, "device", budget, experts=formats, device=DEVICE) for budget in ("20%", "100%")
+        ]
         found = [model(ids).logits for model in models]
     assert torch.equal(*found)
     torch.testing.assert_close(found[0], expected, **CLOSE)
@@ -218,36 +209,36 @@ def test_a_layer_whose_experts_have_several_formats_uses_the_same_slots_through_
 
 
 @gpu
-def test_too_little_host_memory_is_said_with_both_numbers_and_the_host_decodes(folder, on_the_host, caplog):
-    model = load(folder, "device", device=DEVICE, host_budget="1KiB")
+def test_too_little_host_memory_is_said_with_both_numbers_and_the_host_decodes(small_checkpoint, on_the_host, caplog):
+    model = load(small_checkpoint, "device", device=DEVICE, host_budget="1KiB")
     assert "all experts take 49,152 bytes of page-locked memory, and host_budget='1KiB' allows 1,024" in caplog.text
     assert model.moe_offload.plan.arena_bytes == 0
     assert torch.equal(generate(model, prompt())[1], on_the_host[1])
 
 
 @gpu
-def test_what_cannot_be_on_the_device_is_said_once(folder, caplog):
+def test_what_cannot_be_on_the_device_is_said_once(small_checkpoint, caplog):
     caplog.set_level(logging.INFO, "transformers_moe_offload")
-    model = load(folder, "device", device=DEVICE)
+    model = load(small_checkpoint, "device", device=DEVICE)
     with torch.no_grad():
         for _ in range(2):
             model(prompt().to(DEVICE))
     assert caplog.text.count("forwards of more than 16 tokens are computed expert by expert") == 1
-    load(folder, "device", device=DEVICE, arithmetic="exact")
+    load(small_checkpoint, "device", device=DEVICE, arithmetic="exact")
     assert "decode='device' has no effect: arithmetic='exact' computes with the model's own code" in caplog.text
 
 
 @pytest.mark.skipif(IS_INTERPRETED or torch.cuda.is_available(), reason="needs a machine without GPU")
-def test_without_a_gpu_it_has_no_effect_and_says_so(folder, caplog):
-    expected = load(folder)(prompt(1, 2)).logits
+def test_without_a_gpu_it_has_no_effect_and_says_so(small_checkpoint, caplog):
+    expected = load(small_checkpoint)(prompt(1, 2)).logits
     for decode in ("device", "graph"):
-        model = load(folder, decode)
+        model = load(small_checkpoint, decode)
         assert f"decode='{decode}' has no effect: " in caplog.text
         assert torch.equal(model(prompt(1, 2)).logits, expected)
         tokens, _ = generate(model, prompt(), cache_implementation="static")
         assert tokens.shape[1] == 20 + NEW_TOKENS
     caplog.clear()
-    load(folder, "auto")
+    load(small_checkpoint, "auto")
     assert "has no effect" not in caplog.text
 
 

@@ -13,7 +13,7 @@ import pytest
 import torch
 from transformers import LogitsProcessor, LogitsProcessorList
 
-from interpreted import DEVICE, need_a_gpu
+from interpreted import DEVICE
 from transformers_moe_offload.routing import record_routing
 
 from .decoding import NEW_TOKENS, generate, load, prompt, save, static
@@ -22,23 +22,10 @@ gpu = pytest.mark.gpu
 pytestmark = pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="Triton is not installed")
 
 
-@pytest.fixture(autouse=True)
-def _needs_a_gpu(request):
-    if "gpu" in request.keywords:
-        need_a_gpu()
-
-
 @pytest.fixture(scope="module")
-def folder(tmp_path_factory):
-    place = tmp_path_factory.mktemp("small")
-    save("qwen3_moe", place)
-    return place
-
-
-@pytest.fixture(scope="module")
-def eager(folder):
+def eager(small_checkpoint):
     """Tokens and logits of steps that are not captured."""
-    model = load(folder, "device", "50%", device=DEVICE)
+    model = load(small_checkpoint, "device", "50%", device=DEVICE)
     return generate(model, prompt(), cache_implementation="static")
 
 
@@ -48,21 +35,21 @@ def step_of(model):
 
 @gpu
 @pytest.mark.parametrize("budget", ["13%", "100%"])
-def test_replayed_steps_give_the_same_bits_at_every_cache_size(folder, eager, budget):
-    model = load(folder, "graph", budget, device=DEVICE)
+def test_replayed_steps_give_the_same_bits_at_every_cache_size(small_checkpoint, eager, budget):
+    model = load(small_checkpoint, "graph", budget, device=DEVICE)
     tokens, logits = generate(model, prompt(), **static())
     assert torch.equal(tokens, eager[0])
     assert torch.equal(logits, eager[1])
     step = step_of(model)
     assert (step.num_captured, step.num_replayed) == (1, NEW_TOKENS - 2)  # the prompt and one step were not
-    asked = load(folder, "device", budget, device=DEVICE)
+    asked = load(small_checkpoint, "device", budget, device=DEVICE)
     generate(asked, prompt(), cache_implementation="static")
     assert model.moe_offload.stats().asked == asked.moe_offload.stats().asked
 
 
 @gpu
-def test_another_generation_of_the_same_shape_goes_on_with_what_was_captured(folder, eager):
-    model = load(folder, "graph", device=DEVICE)
+def test_another_generation_of_the_same_shape_goes_on_with_what_was_captured(small_checkpoint, eager):
+    model = load(small_checkpoint, "graph", device=DEVICE)
     for seed in (1, 0):
         tokens, logits = generate(model, prompt(seed=seed), **static())
         gc.collect()
@@ -75,8 +62,8 @@ def test_another_generation_of_the_same_shape_goes_on_with_what_was_captured(fol
 
 
 @gpu
-def test_a_cache_that_is_kept_keeps_what_is_in_it(folder):
-    model = load(folder, "graph", device=DEVICE)
+def test_a_cache_that_is_kept_keeps_what_is_in_it(small_checkpoint):
+    model = load(small_checkpoint, "graph", device=DEVICE)
     kept = model.generate(prompt().to(DEVICE), **static(max_new_tokens=4, return_dict_in_generate=True, pad_token_id=0))
     before = [layer.keys.clone() for layer in kept.past_key_values.layers]
     generate(model, prompt(seed=1), **static(max_new_tokens=4))
@@ -111,8 +98,8 @@ class _Between(LogitsProcessor):
 
 
 @gpu
-def test_resizing_and_replacing_experts_between_replays_changes_nothing(folder, eager):
-    model = load(folder, "graph", "13%", device=DEVICE)
+def test_resizing_and_replacing_experts_between_replays_changes_nothing(small_checkpoint, eager):
+    model = load(small_checkpoint, "graph", "13%", device=DEVICE)
     deeds = {3: lambda: model.moe_offload.resize("100%"), 4: lambda: model.moe_offload.resize("13%")}
     tokens, logits = generate(model, prompt(), **static(logits_processor=LogitsProcessorList([_Between(deeds)])))
     assert torch.equal(tokens, eager[0])
@@ -121,8 +108,8 @@ def test_resizing_and_replacing_experts_between_replays_changes_nothing(folder, 
 
 
 @gpu
-def test_threads_that_share_a_model_get_the_right_tokens(folder, eager):
-    model = load(folder, "graph", device=DEVICE)
+def test_threads_that_share_a_model_get_the_right_tokens(small_checkpoint, eager):
+    model = load(small_checkpoint, "graph", device=DEVICE)
     found = []
     threads = [threading.Thread(target=lambda: found.append(generate(model, prompt(), **static()))) for _ in range(2)]
     for thread in threads:
@@ -134,8 +121,8 @@ def test_threads_that_share_a_model_get_the_right_tokens(folder, eager):
 
 
 @gpu
-def test_a_model_that_has_changed_is_captured_again(folder):
-    model = load(folder, "graph", device=DEVICE)
+def test_a_model_that_has_changed_is_captured_again(small_checkpoint):
+    model = load(small_checkpoint, "graph", device=DEVICE)
     generate(model, prompt(), **static())
     with torch.no_grad():
         model.lm_head.weight.mul_(-1)  # where it is read by graphs, too
@@ -144,7 +131,7 @@ def test_a_model_that_has_changed_is_captured_again(folder):
     model.model.norm.weight = torch.nn.Parameter(2 * model.model.norm.weight)
     again, _ = generate(model, prompt(), **static())
     assert step_of(model).num_captured == 2
-    expected = load(folder, "device", device=DEVICE)
+    expected = load(small_checkpoint, "device", device=DEVICE)
     with torch.no_grad():
         expected.lm_head.weight.mul_(-1)
     assert torch.equal(tokens, generate(expected, prompt(), cache_implementation="static")[0])
@@ -152,8 +139,8 @@ def test_a_model_that_has_changed_is_captured_again(folder):
 
 
 @gpu
-def test_copies_capture_for_themselves_and_restored_models_not_at_all(folder, eager):
-    model = load(folder, "graph", device=DEVICE)
+def test_copies_capture_for_themselves_and_restored_models_not_at_all(small_checkpoint, eager):
+    model = load(small_checkpoint, "graph", device=DEVICE)
     generate(model, prompt(), **static())
     twin = copy.deepcopy(model)
     assert step_of(twin) is not step_of(model)
@@ -164,8 +151,8 @@ def test_copies_capture_for_themselves_and_restored_models_not_at_all(folder, ea
 
 
 @gpu
-def test_dense_modules_that_were_compiled_in_place_are_captured_as_they_are(folder, eager):
-    model = load(folder, "graph", device=DEVICE)
+def test_dense_modules_that_were_compiled_in_place_are_captured_as_they_are(small_checkpoint, eager):
+    model = load(small_checkpoint, "graph", device=DEVICE)
     for layer in model.model.layers:
         layer.self_attn.compile(backend="eager")
     tokens, logits = generate(model, prompt(), **static())
@@ -175,8 +162,10 @@ def test_dense_modules_that_were_compiled_in_place_are_captured_as_they_are(fold
 
 
 @gpu
-def test_a_step_that_waits_for_the_device_is_computed_as_ever_and_the_log_says_why(folder, eager, caplog, monkeypatch):
-    model = load(folder, "graph", device=DEVICE)
+def test_a_step_that_waits_for_the_device_is_computed_as_ever_and_the_log_says_why(
+    small_checkpoint, eager, caplog, monkeypatch
+):
+    model = load(small_checkpoint, "graph", device=DEVICE)
     forward = model.model.norm.forward
 
     def waits(hidden):
@@ -191,11 +180,11 @@ def test_a_step_that_waits_for_the_device_is_computed_as_ever_and_the_log_says_w
 
 
 @gpu
-def test_what_only_python_sees_has_steps_computed_as_ever(folder, eager, caplog):
+def test_what_only_python_sees_has_steps_computed_as_ever(small_checkpoint, eager, caplog):
     from peft import LoraConfig, get_peft_model
 
     caplog.set_level(logging.INFO)
-    model = load(folder, "graph", device=DEVICE)
+    model = load(small_checkpoint, "graph", device=DEVICE)
     with record_routing(model):
         assert torch.equal(generate(model, prompt(), **static())[1], eager[1])
     with model.moe_offload.trace() as trace:
@@ -209,8 +198,8 @@ def test_what_only_python_sees_has_steps_computed_as_ever(folder, eager, caplog)
 
 
 @gpu
-def test_a_dynamic_cache_and_gradients_are_left_alone(folder, caplog):
-    model = load(folder, "graph", device=DEVICE)
+def test_a_dynamic_cache_and_gradients_are_left_alone(small_checkpoint, caplog):
+    model = load(small_checkpoint, "graph", device=DEVICE)
     step = step_of(model)
     ids = prompt(1, 2).to(DEVICE)
     with torch.no_grad():
