@@ -7,6 +7,8 @@ numpy, they run anywhere.
 import copy
 import importlib.util
 import logging
+import threading
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -35,7 +37,7 @@ def on_the_host(small_checkpoint):
 
 @pytest.mark.timeout(900)
 def test_all_tests_for_a_gpu_pass_in_the_interpreter():
-    pass_in_the_interpreter(__file__, Path(__file__).with_name("test_graphs.py"))
+    pass_in_the_interpreter(__file__, *map(Path(__file__).with_name, ("test_graphs.py", "test_auto_decoding.py")))
 
 
 @gpu
@@ -110,6 +112,32 @@ def test_a_cache_that_is_resized_during_a_generation_changes_nothing(small_check
     assert torch.equal(tokens, on_the_host[0])
     assert torch.equal(meanwhile, logits)
     assert model.moe_offload.plan.num_slots == 4
+
+
+@gpu
+def test_threads_that_generate_at_once_get_what_they_get_one_after_the_other(small_checkpoint):
+    prompts = [prompt(seed=seed) for seed in (1, 2)]
+    expected = [generate(load(small_checkpoint, "device", device=DEVICE), ids) for ids in prompts]
+    assert not torch.equal(expected[0][1], expected[1][1])
+    model = load(small_checkpoint, "device", "25%", device=DEVICE)
+    both = threading.Barrier(2, timeout=60)
+
+    def wait(*_):
+        """Before either comes to the second sparse layer, each thread has been through the first."""
+        both.wait()
+
+    waiting = model.model.layers[1].register_forward_pre_hook(wait)
+    with ThreadPoolExecutor(2) as threads:
+        found = list(threads.map(lambda ids: generate(model, ids), prompts))
+    waiting.remove()
+    for (tokens, logits), (expected_tokens, expected_logits) in zip(found, expected, strict=True):
+        assert torch.equal(tokens, expected_tokens)
+        assert torch.equal(logits, expected_logits)
+    asked = model.moe_offload.stats().asked
+    model.moe_offload.reset_stats()
+    for ids in prompts:
+        generate(model, ids)
+    assert model.moe_offload.stats().asked == asked
 
 
 @gpu

@@ -13,7 +13,7 @@ from stores import number, numbered_store
 from transformers_moe_offload import CapacityError, OffloadConfig
 from transformers_moe_offload.expert import ExpertId, ExpertSpec, FieldSpec
 from transformers_moe_offload.hf import plan as planning
-from transformers_moe_offload.hf.plan import Placement, make_plan
+from transformers_moe_offload.hf.plan import Placement, make_plan, without_arenas
 from transformers_moe_offload.hf.pools import build_caches
 from transformers_moe_offload.hf.quantizer import MoeOffloadQuantizer
 
@@ -95,6 +95,36 @@ class TestPlan:
         assert "1,024,000 bytes" in plan.arena_refused
         assert "allows 600,000" in plan.arena_refused
         assert "page-locked" not in str(plan)
+
+    def test_experts_that_are_in_ram_already_are_not_counted_against_what_is_free(self, monkeypatch):
+        """Of 1,000,000 bytes 512,000 are taken by the experts that are to be locked: what is left need not hold them
+        once more."""
+        monkeypatch.setattr(planning, "available_bytes", lambda device: 244_000)
+        addressed = [replace(placement, is_addressed=True) for placement in on("cuda:0", layer(0))]
+        in_ram = [replace(placement, is_in_ram=True) for placement in addressed]
+        config = OffloadConfig(cache_budget="50%")
+        assert make_plan(addressed, config).arena_refused is not None
+        plan = make_plan(in_ram, config)
+        assert (plan.arena_refused, plan.arena_bytes, plan.host_bytes) == (None, 512_000, 0)
+        beside = make_plan([*in_ram, *on("cuda:1", layer(1))], config)
+        assert (beside.arena_bytes, beside.host_bytes) == (512_000, 244_000)
+
+    def test_experts_that_are_in_ram_already_count_once_against_a_host_budget_in_bytes(self):
+        in_ram = [replace(placement, is_in_ram=True, is_addressed=True) for placement in on("cuda:0", layer(0))]
+        enough, too_little = (
+            make_plan(in_ram, OffloadConfig(cache_budget="50%", host_budget=nbytes)) for nbytes in (512_000, 511_999)
+        )
+        assert enough.arena_bytes == 512_000
+        assert "allows 511,999" in too_little.arena_refused
+
+    def test_experts_that_are_in_ram_already_are_not_kept_there_once_more(self):
+        """Where they turn out not to be page-locked, and beside others that come from files."""
+        in_ram = [replace(placement, is_in_ram=True, is_addressed=True) for placement in on("cuda:0", layer(0))]
+        config = OffloadConfig(cache_budget="50%", host_budget="100%")
+        plan = make_plan(in_ram, config)
+        assert without_arenas(plan, config, plan.pools).host_bytes == 0
+        both = make_plan([*in_ram, *on("cuda:0", layer(1))], config)
+        assert without_arenas(both, config, both.pools).host_bytes == 512_000
 
     def test_a_host_budget_without_an_accelerator_is_told_to_have_no_effect(self, caplog):
         plan = make_plan(on("cpu", layer(0)), OffloadConfig(cache_budget="50%", host_budget="1GB"))

@@ -64,7 +64,8 @@ class LayerCaches:
         obstacles = self._obstacles(by_layer, config)
         plan = tried_out(make_plan(self._placements(by_layer, config, obstacles), config), sources, config)
         if config.decode == "auto" and plan.arena_bytes:
-            slower = slower_on_device(model, self._layers, by_layer, plan, config)
+            can = [layer for layer in self._layers if layer.name not in obstacles]
+            slower = slower_on_device(model, can, by_layer, plan, config)
             names = {layer.index: layer.name for layer in self._layers}
             obstacles |= {names[index]: reason for pool, reason in slower.items() for index in pool.layers}
             plan = without_arenas(plan, config, slower)

@@ -62,6 +62,8 @@ class PoolPlan:
     """Whether slots are mapped pages of the files instead of buffers."""
     arena_bytes: int = 0
     """Page-locked RAM for all of the pool's experts, which the device can read; 0 where decoding is on the host."""
+    is_in_ram: bool = False
+    """Whether the experts are in memory of ours instead of files: it is locked where it is, and no tier keeps them."""
     spare_bytes: int | None = None
     """Of every slot, what pages of the files have beyond an expert's bytes, where those are read past the page cache
     straight into slots."""
@@ -188,6 +190,7 @@ def make_plan(placements: Sequence[Placement], config: OffloadConfig) -> Offload
             # A cache that holds everything reads each expert once. In a slot it begins at a cache line, which made
             # decoding 1.07 times as fast as where a file happened to have it.
             is_mapped=is_mappable and (config.mmap is True or is_in_ram or (has_room and num_slots < need.num_experts)),
+            is_in_ram=is_in_ram,
             spare_bytes=spare,
         )
         for ((device, _, is_mappable, is_in_ram, _), members), need, num_slots, spare in zip(
@@ -200,7 +203,7 @@ def make_plan(placements: Sequence[Placement], config: OffloadConfig) -> Offload
         tuple(placed),
         budget_bytes,
         smallest_budget(needs),
-        host_bytes=0 if all(placement.is_in_ram for placement in placements) else _host_bytes(placed, config),
+        host_bytes=_host_bytes(placed, config),
         reads_past_cache=past_cache,
         arena_refused=refused,
     )
@@ -222,8 +225,7 @@ def _with_arenas(
     needed = sum(pool.need.all_bytes for pool in wanted)
     if not needed:
         return pools, None
-    budget = Budget.parse(config.host_budget, "host_budget")
-    allowed = budget.resolve(needed, available_bytes(torch.device("cpu")))
+    allowed = _host_budget(wanted, config)
     if allowed < needed:
         return pools, (
             f"all experts take {needed:,} bytes of page-locked memory, and host_budget={config.host_budget!r} allows "
@@ -252,19 +254,29 @@ def _need(members: Sequence[Placement], spare_bytes: int) -> PoolNeed:
 
 def _host_bytes(pools: Sequence[PoolPlan], config: OffloadConfig) -> int:
     """RAM for the experts of pools on accelerators that are not in page-locked memory."""
-    budget = Budget.parse(config.host_budget, "host_budget")
-    behind = sum(pool.need.all_bytes for pool in pools if pool.device.type != "cpu" and not pool.arena_bytes)
+    if all(pool.is_in_ram for pool in pools):
+        return 0
+    on_disk = [pool for pool in pools if pool.device.type != "cpu" and not pool.arena_bytes and not pool.is_in_ram]
+    behind = sum(pool.need.all_bytes for pool in on_disk)
     if any(pool.arena_bytes for pool in pools):
-        allowed = budget.resolve(sum(pool.need.all_bytes for pool in pools), available_bytes(torch.device("cpu")))
-        return min(behind, max(0, allowed - sum(pool.arena_bytes for pool in pools)))
+        return min(behind, max(0, _host_budget(pools, config) - sum(pool.arena_bytes for pool in pools)))
     if behind:
-        return budget.resolve(behind, available_bytes(torch.device("cpu")))
+        return _host_budget(on_disk, config)
     if config.host_budget != "auto":
         logger.warning(
             f"host_budget={config.host_budget!r} has no effect: every cache of experts is in RAM already, and "
             f"cache_budget={config.cache_budget!r} is its size"
         )
     return 0
+
+
+def _host_budget(pools: Sequence[PoolPlan], config: OffloadConfig) -> int:
+    """The host budget in bytes, for all experts of some pools. What is in RAM already is part of it, but takes nothing
+    of what is free, half of which is what "auto" may take."""
+    in_ram = sum(pool.need.all_bytes for pool in pools if pool.is_in_ram)
+    return Budget.parse(config.host_budget, "host_budget").resolve(
+        sum(pool.need.all_bytes for pool in pools), available_bytes(torch.device("cpu")) + in_ram
+    )
 
 
 def _is_mappable(placement: Placement, config: OffloadConfig) -> bool:

@@ -1,6 +1,6 @@
 """`decode="auto"`: which pools decode on their device because that is faster than from the host, as measured here.
 
-The formulas are in `cache/decoding.py`; rates are those of a pool's first layer, on experts that mean nothing.
+The formulas are in `cache/decoding.py`; rates are those of a pool's first layer that can, on experts that mean nothing.
 """
 
 from __future__ import annotations
@@ -32,12 +32,15 @@ def slower_on_device(
     plan: OffloadPlan,
     config: OffloadConfig,
 ) -> dict[PoolPlan, str]:
-    """The pools of a plan that could decode on their devices but are not faster there, each with why."""
-    by_index = {layer.index: layer for layer in layers}
+    """The pools of a plan that could decode on their devices but are not faster there, each with why.
+
+    `layers` are those that nothing else stands against.
+    """
     found = {}
     for pool in plan.pools:
         if pool.arena_bytes:
-            reason = _why_not(model, by_index[pool.layers[0]], sources, pool, config)
+            layer = next(layer for layer in layers if layer.index in pool.layers)
+            reason = _why_not(model, layer, sources, pool, config)
             if reason is not None:
                 found[pool] = reason
     return found
