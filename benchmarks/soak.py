@@ -26,12 +26,19 @@ from series import TINY_MOE
 from torch import Tensor
 from transformers import AutoModelForCausalLM
 
-from transformers_moe_offload import OffloadConfig
+from transformers_moe_offload import OffloadConfig, PrefetchConfig
 from transformers_moe_offload.bench.conditions import conditions
 from transformers_moe_offload.bench.passage import Passage, passage_for
 from transformers_moe_offload.bench.tables import MIB, Table, mib
 
 BUDGETS = ("5%", "10%", "25%", "40%", "75%", "100%")
+
+READINGS: dict[str, dict[str, Any]] = {
+    "copied": {"mmap": False},
+    "mapped": {"mmap": "auto"},
+    "past the page cache, with prefetch": {"mmap": False, "direct_io": True, "prefetch": PrefetchConfig()},
+}
+"""How experts get into memory."""
 
 PROMPTS = 24
 
@@ -74,19 +81,20 @@ def soak(
     minutes: Annotated[float, typer.Option(min=0.0, help="How long.")] = 10.0,
     model: Annotated[Path, typer.Option(help="A folder with a checkpoint.")] = TINY_MOE,
     mapped: Annotated[bool, typer.Option(help="Use experts where the page cache has them, or copy them.")] = False,
+    past_cache: Annotated[bool, typer.Option(help="Read past the page cache into slots, and ahead.")] = False,
     threads: Annotated[int, typer.Option(min=1, help="Threads that generate.")] = 2,
     seed: Annotated[int, typer.Option(help="Of prompts and sizes.")] = 0,
     results: Annotated[Path, typer.Option(help="Where results are written.")] = HERE / "results",
 ) -> None:
     """Soak the package; the exit code says whether everything held."""
-    ledger = _soak(model, minutes * 60, mapped, threads, seed)
+    reading = "past the page cache, with prefetch" if past_cache else "mapped" if mapped else "copied"
+    ledger = _soak(model, minutes * 60, READINGS[reading], threads, seed)
     result: dict[str, Any] = {
         "date": datetime.now(UTC).strftime("%Y-%m-%d-%H%M"),
         "conditions": conditions(model),
         "facts": {
             "model": str(model),
-            "setting": f"{minutes:g} minutes, {threads} threads, {'mapped' if mapped else 'copied'}, seed {seed}, "
-            f"arithmetic='exact'",
+            "setting": f"{minutes:g} minutes, {threads} threads, {reading}, seed {seed}, arithmetic='exact'",
         },
         "answers": ledger.answers,
         "tokens": ledger.tokens,
@@ -99,9 +107,9 @@ def soak(
     raise typer.Exit(0 if all(is_kept for _, is_kept in found) else 1)
 
 
-def _soak(folder: Path, seconds: float, mapped: bool, num_threads: int, seed: int) -> Ledger:
+def _soak(folder: Path, seconds: float, reading: dict[str, Any], num_threads: int, seed: int) -> Ledger:
     questions = _questions(folder, seed)
-    config = OffloadConfig(cache_budget=BUDGETS[-1], arithmetic="exact", mmap="auto" if mapped else False)
+    config = OffloadConfig(cache_budget=BUDGETS[-1], arithmetic="exact", **reading)
     model = AutoModelForCausalLM.from_pretrained(folder, moe_offload=config).eval()
     ledger, is_over = Ledger(), threading.Event()
     workers = [

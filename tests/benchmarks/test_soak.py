@@ -8,13 +8,13 @@ import pytest
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="asks the kernel for what only Linux tells")
 
 
-@pytest.mark.parametrize("mapped", [False, True])
+@pytest.mark.parametrize("reading", ["copied", "mapped", "past the page cache, with prefetch"])
 def test_a_few_seconds_of_two_threads_and_resizes_change_no_token_and_lose_no_file(
-    script, tiny_moe, one_thread, mapped, monkeypatch
+    script, tiny_moe, one_thread, reading, monkeypatch
 ):
     soak = script("soak")
     monkeypatch.setattr(soak, "PROMPTS", 4)
-    ledger = soak._soak(Path(tiny_moe), seconds=1.5, mapped=mapped, num_threads=2, seed=0)
+    ledger = soak._soak(Path(tiny_moe), seconds=1.5, reading=soak.READINGS[reading], num_threads=2, seed=0)
     assert ledger.answers > 2
     assert ledger.wrong == []
     assert ledger.resizes > 2
