@@ -12,7 +12,8 @@ import errno
 import os
 import threading
 import weakref
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 
 from transformers_moe_offload.errors import CheckpointError
@@ -44,17 +45,10 @@ class File:
 
         `past_cache` leaves the page cache aside, where the system and the filesystem allow it.
         """
-        try:
+        with self._closed_if_it_fails():
             direct = self._opened_directly() if past_cache else None
-            if direct is not None and self._fill_directly(direct, targets, offset):
-                return
-            self._fill(self._open(), list(targets), offset)
-        except OSError as error:
-            self.close()
-            raise self._unreadable(error) from error
-        except CheckpointError:
-            self.close()
-            raise
+            if direct is None or not self._fill_directly(direct, targets, offset):
+                self._fill(self._open(), list(targets), offset)
 
     def scatter_cached_into(self, targets: Sequence[memoryview], offset: int) -> bool:
         """The same from the page cache, without waiting for the disk; returns whether all bytes were there.
@@ -81,16 +75,10 @@ class File:
 
         At the file's end not all of them are whole: `needed` bytes have to be there.
         """
-        try:
+        with self._closed_if_it_fails():
             direct = self._opened_directly()
             if direct is None or not self._fill_pages(direct, target, offset, needed):
                 self._fill(self._open(), [target[:needed]], offset)
-        except OSError as error:
-            self.close()
-            raise self._unreadable(error) from error
-        except CheckpointError:
-            self.close()
-            raise
 
     def directly(self) -> DirectReader | None:
         """The file, opened past the page cache; None where that is refused, as far as is known."""
@@ -113,6 +101,18 @@ class File:
         if is_new:
             OPEN_FILES.add(self)
         return found
+
+    @contextmanager
+    def _closed_if_it_fails(self) -> Iterator[None]:
+        """What goes wrong is a `CheckpointError`, and the file is looked for again at the next read."""
+        try:
+            yield
+        except OSError as error:
+            self.close()
+            raise self._unreadable(error) from error
+        except CheckpointError:
+            self.close()
+            raise
 
     def _unreadable(self, error: OSError) -> CheckpointError:
         return CheckpointError(f"cannot read {self.path}: {error.strerror}; restore the file and try again")
