@@ -24,14 +24,24 @@ class Runtime:
         self.granted = granted
         self.locked = {}
         self.synchronized = []
+        self.last_error = 0
 
     def install(self, monkeypatch):
         monkeypatch.setattr(torch.cuda, "cudart", lambda: self)
         monkeypatch.setattr(torch.cuda, "synchronize", self.synchronized.append)
+        monkeypatch.setattr(torch, "ones", self.launch)
+
+    def launch(self, number, *, device):
+        """A kernel of torch, which asks for the last error, whatever it was of; nobody is told of it again."""
+        assert device == GPU
+        error, self.last_error = self.last_error, 0
+        if error:
+            raise RuntimeError(f"CUDA error: {self.cudaGetErrorString(error)}")
 
     def cudaHostRegister(self, address, nbytes, flags):  # noqa: N802
         assert flags == PORTABLE_AND_MAPPED
         if sum(self.locked.values()) + nbytes > self.granted:
+            self.last_error = 2
             return 2
         self.locked[address] = nbytes
         return 0
@@ -91,6 +101,12 @@ def test_a_refusal_says_how_much_was_asked_for_and_why(runtime):
     with pytest.raises(OSError, match=r"would not lock 1,048,576 bytes in memory: out of memory"):
         locked(1 << 20)
     assert runtime.locked == {kept.data_ptr(): 1 << 19}
+
+
+def test_a_refusal_is_not_taken_for_a_failure_of_the_next_kernel(runtime):
+    with pytest.raises(OSError, match="would not lock"):
+        locked(1 << 21)
+    torch.ones(1, device=GPU)
 
 
 def test_without_a_driver_no_gpu_can_read_it(monkeypatch):

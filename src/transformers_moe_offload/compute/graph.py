@@ -42,8 +42,11 @@ class CudaGraph:
         """Run the call while its kernels are recorded instead of computed."""
         # Other threads, which read files into page-locked memory, may go on meanwhile.
         mode = "thread_local"
-        with torch.cuda.device(self._device), torch.cuda.graph(self._graph, capture_error_mode=mode), _MadeOnDevice():
-            self._outputs = call()
+        with torch.cuda.device(self._device), _MadeOnDevice():
+            # torch keeps one stream to capture on for the whole process, on the device that was the first to.
+            stream = torch.cuda.Stream(self._device)
+            with torch.cuda.graph(self._graph, stream=stream, capture_error_mode=mode):
+                self._outputs = call()
 
     def replay(self) -> Any:
         """Launch the graph on the current stream."""

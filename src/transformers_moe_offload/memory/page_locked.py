@@ -6,6 +6,7 @@ wrong for all experts of a model. So memory is had from elsewhere, as much as it
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import mmap
 import weakref
@@ -31,9 +32,17 @@ class PageLock:
         error = runtime.cudaHostRegister(memory.data_ptr(), memory.nbytes, PORTABLE_AND_MAPPED)
         if int(error):
             why = runtime.cudaGetErrorString(error)
+            _forget_error(device)
             raise OSError(f"CUDA would not lock {memory.nbytes:,} bytes in memory: {why}")
         self.free: Callable[[], object] = weakref.finalize(self, _unlock, memory, device)
         """Give it up, when the device has done what it was told so far; a second time does nothing."""
+
+
+def _forget_error(device: torch.device) -> None:
+    """CUDA remembers its last error until it is asked for it. torch asks at its next kernel, which would seem to have
+    failed."""
+    with contextlib.suppress(RuntimeError):
+        torch.ones(1, device=device)
 
 
 def _unlock(memory: Tensor, device: torch.device) -> None:
