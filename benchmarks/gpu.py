@@ -19,7 +19,7 @@ from typing import Annotated, Any
 
 import typer
 from gpu_make import make_model
-from gpu_models import POPULARITY, PUBLISHED, QUICK
+from gpu_models import LOCALITY, POPULARITY, PUBLISHED, QUICK
 from gpu_report import tables, verdicts
 from gpu_rows import QUICK as QUICK_ROWS
 from gpu_rows import ROWS
@@ -161,7 +161,7 @@ def facts_of(result: dict[str, Any], *, quick: bool) -> dict[str, str]:
     facts = {
         "lengths": str(QUICK_LENGTHS if quick else LENGTHS),
         "routing": f"random tokens through routers that prefer some experts (popularity {POPULARITY}: gpu_models.py); "
-        "hits are what came of it",
+        f"{LOCALITY}; hits are what came of it",
         "weights": "random; experts by rounding to nearest, groups of 64 with 8-bit scales, attention in 4 bits",
     }
     for setting in result["settings"].values():
