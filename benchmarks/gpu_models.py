@@ -38,8 +38,6 @@ POPULARITY = 0.7
 which says what hit rates it gives and of which model they are those."""
 
 LOCALITY = "31 % of a token's experts were the last one's (30 % by popularity alone), 35 % (30 %) of tiny-moe's on text"
-    "31 % of a token's experts were the one's before (30 % by popularity alone), 35 % (30 %) of tiny-moe's on text"
-)
 """Of OLMoE's routing drawn so, over 500 tokens and all layers, and of the trained model of this repository, which has
 16 experts a layer where OLMoE has 64. Drawn routing repeats itself hardly more than popularity makes it."""
 
