@@ -209,6 +209,24 @@ def test_two_threads_can_wait_at_once(reads):
     assert all(found[page] == CONTENT[page * PAGE_BYTES + 16 : (page + 2) * PAGE_BYTES] for page in found)
 
 
+def test_a_forked_process_reads_for_itself(reads):
+    expert, found = reads.start(100, 9000)
+    from_child, to_parent = os.pipe()
+    if os.fork() == 0:
+        try:
+            expert.finish()
+            later, also_found = reads.start(9000, 20_000)
+            later.finish()
+            os.write(to_parent, as_bytes(found) + as_bytes(also_found))
+        finally:
+            os._exit(0)
+    os.close(to_parent)
+    with open(from_child, "rb") as stream:
+        assert stream.read() == CONTENT[100:20_000]
+    expert.finish()
+    assert as_bytes(found) == CONTENT[100:9000]
+
+
 def test_a_queue_ends_only_when_its_reads_have(path):
     reads = Reads(path)
     memory = [reads.start(0, NUM_PAGES * PAGE_BYTES)[1] for _ in range(8)]

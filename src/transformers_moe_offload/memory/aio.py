@@ -6,6 +6,7 @@ are made by number. The structures are those of linux/aio_abi.h.
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import os
 import platform
@@ -29,7 +30,7 @@ class AsyncReads:
         self._most = most
         self._context = ctypes.c_ulong(0)
         _call(setup, ctypes.c_long(most), ctypes.byref(self._context))
-        self.close: Callable[[], object] = weakref.finalize(self, _call, destroy, self._context)
+        self.close: Callable[[], object] = weakref.finalize(self, _destroy, destroy, self._context)
         """Wait for what is under way, and take no more. By itself when nobody refers to this any more."""
         self._read = _Read(operation=0)
         self._batch = (ctypes.c_void_p * 1)(ctypes.addressof(self._read))
@@ -92,6 +93,11 @@ class _Time(ctypes.Structure):
 
 
 _AT_ONCE = _Time(0, 0)
+
+
+def _destroy(number: int, context: ctypes.c_ulong) -> None:
+    with contextlib.suppress(OSError):  # a process that was forked from this one has no such context
+        _call(number, context)
 
 
 @cache

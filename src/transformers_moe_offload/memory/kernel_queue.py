@@ -129,9 +129,12 @@ class KernelQueue:
 
     def _note(self, at_least: int) -> int:
         """Note what has ended, once it is so much, and tell the kernel of more; returns the bytes that have come."""
-        nbytes = 0
-        for key, result in self._system.ended(at_least):
-            nbytes += self._has_ended(key, result)
+        try:
+            ended = self._system.ended(at_least)
+        except OSError:  # a process that was forked from the one that asked for the reads
+            self.start_over()
+            return 0
+        nbytes = sum(self._has_ended(key, result) for key, result in ended)
         self._submit()
         return nbytes
 
