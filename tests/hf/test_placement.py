@@ -154,6 +154,13 @@ class TestPlan:
         half = make_plan(placements, OffloadConfig(cache_budget="50%", direct_io=direct_io, mmap=False))
         assert half.num_slots == 8, "half of the experts, however they are read"
 
+    @pytest.mark.parametrize(("spares", "of_pool"), [((100, 300), 300), ((100, None), None)])
+    def test_layers_share_a_pool_whatever_their_pages_have_to_spare(self, spares, of_pool):
+        pairs = zip(on("cpu", layer(0), layer(1)), spares, strict=True)
+        placements = [replace(one, spare_bytes=spare) for one, spare in pairs]
+        (pool,) = make_plan(placements, OffloadConfig(cache_budget="50%", direct_io=True, mmap=False)).pools
+        assert (pool.layers, pool.spare_bytes) == ((0, 1), of_pool)
+
     def test_a_budget_beyond_all_experts_makes_no_idle_slots(self):
         plan = make_plan(on("cpu", layer(0)), OffloadConfig(cache_budget="1TB"))
         assert plan.num_slots == plan.num_experts

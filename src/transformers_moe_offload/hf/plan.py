@@ -166,19 +166,14 @@ def readable(nbytes: float) -> str:
 
 def make_plan(placements: Sequence[Placement], config: OffloadConfig) -> OffloadPlan:
     """Share the budget out; raises `CapacityError` if it is too small, `ConfigError` if `mmap=True` cannot be done."""
-    groups: dict[tuple[torch.device, int, bool, bool, int | None], list[Placement]] = {}
+    groups: dict[tuple[torch.device, int, bool, bool], list[Placement]] = {}
     for placement in placements:
-        kind = (
-            placement.device,
-            placement.slot_bytes,
-            _is_mappable(placement, config),
-            placement.is_in_ram,
-            placement.spare_bytes,
-        )
+        kind = (placement.device, placement.slot_bytes, _is_mappable(placement, config), placement.is_in_ram)
         groups.setdefault(kind, []).append(placement)
     has_room = page_cache_holds(sum(_need(members, 0).all_bytes for members in groups.values()))
     past_cache = config.direct_io is True or (config.direct_io == "auto" and not has_room)
-    spares = [spare if past_cache and config.mmap is not True else None for *_, spare in groups]
+    into_pages = past_cache and config.mmap is not True
+    spares = [_spare_bytes(members) if into_pages else None for members in groups.values()]
     needs = [_need(members, spare or 0) for members, spare in zip(groups.values(), spares, strict=True)]
     budget_bytes, slots = _shared_out(config.budget, [device for device, *_ in groups], needs)
     pools = [
@@ -193,7 +188,7 @@ def make_plan(placements: Sequence[Placement], config: OffloadConfig) -> Offload
             is_in_ram=is_in_ram,
             spare_bytes=spare,
         )
-        for ((device, _, is_mappable, is_in_ram, _), members), need, num_slots, spare in zip(
+        for ((device, _, is_mappable, is_in_ram), members), need, num_slots, spare in zip(
             groups.items(), needs, slots, spares, strict=True
         )
     ]
@@ -240,6 +235,12 @@ def without_arenas(plan: OffloadPlan, config: OffloadConfig, left_out: Container
     """The same plan without page-locked memory for the experts of some pools."""
     pools = tuple(replace(pool, arena_bytes=0) if pool in left_out else pool for pool in plan.pools)
     return replace(plan, pools=pools, host_bytes=_host_bytes(pools, config))
+
+
+def _spare_bytes(members: Sequence[Placement]) -> int | None:
+    """What pages have beyond an expert in any of some layers; None if those of one cannot be used inside of pages."""
+    known = [member.spare_bytes for member in members if member.spare_bytes is not None]
+    return max(known) if len(known) == len(members) else None
 
 
 def _need(members: Sequence[Placement], spare_bytes: int) -> PoolNeed:
