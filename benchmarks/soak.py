@@ -93,7 +93,7 @@ def soak(
         "date": datetime.now(UTC).strftime("%Y-%m-%d-%H%M"),
         "conditions": conditions(model),
         "facts": {
-            "model": str(model),
+            "model": model.name,
             "setting": f"{minutes:g} minutes, {threads} threads, {reading}, seed {seed}, arithmetic='exact'",
         },
         "answers": ledger.answers,
