@@ -122,7 +122,7 @@ def _table(name: str, setting: dict[str, Any], result: dict[str, Any]) -> Table:
             f"{naive / token_s:.2f}" if naive else "",
             f"{hit_rate(row):.0%}" if "model" in row else "",
             mib(needed_bytes(row)) if "model" in row else "",
-            f"{row['host_us_per_layer']:.0f}" if "host_us_per_layer" in row else "",
+            f"{row['host_us_per_layer']:.0f}" if row.get("host_us_per_layer") is not None else "",
             f"{1 / least:.2f}" if least else "",
             f"{least / token_s:.0%}" if least else "",
             " / ".join(f"{int(length) / seconds(row, length):.0f}" for length in row["prefill"]),

@@ -56,13 +56,17 @@ def measure_rows(
     lengths = {"prompt_tokens": prompt_tokens, "steps": steps}
     found = {}
     for name in rows:
-        row = BY_NAME[name]
+        row, num_gpus = BY_NAME[name], torch.cuda.device_count()
+        if row.num_gpus > max(1, num_gpus):
+            found[name] = {"left_out": f"it needs {row.num_gpus} GPUs, and there are {num_gpus}"}
+            continue
         with capped(None if row.budget else cap_bytes):
             try:
                 if row.by_accelerate:
                     found[name] = measure_accelerate(folder, **lengths, prefills=prefills, runs=runs)
                 else:
-                    budget = row.budget or (NO_CAP if cap_bytes is None else cap_bytes - dense_bytes - RESERVE)
+                    left = None if cap_bytes is None else row.num_gpus * (cap_bytes - RESERVE) - dense_bytes
+                    budget = row.budget or left or NO_CAP
                     found[name] = measure_row(row, folder, budget, Workload(name="decode", **lengths), prefills, runs)
             except (MoeOffloadError, torch.cuda.OutOfMemoryError) as error:
                 found[name] = {"left_out": f"{type(error).__name__}: {error}".splitlines()[0]}
@@ -72,18 +76,18 @@ def measure_rows(
 
 @contextmanager
 def capped(cap_bytes: int | None) -> Iterator[None]:
-    """No more GPU memory than this for torch's allocator; the CUDA context, about half a GB, comes on top."""
-    if not torch.cuda.is_available():
-        yield
-        return
+    """No more memory of any GPU than this for torch's allocator; the CUDA context, about half a GB, comes on top."""
+    gpus = range(torch.cuda.device_count())
     torch.cuda.empty_cache()
-    torch.cuda.reset_peak_memory_stats()
-    total = torch.cuda.get_device_properties(0).total_memory
-    torch.cuda.set_per_process_memory_fraction(1.0 if cap_bytes is None else min(1.0, cap_bytes / total))
+    for gpu in gpus:
+        torch.cuda.reset_peak_memory_stats(gpu)
+        total = torch.cuda.get_device_properties(gpu).total_memory
+        torch.cuda.set_per_process_memory_fraction(1.0 if cap_bytes is None else min(1.0, cap_bytes / total), gpu)
     try:
         yield
     finally:
-        torch.cuda.set_per_process_memory_fraction(1.0)
+        for gpu in gpus:
+            torch.cuda.set_per_process_memory_fraction(1.0, gpu)
 
 
 def measure_row(
@@ -91,7 +95,8 @@ def measure_row(
 ) -> dict[str, Any]:
     """One way of decoding with this package."""
     started = time.perf_counter()
-    model = AutoModelForCausalLM.from_pretrained(folder, moe_offload=config_of(row, budget)).eval()
+    placed: dict[str, Any] = {} if row.num_gpus == 1 else {"device_map": "balanced"}
+    model = AutoModelForCausalLM.from_pretrained(folder, moe_offload=config_of(row, budget), **placed).eval()
     if row.variant is not None:
         _variant(row.variant).apply(model)
     answer: dict[str, Any] = {"load_s": time.perf_counter() - started, "model": facts(model)}
@@ -103,10 +108,11 @@ def measure_row(
         for length in prefills
         if length <= longest
     }
-    answer["decode"] = repeated(model, decode, passage, runs, keywords(row.generation))
-    host_us, digest = watched(model, decode, passage)
-    answer |= {"host_us_per_layer": host_us, "digest": digest if row.is_on_device else None}
-    answer["decoding"] = how_it_decodes(model)
+    answer["decode"] = repeated(model, decode, passage, runs, keywords(row))
+    generation = keywords(row) | {"cache_implementation": "static"}
+    host_us, digest = watched(model, decode, passage, generation, is_timed=not row.is_compiled)
+    answer |= {"host_us_per_layer": host_us, "digest": digest if row.is_exact else None}
+    answer["decoding"] = how_it_decodes(model, row)
     answer["memory"] = peak_memory(model)
     model.moe_offload.close()
     return answer
@@ -139,21 +145,30 @@ def repeated(
     return [asdict(one) for one in done]
 
 
-def keywords(generation: Mapping[str, Any]) -> dict[str, Any]:
+def keywords(row: Row) -> dict[str, Any]:
     """Of `generate`. Transformers asks for a compiled step, in place of which a captured one is, on GPUs; on a CPU only
     if it is told to."""
-    if not generation or torch.cuda.is_available():
-        return dict(generation)
-    everywhere = CompileConfig()
-    everywhere._compile_all_devices = True
-    return {**generation, "compile_config": everywhere}
+    config = compile_config(row)
+    return dict(row.generation) | ({"compile_config": config} if row.generation and config is not None else {})
 
 
-def watched(model: Any, work: Workload, passage: Passage) -> tuple[float, str]:
+def compile_config(row: Row) -> CompileConfig | None:
+    """How a row's steps are compiled; without a GPU only as far as that needs no compiler."""
+    if torch.cuda.is_available():
+        return CompileConfig() if row.is_compiled else None
+    config = CompileConfig(backend="aot_eager" if row.is_compiled else "eager", mode=None)
+    config._compile_all_devices = True
+    return config
+
+
+def watched(
+    model: Any, work: Workload, passage: Passage, generation: Mapping[str, Any], *, is_timed: bool
+) -> tuple[float | None, str]:
     """Microseconds that the host spends in a sparse layer's experts module, and a digest of the logits of all steps.
 
     In a run of its own, and with a static cache whatever the row, so that attention is the same for all. Where the host
-    decides, its time includes waiting for the routing. In a replayed graph the modules are not called at all.
+    decides, its time includes waiting for the routing. In a replayed graph the modules are not called at all, and
+    `torch.compile` would compile what takes the time with them.
     """
     calls_s: list[float] = []
     found = hashlib.sha256()
@@ -174,7 +189,7 @@ def watched(model: Any, work: Workload, passage: Passage) -> tuple[float, str]:
 
     sequences = passage.sequences(1, work.prompt_tokens + work.steps + 1)
     prompt, following = sequences.split([work.prompt_tokens, work.steps + 1], dim=1)
-    layers = sparse_layers(model)
+    layers = sparse_layers(model) if is_timed else []
     for module, _ in layers:
         module.forward = timed(module.forward)
     try:
@@ -186,30 +201,33 @@ def watched(model: Any, work: Workload, passage: Passage) -> tuple[float, str]:
                 do_sample=False,
                 logits_processor=LogitsProcessorList([StepClock(laid_down(following), between)]),
                 pad_token_id=0,
-                **keywords({"cache_implementation": "static"}),
+                **generation,
             )
     finally:
         for module, _ in layers:
             del module.forward
-    return sum(calls_s) / work.steps / len(layers) * 1e6, found.hexdigest()
+    us_per_layer = sum(calls_s) / work.steps / len(layers) * 1e6 if is_timed else None
+    return us_per_layer, found.hexdigest()
 
 
-def how_it_decodes(model: Any) -> dict[str, int]:
+def how_it_decodes(model: Any, row: Row) -> dict[str, int]:
     """What became of `decode`: devices whose experts are read by address, and steps that were replayed."""
-    owner = getattr(model.get_compiled_call, "__self__", None)
+    captures = row.options.get("decode") == "graph"
+    step = model.get_compiled_call(compile_config(row)) if captures else None
     return {
         "devices": len(model.moe_offload.decoding.engines),
-        "steps_captured": getattr(owner, "num_captured", 0),
-        "steps_replayed": getattr(owner, "num_replayed", 0),
+        "steps_captured": step.num_captured if step else 0,
+        "steps_replayed": step.num_replayed if step else 0,
     }
 
 
 def peak_memory(model: Any) -> dict[str, int | None]:
-    """Bytes of GPU memory and of page-locked host memory; None where there is no GPU."""
+    """Bytes of GPU memory, of the fullest GPU, and of page-locked host memory; None where there is no GPU."""
     if not torch.cuda.is_available():
         return {"gpu_bytes": None, "pinned_bytes": None}
     pinned = torch.cuda.host_memory_stats().get("allocated_bytes.peak", 0) + model.moe_offload.plan.arena_bytes
-    return {"gpu_bytes": torch.cuda.max_memory_allocated(), "pinned_bytes": pinned}
+    of_gpus = map(torch.cuda.max_memory_allocated, range(torch.cuda.device_count()))
+    return {"gpu_bytes": max(of_gpus), "pinned_bytes": pinned}
 
 
 if __name__ == "__main__":

@@ -26,13 +26,21 @@ class Row:
     """Of the cache, where it is not what the cap on GPU memory leaves; then there is no cap either."""
     generation: Mapping[str, Any] = field(default_factory=dict)
     """Keywords of `generate`."""
-    needs_gpu: bool = False
+    is_compiled: bool = False
+    """Whether `torch.compile` makes kernels of the dense part, which round otherwise."""
+    num_gpus: int = 1
+    """That its layers are spread over."""
     by_accelerate: bool = False
 
     @property
     def is_on_device(self) -> bool:
-        """Whether it has to give the same logits as all other such rows, bit for bit."""
+        """Whether its experts are read by address."""
         return self.options.get("decode") in ("device", "graph")
+
+    @property
+    def is_exact(self) -> bool:
+        """Whether it has to give the same logits as all other such rows, bit for bit."""
+        return self.is_on_device and not self.is_compiled
 
 
 _HOST = {"decode": "host", "misses": "fetch"}
@@ -44,6 +52,7 @@ RESIDENT, RESIDENT_GRAPHED = "resident, eager", "resident, graphed"
 ACCELERATE = "accelerate"
 PUBLISHED_FULL = "as published, ahead"
 HOST, COMPUTE, EAGER, GRAPHED, AUTO = "host", "host computes", "eager", "graphed", "auto"
+COMPILED, SPREAD = f"{GRAPHED}, compiled", f"{EAGER}, two GPUs"
 EAGER_PARTLY, GRAPHED_PARTLY = f"{EAGER}, {PARTLY}", f"{GRAPHED}, {PARTLY}"
 
 NAIVE = "whole layers"
@@ -70,10 +79,17 @@ ROWS = (
         name=COMPUTE,
         says="the same, but the host computes misses where that is faster",
         options=_HOST | {"misses": "compute"},
-        needs_gpu=True,
     ),
     Row(name=EAGER, says="decoded on the device, misses read in place", options=_DEVICE),
     Row(name=GRAPHED, says="the same, whole steps in CUDA graphs", options=_GRAPH, generation=_STATIC),
+    Row(
+        name=COMPILED,
+        says="the same, the dense part compiled by torch.compile before",
+        options=_GRAPH,
+        generation=_STATIC,
+        is_compiled=True,
+    ),
+    Row(name=SPREAD, says=f"{EAGER}, with half of the layers on each of two GPUs", options=_DEVICE, num_gpus=2),
     Row(name=AUTO, says="whatever the cost model chooses", options={"decode": "auto"}),
     Row(name=EAGER_PARTLY, says=f"{EAGER}, slots for {PARTLY} of the experts", options=_DEVICE, budget=PARTLY),
     Row(
@@ -86,5 +102,5 @@ ROWS = (
 )
 BY_NAME = {row.name: row for row in ROWS}
 
-QUICK = (RESIDENT, ACCELERATE, NAIVE, PUBLISHED_FULL, HOST, EAGER, GRAPHED, AUTO)
+QUICK = (RESIDENT, ACCELERATE, NAIVE, PUBLISHED_FULL, HOST, EAGER, GRAPHED, COMPILED, AUTO)
 """One row of every kind."""

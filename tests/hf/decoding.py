@@ -64,8 +64,31 @@ def generate(model, ids, **options):
     return found.sequences, torch.stack(found.logits)
 
 
-def static(**options):
-    """What has `generate` ask the model for its compiled call, on a CPU as well."""
-    everywhere = CompileConfig()
+def static(backend="eager", *, fullgraph=False, **options):
+    """What has `generate` ask the model for its compiled call, on a CPU as well; backend "eager" leaves it as it is."""
+    everywhere = CompileConfig(backend=backend, fullgraph=fullgraph)
+    if backend != "eager":
+        everywhere.mode = None
     everywhere._compile_all_devices = True
     return {"cache_implementation": "static", "compile_config": everywhere, **options}
+
+
+class Pieces:
+    """A backend of `torch.compile` that computes what it is given as it is, and keeps count of it."""
+
+    def __init__(self):
+        self.sizes = []
+        """Of each piece that was compiled, calls in it."""
+        self.num_runs = 0
+
+    def __deepcopy__(self, memo):
+        return self
+
+    def __call__(self, piece, inputs, **options):
+        self.sizes.append(sum(node.op == "call_function" for node in piece.graph.nodes))
+
+        def run(*given):
+            self.num_runs += 1
+            return piece.forward(*given)
+
+        return run

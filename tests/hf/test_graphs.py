@@ -14,9 +14,10 @@ import torch
 from transformers import LogitsProcessor, LogitsProcessorList
 
 from interpreted import DEVICE
+from transformers_moe_offload.hf.decode.step import COMPILED_STEPS
 from transformers_moe_offload.routing import record_routing
 
-from .decoding import NEW_TOKENS, generate, load, prompt, save, static
+from .decoding import NEW_TOKENS, SMALL, Pieces, generate, load, prompt, save, static
 
 gpu = pytest.mark.gpu
 pytestmark = pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="Triton is not installed")
@@ -159,6 +160,27 @@ def test_dense_modules_that_were_compiled_in_place_are_captured_as_they_are(smal
     assert torch.equal(tokens, eager[0])
     torch.testing.assert_close(logits, eager[1], rtol=1e-4, atol=1e-5)  # Transformers' attention differs a little
     assert step_of(model).num_captured == 1
+
+
+@gpu
+@pytest.mark.parametrize("name", sorted(SMALL))
+def test_steps_are_compiled_around_the_experts_and_then_captured_where_generate_is_told_to(tmp_path, name):
+    save(name, tmp_path)
+    options = {"max_new_tokens": 9, "cache_implementation": "static"}
+    expected = generate(load(tmp_path, "device", device=DEVICE), prompt(1, 4), **options)
+    model = load(tmp_path, "graph", device=DEVICE)
+    pieces = Pieces()
+    options = static(backend=pieces, fullgraph=True, max_new_tokens=9)
+    tokens, logits = generate(model, prompt(1, 4), **options)
+    assert torch.equal(tokens, expected[0])
+    torch.testing.assert_close(logits, expected[1], rtol=1e-4, atol=1e-5)
+    step = model.get_compiled_call(options["compile_config"])
+    num_phases = 2 if name == "gpt_oss" else 1  # its sliding window fills up
+    assert (step.num_captured, step.num_replayed) == (num_phases, 8 - num_phases * COMPILED_STEPS)
+    assert 0 < len(pieces.sizes) <= num_phases * COMPILED_STEPS
+    assert pieces.num_runs >= num_phases * (COMPILED_STEPS + 1)  # captured ones among them
+    assert step is not step_of(model)
+    assert step_of(model).num_captured == 0
 
 
 @gpu

@@ -123,12 +123,18 @@ def test_without_a_driver_no_gpu_can_read_it(monkeypatch):
 )
 def test_the_driver_is_asked_whether_the_gpu_can_read_it(monkeypatch, error, answer, reason):
     class Driver:
-        @staticmethod
-        def cuDeviceGetAttribute(value, attribute, device):  # noqa: N802
+        is_ready = False
+
+        def cuInit(self, flags):  # noqa: N802
+            self.is_ready = flags == 0
+            return 0
+
+        def cuDeviceGetAttribute(self, value, attribute, device):  # noqa: N802
             assert (attribute, device) == (SAME_ADDRESS, 0)
+            assert self.is_ready, "it answers nobody before that"
             value._obj.value = answer
             return error
 
-    monkeypatch.setattr(ctypes, "CDLL", lambda name: Driver)
+    monkeypatch.setattr(ctypes, "CDLL", lambda name: Driver())
     found = why_not_readable(GPU)
     assert (found is None) if reason is None else (reason in found)

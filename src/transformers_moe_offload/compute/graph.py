@@ -30,6 +30,14 @@ class Graph(Protocol):
         """Compute it all, and give back what the call returned: tensors that the next replay writes into again."""
 
 
+def as_recorded() -> TorchFunctionMode:
+    """Around a call that is computed before it is recorded, so that nothing is new to it then.
+
+    `torch.compile` compiles again where another mode is in force, which cannot be recorded.
+    """
+    return _MadeOnDevice()
+
+
 class CudaGraph:
     """A CUDA graph; what it reads and writes must stay where it is."""
 

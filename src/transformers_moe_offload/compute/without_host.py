@@ -55,6 +55,11 @@ def without_host() -> Iterator[None]:
 
 
 class _NoWaiting(TorchDispatchMode):
+    @classmethod
+    def ignore_compile_internals(cls) -> bool:
+        """`torch.compile` compiles under it, and its kernels are let through; else nothing would be compiled."""
+        return True
+
     def __torch_dispatch__(
         self, func: Any, types: Sequence[type], args: Sequence[Any] = (), kwargs: Mapping[str, Any] | None = None
     ) -> Any:

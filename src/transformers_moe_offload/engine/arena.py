@@ -144,8 +144,8 @@ class Arena:
     def _refused(self, granted: int, why: object) -> ConfigError:
         return ConfigError(
             f"decoding on {self._device} needs {self.nbytes:,} bytes of page-locked memory for all experts, of which "
-            f"the system granted {granted:,} ({why}); `ulimit -l` shows one limit. Use decode='host', or fewer bits "
-            f"for experts"
+            f"the system granted {granted:,} ({why}); it takes that much free RAM, and Windows and WSL grant half of "
+            f"it. Use decode='host', or fewer bits for experts"
         )
 
     def _read(self, experts: Sequence[ExpertId], workers: int, advance: Callable[[int], object]) -> None:

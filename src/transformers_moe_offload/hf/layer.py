@@ -21,6 +21,7 @@ import torch
 from torch import Tensor, nn
 
 from transformers_moe_offload.cache.cache import ExpertCache
+from transformers_moe_offload.compute import operator
 from transformers_moe_offload.compute.adaptation import NOTHING, Adaptation
 from transformers_moe_offload.compute.adapted import adapted_forward
 from transformers_moe_offload.compute.forward import sparse_forward
@@ -63,12 +64,14 @@ class SparseLayer:
         self.device = torch.device("cpu")
         self.runtime: OffloadRuntime | None = None
         self.eager_forward = eager_forward
+        self.key = operator.key_for(self)
         self._input_names = tuple(inspect.signature(eager_forward).parameters)[1:]
 
     def __deepcopy__(self, memo: dict[int, Any]) -> SparseLayer:
         twin = object.__new__(SparseLayer)
         memo[id(self)] = twin
         vars(twin).update(vars(self))  # all of it is immutable but the runtime, which the copy has its own of
+        twin.key = operator.key_for(twin)
         twin.runtime = deepcopy(self.runtime, memo)
         return twin
 
@@ -77,9 +80,17 @@ class SparseLayer:
         """Bytes of one expert as the model was built, before files or casts had a say."""
         return sum(prod(field.shape) * field.dtype.itemsize for field in self.fields)
 
-    def forward(self, module: nn.Module, *args: Any, **kwargs: Any) -> Tensor:
+    def inputs(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, ...]:
+        """The arguments of the module's forward, in their order, however they were given."""
+        return args + tuple(kwargs[name] for name in self._input_names[len(args) :])
+
+    def compute(self, *inputs: Tensor) -> Tensor:
+        """What `forward` computes, for whoever does not have the module."""
+        assert self.runtime is not None
+        return self.forward(experts_at(self.runtime.model, self.name), inputs)
+
+    def forward(self, module: nn.Module, inputs: tuple[Any, ...]) -> Tensor:
         """Stand in for the module's forward, whatever its arguments are."""
-        inputs = args + tuple(kwargs[name] for name in self._input_names[len(args) :])
         assert self.runtime is not None
         adaptation = self._adaptation(module)
         needs_grad = torch.is_grad_enabled() and (
@@ -164,12 +175,21 @@ class OffloadedExperts(nn.Module):
     """Mixed into the class of an experts module while it is offloaded."""
 
     def forward(self, *args: Any, **kwargs: Any) -> Tensor:
-        """Compute with experts from the cache."""
-        return layer_of(self).forward(self, *args, **kwargs)
+        """Compute with experts from the cache, which `torch.compile` never looks into."""
+        layer = layer_of(self)
+        if layer.mlp is not None and operator.is_wanted(device=layer.device):
+            return operator.experts(*layer.inputs(args, kwargs), layer.key)
+        return _computed_as_ever(self, args, kwargs)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Any:
         layer_of(self).moved(fn)
         return super()._apply(fn, recurse)
+
+
+@torch.compiler.disable(reason="a sparse layer with gradients, autocast or arithmetic of its own is not compiled")  # type: ignore[untyped-decorator]
+def _computed_as_ever(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
+    layer = layer_of(module)
+    return layer.forward(module, layer.inputs(args, kwargs))
 
 
 def experts_at(model: nn.Module, path: str) -> nn.Module:

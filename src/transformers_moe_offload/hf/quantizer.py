@@ -153,7 +153,7 @@ class MoeOffloadQuantizer(HfQuantizer):
     def is_compileable(self) -> bool:
         """Whether `generate` may ask for a compiled call.
 
-        Which experts are needed is decided on the host, so the model must not be compiled; with `decode="graph"` what
-        `generate` is given in place of a compiled call replays steps that were captured (`decode/step.py`).
+        Elsewhere torch would capture graphs of its own, but which experts are needed is decided on the host. With
+        `decode="graph"` what `generate` is given for it replays steps that were captured (`decode/step.py`).
         """
         return bool(self.quantization_config.decode == "graph")

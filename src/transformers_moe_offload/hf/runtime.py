@@ -18,7 +18,7 @@ from transformers_moe_offload.errors import ConfigError, MoeOffloadError
 from transformers_moe_offload.expert import ExpertId, ExpertSpec
 from transformers_moe_offload.hf.caches import LayerCaches
 from transformers_moe_offload.hf.decode.decoding import Decoding
-from transformers_moe_offload.hf.decode.step import COMPILED_CALL, DecodeStep
+from transformers_moe_offload.hf.decode.step import COMPILED_CALL, DecodeSteps
 from transformers_moe_offload.hf.dense import restore_dense
 from transformers_moe_offload.hf.layer import SparseLayer, experts_at, layer_of, unbind
 from transformers_moe_offload.hf.lender import Lender
@@ -50,7 +50,7 @@ class OffloadRuntime:
         self._lender: weakref.ref[Lender] | None = None
         """Of the layer that was computed last."""
         self._recorder: TraceRecorder | None = None
-        self._step = DecodeStep(self)
+        self._steps = DecodeSteps(self)
         self._is_closed = False
         for layer in self._layers:
             layer.runtime = self
@@ -135,7 +135,7 @@ class OffloadRuntime:
 
     def close(self) -> None:
         """Free slots, threads and files now. The model cannot run afterwards."""
-        self._step.forget()
+        self._steps.forget()
         self._caches.drop(keep_stats=False)
         self._sources.clear()
         self._is_closed = True
@@ -175,7 +175,7 @@ class OffloadRuntime:
         self._sources = {source.spec.layer: source for source in sources}
         self._ensure_caches()
         if self.config.decode == "graph":
-            vars(self.model)[COMPILED_CALL] = self._step.get_compiled_call
+            vars(self.model)[COMPILED_CALL] = self._steps.get_compiled_call
 
     def spec(self, layer: SparseLayer) -> ExpertSpec:
         """What a layer's experts are made of now."""
@@ -253,7 +253,7 @@ class OffloadRuntime:
         twin._lender = None
         twin._recorder = None
         twin._is_closed = self._is_closed
-        twin._step = deepcopy(self._step, memo)
+        twin._steps = deepcopy(self._steps, memo)
         twin._layers = deepcopy(self._layers, memo)
         twin._caches = LayerCaches(twin._layers)
         return twin

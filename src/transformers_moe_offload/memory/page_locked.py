@@ -8,12 +8,13 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
-import mmap
 import weakref
 from collections.abc import Callable
 
 import torch
 from torch import Tensor
+
+from transformers_moe_offload.memory.pages import new_area
 
 PORTABLE_AND_MAPPED = 0x1 | 0x2
 """`cudaHostRegisterPortable | cudaHostRegisterMapped`: for all GPUs, and to be read by their kernels."""
@@ -51,8 +52,8 @@ def _unlock(memory: Tensor, device: torch.device) -> None:
 
 
 def pageable(nbytes: int) -> Tensor:
-    """Zeros, uint8 (nbytes,), that begin at a page; the system takes no memory for what is not written to."""
-    return torch.frombuffer(mmap.mmap(-1, nbytes), dtype=torch.uint8)
+    """Zeros, uint8 (nbytes,), that begin at a page; locking finds fewer of them where they are huge."""
+    return torch.frombuffer(new_area(nbytes), dtype=torch.uint8)
 
 
 def why_not_readable(device: torch.device) -> str | None:
@@ -63,7 +64,7 @@ def why_not_readable(device: torch.device) -> str | None:
         except OSError:
             continue
         value, index = ctypes.c_int(), device.index if device.index is not None else torch.cuda.current_device()
-        if driver.cuDeviceGetAttribute(ctypes.byref(value), SAME_ADDRESS, index):
+        if driver.cuInit(0) or driver.cuDeviceGetAttribute(ctypes.byref(value), SAME_ADDRESS, index):
             return "CUDA's driver does not say whether the GPU can read page-locked memory at the host's address"
         return None if value.value else "the GPU cannot read page-locked memory at the host's address"
     return "CUDA's driver was not found"

@@ -58,14 +58,20 @@ class PageMemory:
         self._spare.setdefault(room, []).append(memory.as_strided((room,), (1,)))
 
     def _new_area(self, nbytes: int) -> Tensor:
-        area = mmap.mmap(-1, nbytes, **_PRIVATE)
-        if hasattr(mmap, "MADV_HUGEPAGE"):
-            with contextlib.suppress(OSError):  # a kernel that was built without them
-                area.madvise(mmap.MADV_HUGEPAGE)
+        area = new_area(nbytes)
         memory = torch.frombuffer(area, dtype=torch.uint8)
         self._latest = memory.data_ptr()
         self._areas[self._latest] = area
         return memory
+
+
+def new_area(nbytes: int) -> mmap.mmap:
+    """Zeros, in huge pages where the system has them; it takes no memory for what is not written to."""
+    area = mmap.mmap(-1, nbytes, **_PRIVATE)
+    if hasattr(mmap, "MADV_HUGEPAGE"):
+        with contextlib.suppress(OSError):  # a kernel that was built without them
+            area.madvise(mmap.MADV_HUGEPAGE)
+    return area
 
 
 def _whole_pages(nbytes: int) -> int:

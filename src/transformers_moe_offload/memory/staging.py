@@ -89,6 +89,6 @@ def _allocated(shape: RingShape, pin_memory: bool) -> list[Tensor]:
             logger.warning(
                 f"the system grants no {shape.nbytes:,} bytes of page-locked memory ({str(error).splitlines()[0]}); "
                 f"copies to the GPU start from pageable memory, which is slower. OffloadConfig(pin_memory=False) asks "
-                f"for that, `ulimit -l` shows one limit"
+                f"for that"
             )
     return [torch.empty(shape.buffer_bytes, dtype=torch.uint8) for _ in range(shape.count)]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Mapping
+from collections.abc import Callable, Hashable, Mapping
 from math import prod
 from typing import Any
 
@@ -21,8 +21,8 @@ PAST = "past_key_values"
 class CapturedStep:
     """A step for inputs and caches of one shape."""
 
-    def __init__(self, model: Any, inputs: Mapping[str, Any], device: torch.device) -> None:
-        """Captures, but computes nothing. Raises `RuntimeError` if what the model does cannot be captured."""
+    def __init__(self, model: Callable[..., Any], inputs: Mapping[str, Any], device: torch.device) -> None:
+        """Captures a call of the model, but computes nothing. Raises `RuntimeError` if it cannot be captured."""
         leaves, self._structure = _pytree.tree_flatten(_others(inputs))
         self._buffers = [leaf.clone() if isinstance(leaf, Tensor) else leaf for leaf in leaves]
         cache = inputs[PAST]
@@ -51,7 +51,7 @@ class CapturedStep:
         set_counts(cache, before, more=self._num_new)
         return _pytree.tree_map(lambda leaf: _copied(leaf, cache), outputs)
 
-    def _run(self, model: Any) -> Any:
+    def _run(self, model: Callable[..., Any]) -> Any:
         inputs = _pytree.tree_unflatten(self._buffers, self._structure)
         outputs = model(**inputs, **{PAST: self._past.owner})
         # The outputs are kept, and must not keep the cache.
