@@ -121,8 +121,9 @@ class CopiedSlots:
         return self._copier.num_lanes
 
     def add(self, slot: int) -> None:
-        """Allocate a buffer."""
+        """Allocate a buffer; its memory may have been another tensor's, which kernels under way still read."""
         self.pool.add(slot)
+        self._copier.retire(self.pool.record(slot))
 
     def remove(self, slot: int) -> None:
         """Free a buffer."""
