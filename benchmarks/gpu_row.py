@@ -78,6 +78,8 @@ def measure_rows(
 def capped(cap_bytes: int | None) -> Iterator[None]:
     """No more memory of any GPU than this for torch's allocator; the CUDA context, about half a GB, comes on top."""
     gpus = range(torch.cuda.device_count())
+    if gpus:
+        torch.cuda.init()  # before, torch's allocator knows no GPU whose figures it could reset
     torch.cuda.empty_cache()
     for gpu in gpus:
         torch.cuda.reset_peak_memory_stats(gpu)

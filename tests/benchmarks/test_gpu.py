@@ -7,6 +7,7 @@ import sys
 from copy import deepcopy
 from importlib.util import find_spec
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -66,6 +67,25 @@ def test_a_row_for_more_gpus_than_there_are_is_left_out_with_the_reason(script, 
     answer = rows.measure_rows([script("gpu_rows").SPREAD], "no folder", None, 0, **lengths, repeats=0)
     (row,) = answer["rows"].values()
     assert row == {"left_out": "it needs 2 GPUs, and there are 0"}
+
+
+def test_a_cap_is_the_first_that_a_process_has_to_do_with_cuda(script, monkeypatch):
+    """torch 2.13 raises "did you call init?" where figures are reset before."""
+    row, calls = script("gpu_row"), []
+    for name, result in {
+        "device_count": 1,
+        "init": None,
+        "reset_peak_memory_stats": None,
+        "get_device_properties": SimpleNamespace(total_memory=16),
+        "set_per_process_memory_fraction": None,
+    }.items():
+        monkeypatch.setattr(
+            torch.cuda, name, lambda *args, name=name, result=result: calls.append((name, *args)) or result
+        )
+    with row.capped(4):
+        assert [name for name, *_ in calls].index("init") < calls.index(("reset_peak_memory_stats", 0))
+        assert calls[-1] == ("set_per_process_memory_fraction", 0.25, 0)
+    assert calls[-1] == ("set_per_process_memory_fraction", 1.0, 0)
 
 
 def test_the_report_names_its_conditions_and_no_folder_of_this_machine(outcome):

@@ -1,9 +1,11 @@
 """A recorded call gives what the call gives, and nothing in it waits for the device."""
 
+from contextlib import nullcontext
+
 import pytest
 import torch
 
-from transformers_moe_offload.compute.graph import RerunGraph
+from transformers_moe_offload.compute.graph import CudaGraph, RerunGraph
 from transformers_moe_offload.compute.without_host import HostSyncError, without_host
 
 X = torch.arange(4.0)
@@ -95,3 +97,89 @@ def test_small_constants_are_made_where_they_are_used():
         assert torch.equal(constant, expected)
         assert constant.dtype == expected.dtype
         assert constant.shape == expected.shape
+
+
+class Cuda:
+    """Of CUDA and torch's part of it written in C++, what a capture has to do with; torch's own Python is between."""
+
+    def __init__(self, monkeypatch):
+        self.streams = ["the current stream"]
+        self.pools = set()
+        self.is_called_off = False
+        for name, value in {
+            "device": lambda device: nullcontext(),
+            "current_device": lambda: 0,
+            "current_stream": lambda: self.streams[-1],
+            "stream": lambda stream: Opened(self, stream),
+            "Stream": lambda device: "a new stream",
+            "graph_pool_handle": lambda: (0, 7),
+            "synchronize": lambda: None,
+            "empty_cache": self.empty_cache,
+            "CUDAGraph": lambda: NativeGraph(self),
+        }.items():
+            monkeypatch.setattr(torch.cuda, name, value)
+        for name, value in {
+            "_host_emptyCache": lambda: None,
+            "_cuda_endAllocateToPool": self.end,
+            "_cuda_releasePool": lambda device, pool: None,
+        }.items():
+            monkeypatch.setattr(torch._C, name, value, raising=False)
+
+    def empty_cache(self):
+        assert not self.pools, "captures_underway.empty() INTERNAL ASSERT FAILED"
+
+    def end(self, device, pool):
+        if pool not in self.pools:
+            raise RuntimeError("endAllocatePool: not currently recording to mempool_id")
+        self.pools.remove(pool)
+
+
+class Opened:
+    """As torch's own: what was current is current again at the end."""
+
+    def __init__(self, cuda, stream):
+        self.cuda, self.stream = cuda, stream
+
+    def __enter__(self):
+        self.before = self.cuda.streams[-1]
+        self.cuda.streams.append(self.stream)
+
+    def __exit__(self, *error):
+        self.cuda.streams.append(self.before)
+
+
+class NativeGraph:
+    """The order of what it does is that of `aten/src/ATen/cuda/CUDAGraph.cpp`."""
+
+    def __init__(self, cuda):
+        self.cuda = cuda
+
+    def capture_begin(self, pool, **options):
+        self.pool = pool
+        self.cuda.pools.add(pool)
+
+    def capture_end(self):
+        if self.cuda.is_called_off:
+            self.cuda.is_called_off = False
+            raise RuntimeError("operation failed due to a previous error during capture")
+        self.cuda.end(0, self.pool)
+
+    def reset(self):
+        pass
+
+
+@pytest.mark.parametrize("is_called_off", [False, True])
+def test_a_capture_that_fails_leaves_streams_and_allocator_as_they_were_and_says_why(monkeypatch, is_called_off):
+    cuda = Cuda(monkeypatch)
+
+    def call():
+        assert cuda.streams[-1] == "a new stream"
+        cuda.is_called_off = is_called_off
+        raise RuntimeError("the host waits for a value")
+
+    with pytest.raises(RuntimeError, match="the host waits for a value"):
+        CudaGraph(torch.device("cuda", 0)).capture(call, [])
+    assert cuda.streams[-1] == "the current stream"
+    CudaGraph(torch.device("cuda", 0)).capture(lambda: None, [])
+    assert cuda.streams[-1] == "the current stream"
+    assert not cuda.pools

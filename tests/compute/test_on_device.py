@@ -102,6 +102,18 @@ def test_any_shape_and_any_routing_is_computed_as_by_the_obvious_loop(data):
     layer.assert_agrees(on_device(layer, inputs, module=module), inputs)
 
 
+@gpu
+@pytest.mark.parametrize("tokens", [1, 5])
+def test_routing_may_be_a_part_of_something_larger(tokens):
+    """A column of what a router has sorted, and one weight for all."""
+    layer = Records(GATED, 6, 32, 16)
+    hidden, index, weights = layer.inputs(tokens, 3)
+    inputs = hidden, index[:, :1], weights[:1, :1].expand(tokens, 1)
+    layer.assert_agrees(on_device(layer, inputs), inputs)
+    inputs = hidden, index, weights[:1, :1].expand(tokens, 3)
+    layer.assert_agrees(on_device(layer, inputs), inputs)
+
+
 CLAMPED = Activation("silu", has_gate=True, is_interleaved=True, limit=0.5, slope=1.702, shift=1.0)
 ACTIVATIONS = [
     *itertools.product((CLAMPED, replace(CLAMPED, is_interleaved=False)), FORMATS),

@@ -56,6 +56,16 @@ def test_all_rates_of_a_layer_are_measured(host, device, monkeypatch):
     assert found.row_s >= 0
 
 
+@pytest.mark.parametrize(("nbytes", "num_slots"), [(1 << 30, 8), (LAYOUT.nbytes * 3, 3), (1, 1)])
+def test_large_experts_are_moved_in_smaller_numbers(host, monkeypatch, nbytes, num_slots):
+    """The cache may have taken all but a gigabyte of the GPU's memory."""
+    monkeypatch.setattr(rates, "COLD_BYTES", LAYOUT.nbytes)
+    monkeypatch.setattr(rates, "MOVED_BYTES", nbytes)
+    copier = FakeCopier()
+    measured_rates(MLP, Experts(), torch.ones(1, H), LAYOUT.nbytes, LAYOUT.views, lambda read: copier, host)
+    assert {expert.expert for expert in copier.started} == set(range(num_slots))
+
+
 def test_every_slot_receives_a_record_in_every_pass():
     copier = FakeCopier()
     fetch_seconds(copier, [torch.empty(8, dtype=torch.uint8) for _ in range(3)])

@@ -55,7 +55,7 @@ def test_an_expert_that_several_tokens_want_counts_once():
     assert heard(counting) == [[Use(0, (1, 2, 3), frozenset())]]
 
 
-@pytest.mark.parametrize("index", [4, 5, 6, 100])
+@pytest.mark.parametrize("index", [4, 5, 6, 100, -1, -7])
 def test_an_index_that_is_no_expert_of_the_layer_is_nobody(index):
     """Of a layer with four experts beside one with six."""
     counting, _ = counters()

@@ -6,7 +6,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-from transformers_moe_offload import OffloadConfig
+from transformers_moe_offload import HqqFormat, OffloadConfig
 from transformers_moe_offload.routing import record_routing, set_routing
 
 from .decoding import SMALL, Pieces, load, prompt, save
@@ -75,6 +75,19 @@ def test_gradients_flow_through_what_was_compiled(small_checkpoint):
     call(ids, labels=ids).loss.backward()
     torch.testing.assert_close(embeddings.grad, expected)
     assert len(pieces.sizes) > 1
+
+
+@pytest.mark.parametrize("nbits", [3, 4])
+def test_quantized_dense_layers_are_part_of_the_piece(small_checkpoint, nbits):
+    """Their kernels are nothing that torch could look into."""
+    format = HqqFormat(nbits=nbits, group_size=16)
+    model = load(small_checkpoint, experts=format, dense=format)
+    call, pieces = compiled(model)
+    ids = prompt(1, 5)
+    with torch.no_grad():
+        for number in (ids, ids[:, :1]):
+            torch.testing.assert_close(call(number, use_cache=False).logits, model(number, use_cache=False).logits)
+    assert pieces.num_runs == 2
 
 
 def test_experts_that_compute_with_the_models_own_code_stay_between_the_pieces(small_checkpoint):

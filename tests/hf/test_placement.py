@@ -87,6 +87,11 @@ class TestPlan:
         assert "page-locked" in str(plan).splitlines()[0]
         assert str(plan).splitlines()[1].endswith("500.0 KiB")
 
+    def test_an_automatic_budget_leaves_out_what_torch_cannot_use_of_its_segments(self, monkeypatch):
+        monkeypatch.setattr(planning, "available_bytes", lambda device: 100 << 20)
+        plans = [make_plan(on(device, layer(0, 7 << 20, 16)), OffloadConfig()) for device in ("cuda:0", "cpu")]
+        assert [plan.num_slots for plan in plans] == [10, 14]
+
     def test_where_not_all_fit_into_the_host_budget_nobody_is_page_locked(self):
         addressed = [replace(placement, is_addressed=True) for placement in on("cuda:0", layer(0), layer(1))]
         plan = make_plan(addressed, OffloadConfig(cache_budget="50%", host_budget=600_000))

@@ -46,6 +46,13 @@ def test_a_gpu_gives_what_is_free_less_a_reserve(monkeypatch):
     assert available_bytes(torch.device("cuda", 0)) == 5 * GIB - DEVICE_RESERVE
 
 
+def test_what_torch_keeps_of_freed_memory_is_free(monkeypatch):
+    kept = [3 * GIB]
+    monkeypatch.setattr(torch.cuda, "empty_cache", kept.clear)
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (5 * GIB - sum(kept), 8 * GIB))
+    assert available_bytes(torch.device("cuda", 0)) == 5 * GIB - DEVICE_RESERVE
+
+
 def test_a_gpu_that_is_nearly_full_gives_nothing_rather_than_less(monkeypatch):
     monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (DEVICE_RESERVE // 2, 8 * GIB))
     assert available_bytes(torch.device("cuda", 0)) == 0

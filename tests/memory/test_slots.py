@@ -1,8 +1,9 @@
+import pytest
 import torch
 
 from transformers_moe_offload.expert import FieldSpec
 from transformers_moe_offload.memory.record import ALIGNMENT, RecordLayout
-from transformers_moe_offload.memory.slots import SlotPool
+from transformers_moe_offload.memory.slots import SlotPool, allocated_bytes
 
 CPU = torch.device("cpu")
 BYTES = RecordLayout([FieldSpec("a", (4,), "uint8")])
@@ -75,3 +76,21 @@ def test_weights_seen_first_in_inference_mode_can_be_copied_for_training_later()
     x = torch.ones(2, requires_grad=True)
     (weights * x).sum().backward()
     assert x.grad.tolist() == [0, 0]
+
+
+@pytest.mark.parametrize(
+    ("slot_bytes", "taken"),
+    [
+        (1, 512),
+        (700 << 10, 1 << 20),
+        (1 << 20, 1 << 20),
+        (2 << 20, 2 << 20),
+        (5 << 20, 5 << 20),
+        (7 << 20, 10 << 20),
+        (10 << 20, 10 << 20),
+        ((12 << 20) + 1, 14 << 20),
+    ],
+)
+def test_what_a_slot_takes_of_a_gpu_is_its_share_of_what_torch_asks_for(slot_bytes, taken):
+    assert allocated_bytes(slot_bytes, torch.device("cuda", 0)) == taken
+    assert allocated_bytes(slot_bytes, CPU) == slot_bytes

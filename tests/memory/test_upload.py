@@ -15,6 +15,7 @@ from transformers_moe_offload.expert import ExpertId
 from transformers_moe_offload.memory import staging
 from transformers_moe_offload.memory.fill import whole
 from transformers_moe_offload.memory.host import HostTier
+from transformers_moe_offload.memory.slots import CopiedSlots, SlotPool
 from transformers_moe_offload.memory.staging import RING_BYTES, StagingRing, ring_shape
 from transformers_moe_offload.memory.transfer import HostCopier
 from transformers_moe_offload.memory.upload import CudaCopier
@@ -110,6 +111,33 @@ def test_the_first_copy_waits_for_kernels_that_used_the_memory_before_it_was_a_s
     machine.run_all()
     assert seen == [0]
     assert what_is_in(slot) == FIRST.expert
+
+
+def test_memory_that_becomes_a_slot_later_is_not_overwritten_before_kernels_have_read_it(machine, tmp_path):
+    """Slots come and go while a model is used: when its cache is resized."""
+    store, seen = numbered_store(tmp_path, 1, 2), []
+    nbytes = store.layout(0, 0).nbytes
+    pool = _PoolOf(machine, nbytes)
+    slots = CopiedSlots(store, pool, CudaCopier(store.fill, 1, torch.device("cuda"), nbytes, pin_memory=False))
+    machine.run_all()
+    machine.compute.enqueue(lambda: seen.append(what_is_in(pool.record(0))))
+    slots.add(0)
+    slots.start(ExpertId(0, 1), 0).finish()
+    machine.copies.run()
+    machine.run_all()
+    assert seen == [0]
+    assert set(pool.record(0).tolist()) != {0}
+
+
+class _PoolOf(SlotPool):
+    """Slots in a machine's memory."""
+
+    def __init__(self, machine, nbytes):
+        super().__init__(nbytes, torch.device("cpu"))
+        self._machine = machine
+
+    def _allocate(self, slot, nbytes):
+        self._slots[slot], self._views[slot] = self._machine.slot(nbytes), {}
 
 
 @pytest.mark.parametrize("workers", [1, 2, 3])

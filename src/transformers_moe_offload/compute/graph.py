@@ -7,7 +7,8 @@ graph could not have captured. Which buffers a call reads, and whether they are 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, Protocol
+from contextlib import suppress
+from typing import Any, ClassVar, Protocol
 
 import torch
 from torch import Tensor
@@ -41,6 +42,10 @@ def as_recorded() -> TorchFunctionMode:
 class CudaGraph:
     """A CUDA graph; what it reads and writes must stay where it is."""
 
+    _called_off: ClassVar[list[torch.cuda.CUDAGraph]] = []
+    """Those whose capture has failed: torch's allocator of page-locked memory, which cannot be told, goes on asking
+    them whether it is theirs to capture."""
+
     def __init__(self, device: torch.device) -> None:
         self._device = device
         self._graph = torch.cuda.CUDAGraph()
@@ -50,11 +55,38 @@ class CudaGraph:
         """Run the call while its kernels are recorded instead of computed."""
         # Other threads, which read files into page-locked memory, may go on meanwhile.
         mode = "thread_local"
-        with torch.cuda.device(self._device), _MadeOnDevice():
+        failure: BaseException | None = None
+        # The current stream is opened as well: torch (`torch/cuda/graphs.py`, 2.13) leaves it at the one it captures on
+        # where the end of a capture raises, as it does when CUDA has called the capture off.
+        with torch.cuda.device(self._device), _MadeOnDevice(), torch.cuda.stream(torch.cuda.current_stream()):
             # torch keeps one stream to capture on for the whole process, on the device that was the first to.
-            stream = torch.cuda.Stream(self._device)
-            with torch.cuda.graph(self._graph, stream=stream, capture_error_mode=mode):
-                self._outputs = call()
+            stream, pool = torch.cuda.Stream(self._device), torch.cuda.graph_pool_handle()
+            try:
+                with torch.cuda.graph(self._graph, pool=pool, stream=stream, capture_error_mode=mode):
+                    try:
+                        self._outputs = call()
+                    except BaseException as error:
+                        failure = error
+                        raise
+            except BaseException as end:
+                self._give_up(pool)
+                # What the call raised says more than that its capture could not be ended.
+                raise (failure or end) from None
+            finally:
+                failure = None  # its traceback would keep this frame, and this frame it
+
+    def _give_up(self, pool: Any) -> None:
+        """Leave torch's allocators as they were before a capture that has failed.
+
+        Where CUDA has called it off, torch (`CUDAGraph::capture_end`, 2.13) does not get to telling them that it is
+        over. The one of the GPU's memory would take none back that another stream has used, and refuse to empty its
+        cache, from then on.
+        """
+        with suppress(RuntimeError):  # torch has told it
+            torch._C._cuda_endAllocateToPool(torch.cuda.current_device(), pool)
+            torch._C._cuda_releasePool(torch.cuda.current_device(), pool)
+        self._graph.reset()
+        self._called_off.append(self._graph)
 
     def replay(self) -> Any:
         """Launch the graph on the current stream."""

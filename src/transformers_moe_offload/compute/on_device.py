@@ -84,8 +84,8 @@ class OnDevice:
             num_tokens * choices,
             addresses,
             choices,
-            chosen=top_k_index.reshape(-1),
-            weights=top_k_weights.reshape(-1),
+            chosen=top_k_index.contiguous().view(-1),  # reshape alone keeps the steps of a column, or of an expansion
+            weights=top_k_weights.contiguous().view(-1),
             rows_per_expert=min(num_tokens, -(-num_tokens * choices // self._num_experts)),
         )
         if num_tokens > 1:

@@ -42,6 +42,9 @@ PASSES = 3
 MOVED = 8
 """Experts that are moved at once, as many as a token of most models asks for."""
 
+MOVED_BYTES = 256 << 20
+"""Of all of them, unless one alone takes more: where the cache is there already, it has left little memory."""
+
 
 def measured_rates(
     mlp: ExpertMlp,
@@ -64,7 +67,8 @@ def measured_rates(
         return 0
 
     row = torch.full(token.shape, 2.0**-10, dtype=token.dtype)
-    slots = [torch.empty(record_bytes, dtype=torch.uint8, device=token.device) for _ in range(MOVED)]
+    num_slots = max(1, min(MOVED, MOVED_BYTES // record_bytes))
+    slots = [torch.empty(record_bytes, dtype=torch.uint8, device=token.device) for _ in range(num_slots)]
     expert_s, row_s = host_seconds(lambda rows, weights: mlp(experts, rows, weights), list(map(opened, records)), row)
     return MissRates(
         fetch_s=fetch_seconds(copier(read), slots),

@@ -108,7 +108,7 @@ class Counters:
 
     def _compare_into(self, reading: Tensor) -> None:
         """reading (L, E) uint8 gets `ABSENT` or `RESIDENT` for those asked for, else 0."""
-        self._routed.clamp_(max=self._width)
+        self._routed.clamp_(-1, self._width).remainder_(self._width + 1)  # -1 becomes E: nobody, either way
         self._asked.zero_()
         self._asked.scatter_(1, self._routed, 1)
         self._routed.fill_(self._width)

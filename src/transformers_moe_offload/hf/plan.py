@@ -18,6 +18,7 @@ from transformers_moe_offload.memory.available import available_bytes, page_cach
 from transformers_moe_offload.memory.checkpoint import ExpertStore, LayerSource
 from transformers_moe_offload.memory.direct_trial import is_faster_past_cache
 from transformers_moe_offload.memory.record import RecordLayout
+from transformers_moe_offload.memory.slots import allocated_bytes
 
 logger = logging.getLogger(__name__)
 
@@ -207,7 +208,12 @@ def make_plan(placements: Sequence[Placement], config: OffloadConfig) -> Offload
 def _shared_out(budget: Budget, devices: Sequence[torch.device], needs: Sequence[PoolNeed]) -> tuple[int, list[int]]:
     """A budget in bytes, and the slots of each pool: in proportion, or by what is free on each device."""
     if budget.nbytes is None and budget.share is None:
-        return share_out_by_device({device: available_bytes(device) for device in devices}, devices, needs)
+        shares: dict[torch.device, float] = {}
+        for device, need in zip(devices, needs, strict=True):
+            sizes = (need.slot_bytes, *(size for size, _ in need.others))
+            shares[device] = min([shares.get(device, 1.0), *(n / allocated_bytes(n, device) for n in sizes)])
+        room = {device: int(share * available_bytes(device)) for device, share in shares.items()}
+        return share_out_by_device(room, devices, needs)
     budget_bytes = budget.resolve(sum(need.all_bytes for need in needs), 0)
     return budget_bytes, share_out(budget_bytes, needs)
 

@@ -15,6 +15,7 @@ from transformers_moe_offload.config.options import choose
 from transformers_moe_offload.kernels import cpu, dense, gpu, native, reference
 from transformers_moe_offload.kernels.cpu import Activations
 from transformers_moe_offload.kernels.gradient import Linear
+from transformers_moe_offload.kernels.operator import best_linear, compiled_linear
 from transformers_moe_offload.kernels.packed import PackedMatrix, Packing
 
 __all__ = [
@@ -39,9 +40,11 @@ def linear(rows: Tensor, matrix: PackedMatrix, *, activations: Activations = "ex
     if activations != "exact":
         choose("activations", activations, ("exact", "int8"))
     if rows.requires_grad and torch.is_grad_enabled():
-        out: Tensor = Linear.apply(rows, matrix, activations, _linear)  # type: ignore[no-untyped-call]
+        out: Tensor = Linear.apply(rows, matrix, activations, best_linear)  # type: ignore[no-untyped-call]
         return out
-    return _linear(rows, matrix, activations)
+    if torch.compiler.is_compiling():
+        return compiled_linear(rows, matrix, activations)
+    return best_linear(rows, matrix, activations)
 
 
 def can_multiply_each(rows: Tensor) -> bool:
@@ -82,11 +85,3 @@ def available() -> dict[str, str]:
         "gpu": "triton" if missing is None else f"not there: {missing}",
         "torch": "any device",
     }
-
-
-def _linear(rows: Tensor, matrix: PackedMatrix, activations: Activations) -> Tensor:
-    if rows.device.type == "cpu" and rows.dtype in cpu.TYPES and native.library() is not None:
-        return cpu.linear(rows, matrix, activations)
-    if rows.device.type == "cuda":
-        return gpu.linear(rows, matrix)
-    return reference.linear(rows, matrix)

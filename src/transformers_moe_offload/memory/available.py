@@ -23,6 +23,7 @@ mapped pages would be dropped and read again in the middle of a layer, where exp
 def available_bytes(device: torch.device) -> int:
     """Bytes that experts may take on a device when the user leaves it to us."""
     if device.type == "cuda":
+        torch.cuda.empty_cache()  # of a cache that was dropped, or of loading: CUDA counts it as taken
         free, _ = torch.cuda.mem_get_info(device)
         return max(0, free - DEVICE_RESERVE)
     return int(_free_ram() * HOST_SHARE)

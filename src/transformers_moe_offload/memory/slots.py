@@ -55,6 +55,22 @@ class Slots(Protocol):
         """Bytes that cross to an accelerator when the expert is brought in."""
 
 
+def allocated_bytes(slot_bytes: int, device: torch.device) -> float:
+    """What a device's memory loses to each of many slots of a size.
+
+    torch's allocator of GPU memory (`c10/core/AllocatorConfig.h`, 2.13) asks for segments of 2 MiB for tensors of up to
+    1 MiB, and of 20 MiB for those below 10 MiB. So of seven MiB there are two in a segment, and 6 MiB are left over.
+    Larger ones have segments of their own, a multiple of 2 MiB.
+    """
+    if device.type != "cuda":
+        return slot_bytes
+    size = -(-slot_bytes // 512) * 512
+    if size >= 10 << 20:
+        return -(-size // (2 << 20)) * (2 << 20)
+    segment = (2 if size <= 1 << 20 else 20) << 20
+    return segment / (segment // size)
+
+
 class SlotPool:
     """Buffers on one device, equal unless one is made to `fit` a record of another size.
 
@@ -121,8 +137,9 @@ class CopiedSlots:
         return self._copier.num_lanes
 
     def add(self, slot: int) -> None:
-        """Allocate a buffer."""
+        """Allocate a buffer; its memory may have been another tensor's, which kernels under way still read."""
         self.pool.add(slot)
+        self._copier.retire(self.pool.record(slot))
 
     def remove(self, slot: int) -> None:
         """Free a buffer."""
