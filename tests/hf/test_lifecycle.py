@@ -15,7 +15,7 @@ from transformers.quantizers.auto import AUTO_QUANTIZATION_CONFIG_MAPPING, AUTO_
 
 import transformers_moe_offload as tmo
 from transformers_moe_offload import CapacityError, ConfigError, MoeOffloadError, OffloadConfig
-from transformers_moe_offload.memory import small
+from transformers_moe_offload.memory import available, small
 from zoo.build import build, save
 
 from .conftest import TINY_MOE
@@ -257,6 +257,16 @@ class TestResize:
         before = model.moe_offload.stats()
         model.moe_offload.resize("80%")
         assert model.moe_offload.stats() == before
+
+    def test_an_automatic_budget_takes_the_memory_that_the_cache_has_for_its_own(self, monkeypatch, token_ids):
+        free = 2 * 3_000_000
+        monkeypatch.setattr(available, "_free_ram", lambda: float(free))
+        model = AutoModelForCausalLM.from_pretrained(TINY_MOE, moe_offload=OffloadConfig(mmap=False))
+        before = model.moe_offload.plan
+        assert 0 < before.num_slots < before.num_experts
+        free -= before.cache_bytes
+        model.moe_offload.resize("auto")
+        assert model.moe_offload.plan.num_slots == before.num_slots
 
     @pytest.mark.parametrize(("budget", "error"), [(5, CapacityError), ("lots", ConfigError)])
     def test_a_budget_that_cannot_work_changes_nothing(self, budget, error, model, token_ids, expected):

@@ -9,10 +9,12 @@ where their experts come.
 from __future__ import annotations
 
 import threading
+from collections import Counter
 from collections.abc import Callable, Container, Iterable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from transformers_moe_offload.cache.cache import ExpertCache
@@ -110,7 +112,10 @@ class LayerCaches:
 
         Raises `CapacityError` or `ConfigError` if that cannot work, and then nothing has changed.
         """
-        plan = make_plan(self._placements(sources, config, self._obstacles(sources, config)), config)
+        held: Counter[torch.device] = Counter()
+        for pool in () if self.plan is None else self.plan.pools:
+            held[pool.device] += 0 if pool.is_mapped else pool.cache_bytes
+        plan = make_plan(self._placements(sources, config, self._obstacles(sources, config)), config, held)
         if self.plan is None:
             return
         num_slots = {pool.layers: pool.num_slots for pool in plan.pools}

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections import Counter
-from collections.abc import Container, Sequence, Set
+from collections.abc import Container, Mapping, Sequence, Set
 from dataclasses import dataclass, replace
 
 import torch
@@ -14,11 +14,11 @@ from transformers_moe_offload.config import Budget, OffloadConfig
 from transformers_moe_offload.errors import ConfigError
 from transformers_moe_offload.expert import ExpertSpec
 from transformers_moe_offload.formats.by_expert import AS_USED, LayerCodings
+from transformers_moe_offload.hf.room import room_for_slots
 from transformers_moe_offload.memory.available import available_bytes, page_cache_holds
 from transformers_moe_offload.memory.checkpoint import ExpertStore, LayerSource
 from transformers_moe_offload.memory.direct_trial import is_faster_past_cache
 from transformers_moe_offload.memory.record import RecordLayout
-from transformers_moe_offload.memory.slots import allocated_bytes
 
 logger = logging.getLogger(__name__)
 
@@ -165,8 +165,13 @@ def readable(nbytes: float) -> str:
     return f"{nbytes:.1f} TiB"
 
 
-def make_plan(placements: Sequence[Placement], config: OffloadConfig) -> OffloadPlan:
-    """Share the budget out; raises `CapacityError` if it is too small, `ConfigError` if `mmap=True` cannot be done."""
+def make_plan(
+    placements: Sequence[Placement], config: OffloadConfig, held: Mapping[torch.device, int] | None = None
+) -> OffloadPlan:
+    """Share the budget out; `held` are bytes of devices that its caches have already, if they are there.
+
+    Raises `CapacityError` if the budget is too small, `ConfigError` if `mmap=True` cannot be done.
+    """
     groups: dict[tuple[torch.device, int, bool, bool], list[Placement]] = {}
     for placement in placements:
         kind = (placement.device, placement.slot_bytes, _is_mappable(placement, config), placement.is_in_ram)
@@ -176,7 +181,7 @@ def make_plan(placements: Sequence[Placement], config: OffloadConfig) -> Offload
     into_pages = past_cache and config.mmap is not True
     spares = [_spare_bytes(members) if into_pages else None for members in groups.values()]
     needs = [_need(members, spare or 0) for members, spare in zip(groups.values(), spares, strict=True)]
-    budget_bytes, slots = _shared_out(config.budget, [device for device, *_ in groups], needs)
+    budget_bytes, slots = _shared_out(config.budget, [device for device, *_ in groups], needs, held or {})
     pools = [
         PoolPlan(
             device,
@@ -205,15 +210,12 @@ def make_plan(placements: Sequence[Placement], config: OffloadConfig) -> Offload
     )
 
 
-def _shared_out(budget: Budget, devices: Sequence[torch.device], needs: Sequence[PoolNeed]) -> tuple[int, list[int]]:
+def _shared_out(
+    budget: Budget, devices: Sequence[torch.device], needs: Sequence[PoolNeed], held: Mapping[torch.device, int]
+) -> tuple[int, list[int]]:
     """A budget in bytes, and the slots of each pool: in proportion, or by what is free on each device."""
     if budget.nbytes is None and budget.share is None:
-        shares: dict[torch.device, float] = {}
-        for device, need in zip(devices, needs, strict=True):
-            sizes = (need.slot_bytes, *(size for size, _ in need.others))
-            shares[device] = min([shares.get(device, 1.0), *(n / allocated_bytes(n, device) for n in sizes)])
-        room = {device: int(share * available_bytes(device)) for device, share in shares.items()}
-        return share_out_by_device(room, devices, needs)
+        return share_out_by_device(room_for_slots(devices, needs, held), devices, needs)
     budget_bytes = budget.resolve(sum(need.all_bytes for need in needs), 0)
     return budget_bytes, share_out(budget_bytes, needs)
 

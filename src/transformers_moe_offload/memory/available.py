@@ -20,13 +20,13 @@ MAPPED_SHARE = 0.8
 mapped pages would be dropped and read again in the middle of a layer, where explicit reads are several times faster."""
 
 
-def available_bytes(device: torch.device) -> int:
-    """Bytes that experts may take on a device when the user leaves it to us."""
+def available_bytes(device: torch.device, held_bytes: int = 0) -> int:
+    """Bytes that experts may take on a device when the user leaves it to us; `held_bytes` they have already."""
     if device.type == "cuda":
         torch.cuda.empty_cache()  # of a cache that was dropped, or of loading: CUDA counts it as taken
         free, _ = torch.cuda.mem_get_info(device)
-        return max(0, free - DEVICE_RESERVE)
-    return int(_free_ram() * HOST_SHARE)
+        return max(0, free + held_bytes - DEVICE_RESERVE)
+    return int((_free_ram() + held_bytes) * HOST_SHARE)
 
 
 def page_cache_holds(nbytes: int) -> bool:

@@ -1,0 +1,25 @@
+"""How much memory an automatic budget is, on each device."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+import torch
+
+from transformers_moe_offload.cache.capacity import PoolNeed
+from transformers_moe_offload.memory.available import available_bytes
+from transformers_moe_offload.memory.slots import allocated_bytes
+
+
+def room_for_slots(
+    devices: Sequence[torch.device], needs: Sequence[PoolNeed], held: Mapping[torch.device, int]
+) -> dict[torch.device, int]:
+    """Bytes of slots that each device has room for, where `devices` are those of the pools in `needs`.
+
+    `held` are bytes of the caches that are there, and will be resized. What is lost between slots is left out.
+    """
+    shares: dict[torch.device, float] = {}
+    for device, need in zip(devices, needs, strict=True):
+        sizes = (need.slot_bytes, *(size for size, _ in need.others))
+        shares[device] = min([shares.get(device, 1.0), *(n / allocated_bytes(n, device) for n in sizes)])
+    return {device: int(share * available_bytes(device, held.get(device, 0))) for device, share in shares.items()}
