@@ -43,7 +43,7 @@ def test_a_mixture_of_adapters_is_baked_and_loads(run, mixtures, tmp_path):
     ("source", "options", "message"),
     [
         ("model", (), "router_per='model', and routers of dense blocks work like router_per='ffn'"),
-        ("nowhere", (), "cannot read the config of"),
+        ("nowhere", (), "nowhere; name one that `moe-offload build` or training has written"),
         (EXAMPLES / "models" / "tiny-moe", (), "only a mixture of adapters (adapter_moe) is baked"),
         ("ffn", ("--container", "qwen3_moe"), "a llama cannot become a qwen3_moe"),
         ("ffn", ("--dtype", "int8"), "dtype='int8'"),
@@ -56,3 +56,9 @@ def test_what_cannot_be_baked_is_one_line(source, options, message, run, mixture
 
 def test_the_mixture_is_not_baked_into_itself(run, mixtures):
     assert "lie inside one another" in the_error(run("bake", mixtures / "ffn", mixtures / "ffn" / "out"))
+
+
+def test_a_mixture_that_was_not_baked_is_not_quantized_and_no_plan_says_so(run, mixtures, tmp_path):
+    result = run("quantize", mixtures / "ffn", tmp_path / "out", "--experts", "4x32", "--dry-run")
+    assert "are adapters in files of their own, which are written in no other format" in the_error(result)
+    assert result.stdout == ""
