@@ -11,9 +11,10 @@ from typing import Any
 import torch
 import transformers
 from torch import nn
-from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig
+from transformers import AutoModelForCausalLM, PretrainedConfig
 
 from transformers_moe_offload.cli.failures import reading
+from transformers_moe_offload.cli.model_config import read_config
 from transformers_moe_offload.cli.options import Origin
 from transformers_moe_offload.cli.stored import Stored, stored_tensors, what_is_stored
 from transformers_moe_offload.config import OffloadConfig
@@ -86,8 +87,8 @@ def draw(name: str, origin: Origin, dtype: torch.dtype | None) -> Blueprint:
 
     Raises `UnsupportedModelError` if it has no routed experts, `ConfigError` if another method has quantized them.
     """
-    with reading(f"{name!r} is neither a folder with a model nor one that can be read from the Hub"):
-        config = AutoConfig.from_pretrained(name, **origin.for_classes())
+    what = f"{name!r} is neither a folder with a model nor one that can be read from the Hub"
+    config = read_config(name, origin, what)
     opener = _opener(name, config)
     stored = what_is_stored(name, origin)
     dtype = dtype or config.dtype or stored.dtype or torch.get_default_dtype()

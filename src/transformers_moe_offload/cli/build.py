@@ -34,6 +34,7 @@ def build(
     Can be interrupted or killed at any time: run again, it goes on with what is missing.
     """
     with one_line_errors():
+        options.expect_device("--device", device)
         asked, console = MoeRecipe.from_file(recipe), Console()
         is_of_adapters = asked.kind == "adapter_moe"
         if is_of_adapters:
