@@ -1,5 +1,6 @@
 """`moe-offload bake` makes what stock Transformers loads, and says in one line what it cannot."""
 
+import re
 from pathlib import Path
 
 import pytest
@@ -62,3 +63,12 @@ def test_a_mixture_that_was_not_baked_is_not_quantized_and_no_plan_says_so(run, 
     result = run("quantize", mixtures / "ffn", tmp_path / "out", "--experts", "4x32", "--dry-run")
     assert "are adapters in files of their own, which are written in no other format" in the_error(result)
     assert result.stdout == ""
+
+
+def test_the_plan_of_a_mixture_of_adapters_knows_what_a_token_takes_and_that_adapters_have_their_own_files(
+    run, mixtures
+):
+    shown = run("plan", mixtures / "ffn").stdout
+    assert re.search(r"experts per token +1 per layer", shown)
+    assert re.search(r"expected bytes per token +.* from disk, if routing is uniform: 18 experts a token", shown)
+    assert "by its index, which agrees with its config" in shown
