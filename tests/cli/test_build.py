@@ -69,3 +69,16 @@ def test_an_adapter_that_is_in_no_folder_is_said_to_be_in_none(run, recipe, tmp_
     result = run("build", recipe(experts=experts), tmp_path / "moe", "--local-files-only")
     assert result.exit_code == 2, result.output
     assert "cannot read the adapter models/typo: there is no such folder, and from the Hub" in result.stderr
+
+
+@pytest.mark.parametrize("kind", ["moe", "adapter_moe"])
+def test_a_dry_run_notices_that_a_text_file_is_missing(run, recipe, tmp_path, kind):
+    experts = [
+        {"name": name, "source": {"adapter": str(MODELS / f"tiny-dense-{name}")}, "dataset": "typo.txt"}
+        for name in ("c", "prose")
+    ]
+    changes = {"layers": None, "experts_per_token": 1} if kind == "adapter_moe" else {}
+    result = run("build", recipe(kind=kind, experts=experts, **changes), tmp_path / "moe", "--dry-run")
+    assert result.exit_code == 2, result.output
+    assert "expert 'c' has the dataset typo.txt, and there is no such file" in result.stderr
+    assert result.stdout == ""
