@@ -82,3 +82,12 @@ def test_a_dry_run_notices_that_a_text_file_is_missing(run, recipe, tmp_path, ki
     assert result.exit_code == 2, result.output
     assert "expert 'c' has the dataset typo.txt, and there is no such file" in result.stderr
     assert result.stdout == ""
+
+
+@pytest.mark.parametrize("kind", ["moe", "adapter_moe"])
+def test_what_was_shown_with_the_plan_is_not_logged_again(run, recipe, tmp_path, caplog, kind):
+    changes = {"layers": None, "experts_per_token": 1} if kind == "adapter_moe" else {}
+    result = run("build", recipe(kind=kind, **changes), tmp_path / "moe")
+    assert result.exit_code == 0, result.output
+    assert result.output.count("is not known to us") == 1
+    assert not [message for message in caplog.messages if "is not known to us" in message]
