@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from transformers_moe_offload.config import Budget, OffloadConfig, PrefetchConfig
+from transformers_moe_offload.config import Budget, HqqFormat, OffloadConfig, PrefetchConfig
 from transformers_moe_offload.errors import ConfigError
 
 
@@ -228,3 +228,10 @@ def test_a_switch_is_on_off_or_auto(option):
         assert getattr(OffloadConfig(**{option: value}), option) == value
     with pytest.raises(ConfigError, match=f"{option}='yes' is not one of True, False, 'auto'"):
         OffloadConfig(**{option: "yes"})
+
+
+@pytest.mark.parametrize("options", [{"nbits": 4.0}, {"group_size": 64.0}, {"meta_nbits": 8.0}, {"nbits": True}])
+def test_numbers_of_a_format_are_whole(options):
+    ((name, value),) = options.items()
+    with pytest.raises(ConfigError, match=f"{name}={value!r} is not one of"):
+        HqqFormat(**options)

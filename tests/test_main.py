@@ -30,3 +30,12 @@ def test_without_a_program_it_says_how_it_is_used(tmp_path):
     done = run(folder=tmp_path)
     assert done.returncode == 1
     assert done.stderr.startswith("usage: python -m transformers_moe_offload MODULE")
+
+
+def test_a_program_that_is_not_installed_is_one_line(tmp_path):
+    for module in ("no_such_program", "no_such_program.part"):
+        done = run(module, "--help", folder=tmp_path)
+        assert done.returncode == 1
+        assert (
+            done.stderr == "there is no module no_such_program in this environment; install it, or correct the name\n"
+        )

@@ -8,6 +8,7 @@ argument is a module, as after `python -m`; the rest is its own. The harness als
 (`routing/harness.py`).
 """
 
+import importlib.util
 import runpy
 import sys
 
@@ -17,7 +18,10 @@ if __name__ == "__main__":
     if len(sys.argv) < 2 or sys.argv[1].startswith("-"):
         sys.exit("usage: python -m transformers_moe_offload MODULE [ARGUMENT]...  (runs it with the plugin imported)")
     sys.argv = sys.argv[1:]
-    if sys.argv[0].partition(".")[0] == "lm_eval":
+    package = sys.argv[0].partition(".")[0]
+    if importlib.util.find_spec(package) is None:
+        sys.exit(f"there is no module {package} in this environment; install it, or correct the name")
+    if package == "lm_eval":
         from lm_eval.api.registry import model_registry
 
         model_registry.register("hf-reuse", target="transformers_moe_offload.routing.harness:ReuseOrderedLM")

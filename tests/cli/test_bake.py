@@ -1,5 +1,6 @@
 """`moe-offload bake` makes what stock Transformers loads, and says in one line what it cannot."""
 
+import re
 from pathlib import Path
 
 import pytest
@@ -43,7 +44,7 @@ def test_a_mixture_of_adapters_is_baked_and_loads(run, mixtures, tmp_path):
     ("source", "options", "message"),
     [
         ("model", (), "router_per='model', and routers of dense blocks work like router_per='ffn'"),
-        ("nowhere", (), "cannot read the config of"),
+        ("nowhere", (), "nowhere; name one that `moe-offload build` or training has written"),
         (EXAMPLES / "models" / "tiny-moe", (), "only a mixture of adapters (adapter_moe) is baked"),
         ("ffn", ("--container", "qwen3_moe"), "a llama cannot become a qwen3_moe"),
         ("ffn", ("--dtype", "int8"), "dtype='int8'"),
@@ -56,3 +57,18 @@ def test_what_cannot_be_baked_is_one_line(source, options, message, run, mixture
 
 def test_the_mixture_is_not_baked_into_itself(run, mixtures):
     assert "lie inside one another" in the_error(run("bake", mixtures / "ffn", mixtures / "ffn" / "out"))
+
+
+def test_a_mixture_that_was_not_baked_is_not_quantized_and_no_plan_says_so(run, mixtures, tmp_path):
+    result = run("quantize", mixtures / "ffn", tmp_path / "out", "--experts", "4x32", "--dry-run")
+    assert "are adapters in files of their own, which are written in no other format" in the_error(result)
+    assert result.stdout == ""
+
+
+def test_the_plan_of_a_mixture_of_adapters_knows_what_a_token_takes_and_that_adapters_have_their_own_files(
+    run, mixtures
+):
+    shown = run("plan", mixtures / "ffn").stdout
+    assert re.search(r"experts per token +1 per layer", shown)
+    assert re.search(r"expected bytes per token +.* from disk, if routing is uniform: 18 experts a token", shown)
+    assert "by its index, which agrees with its config" in shown

@@ -61,3 +61,33 @@ def test_what_cannot_be_is_said_in_one_line(run, recipe, tmp_path):
         assert result.stderr.startswith("error: ")
         assert message in result.stderr
         assert not (tmp_path / "moe").exists()
+
+
+def test_an_adapter_that_is_in_no_folder_is_said_to_be_in_none(run, recipe, tmp_path):
+    """Else whoever has misspelt a folder reads of the Hub alone, which was never meant."""
+    experts = [{"source": {"adapter": "models/typo"}}, {"source": {"adapter": str(MODELS / "tiny-dense-c")}}]
+    result = run("build", recipe(experts=experts), tmp_path / "moe", "--local-files-only")
+    assert result.exit_code == 2, result.output
+    assert "cannot read the adapter models/typo: there is no such folder, and from the Hub" in result.stderr
+
+
+@pytest.mark.parametrize("kind", ["moe", "adapter_moe"])
+def test_a_dry_run_notices_that_a_text_file_is_missing(run, recipe, tmp_path, kind):
+    experts = [
+        {"name": name, "source": {"adapter": str(MODELS / f"tiny-dense-{name}")}, "dataset": "typo.txt"}
+        for name in ("c", "prose")
+    ]
+    changes = {"layers": None, "experts_per_token": 1} if kind == "adapter_moe" else {}
+    result = run("build", recipe(kind=kind, experts=experts, **changes), tmp_path / "moe", "--dry-run")
+    assert result.exit_code == 2, result.output
+    assert "expert 'c' has the dataset typo.txt, and there is no such file" in result.stderr
+    assert result.stdout == ""
+
+
+@pytest.mark.parametrize("kind", ["moe", "adapter_moe"])
+def test_what_was_shown_with_the_plan_is_not_logged_again(run, recipe, tmp_path, caplog, kind):
+    changes = {"layers": None, "experts_per_token": 1} if kind == "adapter_moe" else {}
+    result = run("build", recipe(kind=kind, **changes), tmp_path / "moe")
+    assert result.exit_code == 0, result.output
+    assert result.output.count("is not known to us") == 1
+    assert not [message for message in caplog.messages if "is not known to us" in message]

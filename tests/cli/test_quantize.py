@@ -264,3 +264,13 @@ def test_a_repository_that_cannot_be_is_refused_before_anything_is_written(run, 
     error = the_error(run("quantize", source, folder, "--experts", "4x16", "--push", repo))
     assert f"cannot upload to {repo!r}" in error
     assert not folder.exists()
+
+
+def test_a_format_of_none_for_everything_is_nothing_to_quantize(run, tiny_moe, folder):
+    for options in (("--experts", "none"), ("--layers", "0-3=none"), ("--experts", "none", "--dense", "none")):
+        assert "nothing to quantize" in the_error(run("quantize", tiny_moe, folder, *options))
+    assert not folder.exists()
+
+
+def test_what_is_not_there_cannot_be_pushed(run, tmp_path):
+    assert f"there is no folder {tmp_path / 'typo'}" in the_error(run("push", tmp_path / "typo", "me/model"))

@@ -1,5 +1,6 @@
 """`moe-offload trace` records what a generation asks for, and nothing it was not asked to."""
 
+import os
 import signal
 
 import pytest
@@ -72,10 +73,25 @@ def test_what_cannot_be_recorded_is_refused_in_one_line_and_writes_nothing(run, 
 
 def test_a_folder_that_is_not_there_is_noticed_before_anything_is_generated(run, tiny_moe, tmp_path):
     result = run("trace", tiny_moe, "-o", tmp_path / "nowhere" / "trace.npz", "--prompt", "a", *FEW)
-    assert "there is no folder" in the_error(result)
+    assert "which is not a folder" in the_error(result)
     assert "Loading weights" not in result.stderr
 
 
 def test_a_model_that_cannot_be_loaded_is_one_line(run, tmp_path):
     result = run("trace", tmp_path / "nothing", "-o", tmp_path / "trace.npz", "--prompt", "a", *FEW)
     assert "cannot load" in the_error(result)
+
+
+def test_a_folder_in_place_of_the_trace_is_noticed_before_anything_is_generated(run, tiny_moe, tmp_path):
+    result = run("trace", tiny_moe, "-o", tmp_path, "--prompt", "a", *FEW)
+    assert f"cannot write --output {tmp_path}: it is a folder" in the_error(result)
+    assert "Loading weights" not in result.stderr
+
+
+def test_a_folder_that_cannot_be_written_to_is_noticed_before_anything_is_generated(run, tiny_moe, tmp_path):
+    tmp_path.chmod(0o500)
+    if os.access(tmp_path, os.W_OK):
+        pytest.skip("nothing is closed to root")
+    result = run("trace", tiny_moe, "-o", tmp_path / "trace.npz", "--prompt", "a", *FEW)
+    assert f"{tmp_path} cannot be written to" in the_error(result)
+    assert "Loading weights" not in result.stderr

@@ -194,3 +194,20 @@ def test_a_share_that_is_none_is_refused(share):
 def test_a_share_of_no_expert_is_refused():
     with pytest.raises(TraceError, match="of 4 experts is none of them"):
         Trace(("a",), (4,)).hottest("1%")
+
+
+def test_what_is_no_archive_is_said_to_be_none_and_nobody_is_told_to_unpickle_it(tmp_path):
+    path = tmp_path / "trace.json"
+    for content in (b'{"visits": []}', b"", b"nothing"):
+        path.write_bytes(content)
+        with pytest.raises(TraceError, match=r"cannot read the trace .*it is not an \.npz archive") as refused:
+            Trace.load(path)
+        assert "pickle" not in str(refused.value)
+
+
+def test_an_archive_that_is_cut_short_says_so(tmp_path):
+    path = tmp_path / "trace.npz"
+    small_trace().save(path)
+    path.write_bytes(path.read_bytes()[:-30])
+    with pytest.raises(TraceError, match="it is damaged, or was cut short"):
+        Trace.load(path)

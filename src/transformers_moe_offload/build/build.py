@@ -18,6 +18,7 @@ from transformers_moe_offload.build.channels import channels_of
 from transformers_moe_offload.build.fitting import expect_mergeable
 from transformers_moe_offload.build.folder import MARKS
 from transformers_moe_offload.build.gates import STATISTICS_NAME, Gates, program_gates
+from transformers_moe_offload.build.gates.texts import expect_files
 from transformers_moe_offload.build.info import MoeBuildInfo
 from transformers_moe_offload.build.licences import judged, licence_of
 from transformers_moe_offload.build.materials import Materials
@@ -44,6 +45,7 @@ def validate_recipe(recipe: MoeRecipe, *, token: str | None = None, local_files_
     def opened(origin: Any, base: Source | None) -> Source:
         return open_source(origin, base=base, token=token, local_files_only=local_files_only)
 
+    expect_files(recipe.experts)
     base = opened(recipe.base_model, None)
     sources = [base, *(opened(origin, base) for origin in origins_of(recipe)[1:])]
     stem = base if recipe.stem.source is None else opened(recipe.stem.source, base)

@@ -11,7 +11,7 @@ from rich.console import Console
 from transformers_moe_offload.build import bake_adapters
 from transformers_moe_offload.cli import writing
 from transformers_moe_offload.cli.building import outcome
-from transformers_moe_offload.cli.failures import one_line_errors
+from transformers_moe_offload.cli.failures import CommandError, one_line_errors
 from transformers_moe_offload.cli.writing import expect_apart
 
 
@@ -35,6 +35,10 @@ def bake(
     Can be interrupted or killed at any time: run again, it goes on with what is missing.
     """
     with one_line_errors():
+        if not source.is_dir():
+            raise CommandError(
+                f"there is no folder {source}; name one that `moe-offload build` or training has written"
+            )
         expect_apart(str(source), folder)
         info = bake_adapters(source, folder, container=container, dtype=dtype, resume=resume, overwrite=overwrite)
         experts = f"{len(info.experts)} experts, {info.experts_per_token} a token"

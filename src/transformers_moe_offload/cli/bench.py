@@ -22,7 +22,8 @@ from transformers_moe_offload.bench.session import measure
 from transformers_moe_offload.bench.tables import show
 from transformers_moe_offload.cli import options
 from transformers_moe_offload.cli.failures import CommandError, one_line_errors, reading
-from transformers_moe_offload.cli.results import write_json
+from transformers_moe_offload.cli.model_config import read_config
+from transformers_moe_offload.cli.results import expect_file, write_json
 from transformers_moe_offload.config import OffloadConfig, PrefetchConfig
 
 
@@ -75,9 +76,10 @@ def bench(
             mmap="auto" if mmap is None else mmap,
         )
         origin = options.Origin(revision, token, local_files_only, trust_remote_code)
-        loading = {"dtype": options.parse_dtype(dtype) or "auto", "device_map": device_map}
-        _check_file(json_file)
+        loading = {"dtype": options.parse_dtype(dtype) or "auto", "device_map": options.parse_device_map(device_map)}
+        expect_file("--json", json_file)
         written = _read(text)
+        read_config(model, origin, f"cannot load {model!r}")
         with reading(f"cannot load {model!r}"):
             loaded = AutoModelForCausalLM.from_pretrained(model, moe_offload=config, **loading, **origin.for_classes())
         try:
@@ -91,7 +93,7 @@ def bench(
 
 
 def _bench_kernels(json_file: Path | None, protocol: KernelProtocol) -> None:
-    _check_file(json_file)
+    expect_file("--json", json_file)
     with _progress() as begin:
         result = measure_kernels(protocol, begin)
     console = Console()
@@ -134,13 +136,6 @@ def _read(text: Path | None) -> str | None:
         return text.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
         raise CommandError(f"cannot read --text {text}: {error}") from error
-
-
-def _check_file(path: Path | None) -> None:
-    """Before anything is measured, so that nothing has been measured in vain."""
-    if path is not None and (path.is_dir() or not path.parent.is_dir()):
-        what = "is a folder" if path.is_dir() else f"is in {path.parent}, which is not a folder"
-        raise CommandError(f"cannot write --json {path}: it {what}; name a file in a folder that exists")
 
 
 def _show(result: dict[str, Any]) -> None:

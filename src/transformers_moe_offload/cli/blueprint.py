@@ -11,9 +11,10 @@ from typing import Any
 import torch
 import transformers
 from torch import nn
-from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig
+from transformers import AutoModelForCausalLM, PretrainedConfig
 
 from transformers_moe_offload.cli.failures import reading
+from transformers_moe_offload.cli.model_config import read_config
 from transformers_moe_offload.cli.options import Origin
 from transformers_moe_offload.cli.stored import Stored, stored_tensors, what_is_stored
 from transformers_moe_offload.config import OffloadConfig
@@ -23,6 +24,7 @@ from transformers_moe_offload.hf.delegates.methods import DELEGATED, refusal
 from transformers_moe_offload.hf.delegates.opening import Opener, StoredBytes
 from transformers_moe_offload.hf.discover import expert_spec, find_experts, take_over
 from transformers_moe_offload.hf.install import method_of
+from transformers_moe_offload.hf.layer import OffloadedExperts, layer_of
 from transformers_moe_offload.hf.prebuilt.source import Quantization
 from transformers_moe_offload.memory.record import dtype_name
 
@@ -40,7 +42,7 @@ class Blueprint:
     dense_bytes: int
     """Bytes of everything but the routed experts: it stays in memory."""
     total_bytes: int
-    """Bytes of everything that a checkpoint of the model holds, once where weights are tied."""
+    """Bytes of everything that a checkpoint's own files hold, once where weights are tied."""
     stored: Stored
     """What the checkpoint says of itself, its dtype filled in from the config where it says none."""
     opener: Opener | None = None
@@ -86,8 +88,8 @@ def draw(name: str, origin: Origin, dtype: torch.dtype | None) -> Blueprint:
 
     Raises `UnsupportedModelError` if it has no routed experts, `ConfigError` if another method has quantized them.
     """
-    with reading(f"{name!r} is neither a folder with a model nor one that can be read from the Hub"):
-        config = AutoConfig.from_pretrained(name, **origin.for_classes())
+    what = f"{name!r} is neither a folder with a model nor one that can be read from the Hub"
+    config = read_config(name, origin, what)
     opener = _opener(name, config)
     stored = what_is_stored(name, origin)
     dtype = dtype or config.dtype or stored.dtype or torch.get_default_dtype()
@@ -96,8 +98,12 @@ def draw(name: str, origin: Origin, dtype: torch.dtype | None) -> Blueprint:
     total_bytes = _saved_bytes(model)
     experts = tuple(expert_spec(index, *found) for index, found in enumerate(find_experts(model)))
     take_over(model)
+    dense_bytes = _saved_bytes(model)
+    layers = [layer_of(module) for module in model.modules() if isinstance(module, OffloadedExperts)]
+    if any(layer.layout.has_own_files for layer in layers):
+        total_bytes = dense_bytes
     stored = Stored(stored.nbytes, stored.dtype or config.dtype)
-    return Blueprint(name, model, experts, dtype, _saved_bytes(model), total_bytes, stored, opener)
+    return Blueprint(name, model, experts, dtype, dense_bytes, total_bytes, stored, opener)
 
 
 def _opener(name: str, config: PretrainedConfig) -> Opener | None:

@@ -11,7 +11,7 @@ from rich.console import Console
 from transformers_moe_offload.build import MoeRecipe, build_adapter_moe, build_moe, validate_recipe
 from transformers_moe_offload.build.adapters.plan import plan_adapters
 from transformers_moe_offload.cli import options, writing
-from transformers_moe_offload.cli.building import adapters_shown, mixture_shown, outcome
+from transformers_moe_offload.cli.building import adapters_shown, mixture_shown, outcome, said_once
 from transformers_moe_offload.cli.failures import one_line_errors
 from transformers_moe_offload.cli.writing import progress
 
@@ -34,6 +34,7 @@ def build(
     Can be interrupted or killed at any time: run again, it goes on with what is missing.
     """
     with one_line_errors():
+        options.expect_device("--device", device)
         asked, console = MoeRecipe.from_file(recipe), Console()
         is_of_adapters = asked.kind == "adapter_moe"
         if is_of_adapters:
@@ -45,7 +46,7 @@ def build(
         shown.print(console)
         if dry_run:
             return
-        with progress("building", nbytes) as advance:
+        with said_once(shown.warnings), progress("building", nbytes) as advance:
             info = (build_adapter_moe if is_of_adapters else build_moe)(
                 asked,
                 folder,

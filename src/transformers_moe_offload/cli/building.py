@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import logging
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import NamedTuple
 
 from rich import box
 from rich.console import Console
 from rich.table import Table
 
-from transformers_moe_offload.build import AdapterMoeInfo, MoeBuildInfo
+from transformers_moe_offload.build import AdapterMoeInfo, MoeBuildInfo, assembly, build_adapter_moe
 from transformers_moe_offload.build.adapters.plan import AdapterPlan
 from transformers_moe_offload.build.plan import BuildPlan
 from transformers_moe_offload.hf.plan import readable
@@ -29,6 +31,23 @@ class Shown(NamedTuple):
         console.print(self.table)
         for warning in self.warnings:
             console.print(f"warning: {warning}", soft_wrap=True, markup=False)
+
+
+@contextmanager
+def said_once(warnings: Sequence[str]) -> Iterator[None]:
+    """Keep a build, which logs its warnings, from saying again those that were shown with the plan."""
+
+    def is_news(record: logging.LogRecord) -> bool:
+        return record.getMessage() not in warnings
+
+    loggers = [logging.getLogger(name) for name in (assembly.__name__, build_adapter_moe.__module__)]
+    for logger in loggers:
+        logger.addFilter(is_news)
+    try:
+        yield
+    finally:
+        for logger in loggers:
+            logger.removeFilter(is_news)
 
 
 def mixture_shown(plan: BuildPlan) -> Shown:

@@ -16,6 +16,7 @@ from transformers_moe_offload.cli.answer import Sampling, answer
 from transformers_moe_offload.cli.blueprint import draw
 from transformers_moe_offload.cli.conversation import Conversation
 from transformers_moe_offload.cli.failures import CommandError, one_line_errors, reading, report
+from transformers_moe_offload.cli.model_config import read_config
 from transformers_moe_offload.config import OffloadConfig
 from transformers_moe_offload.errors import MoeOffloadError
 from transformers_moe_offload.hf.plan import readable
@@ -68,12 +69,13 @@ def chat(
         )
         sampling = Sampling(max_new_tokens, temperature, top_p)
         origin = options.Origin(revision, token, local_files_only, trust_remote_code)
-        loading = {"dtype": options.parse_dtype(dtype) or "auto", "device_map": device_map}
+        loading = {"dtype": options.parse_dtype(dtype) or "auto", "device_map": options.parse_device_map(device_map)}
         if prompt is not None and not prompt.strip():
             raise CommandError("--prompt is empty; write something, or leave it out to be asked")
         if trace is not None:
             found = draw(model, origin, options.parse_dtype(dtype)).experts
             formats.expect_same_experts(trace, model, [spec.num_experts for spec in found])
+        read_config(model, origin, f"cannot load {model!r}")
         with reading(f"cannot load {model!r}"):
             tokenizer = AutoTokenizer.from_pretrained(model, **origin.for_classes())
             conversation = Conversation(tokenizer, system)

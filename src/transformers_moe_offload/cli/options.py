@@ -8,6 +8,7 @@ from typing import Annotated, Any
 import torch
 import typer
 
+from transformers_moe_offload.cli.failures import CommandError
 from transformers_moe_offload.errors import ConfigError
 
 Model = Annotated[
@@ -59,3 +60,31 @@ def parse_dtype(name: str) -> torch.dtype | None:
             f"dtype={name!r} is not 'auto', 'float32', 'bfloat16', 'float16' or another floating torch dtype"
         )
     return dtype
+
+
+def parse_device_map(name: str | None) -> str | None:
+    """The same, once it is known that a device named so can be used; what is no device, Transformers reads."""
+    try:
+        torch.device(name or "cpu")
+    except RuntimeError:  # 'auto', or misspelt
+        return name
+    if name is not None:
+        expect_device("--device-map", name)
+    return name
+
+
+def expect_device(option: str, name: str) -> None:
+    """Raise `CommandError` unless this machine has the device, before anything is read for it."""
+    try:
+        torch.device(name)
+    except RuntimeError as error:
+        raise CommandError(f"{option} {name!r} is no device; this machine has {_devices()}") from error
+    try:
+        torch.empty(0, device=name)
+    except (RuntimeError, AssertionError, NotImplementedError) as error:  # torch without CUDA asserts that it has it
+        reason = str(error).partition("\n")[0].rstrip(".")
+        raise CommandError(f"{option} {name} cannot be used here: {reason}; this machine has {_devices()}") from error
+
+
+def _devices() -> str:
+    return ", ".join(["cpu", *(f"cuda:{index}" for index in range(torch.cuda.device_count()))])

@@ -62,7 +62,7 @@ def quantize(
             experts=formats.parse_formats(experts, layers, hot, trace, hot_share, optimize=not no_optimize),
             dense=formats.parse_format(dense, optimize=not no_optimize),
         )
-        if config.experts is None and config.dense is None:
+        if config.dense is None and (config.formats is None or config.formats.leaves_all_as_they_are):
             raise CommandError("nothing to quantize; say how: --experts 4x64, --layers 0-3=4x64 or --dense 4x64")
         origin = options.Origin(revision, token, local_files_only, trust_remote_code=False)
         expect_apart(source, folder)
@@ -71,6 +71,12 @@ def quantize(
             raise CommandError(f"{source!r} is quantized already; quantize the model that it was made from")
         formats.expect_same_experts(trace, source, [spec.num_experts for spec in blueprint.experts])
         quantization = blueprint.quantization(config)
+        if any(layer.layout.has_own_files for layer in quantization.layers):
+            raise CommandError(
+                f"the experts of {source!r} are adapters in files of their own, which are written in no other format; "
+                f"quantize them while loading, with OffloadConfig(experts=...), or make blocks of them with "
+                f"`moe-offload bake` and quantize those"
+            )
         sizes = Sizes.of(quantization, blueprint.stored_bytes(quantization, origin))
         console = Console()
         console.print(blueprint.title, style="bold", soft_wrap=True)

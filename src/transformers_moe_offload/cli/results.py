@@ -10,6 +10,17 @@ from typing import Any
 from transformers_moe_offload.cli.failures import CommandError
 
 
+def expect_file(option: str, path: Path | None) -> None:
+    """Raise `CommandError` if a file cannot be written there, before hours of work for what would be in it."""
+    if path is None:
+        return
+    if path.is_dir() or not path.parent.is_dir():
+        what = "is a folder" if path.is_dir() else f"is in {path.parent}, which is not a folder"
+        raise CommandError(f"cannot write {option} {path}: it {what}; name a file in a folder that exists")
+    if not os.access(path.parent, os.W_OK):
+        raise CommandError(f"cannot write {option} {path}: {path.parent} cannot be written to; name another folder")
+
+
 def write_json(path: Path, result: Any) -> None:
     """Write a result as JSON; a file that cannot be written is a `CommandError` and leaves nothing behind."""
     text = json.dumps(result, indent=1) + "\n"

@@ -19,6 +19,8 @@ from transformers_moe_offload.cli.chat import INTERRUPTED
 from transformers_moe_offload.cli.conversation import Conversation
 from transformers_moe_offload.cli.failures import CommandError, one_line_errors, reading
 from transformers_moe_offload.cli.interruption import Interruption
+from transformers_moe_offload.cli.model_config import read_config
+from transformers_moe_offload.cli.results import expect_file
 from transformers_moe_offload.config import OffloadConfig
 from transformers_moe_offload.hf.top_k import experts_per_token
 from transformers_moe_offload.routing import RoutingTrace, record_routing
@@ -69,10 +71,10 @@ def trace(
         config = OffloadConfig(cache_budget=cache_budget, policy=policy)
         sampling = Sampling(max_new_tokens, temperature, top_p)
         origin = options.Origin(revision, token, local_files_only, trust_remote_code)
-        loading = {"dtype": options.parse_dtype(dtype) or "auto", "device_map": device_map}
+        loading = {"dtype": options.parse_dtype(dtype) or "auto", "device_map": options.parse_device_map(device_map)}
         texts = _texts(prompt, prompts)
-        if not output.parent.is_dir():
-            raise CommandError(f"cannot write {output}: there is no folder {output.parent}")
+        expect_file("--output", output)
+        read_config(model, origin, f"cannot load {model!r}")
         with reading(f"cannot load {model!r}"):
             tokenizer = AutoTokenizer.from_pretrained(model, **origin.for_classes())
             inputs = [Conversation(tokenizer, None).ask(text) for text in texts]

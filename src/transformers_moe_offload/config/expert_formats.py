@@ -62,6 +62,11 @@ class ExpertFormats:
         return f"{self.default or 'as they are'}{others}{hot}"
 
     @property
+    def leaves_all_as_they_are(self) -> bool:
+        """Whether no expert gets a format."""
+        return self.default is None and self.hot is None and not any(self.layers.values())
+
+    @property
     def num_hot(self) -> int:
         """Experts that `hot_experts` names."""
         return sum(len(experts) for experts in self._hot_of.values())

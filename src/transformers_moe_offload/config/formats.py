@@ -43,7 +43,7 @@ class HqqFormat:
 
     def __post_init__(self) -> None:
         for name, choices in (("nbits", NBITS), ("group_size", GROUP_SIZES), ("meta_nbits", META_NBITS)):
-            if isinstance(getattr(self, name), bool):
+            if type(getattr(self, name)) is not int:  # True and 4.0 equal integers, and are none
                 raise ConfigError(f"{name}={getattr(self, name)!r} is not one of {list(choices)}")
             choose(name, getattr(self, name), choices)
         choose("axis", self.axis, (1, 0))

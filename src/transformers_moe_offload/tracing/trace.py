@@ -24,6 +24,8 @@ from numpy.typing import NDArray
 from transformers_moe_offload.errors import MoeOffloadError
 
 FORMAT = 1
+_ZIP, _NUMPY = b"PK", b"\x93NUMPY"
+"""How archives of arrays, and single arrays, begin."""
 """Version of the file; a reader refuses those it does not know."""
 
 Arrays = Mapping[str, NDArray[np.generic]]
@@ -131,12 +133,18 @@ class Trace:
     def load(cls, path: str | os.PathLike[str]) -> Trace:
         """Read a trace; a file that is none, or contradicts itself, raises `TraceError`."""
         try:
+            with open(path, "rb") as file:
+                _expect_archive(path, file.read(len(_NUMPY)))
             loaded = np.load(path, allow_pickle=False)
             if not isinstance(loaded, np.lib.npyio.NpzFile):
                 _refuse(path, "it holds one array and not an archive of them")
             with loaded:
                 arrays = {name: loaded[name] for name in loaded.files}
-        except (OSError, ValueError, EOFError, zipfile.BadZipFile, zlib.error) as error:
+        except (zipfile.BadZipFile, EOFError, zlib.error) as error:
+            raise TraceError(
+                f"cannot read the trace {path}: it is damaged, or was cut short ({error}); record it again"
+            ) from error
+        except (OSError, ValueError) as error:
             raise TraceError(f"cannot read the trace {path}: {error}") from error
         _check(path, arrays)
         starts, experts = arrays["starts"].tolist(), arrays["wanted"].tolist()
@@ -188,6 +196,14 @@ def _arrays(trace: Trace) -> dict[str, NDArray[np.generic]]:
     if trace.stall_ms is not None:
         arrays["stall_ms"] = np.array(trace.stall_ms, dtype=np.float64)  # (V,)
     return arrays
+
+
+def _expect_archive(path: str | os.PathLike[str], start: bytes) -> None:
+    """Say what is wrong before NumPy does, which takes anything it does not know for a pickle and offers to run it."""
+    if not start.startswith((_ZIP, _NUMPY)):
+        raise TraceError(
+            f"cannot read the trace {path}: it is not an .npz archive; record one with `moe-offload trace`"
+        )
 
 
 def _check(path: str | os.PathLike[str], arrays: Arrays) -> None:

@@ -13,6 +13,7 @@ from huggingface_hub import snapshot_download
 from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
 from torch import nn
 
+from transformers_moe_offload.build.gates.texts import expect_files
 from transformers_moe_offload.build.layout import layout_of, on_meta
 from transformers_moe_offload.build.licences import Verdict, judged, licence_of
 from transformers_moe_offload.build.recipe import Expert, MoeRecipe
@@ -78,6 +79,7 @@ class AdapterPlan:
 
 def plan_adapters(recipe: MoeRecipe, *, token: str | None = None, local_files_only: bool = False) -> AdapterPlan:
     """Find the adapters and plan the mixture; raises an error of ours for what cannot be built."""
+    expect_files(recipe.experts)
     options = {"token": token, "local_files_only": local_files_only}
     base = open_source(recipe.base_model, token=token, local_files_only=local_files_only)
     names = _names(recipe.experts)

@@ -64,6 +64,16 @@ def expect_texts(texts: Sequence[Texts], mode: str) -> None:
         seen[same] = expert.name
 
 
+def expect_files(experts: Sequence[Expert]) -> None:
+    """Refuse a data set that is a file by its name and is not there, before anything is read."""
+    for number, expert in enumerate(experts):
+        if expert.dataset is not None and Path(expert.dataset.path).suffix and not Path(expert.dataset.path).exists():
+            raise RecipeError(
+                f"expert {name_of(expert, number)!r} has the dataset {expert.dataset.path}, and there is no such file; "
+                f"paths in a recipe count from the recipe's folder"
+            )
+
+
 def read_dataset(dataset: Dataset) -> Iterator[str]:
     """Its texts, as many as somebody asks for."""
     path = Path(dataset.path)

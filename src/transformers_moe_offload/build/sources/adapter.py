@@ -55,7 +55,10 @@ class AdapterSource:
         try:
             folder = Path(snapshot_download(name, allow_patterns=[CONFIG_NAME, _WEIGHTS, _CARD], **options))
         except (HfHubHTTPError, LocalEntryNotFoundError, OSError, ValueError) as error:
-            raise CheckpointError(f"cannot read the adapter {name}: {' '.join(str(error).split())}") from error
+            raise CheckpointError(
+                f"cannot read the adapter {name}: there is no such folder, and from the Hub it cannot be read: "
+                f"{' '.join(str(error).split())}"
+            ) from error
         return cls(base, folder, _ancestor(name, folder.name, folder))
 
     @property

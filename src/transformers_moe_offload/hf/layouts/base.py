@@ -67,8 +67,11 @@ class ExpertsLayout(ABC):
     def wanted(self, num_experts: int, *args: Any, keep_zero_weights: bool = False) -> list[int]:
         """The experts that a call of the module's forward needs, ascending."""
 
+    has_own_files: bool = False
+    """Whether experts are in files of their own, and not in those that the model is loaded from."""
+
     def own_sources(self, module: nn.Module, dtype: str, read: ReadHeader) -> tuple[ExpertSource, ...] | None:
-        """Where each expert is, if that is not in the files that the model is loaded from."""
+        """Where each expert is, where they have files of their own."""
         return None
 
     def eager_forward(self, module: nn.Module) -> Callable[..., Tensor]:

@@ -32,6 +32,8 @@ _NAMES = ("lora_A", "lora_B")
 class LoraLayout(ExpertsLayout):
     """`lora_A` (E, R, in) and `lora_B` (E, out, R) (`LoraExperts` of `models/adapter_moe`)."""
 
+    has_own_files = True
+
     @staticmethod
     def matches(module: nn.Module) -> bool:
         """Whether the module has the two stacks, and knows the folders that they come from.

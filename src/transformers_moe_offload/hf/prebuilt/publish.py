@@ -20,6 +20,8 @@ LAYOUT = Layout(
 
 def expect_complete(folder: Path) -> None:
     """Raise `CheckpointError` if a folder is no prebuilt checkpoint, or one that is still being written."""
+    if not folder.is_dir():
+        raise CheckpointError(f"there is no folder {folder}; name what `moe-offload quantize` or `build` has written")
     for name in (INDEX_NAME, "config.json", GUARD.name):
         if not (folder / name).is_file():
             raise CheckpointError(

@@ -87,6 +87,7 @@ class LoraExperts(nn.Module):
         self.lora_B = nn.Parameter(torch.empty(config.num_experts, out_features, config.rank))
         self.out_features = out_features
         self.path = path
+        self.top_k = config.num_experts_per_tok
         """The linear layer's in the dense model: what the adapters' files call it."""
         self.folders = tuple(config.adapter_folders)
         """Where the adapters are, if the model is read from files."""

@@ -1,0 +1,41 @@
+"""The config of the MODEL that was named, which tells early and in plain words that there is no model of that name.
+
+Read before tokenizers and weights are, so that a misspelt folder is not asked for at the Hub, and a Hub that is out of
+reach is waited for once.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from huggingface_hub.errors import HFValidationError
+from huggingface_hub.utils import validate_repo_id  # type: ignore[attr-defined]  # public, and not in its __all__
+from transformers import AutoConfig, PretrainedConfig
+
+from transformers_moe_offload.cli.failures import CommandError, reading
+from transformers_moe_offload.cli.options import Origin
+
+_CONFIG, _ADAPTER = "config.json", "adapter_config.json"
+
+
+def read_config(name: str, origin: Origin, what: str) -> PretrainedConfig:
+    """The config of a model in a folder or on the Hub; `what` begins the error where there is none."""
+    folder = Path(name)
+    if folder.is_dir() and not (folder / _CONFIG).is_file():
+        is_adapter = (folder / _ADAPTER).is_file()
+        hint = f"it holds an adapter ({_ADAPTER}); name the model that the adapter is for" if is_adapter else ""
+        raise CommandError(f"{what}: the folder has no {_CONFIG}; {hint or 'name one that a model was saved to'}")
+    if not folder.exists():
+        _expect_id(name, what)
+    with reading(what):
+        config: PretrainedConfig = AutoConfig.from_pretrained(name, **origin.for_classes())
+        return config
+
+
+def _expect_id(name: str, what: str) -> None:
+    try:
+        validate_repo_id(name)
+    except HFValidationError as error:
+        raise CommandError(
+            f"{what}: there is no such folder, and it is no id of the Hub, which is written as 'org/model'"
+        ) from error
