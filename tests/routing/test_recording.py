@@ -2,6 +2,8 @@
 
 import copy
 import json
+import sys
+import threading
 
 import numpy as np
 import pytest
@@ -319,3 +321,43 @@ class Own(routing.RoutingStrategy):
 
     def choose(self, call):
         return None
+
+
+def test_threads_that_share_a_model_lose_no_token_and_each_reads_its_own_texts(plain, token_ids):
+    texts = [
+        torch.randint(0, 96, (1, 3 + number), generator=torch.Generator().manual_seed(number)) for number in range(3)
+    ]
+    rounds = 5
+
+    def run(text):
+        for _ in range(rounds):
+            with torch.no_grad():
+                cache = plain(input_ids=text[:, :-1], use_cache=True).past_key_values
+                plain(input_ids=text[:, -1:], past_key_values=cache)
+
+    switch_interval = sys.getswitchinterval()
+    sys.setswitchinterval(1e-6)
+    try:
+        with routing.record_routing(plain, buffer_size=4096) as recorder:
+            threads = [threading.Thread(target=run, args=(text,)) for text in texts]
+            for thread in threads:
+                thread.start()
+            for thread in threads:
+                thread.join()
+    finally:
+        sys.setswitchinterval(switch_interval)
+    trace = recorder.trace
+    assert (trace.num_tokens, trace.num_steps) == (
+        rounds * sum(text.numel() for text in texts),
+        2 * rounds * len(texts),
+    )
+    for router in range(len(trace.routers)):
+        parts = list(trace.rows(router))
+        found: dict[int, list[int]] = {}
+        for token, sequence in zip(
+            np.concatenate([part.token_ids for part in parts]),
+            np.concatenate([part.sequence for part in parts]),
+            strict=True,
+        ):
+            found.setdefault(int(sequence), []).append(int(token))
+        assert sorted(found.values()) == sorted(text[0].tolist() for text in texts for _ in range(rounds))
