@@ -361,3 +361,13 @@ def test_threads_that_share_a_model_lose_no_token_and_each_reads_its_own_texts(p
         ):
             found.setdefault(int(sequence), []).append(int(token))
         assert sorted(found.values()) == sorted(text[0].tolist() for text in texts for _ in range(rounds))
+
+
+def test_experts_of_padding_lead_to_none_of_the_next_router(plain, token_ids):
+    mask = torch.ones_like(token_ids)
+    mask[0, :4] = 0
+    with routing.record_routing(plain) as recorder, torch.no_grad():
+        plain(input_ids=token_ids, attention_mask=mask)
+    statistics = recorder.trace.statistics(0)
+    assert statistics.num_tokens == 14
+    assert statistics.next_layer.sum() == 14 * 2 * 2
