@@ -371,3 +371,15 @@ def test_experts_of_padding_lead_to_none_of_the_next_router(plain, token_ids):
     statistics = recorder.trace.statistics(0)
     assert statistics.num_tokens == 14
     assert statistics.next_layer.sum() == 14 * 2 * 2
+
+
+def test_a_recording_keeps_tokens_and_masks_that_the_caller_overwrites(plain, token_ids):
+    buffer, mask = token_ids[:1].clone(), torch.ones(1, 9, dtype=torch.long)
+    with routing.record_routing(plain) as recorder, torch.no_grad():
+        plain(input_ids=buffer, attention_mask=mask)
+        buffer.copy_(token_ids[1:])
+        mask[:, :3] = 0
+        plain(input_ids=buffer, attention_mask=mask)
+    (rows,) = recorder.trace.rows(0, padding=True)
+    assert rows.token_ids.tolist() == token_ids.flatten().tolist()
+    assert rows.is_padding.tolist() == [False] * 9 + [True] * 3 + [False] * 6

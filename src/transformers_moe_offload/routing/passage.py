@@ -133,7 +133,8 @@ class Passage:
     def embed(self, module: nn.Module, args: tuple[Any, ...]) -> None:
         """Hook: tokens are being embedded. An encoder's come before its decoder's, and are routed before, too."""
         if args and isinstance(args[0], Tensor) and args[0].dim() == 2:
-            self._forward.token_ids = args[0].detach()
+            ids = args[0].detach()
+            self._forward.token_ids = ids.clone() if self.listeners else ids  # the caller may write the next ones there
 
 
 def passage_of(base: nn.Module) -> Passage:

@@ -140,7 +140,7 @@ class RoutingRecorder:
         if not calls:
             return
         mask = passage.inputs.get("attention_mask")
-        mask = mask if isinstance(mask, Tensor) else None
+        mask = mask.clone() if isinstance(mask, Tensor) else None  # the caller may use it again
         thread = threading.get_ident()
         with self._writing:
             self._buffer.add(StepRecord(calls, self._gathered.before, mask, self._domain_number(), thread))
