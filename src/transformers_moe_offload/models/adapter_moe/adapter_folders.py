@@ -43,7 +43,8 @@ class AdapterFolder:
         except (OSError, ValueError) as error:
             raise ValueError(f"{folder} is no PEFT adapter: {CONFIG_NAME} cannot be read ({error})") from error
         if not isinstance(config, dict):
-            raise ValueError(f"{folder} is no PEFT adapter: {CONFIG_NAME} holds a {type(config).__name__}")
+            holds = type(config).__name__
+            raise ValueError(f"{folder} is no PEFT adapter: {CONFIG_NAME} holds a {holds}")  # noqa: TRY004  as above
         if config.get("peft_type") != "LORA":
             raise ValueError(f"{folder} is an adapter of type {config.get('peft_type')!r}; only LORA can be mixed")
         refused = [name for name in _REFUSED if config.get(name)]
