@@ -8,6 +8,7 @@ import sys
 import pytest
 from huggingface_hub import HfApi, ModelCard
 
+from models.mixtures import mixture, write_adapter
 from transformers_moe_offload.errors import CheckpointError
 from transformers_moe_offload.hf.prebuilt.layout import INDEX_NAME
 from transformers_moe_offload.hf.prebuilt.publish import LAYOUT, check_prebuilt
@@ -80,19 +81,22 @@ print([torch.equal(model(input_ids=ids).logits, expected) for model in (second, 
 """
 
 
-def test_a_model_on_the_hub_is_quantized_pushed_and_loaded_by_its_id(hub, source, tmp_path):
-    environment = os.environ | {
+def environment(hub, tmp_path) -> dict[str, str]:
+    return os.environ | {
         "HF_ENDPOINT": hub.endpoint,
         "HF_HOME": str(tmp_path / "home"),
         "HF_TOKEN": TOKEN,
         "HF_HUB_DISABLE_XET": "1",
         "OMP_NUM_THREADS": "1",
     }
+
+
+def test_a_model_on_the_hub_is_quantized_pushed_and_loaded_by_its_id(hub, source, tmp_path):
     hub.repos["somebody/plain"] = Repo(is_private=False)
     revision = hub.repos["somebody/plain"].add_commit("main", contents(source))
     folder = tmp_path / "folder"
     arguments = [sys.executable, "-c", ROUND_TRIP, "somebody/plain", str(folder), REPO]
-    result = subprocess.run(arguments, env=environment, capture_output=True, text=True, timeout=200)
+    result = subprocess.run(arguments, env=environment(hub, tmp_path), capture_output=True, text=True, timeout=200)
     assert result.stdout.splitlines() == [f"pushed to {hub.endpoint}/{REPO}", "[True, True]"], result.stderr
     assert uploaded(hub) == contents(folder)
     assert hub.repos[REPO].is_private
@@ -100,6 +104,31 @@ def test_a_model_on_the_hub_is_quantized_pushed_and_loaded_by_its_id(hub, source
     weights = {name for name in contents(folder) if name.endswith(".safetensors")}
     assert all(hub.files("somebody/again")[name] == hub.files(REPO)[name] for name in weights)
     assert ModelCard(hub.files(REPO)["README.md"].decode()).data.base_model == "somebody/plain"
+
+
+PUSH_OF_A_MIXTURE = """
+import sys
+import torch
+from transformers_moe_offload.models.adapter_moe import AdapterMoeForCausalLM
+
+folder, target = sys.argv[1:]
+ids = torch.arange(12)[None]
+model = AdapterMoeForCausalLM.from_pretrained(folder)
+model.push_to_hub("somebody/pushed")
+model.save_pretrained(target, push_to_hub=True, repo_id="somebody/saved")
+names = ("somebody/pushed", "somebody/saved", target)
+others = [AdapterMoeForCausalLM.from_pretrained(name) for name in names]
+print([torch.equal(other(input_ids=ids).logits, model(input_ids=ids).logits) for other in others])
+"""
+
+
+def test_a_mixture_of_adapters_comes_back_from_the_hub_with_its_adapters(hub, tmp_path):
+    mixture([write_adapter(tmp_path / name, seed) for seed, name in enumerate("ab")], rank=4).save_pretrained(
+        tmp_path / "mixture"
+    )
+    arguments = [sys.executable, "-c", PUSH_OF_A_MIXTURE, str(tmp_path / "mixture"), str(tmp_path / "target")]
+    result = subprocess.run(arguments, env=environment(hub, tmp_path), capture_output=True, text=True, timeout=200)
+    assert result.stdout.splitlines() == ["[True, True, True]"], result.stderr
 
 
 def test_everything_but_the_index_is_there_before_the_index(hub, api, quantized):

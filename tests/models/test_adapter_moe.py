@@ -22,6 +22,7 @@ from models.mixtures import (
     write_adapter,
 )
 from transformers_moe_offload.models.adapter_moe import AdapterMoeConfig, AdapterMoeForCausalLM
+from transformers_moe_offload.models.adapter_moe.adapter_folders import AdapterFolder
 
 
 @pytest.mark.parametrize("router_per", ["ffn", "linear", "model"])
@@ -161,6 +162,8 @@ def test_a_config_that_cannot_be_is_refused(options, message):
     [
         ({"use_dora": True}, "use_dora=True, which cannot be mixed"),
         ({"bias": "lora_only"}, "bias='lora_only', which cannot be mixed"),
+        ({"init_lora_weights": "pissa"}, "init_lora_weights='pissa', which cannot be mixed"),
+        ({"init_lora_weights": "olora"}, "init_lora_weights='olora', which cannot be mixed"),
         ({"modules_to_save": ["lm_head"]}, r"modules_to_save=\['lm_head'\], which cannot be mixed"),
         ({"rank": 16}, "has rank 16 at .* but the config says rank=8 at most"),
         ({"targets": ["k_proj"]}, "adds to model.layers.0.self_attn.k_proj, .* add 'k_proj' to the config's"),
@@ -182,3 +185,9 @@ def test_a_folder_that_lost_an_adapter_is_refused(adapters, tmp_path):
     (tmp_path / "adapters" / "narrow" / "adapter_model.safetensors").unlink()
     with pytest.raises(ValueError, match=r"narrow has no adapter_model\.safetensors"):
         load(tmp_path)
+
+
+def test_a_config_that_is_no_object_is_refused_by_the_name_of_its_folder(tmp_path):
+    (tmp_path / "adapter_config.json").write_text("[]")
+    with pytest.raises(ValueError, match=r"is no PEFT adapter: adapter_config\.json holds a list"):
+        AdapterFolder.open(tmp_path)

@@ -2,6 +2,8 @@
 
 import copy
 import json
+import sys
+import threading
 
 import numpy as np
 import pytest
@@ -265,6 +267,9 @@ def test_a_folder_with_a_trace_is_not_overwritten(plain, token_ids, tmp_path):
         (lambda folder: (folder / "trace.json").write_text("[]"), "is not of format 1"),
         (lambda folder: (folder / "part-00000.safetensors").write_bytes(b"\0" * 9), "cannot read"),
         (lambda folder: edit(folder, "parts", ["../x"]), "a part lies outside the folder"),
+        (lambda folder: edit(folder, "parts", None), "does not say what it must: parts=None"),
+        (lambda folder: edit(folder, "parts", [1]), r"does not say what it must: parts=\[1\]"),
+        (lambda folder: edit(folder, "num_steps", "x"), "does not say what it must: num_steps='x'"),
         (lambda folder: edit(folder, "routers", [{}]), "does not say what it must"),
         (lambda folder: edit(folder, "routers", []), "a call is of router 3, and there are 0"),
     ],
@@ -319,3 +324,65 @@ class Own(routing.RoutingStrategy):
 
     def choose(self, call):
         return None
+
+
+def test_threads_that_share_a_model_lose_no_token_and_each_reads_its_own_texts(plain, token_ids):
+    texts = [
+        torch.randint(0, 96, (1, 3 + number), generator=torch.Generator().manual_seed(number)) for number in range(3)
+    ]
+    rounds = 5
+
+    def run(text):
+        for _ in range(rounds):
+            with torch.no_grad():
+                cache = plain(input_ids=text[:, :-1], use_cache=True).past_key_values
+                plain(input_ids=text[:, -1:], past_key_values=cache)
+
+    switch_interval = sys.getswitchinterval()
+    sys.setswitchinterval(1e-6)
+    try:
+        with routing.record_routing(plain, buffer_size=4096) as recorder:
+            threads = [threading.Thread(target=run, args=(text,)) for text in texts]
+            for thread in threads:
+                thread.start()
+            for thread in threads:
+                thread.join()
+    finally:
+        sys.setswitchinterval(switch_interval)
+    trace = recorder.trace
+    assert (trace.num_tokens, trace.num_steps) == (
+        rounds * sum(text.numel() for text in texts),
+        2 * rounds * len(texts),
+    )
+    for router in range(len(trace.routers)):
+        parts = list(trace.rows(router))
+        found: dict[int, list[int]] = {}
+        for token, sequence in zip(
+            np.concatenate([part.token_ids for part in parts]),
+            np.concatenate([part.sequence for part in parts]),
+            strict=True,
+        ):
+            found.setdefault(int(sequence), []).append(int(token))
+        assert sorted(found.values()) == sorted(text[0].tolist() for text in texts for _ in range(rounds))
+
+
+def test_experts_of_padding_lead_to_none_of_the_next_router(plain, token_ids):
+    mask = torch.ones_like(token_ids)
+    mask[0, :4] = 0
+    with routing.record_routing(plain) as recorder, torch.no_grad():
+        plain(input_ids=token_ids, attention_mask=mask)
+    statistics = recorder.trace.statistics(0)
+    assert statistics.num_tokens == 14
+    assert statistics.next_layer.sum() == 14 * 2 * 2
+
+
+def test_a_recording_keeps_tokens_and_masks_that_the_caller_overwrites(plain, token_ids):
+    buffer, mask = token_ids[:1].clone(), torch.ones(1, 9, dtype=torch.long)
+    with routing.record_routing(plain) as recorder, torch.no_grad():
+        plain(input_ids=buffer, attention_mask=mask)
+        buffer.copy_(token_ids[1:])
+        mask[:, :3] = 0
+        plain(input_ids=buffer, attention_mask=mask)
+    (rows,) = recorder.trace.rows(0, padding=True)
+    assert rows.token_ids.tolist() == token_ids.flatten().tolist()
+    assert rows.is_padding.tolist() == [False] * 9 + [True] * 3 + [False] * 6

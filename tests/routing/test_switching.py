@@ -214,8 +214,9 @@ def test_ctrl_c_within_a_router_leaves_nothing_behind(plain, token_ids):
     assert torch.equal(logits(plain, token_ids), expected)
 
 
-def test_threads_that_share_a_model_each_follow_its_strategy(plain, token_ids):
-    routing.set_routing(plain, "top_k", k=1)
+@pytest.mark.parametrize(("strategy", "options"), [("top_k", {"k": 1}), ("hash", {})])
+def test_threads_that_share_a_model_each_follow_its_strategy(strategy, options, plain, token_ids):
+    routing.set_routing(plain, strategy, **options)
     texts = [token_ids[:, : 3 + number] for number in range(4)]
     expected, right = [logits(plain, text) for text in texts], []
 

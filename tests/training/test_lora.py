@@ -6,7 +6,7 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
-from transformers_moe_offload import ConfigError, HqqFormat, OffloadConfig, UnsupportedModelError
+from transformers_moe_offload import ConfigError, HqqFormat, MoeOffloadError, OffloadConfig, UnsupportedModelError
 from zoo.build import build, inputs, output_tensor, save
 
 EXPERTS = ["experts.gate_up_proj", "experts.down_proj"]
@@ -230,3 +230,14 @@ def test_a_model_with_adapters_changes_dtype_with_them(tmp_path):
     expected, got = (logits(model, "qwen3_moe") for model in models)
     assert got.dtype == torch.bfloat16
     assert torch.equal(got, expected)
+
+
+def test_an_adapter_that_a_closed_model_refuses_leaves_no_parameters_behind(tmp_path):
+    _, model = pair("qwen3_moe", tmp_path)
+    before = {name: list(vars(module)) for name, module in model.named_modules()}
+    parameters = [name for name, _ in model.named_parameters()]
+    model.moe_offload.close()
+    with pytest.raises(MoeOffloadError, match="was closed"):
+        adapted(model)
+    assert {name: list(vars(module)) for name, module in model.named_modules()} == before
+    assert [name for name, _ in model.named_parameters()] == parameters

@@ -259,6 +259,63 @@ def test_router_losses_have_the_same_gradients_with_gradient_checkpointing(check
     torch.testing.assert_close(*gradients)
 
 
+@pytest.mark.parametrize("side", ["left", "right"])
+def test_router_losses_do_not_count_padding(side, checkpoint, token_ids):
+    model = loaded(checkpoint).train()
+    extra = training.RouterRegulariser(model, balance=0.5, z=0.1)
+    model(input_ids=token_ids, labels=token_ids)
+    alone = extra.last
+    padding, real = torch.zeros(2, 6, dtype=torch.long), torch.ones_like(token_ids)
+    padded = (lambda pad, x: torch.cat([pad, x], 1)) if side == "left" else (lambda pad, x: torch.cat([x, pad], 1))
+    positions = padded(padding, torch.arange(9).expand(2, -1))
+    model(
+        input_ids=padded(padding, token_ids),
+        attention_mask=padded(padding, real),
+        position_ids=positions,
+        labels=padded(padding - 100, token_ids),
+    )
+    assert extra.last == pytest.approx(alone, rel=1e-4)
+
+
+def test_a_batch_of_nothing_but_padding_adds_no_router_loss(checkpoint, token_ids):
+    model = loaded(checkpoint).train()
+    inputs = {"input_ids": token_ids, "labels": token_ids, "attention_mask": torch.zeros_like(token_ids)}
+    expected = model(**inputs).loss.item()
+    training.RouterRegulariser(model, balance=0.5)
+    assert model(**inputs).loss.item() == expected
+
+
+@pytest.mark.parametrize("steps", [1, 4])
+def test_router_losses_weigh_as_much_however_many_forwards_make_a_step(steps, checkpoint, token_ids, tmp_path):
+    model = with_routers(loaded(checkpoint)).train()
+    texts = [{"input_ids": ids, "labels": ids} for ids in token_ids.repeat(2, 1)]
+    args = TrainingArguments(
+        tmp_path,
+        max_steps=1,
+        per_device_train_batch_size=4 // steps,
+        gradient_accumulation_steps=steps,
+        logging_steps=1,
+        report_to="none",
+        save_strategy="no",
+        use_cpu=True,
+    )
+    trainer = Trainer(model, args, train_dataset=texts)
+    with torch.no_grad():
+        plain = model(input_ids=token_ids, labels=token_ids).loss.item()
+    extra = training.RouterRegulariser(model, z=1.0)
+    trainer.train()
+    assert trainer.state.log_history[0]["loss"] == pytest.approx(plain + extra.last["z"], rel=0.05)
+
+
+def test_a_forward_that_fails_leaves_nothing_of_router_losses_behind(checkpoint, token_ids):
+    model = with_routers(loaded(checkpoint)).train()
+    training.RouterRegulariser(model, balance=0.5)
+    expected = model(input_ids=token_ids, labels=token_ids).loss.item()
+    with pytest.raises(ValueError, match="batch_size"):
+        model(input_ids=token_ids, labels=token_ids[:1, :4])
+    assert copy.deepcopy(model)(input_ids=token_ids, labels=token_ids).loss.item() == expected
+
+
 @pytest.mark.parametrize("is_reentrant", [True, False])
 def test_a_forward_that_router_losses_would_have_no_effect_on_is_refused(is_reentrant, checkpoint, token_ids):
     model = with_routers(loaded(checkpoint)).train()

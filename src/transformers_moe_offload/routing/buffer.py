@@ -43,6 +43,8 @@ class StepRecord(NamedTuple):
     mask: Tensor | None
     """The attention mask, (B, tokens so far)."""
     domain: int
+    thread: int
+    """In which it ran: texts that are read on are those that the thread read before."""
 
 
 class RoutingBuffer:
@@ -55,6 +57,8 @@ class RoutingBuffer:
         self._num_routers = num_routers
         self._scores = scores
         self._num_sequences = 0
+        self._read_in: dict[int, int] = {}
+        """By thread, the end of the sequences that it read last."""
         self._waiting: list[StepRecord] = []
         self._waiting_rows = self._waiting_bytes = 0
         self._clear()
@@ -130,12 +134,14 @@ class RoutingBuffer:
 
     def _add_tokens(self, ids: Tensor, step: StepRecord) -> None:
         batch, length = ids.shape
-        if step.before == 0 or self._num_sequences < batch:
+        if step.before == 0 or self._read_in.get(step.thread, 0) < batch:
             self._num_sequences += batch
+            self._read_in[step.thread] = self._num_sequences
+        end = self._read_in[step.thread]
         mask, padding = step.mask, np.zeros((batch, length), np.uint8)
         if mask is not None and mask.dim() == 2 and mask.shape[0] == batch and mask.shape[1] >= length:
             padding = (mask[:, -length:] == 0).cpu().numpy().astype(np.uint8)
-        sequences = np.arange(self._num_sequences - batch, self._num_sequences, dtype=np.int32)
+        sequences = np.arange(end - batch, end, dtype=np.int32)
         positions = np.arange(step.before, step.before + length, dtype=np.int32)
         found: dict[str, NDArray[Any]] = {
             "token_ids": ids.reshape(-1).cpu().numpy().astype(np.int32),

@@ -29,28 +29,36 @@ class Listener(Protocol):
         """It is over; not called for one that failed."""
 
 
+class _Forward:
+    """One forward, or the time before the first."""
+
+    def __init__(self, number: int = -1) -> None:
+        self.number = number
+        self.is_running = False
+        self.token_ids: Tensor | None = None
+        self.num_before = 0
+        self.inputs: dict[str, Any] = {}
+
+
 class _Running(threading.local):
-    """The models that run in a thread, the outermost first, by identity."""
+    """What runs in a thread, or ran last in it."""
 
     def __init__(self) -> None:
         self.modules: list[int] = []
+        """The models, the outermost first, by identity."""
+        self.forward: _Forward | None = None
 
 
 class Passage:
-    """Counts the forwards of a model and keeps the token ids of the one that runs."""
+    """Counts the forwards of a model and keeps the token ids of the one that runs: in each thread, its own."""
 
     def __init__(self, base: nn.Module) -> None:
         self._base = weakref.ref(base)
-        self.forward = -1
-        """The number of the forward that runs, or ran last."""
-        self.is_running = False
-        self.token_ids: Tensor | None = None
-        """(B, S) int64: what was embedded last; None where a forward was given something else than tokens."""
-        self.num_before = 0
-        """Tokens of the same texts that earlier forwards have read."""
-        self.inputs: dict[str, Any] = {}
-        """The keyword arguments of the forward that runs."""
+        self.num_forwards = 0
+        """Forwards of all threads so far, the ones that run included."""
         self.listeners: list[Listener] = []
+        self._counting = threading.Lock()
+        self._latest = _Forward()
         self._running = _Running()
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Passage:
@@ -58,8 +66,39 @@ class Passage:
         if twin is None:  # a part of the model is copied, as PEFT does, and stays within it
             return self
         copied = memo[id(self)] = Passage(twin)
-        copied.forward = self.forward
+        copied.num_forwards = self.num_forwards
+        copied._latest = _Forward(self.forward)
         return copied
+
+    @property
+    def forward(self) -> int:
+        """The number of the forward that runs, or ran last."""
+        return self._forward.number
+
+    @property
+    def is_running(self) -> bool:
+        """Whether a forward runs in this thread."""
+        return self._running.forward is not None and self._running.forward.is_running
+
+    @property
+    def token_ids(self) -> Tensor | None:
+        """(B, S) int64: what was embedded last; None where a forward was given something else than tokens."""
+        return self._forward.token_ids
+
+    @property
+    def num_before(self) -> int:
+        """Tokens of the same texts that earlier forwards have read."""
+        return self._forward.num_before
+
+    @property
+    def inputs(self) -> dict[str, Any]:
+        """The keyword arguments of the forward that runs."""
+        return self._forward.inputs
+
+    @property
+    def _forward(self) -> _Forward:
+        """This thread's; the latest of all for a thread that has none, as autograd's that compute layers again."""
+        return self._running.forward or self._latest
 
     def begin(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """Hook: the model, or a model within it, starts a forward."""
@@ -69,11 +108,13 @@ class Passage:
         running.append(id(module))
         if len(running) > 1:
             return
-        self.forward += 1
-        self.is_running = True
-        self.inputs, self.token_ids = kwargs, None
+        with self._counting:
+            forward = _Forward(self.num_forwards)
+            self.num_forwards += 1
         cache = kwargs.get("past_key_values")
-        self.num_before = int(cache.get_seq_length()) if cache is not None else 0
+        forward.inputs, forward.is_running = kwargs, True
+        forward.num_before = int(cache.get_seq_length()) if cache is not None else 0
+        self._running.forward = self._latest = forward
         for listener in self.listeners:
             listener.begin(self)
 
@@ -87,12 +128,13 @@ class Passage:
         if output is not None:
             for listener in self.listeners:
                 listener.end(self)
-        self.inputs, self.is_running = {}, False
+        self._forward.inputs, self._forward.is_running = {}, False
 
     def embed(self, module: nn.Module, args: tuple[Any, ...]) -> None:
         """Hook: tokens are being embedded. An encoder's come before its decoder's, and are routed before, too."""
         if args and isinstance(args[0], Tensor) and args[0].dim() == 2:
-            self.token_ids = args[0].detach()
+            ids = args[0].detach()
+            self._forward.token_ids = ids.clone() if self.listeners else ids  # the caller may write the next ones there
 
 
 def passage_of(base: nn.Module) -> Passage:

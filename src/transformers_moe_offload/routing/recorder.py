@@ -7,6 +7,7 @@ in memory. What that trace can tell is `trace.py`'s business.
 from __future__ import annotations
 
 import os
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
@@ -62,6 +63,14 @@ def record_routing(
         recorder.stop()
 
 
+class _Gathered(threading.local):
+    """What the forward that runs in a thread has decided so far; None where nothing is being recorded."""
+
+    def __init__(self) -> None:
+        self.calls: list[CallRecord] | None = None
+        self.before = 0
+
+
 class RoutingRecorder:
     """What `record_routing` gives: set `domain` as you go along, and take `trace` in the end."""
 
@@ -93,8 +102,8 @@ class RoutingRecorder:
         self._buffer = RoutingBuffer(len(self._sites), self._scores)
         self._parts: list[Part] = []
         self._passage: Passage | None = None
-        self._calls: list[CallRecord] = []
-        self._before = 0
+        self._gathered = _Gathered()
+        self._writing = threading.Lock()
 
     @property
     def trace(self) -> RoutingTrace:
@@ -113,34 +122,39 @@ class RoutingRecorder:
             self._passage.listeners.remove(self)
             self._passage = None
         stop_observing(self._model, self._observe)
-        self._flush()
-        if self._folder is not None:
-            self._index.write(self._folder)
+        with self._writing:
+            self._flush()
+            if self._folder is not None:
+                self._index.write(self._folder)
 
     # What a passage and seams call.
 
     def begin(self, passage: Passage) -> None:
         """A forward starts."""
-        self._before = passage.num_before  # the cache grows while it runs
-        self._calls = []
+        self._gathered.before = passage.num_before  # the cache grows while it runs
+        self._gathered.calls = []
 
     def end(self, passage: Passage) -> None:
         """It is over, so that its decisions count."""
-        if self._calls:
-            mask = passage.inputs.get("attention_mask")
-            mask = mask if isinstance(mask, Tensor) else None
-            self._buffer.add(StepRecord(self._calls, self._before, mask, self._domain_number()))
+        calls, self._gathered.calls = self._gathered.calls, None
+        if not calls:
+            return
+        mask = passage.inputs.get("attention_mask")
+        mask = mask.clone() if isinstance(mask, Tensor) else None  # the caller may use it again
+        thread = threading.get_ident()
+        with self._writing:
+            self._buffer.add(StepRecord(calls, self._gathered.before, mask, self._domain_number(), thread))
             if self._buffer.nbytes >= self._buffer_bytes:
                 self._flush()
 
     def _observe(self, router: int, decision: Decision) -> None:
-        assert self._passage is not None
+        passage, calls = self._passage, self._gathered.calls
+        if passage is None or calls is None:  # another thread was in a forward when the recording began or ended
+            return
         place = self._place[router]
-        if decision.has_affinities != self._index.routers[place].has_affinities:
-            self._index.routers[place] = replace(self._index.routers[place], has_affinities=decision.has_affinities)
-        if decision.scores.shape[1] != self._index.routers[place].num_experts:
-            self._index.routers[place] = replace(self._index.routers[place], num_experts=decision.scores.shape[1])
-        self._calls.append(
+        with self._writing:
+            self._note_form(place, decision)
+        calls.append(
             CallRecord(
                 place,
                 decision.scores if self._scores is not None else None,
@@ -148,9 +162,16 @@ class RoutingRecorder:
                 decision.weights.clone(),  # a block may scale them in place
                 decision.is_kept,
                 decision.hidden.clone() if self._keeps_hidden else None,
-                self._passage.token_ids,
+                passage.token_ids,
             )
         )
+
+    def _note_form(self, place: int, decision: Decision) -> None:
+        facts = self._index.routers[place]
+        if decision.has_affinities != facts.has_affinities or decision.scores.shape[1] != facts.num_experts:
+            self._index.routers[place] = replace(
+                facts, has_affinities=decision.has_affinities, num_experts=decision.scores.shape[1]
+            )
 
     def _domain_number(self) -> int:
         if self.domain is None:

@@ -92,7 +92,7 @@ class Seam:
     def follow(self, strategy: RoutingStrategy | None) -> None:
         """Choose by a strategy from the next forward on; None lets the router choose."""
         self.strategy = strategy
-        self._first_forward = self._passage.forward + 1
+        self._first_forward = self._passage.num_forwards
 
     def break_off(self) -> None:
         """Stop watching what this thread never saw the end of: no hook is called when Ctrl-C ends a forward."""

@@ -176,9 +176,11 @@ def _to_next_token(
 
 
 def _to_next_layer(part: Part, router: int, following: int, num_experts: int, columns: int) -> NDArray[np.int64]:
-    """Pairs of experts of the same tokens at two routers; tokens that only one of them saw are left out."""
+    """Pairs of experts of the same tokens at two routers; padding and tokens that only one saw are left out."""
     here, there = tokens_of(part, router), tokens_of(part, following)
     both, first, second = np.intersect1d(here[here >= 0], there[there >= 0], return_indices=True)
+    is_text = part["is_padding"][both] == 0
+    both, first, second = both[is_text], first[is_text], second[is_text]
     if not len(both):
         return np.zeros((num_experts, columns), np.int64)
     one = measures.chosen_mask(part[f"experts.{router}"][here >= 0][first], num_experts)

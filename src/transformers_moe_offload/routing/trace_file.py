@@ -97,6 +97,13 @@ class TraceIndex:
             index = cls(routers=routers, **found)
         except (TypeError, KeyError, AttributeError) as error:
             raise TraceError(f"{folder} is not a routing trace: {INDEX} does not say what it must: {error}") from error
+        for name in ("parts", "domains"):
+            texts = getattr(index, name)
+            if not isinstance(texts, list) or not all(isinstance(one, str) for one in texts):
+                _refuse(folder, f"{INDEX} does not say what it must: {name}={texts!r}")
+        for name in ("num_steps", "num_tokens"):
+            if not isinstance(getattr(index, name), int):
+                _refuse(folder, f"{INDEX} does not say what it must: {name}={getattr(index, name)!r}")
         if any(Path(name).name != name for name in index.parts):
             _refuse(folder, "a part lies outside the folder")
         return index

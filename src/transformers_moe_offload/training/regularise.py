@@ -6,9 +6,12 @@
 - jitter: what enters a router is multiplied by numbers between 1 - jitter and 1 + jitter (Switch Transformers,
   section 2.2 and appendix; `router_jitter_noise` in Transformers).
 - dropout: of what enters a router.
+
+Both losses are means over the tokens that the attention mask keeps, as Transformers' own balance loss is
+(`load_balancing_loss_func` in `models/mixtral/modeling_mixtral.py`, 5.23).
 """
 
-# T tokens, K experts per token, E experts
+# B sequences, S their length, T tokens, K experts per token, E experts
 
 from __future__ import annotations
 
@@ -26,6 +29,11 @@ from transformers_moe_offload.training.routing import RouterWatch
 
 class RouterRegulariser:
     """Adds to `output.loss` of a model that is being trained, until `remove`.
+
+    Padding does not count where the forward is given `attention_mask` (B, S) by name, but for models with an encoder
+    and a decoder, whose tokens have two masks. A forward that is given `num_items_in_batch`, as Trainer does for all
+    forwards of a step, adds the share that its labels are of them: so what is added in a step is a mean over its
+    forwards, however many there are.
 
     A forward with gradients whose loss it cannot add to, or not to any effect, raises `ConfigError`.
     """
@@ -45,11 +53,15 @@ class RouterRegulariser:
         self._logits: list[Tensor] = []
         """Of the forward that runs. What is computed again for gradients comes after it and is not among them."""
         self._is_running = False
+        self._has_encoder = bool(getattr(model.config, "is_encoder_decoder", False))
         path = experts_paths(model)[0]
         self._top_k = experts_per_token(model, path.replace(".base_layer", "")) or 1
         # Methods of this object, so that a copy of the model comes with a copy of it.
         self._watch = RouterWatch(model, self._scored)
-        self._handles = [model.register_forward_pre_hook(self._begin), model.register_forward_hook(self._add)]
+        self._handles = [
+            model.register_forward_pre_hook(self._begin),
+            model.register_forward_hook(self._add, with_kwargs=True, always_call=True),
+        ]
         if jitter or dropout:
             routers = [model.get_submodule(router) for router in router_paths(model)]
             self._handles += [router.register_forward_pre_hook(self._disturb) for router in routers]
@@ -75,19 +87,23 @@ class RouterRegulariser:
         if self._is_running:
             self._logits.append(logits)
 
-    def _add(self, model: nn.Module, args: Any, output: Any) -> None:
+    def _add(self, model: nn.Module, args: Any, kwargs: dict[str, Any], output: Any) -> None:
         logits, self._logits, self._is_running = self._logits, [], False
-        if not model.training or not logits:
+        if not model.training or not logits or output is None:  # None where the forward failed
             return
         if torch.is_grad_enabled() and (self.balance or self.z):
             _expect_effect(logits, output)
         if getattr(output, "loss", None) is None:
             return
+        mask = None if self._has_encoder else kwargs.get("attention_mask")
+        logits = [one for one in (without_padding(one, mask) for one in logits) if len(one)]
+        if not logits:
+            return
         balance = torch.stack([balance_loss(one, self._top_k) for one in logits]).mean()
         z = torch.stack([z_loss(one) for one in logits]).mean()
         self.last = {"balance": balance.item(), "z": z.item()}
-        added = self.balance * balance + self.z * z
-        output.loss = output.loss + added.to(output.loss.device)
+        added = (self.balance * balance + self.z * z).to(output.loss.device)
+        output.loss = output.loss + added * share_of_step(kwargs, is_shifted=not self._has_encoder).to(added.device)
 
 
 def _expect_effect(logits: list[Tensor], output: Any) -> None:
@@ -102,6 +118,28 @@ def _expect_effect(logits: list[Tensor], output: Any) -> None:
             "what the routers score has no gradient, so balance and z would change nothing; train the routers or what "
             "comes before them, and checkpoint with activation_checkpointing_kwargs={'use_reentrant': False}"
         )
+
+
+def without_padding(logits: Tensor, attention_mask: Any) -> Tensor:
+    """The rows that a mask (B, S) keeps: logits (T, E); all of them where the rows are not the mask's tokens."""
+    if not isinstance(attention_mask, Tensor) or attention_mask.dim() != 2 or attention_mask.numel() != len(logits):
+        return logits
+    return logits[attention_mask.flatten().to(logits.device) != 0]
+
+
+def share_of_step(kwargs: dict[str, Any], *, is_shifted: bool = True) -> Tensor:
+    """What share of a step's labels a forward has: (), 1 where it is not told how many there are.
+
+    Trainer divides a loss by the number of forwards in a step only where the model has not divided it by
+    `num_items_in_batch` (`Trainer.training_step`, 5.23).
+    """
+    num_items, labels = kwargs.get("num_items_in_batch"), kwargs.get("shift_labels")
+    if labels is None and isinstance(kwargs.get("labels"), Tensor):
+        # A decoder without an encoder predicts no first token.
+        labels = kwargs["labels"][..., 1:] if is_shifted else kwargs["labels"]
+    if num_items is None or labels is None:
+        return torch.ones(())
+    return (labels != -100).sum() / torch.as_tensor(num_items, device=labels.device).flatten()[0]
 
 
 def balance_loss(logits: Tensor, top_k: int) -> Tensor:

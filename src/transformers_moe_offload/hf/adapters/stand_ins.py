@@ -39,12 +39,13 @@ def stand_in(layer: SparseLayer, field: ExpertField) -> nn.Parameter:
 def stand_ins(model: Any) -> Iterator[None]:
     """While this is open, offloaded experts have parameters to be looked at."""
     hidden = []
-    for module in offloaded_layers(model).values():
-        layer = layer_of(module)
-        for field in filter(is_adaptable, layer.fields):
-            hidden.append((module, field.name, vars(module).pop(field.name)))
-            module._parameters[field.name] = stand_in(layer, field)
     try:
+        for module in offloaded_layers(model).values():
+            layer = layer_of(module)
+            for field in filter(is_adaptable, layer.fields):
+                parameter = stand_in(layer, field)  # raises where the model was closed
+                hidden.append((module, field.name, vars(module).pop(field.name)))
+                module._parameters[field.name] = parameter
         yield
     finally:
         for module, name, placeholder in hidden:

@@ -23,6 +23,10 @@ _KEY = "base_model.model.{path}.lora_{matrix}.weight"
 _REFUSED = ("use_dora", "lora_bias", "use_qalora", "use_bdlora", "alora_invocation_tokens", "trainable_token_indices")
 """Options of PEFT's LoRA that make an adapter more than two matrices a layer."""
 
+_REPLACED = ("pissa", "corda", "olora", "loftq", "lora_ga")
+"""Beginnings of `init_lora_weights` that take something out of the dense weights before training
+(`peft/tuners/lora/layer.py`, 0.21): the adapter only fits what was left of them. PEFT's conversion writes True."""
+
 
 @dataclass(frozen=True)
 class AdapterFolder:
@@ -38,6 +42,9 @@ class AdapterFolder:
             config = json.loads((folder / CONFIG_NAME).read_text(encoding="utf-8"))
         except (OSError, ValueError) as error:
             raise ValueError(f"{folder} is no PEFT adapter: {CONFIG_NAME} cannot be read ({error})") from error
+        if not isinstance(config, dict):
+            holds = type(config).__name__
+            raise ValueError(f"{folder} is no PEFT adapter: {CONFIG_NAME} holds a {holds}")  # noqa: TRY004  as above
         if config.get("peft_type") != "LORA":
             raise ValueError(f"{folder} is an adapter of type {config.get('peft_type')!r}; only LORA can be mixed")
         refused = [name for name in _REFUSED if config.get(name)]
@@ -45,6 +52,8 @@ class AdapterFolder:
             refused.append("bias")
         if config.get("modules_to_save"):
             refused.append("modules_to_save")
+        if str(config.get("init_lora_weights")).lower().startswith(_REPLACED):
+            refused.append("init_lora_weights")
         if refused:
             raise ValueError(f"{folder} uses {refused[0]}={config[refused[0]]!r}, which cannot be mixed")
         if not (folder / WEIGHTS_NAME).is_file():

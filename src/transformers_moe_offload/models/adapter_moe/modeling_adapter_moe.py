@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from huggingface_hub import snapshot_download
+from huggingface_hub import HfApi, snapshot_download
 from safetensors.torch import save_file
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, GenerationMixin, PreTrainedConfig, PreTrainedModel
@@ -22,6 +22,7 @@ from .adapter_folders import CONFIG_NAME, FOLDER, WEIGHTS_NAME, AdapterFolder, k
 from .configuration_adapter_moe import AdapterMoeConfig
 from .routed_layers import AdapterRouter, LoraExperts, RoutedLinear, add_adapters, choosing
 
+_PUSH_OPTIONS = ("repo_id", "commit_message", "create_pr", "private", "token")
 _HUB_OPTIONS = ("cache_dir", "force_download", "local_files_only", "revision", "token")
 
 
@@ -132,7 +133,9 @@ class AdapterMoeForCausalLM(PreTrainedModel, GenerationMixin):
                 _fill(linear.experts, folders)
 
     def save_pretrained(self, save_directory: str | os.PathLike[str], *args: Any, **kwargs: Any) -> None:
-        """As every model's; each adapter becomes a PEFT folder."""
+        """As every model's; each adapter becomes a PEFT folder. What is pushed to the Hub is saved once more for it."""
+        is_pushed = kwargs.pop("push_to_hub", False)
+        hub = {name: kwargs.pop(name) for name in _PUSH_OPTIONS if is_pushed and name in kwargs}
         state = kwargs.pop("state_dict", None)
         state = self.state_dict() if state is None else state
         dense = {name: value for name, value in state.items() if ".experts.lora_" not in name}
@@ -140,6 +143,27 @@ class AdapterMoeForCausalLM(PreTrainedModel, GenerationMixin):
         if kwargs.get("is_main_process", True):
             for number, name in enumerate(self.config.adapters):
                 self._save_adapter(Path(save_directory) / FOLDER / name, number, state)
+            if is_pushed:
+                self.push_to_hub(**{"repo_id": Path(save_directory).name} | hub)
+
+    def _upload_modified_files(
+        self,
+        working_dir: str | os.PathLike[str],
+        repo_id: str,
+        files_timestamps: Mapping[str, float],
+        commit_message: str | None = None,
+        revision: str | None = None,
+        token: bool | str | None = None,
+        **kwargs: Any,
+    ) -> Any:
+        """All of a folder: Transformers' own (5.23) cannot upload folders within folders, as the adapters' are."""
+        api = HfApi(token=token)
+        if revision is not None and not revision.startswith("refs/pr"):
+            api.create_branch(repo_id, branch=revision, exist_ok=True)
+        message = commit_message or "Upload model"
+        return api.upload_folder(
+            repo_id=repo_id, folder_path=Path(working_dir), commit_message=message, revision=revision, **kwargs
+        )
 
     def _save_adapter(self, target: Path, number: int, state: Mapping[str, Tensor]) -> None:
         """Write an adapter that is in memory, or copy one that is not."""
