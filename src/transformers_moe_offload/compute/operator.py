@@ -34,10 +34,9 @@ def key_for(operand: Operand) -> str:
     return key
 
 
-def is_wanted(*, device: torch.device) -> bool:
-    """Whether something is being compiled that can have the operator, which knows no gradients and no autocast."""
-    is_compiling = torch.compiler.is_compiling()
-    return is_compiling and not torch.is_grad_enabled() and not torch.is_autocast_enabled(device.type)
+def fits(device: torch.device) -> bool:
+    """Whether what is being compiled can have the operator, which knows no gradients and no autocast."""
+    return not torch.is_grad_enabled() and not torch.is_autocast_enabled(device.type)
 
 
 @torch.library.custom_op("transformers_moe_offload::experts", mutates_args=(), tags=(torch.Tag.cudagraph_unsafe,))

@@ -177,9 +177,12 @@ class OffloadedExperts(nn.Module):
     def forward(self, *args: Any, **kwargs: Any) -> Tensor:
         """Compute with experts from the cache, which `torch.compile` never looks into."""
         layer = layer_of(self)
-        if layer.mlp is not None and operator.is_wanted(device=layer.device):
-            return operator.experts(*layer.inputs(args, kwargs), layer.key)
-        return _computed_as_ever(self, args, kwargs)
+        inputs = layer.inputs(args, kwargs)
+        if not torch.compiler.is_compiling():
+            return layer.forward(self, inputs)
+        if layer.mlp is not None and operator.fits(layer.device):
+            return operator.experts(*inputs, layer.key)
+        return _computed_as_ever(self, inputs)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Any:
         layer_of(self).moved(fn)
@@ -187,9 +190,8 @@ class OffloadedExperts(nn.Module):
 
 
 @torch.compiler.disable(reason="a sparse layer with gradients, autocast or arithmetic of its own is not compiled")  # type: ignore[untyped-decorator]
-def _computed_as_ever(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
-    layer = layer_of(module)
-    return layer.forward(module, layer.inputs(args, kwargs))
+def _computed_as_ever(module: nn.Module, inputs: tuple[Any, ...]) -> Tensor:
+    return layer_of(module).forward(module, inputs)
 
 
 def experts_at(model: nn.Module, path: str) -> nn.Module:
