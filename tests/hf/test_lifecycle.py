@@ -4,7 +4,6 @@ import copy
 import gc
 import os
 import pickle
-import sys
 import threading
 import weakref
 
@@ -14,6 +13,7 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 from transformers.quantizers.auto import AUTO_QUANTIZATION_CONFIG_MAPPING, AUTO_QUANTIZER_MAPPING
 
 import transformers_moe_offload as tmo
+from hurried import run_at_once
 from transformers_moe_offload import CapacityError, ConfigError, MoeOffloadError, OffloadConfig
 from transformers_moe_offload.memory import available, small
 from zoo.build import build, save
@@ -118,24 +118,12 @@ def test_threads_that_find_no_cache_build_one_together(checkpoint, token_ids):
     model = load(checkpoint)
     logits(model, token_ids)
     asked = model.moe_offload.stats().asked
-    switch_interval = sys.getswitchinterval()
-    sys.setswitchinterval(1e-6)
-    try:
-        for dtype in (torch.float64, torch.float32) * 3:
-            model.to(dtype)
-            model.moe_offload.reset_stats()
-            together = threading.Barrier(4)
-            threads = [
-                threading.Thread(target=lambda start=together: (start.wait(), logits(model, token_ids)))
-                for _ in range(4)
-            ]
-            for thread in threads:
-                thread.start()
-            for thread in threads:
-                thread.join()
-            assert model.moe_offload.stats().asked == 4 * asked
-    finally:
-        sys.setswitchinterval(switch_interval)
+    for dtype in (torch.float64, torch.float32) * 3:
+        model.to(dtype)
+        model.moe_offload.reset_stats()
+        together = threading.Barrier(4)
+        run_at_once(lambda start: (start.wait(), logits(model, token_ids)), [(together,)] * 4)
+        assert model.moe_offload.stats().asked == 4 * asked
 
 
 def test_a_deleted_model_frees_its_slots_threads_and_files(checkpoint, token_ids, monkeypatch):

@@ -2,14 +2,13 @@
 
 import copy
 import json
-import sys
-import threading
 
 import numpy as np
 import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
+from hurried import run_at_once
 from transformers_moe_offload import ConfigError, OffloadConfig, cache_stats, routing
 from transformers_moe_offload.routing import RoutingTrace
 from transformers_moe_offload.routing.sites import find_sites
@@ -338,17 +337,8 @@ def test_threads_that_share_a_model_lose_no_token_and_each_reads_its_own_texts(p
                 cache = plain(input_ids=text[:, :-1], use_cache=True).past_key_values
                 plain(input_ids=text[:, -1:], past_key_values=cache)
 
-    switch_interval = sys.getswitchinterval()
-    sys.setswitchinterval(1e-6)
-    try:
-        with routing.record_routing(plain, buffer_size=4096) as recorder:
-            threads = [threading.Thread(target=run, args=(text,)) for text in texts]
-            for thread in threads:
-                thread.start()
-            for thread in threads:
-                thread.join()
-    finally:
-        sys.setswitchinterval(switch_interval)
+    with routing.record_routing(plain, buffer_size=4096) as recorder:
+        run_at_once(run, [(text,) for text in texts])
     trace = recorder.trace
     assert (trace.num_tokens, trace.num_steps) == (
         rounds * sum(text.numel() for text in texts),

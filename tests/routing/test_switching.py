@@ -1,14 +1,13 @@
 """Strategies in a model: what they compose with, and that nothing stays behind."""
 
 import copy
-import sys
-import threading
 
 import accelerate
 import peft
 import pytest
 import torch
 
+from hurried import run_at_once
 from transformers_moe_offload import ConfigError, MoeOffloadError, UnsupportedModelError, cache_stats, routing
 from transformers_moe_offload.routing.choice import Choice
 from transformers_moe_offload.routing.seam import Seam
@@ -223,16 +222,7 @@ def test_threads_that_share_a_model_each_follow_its_strategy(strategy, options, 
     def run(text, answer):
         right.extend(torch.equal(logits(plain, text), answer) for _ in range(5))
 
-    switch_interval = sys.getswitchinterval()
-    sys.setswitchinterval(1e-6)
-    try:
-        threads = [threading.Thread(target=run, args=pair) for pair in zip(texts, expected, strict=True)]
-        for thread in threads:
-            thread.start()
-        for thread in threads:
-            thread.join()
-    finally:
-        sys.setswitchinterval(switch_interval)
+    run_at_once(run, zip(texts, expected, strict=True))
     assert right == [True] * 20
 
 
