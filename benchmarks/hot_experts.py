@@ -31,6 +31,7 @@ from transformers.utils import logging
 from transformers_moe_offload import ExpertFormats, OffloadConfig
 from transformers_moe_offload.bench.conditions import conditions
 from transformers_moe_offload.bench.tables import Table, mib
+from transformers_moe_offload.hf.upstream import kv_cache_argument
 from transformers_moe_offload.tracing import Trace
 
 MIXES = (
@@ -131,9 +132,9 @@ def traced(windows: Tensor) -> Trace:
     typer.echo("tracing", err=True)
     with model.moe_offload.trace() as trace:
         for window in windows:
-            past = None
+            past: dict[str, Any] = {}
             for token in window:
-                past = model(input_ids=token.view(1, 1), past_key_values=past, use_cache=True).past_key_values
+                past = kv_cache_argument(model, model(input_ids=token.view(1, 1), use_cache=True, **past))
     model.moe_offload.close()
     return trace
 

@@ -25,7 +25,7 @@ def test_the_public_names_are_these():
 
 def test_importing_adds_little_to_importing_transformers():
     spent = run(
-        "import json, time; import transformers.modeling_utils; from transformers.quantizers import auto;"
+        "import json, time; import transformers.generation.utils; from transformers.quantizers import auto;"
         "start = time.process_time(); import transformers_moe_offload;"
         "print(json.dumps({'seconds': time.process_time() - start}))"
     )
@@ -34,14 +34,13 @@ def test_importing_adds_little_to_importing_transformers():
 
 def test_importing_touches_no_device_and_loads_no_optional_package():
     seen = run(
-        "import json, sys, torch; import transformers.modeling_utils; from transformers.quantizers import auto;"
+        "import json, sys, torch; import transformers.generation.utils; from transformers.quantizers import auto;"
         "before = set(sys.modules); import transformers_moe_offload;"
         "print(json.dumps({'cuda': torch.cuda.is_initialized(), 'added': sorted(set(sys.modules) - before)}))"
     )
     assert not seen["cuda"]
     added = {name.partition(".")[0] for name in seen["added"]}
-    # tokenizers: Transformers needs it, and imports it with its `GenerationMixin`, which a model type of ours inherits.
-    needed = {"transformers", "transformers_moe_offload", "psutil", "_psutil_linux", "numpy", "tokenizers"}
+    needed = {"transformers", "transformers_moe_offload", "psutil", "_psutil_linux", "numpy"}
     assert added <= needed | sys.stdlib_module_names
 
 

@@ -15,6 +15,7 @@ from transformers import LogitsProcessor, LogitsProcessorList
 
 from interpreted import DEVICE
 from transformers_moe_offload.hf.decode.step import COMPILED_STEPS
+from transformers_moe_offload.hf.upstream import kv_cache_argument, kv_cache_of_output
 from transformers_moe_offload.routing import record_routing
 
 from .decoding import NEW_TOKENS, SMALL, Pieces, generate, load, prompt, save, static
@@ -66,9 +67,10 @@ def test_another_generation_of_the_same_shape_goes_on_with_what_was_captured(sma
 def test_a_cache_that_is_kept_keeps_what_is_in_it(small_checkpoint):
     model = load(small_checkpoint, "graph", device=DEVICE)
     kept = model.generate(prompt().to(DEVICE), **static(max_new_tokens=4, return_dict_in_generate=True, pad_token_id=0))
-    before = [layer.keys.clone() for layer in kept.past_key_values.layers]
+    cache = kv_cache_of_output(kept)
+    before = [layer.keys.clone() for layer in cache.layers]
     generate(model, prompt(seed=1), **static(max_new_tokens=4))
-    assert all(torch.equal(layer.keys, keys) for layer, keys in zip(kept.past_key_values.layers, before, strict=True))
+    assert all(torch.equal(layer.keys, keys) for layer, keys in zip(cache.layers, before, strict=True))
 
 
 @gpu
@@ -225,9 +227,10 @@ def test_a_dynamic_cache_and_gradients_are_left_alone(small_checkpoint, caplog):
     step = step_of(model)
     ids = prompt(1, 2).to(DEVICE)
     with torch.no_grad():
-        past = model(ids, use_cache=True).past_key_values
+        past = kv_cache_argument(model, model(ids, use_cache=True))
         for _ in range(3):
-            step(input_ids=ids[:, :1], past_key_values=past, use_cache=True)
-    assert past.get_seq_length() == 5
+            step(input_ids=ids[:, :1], use_cache=True, **past)
+    (cache,) = past.values()
+    assert cache.get_seq_length() == 5
     assert step.num_captured == 0
     assert "its past is kept in a DynamicCache" in caplog.text

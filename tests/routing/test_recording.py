@@ -10,6 +10,7 @@ from transformers import AutoModelForCausalLM
 
 from hurried import run_at_once
 from transformers_moe_offload import ConfigError, OffloadConfig, cache_stats, routing
+from transformers_moe_offload.hf.upstream import kv_cache_argument
 from transformers_moe_offload.routing import RoutingTrace
 from transformers_moe_offload.routing.sites import find_sites
 from transformers_moe_offload.routing.switching import observe, stop_observing
@@ -334,8 +335,8 @@ def test_threads_that_share_a_model_lose_no_token_and_each_reads_its_own_texts(p
     def run(text):
         for _ in range(rounds):
             with torch.no_grad():
-                cache = plain(input_ids=text[:, :-1], use_cache=True).past_key_values
-                plain(input_ids=text[:, -1:], past_key_values=cache)
+                outputs = plain(input_ids=text[:, :-1], use_cache=True)
+                plain(input_ids=text[:, -1:], **kv_cache_argument(plain, outputs))
 
     with routing.record_routing(plain, buffer_size=4096) as recorder:
         run_at_once(run, [(text,) for text in texts])

@@ -19,6 +19,7 @@ from transformers_moe_offload.bench.layers import cache_of, sparse_layers
 from transformers_moe_offload.compute.forward import combine, computed
 from transformers_moe_offload.compute.routing import Grouping, group_by_expert
 from transformers_moe_offload.hf.layer import SparseLayer
+from transformers_moe_offload.hf.upstream import kv_cache_argument
 from transformers_moe_offload.memory.slots import Weights
 
 
@@ -77,8 +78,8 @@ def _caught(model: Any, prompt: Tensor) -> list[_Step]:
         hooks.append(module.register_forward_pre_hook(catch, with_kwargs=True))
     try:
         with torch.inference_mode():
-            past = model(prompt[:, :-1], use_cache=True).past_key_values
-            model(prompt[:, -1:], past_key_values=past, use_cache=True)
+            outputs = model(prompt[:, :-1], use_cache=True)
+            model(prompt[:, -1:], use_cache=True, **kv_cache_argument(model, outputs))
     finally:
         for hook in hooks:
             hook.remove()

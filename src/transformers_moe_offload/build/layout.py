@@ -15,9 +15,9 @@ from typing import Any
 import torch
 from torch import Tensor
 from transformers import AutoModelForCausalLM, PreTrainedConfig
-from transformers.core_model_loading import revert_weight_conversion
 
 from transformers_moe_offload.expert import FieldSpec
+from transformers_moe_offload.hf.upstream import dtype_plan, ignored_on_save, revert_weight_conversion, tied_weights
 from transformers_moe_offload.memory.record import dtype_name
 
 
@@ -51,7 +51,7 @@ def experts_paths(config: PreTrainedConfig) -> dict[int, str]:
 @lru_cache(maxsize=16)
 def _layout(config: str, cls: Any, dtype: torch.dtype) -> Mapping[str, FieldSpec]:
     model = on_meta(cls.from_dict(json.loads(config)), dtype)
-    wide = model._get_dtype_plan(dtype) or {}
+    wide = dtype_plan(model, dtype)
     state = {}
     for name, tensor in _saved(model).items():
         kept = next((kind for pattern, kind in wide.items() if re.search(pattern.replace("*", ".*"), name)), None)
@@ -62,5 +62,5 @@ def _layout(config: str, cls: Any, dtype: torch.dtype) -> Mapping[str, FieldSpec
 
 def _saved(model: Any) -> dict[str, Tensor]:
     """The model's tensors that are saved, by their names in memory."""
-    ignored = {*(model._keys_to_ignore_on_save or ()), *model.all_tied_weights_keys}
+    ignored = {*ignored_on_save(model), *tied_weights(model)}
     return {name: tensor for name, tensor in model.state_dict().items() if name not in ignored}

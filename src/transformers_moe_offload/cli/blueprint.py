@@ -26,6 +26,7 @@ from transformers_moe_offload.hf.discover import expert_spec, find_experts, take
 from transformers_moe_offload.hf.install import method_of
 from transformers_moe_offload.hf.layer import OffloadedExperts, layer_of
 from transformers_moe_offload.hf.prebuilt.source import Quantization
+from transformers_moe_offload.hf.upstream import dtype_plan
 from transformers_moe_offload.memory.record import dtype_name
 
 
@@ -131,7 +132,7 @@ def _on_meta(config: PretrainedConfig, dtype: torch.dtype, trust_remote_code: bo
 
 def _keep_dtypes(model: Any, dtype: torch.dtype) -> None:
     """Some parameters stay in float32 whatever the model is loaded in; do here what loading does."""
-    checkpoint = Checkpoint(tensors={}, parameters=dict(model.state_dict()), dtype_plan=model._get_dtype_plan(dtype))
+    checkpoint = Checkpoint(tensors={}, parameters=dict(model.state_dict()), dtype_plan=dtype_plan(model, dtype))
     for name, parameter in model.named_parameters():
         parameter.data = parameter.data.to(checkpoint.dtype_of(name))
 

@@ -25,6 +25,7 @@ from transformers_moe_offload.hf.locate import (
     trace_parameters,
     whole_source,
 )
+from transformers_moe_offload.hf.upstream import ignore_on_load_unexpected, tied_weights
 from transformers_moe_offload.memory.checkpoint import LayerSource
 from transformers_moe_offload.memory.expert_source import ScatteredExpert
 from transformers_moe_offload.memory.record import dtype_name
@@ -121,8 +122,8 @@ def locate(
 
 
 def _source_of(model: Any, name: str, traced: Mapping[str, ParameterSource]) -> ParameterSource:
-    tied = getattr(model, "all_tied_weights_keys", {})
-    for stored_name in (name, tied.get(name), *(other for other, source in tied.items() if source == name)):
+    tied = tied_weights(model)
+    for stored_name in (name, tied.get(name, name), *(other for other, source in tied.items() if source == name)):
         if stored_name in traced:
             return traced[stored_name]
     raise CheckpointError(f"the checkpoint holds nothing for {name}; it is incomplete or belongs to another model")
@@ -131,5 +132,4 @@ def _source_of(model: Any, name: str, traced: Mapping[str, ParameterSource]) -> 
 def expect_unused(model: Any, keys: Iterable[str], conversions: Sequence[Any]) -> None:
     """Tell Transformers that expert tensors, by their keys in the checkpoint, are meant to be left in the files."""
     unused = names_without_experts(model, model.state_dict(), conversions, keys)
-    ignored = set(model._keys_to_ignore_on_load_unexpected or ())
-    model._keys_to_ignore_on_load_unexpected = ignored | {f"^{re.escape(name)}$" for name in unused}
+    ignore_on_load_unexpected(model, unused)

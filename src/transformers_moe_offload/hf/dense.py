@@ -16,6 +16,7 @@ from transformers_moe_offload import kernels
 from transformers_moe_offload.config import HqqFormat
 from transformers_moe_offload.formats.hqq import packing_of, quantize
 from transformers_moe_offload.hf.layer import SparseLayer
+from transformers_moe_offload.hf.upstream import tied_weights
 from transformers_moe_offload.kernels import Activations
 from transformers_moe_offload.kernels.packed import PackedMatrix, Packing
 from transformers_moe_offload.kernels.reference import dequantize
@@ -116,7 +117,7 @@ def dense_linears(model: Any, layers: Iterable[SparseLayer], format: HqqFormat) 
     """
     head = model.get_output_embeddings()
     layers = list(layers)
-    ties = getattr(model, "all_tied_weights_keys", None) or {}
+    ties = tied_weights(model)
     tied = {name.removesuffix(".weight") for name in chain(ties, ties.values())}
     counts = {(layer.name.rpartition(".")[0], count) for layer in layers for count in (1, layer.num_experts)}
     inside = tuple(f"{layer.name}." for layer in layers)

@@ -16,12 +16,6 @@ from typing import Any
 
 from safetensors import SafetensorError
 from transformers import PretrainedConfig, PreTrainedModel
-from transformers.quantizers.auto import (
-    AUTO_QUANTIZATION_CONFIG_MAPPING,
-    AUTO_QUANTIZER_MAPPING,
-    AutoHfQuantizer,
-    AutoQuantizationConfig,
-)
 
 from transformers_moe_offload.config import OffloadConfig
 from transformers_moe_offload.errors import CheckpointError, ConfigError
@@ -31,12 +25,21 @@ from transformers_moe_offload.hf.delegates.quantizer import delegating
 from transformers_moe_offload.hf.quantizer import MoeOffloadQuantizer, asked_for
 from transformers_moe_offload.hf.runtime import OffloadRuntime
 from transformers_moe_offload.hf.saving import save_quantized
+from transformers_moe_offload.hf.upstream import (
+    AUTO_QUANTIZATION_CONFIG_MAPPING,
+    AUTO_QUANTIZER_MAPPING,
+    AutoHfQuantizer,
+    AutoQuantizationConfig,
+    has_peft_adapter,
+    warn_if_untested,
+)
 
 _HUB_OPTIONS = ("cache_dir", "force_download", "local_files_only", "proxies", "revision", "subfolder", "token")
 
 
 def install() -> None:
     """Make `moe_offload=` known to every `from_pretrained`. Importing the package does it; twice does no harm."""
+    warn_if_untested()
     AUTO_QUANTIZER_MAPPING[OffloadConfig.quant_method] = MoeOffloadQuantizer
     AUTO_QUANTIZATION_CONFIG_MAPPING[OffloadConfig.quant_method] = OffloadConfig
     for method in DELEGATED:
@@ -111,7 +114,7 @@ def _saving_quantized(plain: Any) -> Any:
     @functools.wraps(plain)
     def save_pretrained(self: Any, save_directory: Any, *args: Any, **kwargs: Any) -> Any:
         runtime = getattr(self, "moe_offload", None)
-        if not isinstance(runtime, OffloadRuntime) or not runtime.is_quantized or self._hf_peft_config_loaded:
+        if not isinstance(runtime, OffloadRuntime) or not runtime.is_quantized or has_peft_adapter(self):
             return plain(self, save_directory, *args, **kwargs)
         options = inspect.signature(plain).bind(self, save_directory, *args, **kwargs).arguments
         for name in ("variant", "distributed_checkpoint"):

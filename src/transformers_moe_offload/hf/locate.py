@@ -19,7 +19,10 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers.core_model_loading import (
+
+from transformers_moe_offload.errors import CheckpointError, UnsupportedModelError
+from transformers_moe_offload.hf.layouts import ExpertField
+from transformers_moe_offload.hf.upstream import (
     Concatenate,
     MergeModulelist,
     WeightConverter,
@@ -27,9 +30,6 @@ from transformers.core_model_loading import (
     dot_natural_key,
     rename_source_key,
 )
-
-from transformers_moe_offload.errors import CheckpointError, UnsupportedModelError
-from transformers_moe_offload.hf.layouts import ExpertField
 from transformers_moe_offload.memory.field_source import Assemble, FieldSource
 from transformers_moe_offload.memory.record import torch_dtype
 from transformers_moe_offload.memory.safetensors_index import StoredTensor

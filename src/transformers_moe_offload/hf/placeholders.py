@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from transformers_moe_offload.hf.layouts import ExpertField
+from transformers_moe_offload.hf.upstream import mark_initialised
 
 
 def take_out(module: nn.Module, fields: Iterable[ExpertField]) -> dict[str, tuple[str, ...]]:
@@ -27,7 +28,7 @@ def take_out(module: nn.Module, fields: Iterable[ExpertField]) -> dict[str, tupl
             assert taken is not None
             placeholder = nn.Parameter(torch.empty_like(taken, device="meta"), requires_grad=False)
             # Transformers initialises what no checkpoint filled; this says that there is nothing to do.
-            placeholder._is_hf_initialized = True  # type: ignore[attr-defined]
+            mark_initialised(placeholder)
             vars(owner)[leaf] = placeholder
     return order
 

@@ -13,7 +13,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers.quantizers.base import HfQuantizer
 
 from transformers_moe_offload.config import ExpertFormats, OffloadConfig
 from transformers_moe_offload.errors import CheckpointError
@@ -26,6 +25,13 @@ from transformers_moe_offload.hf.own_experts import is_of_own_experts
 from transformers_moe_offload.hf.prebuilt.layout import INDEX_NAME
 from transformers_moe_offload.hf.quantization import quantized
 from transformers_moe_offload.hf.records import locate_records, record_keys
+from transformers_moe_offload.hf.upstream import (
+    HfQuantizer,
+    dtype_plan,
+    end_of_load,
+    experts_implementation,
+    has_peft_adapter,
+)
 from transformers_moe_offload.policies import make_policy
 
 logger = logging.getLogger(__name__)
@@ -66,7 +72,7 @@ class MoeOffloadQuantizer(HfQuantizer):
 
     def update_attn_implementation(self, config: Any) -> Any:
         """The one hook that sees the config before the model is built: say if an option in it will have no effect."""
-        implementation = getattr(config, "_experts_implementation", None)
+        implementation = experts_implementation(config)
         if implementation is not None:
             logger.warning(
                 f"experts_implementation={implementation!r} has no effect on offloaded experts; "
@@ -88,7 +94,7 @@ class MoeOffloadQuantizer(HfQuantizer):
             [Path(file) for file in checkpoint_files],
             folder=Path(model.config.name_or_path),
             parameters=dict(model.state_dict()),
-            dtype_plan=model._get_dtype_plan(dtype) or {},
+            dtype_plan=dtype_plan(model, dtype),
         )
         self._layers = take_over(model)
         if self._is_prebuilt and self.quantization_config.dense is not None:
@@ -121,7 +127,7 @@ class MoeOffloadQuantizer(HfQuantizer):
         else:
             self._quantize(model)
         attach(model, self.quantization_config, self._layers, self._sources)
-        vars(model).pop("_keys_to_ignore_on_load_unexpected", None)  # only of use while loading
+        end_of_load(model)
         self._layers, self._sources, self._checkpoint = [], [], None
 
     def _quantize(self, model: Any) -> None:
@@ -135,7 +141,7 @@ class MoeOffloadQuantizer(HfQuantizer):
 
     def get_state_dict_and_metadata(self, model: Any) -> tuple[dict[str, torch.Tensor] | None, dict[str, str]]:
         """For `save_pretrained`: the state dict of the plain model, experts included; an adapter needs none of them."""
-        if getattr(model, "_hf_peft_config_loaded", False):
+        if has_peft_adapter(model):
             return None, {}
         others = {name: tensor for name, tensor in model.state_dict().items() if not is_of_own_experts(name)}
         return others | model.moe_offload.state_dict(), {}

@@ -18,7 +18,7 @@ from transformers_moe_offload.errors import ConfigError, MoeOffloadError
 from transformers_moe_offload.expert import ExpertId, ExpertSpec
 from transformers_moe_offload.hf.caches import LayerCaches
 from transformers_moe_offload.hf.decode.decoding import Decoding
-from transformers_moe_offload.hf.decode.step import COMPILED_CALL, DecodeSteps
+from transformers_moe_offload.hf.decode.step import DecodeSteps
 from transformers_moe_offload.hf.dense import restore_dense
 from transformers_moe_offload.hf.layer import SparseLayer, experts_at, layer_of, unbind
 from transformers_moe_offload.hf.lender import Lender
@@ -28,6 +28,7 @@ from transformers_moe_offload.hf.parameters import parameters_of
 from transformers_moe_offload.hf.placeholders import put_back
 from transformers_moe_offload.hf.plan import OffloadPlan
 from transformers_moe_offload.hf.state_dicts import remove_state_dict_hook
+from transformers_moe_offload.hf.upstream import COMPILED_CALL, tied_weights
 from transformers_moe_offload.memory.checkpoint import LayerSource
 from transformers_moe_offload.memory.record import dtype_name
 from transformers_moe_offload.stats import CacheStats
@@ -229,7 +230,7 @@ class OffloadRuntime:
 
     def state_dict(self) -> dict[str, Tensor]:
         """All experts under the names that the plain model's `state_dict` gives them; tied ones share memory there."""
-        tied = self._living_model().all_tied_weights_keys
+        tied = tied_weights(self._living_model())
         tensors: dict[str, Tensor] = {}
         for module, layer in self.modules():
             for path, tensor in self._parameters(module, layer).items():

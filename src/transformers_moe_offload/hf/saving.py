@@ -11,7 +11,6 @@ from pathlib import Path
 from typing import Any
 
 from torch import Tensor
-from transformers.modeling_utils import remove_tied_weights_from_state_dict
 
 from transformers_moe_offload.expert import FieldSpec
 from transformers_moe_offload.formats.by_expert import LayerCodings
@@ -26,6 +25,7 @@ from transformers_moe_offload.hf.prebuilt.layout import (
 )
 from transformers_moe_offload.hf.prebuilt.writer import finish, write_shards
 from transformers_moe_offload.hf.runtime import OffloadRuntime
+from transformers_moe_offload.hf.upstream import remove_tied_weights_from_state_dict
 from transformers_moe_offload.memory.checkpoint import LayerSource
 from transformers_moe_offload.memory.encoding import encoded_row
 from transformers_moe_offload.memory.record import dtype_name

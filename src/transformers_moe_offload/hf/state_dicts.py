@@ -12,13 +12,13 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers.conversion_mapping import get_model_conversion_mapping
 
 from transformers_moe_offload.errors import CheckpointError
 from transformers_moe_offload.hf.layer import SparseLayer
 from transformers_moe_offload.hf.layouts import ExpertField
 from transformers_moe_offload.hf.locate import ParameterSource, assembled, trace_parameters
 from transformers_moe_offload.hf.own_experts import NAME, own_experts
+from transformers_moe_offload.hf.upstream import get_model_conversion_mapping
 from transformers_moe_offload.memory.record import torch_dtype
 
 

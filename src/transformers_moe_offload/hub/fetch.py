@@ -9,9 +9,9 @@ from pathlib import Path
 from typing import Any
 
 from huggingface_hub import snapshot_download
-from transformers.modeling_utils import _get_resolved_checkpoint_files
 
 from transformers_moe_offload.errors import CheckpointError
+from transformers_moe_offload.hf.upstream import resolved_checkpoint_files
 
 _COMPANIONS = ("*.json", "*.jinja", "*.txt", "*.model", "*.tiktoken", "LICENSE*", "LICENCE*", "NOTICE*")
 _NOT_COMPANIONS = ("config.json", "*.index.json", "adapter_config.json", "moe_offload*")
@@ -35,7 +35,7 @@ class Fetched:
 
 def fetch(name: str, config: Any, options: Mapping[str, Any]) -> Fetched:
     """Find a checkpoint, and download what is not there; `options` are `revision`, `token` and `local_files_only`."""
-    files, _ = _get_resolved_checkpoint_files(
+    files, _ = resolved_checkpoint_files(
         name,
         variant=None,
         gguf_file=None,

@@ -8,6 +8,7 @@ small tensors for each router, and copying each by itself would cost more than t
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
@@ -16,6 +17,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from transformers_moe_offload.routing.passage import Past
 from transformers_moe_offload.routing.trace_file import Part
 
 _FEW_ROWS = 512
@@ -32,19 +34,19 @@ class CallRecord(NamedTuple):
     is_kept: Tensor | None
     hidden: Tensor | None
     token_ids: Tensor | None
+    is_padding: Tensor | None
+    """(B, S) bool, like `token_ids`; None where none is."""
 
 
 class StepRecord(NamedTuple):
     """One forward."""
 
     calls: list[CallRecord]
+    past: Past
+    """The texts that it goes on with."""
     before: int
     """Tokens of the same texts that earlier forwards have read."""
-    mask: Tensor | None
-    """The attention mask, (B, tokens so far)."""
     domain: int
-    thread: int
-    """In which it ran: texts that are read on are those that the thread read before."""
 
 
 class RoutingBuffer:
@@ -57,8 +59,8 @@ class RoutingBuffer:
         self._num_routers = num_routers
         self._scores = scores
         self._num_sequences = 0
-        self._read_in: dict[int, int] = {}
-        """By thread, the end of the sequences that it read last."""
+        self._sequences_of: weakref.WeakKeyDictionary[Past, range] = weakref.WeakKeyDictionary()
+        """The numbers of the texts that can be gone on with."""
         self._waiting: list[StepRecord] = []
         self._waiting_rows = self._waiting_bytes = 0
         self._clear()
@@ -129,25 +131,24 @@ class RoutingBuffer:
             return -1
         if id(ids) not in texts:
             texts[id(ids)] = self._part_tokens
-            self._add_tokens(ids, step)
+            self._add_tokens(ids, call.is_padding, step)
         return texts[id(ids)]
 
-    def _add_tokens(self, ids: Tensor, step: StepRecord) -> None:
+    def _add_tokens(self, ids: Tensor, is_padding: Tensor | None, step: StepRecord) -> None:
         batch, length = ids.shape
-        if step.before == 0 or self._read_in.get(step.thread, 0) < batch:
+        numbers = self._sequences_of.get(step.past)
+        if step.before == 0 or numbers is None or len(numbers) != batch:
+            numbers = range(self._num_sequences, self._num_sequences + batch)
+            self._sequences_of[step.past] = numbers
             self._num_sequences += batch
-            self._read_in[step.thread] = self._num_sequences
-        end = self._read_in[step.thread]
-        mask, padding = step.mask, np.zeros((batch, length), np.uint8)
-        if mask is not None and mask.dim() == 2 and mask.shape[0] == batch and mask.shape[1] >= length:
-            padding = (mask[:, -length:] == 0).cpu().numpy().astype(np.uint8)
-        sequences = np.arange(end - batch, end, dtype=np.int32)
+        padding = np.zeros((batch, length), np.uint8) if is_padding is None else is_padding.cpu().numpy()
+        sequences = np.array(numbers, np.int32)
         positions = np.arange(step.before, step.before + length, dtype=np.int32)
         found: dict[str, NDArray[Any]] = {
             "token_ids": ids.reshape(-1).cpu().numpy().astype(np.int32),
             "sequence": np.repeat(sequences, length),
             "position": np.tile(positions, batch),
-            "is_padding": padding.reshape(-1),
+            "is_padding": padding.reshape(-1).astype(np.uint8),
             "domain": np.full(batch * length, step.domain, np.int16),
         }
         for name, array in found.items():

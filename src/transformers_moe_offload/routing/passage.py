@@ -12,9 +12,12 @@ import weakref
 from typing import Any, Protocol
 
 from torch import Tensor, nn
-from transformers import PreTrainedModel
+from transformers import Cache, PreTrainedModel
 
+from transformers_moe_offload.errors import UnsupportedModelError
+from transformers_moe_offload.hf.upstream import arguments, kv_cache, kv_cache_of_output, num_tokens_in
 from transformers_moe_offload.routing.hooks import Hooks
+from transformers_moe_offload.routing.padding import padding_of
 
 _ATTRIBUTE = "_moe_routing_passage"
 
@@ -29,6 +32,10 @@ class Listener(Protocol):
         """It is over; not called for one that failed."""
 
 
+class Past:
+    """Stands for the texts that one KV cache holds, without keeping the cache alive."""
+
+
 class _Forward:
     """One forward, or the time before the first."""
 
@@ -36,7 +43,9 @@ class _Forward:
         self.number = number
         self.is_running = False
         self.token_ids: Tensor | None = None
-        self.num_before = 0
+        self.is_padding: Tensor | None = None
+        self.past = Past()
+        self.num_before: int | None = 0
         self.inputs: dict[str, Any] = {}
 
 
@@ -60,6 +69,7 @@ class Passage:
         self._counting = threading.Lock()
         self._latest = _Forward()
         self._running = _Running()
+        self._pasts: weakref.WeakKeyDictionary[Cache, Past] = weakref.WeakKeyDictionary()
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Passage:
         twin = memo.get(id(self._base()))
@@ -86,13 +96,23 @@ class Passage:
         return self._forward.token_ids
 
     @property
-    def num_before(self) -> int:
-        """Tokens of the same texts that earlier forwards have read."""
+    def is_padding(self) -> Tensor | None:
+        """(B, S) bool: which of `token_ids` are padding; None where none is, and while nothing listens."""
+        return self._forward.is_padding
+
+    @property
+    def num_before(self) -> int | None:
+        """Tokens of the same texts that earlier forwards have read; None if the KV cache does not tell."""
         return self._forward.num_before
 
     @property
+    def past(self) -> Past:
+        """The same object for forwards that go on with the same texts, whichever thread they run in."""
+        return self._forward.past
+
+    @property
     def inputs(self) -> dict[str, Any]:
-        """The keyword arguments of the forward that runs."""
+        """The arguments of the forward that runs, by name."""
         return self._forward.inputs
 
     @property
@@ -105,15 +125,16 @@ class Passage:
         running = self._running.modules
         if id(module) in running:  # no hook is called when Ctrl-C ends a forward
             running.clear()
-        running.append(id(module))
-        if len(running) > 1:
+        if running:
+            running.append(id(module))
             return
+        past, num_before = self._read_before(module, args, kwargs)
+        running.append(id(module))
         with self._counting:
             forward = _Forward(self.num_forwards)
             self.num_forwards += 1
-        cache = kwargs.get("past_key_values")
-        forward.inputs, forward.is_running = kwargs, True
-        forward.num_before = int(cache.get_seq_length()) if cache is not None else 0
+        forward.inputs, forward.is_running = arguments(module, args, kwargs), True
+        forward.past, forward.num_before = past, num_before
         self._running.forward = self._latest = forward
         for listener in self.listeners:
             listener.begin(self)
@@ -126,15 +147,44 @@ class Passage:
         if running:
             return
         if output is not None:
+            cache = kv_cache_of_output(output)
+            if cache is not None:  # perhaps one that the model has made
+                self._pasts[cache] = self.past
             for listener in self.listeners:
                 listener.end(self)
         self._forward.inputs, self._forward.is_running = {}, False
+
+    def _read_before(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Past, int | None]:
+        """The texts that a forward goes on with, and how many tokens of them were read before.
+
+        A KV cache that does not tell is refused while something listens; strategies need no positions.
+        """
+        try:
+            cache = kv_cache(module, args, kwargs)
+            if cache is None:
+                return Past(), 0
+            return self._pasts.setdefault(cache, Past()), num_tokens_in(cache)
+        except UnsupportedModelError:
+            if self.listeners:
+                raise
+            return Past(), None
 
     def embed(self, module: nn.Module, args: tuple[Any, ...]) -> None:
         """Hook: tokens are being embedded. An encoder's come before its decoder's, and are routed before, too."""
         if args and isinstance(args[0], Tensor) and args[0].dim() == 2:
             ids = args[0].detach()
-            self._forward.token_ids = ids.clone() if self.listeners else ids  # the caller may write the next ones there
+            forward = self._forward
+            if self.listeners:
+                forward.is_padding = self._padding(forward, ids)
+                ids = ids.clone()  # the caller may write the next ones there
+            forward.token_ids = ids
+
+    def _padding(self, forward: _Forward, ids: Tensor) -> Tensor | None:
+        """What is padding among tokens that are about to become the forward's."""
+        is_encoded = forward.inputs.get("encoder_outputs") is not None or forward.token_ids is not None
+        is_decoder = is_encoded and getattr(getattr(self._base(), "config", None), "is_encoder_decoder", False)
+        mask = forward.inputs.get("decoder_attention_mask" if is_decoder else "attention_mask")
+        return padding_of(mask, ids.shape[0], ids.shape[1], before=forward.num_before or 0)
 
 
 def passage_of(base: nn.Module) -> Passage:

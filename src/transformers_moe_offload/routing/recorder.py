@@ -14,13 +14,12 @@ from dataclasses import replace
 from typing import Any, Literal, get_args
 
 import torch
-from torch import Tensor
 
 from transformers_moe_offload.config.budget import Budget
 from transformers_moe_offload.config.options import choose
 from transformers_moe_offload.errors import ConfigError
 from transformers_moe_offload.routing.buffer import CallRecord, RoutingBuffer, StepRecord
-from transformers_moe_offload.routing.passage import Passage, passage_of
+from transformers_moe_offload.routing.passage import Passage, Past, passage_of
 from transformers_moe_offload.routing.seam import Decision
 from transformers_moe_offload.routing.sites import Site, find_sites, select, unwrapped
 from transformers_moe_offload.routing.switching import Layers, observe, stop_observing
@@ -68,6 +67,7 @@ class _Gathered(threading.local):
 
     def __init__(self) -> None:
         self.calls: list[CallRecord] | None = None
+        self.past = Past()
         self.before = 0
 
 
@@ -131,7 +131,11 @@ class RoutingRecorder:
 
     def begin(self, passage: Passage) -> None:
         """A forward starts."""
-        self._gathered.before = passage.num_before  # the cache grows while it runs
+        before = passage.num_before  # now: the cache grows while the forward runs
+        if before is None:  # it was not refused, so it began before the recording did
+            self._gathered.calls = None
+            return
+        self._gathered.past, self._gathered.before = passage.past, before
         self._gathered.calls = []
 
     def end(self, passage: Passage) -> None:
@@ -139,11 +143,8 @@ class RoutingRecorder:
         calls, self._gathered.calls = self._gathered.calls, None
         if not calls:
             return
-        mask = passage.inputs.get("attention_mask")
-        mask = mask.clone() if isinstance(mask, Tensor) else None  # the caller may use it again
-        thread = threading.get_ident()
         with self._writing:
-            self._buffer.add(StepRecord(calls, self._gathered.before, mask, self._domain_number(), thread))
+            self._buffer.add(StepRecord(calls, self._gathered.past, self._gathered.before, self._domain_number()))
             if self._buffer.nbytes >= self._buffer_bytes:
                 self._flush()
 
@@ -163,6 +164,7 @@ class RoutingRecorder:
                 decision.is_kept,
                 decision.hidden.clone() if self._keeps_hidden else None,
                 passage.token_ids,
+                passage.is_padding,
             )
         )
 

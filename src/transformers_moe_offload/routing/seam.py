@@ -103,7 +103,7 @@ class Seam:
 
     def _enter(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         self.break_off()
-        is_read = self._reading is not None and self.strategy is None and self._passage.num_before > 0
+        is_read = self._reading is not None and self.strategy is None and (self._passage.num_before or 0) > 0
         if is_asking() or (self.strategy is None and not self.observers) or is_read:
             self._watching.seen.append(None)
             return

@@ -7,11 +7,11 @@ import logging
 from typing import Any
 
 from transformers import TrainerCallback
-from transformers.trainer_callback import ExportableState
 from transformers.trainer_utils import SaveStrategy
 
 from transformers_moe_offload.errors import CheckpointError
 from transformers_moe_offload.hf.runtime import OffloadRuntime, runtime_of
+from transformers_moe_offload.hf.upstream import ExportableState
 from transformers_moe_offload.memory.record import host_bytes
 from transformers_moe_offload.training.routing import RouterWatch, entropy
 

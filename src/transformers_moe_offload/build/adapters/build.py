@@ -12,7 +12,6 @@ import torch
 from huggingface_hub import HfApi
 from torch import Tensor
 from transformers import AutoModelForCausalLM
-from transformers.dynamic_module_utils import custom_object_save
 from transformers.utils import CONFIG_NAME, SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME
 from transformers.utils.logging import tqdm
 
@@ -27,6 +26,7 @@ from transformers_moe_offload.build.info import INFO_NAME
 from transformers_moe_offload.build.layout import on_meta
 from transformers_moe_offload.build.publish import publish
 from transformers_moe_offload.build.recipe import MoeRecipe
+from transformers_moe_offload.hf.upstream import custom_object_save
 from transformers_moe_offload.hub.upload import expect_pushable
 from transformers_moe_offload.memory.record import torch_dtype
 from transformers_moe_offload.memory.safetensors_writer import write_bytes, write_text

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, PreTrainedConfig
 
+from transformers_moe_offload.hf.upstream import initialise, tied_weights
 from transformers_moe_offload.memory.trim import trim
 
 Forward = Callable[..., Tensor]
@@ -67,7 +68,7 @@ class Twin:
 
     def _fill(self, prefix: str, module: nn.Module, wanted: Callable[[str], bool] = lambda _: True) -> list[str]:
         """Read what is not there yet; the names of it."""
-        tied = self._model.all_tied_weights_keys
+        tied = tied_weights(self._model)
         filled = []
         for name, tensor in [*module.named_parameters(remove_duplicate=False), *module.named_buffers()]:
             full = prefix + name
@@ -100,5 +101,5 @@ def _without_weights(config: PreTrainedConfig, vocabulary_size: int) -> Any:
         for name in names:
             module._buffers[name] = torch.empty_like(module._buffers[name], device="cpu")
         if names:
-            model._init_weights(module)  # how from_pretrained of Transformers 5.23 fills them
+            initialise(model, module)
     return model.eval()

@@ -17,6 +17,7 @@ from transformers import PreTrainedModel
 from transformers_moe_offload.build.layout import on_meta
 from transformers_moe_offload.build.sources.base import Source
 from transformers_moe_offload.errors import CheckpointError, RecipeError
+from transformers_moe_offload.hf.upstream import initialise
 
 _DECODER_LAYER = re.compile(r"(?P<stack>.+?)\.(?P<index>\d+)(\.|$)")
 
@@ -98,7 +99,7 @@ def _without_weights(source: Source, dtype: torch.dtype, device: str) -> PreTrai
             module._buffers[name] = torch.empty_like(module._buffers[name], device=device)
         if names:
             # How from_pretrained of Transformers 5.23 fills buffers that are in no checkpoint.
-            model._init_weights(module)
+            initialise(model, module)
     return model
 
 

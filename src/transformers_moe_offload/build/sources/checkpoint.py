@@ -18,6 +18,7 @@ from transformers_moe_offload.build.sources.base import Ancestor
 from transformers_moe_offload.build.sources.downloads import HubTensors
 from transformers_moe_offload.errors import CheckpointError, RecipeError
 from transformers_moe_offload.expert import FieldSpec
+from transformers_moe_offload.hf.upstream import ignored_on_load_unexpected, tied_weights
 from transformers_moe_offload.hub.fetch import Fetched, fetch, fetch_small
 from transformers_moe_offload.hub.weights import HubWeights, shards_of, without_safetensors
 from transformers_moe_offload.memory.field_source import read_stored
@@ -122,18 +123,18 @@ def as_saved(
                 f"belongs to other weights"
             )
     model = on_meta(config)
-    tied = {name: kept for name, kept in model.all_tied_weights_keys.items() if name in specs}
-    harmless = [*(model._keys_to_ignore_on_load_unexpected or ()), r"rotary_emb\.inv_freq$", r"\.attn\.(masked_)?bias$"]
+    tied = {name: kept for name, kept in tied_weights(model).items() if name in specs}
+    harmless = [*ignored_on_load_unexpected(model), r"rotary_emb\.inv_freq$", r"\.attn\.(masked_)?bias$"]
     for extra in specs.keys() - expected.keys() - tied.keys():
         if not any(re.search(pattern, extra) for pattern in harmless):
             raise CheckpointError(
                 f"{name} has a tensor {extra}, which no {config.model_type} with its config has; its config belongs to "
                 f"other weights, or it is a model of another kind"
             )
-    for one, kept in tied.items():
-        if not _are_equal(stored[one], stored[kept]):
+    for alias, kept in tied.items():
+        if not _are_equal(stored[alias], stored[kept]):
             raise CheckpointError(
-                f"{name} stores {one} and {kept} with different values, but its config says that they are one "
+                f"{name} stores {alias} and {kept} with different values, but its config says that they are one "
                 f"(tie_word_embeddings); set that to false in its config.json, or take one of them out"
             )
     return {one: specs[one] for one in expected}

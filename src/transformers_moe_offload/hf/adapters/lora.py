@@ -15,7 +15,6 @@ from typing import Any
 
 import torch
 from peft.tuners import lora
-from peft.tuners.lora.layer import ParamWrapper as PlainParamWrapper
 from torch import nn
 
 from transformers_moe_offload.compute.adaptation import LowRank
@@ -23,6 +22,7 @@ from transformers_moe_offload.errors import ConfigError, UnsupportedModelError
 from transformers_moe_offload.hf.adapters.added import adding
 from transformers_moe_offload.hf.adapters.stand_ins import is_adaptable, offloaded_layers, stand_in, stand_ins
 from transformers_moe_offload.hf.layer import OffloadedExperts, layer_of
+from transformers_moe_offload.hf.upstream import ParamWrapper as PlainParamWrapper
 
 
 class ParamWrapper(PlainParamWrapper):

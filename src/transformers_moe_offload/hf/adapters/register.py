@@ -11,7 +11,7 @@ import logging
 import sys
 from importlib.util import find_spec
 
-from transformers.utils.import_utils import is_peft_greater_or_equal
+from transformers_moe_offload.hf import upstream
 
 logger = logging.getLogger(__name__)
 
@@ -23,23 +23,23 @@ def install_adapters() -> None:
     """Make LoRA on offloaded experts possible, if PEFT is there; twice does no harm."""
     if find_spec("peft") is None:
         return
-    if not is_peft_greater_or_equal(OLDEST):
+    if not upstream.is_peft_greater_or_equal(OLDEST):
         logger.warning(
             f"the PEFT that is installed is older than {OLDEST}, so adapters will not reach offloaded experts"
         )
         return
-    from peft import PEFT_TYPE_TO_TUNER_MAPPING, PeftType
+    from peft import PeftType
 
     from transformers_moe_offload.hf.adapters.lora import LoraModel
 
-    PEFT_TYPE_TO_TUNER_MAPPING[PeftType.LORA] = LoraModel
+    upstream.PEFT_TYPE_TO_TUNER_MAPPING[PeftType.LORA] = LoraModel
 
 
 def uninstall_adapters() -> None:
     """Leave PEFT as it was."""
     if "peft" not in sys.modules:
         return
-    from peft import PEFT_TYPE_TO_TUNER_MAPPING, PeftType
     from peft import LoraModel as Plain
+    from peft import PeftType
 
-    PEFT_TYPE_TO_TUNER_MAPPING[PeftType.LORA] = Plain
+    upstream.PEFT_TYPE_TO_TUNER_MAPPING[PeftType.LORA] = Plain

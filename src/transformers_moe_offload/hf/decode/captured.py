@@ -13,9 +13,7 @@ from transformers.cache_utils import Cache, StaticCache
 
 from transformers_moe_offload.compute.graph import graph_on
 from transformers_moe_offload.hf.decode.static_cache import StaticPast, counts, set_counts, shape_of
-
-PAST = "past_key_values"
-"""The input of a step that is no copy, but written to in place."""
+from transformers_moe_offload.hf.upstream import kv_cache_name
 
 
 class CapturedStep:
@@ -25,7 +23,11 @@ class CapturedStep:
         """Captures a call of the model, but computes nothing. Raises `RuntimeError` if it cannot be captured."""
         leaves, self._structure = _pytree.tree_flatten(_others(inputs))
         self._buffers = [leaf.clone() if isinstance(leaf, Tensor) else leaf for leaf in leaves]
-        cache = inputs[PAST]
+        name = kv_cache_name(inputs)
+        assert name is not None
+        self._past_name = name
+        """Of the input that is no copy, but written to in place."""
+        cache = inputs[name]
         self._past = StaticPast(cache)
         self._num_new = _num_new(inputs)
         self._graph = graph_on(device)
@@ -53,7 +55,7 @@ class CapturedStep:
 
     def _run(self, model: Callable[..., Any]) -> Any:
         inputs = _pytree.tree_unflatten(self._buffers, self._structure)
-        outputs = model(**inputs, **{PAST: self._past.owner})
+        outputs = model(**inputs, **{self._past_name: self._past.owner})
         # The outputs are kept, and must not keep the cache.
         return _pytree.tree_map(lambda leaf: _THE_CACHE if _is_cache(leaf) else leaf, outputs, is_leaf=_is_cache)
 
@@ -72,9 +74,15 @@ def signature(inputs: Mapping[str, Any]) -> Hashable | None:
     return (
         tuple(found),
         repr(structure),
-        shape_of(inputs[PAST], _num_new(inputs)),
+        shape_of(past_in(inputs), _num_new(inputs)),
         torch.is_inference_mode_enabled(),
     )
+
+
+def past_in(inputs: Mapping[str, Any]) -> Any:
+    """The KV cache among the inputs of a step; None if there is none."""
+    name = kv_cache_name(inputs)
+    return None if name is None else inputs[name]
 
 
 def num_tokens(inputs: Mapping[str, Any]) -> int:
@@ -93,7 +101,7 @@ def _shape(inputs: Mapping[str, Any]) -> torch.Size:
 
 
 def _others(inputs: Mapping[str, Any]) -> dict[str, Any]:
-    return {name: value for name, value in inputs.items() if name != PAST}
+    return {name: value for name, value in inputs.items() if not isinstance(value, Cache)}
 
 
 class _TheCache:

@@ -8,6 +8,8 @@ from typing import Any
 
 from torch import nn
 
+from transformers_moe_offload.hf.upstream import OWN_HOOKS, attention_implementation, is_hooked_by_accelerate
+
 
 def state_of(model: Any) -> Hashable:
     """Compares equal as long as a captured step still is what the model does.
@@ -32,16 +34,12 @@ def watched(model: Any) -> str | None:
     for name, module in model.named_modules():
         if "base_layer" in module._modules:
             return f"{name} has an adapter"
-        if vars(module).get("_hf_hook") is not None:
+        if is_hooked_by_accelerate(module):
             return f"accelerate has a hook on {name or type(module).__name__}"
         for hook in _hooks(module):
-            if not getattr(hook, "__module__", "").startswith(_TRANSFORMERS_OWN):
+            if not getattr(hook, "__module__", "").startswith(OWN_HOOKS):
                 return f"{name or type(module).__name__} has a hook, {getattr(hook, '__qualname__', hook)}"
     return None
-
-
-_TRANSFORMERS_OWN = "transformers.utils.output_capturing"
-"""Whose hooks collect tensors that are among the outputs."""
 
 
 def _hooks(module: nn.Module) -> Iterator[Any]:
@@ -51,8 +49,8 @@ def _hooks(module: nn.Module) -> Iterator[Any]:
 
 def _attention(config: Any) -> Iterator[tuple[str, str]]:
     """Which attention is used: it can be changed between two generations."""
-    yield "", str(getattr(config, "_attn_implementation", None))
+    yield "", str(attention_implementation(config))
     for name in getattr(config, "sub_configs", {}):
         part = getattr(config, name, None)
         if part is not None:
-            yield name, str(getattr(part, "_attn_implementation", None))
+            yield name, str(attention_implementation(part))

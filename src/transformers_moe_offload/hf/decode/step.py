@@ -1,7 +1,7 @@
 """What `generate` calls for each token in place of the model, where whole steps are to be captured and replayed.
 
-Transformers asks a model for its compiled call where it decodes with a static cache (`get_compiled_call` in
-`modeling_utils.py`, 5.23, called by `generation/utils.py`); `DecodeSteps` gives it this, which captures steps as they
+Transformers asks a model for its compiled call where it decodes with a static cache (`COMPILED_CALL` in
+`hf/upstream.py`); `DecodeSteps` gives it this, which captures steps as they
 are, or compiled if it was told how. What cannot be captured is computed step by step as ever, and the log says once
 why.
 """
@@ -20,7 +20,7 @@ from transformers import CompileConfig
 
 from transformers_moe_offload.compute.graph import as_recorded
 from transformers_moe_offload.errors import MoeOffloadError
-from transformers_moe_offload.hf.decode.captured import PAST, CapturedStep, num_tokens, signature
+from transformers_moe_offload.hf.decode.captured import CapturedStep, num_tokens, past_in, signature
 from transformers_moe_offload.hf.decode.compiled import options_of
 from transformers_moe_offload.hf.decode.decoding import MOST_TOKENS, Decoding
 from transformers_moe_offload.hf.decode.state import state_of, watched
@@ -33,9 +33,6 @@ logger = logging.getLogger(__name__)
 
 MOST_STEPS = 4
 """Captured steps that are kept, each with a cache of its own: further ones would be for lengths that come once."""
-
-COMPILED_CALL = "get_compiled_call"
-"""What a model is asked for it by."""
 
 EAGER_STEPS = 1
 """Computed before one is captured: kernels are compiled then, and libraries make their workspaces."""
@@ -140,7 +137,7 @@ class DecodeStep:
             self._say(f"steps are not captured: {obstacle or 'inputs that are neither tensors nor plain values'}")
             return plain
         for other, step in self._captured:
-            if other == key and step.serves(inputs[PAST]):
+            if other == key and step.serves(past_in(inputs)):
                 return step
         if key in self._refused:
             return plain
@@ -180,11 +177,11 @@ class DecodeStep:
 
 def _hindered(args: tuple[Any, ...], inputs: Mapping[str, Any]) -> str | None:
     """What about a call stands against capturing it; None if nothing does."""
-    if args or PAST not in inputs or all(inputs.get(name) is None for name in ("input_ids", "inputs_embeds")):
-        return "the model was not called with tokens and past_key_values by name"
+    cache = past_in(inputs)
+    if args or cache is None or all(inputs.get(name) is None for name in ("input_ids", "inputs_embeds")):
+        return "the model was not called with tokens and a KV cache by name"
     if torch.is_grad_enabled():
         return "gradients are enabled"
-    cache = inputs[PAST]
     reason = unfit(cache)
     if reason is not None:
         return reason

@@ -11,11 +11,9 @@ from functools import cached_property
 from typing import Any
 
 import torch
-from transformers.conversion_mapping import get_model_conversion_mapping
-from transformers.quantizers.auto import AutoHfQuantizer
-from transformers.quantizers.base import HfQuantizer
 
 from transformers_moe_offload.formats.by_expert import LayerCodings
+from transformers_moe_offload.hf.upstream import AutoHfQuantizer, HfQuantizer, get_model_conversion_mapping
 from transformers_moe_offload.memory.checkpoint import LayerSource
 from transformers_moe_offload.memory.record import dtype_name, torch_dtype
 from transformers_moe_offload.memory.safetensors_index import StoredTensor

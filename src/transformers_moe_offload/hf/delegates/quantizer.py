@@ -12,15 +12,13 @@ from collections.abc import Sequence
 from copy import deepcopy
 from typing import Any
 
-from transformers.core_model_loading import WeightConverter
-from transformers.quantizers.base import HfQuantizer, get_keys_to_not_convert
-
 from transformers_moe_offload.config import OffloadConfig
 from transformers_moe_offload.errors import UnsupportedModelError
 from transformers_moe_offload.hf.checkpoint import locate
 from transformers_moe_offload.hf.delegates.as_stored import as_stored
 from transformers_moe_offload.hf.layer import OffloadedExperts
 from transformers_moe_offload.hf.quantizer import MoeOffloadQuantizer, asked_for
+from transformers_moe_offload.hf.upstream import HfQuantizer, WeightConverter, get_keys_to_not_convert
 
 logger = logging.getLogger(__name__)
 

@@ -13,9 +13,9 @@ from torch import Tensor, nn
 
 from transformers_moe_offload.compute.mlp import ExpertMlp
 from transformers_moe_offload.hf.layouts.base import ExpertField, ExpertsLayout, chosen, parameter, stacked_field
+from transformers_moe_offload.hf.upstream import EXPERTS_FLAGS, undecorated_forward
 
 _UP = ("gate_up_proj", "up_proj")
-_FLAGS = ("has_gate", "has_bias", "is_transposed", "has_post_expert_norm")
 
 
 class StackedLayout(ExpertsLayout):
@@ -28,7 +28,7 @@ class StackedLayout(ExpertsLayout):
         return (
             stacks[2] is not None
             and any(stack is not None and stack.dim() == 3 for stack in stacks[:2])
-            and len(inspect.signature(_eager_forward(module)).parameters) == 4
+            and len(inspect.signature(undecorated_forward(module)).parameters) == 4
         )
 
     def num_experts(self, module: nn.Module) -> int:
@@ -48,7 +48,7 @@ class StackedLayout(ExpertsLayout):
 
     def eager_forward(self, module: nn.Module) -> Callable[..., Tensor]:
         """The class's own loop over experts, without the decorator's dispatch."""
-        return _eager_forward(module)
+        return undecorated_forward(module)
 
     def is_transposed(self, module: nn.Module) -> bool:
         """As the decorator says."""
@@ -58,10 +58,4 @@ class StackedLayout(ExpertsLayout):
         """From the decorator's flags, or its defaults where it is missing."""
         if not hasattr(module, "_apply_gate") and getattr(module, "has_gate", True):
             return None
-        return ExpertMlp(**{flag: getattr(module, flag) for flag in _FLAGS if hasattr(module, flag)})
-
-
-def _eager_forward(module: nn.Module) -> Callable[..., Tensor]:
-    forward = type(module).forward
-    is_decorated = all(flag in vars(module) for flag in _FLAGS)
-    return getattr(forward, "__wrapped__", forward) if is_decorated else forward
+        return ExpertMlp(**{flag: getattr(module, flag) for flag in EXPERTS_FLAGS if hasattr(module, flag)})

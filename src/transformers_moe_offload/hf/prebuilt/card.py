@@ -5,7 +5,6 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-import transformers
 from huggingface_hub import ModelCard, ModelCardData
 from yaml import YAMLError
 
@@ -13,6 +12,7 @@ from transformers_moe_offload.config import ExpertFormats, OffloadConfig
 from transformers_moe_offload.hf.plan import readable
 from transformers_moe_offload.hf.prebuilt.layout import AUTO_CLASSES
 from transformers_moe_offload.hf.prebuilt.sizes import Sizes
+from transformers_moe_offload.hf.upstream import auto_classes_of
 from transformers_moe_offload.hub.fetch import Fetched
 
 _KEPT = ("license", "license_name", "license_link", "language", "pipeline_tag")
@@ -98,8 +98,7 @@ def model_card(
 
 def auto_class_of(model: Any) -> str:
     """The Auto class that loads a model as what it is."""
-    for name in AUTO_CLASSES:
-        classes = getattr(transformers, name)._model_mapping.get(type(model.config), ())
+    for name, classes in auto_classes_of(model.config, AUTO_CLASSES):
         if type(model) in (classes if isinstance(classes, tuple) else (classes,)):
             return name
     return "AutoModelForCausalLM"

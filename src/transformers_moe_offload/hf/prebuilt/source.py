@@ -16,7 +16,6 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers.conversion_mapping import get_model_conversion_mapping
 
 from transformers_moe_offload.config import ExpertFormats, HqqFormat, OffloadConfig
 from transformers_moe_offload.errors import CheckpointError, ConfigError
@@ -32,6 +31,13 @@ from transformers_moe_offload.hf.layer import OffloadedExperts, SparseLayer, lay
 from transformers_moe_offload.hf.layouts.base import parameter
 from transformers_moe_offload.hf.locate import ParameterSource, trace_parameters
 from transformers_moe_offload.hf.prebuilt.layout import LayerContent
+from transformers_moe_offload.hf.upstream import (
+    dtype_plan,
+    get_model_conversion_mapping,
+    ignored_on_load_missing,
+    ignored_on_save,
+    tied_weights,
+)
 from transformers_moe_offload.memory.checkpoint import LayerSource
 from transformers_moe_offload.memory.encoding import encoded_row
 from transformers_moe_offload.memory.field_source import FieldSource
@@ -114,11 +120,11 @@ class Quantization:
         """The names of the dense tensors that are stored, with all names of each: once where weights are tied."""
         by_tensor: dict[int, list[str]] = {}
         for name, tensor in self.model.state_dict(keep_vars=True).items():
-            if name not in (self.model._keys_to_ignore_on_save or ()):
+            if name not in ignored_on_save(self.model):
                 by_tensor.setdefault(id(tensor), []).append(name)
         saved: dict[str, list[str]] = {}
         for names in by_tensor.values():
-            saved[next((name for name in names if name not in self.model.all_tied_weights_keys), names[0])] = names
+            saved[next((name for name in names if name not in tied_weights(self.model)), names[0])] = names
         return saved
 
     def encode(self, name: str, tensor: Tensor) -> dict[str, Tensor]:
@@ -150,7 +156,7 @@ def _undecided(model: Any, layers: Sequence[SparseLayer], dtype: torch.dtype) ->
         for field in layer.fields
         for path in field.paths
     }
-    return Checkpoint({}, parameters=experts | model.state_dict(), dtype_plan=model._get_dtype_plan(dtype) or {})
+    return Checkpoint({}, parameters=experts | model.state_dict(), dtype_plan=dtype_plan(model, dtype))
 
 
 def _dense_contents(
@@ -178,7 +184,7 @@ def _dense_contents(
 
 def _may_be_missing(model: Any, name: str) -> bool:
     """Whether Transformers knows what a tensor is without being told by the checkpoint."""
-    patterns = model._keys_to_ignore_on_load_missing or ()
+    patterns = ignored_on_load_missing(model)
     return name in dict(model.named_buffers()) or any(re.search(pattern, name) for pattern in patterns)
 
 

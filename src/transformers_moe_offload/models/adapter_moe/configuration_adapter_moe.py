@@ -29,7 +29,6 @@ class AdapterMoeConfig(PreTrainedConfig):
 
     model_type = "adapter_moe"
     sub_configs_defaults = {"text_config": SubConfigSpec(config_class=AutoConfig, model_type="llama")}  # noqa: RUF012
-    keys_to_ignore_at_inference = ["past_key_values"]  # noqa: RUF012
     attribute_map = {"num_local_experts": "num_experts"}  # noqa: RUF012
 
     text_config: dict[str, Any] | PreTrainedConfig | None = None

@@ -1,0 +1,329 @@
+"""What this package takes from Transformers, accelerate and PEFT that they do not promise to keep.
+
+Public names are imported where they are used. Private names, modules without documentation, and whatever differs from
+one version to the next stand here, each with the versions that it was checked with, so that a new version breaks one
+file. `tests/hf/test_upstream.py` has a contract for every entry, and fails by the entry's name when upstream moves.
+
+Imports nothing of the package but its errors, so `hub` and `build`, which know nothing else of `hf`, may import it.
+"""
+
+from __future__ import annotations
+
+import functools
+import importlib
+import inspect
+import logging
+import re
+from collections.abc import Callable, Mapping
+from typing import Any, get_args
+
+import torch
+import transformers
+from transformers import Cache
+
+from transformers_moe_offload.errors import UnsupportedModelError, UpstreamError
+
+logger = logging.getLogger(__name__)
+
+TESTED = ("5.23", "5.24")
+"""The minor versions of Transformers that the whole test suite was run with, the oldest first."""
+
+# Names. All of them: 5.23, 5.24.
+try:
+    # How a checkpoint's tensors become parameters: renaming, merging, splitting, and back.
+    from transformers.conversion_mapping import get_model_conversion_mapping
+    from transformers.core_model_loading import (
+        Concatenate,
+        MergeModulelist,
+        WeightConverter,
+        WeightRenaming,
+        dot_natural_key,
+        rename_source_key,
+        revert_weight_conversion,
+    )
+
+    # What `from_pretrained` reads of a folder or a repository, and what `save_pretrained` leaves out.
+    from transformers.modeling_utils import _get_resolved_checkpoint_files as resolved_checkpoint_files
+    from transformers.modeling_utils import remove_tied_weights_from_state_dict
+
+    # The tables of quantization methods, where ours is entered.
+    from transformers.quantizers.auto import (
+        AUTO_QUANTIZATION_CONFIG_MAPPING,
+        AUTO_QUANTIZER_MAPPING,
+        AutoHfQuantizer,
+        AutoQuantizationConfig,
+    )
+    from transformers.quantizers.base import HfQuantizer, get_keys_to_not_convert
+    from transformers.utils.import_utils import is_peft_greater_or_equal
+except ImportError as error:
+    raise UpstreamError(
+        f"Transformers {transformers.__version__} lacks what this package needs of it: {error}. The package was tested "
+        f"with Transformers {TESTED[0]} to {TESTED[-1]}; install one of these, or a newer transformers-moe-offload"
+    ) from error
+
+__all__ = [
+    "AUTO_QUANTIZATION_CONFIG_MAPPING",
+    "AUTO_QUANTIZER_MAPPING",
+    "COMPILED_CALL",
+    "EXPERTS_FLAGS",
+    "OWN_HOOKS",
+    "PEFT_TYPE_TO_TUNER_MAPPING",  # noqa: F822
+    "TESTED",
+    "AutoHfQuantizer",
+    "AutoQuantizationConfig",
+    "Concatenate",
+    "ExportableState",  # noqa: F822
+    "HfQuantizer",
+    "MergeModulelist",
+    "ParamWrapper",  # noqa: F822
+    "WeightConverter",
+    "WeightRenaming",
+    "arguments",
+    "attention_implementation",
+    "auto_classes_of",
+    "custom_object_save",  # noqa: F822
+    "dot_natural_key",
+    "dtype_plan",
+    "end_of_load",
+    "experts_implementation",
+    "get_keys_to_not_convert",
+    "get_model_conversion_mapping",
+    "has_peft_adapter",
+    "ignore_on_load_unexpected",
+    "ignored_on_load_missing",
+    "ignored_on_load_unexpected",
+    "ignored_on_save",
+    "initialise",
+    "is_hooked_by_accelerate",
+    "is_peft_greater_or_equal",
+    "kv_cache",
+    "kv_cache_argument",
+    "kv_cache_name",
+    "kv_cache_of_output",
+    "kv_cache_parameter",
+    "mark_initialised",
+    "num_tokens_in",
+    "remove_tied_weights_from_state_dict",
+    "rename_source_key",
+    "resolved_checkpoint_files",
+    "revert_weight_conversion",
+    "tied_weights",
+    "undecorated_forward",
+    "warn_if_untested",
+]
+
+COMPILED_CALL = "get_compiled_call"
+"""5.23, 5.24: the method that `generate` asks a model for what it calls in place of the model, with a static cache
+(`PreTrainedModel.get_compiled_call`, called by `generation/utils.py`)."""
+
+
+EXPERTS_FLAGS = ("has_gate", "has_bias", "is_transposed", "has_post_expert_norm")
+"""5.23, 5.24: attributes in which `use_experts_implementation` (`integrations/moe.py`) describes an experts module."""
+
+OWN_HOOKS = "transformers.utils.output_capturing"
+"""5.23, 5.24: the module of Transformers' own forward hooks, which collect tensors that are among the outputs."""
+
+_LATER = {
+    "ExportableState": "transformers.trainer_callback",
+    "custom_object_save": "transformers.dynamic_module_utils",
+    "PEFT_TYPE_TO_TUNER_MAPPING": "peft.mapping",
+    "ParamWrapper": "peft.tuners.lora.layer",
+}
+"""Names that are imported when they are first asked for, since what they are in is optional or takes long: what Trainer
+keeps of a callback in a checkpoint, and what writes the source of a model class beside its weights (5.23, 5.24); PEFT's
+table of methods, and what it wraps a parameter in (0.21)."""
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _LATER:
+        raise AttributeError(f"module {__name__} has no attribute {name}")
+    library = importlib.import_module(_LATER[name].partition(".")[0])
+    try:
+        return getattr(importlib.import_module(_LATER[name]), name)
+    except (ImportError, AttributeError) as error:
+        raise UpstreamError(
+            f"{library.__name__} {library.__version__} lacks what this package needs of it: {_LATER[name]}.{name}. The "
+            f"package was tested with Transformers {TESTED[0]} to {TESTED[-1]} and PEFT 0.21; install one of these, or "
+            f"a newer transformers-moe-offload"
+        ) from error
+
+
+@functools.cache
+def warn_if_untested(version: str = transformers.__version__) -> None:
+    """Warn, once a process, if this is a minor version of Transformers newer than all that were tested."""
+    found = _minor(version)
+    if found > _minor(TESTED[-1]):
+        logger.warning(
+            f"Transformers {version} is newer than the versions that transformers-moe-offload was tested with, "
+            f"{TESTED[0]} to {TESTED[-1]}; if something fails, try one of these"
+        )
+
+
+def _minor(version: str) -> tuple[int, int]:
+    major, minor = re.findall(r"\d+", version)[:2]
+    return int(major), int(minor)
+
+
+# The KV cache: the argument of a forward that is called `past_key_values` (in Mamba's kin `cache_params`) in 5.23 and
+# `cache` in 5.24, where the old names still work in calls, with a FutureWarning, until 5.40. It is found by what the
+# forward's signature says of it and by what is passed, so that it may be renamed again.
+
+_FORMER_NAMES = ("cache", "past_key_values", "cache_params")
+"""Of parameters whose signature does not say what they take; only used to refuse what is not understood."""
+
+
+def kv_cache_parameter(forward: Callable[..., Any]) -> str | None:
+    """The name of the parameter that takes the KV cache; None if the forward has none, as encoders."""
+    return next(iter(_kv_cache_parameters(inspect.unwrap(forward))), None)
+
+
+def kv_cache(module: torch.nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Cache | None:
+    """The KV cache that a call of this module was given, by whichever name or position; None if it was given none.
+
+    Raises `UnsupportedModelError` if it was given something in that place that is not a `Cache` of Transformers.
+    """
+    found = next((value for value in (*args, *kwargs.values()) if isinstance(value, Cache)), None)
+    if found is not None:
+        return found
+    forward, given = inspect.unwrap(type(module).forward), arguments(module, args, kwargs)
+    for name in {*_kv_cache_parameters(forward), *_FORMER_NAMES}:
+        value = given.get(name)
+        if value is not None:
+            raise UnsupportedModelError(
+                f"{type(module).__name__} was called with {name} of type {type(value).__name__}, which is not a "
+                f"Cache of Transformers: what it holds, and so the position of every new token, is unknown; pass a "
+                f"DynamicCache or a StaticCache"
+            )
+    return None
+
+
+def arguments(module: torch.nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> dict[str, Any]:
+    """What a call of this module was given, by the names of its forward's parameters."""
+    names = list(inspect.signature(inspect.unwrap(type(module).forward)).parameters)[1:]
+    return dict(zip(names, args, strict=False)) | dict(kwargs)
+
+
+def kv_cache_argument(model: Any, outputs: Any) -> dict[str, Any]:
+    """The argument with which a forward goes on from a model's outputs; empty if they hold no cache."""
+    name, cache = kv_cache_parameter(type(model).forward), kv_cache_of_output(outputs)
+    return {} if name is None or cache is None else {name: cache}
+
+
+def kv_cache_name(inputs: Mapping[str, Any]) -> str | None:
+    """Which of these keyword arguments is the KV cache; None if there is none."""
+    return next((name for name, value in inputs.items() if isinstance(value, Cache)), None)
+
+
+def num_tokens_in(cache: Cache) -> int:
+    """How many tokens of each text a KV cache holds.
+
+    Raises `UnsupportedModelError` if it does not tell, as a cache without attention layers.
+    """
+    try:
+        return int(cache.get_seq_length())  # sync: device -> host, for a static cache
+    except (ValueError, NotImplementedError) as error:
+        raise UnsupportedModelError(
+            f"a {type(cache).__name__} does not tell how many tokens it holds, so the position of every new token is "
+            f"unknown: {error}"
+        ) from error
+
+
+def kv_cache_of_output(output: Any) -> Cache | None:
+    """The KV cache that a forward returns, in an output object or in a tuple; None if it returns none."""
+    values = output.values() if isinstance(output, Mapping) else output if isinstance(output, tuple) else ()
+    return next((value for value in values if isinstance(value, Cache)), None)
+
+
+@functools.cache
+def _kv_cache_parameters(forward: Callable[..., Any]) -> tuple[str, ...]:
+    parameters = inspect.signature(forward).parameters.values()
+    found = [one.name for one in parameters if _is_cache(one.annotation)]
+    return tuple(found or [name for name in _FORMER_NAMES if any(one.name == name for one in parameters)])
+
+
+def _is_cache(annotation: Any) -> bool:
+    if isinstance(annotation, str):  # a module that has `from __future__ import annotations`
+        return re.search(r"\b(\w*[a-z])?Cache\b", annotation) is not None
+    return any(isinstance(one, type) and issubclass(one, Cache) for one in (annotation, *get_args(annotation)))
+
+
+# Attributes of models, modules and parameters.
+
+
+def has_peft_adapter(model: Any) -> bool:
+    """5.23, 5.24: whether `add_adapter` or `load_adapter` of Transformers itself has added an adapter."""
+    return bool(getattr(model, "_hf_peft_config_loaded", False))
+
+
+def dtype_plan(model: Any, dtype: torch.dtype | None) -> dict[str, torch.dtype]:
+    """5.23, 5.24: the parameters that keep a dtype of their own when a model is loaded in `dtype`, by pattern."""
+    return dict(model._get_dtype_plan(dtype) or {})
+
+
+def tied_weights(model: Any) -> dict[str, str]:
+    """5.23, 5.24: parameters that are others by another name; name -> the name that it is kept under."""
+    return dict(getattr(model, "all_tied_weights_keys", None) or {})
+
+
+def ignored_on_save(model: Any) -> tuple[str, ...]:
+    """5.23, 5.24: names in a model's state dict that `save_pretrained` leaves out."""
+    return tuple(model._keys_to_ignore_on_save or ())
+
+
+def ignored_on_load_unexpected(model: Any) -> tuple[str, ...]:
+    """5.23, 5.24: patterns of tensors that a checkpoint may have and the model does not."""
+    return tuple(model._keys_to_ignore_on_load_unexpected or ())
+
+
+def ignore_on_load_unexpected(model: Any, names: set[str]) -> None:
+    """5.23, 5.24: let a checkpoint have these tensors as well, for the load that is running."""
+    patterns = {*ignored_on_load_unexpected(model), *(f"^{re.escape(name)}$" for name in names)}
+    model._keys_to_ignore_on_load_unexpected = patterns
+
+
+def end_of_load(model: Any) -> None:
+    """5.23, 5.24: undo `ignore_on_load_unexpected`."""
+    vars(model).pop("_keys_to_ignore_on_load_unexpected", None)
+
+
+def ignored_on_load_missing(model: Any) -> tuple[str, ...]:
+    """5.23, 5.24: patterns of tensors that the model has and a checkpoint need not."""
+    return tuple(model._keys_to_ignore_on_load_missing or ())
+
+
+def attention_implementation(config: Any) -> str | None:
+    """5.23, 5.24: which attention a model of this config uses; it can be changed between two forwards."""
+    return getattr(config, "_attn_implementation", None)
+
+
+def experts_implementation(config: Any) -> str | None:
+    """5.23, 5.24: what `from_pretrained(experts_implementation=...)` has asked for."""
+    return getattr(config, "_experts_implementation", None)
+
+
+def initialise(model: Any, module: torch.nn.Module) -> None:
+    """5.23, 5.24: fill a module as `from_pretrained` fills what no checkpoint holds, its buffers among them."""
+    model._init_weights(module)
+
+
+def mark_initialised(parameter: torch.nn.Parameter) -> None:
+    """5.23, 5.24: say that `from_pretrained` has nothing to fill a parameter with that no checkpoint holds."""
+    parameter._is_hf_initialized = True  # type: ignore[attr-defined]
+
+
+def is_hooked_by_accelerate(module: torch.nn.Module) -> bool:
+    """accelerate 1: whether it has replaced a module's forward by one that moves weights or inputs."""
+    return vars(module).get("_hf_hook") is not None
+
+
+def undecorated_forward(module: torch.nn.Module) -> Callable[..., Any]:
+    """5.23, 5.24: the class's own loop over experts, without the dispatch of `use_experts_implementation`."""
+    forward = type(module).forward
+    is_decorated = all(flag in vars(module) for flag in EXPERTS_FLAGS)
+    return getattr(forward, "__wrapped__", forward) if is_decorated else forward
+
+
+def auto_classes_of(config: Any, names: tuple[str, ...]) -> list[tuple[str, Any]]:
+    """5.23, 5.24: those of these Auto classes that know a model for this config, and the class or classes they know."""
+    found = [(name, getattr(transformers, name)._model_mapping.get(type(config), ())) for name in names]
+    return [(name, classes) for name, classes in found if classes]

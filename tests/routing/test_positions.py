@@ -1,0 +1,144 @@
+"""Which text each recorded token belongs to, and where it stands in it."""
+
+import copy
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import DynamicCache
+
+from hurried import run_at_once
+from transformers_moe_offload import UnsupportedModelError, routing
+from transformers_moe_offload.hf.upstream import kv_cache_argument, kv_cache_parameter
+from zoo.build import build
+
+STORED = json.loads((Path(__file__).parent / "positions.json").read_text())
+"""Two texts, the first padded on the left by two tokens, generated from prompts of five tokens: what was recorded."""
+
+
+@pytest.fixture(scope="module")
+def model():
+    torch.manual_seed(0)
+    return build("mixtral").eval()
+
+
+def texts_of(trace, router=0):
+    """(token, position) of every token that is no padding, by sequence."""
+    found = {}
+    for rows in trace.rows(router):
+        for token, sequence, position in zip(rows.token_ids, rows.sequence, rows.position, strict=True):
+            found.setdefault(int(sequence), []).append((int(token), int(position)))
+    return list(found.values())
+
+
+def placed(ids, first=0):
+    return [(token, first + place) for place, token in enumerate(ids)]
+
+
+def begin(model, ids):
+    """Read some tokens; gives what the next forward is passed."""
+    return kv_cache_argument(model, model(torch.tensor([ids]), use_cache=True))
+
+
+def go_on(model, ids, past):
+    return kv_cache_argument(model, model(torch.tensor([ids]), use_cache=True, **past))
+
+
+@pytest.mark.parametrize("cache", [None, "static"])
+def test_a_generation_is_recorded_alike_under_every_version_of_transformers(model, cache):
+    texts = torch.tensor(STORED["texts"])
+    length, mask = STORED["prompt"], torch.tensor(STORED["mask"])
+    with routing.record_routing(model) as recorder:
+        model.generate(
+            texts[:, :length],
+            attention_mask=mask,
+            max_new_tokens=texts.shape[1] - length,
+            min_new_tokens=texts.shape[1] - length,
+            do_sample=False,
+            cache_implementation=cache,
+            prefix_allowed_tokens_fn=lambda row, read: [int(texts[row, len(read)])],
+        )
+    (rows,) = recorder.trace.rows(0, padding=True)
+    for name in ("token_ids", "sequence", "position", "is_padding"):
+        assert getattr(rows, name).tolist() == STORED[name], name
+
+
+def test_texts_that_are_read_in_turns_stay_apart(model):
+    with routing.record_routing(model) as recorder, torch.no_grad():
+        one = begin(model, [1, 2, 3])
+        other = begin(model, [4, 5])
+        one = go_on(model, [6], one)
+        other = go_on(model, [7, 8], other)
+        go_on(model, [9], one)
+    assert texts_of(recorder.trace) == [placed([1, 2, 3, 6, 9]), placed([4, 5, 7, 8])]
+
+
+def test_a_text_that_another_thread_goes_on_with_stays_one(model):
+    with routing.record_routing(model) as recorder, torch.no_grad():
+        past = begin(model, [1, 2, 3])
+        run_at_once(lambda: torch.no_grad()(go_on)(model, [4, 5], past), [()])
+    assert texts_of(recorder.trace) == [placed([1, 2, 3, 4, 5])]
+
+
+def test_a_text_whose_beginning_was_not_recorded_begins_where_it_was_gone_on_with(model):
+    with torch.no_grad():
+        past = begin(model, [1, 2, 3])
+        with routing.record_routing(model) as recorder:
+            past = go_on(model, [4], past)
+            copied = copy.deepcopy(past)  # a prefix that several prompts share
+            go_on(model, [5], past)
+            go_on(model, [6, 7], copied)
+    assert texts_of(recorder.trace) == [placed([4, 5], 3), placed([6, 7], 4)]
+
+
+def test_a_cache_that_is_passed_by_position_is_read(model):
+    name = kv_cache_parameter(type(model).forward)
+    with routing.record_routing(model) as recorder, torch.no_grad():
+        past = begin(model, [1, 2, 3])
+        model(torch.tensor([[4]]), None, None, past[name])
+    assert texts_of(recorder.trace) == [placed([1, 2, 3, 4])]
+
+
+def test_a_cache_that_cannot_be_read_is_refused_while_recording(model):
+    class Foreign:
+        """Holds a past that says nothing of itself."""
+
+    given = {kv_cache_parameter(type(model).forward): Foreign()}
+    with (
+        routing.record_routing(model) as recorder,
+        torch.no_grad(),
+        pytest.raises(UnsupportedModelError, match="of type Foreign, which is not a Cache"),
+    ):
+        model(torch.tensor([[1]]), use_cache=True, **given)
+    assert recorder.trace.num_steps == 0
+    with routing.record_routing(model) as recorder, torch.no_grad():  # and the model still works
+        model(torch.tensor([[1, 2]]))
+    assert texts_of(recorder.trace) == [placed([1, 2])]
+
+
+def test_a_cache_that_does_not_tell_how_much_it_holds_is_refused_while_recording(model):
+    class Silent(DynamicCache):
+        def get_seq_length(self, layer_idx=0):
+            raise ValueError("only LinearAttention layers")
+
+    given = {kv_cache_parameter(type(model).forward): Silent(config=model.config)}
+    with (
+        routing.record_routing(model),
+        torch.no_grad(),
+        pytest.raises(UnsupportedModelError, match="does not tell how many tokens"),
+    ):
+        model(torch.tensor([[1]]), use_cache=True, **given)
+
+
+@pytest.mark.parametrize("router", [0, 1])
+def test_repeat_rate_and_reuse_are_those_of_one_sequence(model, router):
+    """Of a generation, whose tokens are read in several forwards, as of the same tokens read at once."""
+    with routing.record_routing(model) as recorder, torch.no_grad():
+        past = begin(model, [1, 2, 3, 4, 5])
+        for token in (6, 7, 8):
+            past = go_on(model, [token], past)
+    with routing.record_routing(model) as whole, torch.no_grad():
+        begin(model, [1, 2, 3, 4, 5, 6, 7, 8])
+    rates = [one.trace.statistics(router).repeat_rate for one in (recorder, whole)]
+    assert rates[0] == pytest.approx(rates[1])
