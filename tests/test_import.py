@@ -11,6 +11,10 @@ PUBLIC = [
     "MoeOffloadError", "OffloadConfig", "OffloadRuntime", "PrefetchConfig", "RecipeError", "UnsupportedModelError",
     "cache_stats", "install", "register_policy", "register_predictor", "restore", "uninstall",
 ]  # fmt: skip
+UPSTREAM = (
+    "import transformers.modeling_utils, transformers.generation.utils; from transformers.quantizers import auto;"
+)
+"""What a program with a model imports anyway."""
 
 
 def run(code: str) -> dict:
@@ -25,16 +29,16 @@ def test_the_public_names_are_these():
 
 def test_importing_adds_little_to_importing_transformers():
     spent = run(
-        "import json, time; import transformers.generation.utils; from transformers.quantizers import auto;"
-        "start = time.process_time(); import transformers_moe_offload;"
-        "print(json.dumps({'seconds': time.process_time() - start}))"
+        "import json, time; start = time.process_time();"
+        f"{UPSTREAM} theirs = time.process_time(); import transformers_moe_offload;"
+        "print(json.dumps({'theirs': theirs - start, 'ours': time.process_time() - theirs}))"
     )
-    assert spent["seconds"] < 0.5
+    assert spent["ours"] < spent["theirs"] / 4
 
 
 def test_importing_touches_no_device_and_loads_no_optional_package():
     seen = run(
-        "import json, sys, torch; import transformers.generation.utils; from transformers.quantizers import auto;"
+        f"import json, sys, torch; {UPSTREAM}"
         "before = set(sys.modules); import transformers_moe_offload;"
         "print(json.dumps({'cuda': torch.cuda.is_initialized(), 'added': sorted(set(sys.modules) - before)}))"
     )
