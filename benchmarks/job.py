@@ -1,16 +1,21 @@
 """Work that is done in a process of its own: described in JSON on the way in, answered in JSON on the way out.
 
 A process of its own, because what one row has allocated, mapped or warmed up must not show in another row's figures.
+It is forked from one that has imported the package and done nothing else, since importing takes longer than many a row;
+under a cap, with another interpreter or with a GPU it is started from nothing.
 """
 
 from __future__ import annotations
 
 import json
+import multiprocessing
 import os
+import runpy
 import subprocess
 import sys
 import tempfile
 from collections.abc import Mapping
+from multiprocessing import forkserver
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -19,6 +24,8 @@ if TYPE_CHECKING:
 
 ON_CPU = {"CUDA_VISIBLE_DEVICES": ""}
 """For jobs that compute on the CPU, whatever else there is."""
+
+OFFLINE = {"HF_HUB_OFFLINE": "1", "HF_HUB_DISABLE_PROGRESS_BARS": "1"}
 
 TAIL = 2000
 """Characters of a failed process's stderr that are kept."""
@@ -41,23 +48,61 @@ def run_job(
 
     Under a `cap` if one is given, and by another interpreter than this one if its packages are needed.
     """
-    environment = os.environ | {"HF_HUB_OFFLINE": "1", "HF_HUB_DISABLE_PROGRESS_BARS": "1"} | variables
+    environment = os.environ | OFFLINE | variables
     if num_threads is not None:
         environment["OMP_NUM_THREADS"] = str(num_threads)
     with tempfile.TemporaryDirectory() as folder:
-        answer = Path(folder) / "answer.json"
-        command = [python, str(Path(__file__).with_name(script)), json.dumps(job), str(answer)]
-        done = subprocess.run(
-            [*(cap.prefix if cap else ()), *command],
-            env=environment,
-            stdout=subprocess.DEVNULL,
-            stderr=subprocess.PIPE,
-            text=True,
-            preexec_fn=cap.join if cap else None,
-        )
-        if done.returncode != 0:
-            raise JobFailedError(f"exit code {done.returncode}: {done.stderr[-TAIL:].strip()}")
+        answer, said = Path(folder) / "answer.json", Path(folder) / "stderr"
+        arguments = [str(Path(__file__).with_name(script)), json.dumps(job), str(answer)]
+        if cap is None and python == sys.executable and variables is ON_CPU and sys.platform == "linux":
+            code = _run_forked(arguments, environment, num_threads, said)
+        else:
+            with said.open("w") as stderr:
+                code = subprocess.run(
+                    [*(cap.prefix if cap else ()), python, *arguments],
+                    env=environment,
+                    stdout=subprocess.DEVNULL,
+                    stderr=stderr,
+                    preexec_fn=cap.join if cap else None,
+                ).returncode
+        if code != 0:
+            raise JobFailedError(f"exit code {code}: {said.read_text()[-TAIL:].strip()}")
         return json.loads(answer.read_text())
+
+
+def _run_forked(arguments: list[str], environment: dict[str, str], num_threads: int | None, said: Path) -> int:
+    """Run a script in a child of a process that has imported the package; returns the exit code."""
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["accelerate", "transformers.models.auto.modeling_auto", "transformers_moe_offload"])
+    before = dict(os.environ)
+    os.environ.update(environment)  # huggingface_hub reads it once, when it is imported
+    try:
+        forkserver.ensure_running()
+    finally:
+        os.environ.clear()
+        os.environ.update(before)
+    child = context.Process(target=_in_the_child, args=(arguments, environment, num_threads, said))
+    child.start()
+    child.join()
+    code = child.exitcode
+    child.close()
+    assert code is not None
+    return code
+
+
+def _in_the_child(arguments: list[str], environment: dict[str, str], num_threads: int | None, said: Path) -> None:
+    import torch
+
+    os.environ.clear()
+    os.environ.update(environment)
+    if num_threads is not None:
+        torch.set_num_threads(num_threads)
+    for descriptor, path in ((1, os.devnull), (2, said)):
+        opened = os.open(path, os.O_WRONLY | os.O_CREAT, 0o600)
+        os.dup2(opened, descriptor)
+        os.close(opened)
+    sys.argv = arguments
+    runpy.run_path(arguments[0], run_name="__main__")
 
 
 def serve(work: Any) -> None:

@@ -1,5 +1,6 @@
 """The benchmark runs from end to end, and its promises are judged from what it wrote."""
 
+import importlib
 import json
 import os
 import subprocess
@@ -7,8 +8,10 @@ import sys
 from pathlib import Path
 
 import pytest
+import typer
 from safetensors import safe_open
 from transformers import Qwen3MoeConfig, Qwen3MoeForCausalLM
+from typer.testing import CliRunner
 
 DECODE = Path(__file__).parents[2] / "benchmarks" / "decode.py"
 
@@ -28,6 +31,15 @@ def outcome(tmp_path_factory):
     done = decode("--quick", "--made", folder / "made", "--results", folder)
     assert done.returncode == 0, done.stdout + done.stderr
     return done.stdout, folder
+
+
+def judged(*arguments):
+    """The same in this process, for what measures nothing."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.syspath_prepend(str(DECODE.parent))
+        app = typer.Typer()
+        app.command()(importlib.import_module("decode").decode)
+        return CliRunner().invoke(app, [*map(str, arguments)])
 
 
 @pytest.fixture
@@ -105,9 +117,9 @@ def kept(result: dict, tmp_path: Path) -> tuple[int, dict[str, bool]]:
     """What `--check` says of a result: its exit code, and each promise with whether it is kept."""
     path = tmp_path / "result.json"
     path.write_text(json.dumps(result))
-    done = decode("--check", path)
+    done = judged("--check", path)
     lines = [line.split("  ", 1) for line in done.stdout.splitlines()]
-    return done.returncode, {promise: sign == "kept" for sign, promise in lines}
+    return done.exit_code, {promise: sign == "kept" for sign, promise in lines}
 
 
 def test_check_finds_the_promise_that_is_broken(result, tmp_path):
@@ -138,7 +150,7 @@ def test_a_row_that_is_missing_is_not_taken_for_a_promise_kept(result, tmp_path)
 
 
 def test_an_unknown_row_is_refused(tmp_path):
-    done = decode("--quick", "--row", "theirs 25%", "--made", tmp_path, "--results", tmp_path)
-    assert done.returncode == 2
+    done = judged("--quick", "--row", "theirs 25%", "--made", tmp_path, "--results", tmp_path)
+    assert done.exit_code == 2
     assert "'theirs 25%' is not one of plain eager" in " ".join(done.stderr.split())
     assert not list(tmp_path.iterdir())
