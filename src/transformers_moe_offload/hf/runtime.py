@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import weakref
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Container, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from copy import deepcopy
 from typing import Any
@@ -227,11 +227,16 @@ class OffloadRuntime:
         self._sources[layer.index] = source.cast(dtype_name(dtype))
         self._caches.drop(keep_stats=True)
 
-    def state_dict(self) -> dict[str, Tensor]:
-        """All experts under the names that the plain model's `state_dict` gives them; tied ones share memory there."""
+    def state_dict(self, without: Container[str] = ()) -> dict[str, Tensor]:
+        """All experts under the names that the plain model's `state_dict` gives them; tied ones share memory there.
+
+        A layer whose names are all among `without` is not read.
+        """
         tied = self._living_model().all_tied_weights_keys
         tensors: dict[str, Tensor] = {}
         for module, layer in self.modules():
+            if all(f"{layer.name}.{path}" in without for field in layer.fields for path in field.paths):
+                continue
             for path, tensor in self._parameters(module, layer).items():
                 name = f"{layer.name}.{path}"
                 tensors[name] = tensors.setdefault(tied.get(name, name), tensor)

@@ -1,7 +1,9 @@
-"""Let `load_state_dict` take what `save_pretrained` wrote, as Trainer does when it goes on from a checkpoint.
+"""State dicts of the plain model: what `save_pretrained` writes, and what `load_state_dict` takes.
 
-Files have the names and shapes of the architecture's authors; Transformers converts them in `from_pretrained`, but not
-here. Without this, a router or an expert that has another name in files would silently keep the weights that it has.
+Saving adds the experts to what is there or is given. Loading takes what was saved, as Trainer does when it goes on from
+a checkpoint: files have the names and shapes of the architecture's authors, which Transformers converts in
+`from_pretrained`, but not here. Without this, a router or an expert that has another name in files would silently keep
+the weights that it has.
 """
 
 from __future__ import annotations
@@ -14,12 +16,42 @@ import torch
 from torch import Tensor
 from transformers.conversion_mapping import get_model_conversion_mapping
 
-from transformers_moe_offload.errors import CheckpointError
+from transformers_moe_offload.errors import CheckpointError, ConfigError
 from transformers_moe_offload.hf.layer import SparseLayer
 from transformers_moe_offload.hf.layouts import ExpertField
 from transformers_moe_offload.hf.locate import ParameterSource, assembled, trace_parameters
-from transformers_moe_offload.hf.own_experts import NAME, own_experts
+from transformers_moe_offload.hf.own_experts import NAME, is_of_own_experts, named_own_experts, own_experts
 from transformers_moe_offload.memory.record import torch_dtype
+
+
+def with_experts(model: Any, given: Mapping[str, Tensor] | None = None) -> dict[str, Tensor]:
+    """The state dict of the plain model; `given` are values that win over the model's own, experts' among them.
+
+    Experts are given under their names in the plain model, or, those that are parameters of this one, under their names
+    here. Raises `ConfigError` for other names of experts, as these would be written beside the model's.
+    """
+    state = dict(model.state_dict() if given is None else given)
+    experts = model.moe_offload.state_dict(without=state)
+    for module, layer in model.moe_offload.modules():
+        known = {f"{layer.name}.{path}" for field in layer.fields for path in field.paths}
+        _expect_known(layer, state, known | {f"{layer.name}.{name}" for name in module.state_dict()})
+        for name, expert, field in list(named_own_experts(state, layer.name)):
+            stack = experts.get(f"{layer.name}.{field}")
+            if stack is not None:
+                stack[expert] = state[name].detach()
+    return {name: value for name, value in state.items() if not is_of_own_experts(name)} | {
+        name: value for name, value in experts.items() if name not in state
+    }
+
+
+def _expect_known(layer: SparseLayer, state: Mapping[str, Tensor], known: set[str]) -> None:
+    unknown = next((name for name in state if name.startswith(f"{layer.name}.") and name not in known), None)
+    if unknown is not None:
+        raise ConfigError(
+            f"the state_dict to be saved holds {unknown}, but the experts of {layer.name} are called "
+            f"{', '.join(sorted(known)[:2])}; give them under these names, as model.moe_offload.state_dict() does, or "
+            f"leave them out"
+        )
 
 
 def install_state_dict_hook(model: Any) -> None:
@@ -81,27 +113,26 @@ def _load_experts(
     given: Mapping[str, Tensor],
     state_dict: MutableMapping[str, Any],
 ) -> None:
-    """Own experts are loaded; of the frozen ones, one a layer is compared with the one that is there."""
+    """Own experts are loaded; the frozen ones are compared with those that are there."""
     own, source = own_experts(module), model.moe_offload.source(layer)
     frozen = [expert for expert in range(layer.num_experts) if expert not in own]
-    comparable = next((expert for expert in frozen if source.codings.of(expert) is None), None)
-    for field in layer.fields:
-        if f"{layer.name}.{field.paths[0]}" not in found:
-            continue
-        for expert in own:
+    fields = [field for field in layer.fields if f"{layer.name}.{field.paths[0]}" in found]
+    for expert in own:
+        for field in fields:
             state_dict[f"{layer.name}.{NAME}.{expert}.{field.name}"] = _expert(model, layer, field, found, expert)
-        if comparable is not None:
-            there = source.read(comparable)[field.name]
-            if not torch.equal(_expert(model, layer, field, found, comparable).to(there), there):
+    if fields and any(source.codings.of(expert) is not None for expert in frozen):
+        raise CheckpointError(
+            f"the weights that are loaded have experts of {layer.name}, but this model's are in low bits and "
+            f"constant; leave them out of what is loaded, or load these weights with from_pretrained"
+        )
+    for expert in frozen if fields else ():
+        there = source.read(expert)
+        for field in fields:
+            if not torch.equal(_expert(model, layer, field, found, expert).to(there[field.name]), there[field.name]):
                 raise CheckpointError(
-                    f"{field.name} of expert {comparable} of {layer.name} is not the same in the weights that are "
+                    f"{field.name} of expert {expert} of {layer.name} is not the same in the weights that are "
                     f"loaded and in the checkpoint of this model, where it is frozen; load the model that was trained"
                 )
-        elif frozen:
-            raise CheckpointError(
-                f"the weights that are loaded have experts of {layer.name}, but this model's are in low bits and "
-                f"constant; leave them out of what is loaded, or load these weights with from_pretrained"
-            )
 
 
 def _expert(
