@@ -200,10 +200,10 @@ class OffloadRuntime:
         """What to call with the experts that a layer wants, once their loads are under way; hidden (..., H)."""
         return self._caches.look_ahead_from(layer, hidden)
 
-    def lender(self, layer: SparseLayer, device: torch.device) -> Lender:
-        """Who gives a layer's experts to the backward pass of the forward that begins."""
+    def lender(self, layer: SparseLayer, device: torch.device, cast_to: torch.dtype | None = None) -> Lender:
+        """Gives a layer's experts to the backward pass of the forward that begins, in another dtype if one is named."""
         before = None if self._lender is None else self._lender()
-        lender = Lender(self, layer, device, before)
+        lender = Lender(self, layer, device, before, cast_to)
         self._lender = weakref.ref(lender)
         return lender
 
