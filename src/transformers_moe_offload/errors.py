@@ -5,6 +5,7 @@
     ├── CapacityError          a budget too small to run the model at all
     ├── CheckpointError        files that are missing, short, changed, or not what they say
     ├── UnsupportedModelError  a model without routed experts, or with experts we cannot offload
+    ├── UpstreamError          a version of another library that lacks what we need of it
     └── RecipeError            a mixture of experts that cannot be built
 
 Every message names what was wrong, the two things that disagree, and what to change.
@@ -38,6 +39,10 @@ class CheckpointError(MoeOffloadError):
 
 class UnsupportedModelError(MoeOffloadError):
     """A model whose experts cannot be offloaded, with the reason."""
+
+
+class UpstreamError(MoeOffloadError, ImportError):
+    """A version of Transformers or another library that lacks what this package needs. Also an `ImportError`."""
 
 
 class RecipeError(MoeOffloadError, ValueError):

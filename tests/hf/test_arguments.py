@@ -5,13 +5,21 @@ import re
 
 import pytest
 import torch
+from accelerate import Accelerator
 from peft import LoraConfig
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_model
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 from transformers.distributed import DistributedConfig
 
-from transformers_moe_offload import ConfigError, ExpertFormats, HqqFormat, OffloadConfig, UnsupportedModelError
+from transformers_moe_offload import (
+    ConfigError,
+    ExpertFormats,
+    HqqFormat,
+    OffloadConfig,
+    UnsupportedModelError,
+    restore,
+)
 from transformers_moe_offload.errors import CheckpointError
 from transformers_moe_offload.hf.arguments import refuse_kernels
 from transformers_moe_offload.training import unfreeze_experts
@@ -311,3 +319,30 @@ class TestLoadingAStateDict:
         assert model.load_state_dict(weights, strict=False).missing_keys == ["lm_head.weight"]
         with pytest.raises(RuntimeError, match=r"Missing key\(s\) in state_dict: \"lm_head.weight\""):
             model.load_state_dict(weights)
+
+
+class TestWritersOfStateDicts:
+    """Functions of other packages that take `state_dict()` for the whole model."""
+
+    @pytest.mark.parametrize("writer", ["Accelerator.save_model", "safetensors.torch.save_model"])
+    def test_whoever_writes_a_model_without_its_experts_is_warned(self, writer, checkpoint, tmp_path, caplog):
+        model = load(checkpoint)
+        if writer == "Accelerator.save_model":
+            accelerator = Accelerator(cpu=True)
+            accelerator.save_model(accelerator.prepare(model), tmp_path)
+        else:
+            save_model(model, tmp_path / "model.safetensors")
+        assert (
+            f"{writer} writes what Qwen3MoeForCausalLM.state_dict() returns, which has none of the exp" in caplog.text
+        )
+
+    def test_nothing_is_said_where_nothing_is_missed(self, checkpoint, plain, tmp_path, caplog):
+        model = load(checkpoint)
+        save_model(plain, tmp_path / "plain.safetensors")
+        torch.save(model.state_dict(), tmp_path / "dense.pt")
+        model.save_pretrained(tmp_path)
+        accelerator = Accelerator(cpu=True)
+        accelerator.prepare(model)
+        accelerator.save_state(tmp_path / "state")
+        save_model(restore(model), tmp_path / "restored.safetensors")
+        assert "state_dict" not in caplog.text

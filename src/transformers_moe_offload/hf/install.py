@@ -15,6 +15,7 @@ from copy import copy
 from pathlib import Path
 from typing import Any
 
+import transformers
 from safetensors import SafetensorError
 from transformers import PretrainedConfig, PreTrainedModel
 from transformers.quantizers.auto import (
@@ -23,9 +24,10 @@ from transformers.quantizers.auto import (
     AutoHfQuantizer,
     AutoQuantizationConfig,
 )
+from transformers.quantizers.base import HfQuantizer
 
 from transformers_moe_offload.config import OffloadConfig
-from transformers_moe_offload.errors import CheckpointError, ConfigError
+from transformers_moe_offload.errors import CheckpointError, ConfigError, UpstreamError
 from transformers_moe_offload.hf.adapters.register import uninstall_adapters
 from transformers_moe_offload.hf.arguments import refuse_on_load, refuse_on_save
 from transformers_moe_offload.hf.delegates.methods import DELEGATED, refusal
@@ -37,8 +39,42 @@ from transformers_moe_offload.hf.saving import save_quantized
 _HUB_OPTIONS = ("cache_dir", "force_download", "local_files_only", "proxies", "revision", "subfolder", "token")
 
 
+_TESTED = "5.23 to 5.24"
+_HOOKS = {
+    PreTrainedModel: ("from_pretrained", "save_pretrained"),
+    HfQuantizer: (
+        "validate_environment",
+        "update_device_map",
+        "update_dtype",
+        "update_attn_implementation",
+        "_process_model_before_weight_loading",
+        "param_element_size",
+        "get_new_dtype",
+        "adjust_max_memory",
+        "update_weight_conversions",
+        "_process_model_after_weight_loading",
+        "get_state_dict_and_metadata",
+        "is_serializable",
+        "is_trainable",
+        "is_compileable",
+    ),
+}
+"""What is wrapped, and what Transformers calls of a quantizer (5.23, 5.24): one that is not there any more would not be
+called, and the experts would be loaded or saved as if this package were not there."""
+
+
 def install() -> None:
-    """Make `moe_offload=` known to every `from_pretrained`. Importing the package does it; twice does no harm."""
+    """Make `moe_offload=` known to every `from_pretrained`. Importing the package does it; twice does no harm.
+
+    Raises `UpstreamError`, and changes nothing, if Transformers lacks something that is needed for it.
+    """
+    for owner, names in _HOOKS.items():
+        for name in names:
+            if name not in vars(owner):
+                raise UpstreamError(
+                    f"Transformers {transformers.__version__} has no {owner.__name__}.{name}, which this package "
+                    f"needs; it was tested with {_TESTED}: install one of these, or a newer transformers-moe-offload"
+                )
     AUTO_QUANTIZER_MAPPING[OffloadConfig.quant_method] = MoeOffloadQuantizer
     AUTO_QUANTIZATION_CONFIG_MAPPING[OffloadConfig.quant_method] = OffloadConfig
     for method in _delegated():

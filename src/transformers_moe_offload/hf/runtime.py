@@ -27,7 +27,7 @@ from transformers_moe_offload.hf.own_experts import put_among_the_others
 from transformers_moe_offload.hf.parameters import parameters_of
 from transformers_moe_offload.hf.placeholders import put_back
 from transformers_moe_offload.hf.plan import OffloadPlan
-from transformers_moe_offload.hf.state_dicts import remove_state_dict_hook
+from transformers_moe_offload.hf.state_dicts import remove_state_dict_hooks
 from transformers_moe_offload.memory.checkpoint import LayerSource
 from transformers_moe_offload.memory.record import dtype_name
 from transformers_moe_offload.stats import CacheStats
@@ -127,7 +127,7 @@ class OffloadRuntime:
             put_back(module, layer.parameter_order, tensors)
         restore_dense(model)
         del model.moe_offload
-        remove_state_dict_hook(model)
+        remove_state_dict_hooks(model)
         vars(model).pop("hf_quantizer", None)
         vars(model).pop(COMPILED_CALL, None)
         self.close()

@@ -8,6 +8,8 @@ the weights that it has.
 
 from __future__ import annotations
 
+import logging
+import sys
 from collections.abc import Mapping, MutableMapping
 from copy import copy
 from typing import Any
@@ -22,6 +24,8 @@ from transformers_moe_offload.hf.layouts import ExpertField
 from transformers_moe_offload.hf.locate import ParameterSource, assembled, trace_parameters
 from transformers_moe_offload.hf.own_experts import NAME, is_of_own_experts, named_own_experts, own_experts
 from transformers_moe_offload.memory.record import torch_dtype
+
+logger = logging.getLogger(__name__)
 
 
 def with_experts(model: Any, given: Mapping[str, Tensor] | None = None) -> dict[str, Tensor]:
@@ -54,16 +58,36 @@ def _expect_known(layer: SparseLayer, state: Mapping[str, Tensor], known: set[st
         )
 
 
-def install_state_dict_hook(model: Any) -> None:
-    """Convert state dicts for this model, and for copies of it."""
+_WRITERS = {("accelerate.accelerator", "save_model"): "Accelerator.save_model"}
+_WRITERS |= {("safetensors.torch", "save_model"): "safetensors.torch.save_model"}
+"""Functions (accelerate 1.15, safetensors 0.8) that write what `state_dict()` returns as if it were the whole model."""
+
+
+def install_state_dict_hooks(model: Any) -> None:
+    """Convert state dicts for this model, and for copies of it; warn where what one lacks would be missed."""
     model.register_load_state_dict_pre_hook(_convert)
+    model.register_state_dict_post_hook(_warn_if_written)
 
 
-def remove_state_dict_hook(model: Any) -> None:
-    """Take it out again; found by what it calls, for handles that torch returns do not survive copies of a model."""
-    hooks = model._load_state_dict_pre_hooks
-    for key in [key for key, hook in hooks.items() if hook.hook is _convert]:
-        del hooks[key]
+def remove_state_dict_hooks(model: Any) -> None:
+    """Take them out again; found by what is called, for handles that torch returns do not survive copies of a model."""
+    for hooks in (model._load_state_dict_pre_hooks, model._state_dict_hooks):
+        for key in [key for key, hook in hooks.items() if getattr(hook, "hook", hook) in (_convert, _warn_if_written)]:
+            del hooks[key]
+
+
+def _warn_if_written(model: Any, *_: Any) -> None:
+    """Called by torch with the state dict that a model returns."""
+    frame = sys._getframe(1)
+    while frame is not None:
+        writer = _WRITERS.get((frame.f_globals.get("__name__", ""), frame.f_code.co_name))
+        if writer is not None:
+            logger.warning(
+                f"{writer} writes what {type(model).__name__}.state_dict() returns, which has none of the experts that "
+                f"are offloaded; use save_pretrained of the model, which writes all of it"
+            )
+            return
+        frame = frame.f_back  # type: ignore[assignment]
 
 
 def _convert(model: Any, state_dict: MutableMapping[str, Any], prefix: str, *rest: Any) -> None:
