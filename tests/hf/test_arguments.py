@@ -6,7 +6,7 @@ import re
 import pytest
 import torch
 from accelerate import Accelerator
-from peft import LoraConfig
+from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file, save_model
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
@@ -236,8 +236,20 @@ class TestSaving:
 
     def test_experts_under_other_names_are_refused_with_the_right_ones(self, model, tmp_path):
         name = "model.layers.0.mlp.experts.0.down_proj.weight"
-        with pytest.raises(ConfigError, match=rf"{name}, but the experts of .* are called .*experts\.down_proj"):
+        with pytest.raises(ConfigError, match=rf"{name}, but the experts of .* are called .*experts\.gate_up_proj"):
             model.save_pretrained(tmp_path, state_dict=model.state_dict() | {name: torch.zeros(64, 96)})
+
+    def test_given_values_of_trained_experts_are_found_inside_of_peft_s_wrappers(self, model, tmp_path):
+        unfreeze_experts(model, {0: [3]})
+        get_peft_model(model, LoraConfig(r=2, target_parameters=["experts.down_proj"]))
+        (name,) = [name for name in model.state_dict() if name.endswith("own_experts.3.down_proj")]
+        assert ".base_layer." in name
+        model.save_pretrained(tmp_path / "live")
+        model.save_pretrained(tmp_path / "given", state_dict=model.state_dict() | {name: torch.full((64, 96), 0.5)})
+        live, given = (load_file(tmp_path / folder / "model.safetensors") for folder in ("live", "given"))
+        stored = "model.layers.0.mlp.experts.3.down_proj.weight"
+        assert (given[stored] == 0.5).all()
+        assert [key for key, tensor in given.items() if not torch.equal(tensor, live[key])] == [stored]
 
     def test_given_values_of_an_adapter_are_written(self, model, tmp_path):
         try:

@@ -31,10 +31,14 @@ def is_of_own_experts(name: str) -> bool:
 
 
 def named_own_experts(names: Iterable[str], path: str) -> Iterator[tuple[str, int, str]]:
-    """Names in a state dict that are of own experts of the module at a path, each with the expert and the field."""
+    """Names in a state dict that are of own experts of the module at a path, each with the expert and the field.
+
+    PEFT may have put wrappers around the module.
+    """
     for name in names:
-        if name.startswith(f"{path}.{NAME}."):
-            expert, _, field = name.removeprefix(f"{path}.{NAME}.").partition(".")
+        plain = name.replace(".base_layer.", ".")
+        if plain.startswith(f"{path}.{NAME}."):
+            expert, _, field = plain.removeprefix(f"{path}.{NAME}.").partition(".")
             yield name, int(expert), field
 
 

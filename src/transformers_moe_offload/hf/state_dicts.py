@@ -34,12 +34,12 @@ def with_experts(model: Any, given: Mapping[str, Tensor] | None = None) -> dict[
     Experts are given under their names in the plain model, or, those that are parameters of this one, under their names
     here. Raises `ConfigError` for other names of experts, as these would be written beside the model's.
     """
-    state = dict(model.state_dict() if given is None else given)
+    live = model.state_dict()
+    state = dict(live if given is None else given)
     experts = model.moe_offload.state_dict(without=state)
-    for module, layer in model.moe_offload.modules():
-        known = {f"{layer.name}.{path}" for field in layer.fields for path in field.paths}
-        _expect_known(layer, state, known | {f"{layer.name}.{name}" for name in module.state_dict()})
-        for name, expert, field in list(named_own_experts(state, layer.name)):
+    for layer in () if given is None else model.moe_offload.layers:
+        _expect_known(layer, state, live)
+        for name, expert, field in named_own_experts(state, layer.name):
             stack = experts.get(f"{layer.name}.{field}")
             if stack is not None:
                 stack[expert] = state[name].detach()
@@ -48,13 +48,15 @@ def with_experts(model: Any, given: Mapping[str, Tensor] | None = None) -> dict[
     }
 
 
-def _expect_known(layer: SparseLayer, state: Mapping[str, Tensor], known: set[str]) -> None:
-    unknown = next((name for name in state if name.startswith(f"{layer.name}.") and name not in known), None)
+def _expect_known(layer: SparseLayer, state: Mapping[str, Tensor], live: Mapping[str, Tensor]) -> None:
+    known = [f"{layer.name}.{path}" for field in layer.fields for path in field.paths]
+    prefix = f"{layer.name}."
+    unknown = next((n for n in state if n.startswith(prefix) and n not in known and n not in live), None)
     if unknown is not None:
         raise ConfigError(
             f"the state_dict to be saved holds {unknown}, but the experts of {layer.name} are called "
-            f"{', '.join(sorted(known)[:2])}; give them under these names, as model.moe_offload.state_dict() does, or "
-            f"leave them out"
+            f"{', '.join(known[:2])}; give them under these names, as model.moe_offload.state_dict() does, or leave "
+            f"them out"
         )
 
 
