@@ -22,6 +22,7 @@ if __name__ == "__main__":
     if importlib.util.find_spec(package) is None:
         sys.exit(f"there is no module {package} in this environment; install it, or correct the name")
     if package == "lm_eval":
+        importlib.import_module("lm_eval.models")  # its own entries, which it adds by itself only to an empty registry
         from lm_eval.api.registry import model_registry
 
         model_registry.register("hf-reuse", target="transformers_moe_offload.routing.harness:ReuseOrderedLM")

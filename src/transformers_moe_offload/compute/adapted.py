@@ -48,6 +48,7 @@ def adapted_forward(
     adaptation: Adaptation,
     lender: Lender,
     codings: LayerCodings = AS_USED,
+    cast_to: torch.dtype | None = None,
     started: Callable[[Sequence[int]], None] | None = None,
 ) -> Tensor:
     """The experts' contribution to each token: as `sparse_forward`, differentiable, and with what is added to experts.
@@ -76,7 +77,7 @@ def adapted_forward(
     lender.used(wanted)
     with cache.visit(layer, wanted, started) as visit:
         for expert, weights in visit.in_order() if is_taped or experts.training else visit:
-            outputs[expert] = computed(expert, opened(weights, codings.of(expert)))
+            outputs[expert] = computed(expert, opened(weights, codings.of(expert), cast_to))
     return combine([outputs[expert] for expert in grouping.experts], grouping, hidden_states, top_k_weights)
 
 

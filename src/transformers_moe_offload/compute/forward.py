@@ -35,13 +35,15 @@ def sparse_forward(
     top_k_weights: Tensor,
     *,
     codings: LayerCodings = AS_USED,
+    cast_to: torch.dtype | None = None,
     started: Callable[[Sequence[int]], None] | None = None,
     host: HostSide | None = None,
 ) -> Tensor:
     """The experts' contribution to each token.
 
     hidden_states (T, H), top_k_index (T, K) int64, top_k_weights (T, K) -> (T, H) in the dtype of hidden_states.
-    `experts` is the module whose activation is used. `codings` says what the slots hold, expert by expert.
+    `experts` is the module whose activation is used. `codings` says what the slots hold, expert by expert;
+    `cast_to` is the dtype to multiply in, where that is another one.
     `started` is called with the wanted experts once their loads are under way. `host` may compute some of those that
     are absent, meanwhile.
     """
@@ -54,11 +56,11 @@ def sparse_forward(
     with cache.visit(layer, grouping.by_last_use, started, share) as visit:
         if is_ordered:
             for expert, weights in visit.in_order():
-                found = opened(weights, codings.of(expert))
+                found = opened(weights, codings.of(expert), cast_to)
                 outputs[expert] = mlp(experts, rows_of(hidden_states, grouping.tokens[expert]), found)
         else:
             for batch in visit.batches():
-                outputs |= computed(mlp, experts, hidden_states, grouping, batch, codings)
+                outputs |= computed(mlp, experts, hidden_states, grouping, batch, codings, cast_to)
         if computing is not None:
             outputs |= computing.finish()
     return combine([outputs[expert] for expert in grouping.experts], grouping, hidden_states, top_k_weights)
@@ -71,6 +73,7 @@ def computed(
     grouping: Grouping,
     held: Mapping[int, Weights],
     codings: LayerCodings,
+    cast_to: torch.dtype | None = None,
 ) -> dict[int, Tensor]:
     """The rows of some experts that are held: together where kernels can, on a CPU if they are few, else one by one.
 
@@ -82,14 +85,14 @@ def computed(
         wanting = [grouping.tokens[expert] for expert in held]
         counts = [len(tokens) for tokens in wanting]
         if sum(counts) <= FEW_PAIRS and mlp.takes_several(hidden_states, counts, map(codings.of, held)):
-            weights = [opened(one, codings.of(expert)) for expert, one in held.items()]
+            weights = [opened(one, codings.of(expert), cast_to) for expert, one in held.items()]
             return dict(zip(held, mlp.several(experts, _stacked(hidden_states, wanting), counts, weights), strict=True))
     outputs = {}
     for expert, one in held.items():
         tokens, coding = grouping.tokens[expert], codings.of(expert)
         is_packed = coding is not None and coding.is_packed
         rows = rows_of(hidden_states, tokens if is_packed else padded(tokens, hidden_states))
-        outputs[expert] = mlp(experts, rows, opened(one, coding))[: len(tokens)]
+        outputs[expert] = mlp(experts, rows, opened(one, coding, cast_to))[: len(tokens)]
     return outputs
 
 
@@ -105,9 +108,12 @@ def _stacked(hidden_states: Tensor, wanting: list[Tensor | list[int]]) -> Tensor
     return hidden_states[[int(token) for tokens in wanting for token in tokens]]
 
 
-def opened(weights: Weights, coding: Coding | None) -> ExpertWeights:
-    """What a slot holds, as matrices that can be multiplied with."""
-    return weights if coding is None else coding.matrices(weights)
+def opened(weights: Weights, coding: Coding | None, cast_to: torch.dtype | None = None) -> ExpertWeights:
+    """What a slot holds, as matrices that can be multiplied with: those in low bits with rows of any dtype."""
+    matrices = weights if coding is None else coding.matrices(weights)
+    if cast_to is None:
+        return matrices
+    return {name: one.to(cast_to) if isinstance(one, Tensor) else one for name, one in matrices.items()}
 
 
 def combine(outputs: list[Tensor], grouping: Grouping, hidden_states: Tensor, top_k_weights: Tensor) -> Tensor:

@@ -18,7 +18,7 @@ from transformers_moe_offload.hf.layer import SparseLayer
 from transformers_moe_offload.hf.prebuilt.layout import GUARD
 from transformers_moe_offload.hf.probe import reproduces
 from transformers_moe_offload.hf.runtime import OffloadRuntime
-from transformers_moe_offload.hf.state_dicts import install_state_dict_hook
+from transformers_moe_offload.hf.state_dicts import install_state_dict_hooks
 from transformers_moe_offload.kernels import Activations
 from transformers_moe_offload.memory.checkpoint import LayerSource
 
@@ -37,7 +37,7 @@ def attach(model: Any, config: OffloadConfig, layers: Sequence[SparseLayer], sou
     runtime.attach(sources)
     model.moe_offload = runtime
     install_adapters()
-    install_state_dict_hook(model)
+    install_state_dict_hooks(model)
     _unmark_as_quantized(model)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import re
 from collections.abc import Iterable, Mapping, Sequence
@@ -62,8 +63,9 @@ class Checkpoint:
         tensors = read_index(files)
         refuse_hqq(tensors, folder)
         if len(files) > 1:
-            for index_path in sorted(Path(os.path.commonpath(files)).glob("*.safetensors.index.json")):
-                check_index_file(index_path, tensors)
+            for index_path in sorted(Path(os.path.commonpath(files)).glob("*.safetensors.index*.json")):
+                if not _is_of_other_files(index_path, files):
+                    check_index_file(index_path, tensors)
         return cls(tensors, parameters, dtype_plan)
 
     def dtype_of(self, name: str) -> torch.dtype:
@@ -80,6 +82,19 @@ def _refuse_outside(folder: Path, files: Sequence[Path]) -> None:
     for file in files:
         if os.path.commonpath([root, os.path.abspath(file)]) != root:
             raise CheckpointError(f"the checkpoint's index names {file}; refusing to read outside of {folder}")
+
+
+def _is_of_other_files(index_path: Path, files: Sequence[Path]) -> bool:
+    """Whether an index places tensors in none of these files: it is that of another variant in the same folder."""
+    try:
+        shards = set(json.loads(index_path.read_text())["weight_map"].values())
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+        return False  # what is wrong with it is said by `check_index_file`
+    return (
+        bool(shards)
+        and all(isinstance(shard, str) for shard in shards)
+        and {index_path.parent / shard for shard in shards}.isdisjoint(files)
+    )
 
 
 def locate(

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from transformers_moe_offload import kernels
 from transformers_moe_offload.config import HqqFormat
+from transformers_moe_offload.errors import ConfigError
 from transformers_moe_offload.formats.hqq import packing_of, quantize
 from transformers_moe_offload.hf.layer import SparseLayer
 from transformers_moe_offload.hf.upstream import tied_weights
@@ -28,11 +29,55 @@ _ROUTERS = {"router", "gate"}
 """What Transformers calls the modules that score experts."""
 
 
+class DecodedWeight(Tensor):
+    """What a packed weight decodes to, and views of it, which refuse to be written: the weight would not notice.
+
+    So PEFT's merging, `weight.data += ...` and the like fail where they would be lost. What is computed from it is an
+    ordinary tensor.
+    """
+
+    @classmethod
+    def __torch_function__(
+        cls, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        """Any function of torch with such a weight among its arguments."""
+        kwargs = kwargs or {}
+        written = kwargs.get("out", args[0] if args and _writes(func.__name__) else None)
+        if isinstance(written, cls):
+            raise no_merge("this linear layer")
+        with torch._C.DisableTorchFunctionSubclass():
+            out = func(*args, **kwargs)
+        weight = next((one for one in args if isinstance(one, cls)), None)
+        if weight is None or type(out) is not Tensor or out.untyped_storage() != weight.untyped_storage():
+            return out
+        return out.as_subclass(cls)
+
+
+def _writes(function: str) -> bool:
+    """Whether a function of torch of this name writes into its first argument."""
+    if function.startswith("__"):
+        return function in ("__set__", "__setitem__", *_IN_PLACE)
+    return function.endswith("_") and function != "requires_grad_"
+
+
+_OPERATORS = ("add", "and", "div", "floordiv", "lshift", "mod", "mul", "or", "pow", "rshift", "sub", "truediv", "xor")
+_IN_PLACE = tuple(f"__i{name}__" for name in _OPERATORS)
+"""`weight += ...` and its kin, by the names of their methods."""
+
+
+def no_merge(name: str) -> ConfigError:
+    """What to raise when something is to be added to a packed weight."""
+    return ConfigError(
+        f"the weight of {name} is in low bits (OffloadConfig.dense) and constant: nothing can be merged into it or "
+        f"written to it; restore() the model first, or write a merged checkpoint with training.save_merged"
+    )
+
+
 class HqqLinear(nn.Linear):
     """A linear layer that holds a packed weight: `weight_codes`, `weight_scale` and so on, buffers of the module.
 
-    `weight` is the weight decoded, made anew at each access. Casting the layer changes what it decodes to, not what it
-    holds.
+    `weight` is the weight decoded, made anew at each access and read-only. Casting the layer changes what it decodes
+    to, not what it holds.
     """
 
     def __init__(
@@ -71,6 +116,9 @@ class HqqLinear(nn.Linear):
     @property
     def weight(self) -> Tensor:  # type: ignore[override]
         """The weight, decoded: (N, K)."""
+        return self._decoded().as_subclass(DecodedWeight)
+
+    def _decoded(self) -> Tensor:
         return dequantize(self.matrix, self._dtype)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -90,7 +138,7 @@ class HqqLinear(nn.Linear):
     def dequantized(self) -> nn.Linear:
         """An ordinary linear layer with the decoded weight."""
         linear = nn.Linear(self.in_features, self.out_features, bias=self.bias is not None, device="meta")
-        linear.weight = nn.Parameter(self.weight)
+        linear.weight = nn.Parameter(self._decoded())
         linear.bias = self.bias
         return linear.train(self.training)
 

@@ -21,20 +21,24 @@ from transformers_moe_offload.hf.layouts import ExpertField
 from transformers_moe_offload.memory.record import torch_dtype
 
 
-def fetch_from(visit: Visit, spec: ExpertSpec, device: torch.device, *, codings: LayerCodings) -> Fetch:
+def fetch_from(
+    visit: Visit, spec: ExpertSpec, device: torch.device, *, codings: LayerCodings, cast_to: torch.dtype | None = None
+) -> Fetch:
     """Fetch wanted experts through a visit, and zeros for others.
 
     Some forwards index experts that no row is sent to, or only rows of weight zero: their weights never show in the
-    output, so they are not worth loading. `codings` says what the visit gives, expert by expert.
+    output, so they are not worth loading. `codings` says what the visit gives, expert by expert; `cast_to` is the dtype
+    that is wanted, where that is another one.
     """
     by_name = {field.name: field for field in spec.fields}
 
     def fetch(name: str, expert: int) -> Tensor:
         if visit.wants(expert):
             held, coding = visit.take(expert), codings.of(expert)
-            return held[name] if coding is None else coding.decode_field(name, held)
+            weight = held[name] if coding is None else coding.decode_field(name, held)
+            return weight if cast_to is None else weight.to(cast_to)
         field = by_name[name]
-        return torch.zeros((), dtype=torch_dtype(field.dtype), device=device).expand(field.shape)
+        return torch.zeros((), dtype=cast_to or torch_dtype(field.dtype), device=device).expand(field.shape)
 
     return fetch
 

@@ -3,14 +3,15 @@
 Two entries in Transformers' own tables, a few that stand in front of its own, and two patches.
 `PreTrainedModel.from_pretrained` learns the keyword `moe_offload`; the Auto classes pass unknown keywords on to it, so
 nothing else needs to be touched. This patch can go when Transformers lets a registered quantization method add keywords
-of its own. `PreTrainedModel.save_pretrained` writes models with quantized weights in a format of ours; this one can go
-when a quantization method may write files.
+of its own. `PreTrainedModel.save_pretrained` writes models with quantized weights in a format of ours, and others with
+the weights that it is given; this one can go when a quantization method may write files, and sees these weights.
 """
 
 from __future__ import annotations
 
 import functools
 import inspect
+from copy import copy
 from pathlib import Path
 from typing import Any
 
@@ -20,9 +21,10 @@ from transformers import PretrainedConfig, PreTrainedModel
 from transformers_moe_offload.config import OffloadConfig
 from transformers_moe_offload.errors import CheckpointError, ConfigError
 from transformers_moe_offload.hf.adapters.register import uninstall_adapters
+from transformers_moe_offload.hf.arguments import refuse_on_load, refuse_on_save
 from transformers_moe_offload.hf.delegates.methods import DELEGATED, refusal
 from transformers_moe_offload.hf.delegates.quantizer import delegating
-from transformers_moe_offload.hf.quantizer import MoeOffloadQuantizer, asked_for
+from transformers_moe_offload.hf.quantizer import MoeOffloadQuantizer, asked_for, to_save
 from transformers_moe_offload.hf.runtime import OffloadRuntime
 from transformers_moe_offload.hf.saving import save_quantized
 from transformers_moe_offload.hf.upstream import (
@@ -30,6 +32,7 @@ from transformers_moe_offload.hf.upstream import (
     AUTO_QUANTIZER_MAPPING,
     AutoHfQuantizer,
     AutoQuantizationConfig,
+    check_hooks,
     has_peft_adapter,
     warn_if_untested,
 )
@@ -38,25 +41,29 @@ _HUB_OPTIONS = ("cache_dir", "force_download", "local_files_only", "proxies", "r
 
 
 def install() -> None:
-    """Make `moe_offload=` known to every `from_pretrained`. Importing the package does it; twice does no harm."""
+    """Make `moe_offload=` known to every `from_pretrained`. Importing the package does it; twice does no harm.
+
+    Raises `UpstreamError`, and changes nothing, if Transformers lacks something that is needed for it.
+    """
+    check_hooks()
     warn_if_untested()
     AUTO_QUANTIZER_MAPPING[OffloadConfig.quant_method] = MoeOffloadQuantizer
     AUTO_QUANTIZATION_CONFIG_MAPPING[OffloadConfig.quant_method] = OffloadConfig
-    for method in DELEGATED:
+    for method in _delegated():
         if not _is_ours(AUTO_QUANTIZER_MAPPING[method]):
             AUTO_QUANTIZER_MAPPING[method] = delegating(AUTO_QUANTIZER_MAPPING[method])
     plain = PreTrainedModel.__dict__["from_pretrained"].__func__
     if not _is_ours(plain):
         PreTrainedModel.from_pretrained = classmethod(_accepting_moe_offload(plain))
     if not _is_ours(PreTrainedModel.save_pretrained):
-        PreTrainedModel.save_pretrained = _saving_quantized(PreTrainedModel.save_pretrained)
+        PreTrainedModel.save_pretrained = _saving_offloaded(PreTrainedModel.save_pretrained)
 
 
 def uninstall() -> None:
     """Leave Transformers as it was before `install`. Models that are loaded keep working."""
     AUTO_QUANTIZER_MAPPING.pop(OffloadConfig.quant_method, None)
     AUTO_QUANTIZATION_CONFIG_MAPPING.pop(OffloadConfig.quant_method, None)
-    for method in DELEGATED:
+    for method in _delegated():
         if _is_ours(AUTO_QUANTIZER_MAPPING[method]):
             AUTO_QUANTIZER_MAPPING[method] = AUTO_QUANTIZER_MAPPING[method].__wrapped__
     uninstall_adapters()
@@ -65,6 +72,11 @@ def uninstall() -> None:
         PreTrainedModel.from_pretrained = classmethod(current.__wrapped__)
     if _is_ours(PreTrainedModel.save_pretrained):
         PreTrainedModel.save_pretrained = PreTrainedModel.save_pretrained.__wrapped__
+
+
+def _delegated() -> list[str]:
+    """The methods whose experts can be offloaded, as far as this version of Transformers has them."""
+    return [method for method in DELEGATED if method in AUTO_QUANTIZER_MAPPING]
 
 
 def _is_ours(method: Any) -> bool:
@@ -77,7 +89,9 @@ def _accepting_moe_offload(plain: Any) -> Any:
     @functools.wraps(plain)
     def from_pretrained(cls: Any, pretrained_model_name_or_path: Any, *model_args: Any, **kwargs: Any) -> Any:
         config = OffloadConfig.make(kwargs.pop("moe_offload", None))
-        given = kwargs.get("quantization_config")
+        given = kwargs.get("quantization_config") or _take_out_of_config(kwargs)
+        if isinstance(given, dict) and given.get("quant_method") == OffloadConfig.quant_method:
+            given = OffloadConfig.from_dict(given)
         if config is not None and given is not None and _is_of_checkpoint(given, pretrained_model_name_or_path, kwargs):
             # lm-evaluation-harness (0.4.13) reads it from the checkpoint and hands it over beside what it was told.
             given = None
@@ -90,11 +104,12 @@ def _accepting_moe_offload(plain: Any) -> Any:
             config = given
         if config is None:
             return plain(cls, pretrained_model_name_or_path, *model_args, **kwargs)
+        refuse_on_load(kwargs)
         kwargs.pop("quantization_config", None)
         method = method_of(pretrained_model_name_or_path, kwargs)
         if method is None:
             kwargs["quantization_config"] = config
-        elif method not in (OffloadConfig.quant_method, *DELEGATED):
+        elif method not in (OffloadConfig.quant_method, *_delegated()):
             raise refusal(pretrained_model_name_or_path, method)
         token = asked_for.set(config)
         try:
@@ -108,22 +123,36 @@ def _accepting_moe_offload(plain: Any) -> Any:
     return from_pretrained
 
 
-def _saving_quantized(plain: Any) -> Any:
-    """Wrap `save_pretrained` so that a model with quantized weights is saved as it is."""
+def _take_out_of_config(kwargs: dict[str, Any]) -> OffloadConfig | None:
+    """The `OffloadConfig` that was set on a config object, as if it had been given beside it."""
+    config = kwargs.get("config")
+    found = getattr(config, "quantization_config", None)
+    if not isinstance(found, OffloadConfig):
+        return None
+    kwargs["config"] = copy(config)
+    del kwargs["config"].quantization_config
+    return found
+
+
+def _saving_offloaded(plain: Any) -> Any:
+    """Wrap `save_pretrained` so that quantized weights are saved as they are, and others with those that are given."""
 
     @functools.wraps(plain)
     def save_pretrained(self: Any, save_directory: Any, *args: Any, **kwargs: Any) -> Any:
         runtime = getattr(self, "moe_offload", None)
-        if not isinstance(runtime, OffloadRuntime) or not runtime.is_quantized or has_peft_adapter(self):
+        if not isinstance(runtime, OffloadRuntime):
             return plain(self, save_directory, *args, **kwargs)
         options = inspect.signature(plain).bind(self, save_directory, *args, **kwargs).arguments
-        for name in ("variant", "distributed_checkpoint"):
-            if options.get(name):
-                raise ConfigError(
-                    f"{name}={options[name]!r} cannot be had for a model with quantized experts; leave it out"
-                )
+        is_quantized = runtime.is_quantized and not has_peft_adapter(self)
+        refuse_on_save(options, is_quantized=is_quantized)
+        if not is_quantized:
+            token = to_save.set(options.get("state_dict"))
+            try:
+                return plain(self, save_directory, *args, **kwargs)
+            finally:
+                to_save.reset(token)
         if options.get("is_main_process", True):
-            save_quantized(self, Path(save_directory), options.get("state_dict"))
+            save_quantized(self, Path(save_directory), options.get("state_dict"), options.get("max_shard_size"))
         if options.get("push_to_hub"):
             repo = {"repo_id": Path(save_directory).name, "token": options.get("token")}
             self.push_to_hub(**repo | options.get("kwargs", {}))

@@ -119,17 +119,31 @@ class SparseLayer:
         addressed = decoding.layer(self.index, module, inputs, needs_grad=needs_grad, is_adapted=bool(adaptation))
         if addressed is not None:
             return decoding.compute(addressed, module, *inputs)
+        cast_to = self._cast_for(inputs[0])
         options: dict[str, Any] = {
             "codings": self.runtime.source(self).codings,
+            "cast_to": cast_to,
             "started": self.runtime.look_ahead_from(self, inputs[0]),
         }
         if not adaptation and not needs_grad:
-            host = self.runtime.host_side_of(self)
+            host = self.runtime.host_side_of(self) if cast_to is None else None
             return sparse_forward(cache, self.index, self.mlp, module, *inputs, host=host, **options)
-        lender = self.runtime.lender(self, inputs[0].device)
+        lender = self.runtime.lender(self, inputs[0].device, cast_to)
         return adapted_forward(
             cache, self.index, self.mlp, module, *inputs, adaptation=adaptation, lender=lender, **options
         )
+
+    def _cast_for(self, hidden: Tensor) -> torch.dtype | None:
+        """The dtype that experts are cast to for rows like these; None where they are in it, or autocast sees to it.
+
+        They are in another one after `parameter.data = parameter.data.float()`, as in PEFT's
+        `prepare_model_for_kbit_training`, which reaches all parameters but these. What was done to the others shows in
+        the rows: experts follow them, and stay in the cache as they are. (`model.float()` casts them in the cache.)
+        """
+        assert self.runtime is not None
+        if hidden.dtype == torch_dtype(self.runtime.spec(self).fields[0].dtype):
+            return None
+        return None if torch.is_autocast_enabled(hidden.device.type) else hidden.dtype
 
     def _adaptation(self, module: nn.Module) -> Adaptation:
         """What is added to the layer's experts in this forward."""
@@ -156,12 +170,13 @@ class SparseLayer:
         """The forward that Transformers wrote, over weights that are fetched as it reaches for them."""
         assert self.runtime is not None
         source, device = self.runtime.source(self), inputs[0].device
-        lender = self.runtime.lender(self, device)
+        cast_to = self._cast_for(inputs[0])
+        lender = self.runtime.lender(self, device, cast_to)
         wanted = self.layout.wanted(self.num_experts, *inputs, keep_zero_weights=needs_grad)
         wanted = [expert for expert in wanted if expert not in adaptation.own]
         lender.used(wanted)
         with cache.visit(self.index, wanted, self.runtime.look_ahead_from(self, inputs[0])) as visit:
-            fetch = fetch_from(visit, source.spec, device, codings=source.codings)
+            fetch = fetch_from(visit, source.spec, device, codings=source.codings, cast_to=cast_to)
             lending = Lending(fetch, lender.copy, adaptation)
             twin = twin_of(module, self.plain_class, self.fields, lending)
             try:

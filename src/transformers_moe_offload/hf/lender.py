@@ -28,13 +28,20 @@ class Lender:
     """Lends the experts of one layer to the backward pass of one forward."""
 
     def __init__(
-        self, runtime: OffloadRuntime, layer: SparseLayer, device: torch.device, before: Lender | None
+        self,
+        runtime: OffloadRuntime,
+        layer: SparseLayer,
+        device: torch.device,
+        before: Lender | None,
+        cast_to: torch.dtype | None = None,
     ) -> None:
-        """`before` lends to the layer that was computed before this one, whose backward pass comes after."""
+        """`before` lends to the layer that was computed before this one, whose backward pass comes after. `cast_to` is
+        the dtype that the forward multiplied in, where that is not the experts'."""
         self._runtime = runtime
         self._layer = layer
         self._device = device
         self._before = None if before is None else weakref.ref(before)
+        self._cast_to = cast_to
         self._experts: list[ExpertId] = []
 
     def used(self, experts: Sequence[int]) -> None:
@@ -45,13 +52,14 @@ class Lender:
     def borrow(self, expert: int) -> Iterator[ExpertWeights]:
         """An expert's weights, until this is closed."""
         with self._held(expert) as held:
-            yield opened(held, self._runtime.source(self._layer).codings.of(expert))
+            yield opened(held, self._runtime.source(self._layer).codings.of(expert), self._cast_to)
 
     def copy(self, name: str, expert: int) -> Tensor:
         """A field of an expert, decoded, in memory of its own."""
         coding = self._runtime.source(self._layer).codings.of(expert)
         with self._held(expert) as held:
-            return held[name].clone() if coding is None else coding.decode_field(name, held).clone()
+            weight = held[name] if coding is None else coding.decode_field(name, held)
+            return weight.to(self._cast_to or weight.dtype, copy=True)
 
     @contextmanager
     def _held(self, expert: int) -> Iterator[Weights]:

@@ -6,7 +6,7 @@ They live in a child of the experts module, `own_experts.{expert}.{field}`, wher
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
 import torch
@@ -28,6 +28,18 @@ def own_experts(module: nn.Module) -> dict[int, dict[str, Tensor]]:
 def is_of_own_experts(name: str) -> bool:
     """Whether a name in a state dict is that of such a parameter."""
     return f".{NAME}." in name
+
+
+def named_own_experts(names: Iterable[str], path: str) -> Iterator[tuple[str, int, str]]:
+    """Names in a state dict that are of own experts of the module at a path, each with the expert and the field.
+
+    PEFT may have put wrappers around the module.
+    """
+    for name in names:
+        plain = name.replace(".base_layer.", ".")
+        if plain.startswith(f"{path}.{NAME}."):
+            expert, _, field = plain.removeprefix(f"{path}.{NAME}.").partition(".")
+            yield name, int(expert), field
 
 
 @torch.no_grad()

@@ -7,7 +7,7 @@ out before the weights are loaded, learns where they are in the files, and attac
 from __future__ import annotations
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextvars import ContextVar
 from pathlib import Path
 from typing import Any
@@ -16,15 +16,16 @@ import torch
 
 from transformers_moe_offload.config import ExpertFormats, OffloadConfig
 from transformers_moe_offload.errors import CheckpointError
+from transformers_moe_offload.hf.arguments import refuse_kernels, refuse_splits
 from transformers_moe_offload.hf.attach import attach
 from transformers_moe_offload.hf.checkpoint import Checkpoint, expect_unused, locate
 from transformers_moe_offload.hf.dense import prepare_dense, quantize_dense, settle_dense
 from transformers_moe_offload.hf.discover import take_over
 from transformers_moe_offload.hf.layer import SparseLayer
-from transformers_moe_offload.hf.own_experts import is_of_own_experts
 from transformers_moe_offload.hf.prebuilt.layout import INDEX_NAME
 from transformers_moe_offload.hf.quantization import quantized
 from transformers_moe_offload.hf.records import locate_records, record_keys
+from transformers_moe_offload.hf.state_dicts import with_experts
 from transformers_moe_offload.hf.upstream import (
     HfQuantizer,
     dtype_plan,
@@ -39,6 +40,8 @@ logger = logging.getLogger(__name__)
 asked_for: ContextVar[OffloadConfig | None] = ContextVar("asked_for", default=None)
 """The config that a call of `from_pretrained` was given for a checkpoint that has a recipe of its own: Transformers
 lets no other one through to us."""
+to_save: ContextVar[Mapping[str, torch.Tensor] | None] = ContextVar("to_save", default=None)
+"""The `state_dict` that a call of `save_pretrained` was given, which Transformers does not show a quantizer."""
 
 
 class MoeOffloadQuantizer(HfQuantizer):
@@ -72,6 +75,7 @@ class MoeOffloadQuantizer(HfQuantizer):
 
     def update_attn_implementation(self, config: Any) -> Any:
         """The one hook that sees the config before the model is built: say if an option in it will have no effect."""
+        refuse_splits(getattr(config, "distributed_config", None))
         implementation = experts_implementation(config)
         if implementation is not None:
             logger.warning(
@@ -97,6 +101,8 @@ class MoeOffloadQuantizer(HfQuantizer):
             dtype_plan=dtype_plan(model, dtype),
         )
         self._layers = take_over(model)
+        if kwargs.get("use_kernels"):
+            refuse_kernels(model)
         if self._is_prebuilt and self.quantization_config.dense is not None:
             prepare_dense(model, self._layers, self.quantization_config.dense)
 
@@ -141,10 +147,10 @@ class MoeOffloadQuantizer(HfQuantizer):
 
     def get_state_dict_and_metadata(self, model: Any) -> tuple[dict[str, torch.Tensor] | None, dict[str, str]]:
         """For `save_pretrained`: the state dict of the plain model, experts included; an adapter needs none of them."""
+        given = to_save.get()
         if has_peft_adapter(model):
-            return None, {}
-        others = {name: tensor for name, tensor in model.state_dict().items() if not is_of_own_experts(name)}
-        return others | model.moe_offload.state_dict(), {}
+            return None if given is None else dict(given), {}
+        return with_experts(model, given), {}
 
     def is_serializable(self, *args: Any, **kwargs: Any) -> bool:
         """Whether `save_pretrained` works: it writes what the plain model would."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import weakref
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Container, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from copy import deepcopy
 from typing import Any
@@ -27,7 +27,7 @@ from transformers_moe_offload.hf.own_experts import put_among_the_others
 from transformers_moe_offload.hf.parameters import parameters_of
 from transformers_moe_offload.hf.placeholders import put_back
 from transformers_moe_offload.hf.plan import OffloadPlan
-from transformers_moe_offload.hf.state_dicts import remove_state_dict_hook
+from transformers_moe_offload.hf.state_dicts import remove_state_dict_hooks
 from transformers_moe_offload.hf.upstream import COMPILED_CALL, tied_weights
 from transformers_moe_offload.memory.checkpoint import LayerSource
 from transformers_moe_offload.memory.record import dtype_name
@@ -128,7 +128,7 @@ class OffloadRuntime:
             put_back(module, layer.parameter_order, tensors)
         restore_dense(model)
         del model.moe_offload
-        remove_state_dict_hook(model)
+        remove_state_dict_hooks(model)
         vars(model).pop("hf_quantizer", None)
         vars(model).pop(COMPILED_CALL, None)
         self.close()
@@ -201,10 +201,10 @@ class OffloadRuntime:
         """What to call with the experts that a layer wants, once their loads are under way; hidden (..., H)."""
         return self._caches.look_ahead_from(layer, hidden)
 
-    def lender(self, layer: SparseLayer, device: torch.device) -> Lender:
-        """Who gives a layer's experts to the backward pass of the forward that begins."""
+    def lender(self, layer: SparseLayer, device: torch.device, cast_to: torch.dtype | None = None) -> Lender:
+        """Gives a layer's experts to the backward pass of the forward that begins, in another dtype if one is named."""
         before = None if self._lender is None else self._lender()
-        lender = Lender(self, layer, device, before)
+        lender = Lender(self, layer, device, before, cast_to)
         self._lender = weakref.ref(lender)
         return lender
 
@@ -228,11 +228,16 @@ class OffloadRuntime:
         self._sources[layer.index] = source.cast(dtype_name(dtype))
         self._caches.drop(keep_stats=True)
 
-    def state_dict(self) -> dict[str, Tensor]:
-        """All experts under the names that the plain model's `state_dict` gives them; tied ones share memory there."""
+    def state_dict(self, without: Container[str] = ()) -> dict[str, Tensor]:
+        """All experts under the names that the plain model's `state_dict` gives them; tied ones share memory there.
+
+        A layer whose names are all among `without` is not read.
+        """
         tied = tied_weights(self._living_model())
         tensors: dict[str, Tensor] = {}
         for module, layer in self.modules():
+            if all(f"{layer.name}.{path}" in without for field in layer.fields for path in field.paths):
+                continue
             for path, tensor in self._parameters(module, layer).items():
                 name = f"{layer.name}.{path}"
                 tensors[name] = tensors.setdefault(tied.get(name, name), tensor)

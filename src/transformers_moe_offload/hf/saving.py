@@ -12,10 +12,13 @@ from typing import Any
 
 from torch import Tensor
 
+from transformers_moe_offload.config.budget import Budget
+from transformers_moe_offload.errors import ConfigError
 from transformers_moe_offload.expert import FieldSpec
 from transformers_moe_offload.formats.by_expert import LayerCodings
 from transformers_moe_offload.formats.coding import ExpertCoding
 from transformers_moe_offload.formats.foreign import ForeignCoding
+from transformers_moe_offload.hf.own_experts import is_of_own_experts, named_own_experts
 from transformers_moe_offload.hf.prebuilt.layout import (
     MARKS,
     LayerContent,
@@ -27,22 +30,32 @@ from transformers_moe_offload.hf.prebuilt.writer import finish, write_shards
 from transformers_moe_offload.hf.runtime import OffloadRuntime
 from transformers_moe_offload.hf.upstream import remove_tied_weights_from_state_dict
 from transformers_moe_offload.memory.checkpoint import LayerSource
-from transformers_moe_offload.memory.encoding import encoded_row
+from transformers_moe_offload.memory.encoding import encoded_row, row_of
 from transformers_moe_offload.memory.record import dtype_name
 from transformers_moe_offload.memory.safetensors_writer import write_text
 from transformers_moe_offload.output.place import replacing
-from transformers_moe_offload.output.shards import Content
+from transformers_moe_offload.output.shards import MAX_SHARD_BYTES, Content
 from transformers_moe_offload.output.text import as_json
 
 
-def save_quantized(model: Any, folder: Path, state_dict: Mapping[str, Tensor] | None = None) -> None:
+def save_quantized(
+    model: Any,
+    folder: Path,
+    state_dict: Mapping[str, Tensor] | None = None,
+    max_shard_size: int | str | None = None,
+) -> None:
     """Write the model, in the format that it is in, into a folder that may hold other files.
 
-    `state_dict` are the weights to save in place of the model's own; those of the experts are always its own.
+    `state_dict` are the weights to save in place of the model's own, under the names that they have in it; experts in
+    low bits are always its own, and the records of a layer are one tensor, whatever `max_shard_size` is. Raises
+    `ConfigError` for other names, and for a size that is none.
     """
     runtime: OffloadRuntime = model.moe_offload
     recipe = runtime.config.recipe()
-    shards = shards_of(list(_layers(runtime)), list(_dense(model, state_dict)))
+    own = model.state_dict()
+    state_dict = own if state_dict is None else state_dict
+    _expect_known(state_dict, own)
+    shards = shards_of(list(_layers(runtime, state_dict)), list(_dense(model, state_dict)), _bytes(max_shard_size))
     with replacing(folder, recipe | {"written_by": "save_pretrained"}, MARKS) as place:
         write_shards(place, shards)
         write_text(place / "config.json", as_json(prebuilt_config(plain_config(model, model.dtype), recipe)))
@@ -51,25 +64,49 @@ def save_quantized(model: Any, folder: Path, state_dict: Mapping[str, Tensor] | 
         finish(place, shards)
 
 
-def _layers(runtime: OffloadRuntime) -> Iterator[LayerContent]:
+def _expect_known(state_dict: Mapping[str, Tensor], own: Mapping[str, Tensor]) -> None:
+    unknown = next((name for name in state_dict if name not in own), None)
+    if unknown is not None:
+        raise ConfigError(
+            f"the state_dict to be saved holds {unknown}, which this model has not: its weights are in low bits, and "
+            f"are saved as they are; give what model.state_dict() has, or restore() the model to save all of it plainly"
+        )
+
+
+def _bytes(max_shard_size: int | str | None) -> int:
+    """A size as `save_pretrained` takes it; never more than what the Hub recommends."""
+    if max_shard_size is None:
+        return MAX_SHARD_BYTES
+    nbytes = Budget.parse(max_shard_size, "max_shard_size").nbytes
+    if nbytes is None:
+        raise ConfigError(f"max_shard_size={max_shard_size!r} is no size; write bytes as an int, or such as '5GB'")
+    return min(nbytes, MAX_SHARD_BYTES)
+
+
+def _layers(runtime: OffloadRuntime, state_dict: Mapping[str, Tensor]) -> Iterator[LayerContent]:
     for layer in runtime.layers:
         source = runtime.source(layer)
+        own: dict[int, dict[str, Tensor]] = {}
+        for name, expert, field in named_own_experts(state_dict, layer.name):
+            own.setdefault(expert, {})[field] = state_dict[name].detach()
         usual, hot = (
             coding if isinstance(coding, ExpertCoding) else ExpertCoding(source.spec.fields, None)
             for coding in (source.codings.usual, source.codings.hot)
         )
         codings = LayerCodings(usual, hot, source.codings.hot_experts)
-        yield LayerContent.coded(layer.name, layer.num_experts, codings, partial(_record, source, codings))
+        yield LayerContent.coded(layer.name, layer.num_experts, codings, partial(_record, source, codings, own))
 
 
-def _record(source: LayerSource, codings: LayerCodings, expert: int) -> Tensor:
-    """One expert as it is stored; opened, where that is not in a format of ours."""
+def _record(source: LayerSource, codings: LayerCodings, own: Mapping[int, Mapping[str, Tensor]], expert: int) -> Tensor:
+    """One expert as it is stored; opened, where that is not in a format of ours; of `own` experts, these weights."""
+    if expert in own:
+        return row_of(own[expert], codings.of(expert), f"expert {expert} of {source.spec.name}")
     is_ours = not isinstance(source.codings.of(expert), ForeignCoding)
     return source.read_record(expert) if is_ours else encoded_row(source, codings, expert)
 
 
-def _dense(model: Any, state_dict: Mapping[str, Tensor] | None) -> Iterator[Content]:
-    tensors = dict(model.state_dict() if state_dict is None else state_dict)
+def _dense(model: Any, state_dict: Mapping[str, Tensor]) -> Iterator[Content]:
+    tensors = {name: tensor for name, tensor in state_dict.items() if not is_of_own_experts(name)}
     for name, tensor in remove_tied_weights_from_state_dict(tensors, model).items():
         spec = FieldSpec(name, tuple(tensor.shape), dtype_name(tensor.dtype))
         yield Content((spec,), partial(_on_host, name, tensor))

@@ -66,6 +66,7 @@ __all__ = [
     "AUTO_QUANTIZER_MAPPING",
     "COMPILED_CALL",
     "EXPERTS_FLAGS",
+    "HOOKS",
     "OWN_HOOKS",
     "PEFT_TYPE_TO_TUNER_MAPPING",  # noqa: F822
     "TESTED",
@@ -74,6 +75,7 @@ __all__ = [
     "Concatenate",
     "ExportableState",  # noqa: F822
     "HfQuantizer",
+    "LoraLayer",  # noqa: F822
     "MergeModulelist",
     "ParamWrapper",  # noqa: F822
     "WeightConverter",
@@ -81,6 +83,7 @@ __all__ = [
     "arguments",
     "attention_implementation",
     "auto_classes_of",
+    "check_hooks",
     "custom_object_save",  # noqa: F822
     "dot_natural_key",
     "dtype_plan",
@@ -117,6 +120,41 @@ COMPILED_CALL = "get_compiled_call"
 (`PreTrainedModel.get_compiled_call`, called by `generation/utils.py`)."""
 
 
+HOOKS = {
+    transformers.PreTrainedModel: ("from_pretrained", "save_pretrained"),
+    HfQuantizer: (
+        "validate_environment",
+        "update_device_map",
+        "update_dtype",
+        "update_attn_implementation",
+        "_process_model_before_weight_loading",
+        "param_element_size",
+        "get_new_dtype",
+        "adjust_max_memory",
+        "update_weight_conversions",
+        "_process_model_after_weight_loading",
+        "get_state_dict_and_metadata",
+        "is_serializable",
+        "is_trainable",
+        "is_compileable",
+    ),
+}
+"""What is wrapped, and what Transformers calls of a quantizer (5.23, 5.24): one that is not there any more would not be
+called, and the experts would be loaded or saved as if this package were not there."""
+
+
+def check_hooks() -> None:
+    """Raise `UpstreamError` if Transformers lacks one of the `HOOKS`."""
+    for owner, names in HOOKS.items():
+        for name in names:
+            if name not in vars(owner):
+                raise UpstreamError(
+                    f"Transformers {transformers.__version__} has no {owner.__name__}.{name}, which this package "
+                    f"needs; it was tested with {TESTED[0]} to {TESTED[-1]}: install one of these, or a newer "
+                    f"transformers-moe-offload"
+                )
+
+
 EXPERTS_FLAGS = ("has_gate", "has_bias", "is_transposed", "has_post_expert_norm")
 """5.23, 5.24: attributes in which `use_experts_implementation` (`integrations/moe.py`) describes an experts module."""
 
@@ -127,11 +165,12 @@ _LATER = {
     "ExportableState": "transformers.trainer_callback",
     "custom_object_save": "transformers.dynamic_module_utils",
     "PEFT_TYPE_TO_TUNER_MAPPING": "peft.mapping",
+    "LoraLayer": "peft.tuners.lora.layer",
     "ParamWrapper": "peft.tuners.lora.layer",
 }
 """Names that are imported when they are first asked for, since what they are in is optional or takes long: what Trainer
 keeps of a callback in a checkpoint, and what writes the source of a model class beside its weights (5.23, 5.24); PEFT's
-table of methods, and what it wraps a parameter in (0.21)."""
+table of methods, and what it wraps modules and parameters in (0.21)."""
 
 
 def __getattr__(name: str) -> Any:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from itertools import accumulate
@@ -25,13 +25,17 @@ def encoded_row(source: LayerSource, codings: LayerCodings, expert: int) -> Tens
 
     Raises `CheckpointError` for weights that the format cannot represent, with the expert's name.
     """
-    coding = codings.of(expert)
+    return row_of(source.read(expert), codings.of(expert), f"expert {expert} of {source.spec.name}")
+
+
+def row_of(weights: Mapping[str, Tensor], coding: Coding | None, name: str) -> Tensor:
+    """The same of weights that are in memory; `name` is what errors call them."""
     assert isinstance(coding, ExpertCoding)
     layout = RecordLayout(coding.stored)
     row = torch.zeros(layout.row_bytes, dtype=torch.uint8)
     views = layout.views(row)
-    for name, part in coding.encode(source.read(expert), f"expert {expert} of {source.spec.name}").items():
-        views[name].copy_(part)
+    for part_name, part in coding.encode(weights, name).items():
+        views[part_name].copy_(part)
     return row
 
 

@@ -21,7 +21,9 @@ from transformers_moe_offload.compute.adaptation import LowRank
 from transformers_moe_offload.errors import ConfigError, UnsupportedModelError
 from transformers_moe_offload.hf.adapters.added import adding
 from transformers_moe_offload.hf.adapters.stand_ins import is_adaptable, offloaded_layers, stand_in, stand_ins
+from transformers_moe_offload.hf.dense import HqqLinear, no_merge
 from transformers_moe_offload.hf.layer import OffloadedExperts, layer_of
+from transformers_moe_offload.hf.upstream import LoraLayer
 from transformers_moe_offload.hf.upstream import ParamWrapper as PlainParamWrapper
 
 
@@ -104,7 +106,10 @@ class LoraModel(lora.LoraModel):
 
     def _check_merge_allowed(self) -> None:
         super()._check_merge_allowed()
-        for module in self.model.modules():
+        for name, module in self.model.named_modules():
+            base = getattr(module, "base_layer", None)
+            if isinstance(module, LoraLayer) and isinstance(base, HqqLinear):
+                raise no_merge(name)
             if isinstance(module, ParamWrapper) and isinstance(module.get_base_layer(), OffloadedExperts):
                 raise _no_merge(layer_of(module.get_base_layer()).name)
 

@@ -19,7 +19,12 @@ _HQQ_CODES = ".W_q"
 
 
 def refusal(name: object, method: str) -> ConfigError:
-    """What to raise for a checkpoint, called `name`, of a method that is not among `DELEGATED`."""
+    """What to raise for a checkpoint, called `name`, of a method whose experts cannot be offloaded here."""
+    if method in DELEGATED:
+        return ConfigError(
+            f"{name} is quantized with {method!r}, which this version of Transformers does not know; install one that "
+            f"does, or use an unquantized checkpoint of the model"
+        )
     advice = _ADVICE.get(method, "load it without moe_offload, or use an unquantized checkpoint of the model")
     return ConfigError(
         f"{name} is already quantized with {method!r}, whose experts cannot be offloaded (those of "

@@ -1,0 +1,65 @@
+"""Which arguments of Transformers' own methods an offloaded model cannot honour: they are refused at the door.
+
+All others mean what they mean without us. `tests/hf/test_arguments.py` lists every argument of the methods that
+`install.py` wraps, with what becomes of it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from torch import nn
+
+from transformers_moe_offload.errors import ConfigError, UnsupportedModelError
+from transformers_moe_offload.hf.layer import OffloadedExperts
+
+_SPLITS = {
+    "tp_size": "tensor parallelism",
+    "ep_size": "expert parallelism",
+    "pp_size": "pipeline parallelism",
+}
+"""Sizes in a `DistributedConfig` (5.23, 5.24) that give each process a part of what a sparse layer or model is. With
+tensor parallelism the plans reduce the output of every experts module over all processes, each of which would have
+computed all of it; with expert parallelism every process keeps all experts. FSDP splits dense weights alone: it may."""
+
+
+def refuse_on_load(arguments: Mapping[str, Any]) -> None:
+    """Raise for keyword arguments of `from_pretrained` that cannot be had together with offloading."""
+    if arguments.get("gguf_file") is not None:
+        raise ConfigError(
+            f"gguf_file={arguments['gguf_file']!r} cannot be had with moe_offload, which reads experts from "
+            f"safetensors files; load the checkpoint without it and save it with save_pretrained first"
+        )
+    refuse_splits(arguments.get("distributed_config"))
+    refuse_splits({"tp_size": arguments.get("tp_size")})
+
+
+def refuse_splits(distributed: Any) -> None:
+    """Raise if a `DistributedConfig`, or a mapping like one, splits layers over processes."""
+    sizes = distributed if isinstance(distributed, Mapping) else vars(distributed) if distributed is not None else {}
+    for name, kind in _SPLITS.items():
+        if (sizes.get(name) or 1) > 1:
+            raise UnsupportedModelError(
+                f"{name}={sizes[name]} asks for {kind}, which offloaded experts do not support: every process computes "
+                f"with all of them; leave it out, or load the model without moe_offload"
+            )
+
+
+def refuse_kernels(model: nn.Module) -> None:
+    """Raise if `use_kernels` could put a kernel of the Hub in place of a block with offloaded experts."""
+    for name, module in model.named_modules():
+        kernel = getattr(module, "kernel_layer_name", None)
+        if kernel is not None and any(isinstance(part, OffloadedExperts) for part in module.modules()):
+            raise UnsupportedModelError(
+                f"use_kernels would compute {name or type(model).__name__} with the kernel {kernel}, which reads "
+                f"experts as parameters, but they are offloaded; leave use_kernels and kernel_config out"
+            )
+
+
+def refuse_on_save(arguments: Mapping[str, Any], *, is_quantized: bool) -> None:
+    """Raise for arguments of `save_pretrained` that an offloaded model cannot honour."""
+    kind = "quantized" if is_quantized else "offloaded"
+    for name in ("variant", "distributed_checkpoint") if is_quantized else ("distributed_checkpoint",):
+        if arguments.get(name):
+            raise ConfigError(f"{name}={arguments[name]!r} cannot be had for a model with {kind} experts; leave it out")
