@@ -1,7 +1,7 @@
 """Which layers a forward comes to, in what order: as the last one did.
 
-Most models run their sparse layers in order and once in a forward. Some run a few of them several times, and a decoder's
-steps leave the encoder out.
+Most models run their sparse layers in order and once in a forward. Some run a few of them several times, and the steps
+of a decoder leave its encoder out.
 """
 
 from __future__ import annotations

@@ -19,8 +19,8 @@ if TYPE_CHECKING:
 def to_arrow(trace: RoutingTrace) -> pyarrow.Table:
     """A row for every token and router, with its experts and weights.
 
-    Columns: router, token_id, sequence, position, turn, domain, experts, weights and, where scores were recorded, entropy,
-    margin and confidence. `turn` is 0, and more where a forward comes to the router again with the same token.
+    Columns: router, token_id, sequence, position, turn, domain, experts, weights and, where scores were recorded,
+    entropy, margin and confidence. `turn` is 0, and more where a forward comes to the router again with the same token.
     """
     try:
         import pyarrow
