@@ -40,6 +40,7 @@ class RouterStatistics:
     """How often each distance of reuse occurs, `measures.reuse_distances`."""
 
     num_tokens: int = 0
+    """Decisions: a token counts as often as its forward came to the router with it."""
     num_followers: int = 0
     """Experts chosen by tokens that have one before them in their text."""
 
