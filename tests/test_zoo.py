@@ -8,17 +8,21 @@ that the model is deterministic, that all its experts modules matter, and that s
 
 import pytest
 import torch
+import transformers
 from torch import Tensor, nn
 
-from zoo.build import LAYOUTS, build, inputs, output_tensor, save, zoo_model, zoo_names
-from zoo.catalogue import INPUTS, OVERRIDES, VARIANTS
+from zoo.build import build, failure_of_stock, inputs, load, output_tensor, save, zoo_model, zoo_names
+from zoo.catalogue import INPUTS, OVERRIDES, SINCE, VARIANTS
 from zoo.inventory import NOT_TOKEN_ROUTED, moe_model_dirs
 
 DTYPES = (torch.float32, torch.bfloat16)
 
-each_model = pytest.mark.parametrize("name", zoo_names())
-each_dtype = pytest.mark.parametrize("dtype", DTYPES, ids=str)
-each_layout = pytest.mark.parametrize("layout", LAYOUTS)
+
+@pytest.fixture(scope="module", params=zoo_names())
+def name(request):
+    if failure_of_stock(request.param) is not None:
+        pytest.skip(f"fails in Transformers itself: {failure_of_stock(request.param)!r}")
+    return request.param
 
 
 def test_every_token_routed_directory_of_transformers_has_a_model():
@@ -28,8 +32,16 @@ def test_every_token_routed_directory_of_transformers_has_a_model():
 
 
 def test_nothing_in_the_catalogue_is_left_over_from_an_architecture_that_is_gone():
-    assert {*VARIANTS, *INPUTS, *OVERRIDES} <= set(zoo_names())
+    installed = [int(part) for part in transformers.__version__.split(".")[:2]]
+    to_come = {name for name, since in SINCE.items() if installed < [int(part) for part in since.split(".")]}
+    assert not to_come & set(zoo_names())
+    assert {*VARIANTS, *INPUTS, *OVERRIDES, *SINCE} <= {*zoo_names(), *to_come}
     assert set(NOT_TOKEN_ROUTED) <= set(moe_model_dirs())
+
+
+def test_an_architecture_that_fails_in_transformers_itself_does_so_in_one_class_at_most():
+    """Should a release break more than one of the eighty, it is the zoo that is broken."""
+    assert len([name for name in zoo_names() if failure_of_stock(name)]) <= 1
 
 
 def test_the_inventory_finds_experts_in_all_their_shapes():
@@ -38,48 +50,33 @@ def test_the_inventory_finds_experts_in_all_their_shapes():
     assert found["dbrx"].undecorated == ("DbrxExperts",), "experts that keep their weights in a child"
     assert found["switch_transformers"].undecorated == ("SwitchTransformersExperts",), "a ModuleDict of experts"
     assert found["jetmoe"].undecorated[0] == "JetMoeParallelExperts", "experts in the attention"
+    if "sarvam_moe" in found:
+        assert found["sarvam_moe"].defined_in == "glm4_moe", "a config for the classes of another architecture"
     assert len(found) >= 73, "Transformers 5.23.0 has 73; fewer means that the evidence no longer fits the sources"
     assert "llama" not in found
     assert "bamba" not in found, "mentions num_experts, has none"
 
 
-@each_model
-@each_dtype
-def test_a_forward_is_finite_and_the_next_one_is_bit_identical(name, dtype):
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_forwards_are_finite_and_repeat_to_the_bit_and_layers_use_more_experts_than_one_token_does(name, dtype):
     model = build(name, dtype)
+    used = {path: [] for path in experts_modules(name, model, decorated_only=True)}
+    for path, indices in used.items():
+        model.get_submodule(path).register_forward_pre_hook(note_indices(indices), with_kwargs=True)
     first = run(name, model)
     assert torch.isfinite(first).all()
     assert torch.equal(first, run(name, model))
-
-
-@each_model
-def test_the_same_seed_builds_the_same_model_and_another_seed_another(name):
-    one, same, other = build(name), build(name), build(name, seed=1)
-    assert torch.equal(run(name, one), run(name, same))
-    assert not torch.equal(run(name, one), run(name, other))
-
-
-@each_model
-@each_dtype
-def test_every_sparse_layer_uses_more_experts_than_a_single_token_does(name, dtype):
-    model = build(name, dtype)
-    decorated = moe_model_dirs()[zoo_model(name).directory].decorated
-    used = {}
-    for path, module in model.named_modules():
-        if type(module).__name__ in decorated:
-            used[path] = []
-            module.register_forward_pre_hook(note_indices(used[path]), with_kwargs=True)
-    run(name, model)
     for path, indices in used.items():
         assert len(indices) > 0, f"{path} is never called"
         for index in indices:
             assert len(index.unique()) > index.shape[-1], path
 
 
-@each_model
-def test_the_weights_of_every_experts_module_reach_the_output(name):
+def test_the_same_seed_builds_the_same_model_and_the_weights_of_every_experts_module_reach_the_output(name):
     model = build(name)
     expected = run(name, model)
+    assert torch.equal(expected, run(name, build(name)))
+    assert not torch.equal(expected, run(name, build(name, seed=1)))
     experts = experts_modules(name, model)
     assert len(experts) >= 2, "too few sparse layers"
     for path, module in experts.items():
@@ -89,14 +86,12 @@ def test_the_weights_of_every_experts_module_reach_the_output(name):
         module.load_state_dict(weights)
 
 
-@each_model
-@each_dtype
-@each_layout
-def test_stock_transformers_round_trips_bit_for_bit(name, dtype, layout, tmp_path):
-    model = build(name, dtype)
-    save(model, tmp_path, layout)
-    loaded, report = type(model).from_pretrained(
-        tmp_path, dtype=dtype, experts_implementation="eager", output_loading_info=True
+def test_stock_transformers_round_trips_bit_for_bit(name, tmp_path):
+    """In the dtype in which models keep some tensors in float32, and the layout that has to be converted."""
+    model = build(name, torch.bfloat16)
+    save(model, tmp_path, "per-expert")
+    loaded, report = load(
+        model, tmp_path, dtype=torch.bfloat16, experts_implementation="eager", output_loading_info=True
     )
     assert {kind: keys for kind, keys in report.items() if keys} == {}
     assert differing(model.state_dict(), loaded.state_dict()) == []
@@ -104,6 +99,18 @@ def test_stock_transformers_round_trips_bit_for_bit(name, dtype, layout, tmp_pat
     for parameter in loaded.parameters():
         parameter.data = parameter.data.clone()
     assert torch.equal(run(name, model), run(name, loaded))
+
+
+def test_the_looping_model_of_the_zoo_does_loop():
+    """What tests of ours take it for: experts modules that run three times in a forward, between others that do not."""
+    if "inkling2_loop" not in zoo_names():
+        pytest.skip("this version of Transformers has no model with loops")
+    model = build("inkling2_loop")
+    calls = []
+    for number, module in enumerate(experts_modules("inkling2_loop", model).values()):
+        module.register_forward_pre_hook(lambda *_, number=number: calls.append(number))
+    run("inkling2_loop", model)
+    assert calls == [0, 1, 2, 3, 2, 3, 2, 3, 4, 5]
 
 
 def test_loading_still_overwrites_the_skip_bias_of_zaya(tmp_path):
@@ -120,10 +127,10 @@ def run(name: str, model: nn.Module) -> Tensor:
         return output_tensor(model(**inputs(name, model)))
 
 
-def experts_modules(name: str, model: nn.Module) -> dict[str, nn.Module]:
+def experts_modules(name: str, model: nn.Module, *, decorated_only: bool = False) -> dict[str, nn.Module]:
     """The modules of the classes which the inventory takes for experts, decorated or not, by path."""
     evidence = moe_model_dirs()[zoo_model(name).directory]
-    classes = {*evidence.decorated, *evidence.undecorated}
+    classes = {*evidence.decorated, *(() if decorated_only else evidence.undecorated)}
     return {path: module for path, module in model.named_modules() if type(module).__name__ in classes}
 
 

@@ -1,6 +1,7 @@
 """Count what the cache did, per sparse layer.
 
-Counts are per expert and forward: a forward in which four tokens want one expert counts it once.
+Counts are per expert and visit: a forward in which four tokens want one expert counts it once, and one that runs a
+layer three times counts what each of the three visits wants.
 """
 
 from __future__ import annotations

@@ -8,6 +8,7 @@ import time
 
 import pytest
 import torch
+from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from forked import with_locks_of_its_own
@@ -50,6 +51,33 @@ def test_the_tiny_moe_is_quantized_and_generates(run, tiny_moe, folder):
     output = model.generate(**tokenizer("import os\n\ndef ", return_tensors="pt"), max_new_tokens=4, do_sample=False)
     assert tokenizer.decode(output[0]).startswith("import os\n\ndef ")
     assert model.moe_offload.stats().asked > 0
+
+
+def test_weights_that_transformers_keeps_in_float32_are_written_and_loaded_so(run, tmp_path, folder):
+    """Routers of some architectures, whatever dtype their checkpoints have: other bits there are other experts."""
+    source = tmp_path / "source"
+    build("deepseek_v3").to(torch.bfloat16).save_pretrained(source)
+    plain = AutoModelForCausalLM.from_pretrained(source)
+    dtypes = {name: tensor.dtype for name, tensor in plain.state_dict().items()}
+    assert torch.float32 in dtypes.values()
+    assert run("quantize", source, folder, "--experts", "4x16", "--dense", "8x16", "--no-optimize").exit_code == 0
+    written = {name: tensor.dtype for file in folder.glob("*.safetensors") for name, tensor in load_file(file).items()}
+    formats = {"experts": HqqFormat(nbits=4, group_size=16, optimize=False)}
+    formats["dense"] = HqqFormat(nbits=8, group_size=16, optimize=False)
+    models = (
+        AutoModelForCausalLM.from_pretrained(folder),
+        AutoModelForCausalLM.from_pretrained(source, moe_offload=formats),
+    )
+    for model in models:
+        kept = {name: tensor.dtype for name, tensor in model.named_parameters()}
+        assert any(name.endswith("gate.weight") for name in kept), "a router in low bits"
+        for found in (kept, written):
+            assert {name: dtype for name, dtype in found.items() if name in dtypes} == {
+                name: dtypes[name] for name in found if name in dtypes
+            }
+    token_ids = torch.randint(0, 96, (2, 9), generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        assert torch.equal(*(model(input_ids=token_ids).logits for model in models))
 
 
 def test_what_belongs_to_the_model_comes_along_and_other_weights_do_not(run, source, folder):

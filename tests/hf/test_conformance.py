@@ -1,9 +1,11 @@
 """Every Mixture-of-Experts architecture of the installed Transformers, offloaded, against itself.
 
 The list is enumerated from the installed package (`zoo/inventory.py`), so an architecture that is new upstream fails
-here by name.
+here by name. One that fails in Transformers itself, for which there is no list either, has to fail offloaded as well,
+and in the same way.
 """
 
+import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 
@@ -11,19 +13,21 @@ import pytest
 import torch
 from torch import nn
 
-from transformers_moe_offload import CapacityError, OffloadConfig
+from transformers_moe_offload import OffloadConfig
 from transformers_moe_offload.hf.layer import OffloadedExperts, layer_of
-from zoo.build import LAYOUTS, build, inputs, output_tensor, save, zoo_names
+from zoo.build import build, failure_of_stock, inputs, load, output_tensor, save, zoo_names
 
-DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
+AS_STORED = {"fp32": (torch.float32, "fused"), "bf16": (torch.bfloat16, "per-expert")}
+"""Each dtype with one layout: what depends on both at once is how experts are read, which tests/memory is about."""
 
-EQUAL_TO_ROUNDING = {"llama4": 1e-5}
+EQUAL_TO_ROUNDING = {"llama4": 1e-5, "llama4_text": 1e-5}
 """Its stock forward multiplies every expert with every token, so sums are taken over other numbers of rows."""
 
 EAGER_FORWARD_IS_KEPT = {
     "dbrx": "not the decorator's layout",
     "jetmoe": "not the decorator's layout",
     "llama4": "not the decorator's layout",
+    "llama4_text": "not the decorator's layout",
     "longcat_flash": "identity experts",
     "nllb_moe": "experts are modules",
     "openai_privacy_filter": "computes bf16 in fp32",
@@ -36,38 +40,45 @@ def name(request):
     return request.param
 
 
-@pytest.fixture(params=DTYPES)
-def dtype(request):
-    return DTYPES[request.param]
+@pytest.fixture(params=AS_STORED)
+def stored(request):
+    return request.param
 
 
-@pytest.mark.parametrize("layout", LAYOUTS)
-def test_offloaded_logits_equal_eager_ones_at_every_cache_size(name, dtype, layout, tmp_path):
+def test_offloaded_logits_equal_eager_ones_in_the_largest_and_the_smallest_cache(name, stored, tmp_path):
+    dtype, layout = AS_STORED[stored]
     plain = build(name, dtype)
     save(plain, tmp_path, layout)
-    expected = forward(name, plain)
-    for budget in (smallest_budget(plain, tmp_path), "50%", "100%"):
+    budget = "100%"
+    for _ in ("largest", "smallest"):
         config = OffloadConfig(cache_budget=budget, arithmetic="exact")
-        model, report = type(plain).from_pretrained(tmp_path, dtype=dtype, moe_offload=config, output_loading_info=True)
+        model, report = load(plain, tmp_path, dtype=dtype, moe_offload=config, output_loading_info=True)
         assert not any(report.values()), report
-        got = forward(name, model)
+        if failure_of_stock(name) is not None:
+            with pytest.raises(type(failure_of_stock(name)), match=re.escape(str(failure_of_stock(name)))):
+                forward(name, model)
+            return
+        got, expected = forward(name, model), forward(name, plain)
         if name in EQUAL_TO_ROUNDING and dtype == torch.float32:
             torch.testing.assert_close(got, expected, atol=EQUAL_TO_ROUNDING[name], rtol=0)
         else:
             assert torch.equal(got, expected), f"{budget}: off by {(got - expected).abs().max()}"
-        stats = model.moe_offload.stats()
+        stats, plan = model.moe_offload.stats(), model.moe_offload.plan
         assert stats.misses > 0
-        assert model.moe_offload.plan.cache_bytes <= model.moe_offload.plan.budget_bytes
+        assert plan.cache_bytes <= plan.budget_bytes
         assert all(layer.asked > 0 for layer in stats.per_layer.values()), "a sparse layer was not offloaded"
+        budget = plan.smallest_budget
 
 
-def test_fast_arithmetic_is_placement_invariant_and_as_close_to_exact_as_eager(name, dtype, tmp_path):
+def test_fast_arithmetic_is_placement_invariant_and_as_close_to_exact_as_eager(name, stored, tmp_path):
+    if failure_of_stock(name) is not None:
+        pytest.skip(f"fails in Transformers itself: {failure_of_stock(name)!r}")
+    dtype, _ = AS_STORED[stored]
     plain = build(name, dtype)
     save(plain, tmp_path, "fused")
-    smallest = type(plain).from_pretrained(
-        tmp_path, dtype=dtype, moe_offload=OffloadConfig(cache_budget=smallest_budget(plain, tmp_path))
-    )
-    whole = type(plain).from_pretrained(tmp_path, dtype=dtype, moe_offload=OffloadConfig(cache_budget="100%"))
+    whole = load(plain, tmp_path, dtype=dtype, moe_offload=OffloadConfig(cache_budget="100%"))
+    budget = whole.moe_offload.plan.smallest_budget
+    smallest = load(plain, tmp_path, dtype=dtype, moe_offload=OffloadConfig(cache_budget=budget))
     first = forward(name, whole)
     assert torch.equal(first, forward(name, smallest))
     assert torch.equal(first, forward(name, whole)), "differs once everything is resident"
@@ -87,13 +98,14 @@ def test_fast_arithmetic_is_placement_invariant_and_as_close_to_exact_as_eager(n
 
 @torch.no_grad()
 def forward(name: str, model: nn.Module) -> torch.Tensor:
+    """The output; the weights that are in memory lie at addresses of ours.
+
+    Stock Transformers leaves them where the file has them, and some processors' products sum in another order off a
+    cache line: a plain model that was loaded need not equal its own copy to the bit.
+    """
+    for tensor in (*model.parameters(), *model.buffers()):
+        tensor.data = tensor.data.clone()
     return output_tensor(model(**inputs(name, model)))
-
-
-def smallest_budget(plain: nn.Module, folder) -> int:
-    with pytest.raises(CapacityError) as refused:
-        type(plain).from_pretrained(folder, dtype=plain.dtype, moe_offload=OffloadConfig(cache_budget=1))
-    return refused.value.smallest_budget
 
 
 @contextmanager

@@ -19,12 +19,13 @@ from transformers_moe_offload import OffloadConfig
 from transformers_moe_offload.hf.discover import find_experts
 from transformers_moe_offload.hf.layouts import ExpertsLayout
 from transformers_moe_offload.hf.routers import GroupLimit, RouterProbe, find_router
-from zoo.build import build, inputs, zoo_names
+from zoo.build import build, failure_of_stock, inputs, zoo_names
 
 WITHOUT_PROBE = {
     "deepseek_v4": ("layers.0.", "layers.1.", "hash layers choose by token id"),
     "jetmoe": ("output_linear", "self_attention", "second halves of a pair; a mixture of attention has no forward"),
     "llama4": ("", "experts get rows that are already scaled, not tokens"),
+    "llama4_text": ("", "the same"),
     "muse_spark": ("", "the router is before a norm, the experts after it"),
     "nllb_moe": ("", "its forward takes values of a mask for choices, and runs the experts 0 and 1"),
     "zaya": ("", "the router is an MLP with a state that passes from layer to layer"),
@@ -50,6 +51,8 @@ class Found(NamedTuple):
 
 @pytest.fixture(scope="module", params=zoo_names())
 def found(request):
+    if failure_of_stock(request.param) is not None:
+        pytest.skip(f"fails in Transformers itself: {failure_of_stock(request.param)!r}")
     model = build(request.param)
     layouts = {path: layout for path, _, layout in find_experts(model)}
     return Found(request.param, model, layouts, {path: find_router(model, path) for path in layouts})
@@ -74,8 +77,8 @@ def test_a_probe_ranks_first_exactly_the_experts_that_its_layer_chose(found):
 
 def test_the_norm_of_a_probe_is_the_one_whose_output_reaches_the_experts(found):
     normed = {path: probe.norm for path, probe in found.probes.items() if probe is not None and probe.is_normed}
-    has_probes = any(probe is not None for probe in found.probes.values())
-    assert bool(normed) == (has_probes and found.name not in WITHOUT_NORM)
+    probed = {path for path, probe in found.probes.items() if probe is not None}
+    assert set(normed) == (probed if found.name not in WITHOUT_NORM else set())
 
     outputs: dict[str, set[tuple[float, ...]]] = {path: set() for path in normed}
     hooks = [

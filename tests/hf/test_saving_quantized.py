@@ -16,7 +16,7 @@ from forked import with_locks_of_its_own
 from transformers_moe_offload import CheckpointError, ConfigError, ExpertFormats, HqqFormat, OffloadConfig, restore
 from transformers_moe_offload.hf.prebuilt.layout import MARKS
 from transformers_moe_offload.output.place import recover
-from zoo.build import build, inputs, output_tensor, save, zoo_names
+from zoo.build import build, failure_of_stock, inputs, load, output_tensor, save, zoo_names
 
 FORMAT = HqqFormat(group_size=16)
 QUANTIZED = OffloadConfig(experts=FORMAT, dense=FORMAT)
@@ -116,10 +116,16 @@ def test_restoring_a_saved_model_makes_a_plain_one_that_saves_plainly(saved, tmp
 def test_every_architecture_is_saved_and_loaded_in_low_bits(name, tmp_path):
     plain = build(name, torch.bfloat16)
     save(plain, tmp_path / "plain", "fused")
-    first = type(plain).from_pretrained(tmp_path / "plain", dtype=plain.dtype, moe_offload=QUANTIZED)
+    first = load(plain, tmp_path / "plain", dtype=plain.dtype, moe_offload=QUANTIZED)
     first.save_pretrained(tmp_path / "saved")
-    second, report = type(plain).from_pretrained(tmp_path / "saved", output_loading_info=True)
+    second, report = load(plain, tmp_path / "saved", output_loading_info=True)
     assert not any(report.values()), report
+    dtypes = {path: tensor.dtype for path, tensor in plain.named_parameters()}
+    for model in (first, second):
+        kept = {path: tensor.dtype for path, tensor in model.named_parameters()}
+        assert kept == {path: dtypes[path] for path in kept}, "a parameter that was kept in float32, a router's perhaps"
+    if failure_of_stock(name) is not None:
+        pytest.skip(f"fails in Transformers itself: {failure_of_stock(name)!r}")
     with torch.no_grad():
         given = inputs(name, plain)
         assert torch.equal(output_tensor(second(**given)), output_tensor(first(**given)))

@@ -15,7 +15,7 @@ from transformers_moe_offload.routing import RoutingTrace
 from transformers_moe_offload.routing.sites import find_sites
 from transformers_moe_offload.routing.switching import observe, stop_observing
 from transformers_moe_offload.tracing import TraceError, replay
-from zoo.build import build, inputs, zoo_names
+from zoo.build import build, failure_of_stock, inputs, zoo_names
 
 NOTHING_TO_RECORD = {"nllb_moe"}
 CHOSEN_BY_TABLE = {("deepseek_v4", 0), ("deepseek_v4", 1)}
@@ -166,6 +166,8 @@ def test_a_copy_that_is_made_meanwhile_is_not_recorded(plain, token_ids):
 
 @pytest.mark.parametrize("name", [name for name in zoo_names() if name not in NOTHING_TO_RECORD])
 def test_every_architecture_can_be_recorded(name):
+    if failure_of_stock(name) is not None:
+        pytest.skip(f"fails in Transformers itself: {failure_of_stock(name)!r}")
     model = build(name)
     with routing.record_routing(model) as recorder, torch.no_grad():
         model(**inputs(name, model))

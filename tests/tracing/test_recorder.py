@@ -11,6 +11,28 @@ def test_a_step_ends_where_the_layers_begin_again():
     assert recorder.trace.step_tokens == [0, 0, 0]
 
 
+def test_a_forward_that_is_announced_is_one_step_however_often_it_comes_to_a_layer():
+    recorder = TraceRecorder(["a", "b"], [4, 4])
+    for layers in ((0, 1, 0, 1), (1, 1)):
+        recorder.begin_forward()
+        for layer in layers:
+            recorder.record(layer, [layer])
+        recorder.end_forward()
+    for layer in (0, 1, 0):  # not announced
+        recorder.record(layer, [layer])
+    assert [visit.step for visit in recorder.trace.visits] == [0, 0, 0, 0, 1, 1, 2, 2, 3]
+
+
+def test_a_forward_that_comes_to_no_sparse_layer_is_no_step():
+    recorder = TraceRecorder(["a"], [4])
+    for has_visits in (True, False, True):
+        recorder.begin_forward()
+        if has_visits:
+            recorder.record(0, [0])
+        recorder.end_forward()
+    assert [visit.step for visit in recorder.trace.visits] == [0, 1]
+
+
 def test_the_order_in_which_experts_were_wanted_is_kept():
     recorder = TraceRecorder(["a"], [4])
     recorder.record(0, [3, 0, 2])

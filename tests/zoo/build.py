@@ -8,6 +8,7 @@ Which architectures exist is `inventory.py`'s to say, how small they are `shrink
 `catalogue.py`'s.
 """
 
+import functools
 import importlib
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -15,7 +16,7 @@ from pathlib import Path
 
 import torch
 from torch import Tensor
-from transformers import PreTrainedConfig, PreTrainedModel
+from transformers import AutoConfig, PreTrainedConfig, PreTrainedModel
 
 from .catalogue import CLASS_ENDINGS, INPUTS, OVERRIDES, VARIANTS
 from .inputs import text, text_to_text
@@ -49,7 +50,9 @@ def zoo_model(name: str) -> ZooModel:
     directory, class_name = VARIANTS.get(name, (name, None))
     classes = _model_classes(directory)
     model_class = classes[class_name] if class_name else _class_with_a_head(classes)
-    config = tiny(model_class.config_class, OVERRIDES.get(name))
+    is_config_alone = moe_model_dirs()[directory].defined_in is not None
+    config_class = type(AutoConfig.for_model(directory)) if is_config_alone else model_class.config_class
+    config = tiny(config_class, OVERRIDES.get(name))
     default_inputs = text_to_text if config.is_encoder_decoder else text
     return ZooModel(
         name=name,
@@ -88,8 +91,37 @@ def save(model: PreTrainedModel, folder: Path, layout: str) -> None:
     model.save_pretrained(folder, save_original_format=layout == "per-expert")
 
 
+def load(plain: PreTrainedModel, folder: Path, **options):
+    """What `AutoModel` makes of a checkpoint of a model of the zoo: the model's class with the checkpoint's own config.
+
+    Not every class has a config of its own, and not every model of the zoo is in one of the `Auto` lists.
+    """
+    config = type(plain.config).from_pretrained(folder)
+    return type(plain).from_pretrained(folder, config=config, **options)
+
+
+@functools.cache
+def failure_of_stock(name: str) -> Exception | None:
+    """What the model's forward raises in Transformers itself; None if it runs, as it should.
+
+    A release that breaks an architecture is nothing that a test of ours can mend: such a test passes if the offloaded
+    model fails as the plain one does.
+    """
+    model = build(name)
+    try:
+        with torch.no_grad():
+            model(**inputs(name, model))
+    except Exception as error:  # whatever upstream does wrong
+        return error.with_traceback(None)
+    return None
+
+
 def _model_classes(directory: str) -> dict[str, type[PreTrainedModel]]:
-    """The public model classes that a directory defines, by name."""
+    """The public model classes that a directory defines, or those of another one that it is a config for, by name."""
+    evidence = moe_model_dirs()[directory]
+    if evidence.defined_in is not None:
+        classes = _model_classes(evidence.defined_in)
+        return {name: classes[name] for name in evidence.model_classes}
     found = {}
     package = importlib.import_module(f"transformers.models.{directory}")
     for file in sorted(Path(package.__path__[0]).glob("modeling_*.py")):

@@ -13,8 +13,13 @@ VARIANTS = {
     # The composite of the two has no forward of its own.
     "qwen3_omni_moe": ("qwen3_omni_moe", "Qwen3OmniMoeThinkerForConditionalGeneration"),
     "qwen3_omni_moe_talker": ("qwen3_omni_moe", "Qwen3OmniMoeTalkerForConditionalGeneration"),
+    # Llama 4 in images and text fails in Transformers 5.24, and its experts are like no other's.
+    "llama4_text": ("llama4", "Llama4ForCausalLM"),
 }
 """Models whose class is not the most complete one of the directory that bears their name: (directory, class)."""
+
+SINCE = {"hy_v4_vl": "5.24", "inkling2_loop": "5.24", "lara_mini": "5.24", "sarvam_mla": "5.24", "sarvam_moe": "5.24"}
+"""The version of Transformers in which an architecture appeared, where that is not the oldest that we work with."""
 
 INPUTS = {
     "diffusion_gemma": prompt_and_canvas,
@@ -77,7 +82,22 @@ OVERRIDES = {
     "glm5_next": {"text_config": {"qk_rope_head_dim": 0, "index_kpool": 2}},
     "granitemoehybrid": {"layer_types": ["linear_attention", "full_attention"] * 2},
     "hunyuan_v1_moe": {"head_dim": 16},
+    "hy_v4_vl": {
+        "text_config": {
+            "rope_parameters": {"rope_type": "default", "rope_theta": 10000.0, "mrope_section": [2, 1, 1]},
+        }
+    },
     "inkling": {"vision_config": {"patch_size": 2, "num_hidden_layers": 4}},
+    # Six layers, of which the third and the fourth run three times in every forward.
+    "inkling2_loop": {
+        "text_config": {
+            "num_hidden_layers": 6,
+            "n_layers_per_attn_res_block": 2,
+            "loop_layer_index_start": 2,
+            "loop_layer_index_end": 4,
+            "loop_gate_rank": 16,
+        }
+    },
     "jamba": {"attn_layer_offset": 1},
     "kimi_linear": {"layer_types": ["linear_attention", "full_attention"] * 2},
     "lfm2_moe": {"layer_types": ["conv", "full_attention"] * 2},

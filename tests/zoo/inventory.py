@@ -4,6 +4,9 @@ Reads the sources and imports none of them, so an architecture that upstream add
 has written a line about it. How a directory is built is `catalogue.py`'s business; this file only says that it exists
 and why we believe so.
 
+A directory may have no modeling file and be no more than a config, for which `AutoModel` takes classes of another
+directory. It counts where those classes have experts: its checkpoints have a layout of their own.
+
 A composite that reaches a Mixture-of-Experts text model through `AutoModel` defines no experts of its own and is not
 listed: the plugin sees the same experts classes in it, under a longer module path.
 """
@@ -11,7 +14,7 @@ listed: the plugin sees the same experts classes in it, under a longer module pa
 import ast
 import functools
 import importlib.util
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 DECORATOR = "use_experts_implementation"
@@ -39,20 +42,46 @@ class Evidence:
     """Classes under `@use_experts_implementation`."""
     undecorated: tuple[str, ...] = ()
     """Classes which look like experts but lack the decorator."""
+    defined_in: str | None = None
+    """The directory with those classes, where this one has none of its own."""
+    model_classes: tuple[str, ...] = ()
+    """Of that directory, the model classes that this one's config is for."""
 
 
 @functools.cache
 def moe_model_dirs() -> dict[str, Evidence]:
-    """Every directory below `transformers/models` with experts in a modeling file, by name."""
+    """Every directory below `transformers/models` with experts, in a modeling file or by way of its config, by name."""
     models = Path(importlib.util.find_spec("transformers").origin).parent / "models"
-    found = {}
+    found: dict[str, Evidence] = {}
     for directory in sorted(path for path in models.iterdir() if path.is_dir()):
         classes = [one for file in sorted(directory.glob("modeling_*.py")) for one in _classes(file)]
         decorated = tuple(one.name for one in classes if _is_decorated(one))
         undecorated = tuple(one.name for one in classes if not _is_decorated(one) and _looks_like_experts(one))
         if decorated or undecorated:
             found[directory.name] = Evidence(decorated=decorated, undecorated=undecorated)
-    return found
+    return dict(sorted({**found, **_configs_alone(models, found)}.items()))
+
+
+def _configs_alone(models: Path, found: dict[str, Evidence]) -> dict[str, Evidence]:
+    """Directories without a modeling file, whose config `AutoModel` gives to classes of a directory in `found`."""
+    owners = {
+        one.name: directory
+        for directory in found
+        for file in sorted((models / directory).glob("modeling_*.py"))
+        for one in _classes(file)
+    }
+    classes: dict[str, list[str]] = {}
+    for node in ast.walk(ast.parse((models / "auto" / "modeling_auto.py").read_text(encoding="utf-8"))):
+        match node:
+            case ast.Tuple(elts=[ast.Constant(value=str(model_type)), ast.Constant(value=str(model_class))]):
+                is_alone = (models / model_type).is_dir() and not any((models / model_type).glob("modeling_*.py"))
+                if is_alone and model_class in owners:
+                    classes.setdefault(model_type, []).append(model_class)
+    return {
+        model_type: replace(found[owner], defined_in=owner, model_classes=tuple(sorted(set(names))))
+        for model_type, names in classes.items()
+        for owner in [owners[names[0]]]
+    }
 
 
 def _classes(file: Path) -> list[ast.ClassDef]:

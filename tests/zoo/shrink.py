@@ -15,6 +15,7 @@ NUM_TEXT_TOKENS = 96
 
 _SIZES = {
     VOCAB_SIZE: "vocab_size vocab_size_per_layer_input",
+    NUM_TEXT_TOKENS + 16: "unpadded_vocab_size",
     96: "intermediate_size intermediate_size_mlp dense_intermediate_size d_ff encoder_ffn_dim decoder_ffn_dim mlp_dim"
     " output_proj_dims moe_intermediate_size expert_ffn_hidden_size ffn_hidden_size",
     64: "hidden_size d_model text_hidden_size out_hidden_size adapter_out_dim output_dim thinker_hidden_size"

@@ -129,7 +129,7 @@ def _record(model: Any, tokenizer: Any, inputs: list[dict[str, Any]], sampling: 
                 break
             progress.update(task, completed=number * sampling.max_new_tokens)
     hook.remove()
-    if len(forwards.num_tokens) == len(recorded.step_tokens):  # not where a forward goes through its layers twice
+    if len(forwards.num_tokens) == len(recorded.step_tokens):  # some may visit no sparse layer
         recorded.step_tokens = forwards.num_tokens
     per_token = [experts_per_token(model, name) for name in recorded.layer_names]
     if None not in per_token:

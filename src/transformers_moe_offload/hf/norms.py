@@ -53,7 +53,7 @@ _NORMS_BEFORE_EXPERTS = (
 """What the norm between attention and experts is called, surest name first. Of several that fit one name the last is
 meant: decoder layers with a dense MLP beside the experts declare the norm of that first."""
 
-_NORM_BEFORE_ATTENTION = r"input_(layer)?norm(\.0)?"
+_NORM_BEFORE_ATTENTION = r"([qkv]_)?input_(layer)?norm(\.0)?"
 
 
 def find_norm(model: nn.Module, block_path: str, width: torch.Size) -> PreNorm | None:

@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
 
 from transformers_moe_offload.cache.cache import ExpertCache
 from transformers_moe_offload.compute.host_side import HostSide
@@ -108,9 +109,12 @@ class OffloadRuntime:
         recorder = self._recorder = TraceRecorder(names, num_experts, stall_ms=lambda: self.stats().stall_ms)
         self._ensure_caches()
         self._caches.record(recorder)
+        hooks = _announcing(self._living_model(), recorder)
         try:
             yield recorder.trace
         finally:
+            for hook in hooks:
+                hook.remove()
             recorder.finish_visit()
             self._recorder = None
             self._caches.record(None)
@@ -283,6 +287,20 @@ class OffloadRuntime:
                 "use `model.moe_offload`"
             )
         return model
+
+
+def _announcing(model: nn.Module, recorder: TraceRecorder) -> list[RemovableHandle]:
+    """Hooks that tell a recorder where the model's forwards begin and end; what is compiled tells nothing."""
+
+    def begin(*_: object) -> None:
+        if not torch.compiler.is_compiling():
+            recorder.begin_forward()
+
+    def end(*_: object) -> None:
+        if not torch.compiler.is_compiling():
+            recorder.end_forward()
+
+    return [model.register_forward_pre_hook(begin), model.register_forward_hook(end, always_call=True)]
 
 
 def cache_stats(model: Any) -> CacheStats:

@@ -22,8 +22,9 @@ class LeastStale:
     2. current: used in this pass, so not needed before the next one;
     3. ahead: their layer's turn is still to come in this pass, and the last layer's leave first.
 
-    Within a layer, the longest unused leave first. Every call takes O(1); finding the first candidate looks at each
-    layer at most twice, however many residents there are.
+    A layer that a forward comes to several times has had its turn with the last of them. Within a layer, the longest
+    unused leave first. Every call takes O(1); finding the first candidate looks at each layer at most twice, however
+    many residents there are.
     """
 
     def __init__(self) -> None:
@@ -40,7 +41,8 @@ class LeastStale:
         """A layer's turn: what its last visit used is an older use now."""
         if self._passes.begin(layer):
             self._passed = {}
-        self._passed[layer] = None
+        if self._passes.is_over(layer):
+            self._passed[layer] = None
         if layer in self._latest:
             self._older[layer].update(self._latest[layer])
             self._latest[layer].clear()

@@ -11,6 +11,7 @@ from torch import Tensor
 from transformers_moe_offload.cache.cache import ExpertCache
 from transformers_moe_offload.prefetch.controller import Controller
 from transformers_moe_offload.prefetch.predictors import Prediction, Predictor
+from transformers_moe_offload.prefetch.route import Route
 
 
 class Prefetcher:
@@ -41,6 +42,7 @@ class Prefetcher:
         self._caches = dict(caches)
         self._layers = list(caches)
         self._place = {layer: place for place, layer in enumerate(self._layers)}
+        self._route = Route(len(self._layers))
         self._lookahead = min(lookahead, len(self._layers) - 1)
         self._min_confidence = min_confidence
         self._max_bytes = max_bytes
@@ -72,19 +74,20 @@ class Prefetcher:
             self._busy.release()
 
     def _look_ahead(self, layer: int, hidden: Tensor | None) -> None:
-        place = self._place[layer]
-        targets = [self._layers[(place + ahead) % len(self._layers)] for ahead in range(1, self._lookahead + 1)]
-        targets = [target for target in targets if not self._caches[target].holds_all(target)]
+        ahead = {self._layers[place]: visits for place, visits in self._route.ahead(self._lookahead).items()}
+        targets = [target for target in ahead if not self._caches[target].holds_all(target)]
         if not targets:
             return
-        self._start(place, self._predictor.predict(layer, targets, hidden))
+        self._start(ahead, self._predictor.predict(layer, targets, hidden))
 
-    def _start(self, place: int, predictions: Sequence[Prediction]) -> None:
+    def _start(self, ahead: Mapping[int, int], predictions: Sequence[Prediction]) -> None:
         """Start loads, the likeliest first, that set out before their layer is reached, until the link's spare time is
         spent.
 
         A guess that comes true takes none of it, for it spares demand the same load; so each takes as much as it is
         likely to be wrong. Nobody leaves who was guessed, too, however unlikely: demand would not have let them go.
+
+        `ahead` is the number of visits until each layer's.
         """
         guessed = {expert for expert, _ in predictions}
         wasted_seconds, spent_bytes = 0.0, 0
@@ -92,7 +95,7 @@ class Prefetcher:
             cache, nbytes = self._caches[expert.layer], self._record_bytes[expert.layer]
             if confidence < self._min_confidence or not cache.is_absent(expert):
                 continue
-            time_left = self._period * ((self._place[expert.layer] - place) % len(self._layers))
+            time_left = self._period * ahead[expert.layer]
             if cache.num_loading * cache.link.seconds_per_load > time_left:
                 continue
             spent_bytes += nbytes
@@ -105,7 +108,7 @@ class Prefetcher:
     def _measure(self, layer: int, num_tokens: int) -> None:
         """Time between a layer and the next one, and from step to step."""
         now, place = self._clock(), self._place[layer]
-        if place == 0:
+        if self._route.visit(place):
             self._step_is_over(now, num_tokens)
         elif self._last is not None and self._last[1] == place - 1 and num_tokens <= _FEW_TOKENS:
             self._period += _SMOOTHING * (now - self._last[0] - self._period)

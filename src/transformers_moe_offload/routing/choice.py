@@ -70,7 +70,8 @@ class RouterCall:
     def generator(self, seed: int) -> torch.Generator:
         """Random numbers that depend on the seed, the layer and the forward, and on nothing that was drawn before.
 
-        So a layer that is computed again for its gradients (gradient checkpointing) chooses the same experts again.
+        So a layer that is computed again for its gradients (gradient checkpointing) chooses the same experts again; and
+        one that runs several times in a forward draws the same numbers each time.
         """
         mixed = (
             seed * 0x9E3779B97F4A7C15 + self.layer * 0xBF58476D1CE4E5B9 + self.forward * 0x94D049BB133111EB

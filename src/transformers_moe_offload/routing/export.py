@@ -19,8 +19,8 @@ if TYPE_CHECKING:
 def to_arrow(trace: RoutingTrace) -> pyarrow.Table:
     """A row for every token and router, with its experts and weights.
 
-    Columns: router, token_id, sequence, position, domain, experts, weights and, where scores were recorded, entropy,
-    margin and confidence.
+    Columns: router, token_id, sequence, position, turn, domain, experts, weights and, where scores were recorded,
+    entropy, margin and confidence. `turn` is 0, and more where a forward comes to the router again with the same token.
     """
     try:
         import pyarrow
@@ -48,6 +48,7 @@ def _columns(trace: RoutingTrace, part: Any, router: int, arrow: Any) -> dict[st
         "token_id": rows.token_ids,
         "sequence": rows.sequence,
         "position": rows.position,
+        "turn": rows.turn,
         "domain": arrow.array(names[rows.domain], arrow.string()),
         "experts": arrow.ListArray.from_arrays(ends, rows.experts[kept]),
         "weights": arrow.ListArray.from_arrays(ends, rows.weights[kept]),

@@ -12,7 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from transformers_moe_offload.routing import measures
-from transformers_moe_offload.routing.trace import RoutingTrace, Rows, rows_of, tokens_of
+from transformers_moe_offload.routing.trace import RoutingTrace, Rows, rows_of, tokens_of, turns_of
 from transformers_moe_offload.routing.trace_file import Part
 from transformers_moe_offload.tracing import TraceError
 
@@ -40,6 +40,7 @@ class RouterStatistics:
     """How often each distance of reuse occurs, `measures.reuse_distances`."""
 
     num_tokens: int = 0
+    """Decisions: a token counts as often as its forward came to the router with it."""
     num_followers: int = 0
     """Experts chosen by tokens that have one before them in their text."""
 
@@ -78,7 +79,7 @@ def statistics_of(trace: RoutingTrace, router: int) -> RouterStatistics:
     to_layer = np.zeros((num_experts, columns), np.int64)
     per_token: dict[str, list[Any]] = {"entropy": [], "margin": [], "confidence": []}
     visits: list[list[int]] = []
-    last: dict[int, NDArray[np.bool_]] = {}
+    last: dict[tuple[int, int], NDArray[np.bool_]] = {}
     num_rows = num_followers = 0
     for part in trace.parts():
         rows = rows_of(part, router)
@@ -151,40 +152,52 @@ def _stacked(many: list[Rows]) -> NDArray[np.int16]:
 
 
 def _to_next_token(
-    rows: Rows, mask: NDArray[np.bool_], last: dict[int, NDArray[np.bool_]]
+    rows: Rows, mask: NDArray[np.bool_], last: dict[tuple[int, int], NDArray[np.bool_]]
 ) -> tuple[NDArray[np.int64], int]:
     """Pairs of experts of neighbouring tokens, and how many experts the later ones have.
 
-    `last` carries each text's last token from part to part.
+    Each turn of a router that runs several times in a forward is compared with the same turn of the next token. `last`
+    carries the last token of each text and turn from part to part.
     """
-    order = np.lexsort((rows.position, rows.sequence))
-    sequence, position, ordered = rows.sequence[order], rows.position[order], mask[order]
-    is_next = (sequence[1:] == sequence[:-1]) & (position[1:] == position[:-1] + 1)
+    order = np.lexsort((rows.position, rows.sequence, rows.turn))
+    sequence, position, turn = rows.sequence[order], rows.position[order], rows.turn[order]
+    ordered = mask[order]
+    is_new = (sequence[1:] != sequence[:-1]) | (turn[1:] != turn[:-1])
+    is_next = ~is_new & (position[1:] == position[:-1] + 1)
     counts = measures.together(ordered[:-1][is_next], ordered[1:][is_next])
     followers = int(ordered[1:][is_next].sum())
     if not len(sequence):
         return counts, followers
-    is_new = sequence[1:] != sequence[:-1]
     for start in np.flatnonzero(np.r_[True, is_new]):
-        before = last.get(int(sequence[start]))
+        before = last.get((int(sequence[start]), int(turn[start])))
         if before is not None and position[start] > 0:
             counts += measures.together(before[None], ordered[start : start + 1])
             followers += int(ordered[start].sum())
     for end in np.flatnonzero(np.r_[is_new, True]):
-        last[int(sequence[end])] = ordered[end]
+        last[int(sequence[end]), int(turn[end])] = ordered[end]
     return counts, followers
 
 
 def _to_next_layer(part: Part, router: int, following: int, num_experts: int, columns: int) -> NDArray[np.int64]:
-    """Pairs of experts of the same tokens at two routers; padding and tokens that only one saw are left out."""
-    here, there = tokens_of(part, router), tokens_of(part, following)
-    both, first, second = np.intersect1d(here[here >= 0], there[there >= 0], return_indices=True)
-    is_text = part["is_padding"][both] == 0
-    both, first, second = both[is_text], first[is_text], second[is_text]
-    if not len(both):
+    """Pairs of experts of the same tokens at two routers; padding and tokens that only one saw are left out.
+
+    Routers that run several times in a forward are paired turn by turn; one with fewer turns than the router before it
+    comes after the last of those.
+    """
+    token, turn = tokens_of(part, router), turns_of(part, router).astype(np.int64)
+    next_token, next_turn = tokens_of(part, following), turns_of(part, following).astype(np.int64)
+    most, next_most = int(turn.max(initial=0)), int(next_turn.max(initial=0))
+    turn -= max(0, most - next_most)
+    num_turns = max(most, next_most) + 1
+    is_here, is_there = (token >= 0) & (turn >= 0), next_token >= 0
+    here, there = token * num_turns + turn, next_token * num_turns + next_turn
+    both, first, second = np.intersect1d(here[is_here], there[is_there], return_indices=True)
+    is_text = part["is_padding"][both // num_turns] == 0
+    first, second = first[is_text], second[is_text]
+    if not len(first):
         return np.zeros((num_experts, columns), np.int64)
-    one = measures.chosen_mask(part[f"experts.{router}"][here >= 0][first], num_experts)
-    return measures.together(one, measures.chosen_mask(part[f"experts.{following}"][there >= 0][second], columns))
+    one = measures.chosen_mask(part[f"experts.{router}"][is_here][first], num_experts)
+    return measures.together(one, measures.chosen_mask(part[f"experts.{following}"][is_there][second], columns))
 
 
 def _visits(part: Part, router: int) -> list[list[int]]:

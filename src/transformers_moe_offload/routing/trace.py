@@ -9,6 +9,7 @@ Read part by part, so that a trace larger than memory can be worked with. Statis
 from __future__ import annotations
 
 import os
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -54,6 +55,9 @@ class Rows(NamedTuple):
     position: NDArray[np.int32]
     domain: NDArray[np.int16]
     is_padding: NDArray[np.bool_]
+    turn: NDArray[np.int16]
+    """(N,): how often the router had these tokens before in the same forward: 0, and more where layers run several
+    times in one."""
 
 
 class RoutingTrace:
@@ -232,6 +236,7 @@ def rows_of(part: Part, router: int, *, padding: bool = False) -> Rows:
         of_tokens("position")[kept],
         of_tokens("domain")[kept],
         is_padding[kept],
+        turns_of(part, router)[kept],
     )
 
 
@@ -243,3 +248,15 @@ def tokens_of(part: Part, router: int) -> NDArray[np.int64]:
     starts = np.repeat(own[:, 4] - own[:, 1], own[:, 2])
     is_text = np.repeat(own[:, 4] >= 0, own[:, 2])
     return np.where(is_text, starts + np.arange(len(starts)), -1)
+
+
+def turns_of(part: Part, router: int) -> NDArray[np.int16]:
+    """(N,): of each row, how many calls of the router in the same forward had the same tokens before."""
+    calls = part["calls"]
+    own = calls[calls[:, 0] == router]
+    seen: Counter[tuple[int, int]] = Counter()
+    turns = np.zeros(len(own), np.int16)
+    for number, (step, first_token) in enumerate(own[:, 3:5].tolist()):
+        turns[number] = seen[step, first_token]
+        seen[step, first_token] += 1
+    return np.repeat(turns, own[:, 2])

@@ -7,14 +7,16 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 
+from transformers_moe_offload.policies.passes import Passes
 from transformers_moe_offload.tracing.trace import RecordedVisit, Trace
 
 
 class TraceRecorder:
     """Appends every visit to `trace`.
 
-    A step begins with a layer that does not come after the one before it. `stall_ms`, if given, returns how long all
-    layers have waited for loads so far; then the trace has each visit's share of it.
+    A step is one forward: between `begin_forward` and `end_forward` layers may take as many turns as they like.
+    Forwards that are not announced are told by the order of layers. `stall_ms`, if given, returns how long all layers
+    have waited for loads so far; then the trace has each visit's share of it.
     """
 
     def __init__(
@@ -33,15 +35,25 @@ class TraceRecorder:
         )
         self._total_stall_ms = stall_ms
         self._stalled_before_ms = 0.0
-        self._layer = -1
+        self._passes = Passes(len(layer_names) - 1)
+        self._is_announced = self._has_begun = False
+
+    def begin_forward(self) -> None:
+        """The visits that come next are one step."""
+        self._is_announced, self._has_begun = True, False
+
+    def end_forward(self) -> None:
+        """It is over."""
+        self._is_announced = False
 
     def record(self, layer: int, wanted: Sequence[int]) -> None:
         """A layer has opened a visit."""
         trace = self.trace
         self.finish_visit()
-        if layer <= self._layer or not trace.step_tokens:
+        is_new_by_order = self._passes.begin(layer)
+        if not trace.step_tokens or (not self._has_begun if self._is_announced else is_new_by_order):
             trace.step_tokens.append(0)
-        self._layer = layer
+        self._has_begun = True
         trace.visits.append(RecordedVisit(layer, tuple(wanted), len(trace.step_tokens) - 1))
         if self._total_stall_ms is not None and trace.stall_ms is not None:
             trace.stall_ms.append(0.0)
