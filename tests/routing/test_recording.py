@@ -2,6 +2,7 @@
 
 import copy
 import json
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -290,6 +291,24 @@ def test_a_part_that_cannot_be_written_is_an_error_and_leaves_no_half(plain, tok
     with pytest.raises(TraceError, match="No space left"):
         record(plain, token_ids, tmp_path)
     assert [*tmp_path.iterdir()] == []
+
+
+def test_a_part_that_could_not_be_written_is_written_with_the_next_one(plain, token_ids, tmp_path, monkeypatch):
+    replace, refusals = Path.replace, [OSError(28, "No space left")]
+
+    def full_once(self, target):
+        if refusals:
+            raise refusals.pop()
+        return replace(self, target)
+
+    with routing.record_routing(plain, tmp_path, buffer_size=1) as recorder:
+        monkeypatch.setattr(Path, "replace", full_once)
+        with pytest.raises(TraceError, match="No space left"):
+            plain(token_ids)
+        plain(token_ids)
+    trace = RoutingTrace.load(tmp_path)
+    assert recorder.trace.num_tokens == trace.num_tokens == sum(len(part["token_ids"]) for part in trace.parts())
+    assert trace.num_tokens == 2 * token_ids.numel()
 
 
 @pytest.mark.parametrize("name", ["qwen3_moe", "gpt_oss", "deepseek_v3", "dbrx"])

@@ -26,6 +26,7 @@ from transformers_moe_offload.routing.sites import Site, find_sites, select, unw
 from transformers_moe_offload.routing.switching import Layers, observe, stop_observing
 from transformers_moe_offload.routing.trace import RoutingTrace
 from transformers_moe_offload.routing.trace_file import Part, RouterFacts, TraceIndex, new_folder, write_part
+from transformers_moe_offload.routing.trace_parts import num_steps_of
 
 Scores = Literal["float16", "float32"]
 
@@ -101,6 +102,7 @@ class RoutingRecorder:
         self._buffer_bytes = budget.nbytes
         self._buffer = RoutingBuffer(len(self._sites), self._scores)
         self._parts: list[Part] = []
+        self._unwritten: Part | None = None
         self._passage: Passage | None = None
         self._gathered = _Gathered()
         self._writing = threading.Lock()
@@ -181,15 +183,17 @@ class RoutingRecorder:
         return self._index.domains.index(self.domain)
 
     def _flush(self) -> None:
-        part = self._buffer.take()
-        self._index.num_steps, self._index.num_tokens = self._buffer.num_steps, self._buffer.num_tokens
-        if part is None:
-            return
-        if self._folder is None:
-            self._parts.append(part)
-        else:
-            self._index.parts.append(write_part(self._folder, len(self._index.parts), part))
-            self._index.write(self._folder)
+        while part := self._unwritten or self._buffer.take():
+            self._unwritten = part  # for the next time, if this one cannot be written
+            if self._folder is None:
+                self._parts.append(part)
+            else:
+                self._index.parts.append(write_part(self._folder, len(self._index.parts), part))
+            self._unwritten = None
+            self._index.num_steps += num_steps_of(part)
+            self._index.num_tokens += len(part["token_ids"])
+            if self._folder is not None:
+                self._index.write(self._folder)
 
 
 def _facts(site: Site) -> RouterFacts:

@@ -25,9 +25,9 @@ from transformers_moe_offload.routing.trace_file import (
     RouterFacts,
     TraceIndex,
     new_folder,
-    read_part,
     write_part,
 )
+from transformers_moe_offload.routing.trace_parts import read_parts
 from transformers_moe_offload.tracing import RecordedVisit, Trace, TraceError
 
 if TYPE_CHECKING:
@@ -109,8 +109,7 @@ class RoutingTrace:
         if isinstance(self._source, list):
             yield from self._source
             return
-        for name in self._index.parts:
-            yield read_part(self._source, name, self._index)
+        yield from read_parts(self._source, self._index)
 
     def rows(self, router: int, *, padding: bool = False) -> Iterator[Rows]:
         """What a router did, part by part; rows of padding are left out unless `padding`."""
@@ -181,7 +180,6 @@ class RoutingTrace:
             tuple(path for _, path, _ in layers),
             tuple(facts.num_with_weights for _, _, facts in layers),
             experts_per_token=tuple(facts.top_k for _, _, facts in layers if facts.top_k is not None) or None,
-            step_tokens=[0] * self.num_steps,
         )
         if trace.experts_per_token is not None and len(trace.experts_per_token) < len(layers):
             trace.experts_per_token = None
@@ -192,6 +190,8 @@ class RoutingTrace:
                 weights = part[f"weights.{router}"][first : first + num_rows]
                 index = torch.from_numpy(np.where(chosen < 0, facts.num_experts, chosen))
                 grouping = group_by_expert(index, torch.from_numpy(weights.copy()), facts.num_with_weights)
+                if step == len(trace.step_tokens):  # each forward has a call
+                    trace.step_tokens.append(0)
                 trace.step_tokens[step] = max(trace.step_tokens[step], num_rows)
                 trace.visits += [
                     RecordedVisit(place[layer], tuple(grouping.by_last_use), step) for layer in facts.layers

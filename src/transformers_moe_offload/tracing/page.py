@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from transformers_moe_offload.tracing.trace import TraceError
+from transformers_moe_offload.tracing.trace_file import TraceError
 
 _STYLE = """
 :root { color-scheme: light; --ink: #1c2330; --soft: #5b6578; --line: #dfe3ea; --paper: #ffffff; --back: #f5f6f9; }

@@ -49,7 +49,11 @@ def replay(trace: Trace, policy: str, num_slots: int) -> Replay:
         raise ConfigError(f"a replay with {num_slots} slots cannot work: a layer needs 1 to pass its experts through")
     if policy == ORACLE:
         return Replay(policy, num_slots, _consult_oracle(trace, num_slots))
-    cache = ExpertCache(NoSlots(), num_slots, dict(enumerate(trace.num_experts)), make_policy(policy))
+    # More slots than experts that are ever asked for hold nothing; how many there are to be may come from a file.
+    used = {(layer, expert) for layer, wanted in trace.requests() for expert in wanted}
+    cache = ExpertCache(
+        NoSlots(), min(num_slots, max(1, len(used))), dict(enumerate(trace.num_experts)), make_policy(policy)
+    )
     for layer, wanted in trace.requests():
         with cache.visit(layer, wanted) as visit:
             for _ in visit:

@@ -13,7 +13,8 @@ from numpy.typing import NDArray
 
 from transformers_moe_offload.policies import ORACLE
 from transformers_moe_offload.tracing.replay import Replay
-from transformers_moe_offload.tracing.trace import Trace, TraceError
+from transformers_moe_offload.tracing.trace import Trace
+from transformers_moe_offload.tracing.trace_file import TraceError
 
 WINDOW = 25
 """Steps over which the line in the plot of stalls is a median: enough to smooth, few enough to show a new topic."""
