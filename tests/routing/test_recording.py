@@ -258,6 +258,27 @@ def test_a_folder_with_a_trace_is_not_overwritten(plain, token_ids, tmp_path):
     record(plain, token_ids, tmp_path)
     with pytest.raises(TraceError, match="has a routing trace already"), routing.record_routing(plain, tmp_path):
         pass
+    with pytest.raises(TraceError, match="replace it with overwrite=True"):
+        RoutingTrace.load(tmp_path).save(tmp_path)
+
+
+def test_a_recording_is_replaced_where_that_is_asked_for_and_nothing_else_is(plain, token_ids, tmp_path):
+    with routing.record_routing(plain, tmp_path, buffer_size=1), torch.no_grad():
+        plain(token_ids)
+        plain(token_ids)
+    (tmp_path / "notes.txt").write_text("mine")
+    assert len([*tmp_path.glob("part-*")]) == 2
+    with routing.record_routing(plain, tmp_path, overwrite=True), torch.no_grad():
+        plain(token_ids[:1])
+    trace = RoutingTrace.load(tmp_path)
+    assert trace.num_tokens == token_ids[:1].numel()
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["notes.txt", "part-00000.safetensors", "trace.json"]
+    assert repr(trace) == f"RoutingTrace({trace})"
+    with pytest.raises(TraceError, match="is where this trace is read from"):
+        trace.save(tmp_path, overwrite=True)
+    trace.save(tmp_path / "copy")
+    trace.save(tmp_path / "copy", overwrite=True)
+    assert RoutingTrace.load(tmp_path / "copy").num_tokens == trace.num_tokens
 
 
 @pytest.mark.parametrize(

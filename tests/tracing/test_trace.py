@@ -55,6 +55,7 @@ def test_a_trace_comes_back_as_it_was_saved(tmp_path_factory, data):
 
 def test_a_trace_says_how_much_it_holds():
     assert str(small_trace()) == ("2 steps, 4 visits of 2 sparse layers with 12 experts; 8 expert requests")
+    assert repr(small_trace()) == f"Trace({small_trace()})"
 
 
 def test_saving_replaces_an_older_trace_and_leaves_nothing_else(tmp_path):

@@ -31,7 +31,7 @@ def probabilities(scores: NDArray[Any], *, has_affinities: bool) -> Floats:
     else:
         positive = np.exp(scores - scores.max(axis=1, keepdims=True))
     sums = positive.sum(axis=1, keepdims=True)
-    # Nothing above zero: the router does not prefer anybody.
+    # Nothing above zero: the router prefers no expert.
     return np.where(sums > 0, positive / np.where(sums > 0, sums, 1), 1 / scores.shape[1])
 
 

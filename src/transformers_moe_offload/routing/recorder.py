@@ -36,6 +36,7 @@ def record_routing(
     model: Any,
     path: str | os.PathLike[str] | None = None,
     *,
+    overwrite: bool = False,
     layers: Layers = None,
     scores: Scores | None = "float16",
     hidden_states: bool = False,
@@ -51,12 +52,13 @@ def record_routing(
     Args:
         model: plain or offloaded, under a strategy or not.
         path: a new folder, to which the recording is streamed; None keeps it in memory, which then grows.
+        overwrite: whether a recording that is in the folder already is replaced; otherwise that is an error.
         layers: numbers or module paths of routers; None means all.
         scores: the precision in which all experts' scores are kept, or None to keep choices and weights only.
         hidden_states: whether to keep what the routers are given, for `fit_centroids`.
         buffer_size: bytes that are gathered before they are written.
     """
-    recorder = RoutingRecorder(model, path, layers, scores, hidden_states, buffer_size)
+    recorder = RoutingRecorder(model, path, overwrite, layers, scores, hidden_states, buffer_size)
     recorder.start()
     try:
         yield recorder
@@ -79,6 +81,7 @@ class RoutingRecorder:
         self,
         model: Any,
         path: str | os.PathLike[str] | None,
+        overwrite: bool,
         layers: Layers,
         scores: Scores | None,
         hidden_states: bool,
@@ -96,7 +99,7 @@ class RoutingRecorder:
         self._sites = select(find_sites(model), layers)
         self._place = {site.index: place for place, site in enumerate(self._sites)}
         self._index = TraceIndex(type(self._base).__name__, [_facts(site) for site in self._sites])
-        self._folder = None if path is None else new_folder(path)
+        self._folder = None if path is None else new_folder(path, overwrite=overwrite)
         self._scores = None if scores is None else getattr(torch, scores)
         self._keeps_hidden = hidden_states
         self._buffer_bytes = budget.nbytes

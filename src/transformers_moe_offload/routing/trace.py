@@ -68,9 +68,11 @@ class RoutingTrace:
         """Open the folder of a recording; its parts are read when they are needed."""
         return cls(TraceIndex.read(Path(path)), Path(path))
 
-    def save(self, path: str | os.PathLike[str]) -> None:
-        """Write all of it into a new folder."""
-        folder = new_folder(path)
+    def save(self, path: str | os.PathLike[str], *, overwrite: bool = False) -> None:
+        """Write all of it into a new folder; with `overwrite`, in place of another trace that is there."""
+        if overwrite and isinstance(self._source, Path) and self._source.resolve() == Path(path).resolve():
+            raise TraceError(f"{path} is where this trace is read from; save it into another folder")
+        folder = new_folder(path, overwrite=overwrite)
         names = [write_part(folder, number, part) for number, part in enumerate(self.parts())]
         TraceIndex(**{**vars(self._index), "parts": names}).write(folder)
 
@@ -197,6 +199,9 @@ class RoutingTrace:
                     RecordedVisit(place[layer], tuple(grouping.by_last_use), step) for layer in facts.layers
                 ]
         return trace
+
+    def __repr__(self) -> str:
+        return f"RoutingTrace({self})"
 
     def __str__(self) -> str:
         return (

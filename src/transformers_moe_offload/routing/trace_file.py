@@ -188,13 +188,19 @@ def _check_index(folder: Path, index: TraceIndex) -> None:
             refuse_folder(folder, f"a {name} follows two routers")
 
 
-def new_folder(folder: str | os.PathLike[str]) -> Path:
-    """A folder for a new trace; one that has a trace already is refused."""
+def new_folder(folder: str | os.PathLike[str], *, overwrite: bool = False) -> Path:
+    """A folder for a new trace; one that has a trace already is refused, or its files are removed."""
     path = Path(folder)
-    if (path / INDEX).exists():
-        raise TraceError(f"{path} has a routing trace already; record into another folder, or remove it first")
+    if (path / INDEX).exists() and not overwrite:
+        raise TraceError(
+            f"{path} has a routing trace already; name another folder, or replace it with overwrite=True (--overwrite)"
+        )
     try:
         path.mkdir(parents=True, exist_ok=True)
+        if (path / INDEX).exists():
+            (path / INDEX).unlink()  # first: without it, parts are no trace
+            for part in [part for part in path.iterdir() if _PART_NAME.fullmatch(part.name)]:
+                part.unlink()
     except OSError as error:
         raise TraceError(f"cannot make the folder {path}: {error}") from error
     return path

@@ -29,7 +29,7 @@ class RecordedVisit(NamedTuple):
     """Which forward pass of the trace, counted from 0."""
 
 
-@dataclass
+@dataclass(repr=False)
 class Trace:
     """The visits of some generations, in order."""
 
@@ -92,6 +92,9 @@ class Trace:
         for layer, expert in sorted((layer, expert) for _, layer, expert in sorted(asked)[:wanted]):
             hot.setdefault(str(layer), []).append(expert)
         return hot
+
+    def __repr__(self) -> str:
+        return f"Trace({self})"
 
     def __str__(self) -> str:
         return (
