@@ -19,7 +19,7 @@ from fuzz.fuzzing import expect_no_faults
 from fuzz.mutations import NUMBERS, damaged, mutated
 from transformers_moe_offload.routing import RoutingTrace
 from transformers_moe_offload.routing.order import reuse_order
-from transformers_moe_offload.tracing import RecordedVisit, Trace, TraceError, replay
+from transformers_moe_offload.tracing import RecordedVisit, Trace, TraceError, replay, trace_file
 from transformers_moe_offload.tracing.report import expert_use
 
 Case = Mapping[str, bytes]
@@ -199,7 +199,7 @@ def told_by(folder: Path) -> list[object]:
 
 
 def test_damaged_traces_are_refused_with_an_error_of_ours():
-    expect_no_faults(sys.modules[__name__], num_cases=500)
+    expect_no_faults(sys.modules[__name__], num_cases=300)
 
 
 def test_what_is_damaged_here_is_sound_before(tmp_path):
@@ -382,9 +382,12 @@ def test_a_recording_of_more_experts_than_a_table_of_pairs_can_have_is_refused(t
         RoutingTrace.load(tmp_path).summary()
 
 
-def test_a_long_recording_that_shrinks_to_nothing_can_be_read_again(tmp_path):
+def test_a_long_recording_that_shrinks_to_nothing_can_be_read_again(tmp_path, monkeypatch):
+    """It is longer than the arrays of a small file may be, and compresses better than a recording usually does."""
+    monkeypatch.setattr(trace_file, "_MAX_SMALL_BYTES", 2**18)
     everything = tuple(range(1024))
-    trace = Trace(("layers.0",), (1024,), visits=[RecordedVisit(0, everything, step) for step in range(9000)])
-    trace.step_tokens = [1] * 9000
+    trace = Trace(("layers.0",), (1024,), visits=[RecordedVisit(0, everything, step) for step in range(200)])
+    trace.step_tokens = [1] * 200
     trace.save(tmp_path / "trace.npz")
-    assert Trace.load(tmp_path / "trace.npz").visits[-1].wanted == everything
+    assert (tmp_path / "trace.npz").stat().st_size > 200 * 1024 * 4, "written without compression"
+    assert Trace.load(tmp_path / "trace.npz") == trace

@@ -76,7 +76,7 @@ def labels_of(axis):
 
 
 @pytest.mark.parametrize("prompt", [1, 1000])
-@pytest.mark.parametrize("scale_ms", [0.002, 0.0354984, 7, 30_000])
+@pytest.mark.parametrize("scale_ms", [0.002, 0.0354984, 7, 3_000])
 def test_stalls_of_any_length_have_readable_ticks(scale_ms, prompt):
     trace = trace_of([(layer, [0]) for _ in range(40) for layer in range(8)], [4] * 8, stall_ms=lambda: 0.0)
     trace.stall_ms = [scale_ms * (prompt if number < 8 else 1 + number % 7) for number in range(320)]
