@@ -42,7 +42,9 @@ def windows(tokenizer, domain: str, count: int) -> torch.Tensor:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--model", default=str(HERE / "models" / "tiny-moe"))
-    parser.add_argument("--output", type=Path, default=Path("routing-trace"), help="a new folder for the recording")
+    parser.add_argument(
+        "--output", type=Path, default=Path("routing-trace"), help="for the recording; replaces an older one"
+    )
     parser.add_argument("--windows", type=int, default=4, help=f"of {LENGTH} tokens, from each domain")
     arguments = parser.parse_args()
 
@@ -50,7 +52,7 @@ def main() -> None:
     model = AutoModelForCausalLM.from_pretrained(arguments.model, moe_offload=OffloadConfig(cache_budget="50%")).eval()
     texts = {domain: windows(tokenizer, domain, arguments.windows) for domain in DOMAINS}
 
-    with routing.record_routing(model, arguments.output) as recorder:
+    with routing.record_routing(model, arguments.output, overwrite=True) as recorder:
         for domain, ids in texts.items():
             recorder.domain = domain
             with torch.no_grad():
@@ -61,7 +63,7 @@ def main() -> None:
         print(f"  router {row['router']}: entropy {row['entropy']:.2f} bits, repeats {100 * row['repeat_rate']:.0f}%")
     print(f"a page with plots: moe-offload report {arguments.output} -o report.html\n")
 
-    print("loss in nats a token, by who chooses the experts")
+    print("loss in nats a token, by strategy")
     for name, options in STRATEGIES:
         with routing.set_routing(model, name, **options):
             losses = [f"{domain} {token_losses(model, ids).mean():.3f}" for domain, ids in texts.items()]

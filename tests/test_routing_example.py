@@ -27,6 +27,8 @@ def example():
 
 def test_it_records_compares_and_measures(example, capsys, tmp_path, monkeypatch):
     monkeypatch.setattr(sys, "argv", ["routing.py", "--windows", "1", "--output", str(tmp_path / "trace")])
+    (tmp_path / "trace").mkdir()
+    (tmp_path / "trace" / "trace.json").write_text("{}")  # of a run before
     example.main()
     shown = capsys.readouterr().out
     trace = RoutingTrace.load(tmp_path / "trace")

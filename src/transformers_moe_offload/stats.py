@@ -9,6 +9,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
 
+from transformers_moe_offload.notebook import html_table
+
 
 @dataclass
 class LayerStats:
@@ -51,9 +53,9 @@ class LayerStats:
         return self.hits / self.asked if self.asked else 0.0
 
 
-@dataclass
+@dataclass(repr=False)
 class CacheStats(LayerStats):
-    """Totals over all sparse layers, and each layer's own counts by its module path."""
+    """Totals over all sparse layers, and each layer's own counts by its module path. Notebooks show them as a table."""
 
     per_layer: Mapping[str, LayerStats] = field(default_factory=dict)
 
@@ -64,6 +66,26 @@ class CacheStats(LayerStats):
         for layer in per_layer.values():
             stats.add(layer)
         return stats
+
+    def __repr__(self) -> str:
+        return f"CacheStats({self})"
+
+    def _repr_html_(self) -> str:
+        head = ["sparse layer", "asked for", "hits", "hit rate", "late hits", "misses", "MiB read", "ms waited"]
+        rows = [
+            [
+                path,
+                f"{layer.asked:,}",
+                f"{layer.hits:,}",
+                f"{layer.hit_rate:.1%}",
+                f"{layer.late_hits:,}",
+                f"{layer.misses:,}",
+                f"{layer.disk_bytes / 2**20:,.1f}",
+                f"{layer.stall_ms:,.0f}",
+            ]
+            for path, layer in [("all", self), *self.per_layer.items()]
+        ]
+        return html_table(head, rows)
 
     def __str__(self) -> str:
         return (

@@ -129,7 +129,10 @@ def test_the_experts_that_a_trace_saw_most_have_a_format_of_their_own(run, tiny_
     ("options", "message"),
     [
         (("--hot", "4x32"), "--hot 4x32 needs a --trace that tells which experts are used most"),
-        (("--trace", "TRACE"), "--trace and --hot-share choose who is hot, but no --hot says what to do with them"),
+        (
+            ("--trace", "TRACE"),
+            "--trace and --hot-share choose hot experts, but there is no --hot that gives their format",
+        ),
         (("--hot", "4x32", "--trace", "nowhere.npz"), "cannot read the trace nowhere.npz"),
         (("--hot", "4x32", "--trace", "TRACE", "--hot-share", "ten"), "'ten' is not a share of all experts"),
         (

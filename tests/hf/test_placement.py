@@ -132,6 +132,21 @@ class TestPlan:
         both = make_plan([*in_ram, *on("cuda:0", layer(1))], config)
         assert without_arenas(both, config, both.pools).host_bytes == 512_000
 
+    def test_the_plan_says_where_experts_beyond_the_cache_are(self):
+        config = OffloadConfig(cache_budget="25%", direct_io=False)
+        in_ram = [replace(placement, is_in_ram=True) for placement in on("cpu", layer(0))]
+        assert str(make_plan(in_ram, config)).endswith("experts beyond the cache are in RAM")
+        both = make_plan([*in_ram, *on("cpu", layer(1))], config)
+        assert str(both).endswith("beyond the cache 8 experts are in RAM, the others stay on disk")
+        assert str(make_plan(on("cpu", layer(0)), config)).endswith("experts beyond the cache stay on disk")
+
+    def test_a_cell_of_a_notebook_shows_a_line_or_a_table(self):
+        plan = make_plan(on("cpu", layer(0), layer(1)), OffloadConfig(cache_budget="25%"))
+        assert repr(plan) == "OffloadPlan(4 slots for the 16 experts of 2 sparse layers, 250.0 KiB of 1000.0 KiB)"
+        table = plan._repr_html_()
+        assert "<td>4 (25%)</td>" in table
+        assert "smallest that works 62.5 KiB" in table
+
     def test_a_host_budget_without_an_accelerator_is_told_to_have_no_effect(self, caplog):
         plan = make_plan(on("cpu", layer(0)), OffloadConfig(cache_budget="50%", host_budget="1GB"))
         assert plan.host_bytes == 0

@@ -9,6 +9,7 @@ from transformers import AutoModelForCausalLM
 
 from transformers_moe_offload import ConfigError, ExpertFormats, HqqFormat, OffloadConfig, kernels
 from transformers_moe_offload.hf.dense import HqqLinear
+from transformers_moe_offload.memory import available
 from zoo.build import build, inputs, output_tensor, save
 
 KINDS = {
@@ -216,3 +217,18 @@ def test_rounding_activations_to_8_bits_is_asked_for_by_name_and_a_little_off(ch
     assert error < 0.05
     if "not there" not in kernels.available()["cpu"]:
         assert error > 0
+
+
+def test_experts_quantized_while_loading_are_said_to_be_in_ram(tmp_path):
+    plain = build("qwen3_moe", torch.bfloat16)
+    save(plain, tmp_path, "fused")
+    model = load(tmp_path, plain, experts=HqqFormat(nbits=4, **SMALL_GROUPS), cache_budget="25%")
+    assert str(model.moe_offload.plan).endswith("experts beyond the cache are in RAM")
+
+
+def test_experts_that_a_container_has_no_ram_for_are_refused_whatever_the_machine_has(tmp_path, monkeypatch):
+    plain = build("qwen3_moe", torch.bfloat16)
+    save(plain, tmp_path, "fused")
+    monkeypatch.setattr(available, "memory_left", lambda: 1000)
+    with pytest.raises(ConfigError, match=r"quantized experts take [\d,]+ bytes of RAM, of which 1,000 are free"):
+        load(tmp_path, plain, experts=HqqFormat(nbits=4, **SMALL_GROUPS), cache_budget="25%")

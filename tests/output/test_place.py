@@ -1,5 +1,6 @@
 """A place beside the one where a checkpoint is to be: nothing is to be seen of it before it is complete."""
 
+import json
 import multiprocessing
 import os
 import signal
@@ -150,3 +151,23 @@ def test_a_change_of_places_that_fails_says_where_the_checkpoint_is(folder, monk
     with pytest.raises(CheckpointError, match=r"complete in .*\.out\.new, but cannot be moved to .*Permission denied"):
         write(folder)
     assert names(folder.parent / ".out.new") == COMPLETE
+
+
+@pytest.mark.parametrize(
+    "content", [b"{", b"\xff", b"[" * 100_000, b"9" * 5000], ids=["cut", "no text", "nested", "a huge number"]
+)
+def test_a_recipe_that_is_no_json_is_an_error_that_names_it(folder, content):
+    folder.mkdir()
+    (folder / "made_by.json").write_bytes(content)
+    in_place = Marks(first="made_by.json", last="config.json")
+    with pytest.raises(CheckpointError, match=r"made_by\.json is not JSON"):
+        expect_place(folder, in_place)
+
+
+def test_a_recipe_of_something_else_is_quoted_no_longer_than_a_line(folder):
+    folder.mkdir()
+    (folder / "made_by.json").write_text(json.dumps({"experts": ["a" * 100_000]}))
+    in_place = Marks(first="made_by.json", last="config.json")
+    with pytest.raises(CheckpointError, match="by another recipe") as refused, place_for(folder, RECIPE, in_place):
+        pass
+    assert len(str(refused.value)) < 800

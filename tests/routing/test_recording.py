@@ -2,6 +2,7 @@
 
 import copy
 import json
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -260,6 +261,27 @@ def test_a_folder_with_a_trace_is_not_overwritten(plain, token_ids, tmp_path):
     record(plain, token_ids, tmp_path)
     with pytest.raises(TraceError, match="has a routing trace already"), routing.record_routing(plain, tmp_path):
         pass
+    with pytest.raises(TraceError, match="replace it with overwrite=True"):
+        RoutingTrace.load(tmp_path).save(tmp_path)
+
+
+def test_a_recording_is_replaced_where_that_is_asked_for_and_nothing_else_is(plain, token_ids, tmp_path):
+    with routing.record_routing(plain, tmp_path, buffer_size=1), torch.no_grad():
+        plain(token_ids)
+        plain(token_ids)
+    (tmp_path / "notes.txt").write_text("mine")
+    assert len([*tmp_path.glob("part-*")]) == 2
+    with routing.record_routing(plain, tmp_path, overwrite=True), torch.no_grad():
+        plain(token_ids[:1])
+    trace = RoutingTrace.load(tmp_path)
+    assert trace.num_tokens == token_ids[:1].numel()
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["notes.txt", "part-00000.safetensors", "trace.json"]
+    assert repr(trace) == f"RoutingTrace({trace})"
+    with pytest.raises(TraceError, match="is where this trace is read from"):
+        trace.save(tmp_path, overwrite=True)
+    trace.save(tmp_path / "copy")
+    trace.save(tmp_path / "copy", overwrite=True)
+    assert RoutingTrace.load(tmp_path / "copy").num_tokens == trace.num_tokens
 
 
 @pytest.mark.parametrize(
@@ -293,6 +315,24 @@ def test_a_part_that_cannot_be_written_is_an_error_and_leaves_no_half(plain, tok
     with pytest.raises(TraceError, match="No space left"):
         record(plain, token_ids, tmp_path)
     assert [*tmp_path.iterdir()] == []
+
+
+def test_a_part_that_could_not_be_written_is_written_with_the_next_one(plain, token_ids, tmp_path, monkeypatch):
+    replace, refusals = Path.replace, [OSError(28, "No space left")]
+
+    def full_once(self, target):
+        if refusals:
+            raise refusals.pop()
+        return replace(self, target)
+
+    with routing.record_routing(plain, tmp_path, buffer_size=1) as recorder:
+        monkeypatch.setattr(Path, "replace", full_once)
+        with pytest.raises(TraceError, match="No space left"):
+            plain(token_ids)
+        plain(token_ids)
+    trace = RoutingTrace.load(tmp_path)
+    assert recorder.trace.num_tokens == trace.num_tokens == sum(len(part["token_ids"]) for part in trace.parts())
+    assert trace.num_tokens == 2 * token_ids.numel()
 
 
 @pytest.mark.parametrize("name", ["qwen3_moe", "gpt_oss", "deepseek_v3", "dbrx"])

@@ -1,10 +1,12 @@
 """What is drawn is what was counted."""
 
 import builtins
+import itertools
 import math
 
 import numpy as np
 import pytest
+from matplotlib.backends.backend_agg import FigureCanvasAgg
 
 from transformers_moe_offload.tracing import TraceError, TraceRecorder, replay
 from transformers_moe_offload.tracing.report import draw_expert_use, draw_hit_rates, draw_stalls, expert_use, save
@@ -64,6 +66,33 @@ def test_stalls_are_summed_by_step_and_averaged_by_layer():
     left, right = draw_stalls(trace).axes
     assert lines_of(left)["one"].tolist() == [[0, 4], [1, 8], [2, 2]]
     assert [bar.get_width() for bar in right.patches] == [5 / 3, 4.5]
+
+
+def labels_of(axis):
+    """The texts at an axis that are drawn, and where they are."""
+    low, high = sorted(axis.get_view_interval())
+    ticks = [tick for tick in axis.get_major_ticks() if low <= tick.get_loc() <= high]
+    return [tick.label1.get_text() for tick in ticks], [tick.label1.get_window_extent() for tick in ticks]
+
+
+@pytest.mark.parametrize("prompt", [1, 1000])
+@pytest.mark.parametrize("scale_ms", [0.002, 0.0354984, 7, 3_000])
+def test_stalls_of_any_length_have_readable_ticks(scale_ms, prompt):
+    trace = trace_of([(layer, [0]) for _ in range(40) for layer in range(8)], [4] * 8, stall_ms=lambda: 0.0)
+    trace.stall_ms = [scale_ms * (prompt if number < 8 else 1 + number % 7) for number in range(320)]
+    figure = draw_stalls(trace)
+    FigureCanvasAgg(figure).draw()
+    left, right = figure.axes
+    for axis in (left.yaxis, right.xaxis):
+        texts, boxes = labels_of(axis)
+        assert 3 <= len(set(texts)) == len(texts) <= 12
+        assert max(map(len, texts)) <= 7
+        assert not any(one.overlaps(other) for one, other in itertools.pairwise(boxes))
+
+
+def test_where_nothing_waited_the_plot_says_so():
+    figure = draw_stalls(trace_of(VISITS, [4, 4], stall_ms=lambda: 0.0))
+    assert [text.get_text() for text in figure.texts] == ["none of 3 steps waited for a load"]
 
 
 def test_without_times_there_is_no_plot_of_stalls():

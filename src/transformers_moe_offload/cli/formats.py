@@ -52,7 +52,7 @@ def parse_formats(
             raise CommandError(f"--layers {option!r} names no format; write sparse layers and a format as 0-3=4x64")
         by_layer[key.strip()] = parse_format(text, optimize=optimize)
     if hot is None and (trace is not None or hot_share is not None):
-        raise CommandError("--trace and --hot-share choose who is hot, but no --hot says what to do with them")
+        raise CommandError("--trace and --hot-share choose hot experts, but there is no --hot that gives their format")
     if hot is not None and trace is None:
         raise CommandError(f"--hot {hot} needs a --trace that tells which experts are used most")
     if experts is None and not by_layer and hot is None:

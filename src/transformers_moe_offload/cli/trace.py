@@ -44,6 +44,9 @@ def trace(
             show_default=False,
         ),
     ] = None,
+    overwrite: Annotated[
+        bool, typer.Option("--overwrite", help="Replace a recording that is in the --routing folder already.")
+    ] = False,
     cache_budget: options.CacheBudget = "auto",
     policy: Annotated[str, typer.Option(help="Decides how long the recording takes, never what it holds.")] = "lru",
     max_new_tokens: Annotated[int, typer.Option(min=1, help="Most tokens for each prompt.")] = 128,
@@ -81,7 +84,7 @@ def trace(
             loaded = AutoModelForCausalLM.from_pretrained(model, moe_offload=config, **loading, **origin.for_classes())
         set_seed(seed)
         try:
-            with record_routing(loaded, routing) if routing is not None else nullcontext():
+            with record_routing(loaded, routing, overwrite=overwrite) if routing is not None else nullcontext():
                 recorded, was_stopped = _record(loaded, tokenizer, inputs, sampling)
         finally:
             loaded.moe_offload.close()

@@ -19,6 +19,7 @@ from transformers_moe_offload.memory.available import available_bytes, page_cach
 from transformers_moe_offload.memory.checkpoint import ExpertStore, LayerSource
 from transformers_moe_offload.memory.direct_trial import is_faster_past_cache
 from transformers_moe_offload.memory.record import RecordLayout
+from transformers_moe_offload.notebook import html_paragraph, html_table
 
 logger = logging.getLogger(__name__)
 
@@ -80,9 +81,9 @@ class PoolPlan:
         return tuple(sorted({self.need.slot_bytes, *(size for size, _ in self.need.others)}))
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class OffloadPlan:
-    """Where a model's experts are, and how much of them fits into the cache."""
+    """Where a model's experts are, and how much of them fits into the cache. Notebooks show it as a table."""
 
     pools: tuple[PoolPlan, ...]
     budget_bytes: int
@@ -119,7 +120,25 @@ class OffloadPlan:
         """Bytes of all slots."""
         return sum(pool.cache_bytes for pool in self.pools)
 
+    def __repr__(self) -> str:
+        layers = sum(pool.need.num_layers for pool in self.pools)
+        return (
+            f"OffloadPlan({self.num_slots} slots for the {self.num_experts} experts of {layers} sparse layers, "
+            f"{readable(self.cache_bytes)} of {readable(self.expert_bytes)})"
+        )
+
+    def _repr_html_(self) -> str:
+        header, *rows = self._table()
+        return html_table(header, rows) + html_paragraph(self._budgets())
+
     def __str__(self) -> str:
+        table = self._table()
+        widths = [max(len(row[i]) for row in table) for i in range(len(table[0]))]
+        lines = ["  ".join(cell.rjust(width) for cell, width in zip(row, widths, strict=True)) for row in table]
+        return "\n".join([*lines, self._budgets()])
+
+    def _table(self) -> list[list[str]]:
+        """The heads of columns, and a row for each pool."""
         header = ["tier", "sparse layers", "experts", "bytes per expert", "all experts", "slots", "cache"]
         rows = [
             [
@@ -137,20 +156,24 @@ class OffloadPlan:
             header.append("page-locked")
             for row, pool in zip(rows, self.pools, strict=True):
                 row.append(readable(pool.arena_bytes) if pool.arena_bytes else "-")
-        widths = [max(len(row[i]) for row in (header, *rows)) for i in range(len(header))]
-        lines = [
-            "  ".join(cell.rjust(width) for cell, width in zip(row, widths, strict=True)) for row in (header, *rows)
-        ]
-        lines.append(
+        return [header, *rows]
+
+    def _budgets(self) -> str:
+        return (
             f"cache budget {readable(self.budget_bytes)}, smallest that works {readable(self.smallest_budget)} "
             f"({self.smallest_budget:,} bytes); {self._beyond_the_cache()}"
         )
-        return "\n".join(lines)
 
     def _beyond_the_cache(self) -> str:
         on_disk = "stay on disk, read past the page cache" if self.reads_past_cache else "stay on disk"
         if all(pool.arena_bytes for pool in self.pools):
             return "experts beyond the cache are read in page-locked RAM"
+        num_in_ram = sum(pool.need.num_experts for pool in self.pools if pool.is_in_ram)
+        if num_in_ram == self.num_experts:
+            return "experts beyond the cache are in RAM"
+        if num_in_ram:
+            tier = f", {readable(self.host_bytes)} of it hold others" if self.host_bytes else ""
+            return f"beyond the cache {num_in_ram} experts are in RAM{tier}, the others {on_disk}"
         if not self.host_bytes:
             return f"experts beyond the cache {on_disk}"
         return f"beyond the cache {readable(self.host_bytes)} of RAM hold experts, the others {on_disk}"

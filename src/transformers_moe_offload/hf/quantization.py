@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 from collections.abc import Sequence
 
-import psutil
 from torch import nn
 from transformers.utils import logging
 
@@ -13,6 +12,7 @@ from transformers_moe_offload.config import ExpertFormats
 from transformers_moe_offload.errors import ConfigError
 from transformers_moe_offload.hf.codings import codings_of
 from transformers_moe_offload.hf.layer import SparseLayer
+from transformers_moe_offload.memory.available import free_ram
 from transformers_moe_offload.memory.checkpoint import LayerSource
 from transformers_moe_offload.memory.encoding import encoded_bytes, encoded_in_ram, num_encoded
 
@@ -30,7 +30,7 @@ def quantized(
         for layer, source in zip(layers, sources, strict=True)
     ]
     needed = sum(encoded_bytes(codings, len(source.experts)) for source, codings in pairs)
-    free = psutil.virtual_memory().available
+    free = free_ram()
     if needed > free:
         raise ConfigError(
             f"the quantized experts take {needed:,} bytes of RAM, of which {free:,} are free; write them to disk once "

@@ -23,6 +23,7 @@ from transformers_moe_offload.hf.dense import prepare_dense, quantize_dense, set
 from transformers_moe_offload.hf.discover import take_over
 from transformers_moe_offload.hf.layer import SparseLayer
 from transformers_moe_offload.hf.prebuilt.layout import INDEX_NAME
+from transformers_moe_offload.hf.prebuilt.loading import DenseCheck
 from transformers_moe_offload.hf.quantization import quantized
 from transformers_moe_offload.hf.records import locate_records, record_keys
 from transformers_moe_offload.hf.state_dicts import with_experts
@@ -60,6 +61,7 @@ class MoeOffloadQuantizer(HfQuantizer):
         self._layers: list[SparseLayer] = []
         self._sources: list[Any] = []
         self._checkpoint: Checkpoint | None = None
+        self._dense_check: DenseCheck | None = None
 
     # In the order in which Transformers calls them.
 
@@ -100,6 +102,8 @@ class MoeOffloadQuantizer(HfQuantizer):
             parameters=dict(model.state_dict()),
             dtype_plan=dtype_plan(model, dtype),
         )
+        if self._is_prebuilt:
+            self._dense_check = DenseCheck(self._checkpoint.tensors)
         self._layers = take_over(model)
         if kwargs.get("use_kernels"):
             refuse_kernels(model)
@@ -128,13 +132,15 @@ class MoeOffloadQuantizer(HfQuantizer):
         return weight_conversions
 
     def _process_model_after_weight_loading(self, model: Any, **kwargs: Any) -> None:
+        if self._dense_check is not None:
+            self._dense_check.expect_whole()
         if self._is_prebuilt:
             settle_dense(model)
         else:
             self._quantize(model)
         attach(model, self.quantization_config, self._layers, self._sources)
         end_of_load(model)
-        self._layers, self._sources, self._checkpoint = [], [], None
+        self._layers, self._sources, self._checkpoint, self._dense_check = [], [], None, None
 
     def _quantize(self, model: Any) -> None:
         config = self.quantization_config

@@ -26,13 +26,14 @@ def available_bytes(device: torch.device, held_bytes: int = 0) -> int:
         torch.cuda.empty_cache()  # of a cache that was dropped, or of loading: CUDA counts it as taken
         free, _ = torch.cuda.mem_get_info(device)
         return max(0, free + held_bytes - DEVICE_RESERVE)
-    return int((_free_ram() + held_bytes) * HOST_SHARE)
+    return int((free_ram() + held_bytes) * HOST_SHARE)
 
 
 def page_cache_holds(nbytes: int) -> bool:
     """Whether there is RAM to spare for so many bytes of mapped files, on a system where we know how to map them."""
-    return sys.platform == "linux" and nbytes <= _free_ram() * MAPPED_SHARE
+    return sys.platform == "linux" and nbytes <= free_ram() * MAPPED_SHARE
 
 
-def _free_ram() -> float:
-    return min(float(psutil.virtual_memory().available), memory_left())
+def free_ram() -> int:
+    """Bytes of RAM that this process may still take: what is free on the machine, or what control groups leave it."""
+    return int(min(psutil.virtual_memory().available, memory_left()))

@@ -34,24 +34,47 @@ def check_file(path: Path) -> list[StoredTensor]:
 
     Raises `CheckpointError` for the first tensor that is not what was written.
     """
-    tensors = sorted(read_header(path), key=lambda tensor: tensor.offset)
-    expected = read_metadata(path).get(METADATA_KEY, "").split()
+    expected = checksums_of(path)
+    if expected is None:
+        raise CheckpointError(f"{path} holds no checksums; it was not written by moe-offload")
+    tensors = _by_place(path)
+    for tensor in tensors:
+        check_tensor(tensor, expected[tensor.name])
+    return tensors
+
+
+def checksums_of(path: Path) -> dict[str, str] | None:
+    """The checksums in a file's header, by tensor; None where it has none."""
+    text = read_metadata(path).get(METADATA_KEY)
+    if text is None:
+        return None
+    tensors, expected = _by_place(path), text.split()
     if len(expected) != len(tensors):
         raise CheckpointError(
             f"{path} holds {len(tensors)} tensors and checksums for {len(expected)}; it was not written by moe-offload"
         )
-    with path.open("rb") as stream:
-        for tensor, value in zip(tensors, expected, strict=True):
+    return {tensor.name: value for tensor, value in zip(tensors, expected, strict=True)}
+
+
+def _by_place(path: Path) -> list[StoredTensor]:
+    return sorted(read_header(path), key=lambda tensor: tensor.offset)
+
+
+def check_tensor(tensor: StoredTensor, expected: str) -> None:
+    """Read a tensor and compare it with its checksum; raises `CheckpointError` if it is not what was written."""
+    found, left = 0, tensor.nbytes
+    try:
+        with tensor.file.path.open("rb") as stream:
             stream.seek(tensor.offset)
-            found, left = 0, tensor.nbytes
             while left:
                 chunk = stream.read(min(left, _CHUNK_BYTES))
                 if not chunk:
-                    raise CheckpointError(f"{path} became shorter while it was read")
+                    raise CheckpointError(f"{tensor.file.path} became shorter while it was read")
                 found, left = checksum(chunk, found), left - len(chunk)
-            if f"{found:08x}" != value:
-                raise CheckpointError(
-                    f"{path} holds tensor {tensor.name} with checksum {found:08x}, but it was written with {value}; "
-                    f"the file is damaged: download or write it again"
-                )
-    return tensors
+    except OSError as error:
+        raise CheckpointError(f"cannot read {tensor.file.path}: {error.strerror}") from error
+    if f"{found:08x}" != expected:
+        raise CheckpointError(
+            f"{tensor.file.path} holds tensor {tensor.name} with checksum {found:08x}, but it was written with "
+            f"{expected}; the file is damaged: download or write it again"
+        )

@@ -263,8 +263,10 @@ def _read_recipe(folder: Path, marks: Marks) -> Any:
         return json.loads((folder / marks.first).read_text(encoding="utf-8"))
     except FileNotFoundError:
         return None
-    except ValueError:
+    except (ValueError, RecursionError):  # RecursionError: nested too deeply
         raise CheckpointError(f"{folder / marks.first} is not JSON; delete {folder} and start again") from None
+    except OSError as error:
+        raise CheckpointError(f"cannot read {folder / marks.first}: {error.strerror}") from error
 
 
 def _difference(old: Any, new: Any, name: str = "") -> tuple[str, str, str]:
@@ -273,4 +275,9 @@ def _difference(old: Any, new: Any, name: str = "") -> tuple[str, str, str]:
         for key in sorted({*old, *new}):
             if old.get(key) != new.get(key):
                 return _difference(old.get(key), new.get(key), f"{name}.{key}" if name else str(key))
-    return name, json.dumps(old), json.dumps(new)
+    return name, _line(json.dumps(old)), _line(json.dumps(new))
+
+
+def _line(text: str) -> str:
+    """No more of a text than a message can quote; what is in a folder may be anything."""
+    return text if len(text) <= 200 else f"{text[:200]}..."

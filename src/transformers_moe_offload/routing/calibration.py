@@ -1,7 +1,7 @@
 """Is a router right to be sure? Its confidence, against what it costs to choose other experts.
 
 Each router in turn is perturbed while the others choose for themselves, and every token's loss is compared with the
-loss without. A router whose confidence means something loses more where it was sure.
+loss without. If its confidence means something, the loss rises more where the router was sure.
 """
 
 # B sequences, S their length, N predicted tokens, V tokens of the vocabulary

@@ -39,7 +39,7 @@ class Hooks:
                     hooks.pop(key, None)
 
     def owners(self, kind: type) -> Iterator[Any]:
-        """Everybody of a class whose methods are hooks here, each once, in the order of the modules."""
+        """The objects of a class whose methods are hooks here, each once, in the order of the modules."""
         found: dict[int, Any] = {}
         for module in self._base.modules():
             for _, hook in _hooks(module):

@@ -58,7 +58,7 @@ class Interception(TorchFunctionMode):
         """(T, E): what the choice was made by; None as long as there was none."""
         self.has_affinities = False
         self.choice: Choice | None = None
-        """What was chosen, whoever did it."""
+        """What was chosen, by the router or by a strategy."""
         self.is_ours = False
         self.own_experts: Tensor | None = None
         """The router's own choice, where it comes out of the router in place of ours."""
@@ -67,7 +67,7 @@ class Interception(TorchFunctionMode):
         self._is_broken_off = False
 
     def break_off(self) -> None:
-        """Watch no longer, and keep nothing, though nobody has left the `with` block."""
+        """Watch no longer, and keep nothing, though the `with` block has not been left."""
         self._is_broken_off = True
         self._affinities, self._later, self._taken_from = {}, {}, []
         if _get_current_function_mode() is self:

@@ -7,6 +7,7 @@ Pure; where the arrays come from is `statistics.py`'s business.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
@@ -14,6 +15,9 @@ from numpy.typing import NDArray
 
 Floats = NDArray[np.float64]
 Ints = NDArray[np.integer[Any]]
+
+_BLOCK_ENTRIES = 2**21
+"""Of a table with a column for each expert: 16 MiB of float64."""
 
 
 def probabilities(scores: NDArray[Any], *, has_affinities: bool) -> Floats:
@@ -27,7 +31,7 @@ def probabilities(scores: NDArray[Any], *, has_affinities: bool) -> Floats:
     else:
         positive = np.exp(scores - scores.max(axis=1, keepdims=True))
     sums = positive.sum(axis=1, keepdims=True)
-    # Nothing above zero: the router does not prefer anybody.
+    # Nothing above zero: the router prefers no expert.
     return np.where(sums > 0, positive / np.where(sums > 0, sums, 1), 1 / scores.shape[1])
 
 
@@ -58,6 +62,12 @@ def chosen_mask(experts: Ints, num_experts: int) -> NDArray[np.bool_]:
     mask = np.zeros((len(experts), num_experts + 1), np.bool_)
     np.put_along_axis(mask, np.where(experts < 0, num_experts, experts).astype(np.int64), values=True, axis=1)
     return mask[:, :-1]
+
+
+def blocks(num_rows: int, num_columns: int) -> Iterator[slice]:
+    """Rows of a table, some at a time: those that take a few MiB."""
+    step = max(1, _BLOCK_ENTRIES // num_columns)
+    return (slice(start, min(start + step, num_rows)) for start in range(0, num_rows, step))
 
 
 def jaccard(one: Ints, other: Ints, num_experts: int) -> Floats:

@@ -25,6 +25,7 @@ from transformers_moe_offload.routing.sites import Site, find_sites, select, unw
 from transformers_moe_offload.routing.switching import Layers, observe, stop_observing
 from transformers_moe_offload.routing.trace import RoutingTrace
 from transformers_moe_offload.routing.trace_file import Part, RouterFacts, TraceIndex, new_folder, write_part
+from transformers_moe_offload.routing.trace_parts import num_steps_of
 
 Scores = Literal["float16", "float32"]
 
@@ -34,6 +35,7 @@ def record_routing(
     model: Any,
     path: str | os.PathLike[str] | None = None,
     *,
+    overwrite: bool = False,
     layers: Layers = None,
     scores: Scores | None = "float16",
     hidden_states: bool = False,
@@ -49,12 +51,13 @@ def record_routing(
     Args:
         model: plain or offloaded, under a strategy or not.
         path: a new folder, to which the recording is streamed; None keeps it in memory, which then grows.
+        overwrite: whether a recording that is in the folder already is replaced; otherwise that is an error.
         layers: numbers or module paths of routers; None means all.
         scores: the precision in which all experts' scores are kept, or None to keep choices and weights only.
         hidden_states: whether to keep what the routers are given, for `fit_centroids`.
         buffer_size: bytes that are gathered before they are written.
     """
-    recorder = RoutingRecorder(model, path, layers, scores, hidden_states, buffer_size)
+    recorder = RoutingRecorder(model, path, overwrite, layers, scores, hidden_states, buffer_size)
     recorder.start()
     try:
         yield recorder
@@ -78,6 +81,7 @@ class RoutingRecorder:
         self,
         model: Any,
         path: str | os.PathLike[str] | None,
+        overwrite: bool,
         layers: Layers,
         scores: Scores | None,
         hidden_states: bool,
@@ -95,12 +99,13 @@ class RoutingRecorder:
         self._sites = select(find_sites(model), layers)
         self._place = {site.index: place for place, site in enumerate(self._sites)}
         self._index = TraceIndex(type(self._base).__name__, [_facts(site) for site in self._sites])
-        self._folder = None if path is None else new_folder(path)
+        self._folder = None if path is None else new_folder(path, overwrite=overwrite)
         self._scores = None if scores is None else getattr(torch, scores)
         self._keeps_hidden = hidden_states
         self._buffer_bytes = budget.nbytes
         self._buffer = RoutingBuffer(len(self._sites), self._scores)
         self._parts: list[Part] = []
+        self._unwritten: Part | None = None
         self._passage: Passage | None = None
         self._gathered = _Gathered()
         self._writing = threading.Lock()
@@ -183,15 +188,17 @@ class RoutingRecorder:
         return self._index.domains.index(self.domain)
 
     def _flush(self) -> None:
-        part = self._buffer.take()
-        self._index.num_steps, self._index.num_tokens = self._buffer.num_steps, self._buffer.num_tokens
-        if part is None:
-            return
-        if self._folder is None:
-            self._parts.append(part)
-        else:
-            self._index.parts.append(write_part(self._folder, len(self._index.parts), part))
-            self._index.write(self._folder)
+        while part := self._unwritten or self._buffer.take():
+            self._unwritten = part  # for the next time, if this one cannot be written
+            if self._folder is None:
+                self._parts.append(part)
+            else:
+                self._index.parts.append(write_part(self._folder, len(self._index.parts), part))
+            self._unwritten = None
+            self._index.num_steps += num_steps_of(part)
+            self._index.num_tokens += len(part["token_ids"])
+            if self._folder is not None:
+                self._index.write(self._folder)
 
 
 def _facts(site: Site) -> RouterFacts:

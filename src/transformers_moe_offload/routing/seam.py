@@ -76,7 +76,7 @@ class Seam:
         twin = object.__new__(Seam)
         memo[id(self)] = twin
         vars(twin).update(vars(self))  # strategies are immutable
-        twin.observers = []  # whoever watches this model does not watch its copies
+        twin.observers = []  # observers of this model do not observe its copies
         twin._passage = deepcopy(self._passage, memo)
         twin._watching, twin._reading = _Watching(), None
         return twin
@@ -197,7 +197,7 @@ def _hidden(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
 
 
 def _check(strategy: RoutingStrategy, choice: Choice, call: RouterCall) -> None:
-    """Refuse what is no choice, whoever wrote the strategy."""
+    """Refuse a strategy's answer that is no choice."""
     experts, is_kept = choice
     is_integral = not experts.is_floating_point() and experts.dtype == torch.int64
     if experts.dim() != 2 or len(experts) != call.num_tokens or not is_integral or experts.shape[1] < 1:

@@ -5,6 +5,7 @@
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -14,7 +15,7 @@ from numpy.typing import NDArray
 from transformers_moe_offload.routing import measures
 from transformers_moe_offload.routing.trace import RoutingTrace, Rows, rows_of, tokens_of, turns_of
 from transformers_moe_offload.routing.trace_file import Part
-from transformers_moe_offload.tracing import TraceError
+from transformers_moe_offload.tracing.trace_file import MAX_TABLE, TraceError
 
 
 @dataclass
@@ -73,31 +74,32 @@ def statistics_of(trace: RoutingTrace, router: int) -> RouterStatistics:
     """Gather the statistics of one router."""
     num_experts = trace.routers[router].num_experts
     following = router + 1 if router + 1 < len(trace.routers) else None
+    columns = trace.routers[following].num_experts if following is not None else 0
+    _expect_room("pairs of experts", num_experts, max(num_experts, columns))
     load = np.zeros(num_experts, np.int64)
     pairs, onwards = np.zeros((num_experts, num_experts), np.int64), np.zeros((num_experts, num_experts), np.int64)
-    columns = trace.routers[following].num_experts if following is not None else 0
     to_layer = np.zeros((num_experts, columns), np.int64)
     per_token: dict[str, list[Any]] = {"entropy": [], "margin": [], "confidence": []}
     visits: list[list[int]] = []
     last: dict[tuple[int, int], NDArray[np.bool_]] = {}
     num_rows = num_followers = 0
     for part in trace.parts():
-        rows = rows_of(part, router)
-        mask = measures.chosen_mask(rows.experts, num_experts)
-        num_rows += len(mask)
-        load += mask.sum(axis=0)
-        pairs += measures.together(mask, mask)
-        to_next, followers = _to_next_token(rows, mask, last)
-        onwards += to_next
-        num_followers += followers
         if following is not None:
             to_layer += _to_next_layer(part, router, following, num_experts, columns)
         visits += _visits(part, router)
-        if rows.scores is not None:
-            chances = trace.probabilities(rows, router)
-            per_token["entropy"].append(measures.entropy(chances))
-            per_token["margin"].append(measures.margin(chances, rows.experts))
-            per_token["confidence"].append(measures.confidence(chances, rows.experts))
+        for rows in _blocks(rows_of(part, router), num_experts):
+            mask = measures.chosen_mask(rows.experts, num_experts)
+            num_rows += len(mask)
+            load += mask.sum(axis=0)
+            pairs += measures.together(mask, mask)
+            to_next, followers = _to_next_token(rows, mask, last)
+            onwards += to_next
+            num_followers += followers
+            if rows.scores is not None:
+                chances = trace.probabilities(rows, router)
+                per_token["entropy"].append(measures.entropy(chances))
+                per_token["margin"].append(measures.margin(chances, rows.experts))
+                per_token["confidence"].append(measures.confidence(chances, rows.experts))
     joined = {name: np.concatenate([np.empty(0), *many]) for name, many in per_token.items()}
     return RouterStatistics(
         num_experts,
@@ -116,11 +118,13 @@ def preferences_of(trace: RoutingTrace, router: int) -> NDArray[np.float64]:
     """How often each domain chose each expert, 1 being the router's average over domains: (D, E)."""
     if not trace.domains:
         raise TraceError("the trace has no domains; set recorder.domain while recording")
+    _expect_room("experts by domain", len(trace.domains), trace.routers[router].num_experts)
     counts = np.zeros((len(trace.domains), trace.routers[router].num_experts))
-    for rows in trace.rows(router):
-        mask = measures.chosen_mask(rows.experts, counts.shape[1])
-        for domain in range(len(counts)):
-            counts[domain] += mask[rows.domain == domain].sum(axis=0)
+    for whole in trace.rows(router):
+        for rows in _blocks(whole, counts.shape[1]):
+            mask = measures.chosen_mask(rows.experts, counts.shape[1])
+            for domain in np.unique(rows.domain[rows.domain >= 0]):
+                counts[domain] += mask[rows.domain == domain].sum(axis=0)
     shares = counts / np.maximum(counts.sum(axis=1, keepdims=True), 1)
     mean = shares.mean(axis=0, keepdims=True)
     return np.where(mean > 0, shares / np.where(mean > 0, mean, 1), 1.0)
@@ -128,7 +132,9 @@ def preferences_of(trace: RoutingTrace, router: int) -> NDArray[np.float64]:
 
 def agreement_of(one: RoutingTrace, other: RoutingTrace) -> list[float]:
     """For each router, the mean Jaccard index of the choices of two runs."""
-    if [facts.path for facts in one.routers] != [facts.path for facts in other.routers]:
+    if [(facts.path, facts.num_experts) for facts in one.routers] != [
+        (facts.path, facts.num_experts) for facts in other.routers
+    ]:
         raise TraceError(f"the traces are of {len(one.routers)} and {len(other.routers)} routers of different models")
     agreements = []
     for router, facts in enumerate(one.routers):
@@ -136,9 +142,26 @@ def agreement_of(one: RoutingTrace, other: RoutingTrace) -> list[float]:
         ids, others = _token_ids(first), _token_ids(second)
         if not np.array_equal(ids, others):
             raise TraceError(f"the traces have {len(ids)} and {len(others)} tokens, and not the same ones in order")
-        agreement = measures.jaccard(_stacked(first), _stacked(second), facts.num_experts)
-        agreements.append(float(agreement.mean()) if len(ids) else 1.0)
+        here, there = _stacked(first), _stacked(second)
+        total = sum(
+            float(measures.jaccard(here[block], there[block], facts.num_experts).sum())
+            for block in measures.blocks(len(ids), facts.num_experts)
+        )
+        agreements.append(total / len(ids) if len(ids) else 1.0)
     return agreements
+
+
+def _expect_room(what: str, rows: int, columns: int) -> None:
+    """Refuse to fill a table that would be too large."""
+    if rows * columns > MAX_TABLE:
+        raise TraceError(f"{what} take a table of {rows:,} by {columns:,} entries, and {MAX_TABLE:,} are the most")
+
+
+def _blocks(rows: Rows, num_experts: int) -> Iterator[Rows]:
+    """The same rows, as many at a time as there is a small table for."""
+    for block in measures.blocks(len(rows.experts), num_experts):
+        columns: list[Any] = [None if column is None else column[block] for column in rows]
+        yield Rows(*columns)
 
 
 def _token_ids(many: list[Rows]) -> NDArray[np.int32]:
@@ -194,10 +217,13 @@ def _to_next_layer(part: Part, router: int, following: int, num_experts: int, co
     both, first, second = np.intersect1d(here[is_here], there[is_there], return_indices=True)
     is_text = part["is_padding"][both // num_turns] == 0
     first, second = first[is_text], second[is_text]
-    if not len(first):
-        return np.zeros((num_experts, columns), np.int64)
-    one = measures.chosen_mask(part[f"experts.{router}"][is_here][first], num_experts)
-    return measures.together(one, measures.chosen_mask(part[f"experts.{following}"][is_there][second], columns))
+    one, other = part[f"experts.{router}"][is_here][first], part[f"experts.{following}"][is_there][second]
+    counts = np.zeros((num_experts, columns), np.int64)
+    for block in measures.blocks(len(one), max(num_experts, columns)):
+        counts += measures.together(
+            measures.chosen_mask(one[block], num_experts), measures.chosen_mask(other[block], columns)
+        )
+    return counts
 
 
 def _visits(part: Part, router: int) -> list[list[int]]:

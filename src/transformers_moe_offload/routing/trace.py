@@ -26,9 +26,9 @@ from transformers_moe_offload.routing.trace_file import (
     RouterFacts,
     TraceIndex,
     new_folder,
-    read_part,
     write_part,
 )
+from transformers_moe_offload.routing.trace_parts import read_parts
 from transformers_moe_offload.tracing import RecordedVisit, Trace, TraceError
 
 if TYPE_CHECKING:
@@ -72,9 +72,11 @@ class RoutingTrace:
         """Open the folder of a recording; its parts are read when they are needed."""
         return cls(TraceIndex.read(Path(path)), Path(path))
 
-    def save(self, path: str | os.PathLike[str]) -> None:
-        """Write all of it into a new folder."""
-        folder = new_folder(path)
+    def save(self, path: str | os.PathLike[str], *, overwrite: bool = False) -> None:
+        """Write all of it into a new folder; with `overwrite`, in place of another trace that is there."""
+        if overwrite and isinstance(self._source, Path) and self._source.resolve() == Path(path).resolve():
+            raise TraceError(f"{path} is where this trace is read from; save it into another folder")
+        folder = new_folder(path, overwrite=overwrite)
         names = [write_part(folder, number, part) for number, part in enumerate(self.parts())]
         TraceIndex(**{**vars(self._index), "parts": names}).write(folder)
 
@@ -113,8 +115,7 @@ class RoutingTrace:
         if isinstance(self._source, list):
             yield from self._source
             return
-        for name in self._index.parts:
-            yield read_part(self._source, name, self._index)
+        yield from read_parts(self._source, self._index)
 
     def rows(self, router: int, *, padding: bool = False) -> Iterator[Rows]:
         """What a router did, part by part; rows of padding are left out unless `padding`."""
@@ -185,7 +186,6 @@ class RoutingTrace:
             tuple(path for _, path, _ in layers),
             tuple(facts.num_with_weights for _, _, facts in layers),
             experts_per_token=tuple(facts.top_k for _, _, facts in layers if facts.top_k is not None) or None,
-            step_tokens=[0] * self.num_steps,
         )
         if trace.experts_per_token is not None and len(trace.experts_per_token) < len(layers):
             trace.experts_per_token = None
@@ -196,11 +196,16 @@ class RoutingTrace:
                 weights = part[f"weights.{router}"][first : first + num_rows]
                 index = torch.from_numpy(np.where(chosen < 0, facts.num_experts, chosen))
                 grouping = group_by_expert(index, torch.from_numpy(weights.copy()), facts.num_with_weights)
+                if step == len(trace.step_tokens):  # each forward has a call
+                    trace.step_tokens.append(0)
                 trace.step_tokens[step] = max(trace.step_tokens[step], num_rows)
                 trace.visits += [
                     RecordedVisit(place[layer], tuple(grouping.by_last_use), step) for layer in facts.layers
                 ]
         return trace
+
+    def __repr__(self) -> str:
+        return f"RoutingTrace({self})"
 
     def __str__(self) -> str:
         return (

@@ -2,6 +2,9 @@
 
 Each part is complete in itself, and listed only once it is on disk: whatever ends a recording, what was written by then
 can be read. No part is larger than the recorder's buffer, so neither writing nor reading needs more memory than that.
+
+The index is read and checked here, parts in `trace_parts.py`. A folder comes from anywhere, so that every number by
+which anything is allocated, indexed or counted is compared there with what the files really hold, and not later.
 """
 
 # V router calls, N tokens at one router, M tokens, K experts per token, E experts, H hidden
@@ -10,17 +13,18 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field
+import re
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any, NoReturn
 
 import numpy as np
 from numpy.typing import NDArray
 from safetensors import SafetensorError
-from safetensors.numpy import load_file, save_file
+from safetensors.numpy import save_file
 
-from transformers_moe_offload.tracing import TraceError
+from transformers_moe_offload.tracing.trace_file import TraceError, expect_table, quoted, reading_trace, refuse
 
 FORMAT = 1
 """Version of the folder; a reader refuses those it does not know."""
@@ -43,8 +47,12 @@ Part = dict[str, NDArray[Any]]
     hidden.R       (N, H) float32, if it was recorded
 """
 
-_COMMON = {"calls": "i", "token_ids": "i", "sequence": "i", "position": "i", "is_padding": "u", "domain": "i"}
-_OF_ROUTER = {"experts": "i", "weights": "f"}
+KIND = "routing trace"
+_MAX_INDEX_BYTES = 16 * 2**20
+"""Parts are of 64 MiB, and a line of the index names one: so much is enough for a recording of many terabytes."""
+_MAX_EXPERTS = 2**15
+"""Of a router: a choice is of 16 bits."""
+_PART_NAME = re.compile(r"part-[0-9]{5,9}\.safetensors")
 
 
 @dataclass(frozen=True)
@@ -86,41 +94,113 @@ class TraceIndex:
     def read(cls, folder: Path) -> TraceIndex:
         """Read `trace.json`; raises `TraceError` for anything else."""
         path = folder / INDEX
-        try:
-            found = json.loads(path.read_text(encoding="utf-8"))
-        except (OSError, ValueError) as error:
-            raise TraceError(f"cannot read the routing trace {folder}: {error}") from error
+        with reading_trace(folder, KIND), path.open("rb") as file:
+            text = file.read(_MAX_INDEX_BYTES + 1)
+            if len(text) > _MAX_INDEX_BYTES:
+                refuse_folder(folder, f"{INDEX} has more than {_MAX_INDEX_BYTES:,} bytes")
+            found = json.loads(text)
         if not isinstance(found, dict) or found.pop("format", None) != FORMAT:
-            _refuse(folder, f"{INDEX} is not of format {FORMAT}; record it again")
-        try:
-            routers = [_facts(one) for one in found.pop("routers")]
-            index = cls(routers=routers, **found)
-        except (TypeError, KeyError, AttributeError) as error:
-            raise TraceError(f"{folder} is not a routing trace: {INDEX} does not say what it must: {error}") from error
-        for name in ("parts", "domains"):
-            texts = getattr(index, name)
-            if not isinstance(texts, list) or not all(isinstance(one, str) for one in texts):
-                _refuse(folder, f"{INDEX} does not say what it must: {name}={texts!r}")
-        for name in ("num_steps", "num_tokens"):
-            if not isinstance(getattr(index, name), int):
-                _refuse(folder, f"{INDEX} does not say what it must: {name}={getattr(index, name)!r}")
-        if any(Path(name).name != name for name in index.parts):
-            _refuse(folder, "a part lies outside the folder")
+            refuse_folder(folder, f"{INDEX} is not of format {FORMAT}; record it again")
+        entries = _entries(folder, found, TraceIndex)
+        routers = [RouterFacts(**_entries(folder, one, RouterFacts)) for one in entries["routers"]]
+        index = cls(**entries | {"routers": routers})
+        _check_index(folder, index)
         return index
 
 
-def _facts(found: dict[str, Any]) -> RouterFacts:
-    lists = {name: tuple(found[name]) for name in ("layers", "experts_paths")}
-    return RouterFacts(**found | lists)
+def _is_text(found: Any) -> bool:
+    """Whether it is text that can be printed; JSON has halves of characters, too."""
+    try:
+        return isinstance(found, str) and found.encode() is not None
+    except UnicodeEncodeError:
+        return False
 
 
-def new_folder(folder: str | os.PathLike[str]) -> Path:
-    """A folder for a new trace; one that has a trace already is refused."""
+def _is_count(found: Any) -> bool:
+    return isinstance(found, int) and not isinstance(found, bool) and 0 <= found < 2**63
+
+
+def _are(of_kind: Callable[[Any], bool]) -> Callable[[Any], bool]:
+    return lambda found: isinstance(found, list) and all(map(of_kind, found))
+
+
+_FITS: dict[str, Callable[[Any], bool]] = {
+    "model": _is_text,
+    "routers": _are(lambda found: isinstance(found, dict)),
+    "domains": _are(_is_text),
+    "parts": _are(_is_text),
+    "num_steps": _is_count,
+    "num_tokens": _is_count,
+    "router": _is_count,
+    "path": _is_text,
+    "num_experts": _is_count,
+    "num_with_weights": _is_count,
+    "top_k": lambda found: found is None or _is_count(found),
+    "has_affinities": lambda found: isinstance(found, bool),
+    "layers": _are(_is_count),
+    "experts_paths": _are(_is_text),
+}
+"""Whether an entry of `trace.json` is what it has to be."""
+
+
+def _entries(folder: Path, found: Mapping[str, Any], kind: type[TraceIndex] | type[RouterFacts]) -> dict[str, Any]:
+    """The entries of an object in `trace.json`, all of them and of the right types."""
+    names = [one.name for one in fields(kind)]
+    if sorted(found) != sorted(names):
+        refuse_folder(
+            folder, f"{INDEX} does not say what it must: it has {quoted(sorted(found))}, not {', '.join(names)}"
+        )
+    for name, value in found.items():
+        if not _FITS[name](value):
+            refuse_folder(folder, f"{INDEX} does not say what it must: {name}={quoted(value)}")
+    return {name: tuple(found[name]) if name in ("layers", "experts_paths") else found[name] for name in names}
+
+
+def _check_index(folder: Path, index: TraceIndex) -> None:
+    """Refuse numbers and names that do not fit together."""
+    for name in index.parts:
+        if _PART_NAME.fullmatch(name) is None:
+            refuse_folder(
+                folder, f"{quoted(name)} is not the name of a part: a part lies outside the folder, or is none"
+            )
+    if len(set(index.parts)) < len(index.parts):
+        refuse_folder(folder, "it names a part twice")
+    if len(index.domains) > index.num_steps or len(set(index.domains)) < len(index.domains):
+        refuse_folder(folder, f"it has {len(index.domains)} domains for {index.num_steps} forwards, or one twice")
+    numbers = [facts.router for facts in index.routers]
+    if numbers != sorted(set(numbers)) or max(numbers, default=0) >= 2**31:
+        refuse_folder(folder, f"its routers are numbered {quoted(numbers)}")
+    expect_table(folder, [facts.num_experts for facts in index.routers], "routers")
+    for facts in index.routers:
+        if not 1 <= facts.num_with_weights <= facts.num_experts <= _MAX_EXPERTS:
+            refuse_folder(
+                folder,
+                f"router {facts.router} has {facts.num_experts} experts, {facts.num_with_weights} of them with weights",
+            )
+        if len(facts.layers) != len(facts.experts_paths):
+            refuse_folder(
+                folder,
+                f"router {facts.router} is followed by {len(facts.layers)} layers at {len(facts.experts_paths)} paths",
+            )
+    for name, many in (("layer", "layers"), ("path of experts", "experts_paths")):
+        of_all = [one for facts in index.routers for one in getattr(facts, many)]
+        if len(set(of_all)) < len(of_all):
+            refuse_folder(folder, f"a {name} follows two routers")
+
+
+def new_folder(folder: str | os.PathLike[str], *, overwrite: bool = False) -> Path:
+    """A folder for a new trace; one that has a trace already is refused, or its files are removed."""
     path = Path(folder)
-    if (path / INDEX).exists():
-        raise TraceError(f"{path} has a routing trace already; record into another folder, or remove it first")
+    if (path / INDEX).exists() and not overwrite:
+        raise TraceError(
+            f"{path} has a routing trace already; name another folder, or replace it with overwrite=True (--overwrite)"
+        )
     try:
         path.mkdir(parents=True, exist_ok=True)
+        if (path / INDEX).exists():
+            (path / INDEX).unlink()  # first: without it, parts are no trace
+            for part in [part for part in path.iterdir() if _PART_NAME.fullmatch(part.name)]:
+                part.unlink()
     except OSError as error:
         raise TraceError(f"cannot make the folder {path}: {error}") from error
     return path
@@ -131,43 +211,6 @@ def write_part(folder: Path, number: int, part: Part) -> str:
     name = f"part-{number:05}.safetensors"
     _write(folder / name, lambda path: save_file({key: np.ascontiguousarray(one) for key, one in part.items()}, path))
     return name
-
-
-def read_part(folder: Path, name: str, index: TraceIndex) -> Part:
-    """Read a part and check it against the index."""
-    try:
-        part: Part = load_file(folder / name)
-    except (OSError, SafetensorError) as error:
-        raise TraceError(f"cannot read {folder / name}: {error}") from error
-    _check(folder / name, part, index)
-    return part
-
-
-def _check(path: Path, part: Mapping[str, NDArray[Any]], index: TraceIndex) -> None:
-    routers = range(len(index.routers))
-    expected = _COMMON | {f"{name}.{router}": kind for router in routers for name, kind in _OF_ROUTER.items()}
-    for name, kind in expected.items():
-        if name not in part or part[name].dtype.kind != kind:
-            _refuse(path, f"its {name} is {part[name].dtype if name in part else 'missing'}")
-    if part["calls"].ndim != 2 or part["calls"].shape[1] != 5:
-        _refuse(path, f"its calls are {part['calls'].shape}, not (V, 5)")
-    num_tokens = len(part["token_ids"])
-    for name in _COMMON:
-        if name != "calls" and part[name].shape != (num_tokens,):
-            _refuse(path, f"it has {num_tokens} tokens, but {name} is {part[name].shape}")
-    calls = part["calls"]
-    if len(calls) and not (calls[:, 0].min() >= 0 and calls[:, 0].max() < len(index.routers)):
-        _refuse(path, f"a call is of router {calls[:, 0].max()}, and there are {len(index.routers)}")
-    for router, facts in enumerate(index.routers):
-        own = calls[calls[:, 0] == router]
-        num_rows, experts = int(own[:, 2].sum()), part[f"experts.{router}"]
-        if any(len(part[f"{name}.{router}"]) != num_rows for name in _OF_ROUTER):
-            _refuse(path, f"router {router} was called with {num_rows} rows, but has {len(experts)} choices")
-        if experts.size and not -1 <= experts.min() <= experts.max() < facts.num_experts:
-            _refuse(path, f"router {router} chose expert {experts.max()} of {facts.num_experts}")
-        of_text = own[own[:, 4] >= 0]
-        if len(of_text) and (of_text[:, 2] + of_text[:, 4]).max() > num_tokens:
-            _refuse(path, f"router {router} routed more tokens than the {num_tokens} that there are")
 
 
 def _write(path: Path, write: Any) -> None:
@@ -182,5 +225,6 @@ def _write(path: Path, write: Any) -> None:
         raise TraceError(f"cannot write {path}: {error}") from error
 
 
-def _refuse(path: Path, reason: str) -> NoReturn:
-    raise TraceError(f"{path} is not a routing trace: {reason}")
+def refuse_folder(path: Path, reason: str) -> NoReturn:
+    """Raise the error of a folder, or a file in it, whose content contradicts itself."""
+    refuse(path, reason, KIND)

@@ -2,6 +2,7 @@
 
 from transformers_moe_offload.tracing.recorder import TraceRecorder
 from transformers_moe_offload.tracing.replay import Replay, replay
-from transformers_moe_offload.tracing.trace import RecordedVisit, Trace, TraceError
+from transformers_moe_offload.tracing.trace import RecordedVisit, Trace
+from transformers_moe_offload.tracing.trace_file import TraceError
 
 __all__ = ["RecordedVisit", "Replay", "Trace", "TraceError", "TraceRecorder", "replay"]

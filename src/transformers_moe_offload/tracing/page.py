@@ -11,7 +11,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from transformers_moe_offload.tracing.trace import TraceError
+from transformers_moe_offload.notebook import html_table
+from transformers_moe_offload.tracing.trace_file import TraceError
 
 _STYLE = """
 :root { color-scheme: light; --ink: #1c2330; --soft: #5b6578; --line: #dfe3ea; --paper: #ffffff; --back: #f5f6f9; }
@@ -88,11 +89,7 @@ def _png(figure: Any) -> str:
 
 
 def _table(rows: Sequence[Mapping[str, Any]]) -> str:
-    head = "".join(f"<th>{html.escape(str(name))}</th>" for name in rows[0])
-    body = "".join(
-        "<tr>" + "".join(f"<td>{html.escape(_cell(value))}</td>" for value in row.values()) + "</tr>" for row in rows
-    )
-    return f"<table><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table>"
+    return html_table([str(name) for name in rows[0]], [[_cell(value) for value in row.values()] for row in rows])
 
 
 def _cell(value: Any) -> str:

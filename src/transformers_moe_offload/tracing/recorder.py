@@ -1,6 +1,6 @@
 """Write down what a cache is asked for while a model runs.
 
-Plugs into `ExpertCache.on_visit`; who plugs it in, and when, is up to the caller.
+Plugs into `ExpertCache.on_visit`; the caller decides when it is plugged in.
 """
 
 from __future__ import annotations
@@ -62,5 +62,5 @@ class TraceRecorder:
     def finish_visit(self) -> None:
         """The visit recorded last is over: note how long it waited. The next visit does the same."""
         if self._total_stall_ms is not None and self.trace.stall_ms:
-            # Whoever resets the statistics meanwhile sets the clock back.
+            # A reset of the statistics meanwhile sets the clock back.
             self.trace.stall_ms[-1] = max(0.0, self._total_stall_ms() - self._stalled_before_ms)

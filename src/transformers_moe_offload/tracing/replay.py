@@ -49,7 +49,11 @@ def replay(trace: Trace, policy: str, num_slots: int) -> Replay:
         raise ConfigError(f"a replay with {num_slots} slots cannot work: a layer needs 1 to pass its experts through")
     if policy == ORACLE:
         return Replay(policy, num_slots, _consult_oracle(trace, num_slots))
-    cache = ExpertCache(NoSlots(), num_slots, dict(enumerate(trace.num_experts)), make_policy(policy))
+    # More slots than experts that are ever asked for hold nothing; how many there are to be may come from a file.
+    used = {(layer, expert) for layer, wanted in trace.requests() for expert in wanted}
+    cache = ExpertCache(
+        NoSlots(), min(num_slots, max(1, len(used))), dict(enumerate(trace.num_experts)), make_policy(policy)
+    )
     for layer, wanted in trace.requests():
         with cache.visit(layer, wanted) as visit:
             for _ in visit:
@@ -58,9 +62,9 @@ def replay(trace: Trace, policy: str, num_slots: int) -> Replay:
 
 
 def _consult_oracle(trace: Trace, num_slots: int) -> dict[int, LayerStats]:
-    """The most hits that anybody could have who loads nothing ahead of demand.
+    """The most hits that a cache can have without loading ahead of demand.
 
-    After a visit it keeps those wanted soonest, of everybody who was in a slot before or during the visit; but one of
+    After a visit it keeps the experts wanted soonest, of all that were in a slot before or during the visit; but one of
     the visit's own must be among them, because the last one computed is still where it was. Every cache keeps some of
     the same experts under the same condition, and the ones wanted soonest are the best to have, whatever comes.
     """
@@ -104,7 +108,7 @@ class NoSlots:
         return Landed(from_files=0)
 
     def retire(self, slot: int) -> None:
-        """Nobody reads."""
+        """Nothing is being read."""
 
     def weights(self, expert: ExpertId, slot: int) -> Weights:
         """No weights."""
@@ -115,7 +119,7 @@ class NoSlots:
         return True
 
     def give_back(self) -> None:
-        """Nobody takes memory."""
+        """No memory was taken."""
 
     def device_bytes(self, expert: ExpertId) -> int:
         """No bytes."""

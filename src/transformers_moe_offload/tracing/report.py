@@ -4,6 +4,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 from collections.abc import Sequence
 from typing import Any
@@ -13,10 +14,15 @@ from numpy.typing import NDArray
 
 from transformers_moe_offload.policies import ORACLE
 from transformers_moe_offload.tracing.replay import Replay
-from transformers_moe_offload.tracing.trace import Trace, TraceError
+from transformers_moe_offload.tracing.trace import Trace
+from transformers_moe_offload.tracing.trace_file import TraceError
 
 WINDOW = 25
 """Steps over which the line in the plot of stalls is a median: enough to smooth, few enough to show a new topic."""
+
+
+_SPREAD = 20
+"""Where the longest step waited so many times as long as the one in the middle, a linear axis would show it alone."""
 
 
 def make_figure(width: float = 11, height: float = 4.6) -> Any:
@@ -102,7 +108,12 @@ def draw_stalls(trace: Trace) -> Any:
     by_layer = np.bincount(layers, stall_ms, trace.num_layers) / np.maximum(visits, 1)  # (L,)
     is_prompt = np.array(trace.step_tokens) > 1
     figure = make_figure()
+    if not stall_ms.any():
+        figure.text(0.5, 0.5, f"none of {len(by_step):,} steps waited for a load", ha="center", va="center")
+        return figure
     left, right = figure.subplots(1, 2, width_ratios=(2, 1))
+    by_step, unit = _in_units(by_step)
+    by_layer, layer_unit = _in_units(by_layer)
     steps = np.arange(len(by_step))
     left.plot(steps[~is_prompt], by_step[~is_prompt], ".", ms=3, color="C0", alpha=0.5, label="one step")
     left.plot(steps[is_prompt], by_step[is_prompt], "v", ms=6, color="C3", label="a step that reads a prompt")
@@ -110,16 +121,29 @@ def draw_stalls(trace: Trace) -> Any:
     if len(smooth) >= WINDOW:
         medians = np.median(np.lib.stride_tricks.sliding_window_view(smooth, WINDOW), axis=1)
         left.plot(decode[WINDOW // 2 :][: len(medians)], medians, "k", lw=1.5, label=f"median of {WINDOW} steps")
-    left.set(title="Waiting for loads, step by step", xlabel="step (forward pass)", ylabel="ms over all layers")
-    left.set_yscale("symlog", linthresh=1)  # a few steps wait a hundred times as long as most
-    left.yaxis.set_major_formatter("{x:g}")
-    left.set_ylim(bottom=0)
+    left.set(title="Waiting for loads, step by step", xlabel="step (forward pass)", ylabel=f"{unit} over all layers")
+    if by_step.max() > _SPREAD * np.median(by_step[by_step > 0]):
+        # A few steps wait a hundred times as long as most. Three decades show, and what is below is linear.
+        left.set_yscale("symlog", linthresh=10.0 ** (math.floor(math.log10(by_step.max())) - 2))
+    left.yaxis.set_major_formatter("{x:,g}")
+    left.set_ylim(bottom=0, top=1.1 * by_step.max())
     left.legend(fontsize=9)
     right.barh(np.arange(trace.num_layers), by_layer, color="C0")
-    right.set(title="and layer by layer", xlabel="ms a visit, on average", ylabel="sparse layer")
+    right.set(title="and layer by layer", xlabel=f"{layer_unit} a visit, on average", ylabel="sparse layer")
+    right.set_xlim(left=0)
+    right.xaxis.get_major_locator().set_params(nbins=4)
+    right.xaxis.set_major_formatter("{x:,g}")
     right.invert_yaxis()
     right.yaxis.get_major_locator().set_params(integer=True)
     for axes in (left, right):
         axes.grid(alpha=0.3)
         axes.spines[["top", "right"]].set_visible(False)
     return figure
+
+
+def _in_units(times_ms: NDArray[Any]) -> tuple[NDArray[Any], str]:
+    """Times in the unit in which the greatest of them has a few digits before the point."""
+    most = times_ms.max()
+    if most < 0.1:
+        return 1000 * times_ms, "µs"
+    return (times_ms / 1000, "s") if most >= 10_000 else (times_ms, "ms")

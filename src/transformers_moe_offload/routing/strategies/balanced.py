@@ -2,7 +2,7 @@
 
 Both look at all tokens of a call at once, later ones included. So a token's experts depend on its batch, and on what
 comes after it: right for encoders and for studies of whole sequences, and not what a model that writes can do. When one
-token is decoded at a time, both take the router's own experts, because there is nobody to balance it with.
+token is decoded at a time, both take the router's own experts, because there are no other tokens to balance it with.
 """
 
 # T tokens, K experts per token, E experts, C tokens per expert

@@ -1,0 +1,157 @@
+"""Read the parts of a recording, each checked against its index and against the parts before it."""
+
+# V router calls, N tokens at one router, M tokens, K experts per token, E experts, H hidden
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+from safetensors.numpy import load_file
+
+from transformers_moe_offload.errors import CheckpointError
+from transformers_moe_offload.memory.safetensors_index import read_header
+from transformers_moe_offload.routing.trace_file import INDEX, KIND, Part, RouterFacts, TraceIndex, refuse_folder
+from transformers_moe_offload.tracing.trace_file import TraceError, quoted, reading_trace
+
+_COMMON = {"calls": "i", "token_ids": "i", "sequence": "i", "position": "i", "is_padding": "u", "domain": "i"}
+_OF_ROUTER = {"experts": "i", "weights": "f"}
+_IF_RECORDED = ("scores", "hidden")
+_DTYPES = {
+    "i": ("int16", "int32", "int64"),
+    "u": ("uint8",),
+    "f": ("float16", "float32"),
+}
+
+
+def read_parts(folder: Path, index: TraceIndex) -> Iterator[Part]:
+    """Read the parts one at a time, each checked against the index and those before it."""
+    num_steps = num_tokens = 0
+    widths: dict[str, int | None] = {}
+    for name in index.parts:
+        path = folder / name
+        with reading_trace(path, KIND):
+            _check_header(path, index)
+            part: Part = load_file(path)
+        _check(path, part, index, num_steps, num_tokens)
+        _expect_alike(path, part, index, widths)
+        num_steps += num_steps_of(part)
+        num_tokens += len(part["token_ids"])
+        yield part
+    if (num_steps, num_tokens) != (index.num_steps, index.num_tokens):
+        refuse_folder(
+            folder,
+            f"its parts hold {num_steps:,} forwards of {num_tokens:,} tokens, but {INDEX} says {index.num_steps:,} of "
+            f"{index.num_tokens:,}",
+        )
+
+
+def _expect_alike(path: Path, part: Part, index: TraceIndex, widths: dict[str, int | None]) -> None:
+    """Refuse a part in which scores or hidden states are of another width than before, or not recorded any more."""
+    for router in range(len(index.routers)):
+        for name in _IF_RECORDED if len(part[f"experts.{router}"]) else ():
+            rows = part.get(f"{name}.{router}")
+            width = None if rows is None else rows.shape[1]
+            if widths.setdefault(f"{name}.{router}", width) != width:
+                refuse_folder(
+                    path, f"its {name} of router {router} have {width} columns, and had {widths[f'{name}.{router}']}"
+                )
+
+
+def _arrays_of(index: TraceIndex) -> dict[str, tuple[str, int]]:
+    """The kind of elements and the number of dimensions of each array that a part must have."""
+    routers = range(len(index.routers))
+    of_router = {f"{name}.{router}": (kind, 2) for router in routers for name, kind in _OF_ROUTER.items()}
+    return {name: (kind, 2 if name == "calls" else 1) for name, kind in _COMMON.items()} | of_router
+
+
+def _check_header(path: Path, index: TraceIndex) -> None:
+    """Refuse arrays that are missing, of another kind or rank, before any is read."""
+    try:
+        found = {tensor.name: tensor for tensor in read_header(path)}
+    except CheckpointError as error:
+        raise TraceError(f"cannot read the {KIND} {path}: {error}") from error
+    optional = {f"{name}.{router}": ("f", 2) for router in range(len(index.routers)) for name in _IF_RECORDED}
+    for name, (kind, rank) in (_arrays_of(index) | optional).items():
+        if name in optional and name not in found:
+            continue
+        dtype = found[name].dtype if name in found else "missing"
+        if dtype not in _DTYPES[kind]:
+            refuse_folder(path, f"its {name} is {dtype}")
+        if len(found[name].shape) != rank:
+            refuse_folder(
+                path, f"its {name} is of shape {quoted(found[name].shape)}, and has to have {rank} dimensions"
+            )
+
+
+def num_steps_of(part: Mapping[str, NDArray[Any]]) -> int:
+    """Forwards of a part; they follow one another."""
+    steps = part["calls"][:, 3]
+    return int(steps[-1] - steps[0]) + 1 if len(steps) else 0
+
+
+def _check(
+    path: Path, part: Mapping[str, NDArray[Any]], index: TraceIndex, first_step: int, tokens_before: int
+) -> None:
+    """Refuse numbers of one part that do not fit together, or not with what the parts before it hold."""
+    calls, num_tokens = part["calls"].astype(np.int64), len(part["token_ids"])
+    if calls.shape[1] != 5:
+        refuse_folder(path, f"its calls are {calls.shape}, not (V, 5)")
+    for name in _COMMON:
+        if name != "calls" and part[name].shape != (num_tokens,):
+            refuse_folder(path, f"it has {num_tokens} tokens, but {name} is {part[name].shape}")
+    limits = {
+        "token_ids": (-1, 2**31 - 1),
+        "sequence": (0, tokens_before + num_tokens - 1),  # a text has a token at least
+        "position": (-1, 2**31 - 1),
+        "is_padding": (0, 1),
+        "domain": (-1, len(index.domains) - 1),
+    }
+    for name, (least, most) in limits.items():
+        _expect_between(path, f"its {name} has", part[name], least, most)
+    strange = calls[(calls[:, 0] < 0) | (calls[:, 0] >= len(index.routers)), 0]
+    if len(strange):
+        refuse_folder(path, f"a call is of router {strange.max()}, and there are {len(index.routers)}")
+    steps = calls[:, 3]
+    if len(steps) and (steps[0] != first_step or not np.isin(np.diff(steps), (0, 1)).all()):
+        refuse_folder(path, f"its forwards do not follow one another from forward {first_step} on")
+    for router, facts in enumerate(index.routers):
+        _check_router(path, part, calls[calls[:, 0] == router], router, facts)
+
+
+def _check_router(
+    path: Path, part: Mapping[str, NDArray[Any]], own: NDArray[np.int64], router: int, facts: RouterFacts
+) -> None:
+    """Refuse calls of one router that do not have the rows that there are. own (V, 5)."""
+    experts, num_tokens = part[f"experts.{router}"], len(part["token_ids"])
+    first, num_rows, token = own[:, 1], own[:, 2], own[:, 4]
+    _expect_between(path, f"router {router} was called with a number of rows of", num_rows, 0, len(experts))
+    _expect_between(path, f"router {router} was called with tokens from", token, -1, num_tokens)
+    for name in (*_OF_ROUTER, *_IF_RECORDED):
+        rows = part.get(f"{name}.{router}")
+        if rows is not None and len(rows) != num_rows.sum():
+            refuse_folder(path, f"router {router} was called with {num_rows.sum()} rows, but has {len(rows)} of {name}")
+    if (first != np.cumsum(num_rows) - num_rows).any():
+        refuse_folder(path, f"the calls of router {router} do not have its rows one after the other")
+    if ((token >= 0) & (token + num_rows > num_tokens)).any():
+        refuse_folder(path, f"router {router} routed more tokens than the {num_tokens} that there are")
+    if not 1 <= experts.shape[1] <= facts.num_experts or part[f"weights.{router}"].shape != experts.shape:
+        refuse_folder(
+            path,
+            f"router {router} has choices of shape {experts.shape} among {facts.num_experts} experts, and weights of "
+            f"shape {part[f'weights.{router}'].shape}",
+        )
+    scores = part.get(f"scores.{router}")
+    if scores is not None and scores.shape[1] != facts.num_experts:
+        refuse_folder(path, f"router {router} scored {scores.shape[1]} experts of {facts.num_experts}")
+    _expect_between(path, f"router {router} chose expert", experts, -1, facts.num_experts - 1)
+
+
+def _expect_between(path: Path, what: str, found: NDArray[Any], least: int, most: int) -> None:
+    """Refuse an array with an entry less than `least` or greater than `most`."""
+    if found.size and not least <= found.min() <= found.max() <= most:
+        wrong = found.min() if found.min() < least else found.max()
+        refuse_folder(path, f"{what} {wrong}, which is not within {least} and {most}")
