@@ -30,7 +30,7 @@ from transformers_moe_offload.hf.delegates.methods import DELEGATED, refusal
 from transformers_moe_offload.hf.delegates.quantizer import delegating
 from transformers_moe_offload.hf.quantizer import MoeOffloadQuantizer, asked_for
 from transformers_moe_offload.hf.runtime import OffloadRuntime
-from transformers_moe_offload.hf.saving import save_quantized
+from transformers_moe_offload.hf.saving import expect_no_adapter, save_quantized
 
 _HUB_OPTIONS = ("cache_dir", "force_download", "local_files_only", "proxies", "revision", "subfolder", "token")
 
@@ -106,12 +106,15 @@ def _accepting_moe_offload(plain: Any) -> Any:
 
 
 def _saving_quantized(plain: Any) -> Any:
-    """Wrap `save_pretrained` so that a model with quantized weights is saved as it is."""
+    """Wrap `save_pretrained` so that a model with quantized weights is saved as it is, and none beside an adapter."""
 
     @functools.wraps(plain)
     def save_pretrained(self: Any, save_directory: Any, *args: Any, **kwargs: Any) -> Any:
         runtime = getattr(self, "moe_offload", None)
-        if not isinstance(runtime, OffloadRuntime) or not runtime.is_quantized or self._hf_peft_config_loaded:
+        if not isinstance(runtime, OffloadRuntime) or self._hf_peft_config_loaded:
+            return plain(self, save_directory, *args, **kwargs)
+        expect_no_adapter(Path(save_directory))
+        if not runtime.is_quantized:
             return plain(self, save_directory, *args, **kwargs)
         options = inspect.signature(plain).bind(self, save_directory, *args, **kwargs).arguments
         for name in ("variant", "distributed_checkpoint"):

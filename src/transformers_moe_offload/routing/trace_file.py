@@ -20,6 +20,7 @@ from numpy.typing import NDArray
 from safetensors import SafetensorError
 from safetensors.numpy import load_file, save_file
 
+from transformers_moe_offload.memory.safetensors_writer import new_file
 from transformers_moe_offload.tracing import TraceError
 
 FORMAT = 1
@@ -174,6 +175,7 @@ def _write(path: Path, write: Any) -> None:
     unfinished = path.with_name(f".{path.name}.{os.getpid()}")
     try:
         try:
+            new_file(unfinished).close()
             write(unfinished)
             unfinished.replace(path)
         finally:

@@ -22,6 +22,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from transformers_moe_offload.errors import MoeOffloadError
+from transformers_moe_offload.memory.safetensors_writer import new_file
 
 FORMAT = 1
 _ZIP, _NUMPY = b"PK", b"\x93NUMPY"
@@ -121,7 +122,7 @@ class Trace:
         unfinished = path.with_name(f".{path.name}.{os.getpid()}")
         try:
             try:
-                with unfinished.open("wb") as file:
+                with new_file(unfinished) as file:
                     np.savez_compressed(file, allow_pickle=False, **_arrays(self))
                 unfinished.replace(path)
             finally:
