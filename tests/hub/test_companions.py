@@ -88,3 +88,9 @@ def test_what_has_nothing_of_the_sort_is_published_byte_for_byte(tmp_path):
     file = tmp_path / "tokenizer_config.json"
     file.write_bytes(b'{"name_or_path":  "org/model", "unk_token": "\xc3\xbc"}')
     assert published(file) == file.read_bytes()
+
+
+def test_a_vocabulary_is_published_whatever_its_words_are(tmp_path):
+    file = tmp_path / "vocab.json"
+    file.write_text('{"auto_map": 1, "name_or_path": 2}')
+    assert published(file) == file.read_bytes()

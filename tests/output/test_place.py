@@ -234,3 +234,10 @@ def test_a_temporary_name_that_is_a_link_is_not_written_through(folder):
 def write_in_place(folder, marks) -> None:
     with place_for(folder, RECIPE, marks) as place:
         (place / marks.last).write_text("{}")
+
+
+@pytest.mark.parametrize("name", [".out.new", ".out.old"])
+def test_an_empty_neighbour_is_used(folder, name):
+    (folder.parent / name).mkdir()
+    write(folder)
+    assert names(folder.parent) == ["out"]

@@ -71,6 +71,7 @@ def clients(wheel, tmp_path_factory, request) -> Environment:
 
 _ENVIRONMENTS = pytest.StashKey[dict]()
 _STARTED = pytest.StashKey[float]()
+_COLLECTED = pytest.StashKey[int]()
 
 
 def pytest_addoption(parser):
@@ -81,6 +82,11 @@ def pytest_addoption(parser):
 def pytest_configure(config):
     config.stash[_ENVIRONMENTS] = {}
     config.stash[_STARTED] = time.time()
+    config.stash[_COLLECTED] = 0
+
+
+def pytest_collection_finish(session):
+    session.config.stash[_COLLECTED] = len(session.items)
 
 
 def pytest_terminal_summary(terminalreporter, config):
@@ -106,6 +112,8 @@ def pytest_terminal_summary(terminalreporter, config):
         f"`tox -e users`, {time.strftime('%Y-%m-%d %H:%M', time.gmtime(config.stash[_STARTED]))} UTC, commit "
         f"{commit.stdout.strip()}, Python {platform.python_version()}, {platform.platform()}. A wheel was built and "
         f"installed into fresh environments outside of the checkout; seconds are wall time.",
+        "",
+        f"{len(rows)} of {config.stash[_COLLECTED]} walks were taken.",
         "",
         f"Blocks on the pages: {len(blocks)}, of which {len(blocks) - len(left_out)} are run. The others:",
         "",

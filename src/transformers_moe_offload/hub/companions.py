@@ -62,7 +62,7 @@ def files_in(folder: Path, patterns: Iterable[str]) -> list[Path]:
 def published(file: Path) -> bytes:
     """What of such a file can be published: everything but code to run and places on this machine."""
     content = file.read_bytes()
-    if file.suffix != ".json" or file.name == "tokenizer.json":
+    if not file.name.endswith("config.json"):
         return content
     try:
         settings = json.loads(content)

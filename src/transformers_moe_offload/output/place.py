@@ -184,7 +184,7 @@ def recover(folder: Path, marks: Marks) -> None:
     beside, before = _beside(folder), _before(folder)
     if not (before.exists() and _is_ours(before, _REPLACED)):
         return
-    if not folder.exists():
+    if not folder.exists() and (before / _CONTENT).exists():
         is_written = _is_ours(beside, marks.first) and is_complete(beside, marks)
         (beside if is_written else before / _CONTENT).rename(folder)
     _remove_replaced(folder)
