@@ -14,7 +14,7 @@ from transformers_moe_offload import training
 
 
 def main() -> int:
-    options = parse(__doc__, learning_rate=1e-3)
+    options = parse(__doc__, learning_rate=1e-3, output="finetuned-experts", kind="model")
     model, held_out, train = load(options)
     with torch.no_grad(), model.moe_offload.trace() as trace:
         model(input_ids=torch.stack([block["input_ids"] for block in train[:8]]))

@@ -14,7 +14,7 @@ from transformers_moe_offload import training
 
 
 def main() -> int:
-    options = parse(__doc__, learning_rate=3e-3)
+    options = parse(__doc__, learning_rate=3e-3, output="finetuned-lora", kind="adapter")
     model, held_out, train = load(options)
     adapted = get_peft_model(model, training.lora_config(model, r=4, lora_alpha=8))
     before, after = run(adapted, options, held_out, train)

@@ -13,7 +13,7 @@ from transformers_moe_offload import training
 
 
 def main() -> int:
-    options = parse(__doc__, learning_rate=3e-3)
+    options = parse(__doc__, learning_rate=3e-3, output="finetuned-router", kind="model")
     model, held_out, train = load(options)
     training.set_trainable(model, "router")
     before, after = run(model, options, held_out, train)

@@ -18,19 +18,27 @@ from transformers_moe_offload import OffloadConfig, training
 TINY_MOE = Path(__file__).parent / "models" / "tiny-moe"
 PERL = ("/usr/share/perl", "/usr/share/perl-base", "/usr/lib/x86_64-linux-gnu/perl-base")
 CONTEXT = 128
+CONFIGS = {"model": "config.json", "adapter": "adapter_config.json"}
+"""What an example writes, and the file by which a folder with it can be told."""
 
 
-def parse(description: str, *, learning_rate: float) -> argparse.Namespace:
+def parse(description: str, *, learning_rate: float, output: str, kind: str) -> argparse.Namespace:
+    """The options of an example that writes a `kind` of `CONFIGS`, by default into the folder `output`."""
     parser = argparse.ArgumentParser(description=description.partition("\n")[0])
     parser.add_argument("--model", default=str(TINY_MOE), help="a folder or a Hub id (default: the small one here)")
     parser.add_argument("--text", type=Path, help="a folder of text files to learn (default: Perl on this machine)")
     parser.add_argument("--cache-budget", default="50%", help="memory for experts (default: %(default)s)")
     parser.add_argument("--steps", type=int, default=60, help="(default: %(default)s)")
     parser.add_argument("--learning-rate", type=float, default=learning_rate, help="(default: %(default)s)")
-    parser.add_argument(
-        "--output", type=Path, default=Path("finetuned"), help="where results go (default: %(default)s)"
-    )
-    return parser.parse_args()
+    parser.add_argument("--output", type=Path, default=Path(output), help="where results go (default: %(default)s)")
+    options = parser.parse_args()
+    others = [other for other, config in CONFIGS.items() if other != kind and (options.output / config).exists()]
+    if others:
+        parser.error(
+            f"{options.output} holds {others[0]} files, which would be loaded together with this {kind}; "
+            f"name another folder with --output"
+        )
+    return options
 
 
 def load(options: argparse.Namespace) -> tuple:

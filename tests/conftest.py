@@ -2,8 +2,13 @@
 
 import pytest
 import torch
+from hypothesis import settings
 
 from interpreted import IS_INTERPRETED
+
+# How long an example takes says how busy the machine is.
+settings.register_profile("patient", deadline=None)
+settings.load_profile("patient")
 
 # Tests run side by side; kernels whose threads wait for each other's cores take up to ten times as long.
 torch.set_num_threads(1)

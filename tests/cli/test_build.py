@@ -1,6 +1,7 @@
 """`moe-offload build` shows its plan, writes what loads, and says in one line what cannot be."""
 
 import json
+import shutil
 from pathlib import Path
 
 import pytest
@@ -87,7 +88,8 @@ def test_a_dry_run_notices_that_a_text_file_is_missing(run, recipe, tmp_path, ki
 @pytest.mark.parametrize("kind", ["moe", "adapter_moe"])
 def test_what_was_shown_with_the_plan_is_not_logged_again(run, recipe, tmp_path, caplog, kind):
     changes = {"layers": None, "experts_per_token": 1} if kind == "adapter_moe" else {}
-    result = run("build", recipe(kind=kind, **changes), tmp_path / "moe")
+    base = shutil.copytree(MODELS / "tiny-dense", tmp_path / "base", ignore=shutil.ignore_patterns("README.md"))
+    result = run("build", recipe(kind=kind, base_model=str(base), **changes), tmp_path / "moe")
     assert result.exit_code == 0, result.output
     assert result.output.count("is not known to us") == 1
     assert not [message for message in caplog.messages if "is not known to us" in message]

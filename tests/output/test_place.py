@@ -1,14 +1,19 @@
 """A place beside the one where a checkpoint is to be: nothing is to be seen of it before it is complete."""
 
+import errno
+import fcntl
 import json
 import multiprocessing
 import os
 import signal
 
 import pytest
+import torch
 
 from transformers_moe_offload.errors import CheckpointError
-from transformers_moe_offload.output.place import Marks, expect_place, place_for, recover
+from transformers_moe_offload.expert import FieldSpec
+from transformers_moe_offload.memory.safetensors_writer import PARTIAL, SafetensorsWriter, write_text
+from transformers_moe_offload.output.place import Marks, expect_place, place_for, recover, replacing
 
 MARKS = Marks(first="made_by.json", last="config.json", is_in_place=False)
 RECIPE = {"experts": 4, "source": {"revision": "a"}}
@@ -171,3 +176,89 @@ def test_a_recipe_of_something_else_is_quoted_no_longer_than_a_line(folder):
     with pytest.raises(CheckpointError, match="by another recipe") as refused, place_for(folder, RECIPE, in_place):
         pass
     assert len(str(refused.value)) < 800
+
+
+@pytest.mark.parametrize("name", [".out.new", ".out.old"])
+@pytest.mark.parametrize("overwrite", [False, True])
+def test_a_neighbour_that_is_not_ours_is_never_touched(folder, name, overwrite):
+    if overwrite:
+        write(folder)
+    neighbour = folder.parent / name
+    neighbour.mkdir()
+    (neighbour / "thesis.txt").write_text("the only copy")
+    with pytest.raises(CheckpointError, match=rf"{name} is in the way"):
+        expect_place(folder, MARKS, overwrite=overwrite)
+    with pytest.raises(CheckpointError, match=rf"{name} is in the way"):
+        write(folder, OTHER, overwrite=overwrite)
+    with pytest.raises(CheckpointError, match=rf"{name} is in the way"):
+        write(folder, OTHER, resume=False, overwrite=overwrite)
+    recover(folder, MARKS)
+    assert (neighbour / "thesis.txt").read_text() == "the only copy"
+
+
+@pytest.mark.parametrize("name", [".out.new", ".out.old"])
+def test_a_neighbour_that_is_a_link_is_never_followed(folder, name):
+    write(folder)
+    elsewhere = folder.parent / "elsewhere"
+    write(elsewhere)
+    (elsewhere / "moe_offload.replaced").write_text("")
+    (folder.parent / name).symlink_to(elsewhere, target_is_directory=True)
+    with pytest.raises(CheckpointError, match=rf"{name} is in the way"):
+        write(folder, OTHER, overwrite=True)
+    recover(folder, MARKS)
+    assert names(elsewhere) == [*COMPLETE[:2], "moe_offload.replaced", "weights"]
+    assert (folder / "weights").read_text() == str(RECIPE)
+
+
+def test_a_folder_with_half_a_download_in_it_is_not_empty(folder):
+    folder.mkdir()
+    (folder / "film.mkv.partial").write_text("half")
+    in_place = Marks(first=MARKS.first, last=MARKS.last)
+    with pytest.raises(CheckpointError, match=r"is not empty \(it has film\.mkv\.partial\)"):
+        write_in_place(folder, in_place)
+    assert names(folder) == ["film.mkv.partial"]
+
+
+def test_saving_into_a_folder_of_others_leaves_their_half_written_files(folder):
+    folder.mkdir()
+    (folder / "film.mkv.partial").write_text("half")
+    (folder / "moe_offload-1.partial").write_text("half")
+    with replacing(folder, RECIPE, Marks(first="moe_offload.json", last="moe_offload.index", prefix="moe_offload")):
+        pass
+    assert names(folder) == ["film.mkv.partial", "moe_offload.json"]
+
+
+@pytest.mark.parametrize("code", [errno.EBADF, errno.ENOLCK, errno.EOPNOTSUPP])
+def test_a_file_system_without_locks_is_written_to_with_a_warning(folder, monkeypatch, caplog, code):
+    def refuse(descriptor, operation):
+        raise OSError(code, os.strerror(code))
+
+    monkeypatch.setattr(fcntl, "flock", refuse)
+    write(folder)
+    assert names(folder) == COMPLETE
+    assert "cannot be locked" in caplog.text
+
+
+def test_a_temporary_name_that_is_a_link_is_not_written_through(folder):
+    folder.mkdir()
+    victim = folder / "victim"
+    victim.write_text("mine")
+    for name in ("text", "tensors"):
+        (folder / f"{name}{PARTIAL}").symlink_to(victim)
+    write_text(folder / "text", "written")
+    with SafetensorsWriter(folder / "tensors", [FieldSpec("one", (1,), "float32")]) as writer:
+        writer.write("one", torch.zeros(1))
+    assert victim.read_text() == "mine"
+    assert names(folder) == ["tensors", "text", "victim"]
+
+
+def write_in_place(folder, marks) -> None:
+    with place_for(folder, RECIPE, marks) as place:
+        (place / marks.last).write_text("{}")
+
+
+@pytest.mark.parametrize("name", [".out.new", ".out.old"])
+def test_an_empty_neighbour_is_used(folder, name):
+    (folder.parent / name).mkdir()
+    write(folder)
+    assert names(folder.parent) == ["out"]

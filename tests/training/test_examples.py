@@ -1,6 +1,7 @@
-"""Each example lowers the loss on text that it was not trained on."""
+"""Each example lowers the loss on text that it was not trained on, and writes to a folder of its own."""
 
 import random
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -31,3 +32,14 @@ def test_an_example_lowers_held_out_loss_and_writes_what_it_says(name, written, 
     assert "held-out loss" in done.stdout
     assert (tmp_path / "out" / written).is_file()
     assert (tmp_path / "out" / "loss.png").is_file()
+
+
+def test_no_two_examples_write_to_one_folder_and_none_beside_what_another_has_written(tmp_path):
+    sources = [file.read_text(encoding="utf-8") for file in sorted(EXAMPLES.glob("finetune_*.py"))]
+    written = [re.search(r'output="([\w-]+)", kind="(\w+)"', source).groups() for source in sources]
+    assert len({folder for folder, _ in written}) == len(written) == 3
+    (tmp_path / "config.json").write_text("{}")
+    command = [sys.executable, str(EXAMPLES / "finetune_experts_lora.py"), "--output", str(tmp_path)]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 2
+    assert "holds model files, which would be loaded together with this adapter" in done.stderr

@@ -27,9 +27,10 @@ from transformers_moe_offload.build.plan import BuildPlan, plan_build
 from transformers_moe_offload.build.publish import publish
 from transformers_moe_offload.build.recipe import Expert, MoeRecipe
 from transformers_moe_offload.build.sources import Source, open_source
-from transformers_moe_offload.build.sources.tokenizer import is_tokenizer_file, tokenizer_files
+from transformers_moe_offload.build.sources.tokenizer import tokenizer_files
 from transformers_moe_offload.build.tokenizer import tokenizer_for
 from transformers_moe_offload.errors import RecipeError
+from transformers_moe_offload.hub.companions import is_tokenizer_file, published
 from transformers_moe_offload.hub.upload import expect_pushable
 from transformers_moe_offload.output.place import expect_place
 
@@ -141,10 +142,10 @@ def _channels(plan: BuildPlan, device: str) -> Channels | None:
 
 
 def _companions(plan: BuildPlan, *, token: str | None, local_files_only: bool) -> dict[str, bytes]:
-    """Small files that go along, byte for byte: the tokenizer, its chat template, generation settings, licences."""
+    """Small files that go along: the tokenizer, its chat template, generation settings, licences."""
     files = {file.name: file for file in plan.base.companions}
     if plan.recipe.tokenizer is not None:
         theirs = tokenizer_files(plan.recipe.tokenizer, token=token, local_files_only=local_files_only)
         files = {name: file for name, file in files.items() if not is_tokenizer_file(name)}
         files |= {file.name: file for file in theirs}
-    return {name: file.read_bytes() for name, file in files.items()}
+    return {name: published(file) for name, file in files.items()}

@@ -10,8 +10,8 @@ from transformers import AutoTokenizer
 from transformers_moe_offload.build.gates.drawn import DRAWN
 from transformers_moe_offload.build.recipe import MoeRecipe
 from transformers_moe_offload.build.sources import Source
-from transformers_moe_offload.build.sources.tokenizer import is_tokenizer_file
 from transformers_moe_offload.errors import CheckpointError
+from transformers_moe_offload.hub.companions import is_tokenizer_file
 
 
 def tokenizer_for(recipe: MoeRecipe, base: Source) -> Any:

@@ -26,7 +26,7 @@ from transformers_moe_offload.hf.delegates.methods import DELEGATED, refusal
 from transformers_moe_offload.hf.delegates.quantizer import delegating
 from transformers_moe_offload.hf.quantizer import MoeOffloadQuantizer, asked_for, to_save
 from transformers_moe_offload.hf.runtime import OffloadRuntime
-from transformers_moe_offload.hf.saving import save_quantized
+from transformers_moe_offload.hf.saving import expect_no_adapter, save_quantized
 from transformers_moe_offload.hf.upstream import (
     AUTO_QUANTIZATION_CONFIG_MAPPING,
     AUTO_QUANTIZER_MAPPING,
@@ -135,7 +135,8 @@ def _take_out_of_config(kwargs: dict[str, Any]) -> OffloadConfig | None:
 
 
 def _saving_offloaded(plain: Any) -> Any:
-    """Wrap `save_pretrained` so that quantized weights are saved as they are, and others with those that are given."""
+    """Wrap `save_pretrained` so that quantized weights are saved as they are, others with those that are given, and
+    neither beside an adapter."""
 
     @functools.wraps(plain)
     def save_pretrained(self: Any, save_directory: Any, *args: Any, **kwargs: Any) -> Any:
@@ -143,6 +144,8 @@ def _saving_offloaded(plain: Any) -> Any:
         if not isinstance(runtime, OffloadRuntime):
             return plain(self, save_directory, *args, **kwargs)
         options = inspect.signature(plain).bind(self, save_directory, *args, **kwargs).arguments
+        if not has_peft_adapter(self):
+            expect_no_adapter(Path(save_directory))
         is_quantized = runtime.is_quantized and not has_peft_adapter(self)
         refuse_on_save(options, is_quantized=is_quantized)
         if not is_quantized:

@@ -5,15 +5,22 @@ A complete checkpoint that is already in the folder is replaced as a whole, once
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 from torch import Tensor
+from transformers.utils import (
+    ADAPTER_CONFIG_NAME,
+    SAFE_WEIGHTS_INDEX_NAME,
+    SAFE_WEIGHTS_NAME,
+    WEIGHTS_INDEX_NAME,
+    WEIGHTS_NAME,
+)
 
 from transformers_moe_offload.config.budget import Budget
-from transformers_moe_offload.errors import ConfigError
+from transformers_moe_offload.errors import CheckpointError, ConfigError
 from transformers_moe_offload.expert import FieldSpec
 from transformers_moe_offload.formats.by_expert import LayerCodings
 from transformers_moe_offload.formats.coding import ExpertCoding
@@ -37,6 +44,23 @@ from transformers_moe_offload.output.place import replacing
 from transformers_moe_offload.output.shards import MAX_SHARD_BYTES, Content
 from transformers_moe_offload.output.text import as_json
 
+_OTHERS = (ADAPTER_CONFIG_NAME, SAFE_WEIGHTS_NAME, SAFE_WEIGHTS_INDEX_NAME, WEIGHTS_NAME, WEIGHTS_INDEX_NAME)
+"""Files by which Transformers finds weights that are not in a prebuilt checkpoint."""
+
+
+def expect_no_adapter(folder: Path) -> None:
+    """Raise `CheckpointError` where a model would be loaded with an adapter that was in the folder before."""
+    _expect_none_of(folder, (ADAPTER_CONFIG_NAME,))
+
+
+def _expect_none_of(folder: Path, names: Sequence[str]) -> None:
+    found = [name for name in names if (folder / name).is_file()]
+    if found:
+        raise CheckpointError(
+            f"{folder} has {found[0]}, which belongs to something else and would be loaded together with what is "
+            f"saved there; save to a folder of its own, or remove what is in this one"
+        )
+
 
 def save_quantized(
     model: Any,
@@ -51,6 +75,7 @@ def save_quantized(
     `ConfigError` for other names, and for a size that is none.
     """
     runtime: OffloadRuntime = model.moe_offload
+    _expect_none_of(folder, _OTHERS)
     recipe = runtime.config.recipe()
     own = model.state_dict()
     state_dict = own if state_dict is None else state_dict

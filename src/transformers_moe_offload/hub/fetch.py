@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from fnmatch import fnmatch
 from pathlib import Path
 from typing import Any
 
@@ -12,10 +11,7 @@ from huggingface_hub import snapshot_download
 
 from transformers_moe_offload.errors import CheckpointError
 from transformers_moe_offload.hf.upstream import resolved_checkpoint_files
-
-_COMPANIONS = ("*.json", "*.jinja", "*.txt", "*.model", "*.tiktoken", "LICENSE*", "LICENCE*", "NOTICE*")
-_NOT_COMPANIONS = ("config.json", "*.index.json", "adapter_config.json", "moe_offload*")
-_CARD = "README.md"
+from transformers_moe_offload.hub.companions import CARD, COMPANIONS, companions_in, files_in
 
 
 @dataclass(frozen=True)
@@ -29,7 +25,8 @@ class Fetched:
     folder: Path
     weights: tuple[Path, ...]
     companions: tuple[Path, ...]
-    """Tokenizer, generation settings, licence: what goes with the model whatever its weights are stored as."""
+    """Tokenizer, generation settings, licence: what goes with the model whatever its weights are stored as, see
+    `companions.py`; copied by `published`."""
     card: Path | None
 
 
@@ -53,21 +50,13 @@ def fetch(name: str, config: Any, options: Mapping[str, Any]) -> Fetched:
 def fetch_small(name: str, options: Mapping[str, Any]) -> Fetched:
     """The same without weights."""
     is_local = Path(name).is_dir()
-    patterns = [*_COMPANIONS, _CARD]
+    patterns = [*COMPANIONS, CARD, "*.index.json"]  # which files hold the weights is seen from an index
     folder = Path(name) if is_local else Path(snapshot_download(name, allow_patterns=patterns, **options))
-    companions = [
-        file
-        for file in sorted(folder.iterdir())
-        if file.is_file()
-        and any(fnmatch(file.name, pattern) for pattern in _COMPANIONS)
-        and not any(fnmatch(file.name, pattern) for pattern in _NOT_COMPANIONS)
-    ]
-    card = folder / _CARD
     return Fetched(
         folder.resolve().name if is_local else name,
         None if is_local else folder.name,
         folder,
         (),
-        tuple(companions),
-        card if card.is_file() else None,
+        tuple(companions_in(folder)),
+        next(iter(files_in(folder, (CARD,))), None),
     )

@@ -17,6 +17,7 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from types import TracebackType
+from typing import BinaryIO
 
 import torch
 from torch import Tensor
@@ -74,7 +75,7 @@ class SafetensorsWriter:
                 raise CheckpointError(
                     f"{self.path} takes {self.nbytes:,} bytes, but {free:,} are free; free some, or write elsewhere"
                 )
-            self._stream = self._partial.open("wb")
+            self._stream = new_file(self._partial)
             _reserve(self._stream.fileno(), self.nbytes)
         return self
 
@@ -147,7 +148,7 @@ def write_bytes(path: Path, content: bytes) -> None:
     """The same for what is not text."""
     partial = path.with_name(path.name + PARTIAL)
     try:
-        with partial.open("wb") as stream:
+        with new_file(partial) as stream:
             stream.write(content)
             stream.flush()
             os.fsync(stream.fileno())
@@ -159,6 +160,15 @@ def write_bytes(path: Path, content: bytes) -> None:
             f"cannot write {path}: {error.strerror}; it takes {len(content):,} bytes, and "
             f"{_free_bytes(path.parent):,} are free"
         ) from error
+
+
+def new_file(path: Path) -> BinaryIO:
+    """An empty file, to be written to, in place of what had this name; a link that had it is not written through.
+
+    Names of temporary files can be guessed, and folders shared.
+    """
+    path.unlink(missing_ok=True)
+    return path.open("xb")
 
 
 def sync_folder(folder: Path) -> None:

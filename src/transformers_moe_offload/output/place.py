@@ -2,13 +2,16 @@
 
 One file is the first in the folder and says by which recipe it is written, another is the last (`Marks`), so that a
 folder tells what it is: nothing of ours, a checkpoint in the making, or a complete one. A complete one is only ever
-replaced as a whole: the new one is written beside it, and the two change places at the end. Which weight files an
-earlier attempt has finished is in `shards.py`.
+replaced as a whole: the new one is written beside it, in `.NAME.new`, and the two change places at the end, the old
+one waiting in `.NAME.old` for its removal. Both carry a mark; what stands there without one, or is a link, is not ours
+and is never changed. Which weight files an earlier attempt has finished is in `shards.py`.
 """
 
 from __future__ import annotations
 
+import errno
 import json
+import logging
 import os
 import shutil
 from collections.abc import Collection, Iterator, Mapping
@@ -25,6 +28,15 @@ try:
     import fcntl
 except ImportError:  # Windows
     fcntl = None  # type: ignore[assignment]
+
+logger = logging.getLogger(__name__)
+
+_REPLACED = "moe_offload.replaced"
+"""The file that says of a folder `.NAME.old` that it is ours."""
+_CONTENT = "checkpoint"
+"""What the checkpoint in there is called."""
+_NO_LOCKS = {errno.EBADF, errno.EINVAL, errno.ENOLCK, errno.ENOSYS, errno.ENOTSUP, errno.EOPNOTSUPP}
+"""What systems of files without locks on folders answer; EBADF is Linux's NFS, which locks what is open for writing."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -99,7 +111,9 @@ def replacing(
     """
     folder = Path(os.path.realpath(folder))
     recover(folder, marks)
-    if not is_complete(folder, marks):
+    if is_complete(folder, marks):
+        _expect_no_strangers_beside(folder, marks)
+    else:
         (folder / marks.first).unlink(missing_ok=True)  # of an attempt that left nothing of use
         with _claimed(folder, recipe, marks, _Left.SHARED):
             yield folder
@@ -115,14 +129,17 @@ def _change_places(folder: Path) -> None:
     """Put the checkpoint that was written beside the folder in its place, and remove what was there."""
     try:
         if folder.exists():
-            folder.rename(_before(folder))
+            before = _before(folder)
+            before.mkdir(exist_ok=True)
+            write_text(before / _REPLACED, "")
+            folder.rename(before / _CONTENT)
         _beside(folder).rename(folder)
         sync_folder(folder.parent)
     except OSError as error:
         raise CheckpointError(
             f"the checkpoint is complete in {_beside(folder)}, but cannot be moved to {folder}: {error.strerror}"
         ) from error
-    shutil.rmtree(_before(folder), ignore_errors=True)  # what cannot be removed now is by the next attempt
+    _remove_replaced(folder)
 
 
 def _bring_along(folder: Path, beside: Path, prefix: str, without: Collection[str]) -> None:
@@ -153,7 +170,9 @@ def expect_place(folder: Path, marks: Marks, *, overwrite: bool = False) -> None
         raise CheckpointError(f"{folder} is a file; name a folder to write to")
     is_ours = is_complete(folder, marks) or marks.is_in_place
     if folder.is_dir() and not (is_ours and _read_recipe(folder, marks) is not None):
-        _expect_empty(folder)
+        _expect_empty(folder, marks)
+    if is_complete(folder, marks) or not marks.is_in_place:
+        _expect_no_strangers_beside(folder, marks)
     if is_complete(folder, marks) and not overwrite:
         raise CheckpointError(
             f"{folder} holds a complete checkpoint; choose another folder, or pass --overwrite to replace it"
@@ -163,13 +182,38 @@ def expect_place(folder: Path, marks: Marks, *, overwrite: bool = False) -> None
 def recover(folder: Path, marks: Marks) -> None:
     """Finish or take back a change of places that was interrupted."""
     beside, before = _beside(folder), _before(folder)
-    if not before.exists():
+    if not (before.exists() and _is_ours(before, _REPLACED)):
         return
-    if folder.exists():
-        shutil.rmtree(before)
-    else:
-        (beside if is_complete(beside, marks) else before).rename(folder)
-        recover(folder, marks)
+    if not folder.exists() and (before / _CONTENT).exists():
+        is_written = _is_ours(beside, marks.first) and is_complete(beside, marks)
+        (beside if is_written else before / _CONTENT).rename(folder)
+    _remove_replaced(folder)
+
+
+def _remove_replaced(folder: Path) -> None:
+    """Remove the checkpoint that was replaced, its mark last; what cannot be removed now is by the next attempt."""
+    before = _before(folder)
+    shutil.rmtree(before / _CONTENT, ignore_errors=True)
+    if not (before / _CONTENT).exists():
+        shutil.rmtree(before, ignore_errors=True)
+
+
+def _is_ours(neighbour: Path, mark: str) -> bool:
+    """Whether a folder beside the place is one that this module has made: it carries our mark, or nothing yet."""
+    if neighbour.is_symlink() or not neighbour.is_dir():
+        return False
+    names = {entry.name for entry in neighbour.iterdir()}
+    return names <= {mark + PARTIAL} or ((neighbour / mark).is_file() and not (neighbour / mark).is_symlink())
+
+
+def _expect_no_strangers_beside(folder: Path, marks: Marks) -> None:
+    """Raise `CheckpointError` if what stands where we write beside the folder is not ours."""
+    for neighbour, mark in ((_beside(folder), marks.first), (_before(folder), _REPLACED)):
+        if os.path.lexists(neighbour) and not _is_ours(neighbour, mark):
+            raise CheckpointError(
+                f"{neighbour} is in the way: while {folder} is written this name is needed, and what has it was not "
+                f"made by this package; move it away, or choose another folder"
+            )
 
 
 def _beside(folder: Path) -> Path:
@@ -199,7 +243,7 @@ def _claimed(
             _expect(folder, recipe, marks)
         elif left is _Left.REMOVED or (left is _Left.USED and _read_recipe(folder, marks) != recipe):
             _empty(folder)
-        for left_over in folder.glob(f"*{PARTIAL}"):
+        for left_over in folder.glob(f"{marks.prefix if left is _Left.SHARED else ''}*{PARTIAL}"):
             left_over.unlink()
         if not (folder / marks.first).exists():
             write_text(folder / marks.first, json.dumps(recipe, indent=2, sort_keys=True) + "\n")
@@ -221,7 +265,7 @@ def _empty(folder: Path) -> None:
 
 
 def _lock(folder: Path) -> int | None:
-    """Keep other processes out until what is returned is closed, or this process dies; where the system can."""
+    """Keep other processes out until what is returned is closed, or this process dies; None where the system cannot."""
     if fcntl is None:
         return None
     lock = os.open(folder, os.O_RDONLY)
@@ -232,6 +276,12 @@ def _lock(folder: Path) -> int | None:
         raise CheckpointError(
             f"another process is writing to {folder}; wait for it, or choose another folder"
         ) from None
+    except OSError as error:
+        os.close(lock)
+        if error.errno not in _NO_LOCKS:
+            raise
+        logger.warning("%s cannot be locked (%s); see to it that no other process writes there", folder, error.strerror)
+        return None
     return lock
 
 
@@ -239,7 +289,7 @@ def _expect(folder: Path, recipe: Mapping[str, Any], marks: Marks) -> None:
     """Raise `CheckpointError` unless the folder is empty or holds what an earlier attempt by this recipe has left."""
     found = _read_recipe(folder, marks)
     if found is None:
-        _expect_empty(folder)
+        _expect_empty(folder, marks)
     elif found != recipe:
         name, old, new = _difference(found, recipe)
         raise CheckpointError(
@@ -248,8 +298,11 @@ def _expect(folder: Path, recipe: Mapping[str, Any], marks: Marks) -> None:
         )
 
 
-def _expect_empty(folder: Path) -> None:
-    others = sorted(file.name for file in folder.iterdir() if not file.name.endswith(PARTIAL))
+def _expect_empty(folder: Path, marks: Marks) -> None:
+    """Nothing may be there but files of ours that are half written."""
+    start = marks.prefix or marks.first
+    names = sorted(file.name for file in folder.iterdir())
+    others = [name for name in names if not (name.startswith(start) and name.endswith(PARTIAL))]
     if others:
         raise CheckpointError(
             f"{folder} is not empty (it has {', '.join(others[:3])}{', ...' if len(others) > 3 else ''}) and holds "

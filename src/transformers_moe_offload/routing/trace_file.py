@@ -24,6 +24,7 @@ from numpy.typing import NDArray
 from safetensors import SafetensorError
 from safetensors.numpy import save_file
 
+from transformers_moe_offload.memory.safetensors_writer import new_file
 from transformers_moe_offload.tracing.trace_file import TraceError, expect_table, quoted, reading_trace, refuse
 
 FORMAT = 1
@@ -217,6 +218,7 @@ def _write(path: Path, write: Any) -> None:
     unfinished = path.with_name(f".{path.name}.{os.getpid()}")
     try:
         try:
+            new_file(unfinished).close()
             write(unfinished)
             unfinished.replace(path)
         finally:

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from transformers_moe_offload.memory.safetensors_writer import new_file
 from transformers_moe_offload.notebook import html_table
 from transformers_moe_offload.tracing.trace_file import TraceError
 
@@ -63,7 +64,8 @@ def save_page(page: str, path: str | os.PathLike[str]) -> None:
     unfinished = path.with_name(f".{path.name}.{os.getpid()}")
     try:
         try:
-            unfinished.write_text(page, encoding="utf-8")
+            with new_file(unfinished) as file:
+                file.write(page.encode())
             unfinished.replace(path)
         finally:
             unfinished.unlink(missing_ok=True)

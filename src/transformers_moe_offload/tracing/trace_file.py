@@ -25,6 +25,7 @@ from numpy.lib import format as npy
 from numpy.typing import NDArray
 
 from transformers_moe_offload.errors import MoeOffloadError
+from transformers_moe_offload.memory.safetensors_writer import new_file
 
 FORMAT = 1
 """Version of the file; a reader refuses those it does not know."""
@@ -112,7 +113,7 @@ def write_arrays(path: Path, arrays: Arrays) -> None:
     unfinished = path.with_name(f".{path.name}.{os.getpid()}")
     try:
         try:
-            with unfinished.open("wb") as file:
+            with new_file(unfinished) as file:
                 np.savez_compressed(file, allow_pickle=False, **arrays)
             if sum(array.nbytes for array in arrays.values()) > 0.9 * _most_bytes(unfinished.stat().st_size):
                 with unfinished.open("wb") as file:  # a reader would take it for a bomb

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from copy import deepcopy
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from torch import nn
@@ -13,6 +14,7 @@ from transformers_moe_offload.hf.adapters.stand_ins import is_adaptable
 from transformers_moe_offload.hf.discover import find_experts
 from transformers_moe_offload.hf.layer import OffloadedExperts, layer_of
 from transformers_moe_offload.hf.runtime import runtime_of
+from transformers_moe_offload.hf.saving import expect_no_adapter
 from transformers_moe_offload.training.parts import attention, experts_paths, router_paths
 
 if TYPE_CHECKING:
@@ -27,7 +29,10 @@ def lora_config(
     `options` are LoraConfig's. The config names things as they are in the plain model, so it is good for both, and so
     is the adapter.
     """
-    from peft import LoraConfig
+    try:
+        from peft import LoraConfig
+    except ImportError as error:
+        raise ConfigError("LoRA needs peft; run: pip install 'transformers-moe-offload[adapters]'") from error
 
     found: dict[str, Any] = {
         "target_parameters": _expert_fields(model) if experts else None,
@@ -49,6 +54,7 @@ def save_merged(model: Any, folder: str | os.PathLike[str], **options: Any) -> N
     bits without changing it. Needs memory for the whole plain model.
     """
     runtime_of(model)  # says what is wrong with one that is not offloaded
+    expect_no_adapter(Path(folder))
     twin = deepcopy(model)
     runtime_of(twin).restore()
     twin.merge_and_unload().save_pretrained(folder, **options)

@@ -1,5 +1,8 @@
 """A recipe for a mixture of adapters becomes a folder that loads, whose adapters are the files they were."""
 
+import os
+import subprocess
+import sys
 from dataclasses import replace
 from pathlib import Path
 
@@ -222,3 +225,28 @@ def test_an_adapter_of_another_model_is_refused(dense, tmp_path):
 def test_who_builds_adapters_with_the_function_for_other_kinds_is_told_which_one_does(build, dense, adapters):
     with pytest.raises(RecipeError, match="built by build_adapter_moe"):
         build(recipe(dense, adapters))
+
+
+LOADED_WITHOUT_THE_PACKAGE = """
+import sys
+sys.modules["transformers_moe_offload"] = None  # importing it raises ModuleNotFoundError
+import torch
+from transformers import AutoModelForCausalLM
+model = AutoModelForCausalLM.from_pretrained(sys.argv[1], trust_remote_code=True)
+with torch.no_grad():
+    torch.save(model(torch.arange(8)[None]).logits, sys.argv[2])
+"""
+
+
+def test_what_is_built_loads_where_the_package_is_missing(dense, adapters, tmp_path):
+    build_adapter_moe(recipe(dense, adapters), tmp_path / "mixture")
+    done = subprocess.run(
+        [sys.executable, "-c", LOADED_WITHOUT_THE_PACKAGE, tmp_path / "mixture", tmp_path / "logits.pt"],
+        env=os.environ | {"HF_HOME": str(tmp_path / "cache"), "HF_HUB_OFFLINE": "1"},
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stderr
+    with torch.no_grad():
+        expected = AutoModelForCausalLM.from_pretrained(tmp_path / "mixture")(torch.arange(8)[None]).logits
+    assert torch.equal(torch.load(tmp_path / "logits.pt"), expected)

@@ -193,7 +193,9 @@ def test_an_overwriting_by_a_recipe_that_was_given_up_leaves_no_trace(tmp_path, 
 def test_a_change_of_places_that_was_cut_short_is_finished(tmp_path, expected):
     write(tmp_path / "folder", recipe=OTHER_RECIPE)
     write(tmp_path / "new")
-    (tmp_path / "folder").rename(tmp_path / ".folder.old")
+    (tmp_path / ".folder.old").mkdir()
+    (tmp_path / ".folder.old" / "moe_offload.replaced").write_text("")
+    (tmp_path / "folder").rename(tmp_path / ".folder.old" / "checkpoint")
     (tmp_path / "new").rename(tmp_path / ".folder.new")
     with pytest.raises(CheckpointError, match="holds a complete checkpoint"):
         write(tmp_path / "folder")

@@ -27,6 +27,7 @@ from transformers_moe_offload.build.recipe.gate import BAKED
 from transformers_moe_offload.build.sources import AdapterSource, Ancestor, CheckpointSource
 from transformers_moe_offload.build.sources.checkpoint import as_saved, specs_of
 from transformers_moe_offload.errors import CheckpointError, RecipeError
+from transformers_moe_offload.hub.companions import published
 from transformers_moe_offload.hub.fetch import fetch
 from transformers_moe_offload.memory.field_source import read_stored
 from transformers_moe_offload.memory.safetensors_index import StoredTensor, read_index
@@ -85,7 +86,7 @@ def bake_adapters(
     # What all the adapters' licences come to is in the mixture's card.
     verdict = judged([licence_of(base.name, base.card)], recipe.checks.licence)
     plan = replace(plan, licence=verdict, warnings=(*plan.warnings, *verdict.warnings))
-    companions = {file.name: file.read_bytes() for file in base.companions}
+    companions = {file.name: published(file) for file in base.companions}
     fitted = Fitted(replace(recipe.gate, scale=1.0), plan.mixture.names, (), plan.container.scores)
     for layer, path in plan.ffn.items():
         fitted.add(layer, read_stored(routers[path + _ROUTER]).float() / config.temperature)

@@ -27,6 +27,7 @@ from transformers_moe_offload.build.layout import on_meta
 from transformers_moe_offload.build.publish import publish
 from transformers_moe_offload.build.recipe import MoeRecipe
 from transformers_moe_offload.hf.upstream import custom_object_save
+from transformers_moe_offload.hub.companions import published
 from transformers_moe_offload.hub.upload import expect_pushable
 from transformers_moe_offload.memory.record import torch_dtype
 from transformers_moe_offload.memory.safetensors_writer import write_bytes, write_text
@@ -118,9 +119,10 @@ def build_adapter_moe(
         if len(shards) > 1:
             write_text(place / SAFE_WEIGHTS_INDEX_NAME, as_json(index_of(shards)))
         for file in plan.base.companions:
-            write_bytes(place / file.name, file.read_bytes())
+            write_bytes(place / file.name, published(file))
         # The classes themselves, for those who do not have the package.
-        custom_object_save(on_meta(plan.config), place, config=plan.config)
+        for own in (plan.config, on_meta(plan.config)):
+            custom_object_save(own, place, config=plan.config)
         write_text(place / CONFIG_NAME, plan.config.to_json_string())
         info = AdapterMoeInfo(
             folder=folder,
@@ -160,7 +162,7 @@ def _copy_adapters(plan: AdapterPlan, place: Path, done: Advance) -> None:
         target = place / folders.FOLDER / adapter.name
         target.mkdir(parents=True, exist_ok=True)
         for name in (folders.WEIGHTS_NAME, folders.CONFIG_NAME):
-            write_bytes(target / name, (adapter.folder.folder / name).read_bytes())
+            write_bytes(target / name, published(adapter.folder.folder / name))
         done(adapter.folder.weights.stat().st_size)
 
 

@@ -157,7 +157,8 @@ def _config(recipe: MoeRecipe, base: Source, adapters: Sequence[Adapter]) -> Ada
             ranks[path] = max(rank, ranks.get(path, 0))
     try:
         return AdapterMoeConfig(
-            text_config=base.config.to_dict(),
+            # Without the folder that it was read from, which of a config inside of another would be written.
+            text_config={key: value for key, value in base.config.to_dict().items() if key != "_name_or_path"},
             adapters=[adapter.name for adapter in adapters],
             target_modules=sorted({path.rpartition(".")[2] for path in ranks}),
             rank=max(ranks.values()),

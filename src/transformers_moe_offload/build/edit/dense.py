@@ -23,6 +23,7 @@ from transformers_moe_offload.build.layout import layout_of
 from transformers_moe_offload.build.targets import Container, Matrix
 from transformers_moe_offload.errors import RecipeError, UnsupportedModelError
 from transformers_moe_offload.expert import FieldSpec
+from transformers_moe_offload.hub.companions import companions_in, published
 from transformers_moe_offload.memory.record import torch_dtype
 from transformers_moe_offload.memory.safetensors_writer import write_bytes, write_text
 from transformers_moe_offload.output.place import place_for
@@ -77,9 +78,8 @@ def merge_to_dense(
         fill_shards(place, shards, write_contents, lambda nbytes: None, resumes=True)
         if len(shards) > 1:
             write_text(place / SAFE_WEIGHTS_INDEX_NAME, as_json(index_of(shards)))
-        for file in anatomy.folder.iterdir():
-            if file.name.startswith(("tokenizer", "generation_config", "chat_template", "special_tokens", "vocab")):
-                write_bytes(place / file.name, file.read_bytes())
+        for file in companions_in(anatomy.folder):
+            write_bytes(place / file.name, published(file))
         write_text(place / CONFIG_NAME, config.to_json_string())
     return Path(out)
 

@@ -21,11 +21,13 @@ from transformers.utils import CONFIG_NAME, SAFE_WEIGHTS_INDEX_NAME
 
 from transformers_moe_offload.build.edit.anatomy import Anatomy, blocks_of, parameters_of
 from transformers_moe_offload.build.folder import MARKS, RECIPE_NAME, without_places
+from transformers_moe_offload.build.gates.statistics import STATISTICS_NAME
 from transformers_moe_offload.build.info import INFO_NAME
 from transformers_moe_offload.expert import FieldSpec
+from transformers_moe_offload.hub.companions import companions_in, published
 from transformers_moe_offload.memory.field_source import FieldSource
 from transformers_moe_offload.memory.safetensors_index import StoredTensor
-from transformers_moe_offload.memory.safetensors_writer import write_text
+from transformers_moe_offload.memory.safetensors_writer import write_bytes, write_text
 from transformers_moe_offload.output.place import place_for, replacing
 from transformers_moe_offload.output.shards import (
     Content,
@@ -92,7 +94,8 @@ def carried_out(anatomy: Anatomy, edit: Edit, out: Path | None) -> Iterator[Path
         _write_notes(anatomy, edit, shards, place)
         yield place
         if out is not None:
-            _copy_rest(anatomy.folder, place, {shard.name for shard in changed}, without)
+            unchanged = {shard.name for shard in shards} - {shard.name for shard in changed}
+            _copy_rest(anatomy.folder, place, unchanged | ({STATISTICS_NAME} - {*without}))
         write_text(place / CONFIG_NAME, as_json(dict(edit.config)))
 
 
@@ -159,9 +162,10 @@ def _write_notes(anatomy: Anatomy, edit: Edit, shards: Sequence[Shard[Any]], pla
         write_text(place / CARD_NAME, f"{text}{heading}\n{note}\n")
 
 
-def _copy_rest(source: Path, place: Path, changed: set[str], without: Sequence[str]) -> None:
-    """What stays as it is, into another folder."""
-    for file in source.iterdir():
-        is_ours = file.name.startswith(MARKS.prefix) or file.name in (CONFIG_NAME, *changed, *without)
-        if file.is_file() and not is_ours and not (place / file.name).exists():
-            shutil.copy2(file, place / file.name)
+def _copy_rest(source: Path, place: Path, weights: set[str]) -> None:
+    """What stays as it is, into another folder: files with weights, and what goes along with a model."""
+    for name in weights:
+        if (source / name).is_file() and not (place / name).exists():
+            shutil.copyfile(source / name, place / name)
+    for file in companions_in(source):
+        write_bytes(place / file.name, published(file))

@@ -1,24 +1,14 @@
-"""The files of a tokenizer, which go along byte for byte: what loads and saves one changes its settings."""
+"""The files of a tokenizer, which go along as they are: what loads and saves one changes its settings."""
 
 from __future__ import annotations
 
-from fnmatch import fnmatch
 from pathlib import Path
 
 from huggingface_hub import snapshot_download
 from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
 
 from transformers_moe_offload.errors import CheckpointError
-
-_FILES = (
-    "tokenizer*", "special_tokens_map.json", "added_tokens.json", "vocab*", "merges.txt", "chat_template*", "*.model",
-    "*.tiktoken",
-)  # fmt: skip
-
-
-def is_tokenizer_file(name: str) -> bool:
-    """Whether a file belongs to a tokenizer."""
-    return any(fnmatch(name, pattern) for pattern in _FILES)
+from transformers_moe_offload.hub.companions import TOKENIZER_FILES, files_in
 
 
 def tokenizer_files(name: str, *, token: str | None = None, local_files_only: bool = False) -> list[Path]:
@@ -31,14 +21,14 @@ def tokenizer_files(name: str, *, token: str | None = None, local_files_only: bo
                 snapshot_download(
                     repo,
                     revision=revision or None,
-                    allow_patterns=list(_FILES),
+                    allow_patterns=list(TOKENIZER_FILES),
                     token=token,
                     local_files_only=local_files_only,
                 )
             )
         except (HfHubHTTPError, LocalEntryNotFoundError, OSError, ValueError) as error:
             raise CheckpointError(f"cannot read the tokenizer {name}: {' '.join(str(error).split())}") from error
-    files = [file for file in sorted(folder.iterdir()) if file.is_file() and is_tokenizer_file(file.name)]
+    files = files_in(folder, TOKENIZER_FILES)
     if not files:
         raise CheckpointError(f"{name} has no tokenizer; set tokenizer to a model that has one, or leave it out")
     return files

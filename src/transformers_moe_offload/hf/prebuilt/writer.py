@@ -20,6 +20,7 @@ from torch import Tensor
 from transformers.utils.logging import tqdm
 
 from transformers_moe_offload.hf.prebuilt.layout import GUARD, INDEX_NAME, MARKS, Contents, LayerContent, shards_of
+from transformers_moe_offload.hub.companions import published
 from transformers_moe_offload.memory.checksum import checksum
 from transformers_moe_offload.memory.record import host_bytes
 from transformers_moe_offload.memory.safetensors_writer import SafetensorsWriter, write_bytes, write_text
@@ -47,7 +48,7 @@ class Prebuilt:
     texts: Mapping[str, str]
     """Small files by name: `config.json`, `README.md`."""
     copies: Sequence[Path] = field(default_factory=tuple)
-    """Small files that are copied as they are: the tokenizer's."""
+    """Small files that go along: the tokenizer's."""
 
     def shards(self) -> list[Shard[Contents]]:
         """The weight files."""
@@ -72,7 +73,7 @@ def write_prebuilt(
         expect_room(place, shards, "write elsewhere, or use fewer bits")
         write_shards(place, shards, resumes=True, workers=workers, advance=advance)
         for source in content.copies:
-            write_bytes(place / source.name, source.read_bytes())
+            write_bytes(place / source.name, published(source))
         for name, text in content.texts.items():
             write_text(place / name, text)
         finish(place, shards)

@@ -1,0 +1,108 @@
+"""The small files that go along with a model's weights: tokenizer, processors, generation settings, licence.
+
+Whatever else is in a folder stays there, and a link that leads out of it is not followed: what is written from these
+files is made to be published. `fetch.py` finds the weights beside them.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Iterable, Iterator
+from fnmatch import fnmatchcase
+from pathlib import Path
+from typing import Any
+
+from transformers_moe_offload.errors import CheckpointError
+
+CARD = "README.md"
+
+TOKENIZER_FILES = (
+    "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "chat_template.jinja",
+    "chat_template.json",
+    # Vocabularies: what the tokenizers of Transformers 5.24 call them (`VOCAB_FILES_NAMES`), and Mistral's.
+    "vocab.json", "vocab.txt", "merges.txt", "tokenizer.model", "tokenizer.model.v*", "tekken.json", "*.tiktoken",
+    "spiece.model", "sentencepiece.model", "sentencepiece.bpe.model", "spm.model", "spm_char.model", "source.spm",
+    "target.spm", "dict.txt", "emoji.json", "byte_maps.json", "entity_vocab.json", "prophetnet.tokenizer", "bpe.codes",
+    "vocab-src.json", "vocab-tgt.json", "target_vocab.json", "normalizer.json", "word_shape.json",
+    "word_pronunciation.json",
+)  # fmt: skip
+OTHER_FILES = (
+    "generation_config.json", "preprocessor_config.json", "processor_config.json", "video_preprocessor_config.json",
+    "audio_tokenizer_config.json", "LICENSE*", "LICENCE*", "NOTICE*", "USE_POLICY*",
+)  # fmt: skip
+COMPANIONS = (*TOKENIZER_FILES, *OTHER_FILES)
+
+_HUB_ID = re.compile(r"[\w.-]+(/[\w.-]+)?")
+_PLACES = (
+    "name_or_path", "_name_or_path", "base_model_name_or_path", "tokenizer_file", "vocab_file", "merges_file",
+    "special_tokens_map_file",
+)  # fmt: skip
+"""Settings in which libraries leave the place that something was loaded from."""
+
+
+def is_tokenizer_file(name: str) -> bool:
+    """Whether a file belongs to a tokenizer."""
+    return _matches(name, TOKENIZER_FILES)
+
+
+def companions_in(folder: Path) -> list[Path]:
+    """The files of a folder that go along, its card not among them; raises as `files_in` does."""
+    return files_in(folder, COMPANIONS)
+
+
+def files_in(folder: Path, patterns: Iterable[str]) -> list[Path]:
+    """The files of a folder with such names, in their order.
+
+    Raises `CheckpointError` for a link that leads out of the folder, or of the Hub's cache if that is where it is.
+    """
+    return [file for file in sorted(folder.iterdir()) if _matches(file.name, patterns) and _is_inside(file)]
+
+
+def published(file: Path) -> bytes:
+    """What of such a file can be published: everything but code to run and places on this machine."""
+    content = file.read_bytes()
+    if not file.name.endswith("config.json"):
+        return content
+    try:
+        settings = json.loads(content)
+    except ValueError:
+        return content  # whoever needs it will say what is wrong with it
+    kept = dict(_publishable(settings)) if isinstance(settings, dict) else settings
+    return content if kept == settings else (json.dumps(kept, indent=2, ensure_ascii=False) + "\n").encode()
+
+
+def _publishable(settings: dict[str, Any]) -> Iterator[tuple[str, Any]]:
+    for key, value in settings.items():
+        # The code is not copied; with the entry, trust_remote_code=True would run whatever is elsewhere by then.
+        is_code = key == "auto_map"
+        is_place = key in _PLACES and isinstance(value, str) and _HUB_ID.fullmatch(value) is None
+        if not is_code and not is_place:
+            yield key, value
+
+
+def _matches(name: str, patterns: Iterable[str]) -> bool:
+    return any(fnmatchcase(name, pattern) for pattern in patterns)
+
+
+def _is_inside(file: Path) -> bool:
+    """Whether it is a file; raises `CheckpointError` if that lies outside of what the folder may hold."""
+    if not file.is_file():
+        return False
+    root = _root(file.parent.resolve())
+    if not file.resolve().is_relative_to(root):
+        raise CheckpointError(
+            f"{file} is a link that leads out of {root}, and what it leads to would be in what is written; put a copy "
+            f"of the file in its place, or remove the link"
+        )
+    return True
+
+
+def _root(folder: Path) -> Path:
+    """What links in a folder may lead to: the folder, or the repository's part of the Hub's cache.
+
+    Files of a snapshot, `models--org--name/snapshots/COMMIT`, are links to `models--org--name/blobs`.
+    """
+    repository = folder.parent.parent
+    is_snapshot = folder.parent.name == "snapshots" and (repository / "blobs").is_dir()
+    return repository if is_snapshot else folder
