@@ -156,7 +156,7 @@ def expect_place(folder: Path, marks: Marks, *, overwrite: bool = False) -> None
         _expect_empty(folder)
     if is_complete(folder, marks) and not overwrite:
         raise CheckpointError(
-            f"{folder} holds a complete checkpoint; choose another folder, or pass --overwrite to replace it"
+            f"{folder} holds a complete checkpoint; choose another folder, or pass overwrite=True to replace it"
         )
 
 
