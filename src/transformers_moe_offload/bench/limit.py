@@ -37,5 +37,5 @@ def is_possible(share: float) -> bool:
 
 
 def as_share(share: float, of: str = "limit") -> str:
-    """A share of a limit in per cent, for people; of an impossible one, that what it is a share of was measured wrong."""
+    """A share of a limit in per cent, for people; where it cannot be, that what it is a share of was measured wrong."""
     return f"{min(share, 1):.0%}" if is_possible(share) else f"{of} measured wrong"

@@ -1,6 +1,7 @@
 """Say what went wrong in one line on stderr and leave with exit code 2, the code that also a misspelt option has.
 
-Only errors that are meant for the user are treated so; anything else is a bug of ours and keeps its traceback.
+Only errors that are meant for the user are treated so, and what the system refuses: a full disk, a name that is too long.
+Anything else is a bug of ours and keeps its traceback.
 """
 
 from __future__ import annotations
@@ -29,10 +30,12 @@ class CommandError(MoeOffloadError):
 
 @contextmanager
 def one_line_errors(command: Any) -> Iterator[None]:
-    """End the command with one line when an error of ours comes out of the block."""
+    """End the command with one line when an error of ours comes out of the block, or a refusal of the system."""
     try:
         yield
-    except MoeOffloadError as error:
+    except BrokenPipeError:  # whoever reads the output has read enough; Typer knows
+        raise
+    except (MoeOffloadError, OSError) as error:
         report(error, command)
         raise typer.Exit(EXIT_CODE) from None
 
@@ -48,7 +51,7 @@ def reading(what: str) -> Iterator[None]:
         raise CommandError(f"{what}: {error}") from error
 
 
-def report(error: MoeOffloadError, command: Any) -> None:
+def report(error: MoeOffloadError | OSError, command: Any) -> None:
     """Print an error as one line on stderr, in the words of the command (Typer's) that it ended."""
     typer.echo(f"error: {in_option_names(' '.join(str(error).split()), command)}", err=True)
 

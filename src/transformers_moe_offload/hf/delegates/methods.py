@@ -20,7 +20,7 @@ _HQQ_CODES = ".W_q"
 
 def refusal(name: object, method: str) -> ConfigError:
     """What to raise for a checkpoint, called `name`, of a method that is not among `DELEGATED`."""
-    advice = _ADVICE.get(method, "load it without moe_offload, or use an unquantized checkpoint of the model")
+    advice = _ADVICE.get(method, "load it without offloading, or use an unquantized checkpoint of the model")
     return ConfigError(
         f"{name} is already quantized with {method!r}, whose experts cannot be offloaded (those of "
         f"{', '.join(DELEGATED)} can); {advice}"
