@@ -21,6 +21,7 @@ from models.mixtures import (
     with_peft,
     write_adapter,
 )
+from transformers_moe_offload import MoeOffloadError
 from transformers_moe_offload.models.adapter_moe import AdapterMoeConfig, AdapterMoeForCausalLM
 from transformers_moe_offload.models.adapter_moe.adapter_folders import AdapterFolder
 

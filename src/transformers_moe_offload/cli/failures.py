@@ -1,6 +1,6 @@
 """Say what went wrong in one line on stderr and leave with exit code 2, the code that also a misspelt option has.
 
-Only errors that are meant for the user are treated so, and what the system refuses: a full disk, a name that is too long.
+Only errors that are meant for the user are treated so, and what the system refuses: a full disk, a name too long.
 Anything else is a bug of ours and keeps its traceback.
 """
 

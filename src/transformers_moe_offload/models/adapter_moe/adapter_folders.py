@@ -39,7 +39,7 @@ class AdapterFolder:
 
     @classmethod
     def open(cls, folder: Path) -> AdapterFolder:
-        """Read an adapter's config; raises `AdapterMoeError` if it is no LoRA adapter, or one with more than we know."""
+        """Read an adapter's config; raises `AdapterMoeError` if it is no LoRA adapter or has more than we know."""
         try:
             config = json.loads((folder / CONFIG_NAME).read_text(encoding="utf-8"))
         except (OSError, ValueError) as error:

@@ -143,7 +143,7 @@ class RoutedBlock(nn.Module):
 
 
 def add_adapters(model: nn.Module, config: AdapterMoeConfig) -> None:
-    """Let the linear layers of a dense model that the config names be routed; raises `AdapterMoeError` if there are none."""
+    """Let the linear layers that the config names be routed; raises `AdapterMoeError` if a dense model has none."""
     linears = {
         path: module
         for path, module in model.named_modules()
