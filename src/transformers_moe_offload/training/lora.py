@@ -27,8 +27,10 @@ def lora_config(
     `options` are LoraConfig's. The config names things as they are in the plain model, so it is good for both, and so
     is the adapter.
     """
-    from peft import LoraConfig
-
+    try:
+        from peft import LoraConfig
+    except ImportError as error:
+        raise ConfigError("lora_config needs peft; run: pip install 'transformers-moe-offload[adapters]'") from error
     found: dict[str, Any] = {
         "target_parameters": _expert_fields(model) if experts else None,
         "target_modules": _attention_linears(model) if attention else [],
