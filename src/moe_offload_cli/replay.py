@@ -24,5 +24,5 @@ def replay(
 ) -> None:
     """Play a trace with each policy and size through the cache a model runs with, and print the hit rates.
 
-    The last line is Belady's oracle, which knows the future: nobody who loads nothing ahead of demand can do better.
+    The last line is Belady's oracle, which knows the future: no cache that loads on demand alone can do better.
     """
