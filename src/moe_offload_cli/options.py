@@ -51,7 +51,7 @@ Temperature = Annotated[
 TopP = Annotated[
     float | None, typer.Option(min=0.0, max=1.0, help="Sample from the likeliest tokens that make up this share.")
 ]
-Seed = Annotated[int, typer.Option(min=0, help="Seed of the sampling.")]
+Seed = Annotated[int, typer.Option(min=0, max=2**32 - 1, help="Seed of the sampling.")]  # numpy's has 32 bits
 
 # Where a checkpoint is written.
 Source = Annotated[

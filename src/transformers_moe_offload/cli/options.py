@@ -59,7 +59,7 @@ def expect_device(option: str, name: str) -> None:
     except RuntimeError as error:
         raise CommandError(f"{option} {name!r} is no device; this machine has {_devices()}") from error
     try:
-        torch.empty(0, device=name)
+        torch.zeros(1, device=name).tolist()  # "meta" has none to give
     except (RuntimeError, AssertionError, NotImplementedError) as error:  # torch without CUDA asserts that it has it
         reason = str(error).partition("\n")[0].rstrip(".")
         raise CommandError(f"{option} {name} cannot be used here: {reason}; this machine has {_devices()}") from error
