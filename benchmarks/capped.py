@@ -28,7 +28,7 @@ from outcome import HERE, show, write
 from rows import Row
 
 from transformers_moe_offload.bench.conditions import conditions
-from transformers_moe_offload.bench.limit import Crossing, least_s
+from transformers_moe_offload.bench.limit import Crossing, as_share, least_s
 from transformers_moe_offload.bench.tables import Table, mib
 from transformers_moe_offload.config import Budget
 
@@ -131,7 +131,7 @@ def table(result: dict[str, Any]) -> Table:
             mib(per_token(row["capped"], "read_bytes")) if "read_bytes" in row["capped"][0] else "",
             f"{best / token_s:.1f}" if best else "",
             f"{1 / limit_s:.2f}" if limit_s else "",
-            f"{limit_s / token_s:.0%}" if limit_s else "",
+            as_share(limit_s / token_s) if limit_s else "",
             mib(row["peak_bytes"]) if row["peak_bytes"] else "",
         ])  # fmt: skip
     return Table(title, header, rows)

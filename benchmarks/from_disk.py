@@ -17,7 +17,7 @@ import typer
 from outcome import HERE, Verdict, show, write
 from series import TINY_MOE, compared_models, measured_rows
 
-from transformers_moe_offload.bench.limit import Crossing, least_s
+from transformers_moe_offload.bench.limit import Crossing, as_share, is_possible, least_s
 from transformers_moe_offload.bench.tables import Table, mib
 
 BUDGETS = ("10%", "25%", "50%")
@@ -103,7 +103,7 @@ def table(result: dict[str, Any]) -> Table:
                 mib(median(run["bytes_per_s"] for run in runs)),
                 f"{median(run['needed_bytes'] / len(run['forward_s']) / run['bytes_per_s'] for run in runs) * 1e3:.1f}",
                 f"{work['resident_s'] * 1e3:.1f}",
-                f"{reached(work):.0%}",
+                as_share(reached(work)),
             ])  # fmt: skip
     header = ["row", "ms", "hit rate", "needed", "disk", "disk alone", "resident", "reached"]
     return Table("A forward, its experts from the disk (times: ms; needed: MiB; disk: MiB/s)", header, rows)
@@ -117,7 +117,11 @@ def verdicts(result: dict[str, Any]) -> list[Verdict]:
             key = f"{row.rpartition(', ')[0]}, {name}"
             best[key] = max(best.get(key, 0.0), reached(work))
     return [
-        (f"{key}: at least {REACHED:.0%} of the limit: {share:.0%}", share >= REACHED) for key, share in best.items()
+        (
+            f"{key}: at least {REACHED:.0%} of the limit: {as_share(share)}",
+            share >= REACHED if is_possible(share) else None,
+        )
+        for key, share in best.items()
     ]
 
 

@@ -20,7 +20,7 @@ from gpu_rows import (
 )
 from outcome import Verdict
 
-from transformers_moe_offload.bench.limit import Crossing, least_s
+from transformers_moe_offload.bench.limit import Crossing, as_share, is_possible, least_s
 from transformers_moe_offload.bench.tables import Table, mib
 
 MOST_US = {EAGER: 60.0, GRAPHED: 5.0}
@@ -124,7 +124,7 @@ def _table(name: str, setting: dict[str, Any], result: dict[str, Any]) -> Table:
             mib(needed_bytes(row)) if "model" in row else "",
             f"{row['host_us_per_layer']:.0f}" if row.get("host_us_per_layer") is not None else "",
             f"{1 / least:.2f}" if least else "",
-            f"{least / token_s:.0%}" if least else "",
+            as_share(least / token_s) if least else "",
             " / ".join(f"{int(length) / seconds(row, length):.0f}" for length in row["prefill"]),
             "" if memory["gpu_bytes"] is None else mib(memory["gpu_bytes"]),
             "" if memory["pinned_bytes"] is None else mib(memory["pinned_bytes"]),
@@ -153,7 +153,7 @@ def _speed(rows: Rows, made: dict[str, Any], bandwidth: dict[str, Any]) -> Itera
     for name, least in LEAST_REACHED.items():
         limit = limit_s(rows[name], resident, bandwidth) if _has(rows, name) else None
         promise = f"{name}: at least {least:.0%} of the limit"
-        yield _at_least(promise, limit / seconds(rows[name]) if limit else None, least)
+        yield _of_limit(promise, limit / seconds(rows[name]) if limit else None, least)
     for name, whole in ((EAGER_PARTLY, RESIDENT), (GRAPHED_PARTLY, RESIDENT_GRAPHED)):
         are_there = is_gpu and _has(rows, name) and _has(rows, whole)
         share = seconds(rows[whole]) / seconds(rows[name]) if are_there else None
@@ -169,7 +169,7 @@ def _speed(rows: Rows, made: dict[str, Any], bandwidth: dict[str, Any]) -> Itera
         else None
     )
     promise = f"a prompt of {PREFILL} tokens: at least {PREFILL_REACHED:.0%} of the link's limit"
-    yield _at_least(promise, limit / seconds(rows[EAGER], work) if limit else None, PREFILL_REACHED)
+    yield _of_limit(promise, limit / seconds(rows[EAGER], work) if limit else None, PREFILL_REACHED)
 
 
 def _equal(rows: Rows) -> Iterator[Verdict]:
@@ -184,7 +184,14 @@ def _kernel(model: str, bandwidth: dict[str, Any]) -> Verdict:
     if bandwidth["gpu_bytes_per_s"] is None:
         return promise, None
     reached = bandwidth["record_bytes"] / bandwidth["kernel"]["resident_s"]
-    return _at_least(promise, reached / bandwidth["gpu_bytes_per_s"], KERNEL_REACHED)
+    return _of_limit(promise, reached / bandwidth["gpu_bytes_per_s"], KERNEL_REACHED)
+
+
+def _of_limit(promise: str, share: float | None, least: float) -> Verdict:
+    """A limit that was measured wrong proves nothing."""
+    if share is None or is_possible(share):
+        return _at_least(promise, share, least)
+    return f"{promise}: {as_share(share)}", None
 
 
 def _at_least(promise: str, figure: float | None, least: float) -> Verdict:

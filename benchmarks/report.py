@@ -8,6 +8,7 @@ from typing import Any
 from limit import State, limit_s, per_token, seconds_per_token
 
 from transformers_moe_offload.bench.conditions import described
+from transformers_moe_offload.bench.limit import as_share
 from transformers_moe_offload.bench.tables import MIB, Table, mib
 from transformers_moe_offload.bench.tables import as_markdown as table_as_markdown
 
@@ -56,7 +57,7 @@ def _decoding(results: dict[str, Any], state: State) -> Table:
             mib(per_token(runs, "read_bytes")),
             mib(per_token(runs, "rchar")),
             f"{1 / least_s:.2f}" if least_s else "",
-            f"{least_s / token_s:.0%}" if least_s else "",
+            as_share(least_s / token_s) if least_s else "",
         ])  # fmt: skip
     return Table(title, header, rows)
 

@@ -1,3 +1,7 @@
+import ast
+import builtins
+from pathlib import Path
+
 import pytest
 
 from transformers_moe_offload import errors
@@ -23,3 +27,35 @@ def test_a_capacity_error_carries_the_budget_that_would_work():
     error = CapacityError("too small", smallest_budget=128)
     assert error.smallest_budget == 128
     assert str(error) == "too small"
+
+
+SOURCES = Path(errors.__file__).parent
+
+BUILTIN = {name for name, thing in vars(builtins).items() if isinstance(thing, type) and issubclass(thing, Exception)}
+
+STAYS_INSIDE = {
+    # What cannot be, or what a class that extends another one has to define.
+    "AssertionError",
+    "NotImplementedError",
+    # What the system has answered: whoever asked it knows another way, or puts it into words.
+    "OSError",
+    "MemoryError",
+}
+
+CAUGHT = {("hf/choices.py", "RuntimeError")}
+"""By the caller in the same file."""
+
+PROTOCOLS = {("hf/prebuilt/moe_offload_required.py", "ImportError")}
+"""Raised in a checkpoint's own code where the package is missing, to the importer."""
+
+
+def raised_in(file: Path) -> set[tuple[str, str]]:
+    """The file, and each builtin exception that it raises."""
+    calls = [node.exc for node in ast.walk(ast.parse(file.read_text())) if isinstance(node, ast.Raise)]
+    names = {getattr(call.func if isinstance(call, ast.Call) else call, "id", None) for call in calls if call}
+    return {(file.relative_to(SOURCES).as_posix(), name) for name in names & BUILTIN}
+
+
+def test_what_is_raised_on_purpose_is_an_error_of_ours():
+    raised = set().union(*(raised_in(file) for file in SOURCES.rglob("*.py")))
+    assert {(file, name) for file, name in raised if name not in STAYS_INSIDE} == CAUGHT | PROTOCOLS

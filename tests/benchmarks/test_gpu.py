@@ -152,8 +152,8 @@ def result(script):
     """One in which all promises hold: the link lets 1e9 bytes a second through, and a token misses 1e7 of them."""
     names = script("gpu_rows")
     rows = {
-        names.RESIDENT: row(0.008, digest="same"),
-        names.RESIDENT_GRAPHED: row(0.005, digest="same"),
+        names.RESIDENT: row(0.008, digest="same", prompt_s=0.009),
+        names.RESIDENT_GRAPHED: row(0.005, digest="same", prompt_s=0.009),
         names.NAIVE: row(0.5),
         names.PUBLISHED_FULL: row(0.1),
         names.HOST: row(0.03),

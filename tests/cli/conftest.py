@@ -9,7 +9,7 @@ import torch
 from typer.testing import CliRunner
 
 from hf.other_methods import as_fp8
-from transformers_moe_offload.cli.main import app
+from moe_offload_cli.main import app
 from zoo.build import build, save
 
 TINY_MOE = Path(__file__).parents[2] / "examples" / "models" / "tiny-moe"

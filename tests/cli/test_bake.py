@@ -47,7 +47,7 @@ def test_a_mixture_of_adapters_is_baked_and_loads(run, mixtures, tmp_path):
         ("nowhere", (), "nowhere; name one that `moe-offload build` or training has written"),
         (EXAMPLES / "models" / "tiny-moe", (), "only a mixture of adapters (adapter_moe) is baked"),
         ("ffn", ("--container", "qwen3_moe"), "a llama cannot become a qwen3_moe"),
-        ("ffn", ("--dtype", "int8"), "dtype='int8'"),
+        ("ffn", ("--dtype", "int8"), "--dtype 'int8'"),
     ],
 )
 def test_what_cannot_be_baked_is_one_line(source, options, message, run, mixtures, tmp_path):

@@ -124,8 +124,8 @@ def test_an_empty_prompt_is_refused(run, tiny_moe):
     [
         ("--cache-budget", "lots", "'lots' is not a budget"),
         ("--cache-budget", "1KiB", "set --cache-budget to 110,592 bytes or more"),
-        ("--policy", "clairvoyant", "policy='clairvoyant' is not a known policy; choose one of ['least_stale'"),
-        ("--arithmetic", "sloppy", "arithmetic='sloppy' is not one of ['fast', 'exact', 'int8']"),
+        ("--policy", "clairvoyant", "--policy 'clairvoyant' is not a known policy; choose one of ['least_stale'"),
+        ("--arithmetic", "sloppy", "--arithmetic 'sloppy' is not one of ['fast', 'exact', 'int8']"),
         ("--dtype", "bf16", "'bf16' is not 'auto'"),
         ("--device-map", "gpu0", "gpu0"),
     ],

@@ -28,6 +28,11 @@ def test_a_mixture_is_not_planned_for_a_device_that_is_not_there(run, tmp_path, 
     assert not (tmp_path / "out").exists()
 
 
+def test_a_model_is_not_loaded_where_nothing_is_computed(run, tiny_moe):
+    error = the_error(run("chat", tiny_moe, "--prompt", "x", "--device-map", "meta"))
+    assert "--device-map meta cannot be used here" in error
+
+
 def test_what_is_no_device_is_left_to_transformers(run, tiny_moe):
     assert run("chat", tiny_moe, "--prompt", "x", "--max-new-tokens", "1", "--device-map", "auto").exit_code == 0
     assert "'balanced'" in the_error(run("chat", tiny_moe, "--prompt", "x", "--device-map", "gpu"))

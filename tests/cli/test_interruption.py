@@ -92,7 +92,7 @@ class Terminal:
 
 
 def test_ctrl_c_stops_an_answer_and_the_next_one_works(tiny_moe):
-    command = [sys.executable, "-c", "from transformers_moe_offload.cli.main import app; app()"]
+    command = [sys.executable, "-c", "from moe_offload_cli.main import app; app()"]
     terminal = Terminal(*command, "chat", str(tiny_moe), "--cache-budget", "25%", "--max-new-tokens", "100000")
     try:
         assert "32 of 128 experts fit into the cache" in terminal.wait_for("> ")

@@ -11,7 +11,7 @@ MIB = 2**20
 PEAK_AFTER_EACH = """
 import sys
 from typer.testing import CliRunner
-from transformers_moe_offload.cli.main import app
+from moe_offload_cli.main import app
 
 def peak(*options):
     assert CliRunner().invoke(app, ["quantize", *sys.argv[1:], *options]).exit_code == 0

@@ -7,12 +7,20 @@ import struct
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from transformers import AutoConfig, AutoModelForCausalLM, BitsAndBytesConfig, LlamaConfig, LlamaForCausalLM
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    BitsAndBytesConfig,
+    LlamaConfig,
+    LlamaForCausalLM,
+    PreTrainedModel,
+)
 
 from transformers_moe_offload import (
     CapacityError,
     CheckpointError,
     ConfigError,
+    HqqFormat,
     OffloadConfig,
     UnsupportedModelError,
 )
@@ -39,6 +47,20 @@ def test_a_budget_too_small_names_the_smallest_that_works(checkpoint):
     assert load(checkpoint, moe_offload=OffloadConfig(cache_budget=smallest)).moe_offload.plan.num_slots == 1
     with pytest.raises(CapacityError):
         load(checkpoint, moe_offload=OffloadConfig(cache_budget=smallest - 1))
+
+
+@pytest.mark.parametrize("experts", [None, HqqFormat(nbits=4, group_size=16)], ids=["as stored", "quantized"])
+@pytest.mark.parametrize("budget", [10, "0.01%"])
+def test_a_budget_too_small_is_refused_before_weights_are_loaded(checkpoint, monkeypatch, experts, budget):
+    with monkeypatch.context() as no_loading:
+        no_loading.setattr(PreTrainedModel, "_load_pretrained_model", lambda *_, **__: pytest.fail("loads weights"))
+        with pytest.raises(CapacityError) as refused:
+            load(checkpoint, moe_offload=OffloadConfig(cache_budget=budget, experts=experts))
+    smallest = refused.value.smallest_budget
+    with pytest.raises(CapacityError):
+        load(checkpoint, moe_offload=OffloadConfig(cache_budget=smallest - 1, experts=experts))
+    plan = load(checkpoint, moe_offload=OffloadConfig(cache_budget=smallest, experts=experts)).moe_offload.plan
+    assert plan.smallest_budget == smallest
 
 
 def test_an_unknown_policy_lists_the_choices(checkpoint):

@@ -7,6 +7,7 @@ numpy, they run anywhere.
 import copy
 import importlib.util
 import logging
+import sys
 import threading
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -18,6 +19,7 @@ from transformers import LogitsProcessor
 from interpreted import DEVICE, IS_INTERPRETED, pass_in_the_interpreter
 from transformers_moe_offload import ExpertFormats, HqqFormat, MoeOffloadError, OffloadConfig
 from transformers_moe_offload.compute.without_host import HostSyncError, without_host
+from transformers_moe_offload.kernels.gpu import missing
 from transformers_moe_offload.routing import record_routing, set_routing
 
 from .decoding import NEW_TOKENS, generate, load, prompt
@@ -257,11 +259,13 @@ def test_what_cannot_be_on_the_device_is_said_once(small_checkpoint, caplog):
 
 
 @pytest.mark.skipif(IS_INTERPRETED or torch.cuda.is_available(), reason="needs a machine without GPU")
-def test_without_a_gpu_it_has_no_effect_and_says_so(small_checkpoint, caplog):
+def test_without_a_gpu_it_has_no_effect_and_says_so(small_checkpoint, caplog, monkeypatch):
+    monkeypatch.setitem(sys.modules, "triton", None)  # which is not what is missing
+    missing.cache_clear()
     expected = load(small_checkpoint)(prompt(1, 2)).logits
     for decode in ("device", "graph"):
         model = load(small_checkpoint, decode)
-        assert f"decode='{decode}' has no effect: " in caplog.text
+        assert f"decode='{decode}' has no effect: torch sees no GPU\n" in caplog.text
         assert torch.equal(model(prompt(1, 2)).logits, expected)
         tokens, _ = generate(model, prompt(), cache_implementation="static")
         assert tokens.shape[1] == 20 + NEW_TOKENS

@@ -7,9 +7,9 @@ from transformers import AutoModelForCausalLM
 from typer.testing import CliRunner
 
 from dense import dense_model
+from moe_offload_cli.main import app
 from transformers_moe_offload.build import MoeRecipe, build_moe
 from transformers_moe_offload.build.publish import check_built, publish
-from transformers_moe_offload.cli.main import app
 from transformers_moe_offload.errors import CheckpointError
 from transformers_moe_offload.hub.upload import UploadError
 

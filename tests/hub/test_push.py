@@ -44,7 +44,7 @@ def source(tmp_path_factory):
 def quantized(source, tmp_path_factory):
     from typer.testing import CliRunner
 
-    from transformers_moe_offload.cli.main import app
+    from moe_offload_cli.main import app
 
     folder = tmp_path_factory.mktemp("quantized") / "tiny"
     result = CliRunner().invoke(app, ["quantize", str(source), str(folder), "--experts", "4x16", "--dense", "8x16"])
@@ -65,7 +65,7 @@ import sys
 import torch
 from typer.testing import CliRunner
 from transformers import AutoModelForCausalLM
-from transformers_moe_offload.cli.main import app
+from moe_offload_cli.main import app
 
 source, folder, repo = sys.argv[1:]
 options = ["--experts", "4x16", "--dense", "8x16", "--private", "--push", repo]

@@ -21,6 +21,7 @@ from models.mixtures import (
     with_peft,
     write_adapter,
 )
+from transformers_moe_offload import MoeOffloadError
 from transformers_moe_offload.models.adapter_moe import AdapterMoeConfig, AdapterMoeForCausalLM
 from transformers_moe_offload.models.adapter_moe.adapter_folders import AdapterFolder
 
@@ -153,7 +154,7 @@ print(model(input_ids=torch.tensor({TOKENS.tolist()})).logits.double().sum().ite
     ],
 )
 def test_a_config_that_cannot_be_is_refused(options, message):
-    with pytest.raises(ValueError, match=message):
+    with pytest.raises(MoeOffloadError, match=message):
         AdapterMoeConfig(**options)
 
 
@@ -171,23 +172,23 @@ def test_a_config_that_cannot_be_is_refused(options, message):
 )
 def test_an_adapter_that_cannot_be_mixed_is_refused_by_what_it_has(options, message, tmp_path):
     folder = write_adapter(tmp_path / "odd", 1, **options)
-    with pytest.raises(ValueError, match=message):
+    with pytest.raises(MoeOffloadError, match=message):
         mixture([folder], target_modules=FFN, rank=8, num_experts_per_tok=1)
 
 
 def test_a_model_without_the_named_layers_is_refused(adapters):
-    with pytest.raises(ValueError, match=r"no linear layer whose path ends with one of \['fc1'\]"):
+    with pytest.raises(MoeOffloadError, match=r"no linear layer whose path ends with one of \['fc1'\]"):
         mixture(adapters, target_modules=["fc1"])
 
 
 def test_a_folder_that_lost_an_adapter_is_refused(adapters, tmp_path):
     saved(mixture(adapters, target_modules=TARGETS, rank=8), tmp_path)
     (tmp_path / "adapters" / "narrow" / "adapter_model.safetensors").unlink()
-    with pytest.raises(ValueError, match=r"narrow has no adapter_model\.safetensors"):
+    with pytest.raises(MoeOffloadError, match=r"narrow has no adapter_model\.safetensors"):
         load(tmp_path)
 
 
 def test_a_config_that_is_no_object_is_refused_by_the_name_of_its_folder(tmp_path):
     (tmp_path / "adapter_config.json").write_text("[]")
-    with pytest.raises(ValueError, match=r"is no PEFT adapter: adapter_config\.json holds a list"):
+    with pytest.raises(MoeOffloadError, match=r"is no PEFT adapter: adapter_config\.json holds a list"):
         AdapterFolder.open(tmp_path)

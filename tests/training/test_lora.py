@@ -1,12 +1,21 @@
 """LoRA on offloaded experts is PEFT's: its calls, its files, its arithmetic."""
 
+import sys
+
 import pytest
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
-from transformers_moe_offload import ConfigError, HqqFormat, MoeOffloadError, OffloadConfig, UnsupportedModelError
+from transformers_moe_offload import (
+    ConfigError,
+    HqqFormat,
+    MoeOffloadError,
+    OffloadConfig,
+    UnsupportedModelError,
+    training,
+)
 from zoo.build import build, inputs, output_tensor, save
 
 EXPERTS = ["experts.gate_up_proj", "experts.down_proj"]
@@ -241,3 +250,9 @@ def test_an_adapter_that_a_closed_model_refuses_leaves_no_parameters_behind(tmp_
         adapted(model)
     assert {name: list(vars(module)) for name, module in model.named_modules()} == before
     assert [name for name, _ in model.named_parameters()] == parameters
+
+
+def test_without_peft_the_error_names_the_extra_to_install(monkeypatch):
+    monkeypatch.setitem(sys.modules, "peft", None)
+    with pytest.raises(ConfigError, match=r"pip install 'transformers-moe-offload\[adapters\]'"):
+        training.lora_config(build("qwen3_moe"))

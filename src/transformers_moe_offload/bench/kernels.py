@@ -21,6 +21,7 @@ from torch.nn import functional
 
 from transformers_moe_offload import kernels
 from transformers_moe_offload.bench.conditions import conditions
+from transformers_moe_offload.bench.limit import as_share
 from transformers_moe_offload.bench.tables import Table, mib
 from transformers_moe_offload.kernels import PackedMatrix, Packing, reference
 
@@ -91,7 +92,9 @@ def _table(found: dict[str, Any], inputs: Sequence[int]) -> Table:
         seconds = method["seconds"]
         speed = method["nbytes"] / seconds[0]
         ms = [f"{1e3 * taken:.3f}" for taken in seconds]
-        lines.append([method["name"], mib(method["nbytes"]), *ms, f"{speed / 1e9:.1f}", f"{speed / memory:.0%}"])
+        lines.append(
+            [method["name"], mib(method["nbytes"]), *ms, f"{speed / 1e9:.1f}", as_share(speed / memory, of="memory")]
+        )
     return Table(title, header, lines)
 
 

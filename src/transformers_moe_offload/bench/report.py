@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from transformers_moe_offload.bench.conditions import described
+from transformers_moe_offload.bench.limit import as_share
 from transformers_moe_offload.bench.session import STATES
 from transformers_moe_offload.bench.tables import Table, mib
 
@@ -89,7 +90,7 @@ def _workloads(result: dict[str, Any], state: str) -> Table:
             f"{found['stall_ms_per_forward']:.1f}",
             f"{found['limit_tokens_per_s']:.2f}",
             found["limited_by"],
-            f"{found['reached']:.0%}",
-            f"{found['share_of_resident_speed']:.0%}",
+            as_share(found["reached"]),
+            as_share(found["share_of_resident_speed"], of="resident"),
         ])  # fmt: skip
     return Table(title, header, rows)

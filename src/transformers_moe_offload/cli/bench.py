@@ -5,9 +5,8 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Any
 
-import typer
 from rich.console import Console
 from rich.progress import Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -21,75 +20,58 @@ from transformers_moe_offload.bench.report import facts, tables
 from transformers_moe_offload.bench.session import measure
 from transformers_moe_offload.bench.tables import show
 from transformers_moe_offload.cli import options
-from transformers_moe_offload.cli.failures import CommandError, one_line_errors, reading
+from transformers_moe_offload.cli.failures import CommandError, reading
 from transformers_moe_offload.cli.model_config import read_config
 from transformers_moe_offload.cli.results import expect_file, write_json
 from transformers_moe_offload.config import OffloadConfig, PrefetchConfig
 
 
 def bench(
-    model: Annotated[
-        str | None,
-        typer.Argument(metavar="[MODEL]", help="A folder with a checkpoint, or the id of a model on the Hub."),
-    ] = None,
-    cache_budget: options.CacheBudget = "auto",
-    policy: options.Policy = "lru",
-    arithmetic: options.Arithmetic = "fast",
-    prefetch: Annotated[
-        str | None, typer.Option(help="Load experts ahead of demand, by this predictor. Default: load none ahead.")
-    ] = None,
-    mmap: Annotated[
-        bool | None, typer.Option(help="Use experts in the page cache, or copy them. Default: by the RAM that is free.")
-    ] = None,
-    json_file: Annotated[Path | None, typer.Option("--json", help="Write all results to this file, too.")] = None,
-    quick: Annotated[
-        bool, typer.Option("--quick", help="One short run of everything; the figures mean little.")
-    ] = False,
-    kernels: Annotated[
-        bool, typer.Option("--kernels", help="Measure products with matrices in low bits instead of a model.")
-    ] = False,
-    text: Annotated[
-        Path | None, typer.Option(help="Measure with this text. Default: this package's own sources.")
-    ] = None,
-    dtype: options.Dtype = "auto",
-    device_map: options.DeviceMap = None,
-    revision: options.Revision = "main",
-    token: options.Token = None,
-    local_files_only: options.LocalFilesOnly = False,
-    trust_remote_code: options.TrustRemoteCode = False,
+    model: str | None,
+    cache_budget: str,
+    policy: str,
+    arithmetic: str,
+    prefetch: str | None,
+    mmap: bool | None,
+    json_file: Path | None,
+    quick: bool,
+    kernels: bool,
+    text: Path | None,
+    dtype: str,
+    device_map: str | None,
+    revision: str,
+    token: str | None,
+    local_files_only: bool,
+    trust_remote_code: bool,
 ) -> None:
-    """Measure disk, RAM and link, dispatch, decoding, prefill, a batch and beams, with cold and warm page cache.
-
-    Prints the limit that the machine sets, and how much of it was reached. Leave the machine alone meanwhile.
-    """
-    with one_line_errors():
-        if (model is None) != kernels:
-            raise CommandError("bench measures a MODEL or, with --kernels, products of matrices: give one of the two")
-        if model is None:
-            _bench_kernels(json_file, QUICK_KERNELS if quick else KernelProtocol())
-            return
-        config = OffloadConfig(
-            cache_budget=cache_budget,
-            policy=policy,
-            arithmetic=arithmetic,  # type: ignore[arg-type]
-            prefetch=None if prefetch is None else PrefetchConfig(predictor=prefetch),
-            mmap="auto" if mmap is None else mmap,
-        )
-        origin = options.Origin(revision, token, local_files_only, trust_remote_code)
-        loading = {"dtype": options.parse_dtype(dtype) or "auto", "device_map": options.parse_device_map(device_map)}
-        expect_file("--json", json_file)
-        written = _read(text)
-        read_config(model, origin, f"cannot load {model!r}")
-        with reading(f"cannot load {model!r}"):
-            loaded = AutoModelForCausalLM.from_pretrained(model, moe_offload=config, **loading, **origin.for_classes())
-        try:
-            passage = _passage(model, loaded, written, origin, text)
-            result = _measured(loaded.eval(), passage, QUICK if quick else Protocol())
-        finally:
-            loaded.moe_offload.close()
-        _show(result)
-        if json_file is not None:
-            write_json(json_file, result)
+    """Measure a model, or products of matrices, and print the figures."""
+    if (model is None) != kernels:
+        raise CommandError("bench measures a MODEL or, with --kernels, products of matrices: give one of the two")
+    if model is None:
+        _bench_kernels(json_file, QUICK_KERNELS if quick else KernelProtocol())
+        return
+    config = OffloadConfig(
+        cache_budget=cache_budget,
+        policy=policy,
+        arithmetic=arithmetic,  # type: ignore[arg-type]
+        prefetch=None if prefetch is None else PrefetchConfig(predictor=prefetch),
+        mmap="auto" if mmap is None else mmap,
+    )
+    origin = options.Origin(revision, token, local_files_only, trust_remote_code)
+    loading = {"dtype": options.parse_dtype(dtype) or "auto", "device_map": options.parse_device_map(device_map)}
+    expect_file("--json", json_file)
+    written = _read(text)
+    read_config(model, origin, f"cannot load {model!r}")
+    with reading(f"cannot load {model!r}"):
+        loaded = AutoModelForCausalLM.from_pretrained(model, moe_offload=config, **loading, **origin.for_classes())
+    try:
+        passage = _passage(model, loaded, written, origin, text)
+        result = _measured(loaded.eval(), passage, QUICK if quick else Protocol())
+    finally:
+        loaded.moe_offload.close()
+    _show(result)
+    if json_file is not None:
+        write_json(json_file, result)
 
 
 def _bench_kernels(json_file: Path | None, protocol: KernelProtocol) -> None:

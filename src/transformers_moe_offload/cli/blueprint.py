@@ -120,7 +120,7 @@ def _opener(name: str, config: PretrainedConfig) -> Opener | None:
 
 def _on_meta(config: PretrainedConfig, dtype: torch.dtype, trust_remote_code: bool) -> Any:
     """The class that the checkpoint was saved from, or the causal language model for its config."""
-    model_class = getattr(transformers, (config.architectures or [""])[0], None)
+    model_class = getattr(transformers, str((config.architectures or [""])[0]), None)
     with torch.device("meta"):
         if model_class is not None:
             model = model_class._from_config(config, dtype=dtype)

@@ -3,61 +3,52 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
 
-import typer
 from rich.console import Console
 
 from transformers_moe_offload.build import MoeRecipe, build_adapter_moe, build_moe, validate_recipe
 from transformers_moe_offload.build.adapters.plan import plan_adapters
-from transformers_moe_offload.cli import options, writing
+from transformers_moe_offload.cli import options
 from transformers_moe_offload.cli.building import adapters_shown, mixture_shown, outcome, said_once
-from transformers_moe_offload.cli.failures import one_line_errors
 from transformers_moe_offload.cli.writing import progress
 
 
 def build(
-    recipe: Annotated[
-        Path, typer.Argument(metavar="RECIPE", help="A YAML file, ours or mergekit-moe's.", show_default=False)
-    ],
-    folder: Annotated[Path, typer.Argument(metavar="OUT", help="The folder to write.", show_default=False)],
-    dry_run: Annotated[bool, typer.Option("--dry-run", help="Show the plan; write nothing.")] = False,
-    resume: writing.Resume = True,
-    overwrite: writing.Overwrite = False,
-    push: Annotated[str | None, typer.Option(help="Upload to this repository when done, as the recipe says.")] = None,
-    device: Annotated[str, typer.Option(help="Where the base model's layers run while gates are computed.")] = "cpu",
-    token: options.Token = None,
-    local_files_only: options.LocalFilesOnly = False,
+    recipe: Path,
+    folder: Path,
+    dry_run: bool,
+    resume: bool,
+    overwrite: bool,
+    push: str | None,
+    device: str,
+    token: str | None,
+    local_files_only: bool,
 ) -> None:
-    """Build a mixture of experts from dense models or adapters, check it, and put it in OUT.
-
-    Can be interrupted or killed at any time: run again, it goes on with what is missing.
-    """
-    with one_line_errors():
-        options.expect_device("--device", device)
-        asked, console = MoeRecipe.from_file(recipe), Console()
-        is_of_adapters = asked.kind == "adapter_moe"
-        if is_of_adapters:
-            adapters = plan_adapters(asked, token=token, local_files_only=local_files_only)
-            shown, nbytes = adapters_shown(adapters), adapters.nbytes
-        else:
-            plan = validate_recipe(asked, token=token, local_files_only=local_files_only)
-            shown, nbytes = mixture_shown(plan), plan.nbytes
-        shown.print(console)
-        if dry_run:
-            return
-        with said_once(shown.warnings), progress("building", nbytes) as advance:
-            info = (build_adapter_moe if is_of_adapters else build_moe)(
-                asked,
-                folder,
-                device=device,
-                resume=resume,
-                overwrite=overwrite,
-                push=push,
-                token=token,
-                local_files_only=local_files_only,
-                advance=advance,
-            )
-        console.print(outcome(info), soft_wrap=True, markup=False)
-        if push is not None:
-            console.print(f"pushed to {push}", soft_wrap=True, markup=False)
+    """Show the plan, then build, check and upload as asked."""
+    options.expect_device("--device", device)
+    asked, console = MoeRecipe.from_file(recipe), Console()
+    is_of_adapters = asked.kind == "adapter_moe"
+    if is_of_adapters:
+        adapters = plan_adapters(asked, token=token, local_files_only=local_files_only)
+        shown, nbytes = adapters_shown(adapters), adapters.nbytes
+    else:
+        plan = validate_recipe(asked, token=token, local_files_only=local_files_only)
+        shown, nbytes = mixture_shown(plan), plan.nbytes
+    shown.print(console)
+    if dry_run:
+        return
+    with said_once(shown.warnings), progress("building", nbytes) as advance:
+        info = (build_adapter_moe if is_of_adapters else build_moe)(
+            asked,
+            folder,
+            device=device,
+            resume=resume,
+            overwrite=overwrite,
+            push=push,
+            token=token,
+            local_files_only=local_files_only,
+            advance=advance,
+        )
+    console.print(outcome(info), soft_wrap=True, markup=False)
+    if push is not None:
+        console.print(f"pushed to {push}", soft_wrap=True, markup=False)

@@ -6,7 +6,8 @@ import contextlib
 import importlib
 import sys
 from collections.abc import Iterator
-from typing import Annotated, Any
+from pathlib import Path
+from typing import Any
 
 import typer
 from transformers import AutoModelForCausalLM, AutoTokenizer, set_seed
@@ -15,7 +16,7 @@ from transformers_moe_offload.cli import formats, options
 from transformers_moe_offload.cli.answer import Sampling, answer
 from transformers_moe_offload.cli.blueprint import draw
 from transformers_moe_offload.cli.conversation import Conversation
-from transformers_moe_offload.cli.failures import CommandError, one_line_errors, reading, report
+from transformers_moe_offload.cli.failures import CommandError, reading, report
 from transformers_moe_offload.cli.model_config import read_config
 from transformers_moe_offload.config import OffloadConfig
 from transformers_moe_offload.errors import MoeOffloadError
@@ -26,70 +27,63 @@ INTERRUPTED = 130
 
 
 def chat(
-    model: options.Model,
-    cache_budget: options.CacheBudget = "auto",
-    policy: options.Policy = "lru",
-    arithmetic: options.Arithmetic = "fast",
-    experts: formats.Experts = None,
-    layers: formats.Layers = None,
-    hot: formats.Hot = None,
-    trace: formats.TraceFile = None,
-    hot_share: formats.HotShare = None,
-    dense: formats.Dense = None,
-    max_new_tokens: Annotated[int, typer.Option(min=1, help="Longest answer, in tokens.")] = 256,
-    temperature: Annotated[
-        float | None,
-        typer.Option(min=0.0, help="0 always takes the likeliest token. Default: what the model asks for."),
-    ] = None,
-    top_p: Annotated[
-        float | None, typer.Option(min=0.0, max=1.0, help="Sample from the likeliest tokens that make up this share.")
-    ] = None,
-    seed: Annotated[int, typer.Option(min=0, help="Seed of the sampling.")] = 0,
-    system: Annotated[str | None, typer.Option(help="System message, for models with a chat template.")] = None,
-    prompt: Annotated[str | None, typer.Option(help="Answer this and leave.")] = None,
-    dtype: options.Dtype = "auto",
-    device_map: options.DeviceMap = None,
-    revision: options.Revision = "main",
-    token: options.Token = None,
-    local_files_only: options.LocalFilesOnly = False,
-    trust_remote_code: options.TrustRemoteCode = False,
+    context: typer.Context,
+    model: str,
+    cache_budget: str,
+    policy: str,
+    arithmetic: str,
+    experts: str | None,
+    layers: list[str] | None,
+    hot: str | None,
+    trace: Path | None,
+    hot_share: str | None,
+    dense: str | None,
+    max_new_tokens: int,
+    temperature: float | None,
+    top_p: float | None,
+    seed: int,
+    system: str | None,
+    prompt: str | None,
+    dtype: str,
+    device_map: str | None,
+    revision: str,
+    token: str | None,
+    local_files_only: bool,
+    trust_remote_code: bool,
 ) -> None:
-    """Load a model with its experts offloaded and talk to it.
-
-    Ctrl-C stops an answer; Ctrl-C or Ctrl-D at the prompt leaves. When stdin is not a terminal each of its lines is a
-    prompt.
-    """
-    with one_line_errors():
-        config = OffloadConfig(
-            cache_budget=cache_budget,
-            policy=policy,
-            arithmetic=arithmetic,  # type: ignore[arg-type]
-            experts=formats.parse_formats(experts, layers, hot, trace, hot_share),
-            dense=formats.parse_format(dense),
-        )
-        sampling = Sampling(max_new_tokens, temperature, top_p)
-        origin = options.Origin(revision, token, local_files_only, trust_remote_code)
-        loading = {"dtype": options.parse_dtype(dtype) or "auto", "device_map": options.parse_device_map(device_map)}
-        if prompt is not None and not prompt.strip():
-            raise CommandError("--prompt is empty; write something, or leave it out to be asked")
-        if trace is not None:
-            found = draw(model, origin, options.parse_dtype(dtype)).experts
-            formats.expect_same_experts(trace, model, [spec.num_experts for spec in found])
-        read_config(model, origin, f"cannot load {model!r}")
-        with reading(f"cannot load {model!r}"):
-            tokenizer = AutoTokenizer.from_pretrained(model, **origin.for_classes())
-            conversation = Conversation(tokenizer, system)
-            loaded = AutoModelForCausalLM.from_pretrained(model, moe_offload=config, **loading, **origin.for_classes())
-        set_seed(seed)
-        try:
-            _talk(loaded, tokenizer, conversation, prompt, sampling)
-        except KeyboardInterrupt:
-            raise typer.Exit(INTERRUPTED) from None
-        finally:
-            loaded.moe_offload.close()
+    """Load the model and answer prompts until there are no more."""
+    config = OffloadConfig(
+        cache_budget=cache_budget,
+        policy=policy,
+        arithmetic=arithmetic,  # type: ignore[arg-type]
+        experts=formats.parse_formats(experts, layers, hot, trace, hot_share),
+        dense=formats.parse_format(dense),
+    )
+    sampling = Sampling(max_new_tokens, temperature, top_p)
+    origin = options.Origin(revision, token, local_files_only, trust_remote_code)
+    loading = {"dtype": options.parse_dtype(dtype) or "auto", "device_map": options.parse_device_map(device_map)}
+    if prompt is not None and not prompt.strip():
+        raise CommandError("--prompt is empty; write something, or leave it out to be asked")
+    if trace is not None:
+        found = draw(model, origin, options.parse_dtype(dtype)).experts
+        formats.expect_same_experts(trace, model, [spec.num_experts for spec in found])
+    read_config(model, origin, f"cannot load {model!r}")
+    with reading(f"cannot load {model!r}"):
+        tokenizer = AutoTokenizer.from_pretrained(model, **origin.for_classes())
+        conversation = Conversation(tokenizer, system)
+        loaded = AutoModelForCausalLM.from_pretrained(model, moe_offload=config, **loading, **origin.for_classes())
+    set_seed(seed)
+    try:
+        _talk(loaded, tokenizer, conversation, prompt, sampling, context.command)
+    except KeyboardInterrupt:
+        raise typer.Exit(INTERRUPTED) from None
+    finally:
+        loaded.moe_offload.close()
 
 
-def _talk(model: Any, tokenizer: Any, conversation: Conversation, prompt: str | None, sampling: Sampling) -> None:
+def _talk(
+    model: Any, tokenizer: Any, conversation: Conversation, prompt: str | None, sampling: Sampling, command: Any
+) -> None:
     """Answer the one prompt there is, or every line of stdin, or what is typed.
 
     At a terminal one can go on after an error or a stopped answer; otherwise either one ends the command.
@@ -103,7 +97,7 @@ def _talk(model: Any, tokenizer: Any, conversation: Conversation, prompt: str | 
         except MoeOffloadError as error:
             if not is_interactive:
                 raise
-            report(error)
+            report(error, command)
             continue
         conversation.answered(reply.text)
         if reply.was_stopped and not is_interactive:

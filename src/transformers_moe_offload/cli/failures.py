@@ -1,6 +1,7 @@
 """Say what went wrong in one line on stderr and leave with exit code 2, the code that also a misspelt option has.
 
-Only errors that are meant for the user are treated so; anything else is a bug of ours and keeps its traceback.
+Only errors that are meant for the user are treated so, and what the system refuses: a full disk, a name too long.
+Anything else is a bug of ours and keeps its traceback.
 """
 
 from __future__ import annotations
@@ -8,6 +9,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Any
 
 import typer
 
@@ -15,18 +17,26 @@ from transformers_moe_offload.errors import MoeOffloadError
 
 EXIT_CODE = 2
 
+_ARGUMENT = re.compile(
+    r"(?<![\w.])(?<!\w\()"  # not inside of a call that is spelt out, such as HqqFormat(nbits=4)
+    r"(?P<config>OffloadConfig\.)?(?P<name>\w+)"
+    r"""(?:=(?P<value>'[^']*'|"[^"]*"|-?\w+(?:\.\w+)*))?"""
+)
+
 
 class CommandError(MoeOffloadError):
     """What the command line asks for cannot be done, with the reason."""
 
 
 @contextmanager
-def one_line_errors() -> Iterator[None]:
-    """End the command with one line when an error of ours comes out of the block."""
+def one_line_errors(command: Any) -> Iterator[None]:
+    """End the command with one line when an error of ours comes out of the block, or a refusal of the system."""
     try:
         yield
-    except MoeOffloadError as error:
-        report(error)
+    except BrokenPipeError:  # whoever reads the output has read enough; Typer knows
+        raise
+    except (MoeOffloadError, OSError) as error:
+        report(error, command)
         raise typer.Exit(EXIT_CODE) from None
 
 
@@ -41,11 +51,26 @@ def reading(what: str) -> Iterator[None]:
         raise CommandError(f"{what}: {error}") from error
 
 
-def report(error: MoeOffloadError) -> None:
-    """Print an error as one line on stderr."""
-    typer.echo(f"error: {_in_option_names(' '.join(str(error).split()))}", err=True)
+def report(error: MoeOffloadError | OSError, command: Any) -> None:
+    """Print an error as one line on stderr, in the words of the command (Typer's) that it ended."""
+    typer.echo(f"error: {in_option_names(' '.join(str(error).split()), command)}", err=True)
 
 
-def _in_option_names(message: str) -> str:
-    """Name options as they are written on the command line: `OffloadConfig.cache_budget` is `--cache-budget` here."""
-    return re.sub(r"OffloadConfig\.(\w+)", lambda match: "--" + match[1].replace("_", "-"), message)
+def in_option_names(message: str, command: Any) -> str:
+    """The message to a caller from Python, for a caller of this command.
+
+    What it writes as an argument or as a field of `OffloadConfig` is written as the option that the command has for
+    it: `overwrite=True` as `--overwrite`, `resume=False` as `--no-resume`, `OffloadConfig.cache_budget` as
+    `--cache-budget`. What the command has no option for stays as it is.
+    """
+    options = {option.name: option for option in command.params if option.param_type_name == "option"}
+
+    def as_typed(found: re.Match[str]) -> str:
+        option, value = options.get(found["name"]), found["value"]
+        if option is None or (value is None and not found["config"]):
+            return found[0]
+        if option.is_flag and value == "False":
+            return option.secondary_opts[0] if option.secondary_opts else found[0]
+        return option.opts[0] if option.is_flag or value is None else f"{option.opts[0]} {value}"
+
+    return _ARGUMENT.sub(as_typed, message)

@@ -1,31 +1,14 @@
-"""The options that say in how many bits experts are, by layer and by how much they are used."""
+"""What is meant by the options that say in how many bits experts are, by layer and by how much they are used."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Annotated
-
-import typer
 
 from transformers_moe_offload.cli.failures import CommandError
 from transformers_moe_offload.config import ExpertFormats, HqqFormat
 from transformers_moe_offload.tracing import Trace
-
-Experts = Annotated[str | None, typer.Option(help="Format of experts, bits x group size: '4x64', '3x64', '2x16'.")]
-Layers = Annotated[
-    list[str] | None,
-    typer.Option(help="Another format for some sparse layers, as '0-3=4x64', or '5=none'; can be repeated."),
-]
-Hot = Annotated[
-    str | None, typer.Option(help="Format of the experts that --trace saw most, or 'none'.", show_default=False)
-]
-TraceFile = Annotated[
-    Path | None, typer.Option("--trace", help="What `moe-offload trace` has written, for --hot.", show_default=False)
-]
-HotShare = Annotated[str | None, typer.Option(help="Share of all experts that are hot; 10% unless given.")]
-Dense = Annotated[str | None, typer.Option(help="Format of attention and dense MLPs; default is as stored.")]
 
 
 def parse_format(text: str | None, *, optimize: bool = True) -> HqqFormat | None:

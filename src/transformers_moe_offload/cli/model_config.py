@@ -28,7 +28,12 @@ def read_config(name: str, origin: Origin, what: str) -> PretrainedConfig:
     if not folder.exists():
         _expect_id(name, what)
     with reading(what):
-        config: PretrainedConfig = AutoConfig.from_pretrained(name, **origin.for_classes())
+        try:
+            config: PretrainedConfig = AutoConfig.from_pretrained(name, **origin.for_classes())
+        except (OSError, ValueError, ImportError):
+            raise
+        except Exception as error:  # what classes of configs make of values that they do not expect, each in its way
+            raise CommandError(f"{what}: its config is not what such a model's is: {error}") from error
         return config
 
 

@@ -1,35 +1,14 @@
-"""Arguments and options that several subcommands take, and how they reach `from_pretrained`."""
+"""What is meant by options that several subcommands take, and how they reach `from_pretrained`."""
 
 from __future__ import annotations
 
 from dataclasses import asdict, dataclass
-from typing import Annotated, Any
+from typing import Any
 
 import torch
-import typer
 
 from transformers_moe_offload.cli.failures import CommandError
 from transformers_moe_offload.errors import ConfigError
-
-Model = Annotated[
-    str,
-    typer.Argument(
-        metavar="MODEL", help="A folder with a checkpoint, or the id of a model on the Hub.", show_default=False
-    ),
-]
-CacheBudget = Annotated[
-    str, typer.Option(help="Memory for experts: '6GiB', '500MB', '40%' of all experts, a number of bytes, or 'auto'.")
-]
-Policy = Annotated[str, typer.Option(help="Which expert leaves when another one needs its slot.")]
-Arithmetic = Annotated[str, typer.Option(help="'fast', 'exact': bit for bit what Transformers computes, or 'int8'.")]
-DeviceMap = Annotated[str | None, typer.Option(help="As in from_pretrained: 'auto', 'cpu', 'cuda:1', ...")]
-Dtype = Annotated[str, typer.Option(help="'auto' (as stored), or a torch dtype such as 'bfloat16'.")]
-Revision = Annotated[str, typer.Option(help="Branch, tag or commit on the Hub.")]
-Token = Annotated[str | None, typer.Option(help="Access token of the Hub; default is the one you are logged in with.")]
-LocalFilesOnly = Annotated[bool, typer.Option("--local-files-only", help="Never ask the Hub.")]
-TrustRemoteCode = Annotated[
-    bool, typer.Option("--trust-remote-code", help="Run model code that comes with the checkpoint.")
-]
 
 
 @dataclass(frozen=True)
@@ -80,7 +59,7 @@ def expect_device(option: str, name: str) -> None:
     except RuntimeError as error:
         raise CommandError(f"{option} {name!r} is no device; this machine has {_devices()}") from error
     try:
-        torch.empty(0, device=name)
+        torch.zeros(1, device=name).tolist()  # "meta" has none to give
     except (RuntimeError, AssertionError, NotImplementedError) as error:  # torch without CUDA asserts that it has it
         reason = str(error).partition("\n")[0].rstrip(".")
         raise CommandError(f"{option} {name} cannot be used here: {reason}; this machine has {_devices()}") from error

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 from rich import box
@@ -12,7 +13,6 @@ from rich.table import Table
 
 from transformers_moe_offload.cli import formats, options
 from transformers_moe_offload.cli.blueprint import Blueprint, draw
-from transformers_moe_offload.cli.failures import one_line_errors
 from transformers_moe_offload.cli.traffic import Traffic, expect
 from transformers_moe_offload.config import Budget, OffloadConfig
 from transformers_moe_offload.formats.by_expert import LayerCodings
@@ -27,42 +27,37 @@ TOLERANCE = 0.01
 
 
 def plan(
-    model: options.Model,
-    cache_budget: options.CacheBudget = "auto",
-    experts: formats.Experts = None,
-    layers: formats.Layers = None,
-    hot: formats.Hot = None,
-    trace: formats.TraceFile = None,
-    hot_share: formats.HotShare = None,
-    dense: formats.Dense = None,
-    dtype: options.Dtype = "auto",
-    revision: options.Revision = "main",
-    token: options.Token = None,
-    local_files_only: options.LocalFilesOnly = False,
-    trust_remote_code: options.TrustRemoteCode = False,
+    model: str,
+    cache_budget: str,
+    experts: str | None,
+    layers: list[str] | None,
+    hot: str | None,
+    trace: Path | None,
+    hot_share: str | None,
+    dense: str | None,
+    dtype: str,
+    revision: str,
+    token: str | None,
+    local_files_only: bool,
+    trust_remote_code: bool,
 ) -> None:
-    """Show where a model's weights would be, how many experts fit into the cache, and what a token would read.
-
-    With `--experts` or `--dense`, for a model that is quantized while it is loaded. Reads the config and the index of
-    the checkpoint; downloads no weights.
-    """
-    with one_line_errors():
-        config = OffloadConfig(
-            cache_budget=cache_budget,
-            experts=formats.parse_formats(experts, layers, hot, trace, hot_share),
-            dense=formats.parse_format(dense),
-        )
-        origin = options.Origin(revision, token, local_files_only, trust_remote_code)
-        blueprint = draw(model, origin, options.parse_dtype(dtype))
-        formats.expect_same_experts(trace, model, [spec.num_experts for spec in blueprint.experts])
-        recipe = blueprint.recipe
-        weights = _Weights.of(blueprint, config if recipe is None else recipe.override(config), origin)
-        device = torch.device("cuda", torch.cuda.current_device()) if torch.cuda.is_available() else torch.device("cpu")
-        offload_plan = make_plan(weights.placements(device), _settled(config, weights, device))
-        console = Console()
-        console.print(blueprint.title, style="bold", soft_wrap=True)
-        console.print(_tiers(weights, offload_plan, device))
-        console.print(_facts(weights, offload_plan))
+    """Print where weights would be, how many experts fit into the cache, and what a token would read."""
+    config = OffloadConfig(
+        cache_budget=cache_budget,
+        experts=formats.parse_formats(experts, layers, hot, trace, hot_share),
+        dense=formats.parse_format(dense),
+    )
+    origin = options.Origin(revision, token, local_files_only, trust_remote_code)
+    blueprint = draw(model, origin, options.parse_dtype(dtype))
+    formats.expect_same_experts(trace, model, [spec.num_experts for spec in blueprint.experts])
+    recipe = blueprint.recipe
+    weights = _Weights.of(blueprint, config if recipe is None else recipe.override(config), origin)
+    device = torch.device("cuda", torch.cuda.current_device()) if torch.cuda.is_available() else torch.device("cpu")
+    offload_plan = make_plan(weights.placements(device), _settled(config, weights, device))
+    console = Console()
+    console.print(blueprint.title, style="bold", soft_wrap=True)
+    console.print(_tiers(weights, offload_plan, device))
+    console.print(_facts(weights, offload_plan))
 
 
 @dataclass(frozen=True)

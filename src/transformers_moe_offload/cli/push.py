@@ -3,34 +3,25 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
 
 import typer
 from huggingface_hub import HfApi
 
 from transformers_moe_offload.build.publish import is_built, publish
-from transformers_moe_offload.cli import options
-from transformers_moe_offload.cli.failures import one_line_errors
 from transformers_moe_offload.hf.prebuilt.publish import LAYOUT, check_prebuilt, expect_complete
 from transformers_moe_offload.hub.upload import expect_pushable, upload
 
 
 def push(
-    folder: Annotated[
-        Path, typer.Argument(metavar="FOLDER", help="What `quantize` or `build` has written.", show_default=False)
-    ],
-    repo: Annotated[str, typer.Argument(metavar="REPO", help="As 'me/my-model-3bit'.", show_default=False)],
-    private: Annotated[bool, typer.Option("--private", help="Make a new repository private.")] = False,
-    revision: Annotated[str | None, typer.Option(help="Branch to upload to; created where it is missing.")] = None,
-    create_pr: Annotated[bool, typer.Option("--create-pr", help="Upload as a pull request.")] = False,
-    token: options.Token = None,
+    folder: Path,
+    repo: str,
+    private: bool,
+    revision: str | None,
+    create_pr: bool,
+    token: str | None,
 ) -> None:
-    """Upload a checkpoint with quantized experts, or a mixture that was built, after every byte of it was checked.
-
-    Can be run again after an interruption: what the Hub has is not sent twice.
-    """
-    with one_line_errors():
-        push_folder(folder, repo, private=private, revision=revision, create_pr=create_pr, token=token)
+    """Check the folder, upload it, and say where it is."""
+    push_folder(folder, repo, private=private, revision=revision, create_pr=create_pr, token=token)
 
 
 def push_folder(

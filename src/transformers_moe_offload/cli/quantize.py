@@ -2,18 +2,17 @@
 
 from __future__ import annotations
 
-from typing import Annotated
+from pathlib import Path
 
 import torch
-import typer
 from huggingface_hub import HfApi
 from rich import box
 from rich.console import Console
 from rich.table import Table
 
-from transformers_moe_offload.cli import formats, options, writing
+from transformers_moe_offload.cli import formats, options
 from transformers_moe_offload.cli.blueprint import draw
-from transformers_moe_offload.cli.failures import CommandError, one_line_errors, reading
+from transformers_moe_offload.cli.failures import CommandError, reading
 from transformers_moe_offload.cli.push import push_folder
 from transformers_moe_offload.cli.writing import expect_apart, progress
 from transformers_moe_offload.config import ExpertFormats, OffloadConfig
@@ -32,87 +31,81 @@ from transformers_moe_offload.output.text import as_json
 
 
 def quantize(
-    source: writing.Source,
-    folder: writing.Destination,
-    experts: formats.Experts = None,
-    layers: formats.Layers = None,
-    hot: formats.Hot = None,
-    trace: formats.TraceFile = None,
-    hot_share: formats.HotShare = None,
-    dense: formats.Dense = None,
-    no_optimize: Annotated[
-        bool, typer.Option("--no-optimize", help="Round to nearest: several times faster, a little worse.")
-    ] = False,
-    workers: writing.Workers = None,
-    overwrite: writing.Overwrite = False,
-    dry_run: Annotated[bool, typer.Option("--dry-run", help="Show the plan; write and download nothing.")] = False,
-    push: Annotated[str | None, typer.Option(help="Upload to this repository when done.")] = None,
-    private: Annotated[bool, typer.Option("--private", help="Make a new repository private.")] = False,
-    base_model: Annotated[str | None, typer.Option(help="The Hub's id of a model that is read from a folder.")] = None,
-    revision: options.Revision = "main",
-    token: options.Token = None,
-    local_files_only: options.LocalFilesOnly = False,
+    source: str,
+    folder: Path,
+    experts: str | None,
+    layers: list[str] | None,
+    hot: str | None,
+    trace: Path | None,
+    hot_share: str | None,
+    dense: str | None,
+    no_optimize: bool,
+    workers: int | None,
+    overwrite: bool,
+    dry_run: bool,
+    push: str | None,
+    private: bool,
+    base_model: str | None,
+    revision: str,
+    token: str | None,
+    local_files_only: bool,
 ) -> None:
-    """Quantize the experts of a model with HQQ, one by one, into a checkpoint that loads like any other.
-
-    Can be interrupted or killed at any time: run again, it goes on with what is missing.
-    """
-    with one_line_errors():
-        config = OffloadConfig(
-            experts=formats.parse_formats(experts, layers, hot, trace, hot_share, optimize=not no_optimize),
-            dense=formats.parse_format(dense, optimize=not no_optimize),
+    """Show what becomes of the weights, write the checkpoint, and upload it if asked to."""
+    config = OffloadConfig(
+        experts=formats.parse_formats(experts, layers, hot, trace, hot_share, optimize=not no_optimize),
+        dense=formats.parse_format(dense, optimize=not no_optimize),
+    )
+    if config.dense is None and (config.formats is None or config.formats.leaves_all_as_they_are):
+        raise CommandError("nothing to quantize; say how: --experts 4x64, --layers 0-3=4x64 or --dense 4x64")
+    origin = options.Origin(revision, token, local_files_only, trust_remote_code=False)
+    expect_apart(source, folder)
+    blueprint = draw(source, origin, None)
+    if blueprint.recipe is not None:
+        raise CommandError(f"{source!r} is quantized already; quantize the model that it was made from")
+    formats.expect_same_experts(trace, source, [spec.num_experts for spec in blueprint.experts])
+    quantization = blueprint.quantization(config)
+    if any(layer.layout.has_own_files for layer in quantization.layers):
+        raise CommandError(
+            f"the experts of {source!r} are adapters in files of their own, which are written in no other format; "
+            f"quantize them while loading, with OffloadConfig(experts=...), or make blocks of them with "
+            f"`moe-offload bake` and quantize those"
         )
-        if config.dense is None and (config.formats is None or config.formats.leaves_all_as_they_are):
-            raise CommandError("nothing to quantize; say how: --experts 4x64, --layers 0-3=4x64 or --dense 4x64")
-        origin = options.Origin(revision, token, local_files_only, trust_remote_code=False)
-        expect_apart(source, folder)
-        blueprint = draw(source, origin, None)
-        if blueprint.recipe is not None:
-            raise CommandError(f"{source!r} is quantized already; quantize the model that it was made from")
-        formats.expect_same_experts(trace, source, [spec.num_experts for spec in blueprint.experts])
-        quantization = blueprint.quantization(config)
-        if any(layer.layout.has_own_files for layer in quantization.layers):
-            raise CommandError(
-                f"the experts of {source!r} are adapters in files of their own, which are written in no other format; "
-                f"quantize them while loading, with OffloadConfig(experts=...), or make blocks of them with "
-                f"`moe-offload bake` and quantize those"
-            )
-        sizes = Sizes.of(quantization, blueprint.stored_bytes(quantization, origin))
-        console = Console()
-        console.print(blueprint.title, style="bold", soft_wrap=True)
-        console.print(_plan(config, sizes, quantization))
-        if dry_run:
-            return
-        expect_place(folder, MARKS, overwrite=overwrite)
-        if push is not None:
-            expect_pushable(HfApi(token=token), push)
-        with reading(f"cannot read the weights of {source!r}"):
-            fetched = fetch(source, blueprint.model.config, origin.for_files())
-        recipe = recipe_of(fetched.name, fetched.revision, fetched.weights, dtype_name(blueprint.dtype), config)
-        plain = plain_config(blueprint.model, blueprint.dtype)
-        content = Prebuilt(
-            *contents(quantization, fetched.weights, fetched.folder),
-            texts={
-                "config.json": as_json(prebuilt_config(plain, config.recipe())),
-                "README.md": model_card(
-                    push or folder.resolve().name,
-                    fetched,
-                    config,
-                    sizes,
-                    base_model=base_model,
-                    auto_class=auto_class_of(blueprint.model),
-                    left_as=quantization.left_as,
-                    dense_left_as=quantization.dense_left_as,
-                ),
-            },
-            copies=fetched.companions,
-        )
-        torch.set_num_threads(1)  # the workers are the parallel ones
-        with progress("quantizing", sum(shard.nbytes for shard in content.shards())) as advance:
-            write_prebuilt(folder, content, recipe, overwrite=overwrite, workers=workers, advance=advance)
-        console.print(f"wrote {folder}", soft_wrap=True)
-        if push is not None:
-            push_folder(folder, push, private=private, revision=None, token=token)
+    sizes = Sizes.of(quantization, blueprint.stored_bytes(quantization, origin))
+    console = Console()
+    console.print(blueprint.title, style="bold", soft_wrap=True)
+    console.print(_plan(config, sizes, quantization))
+    if dry_run:
+        return
+    expect_place(folder, MARKS, overwrite=overwrite)
+    if push is not None:
+        expect_pushable(HfApi(token=token), push)
+    with reading(f"cannot read the weights of {source!r}"):
+        fetched = fetch(source, blueprint.model.config, origin.for_files())
+    recipe = recipe_of(fetched.name, fetched.revision, fetched.weights, dtype_name(blueprint.dtype), config)
+    plain = plain_config(blueprint.model, blueprint.dtype)
+    content = Prebuilt(
+        *contents(quantization, fetched.weights, fetched.folder),
+        texts={
+            "config.json": as_json(prebuilt_config(plain, config.recipe())),
+            "README.md": model_card(
+                push or folder.resolve().name,
+                fetched,
+                config,
+                sizes,
+                base_model=base_model,
+                auto_class=auto_class_of(blueprint.model),
+                left_as=quantization.left_as,
+                dense_left_as=quantization.dense_left_as,
+            ),
+        },
+        copies=fetched.companions,
+    )
+    torch.set_num_threads(1)  # the workers are the parallel ones
+    with progress("quantizing", sum(shard.nbytes for shard in content.shards())) as advance:
+        write_prebuilt(folder, content, recipe, overwrite=overwrite, workers=workers, advance=advance)
+    console.print(f"wrote {folder}", soft_wrap=True)
+    if push is not None:
+        push_folder(folder, push, private=private, revision=None, token=token)
 
 
 def _plan(config: OffloadConfig, sizes: Sizes, quantization: Quantization) -> Table:

@@ -6,54 +6,37 @@ import json
 import re
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Any
 
-import typer
 from rich import box
 from rich.console import Console
 from rich.progress import track
 from rich.table import Table
 
-from transformers_moe_offload.cli.failures import CommandError, one_line_errors, reading
+from transformers_moe_offload.cli.failures import CommandError, reading
 from transformers_moe_offload.policies import ORACLE, policy_names
 from transformers_moe_offload.tracing import Replay, Trace, TraceError
 from transformers_moe_offload.tracing import replay as replay_trace
 
-TraceFile = Annotated[
-    Path, typer.Argument(metavar="TRACE", help="What `moe-offload trace` has written.", show_default=False)
-]
-Policies = Annotated[
-    list[str] | None,
-    typer.Option("--policy", help="Play this one; may be given several times. Default: all.", show_default=False),
-]
-
 
 def replay(
-    trace: TraceFile,
-    policy: Policies = None,
-    slots: Annotated[
-        str, typer.Option(help="Sizes of the cache: numbers of slots, or shares of all experts.")
-    ] = "10%,25%,50%",
-    json_file: Annotated[
-        Path | None, typer.Option("--json", metavar="FILE", help="Write all counts there, too.", show_default=False)
-    ] = None,
+    trace: Path,
+    policy: list[str] | None,
+    slots: str,
+    json_file: Path | None,
 ) -> None:
-    """Play a trace with each policy and size through the cache a model runs with, and print the hit rates.
-
-    The last line is Belady's oracle, which knows the future: no cache that loads on demand alone can do better.
-    """
-    with one_line_errors():
-        recorded = Trace.load(trace)
-        if not recorded.num_asked:
-            raise TraceError(f"{trace} holds no visit that wants an expert; record a longer one")
-        sizes = parse_sizes(slots, recorded.total_experts)
-        replays = play(recorded, policy, sizes)
-        console = Console()
-        console.print(f"{trace}: {recorded}", style="bold", soft_wrap=True, highlight=False)
-        console.print(_table(replays, sizes, recorded.total_experts))
-        if json_file is not None:
-            with reading(f"cannot write {json_file}"):
-                json_file.write_text(json.dumps(_as_json(recorded, replays), indent=1) + "\n", encoding="utf-8")
+    """Print the hit rates of each policy and size, Belady's oracle last."""
+    recorded = Trace.load(trace)
+    if not recorded.num_asked:
+        raise TraceError(f"{trace} holds no visit that wants an expert; record a longer one")
+    sizes = parse_sizes(slots, recorded.total_experts)
+    replays = play(recorded, policy, sizes)
+    console = Console()
+    console.print(f"{trace}: {recorded}", style="bold", soft_wrap=True, highlight=False)
+    console.print(_table(replays, sizes, recorded.total_experts))
+    if json_file is not None:
+        with reading(f"cannot write {json_file}"):
+            json_file.write_text(json.dumps(_as_json(recorded, replays), indent=1) + "\n", encoding="utf-8")
 
 
 def parse_sizes(text: str, total_experts: int) -> list[int]:

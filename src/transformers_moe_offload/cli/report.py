@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Any
 
 import typer
 
-from transformers_moe_offload.cli.failures import one_line_errors, reading
-from transformers_moe_offload.cli.replay import Policies, parse_sizes, play
+from transformers_moe_offload.cli.failures import reading
+from transformers_moe_offload.cli.replay import parse_sizes, play
 from transformers_moe_offload.routing import RoutingTrace
 from transformers_moe_offload.routing.report import sections_of
 from transformers_moe_offload.tracing import Replay, Trace, TraceError
@@ -23,64 +23,37 @@ from transformers_moe_offload.tracing.report import (
 
 
 def report(
-    trace: Annotated[
-        Path,
-        typer.Argument(
-            metavar="TRACE",
-            help="What `moe-offload trace` has written, or the folder of a recording of the routing.",
-            show_default=False,
-        ),
-    ],
-    output: Annotated[
-        Path,
-        typer.Option(
-            "--output",
-            "-o",
-            help="Folder for the plots, made if it is not there; or a file that ends in .html: one page with all.",
-            show_default=False,
-        ),
-    ],
-    policy: Policies = None,
-    slots: Annotated[
-        str | None,
-        typer.Option(
-            help="Sizes of the cache: numbers of slots, or shares of all experts. Default: ten sizes from 5% to 100%.",
-            show_default=False,
-        ),
-    ] = None,
+    trace: Path,
+    output: Path,
+    policy: list[str] | None,
+    slots: str | None,
 ) -> None:
-    """Draw hit rates by residency, the use of experts by layer, and stalls over time. Needs the extra `plots`.
-
-    Of a recording of the routing, also how sure routers are, which experts go together, and what each domain prefers.
-    """
-    with one_line_errors():
-        make_figure()  # before the replays, which take a while
-        routed = RoutingTrace.load(trace) if trace.is_dir() else None
-        recorded = Trace.load(trace) if routed is None else routed.to_cache_trace()
-        if not recorded.num_asked:
-            raise TraceError(f"{trace} holds no visit that wants an expert; record a longer one")
-        sizes = _ten_sizes(recorded.total_experts) if slots is None else parse_sizes(slots, recorded.total_experts)
-        replays = play(recorded, policy, sizes)
-        figures = {
-            "hit-rates.png": draw_hit_rates(replays, recorded.total_experts),
-            "expert-use.png": draw_expert_use(recorded),
-            "stalls.png": draw_stalls(recorded),
+    """Draw the trace into a folder of plots, or one page."""
+    make_figure()  # before the replays, which take a while
+    routed = RoutingTrace.load(trace) if trace.is_dir() else None
+    recorded = Trace.load(trace) if routed is None else routed.to_cache_trace()
+    if not recorded.num_asked:
+        raise TraceError(f"{trace} holds no visit that wants an expert; record a longer one")
+    sizes = _ten_sizes(recorded.total_experts) if slots is None else parse_sizes(slots, recorded.total_experts)
+    replays = play(recorded, policy, sizes)
+    figures = {
+        "hit-rates.png": draw_hit_rates(replays, recorded.total_experts),
+        "expert-use.png": draw_expert_use(recorded),
+        "stalls.png": draw_stalls(recorded),
+    }
+    if output.suffix.lower() in (".html", ".htm"):
+        sections = [] if routed is None else sections_of(routed)
+        sections += _sections(figures, replays, recorded.total_experts, has_routing=routed is not None)
+        save_page(make_page(f"Trace {trace.name}", str(routed if routed is not None else recorded), sections), output)
+        typer.echo(str(output))
+        return
+    if routed is not None:
+        figures |= {
+            f"{section.title.lower()}.png": section.figure
+            for section in sections_of(routed)
+            if section.figure is not None
         }
-        if output.suffix.lower() in (".html", ".htm"):
-            sections = [] if routed is None else sections_of(routed)
-            sections += _sections(figures, replays, recorded.total_experts, has_routing=routed is not None)
-            save_page(
-                make_page(f"Trace {trace.name}", str(routed if routed is not None else recorded), sections), output
-            )
-            typer.echo(str(output))
-            return
-        if routed is not None:
-            figures |= {
-                f"{section.title.lower()}.png": section.figure
-                for section in sections_of(routed)
-                if section.figure is not None
-            }
-        _save_figures(figures, output, has_routing=routed is not None)
+    _save_figures(figures, output, has_routing=routed is not None)
 
 
 def _sections(

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from contextlib import nullcontext
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Any
 
 import torch
 import typer
@@ -17,7 +17,7 @@ from transformers_moe_offload.cli import options
 from transformers_moe_offload.cli.answer import Sampling
 from transformers_moe_offload.cli.chat import INTERRUPTED
 from transformers_moe_offload.cli.conversation import Conversation
-from transformers_moe_offload.cli.failures import CommandError, one_line_errors, reading
+from transformers_moe_offload.cli.failures import CommandError, reading
 from transformers_moe_offload.cli.interruption import Interruption
 from transformers_moe_offload.cli.model_config import read_config
 from transformers_moe_offload.cli.results import expect_file
@@ -28,72 +28,49 @@ from transformers_moe_offload.tracing import Trace
 
 
 def trace(
-    model: options.Model,
-    output: Annotated[Path, typer.Option("--output", "-o", help="The trace, an .npz file.", show_default=False)],
-    prompt: Annotated[
-        list[str] | None, typer.Option(help="Generate from this; may be given several times.", show_default=False)
-    ] = None,
-    prompts: Annotated[
-        Path | None, typer.Option(help="A text file; generate from each of its lines.", show_default=False)
-    ] = None,
-    routing: Annotated[
-        Path | None,
-        typer.Option(
-            metavar="FOLDER",
-            help="Record there what routers scored and chose, too: a new folder, for `report`.",
-            show_default=False,
-        ),
-    ] = None,
-    overwrite: Annotated[
-        bool, typer.Option("--overwrite", help="Replace a recording that is in the --routing folder already.")
-    ] = False,
-    cache_budget: options.CacheBudget = "auto",
-    policy: Annotated[str, typer.Option(help="Decides how long the recording takes, never what it holds.")] = "lru",
-    max_new_tokens: Annotated[int, typer.Option(min=1, help="Most tokens for each prompt.")] = 128,
-    temperature: Annotated[
-        float | None,
-        typer.Option(min=0.0, help="0 always takes the likeliest token. Default: what the model asks for."),
-    ] = None,
-    top_p: Annotated[
-        float | None, typer.Option(min=0.0, max=1.0, help="Sample from the likeliest tokens that make up this share.")
-    ] = None,
-    seed: Annotated[int, typer.Option(min=0, help="Seed of the sampling.")] = 0,
-    dtype: options.Dtype = "auto",
-    device_map: options.DeviceMap = None,
-    revision: options.Revision = "main",
-    token: options.Token = None,
-    local_files_only: options.LocalFilesOnly = False,
-    trust_remote_code: options.TrustRemoteCode = False,
+    model: str,
+    output: Path,
+    prompt: list[str] | None,
+    prompts: Path | None,
+    routing: Path | None,
+    overwrite: bool,
+    cache_budget: str,
+    policy: str,
+    max_new_tokens: int,
+    temperature: float | None,
+    top_p: float | None,
+    seed: int,
+    dtype: str,
+    device_map: str | None,
+    revision: str,
+    token: str | None,
+    local_files_only: bool,
+    trust_remote_code: bool,
 ) -> None:
-    """Generate from prompts and record which experts each layer wants, for `replay` and `report`.
-
-    Ctrl-C ends the recording after the token being generated, and what there is by then is written. The trace holds
-    no text.
-    """
-    with one_line_errors():
-        config = OffloadConfig(cache_budget=cache_budget, policy=policy)
-        sampling = Sampling(max_new_tokens, temperature, top_p)
-        origin = options.Origin(revision, token, local_files_only, trust_remote_code)
-        loading = {"dtype": options.parse_dtype(dtype) or "auto", "device_map": options.parse_device_map(device_map)}
-        texts = _texts(prompt, prompts)
-        expect_file("--output", output)
-        read_config(model, origin, f"cannot load {model!r}")
-        with reading(f"cannot load {model!r}"):
-            tokenizer = AutoTokenizer.from_pretrained(model, **origin.for_classes())
-            inputs = [Conversation(tokenizer, None).ask(text) for text in texts]
-            loaded = AutoModelForCausalLM.from_pretrained(model, moe_offload=config, **loading, **origin.for_classes())
-        set_seed(seed)
-        try:
-            with record_routing(loaded, routing, overwrite=overwrite) if routing is not None else nullcontext():
-                recorded, was_stopped = _record(loaded, tokenizer, inputs, sampling)
-        finally:
-            loaded.moe_offload.close()
-        recorded.save(output)
-        typer.echo(f"{output}: {recorded}")
-        if routing is not None:
-            typer.echo(f"{routing}: {RoutingTrace.load(routing)}")
-        if was_stopped:
-            raise typer.Exit(INTERRUPTED)
+    """Generate from each prompt and write down what the layers wanted."""
+    config = OffloadConfig(cache_budget=cache_budget, policy=policy)
+    sampling = Sampling(max_new_tokens, temperature, top_p)
+    origin = options.Origin(revision, token, local_files_only, trust_remote_code)
+    loading = {"dtype": options.parse_dtype(dtype) or "auto", "device_map": options.parse_device_map(device_map)}
+    texts = _texts(prompt, prompts)
+    expect_file("--output", output)
+    read_config(model, origin, f"cannot load {model!r}")
+    with reading(f"cannot load {model!r}"):
+        tokenizer = AutoTokenizer.from_pretrained(model, **origin.for_classes())
+        inputs = [Conversation(tokenizer, None).ask(text) for text in texts]
+        loaded = AutoModelForCausalLM.from_pretrained(model, moe_offload=config, **loading, **origin.for_classes())
+    set_seed(seed)
+    try:
+        with record_routing(loaded, routing, overwrite=overwrite) if routing is not None else nullcontext():
+            recorded, was_stopped = _record(loaded, tokenizer, inputs, sampling)
+    finally:
+        loaded.moe_offload.close()
+    recorded.save(output)
+    typer.echo(f"{output}: {recorded}")
+    if routing is not None:
+        typer.echo(f"{routing}: {RoutingTrace.load(routing)}")
+    if was_stopped:
+        raise typer.Exit(INTERRUPTED)
 
 
 def _texts(prompt: list[str] | None, prompts: Path | None) -> list[str]:

@@ -5,29 +5,11 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Annotated
 
-import typer
 from rich.console import Console
 from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn
 
 from transformers_moe_offload.cli.failures import CommandError
-
-Source = Annotated[
-    str,
-    typer.Argument(
-        metavar="SRC", help="A folder with a checkpoint, or the id of a model on the Hub.", show_default=False
-    ),
-]
-Destination = Annotated[Path, typer.Argument(metavar="DST", help="The folder to write.", show_default=False)]
-Workers = Annotated[int | None, typer.Option(min=1, help="Experts at a time; default is one per core.")]
-Overwrite = Annotated[
-    bool, typer.Option("--overwrite", help="Replace a complete checkpoint, once the new one is complete.")
-]
-
-Resume = Annotated[
-    bool, typer.Option("--resume/--no-resume", help="Go on with what an interrupted build has left, or do not.")
-]
 
 
 def expect_apart(source: str, folder: Path) -> None:

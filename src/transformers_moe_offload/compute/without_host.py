@@ -15,6 +15,8 @@ from torch import Tensor
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from transformers_moe_offload.errors import MoeOffloadError
+
 _aten = torch.ops.aten
 
 WAITING = frozenset(
@@ -43,7 +45,7 @@ HANDED_OVER = frozenset({Tensor.cpu, Tensor.numpy, Tensor.tolist, Tensor.__array
 """What gives the host a tensor's values, which on a CPU no operator does."""
 
 
-class HostSyncError(RuntimeError):
+class HostSyncError(MoeOffloadError, RuntimeError):
     """Something wanted a device's value on the host where that cannot be."""
 
 

@@ -25,6 +25,7 @@ from transformers_moe_offload.config import OffloadConfig
 from transformers_moe_offload.engine.engine import DeviceEngine
 from transformers_moe_offload.errors import ConfigError
 from transformers_moe_offload.expert import ExpertId
+from transformers_moe_offload.formats.by_expert import LayerCodings
 from transformers_moe_offload.hf.decode.costs import slower_on_device
 from transformers_moe_offload.hf.decode.decoding import Decoding
 from transformers_moe_offload.hf.decode.engines import addressed_layers, build_engines
@@ -32,7 +33,14 @@ from transformers_moe_offload.hf.decode.obstacles import obstacle, report
 from transformers_moe_offload.hf.host_sides import host_sides
 from transformers_moe_offload.hf.layer import SparseLayer
 from transformers_moe_offload.hf.lookahead import Lookahead, look_ahead_in
-from transformers_moe_offload.hf.plan import OffloadPlan, Placement, make_plan, tried_out, without_arenas
+from transformers_moe_offload.hf.plan import (
+    OffloadPlan,
+    Placement,
+    expect_enough,
+    make_plan,
+    tried_out,
+    without_arenas,
+)
 from transformers_moe_offload.hf.pools import build_caches
 from transformers_moe_offload.memory.checkpoint import ExpertStore, LayerSource
 from transformers_moe_offload.stats import LayerStats
@@ -93,6 +101,21 @@ class LayerCaches:
         self.record(self._recorder)
         self.plan = plan
         return plan
+
+    def expect_enough(
+        self, sources: Mapping[int, LayerSource], config: OffloadConfig, coded: Mapping[int, LayerCodings]
+    ) -> None:
+        """Raise `CapacityError` if the budget cannot work, before anything is built or encoded.
+
+        `coded` are the codings of layers whose experts are going to be in RAM.
+        """
+        placements = [
+            replace(one, codings=coded[layer], is_in_ram=True, is_mappable=one.device.type == "cpu", spare_bytes=None)
+            if (layer := one.spec.layer) in coded
+            else one
+            for one in self._placements(sources, config, ())
+        ]
+        expect_enough(placements, config)
 
     def drop(self, *, keep_stats: bool) -> None:
         """Free slots and threads, until caches are needed again."""

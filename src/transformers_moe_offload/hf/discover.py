@@ -56,7 +56,7 @@ def take_over(model: nn.Module) -> list[SparseLayer]:
     if not layers:
         raise UnsupportedModelError(
             f"{type(model).__name__} has no routed experts that can be offloaded; {_what_there_is(model)}. "
-            f"Load it without moe_offload"
+            f"Load it without offloading"
         )
     return layers
 

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from transformers_moe_offload.cache.visit import Visit
 from transformers_moe_offload.compute.lending import Fetch
+from transformers_moe_offload.errors import UnsupportedModelError
 from transformers_moe_offload.expert import ExpertSpec
 from transformers_moe_offload.formats.by_expert import LayerCodings
 from transformers_moe_offload.hf.layouts import ExpertField
@@ -66,7 +67,10 @@ class _Stack:
         """The same stack, where the caller spells out the shape it has anyway."""
         sizes = tuple(shape[0]) if len(shape) == 1 and not isinstance(shape[0], int) else shape
         if tuple(sizes[1:]) != self._field.shape:
-            raise ValueError(f"{self._field.name} has experts of shape {self._field.shape}, not {tuple(sizes[1:])}")
+            raise UnsupportedModelError(
+                f"the model views {self._field.name} as experts of shape {tuple(sizes[1:])}, but they have "
+                f"{self._field.shape}; load it without offloading"
+            )
         return self
 
 

@@ -6,6 +6,7 @@ import logging
 from collections import Counter
 from collections.abc import Container, Mapping, Sequence, Set
 from dataclasses import dataclass, replace
+from typing import NamedTuple
 
 import torch
 
@@ -188,6 +189,10 @@ def readable(nbytes: float) -> str:
     return f"{nbytes:.1f} TiB"
 
 
+_Groups = dict[tuple[torch.device, int, bool, bool], list[Placement]]
+"""The layers of each pool: on one device, with records of one size, all of them mappable or none, in RAM or on disk."""
+
+
 def make_plan(
     placements: Sequence[Placement], config: OffloadConfig, held: Mapping[torch.device, int] | None = None
 ) -> OffloadPlan:
@@ -195,15 +200,8 @@ def make_plan(
 
     Raises `CapacityError` if the budget is too small, `ConfigError` if `mmap=True` cannot be done.
     """
-    groups: dict[tuple[torch.device, int, bool, bool], list[Placement]] = {}
-    for placement in placements:
-        kind = (placement.device, placement.slot_bytes, _is_mappable(placement, config), placement.is_in_ram)
-        groups.setdefault(kind, []).append(placement)
-    has_room = page_cache_holds(sum(_need(members, 0).all_bytes for members in groups.values()))
-    past_cache = config.direct_io is True or (config.direct_io == "auto" and not has_room)
-    into_pages = past_cache and config.mmap is not True
-    spares = [_spare_bytes(members) if into_pages else None for members in groups.values()]
-    needs = [_need(members, spare or 0) for members, spare in zip(groups.values(), spares, strict=True)]
+    groups = _grouped(placements, config)
+    needs, spares, has_room, past_cache = _needs(groups, config)
     budget_bytes, slots = _shared_out(config.budget, [device for device, *_ in groups], needs, held or {})
     pools = [
         PoolPlan(
@@ -233,11 +231,49 @@ def make_plan(
     )
 
 
+def expect_enough(placements: Sequence[Placement], config: OffloadConfig) -> None:
+    """Raise what `make_plan` would for a budget in bytes or a share; what "auto" comes to depends on what is loaded."""
+    if not _is_automatic(config.budget):
+        groups = _grouped(placements, config)
+        _shared_out(config.budget, [device for device, *_ in groups], _needs(groups, config).of_pools, {})
+
+
+def _is_automatic(budget: Budget) -> bool:
+    return budget.nbytes is None and budget.share is None
+
+
+def _grouped(placements: Sequence[Placement], config: OffloadConfig) -> _Groups:
+    groups: _Groups = {}
+    for placement in placements:
+        kind = (placement.device, placement.slot_bytes, _is_mappable(placement, config), placement.is_in_ram)
+        groups.setdefault(kind, []).append(placement)
+    return groups
+
+
+class _Needs(NamedTuple):
+    of_pools: list[PoolNeed]
+    spares: list[int | None]
+    """By pool, what its slots have for pages of files that are read past the page cache."""
+    has_room: bool
+    """Whether the page cache holds all experts."""
+    past_cache: bool
+    """Whether to read past it."""
+
+
+def _needs(groups: _Groups, config: OffloadConfig) -> _Needs:
+    has_room = page_cache_holds(sum(_need(members, 0).all_bytes for members in groups.values()))
+    past_cache = config.direct_io is True or (config.direct_io == "auto" and not has_room)
+    into_pages = past_cache and config.mmap is not True
+    spares = [_spare_bytes(members) if into_pages else None for members in groups.values()]
+    needs = [_need(members, spare or 0) for members, spare in zip(groups.values(), spares, strict=True)]
+    return _Needs(needs, spares, has_room, past_cache)
+
+
 def _shared_out(
     budget: Budget, devices: Sequence[torch.device], needs: Sequence[PoolNeed], held: Mapping[torch.device, int]
 ) -> tuple[int, list[int]]:
     """A budget in bytes, and the slots of each pool: in proportion, or by what is free on each device."""
-    if budget.nbytes is None and budget.share is None:
+    if _is_automatic(budget):
         return share_out_by_device(room_for_slots(devices, needs, held), devices, needs)
     budget_bytes = budget.resolve(sum(need.all_bytes for need in needs), 0)
     return budget_bytes, share_out(budget_bytes, needs)

@@ -10,11 +10,22 @@ from transformers.utils import logging
 
 from transformers_moe_offload.config import ExpertFormats
 from transformers_moe_offload.errors import ConfigError
+from transformers_moe_offload.formats.by_expert import LayerCodings
 from transformers_moe_offload.hf.codings import codings_of
 from transformers_moe_offload.hf.layer import SparseLayer
 from transformers_moe_offload.memory.available import free_ram
 from transformers_moe_offload.memory.checkpoint import LayerSource
 from transformers_moe_offload.memory.encoding import encoded_bytes, encoded_in_ram, num_encoded
+
+
+def codings_to_be(
+    model: nn.Module, layers: Sequence[SparseLayer], sources: Sequence[LayerSource], formats: ExpertFormats
+) -> list[LayerCodings]:
+    """How the experts of each layer are going to be stored; raises `ConfigError` if the formats do not fit them."""
+    formats.check([layer.num_experts for layer in layers])
+    return [
+        codings_of(model, layer, source.spec.fields, formats) for layer, source in zip(layers, sources, strict=True)
+    ]
 
 
 def quantized(
@@ -24,11 +35,7 @@ def quantized(
 
     Raises `ConfigError` before the first one if there is not enough of it.
     """
-    formats.check([layer.num_experts for layer in layers])
-    pairs = [
-        (source, codings_of(model, layer, source.spec.fields, formats))
-        for layer, source in zip(layers, sources, strict=True)
-    ]
+    pairs = list(zip(sources, codings_to_be(model, layers, sources, formats), strict=True))
     needed = sum(encoded_bytes(codings, len(source.experts)) for source, codings in pairs)
     free = free_ram()
     if needed > free:

@@ -18,13 +18,14 @@ from transformers_moe_offload.config import ExpertFormats, OffloadConfig
 from transformers_moe_offload.errors import CheckpointError
 from transformers_moe_offload.hf.arguments import refuse_kernels, refuse_splits
 from transformers_moe_offload.hf.attach import attach
+from transformers_moe_offload.hf.caches import LayerCaches
 from transformers_moe_offload.hf.checkpoint import Checkpoint, expect_unused, locate
 from transformers_moe_offload.hf.dense import prepare_dense, quantize_dense, settle_dense
 from transformers_moe_offload.hf.discover import take_over
 from transformers_moe_offload.hf.layer import SparseLayer
 from transformers_moe_offload.hf.prebuilt.layout import INDEX_NAME
 from transformers_moe_offload.hf.prebuilt.loading import DenseCheck
-from transformers_moe_offload.hf.quantization import quantized
+from transformers_moe_offload.hf.quantization import codings_to_be, quantized
 from transformers_moe_offload.hf.records import locate_records, record_keys
 from transformers_moe_offload.hf.state_dicts import with_experts
 from transformers_moe_offload.hf.upstream import (
@@ -34,6 +35,7 @@ from transformers_moe_offload.hf.upstream import (
     experts_implementation,
     has_peft_adapter,
 )
+from transformers_moe_offload.memory.encoding import num_encoded
 from transformers_moe_offload.policies import make_policy
 
 logger = logging.getLogger(__name__)
@@ -58,6 +60,8 @@ class MoeOffloadQuantizer(HfQuantizer):
             self.quantization_config = quantization_config.override(asked_for.get() or OffloadConfig())
         # Transformers quantizes nothing on the fly, so it may load with several threads.
         self.pre_quantized = True
+        self._device: torch.device | None = None
+        """Where all of the model is going to be; None where that is several devices, or not known."""
         self._layers: list[SparseLayer] = []
         self._sources: list[Any] = []
         self._checkpoint: Checkpoint | None = None
@@ -72,7 +76,8 @@ class MoeOffloadQuantizer(HfQuantizer):
     def update_device_map(self, device_map: Any) -> Any:
         """Without a device map the dense weights go to the accelerator, as with any quantized model."""
         if device_map is None and torch.cuda.is_available():
-            return {"": torch.cuda.current_device()}
+            device_map = {"": torch.cuda.current_device()}
+        self._device = _only_device(device_map)
         return device_map
 
     def update_attn_implementation(self, config: Any) -> Any:
@@ -129,7 +134,21 @@ class MoeOffloadQuantizer(HfQuantizer):
             expect_unused(model, record_keys(self._checkpoint.tensors), weight_conversions)
         else:
             self._sources = locate(model, self._layers, self._checkpoint, weight_conversions)
+        self._expect_enough(model)
         return weight_conversions
+
+    def _expect_enough(self, model: Any) -> None:
+        """Refuse a budget that cannot work before weights are loaded, where it is known on which device they go."""
+        if self._device is None:
+            return
+        for layer in self._layers:
+            layer.device = self._device
+        config, coded = self.quantization_config, {}
+        if config.formats is not None and not self._is_prebuilt:
+            codings = codings_to_be(model, self._layers, self._sources, config.formats)
+            pairs = zip(self._layers, codings, strict=True)
+            coded = {layer.index: one for layer, one in pairs if num_encoded(one, layer.num_experts)}
+        LayerCaches(self._layers).expect_enough({s.spec.layer: s for s in self._sources}, config, coded)
 
     def _process_model_after_weight_loading(self, model: Any, **kwargs: Any) -> None:
         if self._dense_check is not None:
@@ -175,3 +194,11 @@ class MoeOffloadQuantizer(HfQuantizer):
         `decode="graph"` what `generate` is given for it replays steps that were captured (`decode/step.py`).
         """
         return bool(self.quantization_config.decode == "graph")
+
+
+def _only_device(device_map: Any) -> torch.device | None:
+    """The device that a device map, or none, puts all of a model on."""
+    if device_map is None:
+        return torch.device("cpu")
+    places = set(device_map.values()) if isinstance(device_map, dict) else set()
+    return torch.device(places.pop()) if len(places) == 1 and "disk" not in places else None

@@ -40,13 +40,15 @@ def missing(device: torch.device | None = None) -> str | None:
     In Triton's interpreter (`TRITON_INTERPRET=1`) they can be used on a CPU that is asked for by name, however slowly:
     so all that is built on them can be tested without a GPU.
     """
+    is_interpreted = device is not None and device.type == "cpu" and os.environ.get("TRITON_INTERPRET") == "1"
+    if not is_interpreted and not torch.cuda.is_available():
+        return "torch sees no GPU"
+    if not is_interpreted and device is not None and device.type != "cuda":
+        return f"{device.type} is no GPU that Triton's kernels are for"
     if importlib.util.find_spec("triton") is None:
         return "Triton is not installed; pip install triton"
-    if device is not None and device.type != "cuda":
-        is_interpreted = device.type == "cpu" and os.environ.get("TRITON_INTERPRET") == "1"
-        return None if is_interpreted else f"{device.type} is no GPU that Triton's kernels are for"
-    if not torch.cuda.is_available():
-        return "torch sees no GPU"
+    if is_interpreted:
+        return None
     found = torch.cuda.get_device_capability(device)
     if found < CAPABILITY:
         return f"{torch.cuda.get_device_name(device)} has compute capability {found}, not at least {CAPABILITY}"

@@ -15,7 +15,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from transformers_moe_offload.errors import MoeOffloadError
 from transformers_moe_offload.memory.disk import File
+
+
+class NotPicklableError(MoeOffloadError, TypeError):
+    """Something that is only in this process; also the `TypeError` that `pickle` and `copy` answer with."""
 
 
 class RamFile(File):
@@ -50,7 +55,7 @@ class RamFile(File):
         return torch.frombuffer(mmap.mmap(self._fd, self.nbytes), dtype=torch.uint8)
 
     def __reduce__(self) -> Any:
-        raise TypeError(
+        raise NotPicklableError(
             "experts that were quantized while the model was loaded are in this process's RAM and cannot be pickled; "
             "save the model with save_pretrained and load it where it is needed"
         )

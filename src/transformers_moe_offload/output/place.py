@@ -175,7 +175,7 @@ def expect_place(folder: Path, marks: Marks, *, overwrite: bool = False) -> None
         _expect_no_strangers_beside(folder, marks)
     if is_complete(folder, marks) and not overwrite:
         raise CheckpointError(
-            f"{folder} holds a complete checkpoint; choose another folder, or pass --overwrite to replace it"
+            f"{folder} holds a complete checkpoint; choose another folder, or pass overwrite=True to replace it"
         )
 
 

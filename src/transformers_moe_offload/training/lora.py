@@ -32,8 +32,7 @@ def lora_config(
     try:
         from peft import LoraConfig
     except ImportError as error:
-        raise ConfigError("LoRA needs peft; run: pip install 'transformers-moe-offload[adapters]'") from error
-
+        raise ConfigError("lora_config needs peft; run: pip install 'transformers-moe-offload[adapters]'") from error
     found: dict[str, Any] = {
         "target_parameters": _expert_fields(model) if experts else None,
         "target_modules": _attention_linears(model) if attention else [],

@@ -3,7 +3,7 @@
 import pytest
 from typer.testing import CliRunner
 
-from transformers_moe_offload.cli.main import app
+from moe_offload_cli.main import app
 
 
 @pytest.fixture

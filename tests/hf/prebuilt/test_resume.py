@@ -167,7 +167,7 @@ def test_an_unfinished_checkpoint_by_another_recipe_is_refused_with_the_differen
 def test_a_complete_checkpoint_is_refused_unless_it_is_to_be_overwritten(tmp_path, expected):
     write(tmp_path / "folder", recipe=OTHER_RECIPE)
     old = files(tmp_path / "folder")
-    with pytest.raises(CheckpointError, match=r"holds a complete checkpoint; .*--overwrite"):
+    with pytest.raises(CheckpointError, match=r"holds a complete checkpoint; .*overwrite=True"):
         write(tmp_path / "folder")
     assert files(tmp_path / "folder") == old
     write(tmp_path / "folder", overwrite=True)

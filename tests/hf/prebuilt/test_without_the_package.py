@@ -6,7 +6,7 @@ import sys
 import pytest
 from typer.testing import CliRunner
 
-from transformers_moe_offload.cli.main import app
+from moe_offload_cli.main import app
 from transformers_moe_offload.hf.prebuilt import moe_offload_required
 from transformers_moe_offload.hf.prebuilt.layout import AUTO_CLASSES, GUARD
 from zoo.build import build

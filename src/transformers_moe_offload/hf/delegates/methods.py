@@ -25,7 +25,7 @@ def refusal(name: object, method: str) -> ConfigError:
             f"{name} is quantized with {method!r}, which this version of Transformers does not know; install one that "
             f"does, or use an unquantized checkpoint of the model"
         )
-    advice = _ADVICE.get(method, "load it without moe_offload, or use an unquantized checkpoint of the model")
+    advice = _ADVICE.get(method, "load it without offloading, or use an unquantized checkpoint of the model")
     return ConfigError(
         f"{name} is already quantized with {method!r}, whose experts cannot be offloaded (those of "
         f"{', '.join(DELEGATED)} can); {advice}"

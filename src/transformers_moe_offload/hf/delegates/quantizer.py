@@ -91,7 +91,7 @@ class DelegatingQuantizer(MoeOffloadQuantizer):
             if not isinstance(model.get_submodule(layer.name), OffloadedExperts):
                 raise UnsupportedModelError(
                     f"{type(self._method).__name__} has put experts of its own in place of {layer.name}; "
-                    f"load the model without moe_offload"
+                    f"load the model without offloading"
                 )
 
     def adjust_max_memory(self, max_memory: dict[int | str, int]) -> dict[int | str, int]:
@@ -105,6 +105,7 @@ class DelegatingQuantizer(MoeOffloadQuantizer):
         self._plain_conversions = [deepcopy(c) if isinstance(c, WeightConverter) else c for c in weight_conversions]
         conversions: list[Any] = self._method.update_weight_conversions(weight_conversions, model)
         self._sources = [as_stored(source) for source in locate(model, self._layers, self._checkpoint, conversions)]
+        self._expect_enough(model)
         return conversions
 
     def _process_model_after_weight_loading(self, model: Any, **kwargs: Any) -> None:

@@ -14,6 +14,8 @@ from typing import Any
 from safetensors import safe_open
 from torch import Tensor
 
+from .configuration_adapter_moe import AdapterMoeError
+
 CONFIG_NAME = "adapter_config.json"
 WEIGHTS_NAME = "adapter_model.safetensors"
 FOLDER = "adapters"
@@ -37,16 +39,16 @@ class AdapterFolder:
 
     @classmethod
     def open(cls, folder: Path) -> AdapterFolder:
-        """Read an adapter's config; raises `ValueError` if it is no LoRA adapter, or one with more than we know."""
+        """Read an adapter's config; raises `AdapterMoeError` if it is no LoRA adapter or has more than we know."""
         try:
             config = json.loads((folder / CONFIG_NAME).read_text(encoding="utf-8"))
         except (OSError, ValueError) as error:
-            raise ValueError(f"{folder} is no PEFT adapter: {CONFIG_NAME} cannot be read ({error})") from error
+            raise AdapterMoeError(f"{folder} is no PEFT adapter: {CONFIG_NAME} cannot be read ({error})") from error
         if not isinstance(config, dict):
             holds = type(config).__name__
-            raise ValueError(f"{folder} is no PEFT adapter: {CONFIG_NAME} holds a {holds}")  # noqa: TRY004  as above
+            raise AdapterMoeError(f"{folder} is no PEFT adapter: {CONFIG_NAME} holds a {holds}")
         if config.get("peft_type") != "LORA":
-            raise ValueError(f"{folder} is an adapter of type {config.get('peft_type')!r}; only LORA can be mixed")
+            raise AdapterMoeError(f"{folder} is an adapter of type {config.get('peft_type')!r}; only LORA can be mixed")
         refused = [name for name in _REFUSED if config.get(name)]
         if config.get("bias", "none") != "none":
             refused.append("bias")
@@ -55,9 +57,9 @@ class AdapterFolder:
         if str(config.get("init_lora_weights")).lower().startswith(_REPLACED):
             refused.append("init_lora_weights")
         if refused:
-            raise ValueError(f"{folder} uses {refused[0]}={config[refused[0]]!r}, which cannot be mixed")
+            raise AdapterMoeError(f"{folder} uses {refused[0]}={config[refused[0]]!r}, which cannot be mixed")
         if not (folder / WEIGHTS_NAME).is_file():
-            raise ValueError(f"{folder} has no {WEIGHTS_NAME}; adapters in other files are not read")
+            raise AdapterMoeError(f"{folder} has no {WEIGHTS_NAME}; adapters in other files are not read")
         return cls(folder, config)
 
     @property
@@ -79,7 +81,7 @@ class AdapterFolder:
             for name in tensors.keys():  # noqa: SIM118  not a mapping
                 match = pattern.fullmatch(name)
                 if match is None:
-                    raise ValueError(f"{self.weights} has {name}, which is no LoRA matrix of a linear layer")
+                    raise AdapterMoeError(f"{self.weights} has {name}, which is no LoRA matrix of a linear layer")
                 if match[2] == "A":
                     found[match[1]] = tensors.get_slice(name).get_shape()[0]
         return found

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from typing import Any
 
 from transformers import AutoConfig, PreTrainedConfig
@@ -9,6 +10,13 @@ from transformers.configuration_utils import SubConfigSpec
 
 _SITES = ("ffn", "linear", "model")
 _SCORINGS = ("softmax", "sigmoid", "arrow", "uniform")
+
+_errors = sys.modules.get("transformers_moe_offload.errors")  # None for a checkpoint's copy without the package
+_OURS: tuple[type[Exception], ...] = () if _errors is None else (_errors.MoeOffloadError,)
+
+
+class AdapterMoeError(*_OURS, ValueError):  # type: ignore[misc]
+    """A mixture of adapters that cannot be, with the reason; one of the package's errors where that is imported."""
 
 
 class AdapterMoeConfig(PreTrainedConfig):
@@ -48,20 +56,20 @@ class AdapterMoeConfig(PreTrainedConfig):
         self.adapters, self.target_modules = list(self.adapters), list(self.target_modules)
         for name, choices in (("router_per", _SITES), ("scoring", _SCORINGS)):
             if getattr(self, name) not in choices:
-                raise ValueError(f"{name}={getattr(self, name)!r} is not one of {', '.join(choices)}")
+                raise AdapterMoeError(f"{name}={getattr(self, name)!r} is not one of {', '.join(choices)}")
         if len(set(self.adapters)) < len(self.adapters):
-            raise ValueError(f"adapters={self.adapters} has a name twice")
+            raise AdapterMoeError(f"adapters={self.adapters} has a name twice")
         bad = [name for name in self.adapters if name in ("", ".", "..") or "/" in name or "\\" in name]
         if bad:
-            raise ValueError(f"{bad[0]!r} is no name for an adapter: it is the name of its folder")
+            raise AdapterMoeError(f"{bad[0]!r} is no name for an adapter: it is the name of its folder")
         if self.scoring == "uniform":
             self.num_experts_per_tok = max(1, len(self.adapters))
         if self.adapters and not 1 <= self.num_experts_per_tok <= len(self.adapters):
-            raise ValueError(
+            raise AdapterMoeError(
                 f"num_experts_per_tok={self.num_experts_per_tok}, but there are {len(self.adapters)} adapters"
             )
         if not self.temperature > 0:
-            raise ValueError(f"temperature={self.temperature} is not a positive number")
+            raise AdapterMoeError(f"temperature={self.temperature} is not a positive number")
 
     @property
     def adapter_folders(self) -> list[str]:

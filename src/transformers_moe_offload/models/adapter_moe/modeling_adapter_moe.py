@@ -19,7 +19,7 @@ from transformers import AutoModelForCausalLM, GenerationMixin, PreTrainedConfig
 from transformers import initialization as init
 
 from .adapter_folders import CONFIG_NAME, FOLDER, WEIGHTS_NAME, AdapterFolder, key
-from .configuration_adapter_moe import AdapterMoeConfig
+from .configuration_adapter_moe import AdapterMoeConfig, AdapterMoeError
 from .routed_layers import AdapterRouter, LoraExperts, RoutedLinear, add_adapters, choosing
 
 _PUSH_OPTIONS = ("repo_id", "commit_message", "create_pr", "private", "token")
@@ -120,7 +120,7 @@ class AdapterMoeForCausalLM(PreTrainedModel, GenerationMixin):
     def read_adapters(self) -> None:
         """Learn how much each adapter weighs from its folder, and fill the experts that are in memory.
 
-        Raises `ValueError` if an adapter is of a kind that cannot be mixed, or does not fit the model.
+        Raises `AdapterMoeError` if an adapter is of a kind that cannot be mixed, or does not fit the model.
         """
         folders = [AdapterFolder.open(Path(folder)) for folder in self.config.adapter_folders]
         linears = [module for module in self.modules() if isinstance(module, RoutedLinear)]
@@ -196,12 +196,14 @@ def _expect_known(folder: AdapterFolder, paths: set[str], rank: int) -> None:
     """Nothing of an adapter may be left out in silence."""
     for path, own_rank in folder.paths().items():
         if path not in paths:
-            raise ValueError(
+            raise AdapterMoeError(
                 f"{folder.folder} adds to {path}, which is no routed linear layer of the model; add "
                 f"{path.rpartition('.')[2]!r} to the config's target_modules"
             )
         if own_rank > rank:
-            raise ValueError(f"{folder.folder} has rank {own_rank} at {path}, but the config says rank={rank} at most")
+            raise AdapterMoeError(
+                f"{folder.folder} has rank {own_rank} at {path}, but the config says rank={rank} at most"
+            )
 
 
 def _fill(module: LoraExperts, folders: list[AdapterFolder]) -> None:

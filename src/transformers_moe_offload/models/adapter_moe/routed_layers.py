@@ -17,7 +17,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from .configuration_adapter_moe import AdapterMoeConfig
+from .configuration_adapter_moe import AdapterMoeConfig, AdapterMoeError
 
 
 class Choice(NamedTuple):
@@ -118,7 +118,7 @@ class RoutedLinear(nn.Linear):
         rows = hidden_states.reshape(-1, hidden_states.shape[-1])
         choice = self.router.choose(rows) if "router" in self._modules else _chosen.get()
         if choice is None:
-            raise RuntimeError(
+            raise AdapterMoeError(
                 f"no adapters are chosen for {self.experts.path}: its router is called by the model's forward, which "
                 f"this call did not go through (with router_per='model', gradient checkpointing does that)"
             )
@@ -143,14 +143,16 @@ class RoutedBlock(nn.Module):
 
 
 def add_adapters(model: nn.Module, config: AdapterMoeConfig) -> None:
-    """Let the linear layers of a dense model that the config names be routed; raises `ValueError` if there are none."""
+    """Let the linear layers that the config names be routed; raises `AdapterMoeError` if a dense model has none."""
     linears = {
         path: module
         for path, module in model.named_modules()
         if isinstance(module, nn.Linear) and is_target(path, config.target_modules)
     }
     if not linears:
-        raise ValueError(f"the dense model has no linear layer whose path ends with one of {config.target_modules}")
+        raise AdapterMoeError(
+            f"the dense model has no linear layer whose path ends with one of {config.target_modules}"
+        )
     for path, linear in linears.items():
         block = model.get_submodule(path.rpartition(".")[0])
         has_block = config.router_per == "ffn" and takes_one_input(block)

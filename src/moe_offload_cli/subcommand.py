@@ -1,0 +1,34 @@
+"""From what was typed to what is done: the one place that imports the package, once the command line is understood."""
+
+from __future__ import annotations
+
+import functools
+import importlib
+from collections.abc import Callable
+from typing import Any
+
+from typer.core import TyperCommand
+
+WORK = "transformers_moe_offload.cli"
+"""The package with a module for each subcommand."""
+
+
+class Subcommand(TyperCommand):
+    """A command whose errors are one line each."""
+
+    def invoke(self, ctx: Any) -> Any:
+        """Do it; its arguments have been parsed and checked."""
+        failures = importlib.import_module(f"{WORK}.failures")
+        with failures.one_line_errors(self):
+            return super().invoke(ctx)
+
+
+def carried_out(declared: Callable[..., None]) -> Callable[..., None]:
+    """A command with the signature and the help of `declared`, which calls the function of its name in `WORK`."""
+
+    @functools.wraps(declared)
+    def command(**arguments: Any) -> None:
+        work = importlib.import_module(f"{WORK}.{declared.__name__}")
+        getattr(work, declared.__name__)(**arguments)
+
+    return command
