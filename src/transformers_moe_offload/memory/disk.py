@@ -122,7 +122,7 @@ class File:
             raise
 
     def _unreadable(self, error: OSError) -> CheckpointError:
-        return CheckpointError(f"cannot read {self.path}: {error.strerror}; restore the file and try again")
+        return CheckpointError(f"cannot read {self.path}: {error.strerror}; put the file back and try again")
 
     def _fill(self, opened: OpenedFile, targets: list[memoryview], offset: int) -> None:
         end = offset + sum(len(target) for target in targets)
@@ -155,7 +155,7 @@ class File:
     def _too_short(self, found: int, end: int) -> CheckpointError:
         return CheckpointError(
             f"{self.path} ends at byte {found:,}, but an expert's weights reach to byte {end:,}; "
-            f"restore the file and try again"
+            f"put the file back and try again"
         )
 
     def _fill_directly(self, direct: DirectReader, targets: Sequence[memoryview], offset: int) -> bool:
