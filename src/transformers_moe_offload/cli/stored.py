@@ -57,7 +57,9 @@ def stored_tensors(name: str, config: Any, origin: Origin) -> Mapping[str, Store
     try:
         found = HfApi(token=origin.token).get_safetensors_metadata(name, revision=origin.revision)
         return {
-            tensor: StoredTensor(tensor, File(Path(file), _NOWHERE), one.data_offsets[0], DTYPES[one.dtype], tuple(one.shape))
+            tensor: StoredTensor(
+                tensor, File(Path(file), _NOWHERE), one.data_offsets[0], DTYPES[one.dtype], tuple(one.shape)
+            )
             for file, header in found.files_metadata.items()
             for tensor, one in header.tensors.items()
         }

@@ -19,6 +19,7 @@ from pathlib import Path
 from transformers_moe_offload.errors import CheckpointError
 from transformers_moe_offload.memory.direct import DirectReader
 from transformers_moe_offload.memory.file_identity import FileIdentity
+from transformers_moe_offload.memory.forks import FORKS, Rank
 from transformers_moe_offload.memory.mapping import FileMap
 from transformers_moe_offload.memory.open_files import OPEN_FILES
 from transformers_moe_offload.memory.opened_file import OpenedFile
@@ -34,7 +35,7 @@ class File:
         self.nbytes = identity.nbytes
         """Size of the file when it was indexed."""
         self._identity = identity
-        self._lock = threading.Lock()
+        self._lock = FORKS.with_lock(threading.Lock(), Rank.SHORT)
         self._opened: OpenedFile | None = None
         self._map: FileMap | None = None
         self._direct: DirectReader | None = None

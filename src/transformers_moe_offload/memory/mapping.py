@@ -78,7 +78,8 @@ class FileMap:
                 self.bytes[first : last : mmap.PAGESIZE].sum()
         except OSError as error:
             raise CheckpointError(
-                f"cannot read {self._opened.path} up to byte {stop:,}: {error.strerror}; put the file back and try again"
+                f"cannot read {self._opened.path} up to byte {stop:,}: {error.strerror}; put the file back and try "
+                f"again"
             ) from error
 
     def let_go(self, start: int, stop: int) -> None:

@@ -19,7 +19,7 @@ _LOOK_EVERY = 0.01
 """Seconds."""
 
 _OWN_DESCRIPTORS = Path("/proc/self/fd")
-"""Where Linux has files under the numbers of the descriptors that they are open under, whatever their paths are by now."""
+"""Where Linux has the open files of a process, by descriptor, whatever their paths are by now."""
 
 
 class OpenedFile:

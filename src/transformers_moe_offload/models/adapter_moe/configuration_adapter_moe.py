@@ -67,7 +67,7 @@ class AdapterMoeConfig(PreTrainedConfig):
 
     @property
     def adapter_folders(self) -> list[str]:
-        """Where the adapters are on this machine, whatever the working directory; empty for a model that is not read from files."""
+        """Where the adapters are on this machine, as absolute paths; empty for a model that is not read from files."""
         return list(vars(self).get("_adapter_folders", ()))
 
     @adapter_folders.setter
