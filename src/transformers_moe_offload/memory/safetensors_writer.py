@@ -17,6 +17,7 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from types import TracebackType
+from typing import BinaryIO
 
 import torch
 from torch import Tensor
@@ -68,13 +69,13 @@ class SafetensorsWriter:
 
     def __enter__(self) -> SafetensorsWriter:
         with self._failures_explained():
-            self._partial.unlink(missing_ok=True)
+            self._partial.unlink(missing_ok=True)  # its room is free again
             free = shutil.disk_usage(self.path.parent).free
             if free < self.nbytes:
                 raise CheckpointError(
                     f"{self.path} takes {self.nbytes:,} bytes, but {free:,} are free; free some, or write elsewhere"
                 )
-            self._stream = self._partial.open("wb")
+            self._stream = _new(self._partial)
             _reserve(self._stream.fileno(), self.nbytes)
         return self
 
@@ -147,7 +148,7 @@ def write_bytes(path: Path, content: bytes) -> None:
     """The same for what is not text."""
     partial = path.with_name(path.name + PARTIAL)
     try:
-        with partial.open("wb") as stream:
+        with _new(partial) as stream:
             stream.write(content)
             stream.flush()
             os.fsync(stream.fileno())
@@ -159,6 +160,13 @@ def write_bytes(path: Path, content: bytes) -> None:
             f"cannot write {path}: {error.strerror}; it takes {len(content):,} bytes, and "
             f"{_free_bytes(path.parent):,} are free"
         ) from error
+
+
+def _new(path: Path) -> BinaryIO:
+    """Open a file for writing that was not there a moment ago. Its name can be guessed: where others may write into the
+    folder, too, a link of theirs is not followed."""
+    path.unlink(missing_ok=True)
+    return path.open("xb")
 
 
 def sync_folder(folder: Path) -> None:

@@ -9,7 +9,7 @@ Read part by part, so that a trace larger than memory can be worked with. Statis
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -19,11 +19,13 @@ from numpy.typing import NDArray
 
 from transformers_moe_offload.compute.routing import group_by_expert
 from transformers_moe_offload.errors import ConfigError
+from transformers_moe_offload.memory.file_identity import FileIdentity
 from transformers_moe_offload.routing import measures
 from transformers_moe_offload.routing.trace_file import (
     Part,
     RouterFacts,
     TraceIndex,
+    file_of,
     new_folder,
     read_part,
     write_part,
@@ -59,14 +61,20 @@ class Rows(NamedTuple):
 class RoutingTrace:
     """Routers' decisions, on disk or in memory."""
 
-    def __init__(self, index: TraceIndex, source: Path | list[Part]) -> None:
+    def __init__(
+        self, index: TraceIndex, source: Path | list[Part], files: Mapping[str, FileIdentity] | None = None
+    ) -> None:
+        """`files` are what the parts' files were when a recording was loaded."""
         self._index = index
         self._source = source
+        self._files = files or {}
 
     @classmethod
     def load(cls, path: str | os.PathLike[str]) -> RoutingTrace:
         """Open the folder of a recording; its parts are read when they are needed."""
-        return cls(TraceIndex.read(Path(path)), Path(path))
+        folder = Path(path).absolute()  # whatever the working directory is when parts are read
+        index = TraceIndex.read(folder)
+        return cls(index, folder, {name: file_of(folder, name) for name in index.parts})
 
     def save(self, path: str | os.PathLike[str]) -> None:
         """Write all of it into a new folder."""
@@ -110,6 +118,10 @@ class RoutingTrace:
             yield from self._source
             return
         for name in self._index.parts:
+            if name in self._files and file_of(self._source, name) != self._files[name]:
+                raise TraceError(
+                    f"{self._source / name} was replaced or written to since the trace was loaded; load it again"
+                )
             yield read_part(self._source, name, self._index)
 
     def rows(self, router: int, *, padding: bool = False) -> Iterator[Rows]:

@@ -20,6 +20,7 @@ from numpy.typing import NDArray
 from safetensors import SafetensorError
 from safetensors.numpy import load_file, save_file
 
+from transformers_moe_offload.memory.file_identity import FileIdentity
 from transformers_moe_offload.tracing import TraceError
 
 FORMAT = 1
@@ -116,7 +117,7 @@ def _facts(found: dict[str, Any]) -> RouterFacts:
 
 def new_folder(folder: str | os.PathLike[str]) -> Path:
     """A folder for a new trace; one that has a trace already is refused."""
-    path = Path(folder)
+    path = Path(folder).absolute()  # a recording goes on whatever the working directory becomes
     if (path / INDEX).exists():
         raise TraceError(f"{path} has a routing trace already; record into another folder, or remove it first")
     try:
@@ -131,6 +132,15 @@ def write_part(folder: Path, number: int, part: Part) -> str:
     name = f"part-{number:05}.safetensors"
     _write(folder / name, lambda path: save_file({key: np.ascontiguousarray(one) for key, one in part.items()}, path))
     return name
+
+
+def file_of(folder: Path, name: str) -> FileIdentity:
+    """By what the file of a part is known again, which is read later."""
+    try:
+        with (folder / name).open("rb") as stream:
+            return FileIdentity.of(stream.fileno())
+    except OSError as error:
+        raise TraceError(f"cannot read {folder / name}: {error}") from error
 
 
 def read_part(folder: Path, name: str, index: TraceIndex) -> Part:
