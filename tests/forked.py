@@ -1,8 +1,10 @@
-"""Work for a forked child that will be killed."""
+"""Work for forked children, some of which will be killed."""
 
+import multiprocessing
 import threading
 from collections.abc import Callable
 
+import torch
 from tqdm.std import tqdm
 
 
@@ -14,3 +16,33 @@ def with_locks_of_its_own(work: Callable[..., object], *args: object) -> None:
     """
     tqdm.set_lock(threading.RLock())
     work(*args)
+
+
+class Child:
+    """A forked child that does some work beside its parent."""
+
+    def __init__(self, work: Callable[[], object]) -> None:
+        self._receiver, sender = multiprocessing.Pipe(duplex=False)
+
+        def run() -> None:
+            torch.set_num_threads(1)  # the threads of its pool are not there
+            sender.send(work())
+
+        self._process = multiprocessing.get_context("fork").Process(target=run)
+        self._process.start()
+        sender.close()
+
+    def result(self) -> object:
+        """What `work` returns; None if it raises, or has not ended after a minute."""
+        try:
+            return self._receiver.recv() if self._receiver.poll(60) else None
+        except EOFError:
+            return None
+        finally:
+            self._process.kill()
+            self._process.join()
+
+
+def in_a_child(work: Callable[[], object]) -> object:
+    """What some work returns in a forked child."""
+    return Child(work).result()

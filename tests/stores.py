@@ -2,6 +2,9 @@
 
 # E experts
 
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import torch
@@ -10,16 +13,41 @@ from torch import Tensor
 
 from transformers_moe_offload.expert import ExpertId, ExpertSpec, FieldSpec
 from transformers_moe_offload.memory.checkpoint import ExpertStore, LayerSource
+from transformers_moe_offload.memory.disk import File
 from transformers_moe_offload.memory.expert_source import ScatteredExpert
 from transformers_moe_offload.memory.field_source import FieldSource
+from transformers_moe_offload.memory.file_identity import FileIdentity
 from transformers_moe_offload.memory.safetensors_index import StoredTensor, read_index
 
 WIDTH = 3
 
 
+def unopened(path: str | Path, nbytes: int = 0) -> File:
+    """A file that need not exist, because nobody reads it."""
+    return File(Path(path), FileIdentity(nbytes=nbytes, device=0, inode=0, modified_ns=None))
+
+
 def number(expert: ExpertId) -> int:
     """What every weight of an expert is equal to: small enough to be exact in any dtype, and never zero."""
     return 16 * expert.layer + expert.expert + 1
+
+
+def cut_short(path: Path, nbytes: int) -> None:
+    """Take the end of a file away, which stays the same inode."""
+    with path.open("r+b") as stream:
+        stream.truncate(nbytes)
+
+
+@contextmanager
+def put_back(path: Path) -> Iterator[bytes]:
+    """Inside the block, which is given a file's bytes, it may be written to; afterwards it is what it was, times
+    included."""
+    content, was = path.read_bytes(), path.stat()
+    try:
+        yield content
+    finally:
+        path.write_bytes(content)
+        os.utime(path, ns=(was.st_atime_ns, was.st_mtime_ns))
 
 
 def numbered_store(folder: Path, num_layers: int, num_experts: int) -> ExpertStore:

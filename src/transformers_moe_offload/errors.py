@@ -3,7 +3,7 @@
     MoeOffloadError
     ├── ConfigError            an option that cannot be, or cannot be yet
     ├── CapacityError          a budget too small to run the model at all
-    ├── CheckpointError        files that are missing, short, changed, or not what they say
+    ├── CheckpointError        files that are missing, short, replaced, changed, or not what they say
     ├── UnsupportedModelError  a model without routed experts, or with experts we cannot offload
     ├── UpstreamError          a version of another library that lacks what we need of it
     └── RecipeError            a mixture of experts that cannot be built
@@ -34,7 +34,7 @@ class CapacityError(MoeOffloadError):
 
 
 class CheckpointError(MoeOffloadError):
-    """Checkpoint files that are missing, truncated, changed since they were opened, or inconsistent."""
+    """Checkpoint files that are missing, truncated, replaced or changed since the model was loaded, or inconsistent."""
 
 
 class UnsupportedModelError(MoeOffloadError):

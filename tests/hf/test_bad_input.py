@@ -3,6 +3,7 @@
 import json
 import shutil
 import struct
+from contextlib import ExitStack
 
 import pytest
 import torch
@@ -16,6 +17,7 @@ from transformers import (
     PreTrainedModel,
 )
 
+from stores import cut_short, put_back
 from transformers_moe_offload import (
     CapacityError,
     CheckpointError,
@@ -210,7 +212,7 @@ class TestAFileThatChangesAfterLoading:
     def test_gone(self, model, own_checkpoint, token_ids, tmp_path, expected):
         shard = shard_with_experts(own_checkpoint)
         shard.rename(tmp_path / "elsewhere")
-        with pytest.raises(CheckpointError, match=f"cannot read .*{shard.name}.*; restore the file and try again"):
+        with pytest.raises(CheckpointError, match=f"cannot read .*{shard.name}.*; put the file back and try again"):
             model(input_ids=token_ids)
         (tmp_path / "elsewhere").rename(shard)
         with torch.no_grad():
@@ -218,12 +220,11 @@ class TestAFileThatChangesAfterLoading:
 
     def test_shorter_before_it_is_opened(self, model, own_checkpoint, token_ids, expected):
         shard = shard_with_experts(own_checkpoint)
-        whole = shard.read_bytes()
-        shard.write_bytes(whole[:-1000])
-        size = len(whole)
-        with pytest.raises(CheckpointError, match=f"has {size - 1000:,} bytes, but had {size:,} when the model was"):
-            model(input_ids=token_ids)
-        shard.write_bytes(whole)
+        with put_back(shard) as whole:
+            shard.write_bytes(whole[:-1000])
+            size = len(whole)
+            with pytest.raises(CheckpointError, match=f"has {size - 1000:,} bytes, but had {size:,}"):
+                model(input_ids=token_ids)
         with torch.no_grad():
             assert torch.equal(model(input_ids=token_ids).logits, expected)
 
@@ -233,13 +234,11 @@ class TestAFileThatChangesAfterLoading:
         # Transformers maps the dense weights from the files: cutting those would take the process down, us or not.
         cut = [s for s in shards(own_checkpoint) if all(".experts." in name for name in load_file(s))]
         assert cut
-        whole = {shard: shard.read_bytes() for shard in cut}
-        for shard in cut:
-            with shard.open("r+b") as stream:
-                stream.truncate(1000)
-        with pytest.raises(CheckpointError, match=r"ends at byte 1,000|has 1,000 bytes"):
-            model(input_ids=token_ids)
-        for shard, content in whole.items():
-            shard.write_bytes(content)
+        with ExitStack() as stack:
+            for shard in cut:
+                stack.enter_context(put_back(shard))
+                cut_short(shard, 1000)
+            with pytest.raises(CheckpointError, match=r"ends at byte 1,000|has 1,000 bytes"):
+                model(input_ids=token_ids)
         with torch.no_grad():
             assert torch.equal(model(input_ids=token_ids).logits, expected)

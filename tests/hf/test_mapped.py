@@ -10,6 +10,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
+from stores import cut_short, put_back
 from transformers_moe_offload import ConfigError, OffloadConfig
 from transformers_moe_offload.errors import CheckpointError
 from transformers_moe_offload.hf import plan as planning
@@ -146,13 +147,11 @@ def test_a_file_cut_short_while_its_experts_are_mapped_fails_the_forward_and_not
     model = load(folder, mmap=True, cache_budget="100%")
     expected = logits(model, token_ids)
     shard = folder / "experts.safetensors"
-    whole = shard.read_bytes()
-    with shard.open("r+b") as stream:
-        stream.truncate(1000)
-    time.sleep(0.1)  # a mapped file is looked at a hundred times a second
-    with pytest.raises(CheckpointError, match=f"has 1,000 bytes, but had {len(whole):,}"):
-        logits(model, token_ids)
-    shard.write_bytes(whole)
+    with put_back(shard) as whole:
+        cut_short(shard, 1000)
+        time.sleep(0.1)  # a mapped file is looked at a hundred times a second
+        with pytest.raises(CheckpointError, match=f"has 1,000 bytes, but had {len(whole):,}"):
+            logits(model, token_ids)
     assert torch.equal(logits(model, token_ids), expected)
 
 

@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import save_file
 
-from stores import number, numbered_store
+from stores import cut_short, number, numbered_store, put_back
 from transformers_moe_offload.errors import CheckpointError
 from transformers_moe_offload.expert import ExpertId, ExpertSpec, FieldSpec
 from transformers_moe_offload.memory.checkpoint import ExpertStore, LayerSource
@@ -177,12 +177,10 @@ def test_a_file_cut_short_is_an_error_for_the_experts_it_has_lost(tmp_path, cast
         store = ExpertStore([store.layers[0].cast(cast)])
     read(store, 0)
     path = tmp_path / "model.safetensors"
-    whole = path.read_bytes()
-    with path.open("r+b") as stream:
-        stream.truncate(len(whole) - 1)
-    with pytest.raises(CheckpointError, match=f"{len(whole) - 1:,}"):
-        read(store, 7)
-    path.write_bytes(whole)
+    with put_back(path) as whole:
+        cut_short(path, len(whole) - 1)
+        with pytest.raises(CheckpointError, match=f"{len(whole) - 1:,}"):
+            read(store, 7)
     assert read(store, 7)["weight"].unique().tolist() == [8]
 
 

@@ -17,7 +17,7 @@ CONTENT = bytes(i * 37 % 251 for i in range(40_000))
 def file(tmp_path_factory):
     path = tmp_path_factory.mktemp("chunks") / "weights.bin"
     path.write_bytes(CONTENT)
-    return File(path, len(CONTENT))
+    return File.now(path)
 
 
 class Solid:

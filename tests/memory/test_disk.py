@@ -4,11 +4,14 @@ import os
 import pickle
 import random
 import threading
+import time
 from pathlib import Path
 
 import pytest
 
+from stores import put_back, unopened
 from transformers_moe_offload.errors import CheckpointError
+from transformers_moe_offload.memory import opened_file
 from transformers_moe_offload.memory.disk import File
 
 CONTENT = bytes(range(200)) * 50
@@ -25,7 +28,7 @@ def path(tmp_path):
 
 @pytest.fixture
 def file(path):
-    return File(path, len(CONTENT))
+    return File.now(path)
 
 
 def read(file, offset, count):
@@ -57,7 +60,7 @@ def test_nothing_beyond_the_target_is_written(file):
 
 
 def test_making_a_file_opens_nothing(tmp_path):
-    File(tmp_path / "never made", 5)
+    unopened(tmp_path / "never made", 5)
 
 
 def test_a_read_past_the_end_names_the_end_and_what_was_wanted(file):
@@ -68,13 +71,13 @@ def test_a_read_past_the_end_names_the_end_and_what_was_wanted(file):
 def test_a_file_cut_short_after_it_was_opened_is_an_error_and_not_zeros(file, path):
     read(file, 0, 10)
     os.truncate(path, 6000)
-    with pytest.raises(CheckpointError, match=r"ends at byte 6,000, but .* reach to byte 7,000"):
+    with pytest.raises(CheckpointError, match=r"(ends at byte|has) 6,000"):
         read(file, 5000, 2000)
 
 
 def test_a_file_of_another_size_names_both_sizes(file, path):
     path.write_bytes(CONTENT[:-1])
-    with pytest.raises(CheckpointError, match=r"has 9,999 bytes, but had 10,000 when the model was loaded"):
+    with pytest.raises(CheckpointError, match=r"has 9,999 bytes, but had 10,000; it was written"):
         read(file, 0, 1)
 
 
@@ -97,18 +100,93 @@ def test_a_file_that_was_opened_before_it_vanished_is_still_read(file, path):
     assert read(file, 100, 50) == CONTENT[100:150]
 
 
-@pytest.mark.parametrize("damage", [lambda p: p.unlink(), lambda p: p.write_bytes(b""), lambda p: os.truncate(p, 99)])
+@pytest.mark.parametrize("damage", [lambda p: p.write_bytes(b""), lambda p: os.truncate(p, 99)])
 @pytest.mark.parametrize("was_open", [False, True])
-def test_a_restored_file_works_again(file, path, damage, was_open):
+def test_a_file_that_is_what_it_was_again_works_again(file, path, damage, was_open):
     if was_open:
         read(file, 0, 1)
-    damage(path)
-    if path.exists() or not was_open:
+    with put_back(path):
+        damage(path)
         with pytest.raises(CheckpointError):
             read(file, 5000, 1000)
-    path.unlink(missing_ok=True)
-    path.write_bytes(CONTENT)
     assert read(file, 5000, 1000) == CONTENT[5000:6000]
+
+
+def test_a_file_that_moved_works_again_when_it_is_back(file, path):
+    path.rename(path.with_name("elsewhere"))
+    path.write_bytes(CONTENT)
+    with pytest.raises(CheckpointError, match=r"is not what it was when the model was loaded: .* is inode"):
+        read(file, 5000, 1000)
+    path.with_name("elsewhere").replace(path)
+    assert read(file, 5000, 1000) == CONTENT[5000:6000]
+
+
+OTHER = bytes(reversed(CONTENT))
+
+
+def write_in_place(path):
+    path.write_bytes(OTHER)
+
+
+def replace_in_the_same_instant(path):
+    was = path.stat()
+    path.with_name("other").write_bytes(OTHER)
+    os.utime(path.with_name("other"), ns=(was.st_atime_ns, was.st_mtime_ns))
+    path.with_name("other").replace(path)
+
+
+def lead_elsewhere(path):
+    path.with_name("other").write_bytes(OTHER)
+    path.unlink()
+    path.symlink_to("other")
+
+
+@pytest.mark.parametrize("change", [write_in_place, replace_in_the_same_instant, lead_elsewhere])
+@pytest.mark.parametrize("way", ["read", "past the cache", "pages", "mapped", "announced", "cached"])
+def test_another_file_of_the_same_size_is_never_read(file, path, change, way):
+    change(path)
+    page = bytearray(4096)
+    ways = {
+        "read": lambda: read(file, 0, 10),
+        "past the cache": lambda: file.scatter_into([memoryview(page)], 0, past_cache=True),
+        "pages": lambda: file.read_pages_into(memoryview(page), 0, 4096),
+        "mapped": file.mapped,
+    }
+    if way in ways:
+        with pytest.raises(CheckpointError, match=r"weights\.bin is not what it was when the model was loaded"):
+            ways[way]()
+    elif way == "announced":
+        assert not file.announce(0, 10)
+    else:
+        assert not file.scatter_cached_into([memoryview(page)], 0)
+    assert page == bytes(4096)
+
+
+@pytest.mark.parametrize("change", [replace_in_the_same_instant, lead_elsewhere])
+def test_what_is_open_is_read_on_in_every_way_whatever_its_path_leads_to(file, path, change):
+    read(file, 0, 1)
+    change(path)
+    page = bytearray(4096)
+    file.scatter_into([memoryview(page)], 0, past_cache=True)
+    assert page == CONTENT[:4096]
+    assert bytes(file.mapped().bytes[:4096].numpy()) == CONTENT[:4096]
+
+
+def test_a_file_that_is_written_to_while_it_is_open_is_told_soon(file, path):
+    read(file, 0, 1)
+    write_in_place(path)
+    time.sleep(2 * opened_file._LOOK_EVERY)
+    with pytest.raises(CheckpointError, match="was written at"):
+        read(file, 0, 1)
+
+
+def test_a_relative_path_leads_where_it_did_after_the_working_directory_changes(path, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    file = File.now(Path(path.name))
+    (tmp_path / "inner").mkdir()
+    (tmp_path / "inner" / path.name).write_bytes(OTHER)
+    monkeypatch.chdir(tmp_path / "inner")
+    assert read(file, 0, 10) == CONTENT[:10]
 
 
 def test_many_threads_read_at_once_without_disturbing_each_other(file):
@@ -141,7 +219,7 @@ def test_all_reads_share_one_descriptor(file, path):
 
 @needs_proc
 def test_the_descriptor_is_closed_with_the_last_user_of_the_file(path):
-    file = File(path, len(CONTENT))
+    file = File.now(path)
     twin = copy.deepcopy(file)
     read(file, 0, 1)
     read(twin, 0, 1)
@@ -165,7 +243,7 @@ def test_closing_lets_the_descriptor_go_and_the_next_read_opens_it_again(file, p
 @needs_proc
 @pytest.mark.parametrize("damage", [lambda p: os.truncate(p, 10), lambda p: p.write_bytes(CONTENT + b"more")])
 def test_a_failed_read_leaves_no_descriptor_behind(path, damage):
-    file = File(path, len(CONTENT))
+    file = File.now(path)
     damage(path)
     for _ in range(3):
         with pytest.raises(CheckpointError):
@@ -176,6 +254,13 @@ def test_a_failed_read_leaves_no_descriptor_behind(path, damage):
 
 def test_a_copy_of_a_model_shares_its_files(file):
     assert copy.deepcopy({"a": file, "b": file}) == {"a": file, "b": file}
+
+
+def test_a_pickled_file_knows_what_it_was(file, path):
+    pickled = pickle.dumps(file)
+    write_in_place(path)
+    with pytest.raises(CheckpointError, match="was written at"):
+        read(pickle.loads(pickled), 0, 1)
 
 
 def test_a_file_that_is_open_can_be_pickled_and_opens_for_itself(file):

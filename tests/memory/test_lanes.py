@@ -10,7 +10,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from stores import stacked_store
+from stores import cut_short, put_back, stacked_store
 from transformers_moe_offload.errors import CheckpointError
 from transformers_moe_offload.expert import ExpertId
 from transformers_moe_offload.memory.lanes import LEAST_CHUNK, Lanes, Read, chunk_bytes, default_workers
@@ -233,20 +233,16 @@ def test_one_miss_uses_all_lanes(large):
 def test_a_file_cut_short_under_one_of_the_chunks_is_an_error_and_the_slot_can_be_used_again(large):
     store, tensors, folder = large
     path = folder / "model.safetensors"
-    whole = path.read_bytes()
     slot = torch.zeros(store.layout(0, 0).nbytes, dtype=torch.uint8)
     copier = HostCopier(store.fill, 4)
     last = max((piece for piece in store.layers[0].experts[3].pieces), key=lambda piece: piece.offset)
-    try:
-        with path.open("r+b") as stream:
-            stream.truncate(last.offset + last.nbytes - 10)
-        with pytest.raises(CheckpointError, match="ends at byte"):
+    with put_back(path):
+        cut_short(path, last.offset + last.nbytes - 10)
+        with pytest.raises(CheckpointError, match=r"ends at byte|bytes, but had"):
             copier.start(ExpertId(0, 3), slot).finish()
         before = slot.clone()
         time.sleep(0.05)
         assert torch.equal(before, slot), "nobody writes into the slot any more"
-    finally:
-        path.write_bytes(whole)
     copier.start(ExpertId(0, 2), slot).finish()
     assert torch.equal(store.layout(0, 0).views(slot)["a"], tensors["0.a"][2])
 

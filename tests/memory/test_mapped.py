@@ -7,13 +7,12 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from stores import number, numbered_store, stacked_store
+from stores import cut_short, number, numbered_store, put_back, stacked_store, unopened
 from transformers_moe_offload.bench.page_cache import drop
 from transformers_moe_offload.errors import CheckpointError
 from transformers_moe_offload.expert import ExpertId, ExpertSpec, FieldSpec
-from transformers_moe_offload.memory import mapped, mapping
+from transformers_moe_offload.memory import mapped, mapping, opened_file
 from transformers_moe_offload.memory.checkpoint import ExpertStore, LayerSource
-from transformers_moe_offload.memory.disk import File
 from transformers_moe_offload.memory.expert_source import ScatteredExpert
 from transformers_moe_offload.memory.field_source import FieldSource, Stretch, joined
 from transformers_moe_offload.memory.mapped import MappedSlots
@@ -80,36 +79,55 @@ def test_a_mapped_expert_seen_in_inference_mode_can_be_copied_for_training(store
 
 def cut(path):
     """Cut a file short, and give the change time to be noticed."""
-    with path.open("r+b") as stream:
-        stream.truncate(100)
-    time.sleep(2 * mapping._LOOK_EVERY)
+    cut_short(path, 100)
+    time.sleep(2 * opened_file._LOOK_EVERY)
 
 
 class TestAFileThatChanges:
     def test_that_was_cut_short_is_told_by_its_two_sizes_and_works_again_when_it_is_back(self, store, tmp_path):
         """Touching pages that are gone would end the process."""
         path, slots = tmp_path / "model.safetensors", slots_of(store)
-        whole = path.read_bytes()
         bring_in(slots, FIRST)
         assert slots.holds(0)
-        cut(path)
-        assert not slots.holds(0)
-        for _ in range(2):
-            with pytest.raises(CheckpointError, match=f"has 100 bytes, but had {len(whole):,} when"):
-                slots.start(FIRST, 0).finish()
-        path.write_bytes(whole)
+        with put_back(path) as whole:
+            cut(path)
+            assert not slots.holds(0)
+            for _ in range(2):
+                with pytest.raises(CheckpointError, match=f"has 100 bytes, but had {len(whole):,}"):
+                    slots.start(FIRST, 0).finish()
         assert numbers_in(bring_in(slots, FIRST)[1]) == {number(FIRST)}
         assert slots.holds(0)
 
-    def test_that_was_cut_short_and_replaced_is_mapped_anew(self, store, tmp_path):
+    def test_that_was_written_to_is_told_by_when(self, store, tmp_path):
         path, slots = tmp_path / "model.safetensors", slots_of(store, 2)
         bring_in(slots, FIRST)
-        whole = path.read_bytes()
-        cut(path)
-        path.unlink()
-        path.write_bytes(whole)
+        with put_back(path) as whole:
+            path.write_bytes(whole[:-4] + b"----")
+            time.sleep(2 * opened_file._LOOK_EVERY)
+            assert not slots.holds(0)
+            for expert in (FIRST, SECOND):
+                with pytest.raises(CheckpointError, match=r"was written at .* UTC, but had been at .* UTC\. Load"):
+                    slots.start(expert, 1).finish()
         assert numbers_in(bring_in(slots, SECOND, 1)[1]) == {number(SECOND)}
-        assert not slots.holds(0), "its pages are those of the file that was cut"
+        assert numbers_in(bring_in(slots, FIRST)[1]) == {number(FIRST)}
+
+    def test_that_was_replaced_while_it_is_open_is_still_the_old_one(self, store, tmp_path):
+        path, slots = tmp_path / "model.safetensors", slots_of(store, 2)
+        bring_in(slots, FIRST)
+        path.with_name("other").write_bytes(b"-" * path.stat().st_size)
+        path.with_name("other").replace(path)
+        assert numbers_in(bring_in(slots, SECOND, 1)[1]) == {number(SECOND)}
+        assert numbers_in(bring_in(slots, FIRST)[1]) == {number(FIRST)}
+
+    def test_that_was_replaced_before_it_is_mapped_is_told_by_its_inode(self, store, tmp_path):
+        path, slots = tmp_path / "model.safetensors", slots_of(store)
+        was = path.stat()
+        path.rename(tmp_path / "first")
+        path.write_bytes(b"-" * was.st_size)
+        os.utime(path, ns=(was.st_atime_ns, was.st_mtime_ns))
+        with pytest.raises(CheckpointError, match=rf"is inode \d+ of device \d+, but was inode {was.st_ino} of"):
+            slots.start(FIRST, 0).finish()
+        (tmp_path / "first").rename(path)
         assert numbers_in(bring_in(slots, FIRST)[1]) == {number(FIRST)}
 
     def test_that_is_gone_before_it_is_mapped_is_named(self, store, tmp_path):
@@ -185,7 +203,7 @@ def test_an_expert_whose_pages_the_kernel_took_back_is_not_there(large_store, tm
 
 
 def test_matrices_side_by_side_in_a_file_are_brought_in_as_one():
-    one, other = File(Path("one"), 100), File(Path("other"), 100)
+    one, other = unopened("one", 100), unopened("other", 100)
     stretches = [Stretch(one, 30, 40), Stretch(other, 40, 50), Stretch(one, 10, 30), Stretch(one, 50, 60)]
     assert sorted(joined(stretches), key=lambda s: (s.file.path, s.start)) == [
         Stretch(one, 10, 40),

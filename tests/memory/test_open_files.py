@@ -17,7 +17,7 @@ def files(tmp_path):
     for number in range(12):
         path = tmp_path / str(number)
         path.write_bytes(bytes([number]) * 10)
-        found.append(File(path, 10))
+        found.append(File.now(path))
     return found
 
 
@@ -79,8 +79,8 @@ def test_a_file_that_is_gone_takes_no_place(three, tmp_path):
     path = tmp_path / "x"
     path.write_bytes(b"x" * 10)
     for _ in range(10):
-        read(File(path, 10), ord("x"))
-    kept = File(path, 10)
+        read(File.now(path), ord("x"))
+    kept = File.now(path)
     read(kept, ord("x"))
     assert kept._opened is not None
 

@@ -4,12 +4,12 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from transformers_moe_offload.memory.disk import File
+from stores import unopened
 from transformers_moe_offload.memory.field_source import Stretch
 from transformers_moe_offload.memory.page_reads import most_spare_bytes, parts, placed
 from transformers_moe_offload.memory.record import PAGE_BYTES
 
-FILES = [File(f"file {number}", 20 * PAGE_BYTES) for number in range(2)]
+FILES = [unopened(f"file {number}", 20 * PAGE_BYTES) for number in range(2)]
 
 
 @st.composite

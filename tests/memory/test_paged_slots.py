@@ -7,7 +7,7 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from stores import number, numbered_store, stacked_store
+from stores import cut_short, number, numbered_store, put_back, stacked_store
 from transformers_moe_offload.errors import CheckpointError
 from transformers_moe_offload.expert import ExpertId, ExpertSpec, FieldSpec
 from transformers_moe_offload.memory import direct, paged_slots
@@ -137,14 +137,12 @@ def test_a_slot_is_as_large_as_the_kind_of_expert_in_it(tmp_path):
 def test_a_file_that_shrank_is_told_and_read_again_once_it_is_whole(tmp_path):
     store = stacked_store(tmp_path, {"0.weight": torch.arange(6.0 * PAGE_BYTES).view(6, -1)})
     path = tmp_path / "model.safetensors"
-    content = path.read_bytes()
     slots = slots_of(store)
     bring_in(slots, FIRST)
-    with path.open("r+b") as stream:
-        stream.truncate(len(content) // 2)
-    with pytest.raises(CheckpointError, match=r"ends at byte|has .* bytes, but had"):
-        bring_in(slots, ExpertId(0, 5))
-    path.write_bytes(content)
+    with put_back(path) as content:
+        cut_short(path, len(content) // 2)
+        with pytest.raises(CheckpointError, match=r"ends at byte|has .* bytes, but had"):
+            bring_in(slots, ExpertId(0, 5))
     assert bring_in(slots, ExpertId(0, 5))[1]["weight"][0] == 5 * PAGE_BYTES
 
 

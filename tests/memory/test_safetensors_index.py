@@ -7,8 +7,8 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from safetensors.torch import save_file
 
+from stores import unopened
 from transformers_moe_offload.errors import CheckpointError
-from transformers_moe_offload.memory.disk import File
 from transformers_moe_offload.memory.safetensors_index import StoredTensor, check_index_file, read_header, read_index
 
 DATA = bytes(range(16))
@@ -74,7 +74,7 @@ def test_a_file_without_tensors_has_none(path):
 
 
 def test_rows_divide_a_stacked_tensor_into_equal_pieces(tmp_path):
-    stacked = StoredTensor("w", File(tmp_path / "f", 0), 100, "bfloat16", (6, 5))
+    stacked = StoredTensor("w", unopened(tmp_path / "f"), 100, "bfloat16", (6, 5))
     rows = [stacked.row(i, 3) for i in range(3)]
     assert [row.shape for row in rows] == [(2, 5)] * 3
     assert [row.offset for row in rows] == [100, 120, 140]

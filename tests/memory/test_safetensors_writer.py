@@ -18,6 +18,7 @@ from transformers_moe_offload.memory.record import host_bytes, torch_dtype
 from transformers_moe_offload.memory.safetensors_index import read_header
 from transformers_moe_offload.memory.safetensors_writer import (
     PAGE_BYTES,
+    PARTIAL,
     SafetensorsWriter,
     file_bytes,
     write_text,
@@ -144,6 +145,18 @@ def test_an_exception_leaves_nothing_behind_and_an_older_file_as_it_was(path):
         writer.write(SUMS.name, torch.ones(3).expand(-5))
     assert path.read_bytes() == before
     assert list(path.parent.iterdir()) == [path]
+
+
+@pytest.mark.parametrize("is_written", [lambda path: write(path, SUMS), lambda path: write_text(path, "text")])
+def test_a_link_under_the_name_of_the_unfinished_file_is_not_followed(path, tmp_path_factory, is_written):
+    """In a folder that others may write to, they know what it is called."""
+    mine = tmp_path_factory.mktemp("mine") / "kept"
+    mine.write_text("kept")
+    path.with_name(path.name + PARTIAL).symlink_to(mine)
+    is_written(path)
+    assert mine.read_text() == "kept"
+    assert path.stat().st_size > 0
+    assert not path.is_symlink()
 
 
 def test_a_tensor_that_was_left_out_is_not_papered_over(path):

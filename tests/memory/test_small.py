@@ -6,7 +6,7 @@ import threading
 import pytest
 import torch
 
-from stores import numbered_store, stacked_store
+from stores import cut_short, numbered_store, put_back, stacked_store
 from transformers_moe_offload.bench.page_cache import drop, resident_share, warm
 from transformers_moe_offload.errors import CheckpointError
 from transformers_moe_offload.expert import ExpertId
@@ -135,13 +135,12 @@ def test_a_copier_reads_small_experts_without_threads(store, path, monkeypatch):
 
 
 def test_a_file_that_was_cut_short_is_told_when_the_expert_is_waited_for_and_not_before(store, path):
-    whole, slot = path.read_bytes(), slot_for(store)
-    with path.open("r+b") as stream:
-        stream.truncate(len(whole) - 10)
-    transfer = HostCopier(store.fill, 1, SmallReads(store).start).start(ExpertId(0, 3), slot)
-    with pytest.raises(CheckpointError, match=f"has {len(whole) - 10:,} bytes|ends at byte {len(whole) - 10:,}"):
-        transfer.finish()
-    path.write_bytes(whole)
+    slot = slot_for(store)
+    with put_back(path) as whole:
+        cut_short(path, len(whole) - 10)
+        transfer = HostCopier(store.fill, 1, SmallReads(store).start).start(ExpertId(0, 3), slot)
+        with pytest.raises(CheckpointError, match=f"has {len(whole) - 10:,} bytes|ends at byte {len(whole) - 10:,}"):
+            transfer.finish()
     HostCopier(store.fill, 1, SmallReads(store).start).start(ExpertId(0, 3), slot).finish()
     assert value_in(slot) == 3.0
 

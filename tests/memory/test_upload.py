@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from memory.streams import Machine
-from stores import numbered_store, stacked_store
+from stores import cut_short, numbered_store, put_back, stacked_store
 from transformers_moe_offload.errors import CheckpointError
 from transformers_moe_offload.expert import ExpertId
 from transformers_moe_offload.memory import staging
@@ -274,16 +274,14 @@ def test_a_chunk_that_fails_leaves_the_ring_whole_and_the_tier_empty(machine, na
     tensors = {"0.a": torch.arange(4 * 500).reshape(4, 500).float()}
     store = stacked_store(tmp_path, tensors)
     path, nbytes = tmp_path / "model.safetensors", store.layout(0, 0).nbytes
-    whole_file = path.read_bytes()
     tier = HostTier(store, 4 * nbytes)
     copier = CudaCopier(tier.fill, 2, torch.device("cuda"), nbytes, pin_memory=False)
     slot = machine.slot(nbytes)
     for _ in range(5):  # more chunks than there are buffers
-        with path.open("r+b") as stream:
-            stream.truncate(len(whole_file) - 100)
-        with pytest.raises(CheckpointError):
-            copier.start(ExpertId(0, 3), slot).finish()
-        path.write_bytes(whole_file)
+        with put_back(path) as whole_file:
+            cut_short(path, len(whole_file) - 100)
+            with pytest.raises(CheckpointError):
+                copier.start(ExpertId(0, 3), slot).finish()
         assert tier.nbytes == 0
     copier.start(ExpertId(0, 3), slot).finish()
     machine.run_all()

@@ -305,6 +305,31 @@ def test_a_damaged_trace_is_refused_with_the_reason(plain, token_ids, tmp_path, 
         RoutingTrace.load(tmp_path).summary() or [*RoutingTrace.load(tmp_path).parts()]
 
 
+def test_a_recording_does_not_depend_on_the_working_directory(plain, token_ids, tmp_path, monkeypatch):
+    expected = record(plain, token_ids).summary()
+    for folder in ("here", "elsewhere"):
+        (tmp_path / folder).mkdir()
+    monkeypatch.chdir(tmp_path / "here")
+    with routing.record_routing(plain, "trace"), torch.no_grad():
+        monkeypatch.chdir(tmp_path / "elsewhere")
+        plain(input_ids=token_ids)
+    assert [*(tmp_path / "elsewhere").iterdir()] == []
+    monkeypatch.chdir(tmp_path / "here")
+    loaded = RoutingTrace.load("trace")
+    monkeypatch.chdir(tmp_path / "elsewhere")
+    record(plain, token_ids.flip(1), "trace")
+    assert loaded.summary() == expected
+
+
+def test_a_part_that_was_replaced_since_the_trace_was_loaded_is_refused(plain, token_ids, tmp_path):
+    record(plain, token_ids, tmp_path / "one")
+    record(plain, token_ids.flip(1), tmp_path / "other")
+    loaded = RoutingTrace.load(tmp_path / "one")
+    (tmp_path / "other" / "part-00000.safetensors").replace(tmp_path / "one" / "part-00000.safetensors")
+    with pytest.raises(TraceError, match="was replaced or written to since the trace was loaded"):
+        loaded.summary()
+
+
 def edit(folder, key, value):
     index = json.loads((folder / "trace.json").read_text())
     (folder / "trace.json").write_text(json.dumps(index | {key: value}))

@@ -130,7 +130,7 @@ def read_all_past_cache(ranges: Sequence[Range], threads: int) -> float:
 @contextmanager
 def _opened(ranges: Sequence[Range]) -> Iterator[dict[Path, File]]:
     """The files of some ranges, closed again afterwards."""
-    files = {path: File(path, path.stat().st_size) for path in {found.path for found in ranges}}
+    files = {path: File.now(path) for path in {found.path for found in ranges}}
     try:
         yield files
     finally:

@@ -18,6 +18,7 @@ from transformers_moe_offload.cache.planner import Load, plan, plan_ahead, plan_
 from transformers_moe_offload.cache.residency import Residency
 from transformers_moe_offload.cache.visit import Visit
 from transformers_moe_offload.expert import ExpertId
+from transformers_moe_offload.memory.forks import FORKS, Rank
 from transformers_moe_offload.memory.slots import Slots, Weights
 from transformers_moe_offload.memory.transfer import Transfer
 from transformers_moe_offload.policies import EvictionPolicy
@@ -49,7 +50,7 @@ class ExpertCache:
         """Experts on their way or resident that nobody has asked for yet."""
         self._asked: frozenset[ExpertId] = frozenset()
         """What the latest visit wants."""
-        self.turn = threading.RLock()
+        self.turn = FORKS.with_lock(threading.RLock(), Rank.TURN)
         """Held during a visit."""
         for slot in range(num_slots):
             slots.add(slot)

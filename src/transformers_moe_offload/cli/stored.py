@@ -21,8 +21,12 @@ from transformers_moe_offload.cli.options import Origin
 from transformers_moe_offload.errors import CheckpointError
 from transformers_moe_offload.hub.fetch import fetch
 from transformers_moe_offload.memory.disk import File
+from transformers_moe_offload.memory.file_identity import FileIdentity
 from transformers_moe_offload.memory.record import torch_dtype
 from transformers_moe_offload.memory.safetensors_index import DTYPES, StoredTensor, read_header, read_index
+
+_NOWHERE = FileIdentity(nbytes=0, device=0, inode=0, modified_ns=None)
+"""Of files that are on the Hub and are not opened."""
 
 
 @dataclass(frozen=True)
@@ -53,7 +57,9 @@ def stored_tensors(name: str, config: Any, origin: Origin) -> Mapping[str, Store
     try:
         found = HfApi(token=origin.token).get_safetensors_metadata(name, revision=origin.revision)
         return {
-            tensor: StoredTensor(tensor, File(Path(file), 0), one.data_offsets[0], DTYPES[one.dtype], tuple(one.shape))
+            tensor: StoredTensor(
+                tensor, File(Path(file), _NOWHERE), one.data_offsets[0], DTYPES[one.dtype], tuple(one.shape)
+            )
             for file, header in found.files_metadata.items()
             for tensor, one in header.tensors.items()
         }

@@ -43,6 +43,7 @@ from transformers_moe_offload.hf.plan import (
 )
 from transformers_moe_offload.hf.pools import build_caches
 from transformers_moe_offload.memory.checkpoint import ExpertStore, LayerSource
+from transformers_moe_offload.memory.forks import FORKS, Rank
 from transformers_moe_offload.stats import LayerStats
 from transformers_moe_offload.tracing import TraceRecorder
 
@@ -62,7 +63,7 @@ class LayerCaches:
         self._kept_stats: dict[int, LayerStats] = {}
         self.plan: OffloadPlan | None = None
         """What has been built; None while nothing is, or not all of it."""
-        self._building = threading.RLock()
+        self._building = FORKS.with_lock(threading.RLock(), Rank.BUILDING)
 
     def build(self, model: Any, by_layer: Mapping[int, LayerSource], config: OffloadConfig) -> OffloadPlan:
         """Build caches, empty, unless another thread has; raises `CapacityError` if the budget cannot work."""

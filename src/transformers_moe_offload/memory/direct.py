@@ -8,11 +8,12 @@ aligned buffer, one for each thread.
 
 from __future__ import annotations
 
-import mmap
 import os
 import threading
 import weakref
 from pathlib import Path
+
+from transformers_moe_offload.memory.pages import new_area
 
 BLOCK = 4096
 """Bytes. Every common disk's block divides it."""
@@ -55,8 +56,11 @@ _THREAD = threading.local()
 
 
 def _buffer(nbytes: int) -> memoryview:
-    """This thread's buffer, at the beginning of a page; grown where it is too small."""
+    """This thread's buffer, at the beginning of a page; grown where it is too small.
+
+    It is this process's as well: a child that is forked from it must not read into the same memory.
+    """
     buffer = getattr(_THREAD, "buffer", None)
     if buffer is None or len(buffer) < nbytes:
-        buffer = _THREAD.buffer = memoryview(mmap.mmap(-1, nbytes))
+        buffer = _THREAD.buffer = memoryview(new_area(nbytes))
     return buffer

@@ -1,40 +1,51 @@
 """Read byte ranges of checkpoint files into memory that is already there.
 
 `pread` with the GIL released, from any number of threads: no page faults in the middle of a matmul, no readahead that
-nobody asked for, and no shared file position. Files are opened on first use and must stay what they were when the
-checkpoint was indexed; a file that vanished, shrank or was replaced by one of another size is an error at the read
-that needs it, and is looked for again at the next read.
+nobody asked for, and no shared file position. Files are opened on first use and must be what they were when the
+checkpoint was indexed, which is compared whenever one is opened or mapped (`file_identity.py`); a file that vanished,
+shrank, was replaced or written to is an error at the read that needs it, and is looked for again at the next read.
+What is open stays open until it fails or too many files are: as long as it is, the file is opened in other ways
+through it, and may have moved or been replaced meanwhile.
 """
 
 from __future__ import annotations
 
 import errno
-import os
 import threading
-import weakref
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
 from transformers_moe_offload.errors import CheckpointError
 from transformers_moe_offload.memory.direct import DirectReader
-from transformers_moe_offload.memory.mapping import FileMap, changed_size
+from transformers_moe_offload.memory.file_identity import FileIdentity
+from transformers_moe_offload.memory.forks import FORKS, Rank
+from transformers_moe_offload.memory.mapping import FileMap
 from transformers_moe_offload.memory.open_files import OPEN_FILES
+from transformers_moe_offload.memory.opened_file import OpenedFile
 from transformers_moe_offload.memory.record import copy_bytes
 
 
 class File:
     """One file, opened when first read and closed with its last user, or when too many others were opened since."""
 
-    def __init__(self, path: Path, nbytes: int) -> None:
-        self.path = path
-        self.nbytes = nbytes
+    def __init__(self, path: Path, identity: FileIdentity) -> None:
+        """`identity` is what the file was when it was indexed."""
+        self.path = path.absolute()  # whatever the working directory is when it is opened
+        self.nbytes = identity.nbytes
         """Size of the file when it was indexed."""
-        self._lock = threading.Lock()
-        self._opened: _Opened | None = None
+        self._identity = identity
+        self._lock = FORKS.with_lock(threading.Lock(), Rank.SHORT)
+        self._opened: OpenedFile | None = None
         self._map: FileMap | None = None
         self._direct: DirectReader | None = None
         self._refuses_direct = False
+
+    @classmethod
+    def now(cls, path: Path) -> File:
+        """What a path leads to at present; raises `OSError` if it cannot be opened."""
+        with path.open("rb") as stream:
+            return cls(path, FileIdentity.of(stream.fileno()))
 
     def read_into(self, target: memoryview, offset: int) -> None:
         """Fill `target` with the file's bytes from `offset` on, or raise `CheckpointError`."""
@@ -82,22 +93,19 @@ class File:
 
     def directly(self) -> DirectReader | None:
         """The file, opened past the page cache; None where that is refused, as far as is known."""
-        try:
+        with self._closed_if_it_fails():
             return self._opened_directly()
-        except OSError as error:
-            raise self._unreadable(error) from error
 
     def mapped(self) -> FileMap:
         """The whole file, mapped; a file that was cut short since is looked for again."""
-        with self._lock:
-            found = self._map
-            is_new = found is None or not found.is_whole()
-            if found is None or is_new:
-                self._map = None
-                try:
-                    found = self._map = FileMap(self.path, self.nbytes)
-                except OSError as error:
-                    raise self._unreadable(error) from error
+        with self._closed_if_it_fails():
+            opened = self._open()
+            with self._lock:
+                found = self._map
+                is_new = found is None or not found.is_unchanged()
+                if found is None or is_new:
+                    self._map = None
+                    found = self._map = FileMap(opened)
         if is_new:
             OPEN_FILES.add(self)
         return found
@@ -115,9 +123,9 @@ class File:
             raise
 
     def _unreadable(self, error: OSError) -> CheckpointError:
-        return CheckpointError(f"cannot read {self.path}: {error.strerror}; restore the file and try again")
+        return CheckpointError(f"cannot read {self.path}: {error.strerror}; put the file back and try again")
 
-    def _fill(self, opened: _Opened, targets: list[memoryview], offset: int) -> None:
+    def _fill(self, opened: OpenedFile, targets: list[memoryview], offset: int) -> None:
         end = offset + sum(len(target) for target in targets)
         while offset < end:
             count = opened.read_into(targets, offset)
@@ -127,20 +135,20 @@ class File:
             targets = _without_first(targets, count)
 
     def _opened_directly(self) -> DirectReader | None:
+        opened = self._open()
         with self._lock:
             if self._refuses_direct:
                 return None
             if self._direct is not None:
                 return self._direct
             try:
-                direct = DirectReader(self.path)
+                direct = DirectReader(opened.place)
             except FileNotFoundError:
                 raise
             except OSError:
                 self._refuses_direct = True
                 return None
-            if direct.size() != self.nbytes:
-                raise changed_size(self.path, direct.size(), self.nbytes)
+            self._identity.expect(direct.descriptor, self.path)
             self._direct = direct
         OPEN_FILES.add(self)
         return direct
@@ -148,7 +156,7 @@ class File:
     def _too_short(self, found: int, end: int) -> CheckpointError:
         return CheckpointError(
             f"{self.path} ends at byte {found:,}, but an expert's weights reach to byte {end:,}; "
-            f"restore the file and try again"
+            f"put the file back and try again"
         )
 
     def _fill_directly(self, direct: DirectReader, targets: Sequence[memoryview], offset: int) -> bool:
@@ -189,59 +197,21 @@ class File:
             self._map = None
             self._direct = None
 
-    def _open(self) -> _Opened:
+    def _open(self) -> OpenedFile:
         with self._lock:
-            if self._opened is not None:
-                return self._opened
-            opened = _Opened(self.path)
-            if opened.size() != self.nbytes:
-                raise changed_size(self.path, opened.size(), self.nbytes)
-            self._opened = opened
+            opened = self._opened
+            if opened is not None:
+                opened.expect_unchanged()
+                return opened
+            opened = self._opened = OpenedFile(self.path, self._identity)
         OPEN_FILES.add(self)
         return opened
 
     def __deepcopy__(self, memo: dict[int, object]) -> File:
         return self  # read-only and thread-safe, so copies of a model share it
 
-    def __reduce__(self) -> tuple[type[File], tuple[Path, int]]:
-        return File, (self.path, self.nbytes)
-
-
-class _Opened:
-    """An open file that closes itself when the last thread that reads it lets go."""
-
-    def __init__(self, path: Path) -> None:
-        self._raw = path.open("rb", buffering=0)
-        self._seeking = threading.Lock()
-        weakref.finalize(self, self._raw.close)
-        if hasattr(os, "posix_fadvise"):
-            # Experts are read in no order. With the 8 MiB of readahead that some systems are set to, 1.4 times the
-            # wanted bytes came from a cold disk, at 0.8 GiB/s of wanted ones; without it 1.0 times, at 1.1 GiB/s.
-            os.posix_fadvise(self._raw.fileno(), 0, 0, os.POSIX_FADV_RANDOM)
-
-    def size(self) -> int:
-        return os.fstat(self._raw.fileno()).st_size
-
-    def read_cached(self, targets: Sequence[memoryview], offset: int) -> int:
-        """Read what is in the page cache; returns the number of bytes, or raises `OSError`."""
-        if not hasattr(os, "RWF_NOWAIT"):
-            return 0
-        return os.preadv(self._raw.fileno(), targets, offset, os.RWF_NOWAIT)
-
-    def announce(self, offset: int, nbytes: int) -> bool:
-        """Begin to read ahead; False where the system offers no such thing."""
-        if not hasattr(os, "posix_fadvise"):
-            return False
-        os.posix_fadvise(self._raw.fileno(), offset, nbytes, os.POSIX_FADV_WILLNEED)
-        return True
-
-    def read_into(self, targets: list[memoryview], offset: int) -> int:
-        """Read once; returns the number of bytes, 0 at the end of the file."""
-        if hasattr(os, "preadv"):
-            return os.preadv(self._raw.fileno(), targets, offset)
-        with self._seeking:  # Windows has no positioned read in the standard library
-            self._raw.seek(offset)
-            return self._raw.readinto(targets[0]) or 0
+    def __reduce__(self) -> tuple[type[File], tuple[Path, FileIdentity]]:
+        return File, (self.path, self._identity)
 
 
 def _without_first(targets: list[memoryview], count: int) -> list[memoryview]:

@@ -10,6 +10,7 @@ import threading
 import time
 from collections import deque
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from functools import wraps
 from itertools import count
 from typing import Concatenate, ParamSpec, TypeVar
@@ -18,6 +19,7 @@ from torch import Tensor
 
 from transformers_moe_offload.errors import CheckpointError
 from transformers_moe_offload.memory.aio import AsyncReads
+from transformers_moe_offload.memory.forks import FORKS
 from transformers_moe_offload.memory.page_reads import PageRead
 from transformers_moe_offload.memory.record import host_bytes
 
@@ -70,6 +72,7 @@ class KernelQueue:
         """Reads that had ended when they were just submitted; None once there was one that had not."""
         self.seconds_per_byte = 0.0
         """Of reads, one after another, when somebody waited last."""
+        FORKS.enter(self)
 
     @property
     def is_synchronous(self) -> bool:
@@ -99,6 +102,30 @@ class KernelQueue:
             expert.give_up()
         self._unfinished.clear()
         self._system = AsyncReads(MOST_READS)
+
+    def before_fork(self) -> None:
+        """Wait until the kernel writes nowhere, and tell it of nothing more."""
+        self.lock.acquire()
+        try:
+            for key, result in self._system.ended(len(self._reading)):
+                self._has_ended(key, result)
+        except OSError:  # as in `_note`
+            self.start_over()
+        except BaseException:
+            self.start_over()
+            self.lock.release()
+            raise
+
+    def after_fork(self, *, is_child: bool) -> None:
+        """Go on; a child has to ask for reads of its own."""
+        try:
+            if is_child:
+                self._system.close()
+                with suppress(OSError):  # whoever waits will read what the kernel does not
+                    self._system = AsyncReads(MOST_READS)
+            self._submit()
+        finally:
+            self.lock.release()
 
     # What follows is for the experts.
 

@@ -11,7 +11,8 @@ import threading
 import time
 from collections import deque
 from collections.abc import Callable, Sequence
-from concurrent.futures import ThreadPoolExecutor
+
+from transformers_moe_offload.memory.forks import Threads
 
 MOST_LANES = 4
 """Four saturate what one NVMe drive gives to reads of several MiB; Transformers' own loader settled on the same."""
@@ -45,7 +46,7 @@ class Lanes:
 
     def __init__(self, number: int) -> None:
         self.number = number
-        self._pool = ThreadPoolExecutor(number, thread_name_prefix="moe-offload-read")
+        self._threads = Threads(number, "moe-offload-read")
 
     def start(
         self,
@@ -57,7 +58,7 @@ class Lanes:
         came from files. `give_up` is called instead, if that is not to be."""
         read = Read(chunks, complete, give_up)
         for _ in chunks or (complete,):
-            self._pool.submit(read.help)
+            self._threads.submit(read.help)
         return read
 
 

@@ -63,7 +63,7 @@ class MappedSlots:
         return self._inside[slot].weights
 
     def holds(self, slot: int) -> bool:
-        """Whether the kernel has not taken pages back meanwhile, and nobody has cut the file short."""
+        """Whether the kernel has not taken pages back meanwhile, and nobody has changed the file."""
         return self._inside[slot].is_there()
 
     def give_back(self) -> None:
@@ -91,11 +91,11 @@ class _MappedExpert:
         self._look_again = 0.0
 
     def is_there(self) -> bool:
-        """Whether it has come in, its pages were in memory when last looked at, and the files are as long as they were.
+        """Whether it has come in, its pages were in memory when last looked at, and the files are as they were.
 
         Touching what a file has lost would end the process; a page that was taken back only takes its time.
         """
-        if not self.weights or not all(map.is_whole() for map in self._maps):
+        if not self.weights or not all(map.is_unchanged() for map in self._maps):
             return False
         now = time.monotonic()
         if now > self._look_again:

@@ -16,13 +16,12 @@ import errno
 import mmap
 import os
 import sys
-import time
 from functools import cache
-from pathlib import Path
 
 import torch
 
 from transformers_moe_offload.errors import CheckpointError
+from transformers_moe_offload.memory.opened_file import OpenedFile
 
 _RANDOM, _WILLNEED, _DONTNEED, _POPULATE_READ = 1, 3, 4, 22
 """Advice of madvise(2); the last one is of Linux 5.14."""
@@ -31,38 +30,19 @@ _PIECE = 128 << 10
 """Bytes announced to the kernel at once: it cuts longer requests to the readahead of the device, 128 KiB by default."""
 
 
-_LOOK_EVERY = 0.01
-"""Seconds."""
-
-
 class FileMap:
     """One file, mapped privately: nothing that is done to the tensors reaches the file."""
 
-    def __init__(self, path: Path, nbytes: int) -> None:
-        self.path = path
-        with path.open("rb", buffering=0) as file:
-            found = os.fstat(file.fileno()).st_size
-            if found != nbytes:
-                raise changed_size(path, found, nbytes)
-            self._map = mmap.mmap(file.fileno(), nbytes, access=mmap.ACCESS_COPY)
+    def __init__(self, opened: OpenedFile) -> None:
+        self.is_unchanged = opened.is_unchanged
+        """Whether nobody has written to the file or cut it short: touching what is gone would end the process."""
+        self._opened = opened
+        self._map = mmap.mmap(opened.descriptor, opened.identity.nbytes, access=mmap.ACCESS_COPY)
         self.bytes = torch.frombuffer(self._map, dtype=torch.uint8)
         """The file's bytes, (nbytes,) uint8."""
         self._base = self.bytes.data_ptr()
         # Experts are read in no order: with the kernel's readahead, 2.4 times the wanted bytes came from a cold disk.
-        self._advise(0, nbytes, _RANDOM)
-        self._was_whole = True
-        self._look_again = 0.0
-
-    def is_whole(self) -> bool:
-        """Whether the file has not been cut short meanwhile: touching what is gone would end the process.
-
-        The file is looked at a hundred times a second at most; on two busy cores a look took 0.06 ms.
-        """
-        now = time.monotonic()
-        if now > self._look_again:
-            self._was_whole = self._map.size() >= len(self.bytes)
-            self._look_again = now + _LOOK_EVERY
-        return self._was_whole
+        self._advise(0, len(self.bytes), _RANDOM)
 
     def is_cached(self, start: int, stop: int) -> bool:
         """Whether these bytes can be used without reading from disk; True where the system does not tell.
@@ -88,8 +68,7 @@ class FileMap:
 
     def bring_in(self, start: int, stop: int) -> None:
         """Map the pages of these bytes, reading those that are not in the page cache, or raise `CheckpointError`."""
-        if not self.is_whole():
-            raise changed_size(self.path, self._map.size(), len(self.bytes))
+        self._opened.expect_unchanged()
         first, last = _outward(start, stop, len(self.bytes))
         try:
             if not self.is_cached(start, stop):
@@ -99,7 +78,8 @@ class FileMap:
                 self.bytes[first : last : mmap.PAGESIZE].sum()
         except OSError as error:
             raise CheckpointError(
-                f"cannot read {self.path} up to byte {stop:,}: {error.strerror}; restore the file and try again"
+                f"cannot read {self._opened.path} up to byte {stop:,}: {error.strerror}; put the file back and try "
+                f"again"
             ) from error
 
     def let_go(self, start: int, stop: int) -> None:
@@ -119,14 +99,6 @@ class FileMap:
                 return False  # a kernel that does not know this advice
             raise OSError(number, os.strerror(number))
         return True
-
-
-def changed_size(path: Path, found: int, expected: int) -> CheckpointError:
-    """The error for a file that is not as long as it was."""
-    return CheckpointError(
-        f"{path} has {found:,} bytes, but had {expected:,} when the model was loaded; "
-        f"restore the file, or load the model again"
-    )
 
 
 def _outward(start: int, stop: int, end: int) -> tuple[int, int]:

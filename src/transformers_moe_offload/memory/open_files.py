@@ -11,6 +11,8 @@ import weakref
 from collections import OrderedDict
 from typing import Protocol
 
+from transformers_moe_offload.memory.forks import FORKS, Rank
+
 try:
     import resource
 except ImportError:  # Windows
@@ -32,7 +34,7 @@ class OpenFiles:
 
     def __init__(self, limit: int) -> None:
         self.limit = limit
-        self._lock = threading.Lock()
+        self._lock = FORKS.with_lock(threading.Lock(), Rank.SHORT)
         self._files: OrderedDict[int, weakref.ref[_Closable]] = OrderedDict()
 
     def add(self, file: _Closable) -> None:

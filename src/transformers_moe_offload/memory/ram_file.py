@@ -8,6 +8,7 @@ from __future__ import annotations
 import mmap
 import os
 import tempfile
+import threading
 import weakref
 from pathlib import Path
 from typing import Any
@@ -17,6 +18,7 @@ from torch import Tensor
 
 from transformers_moe_offload.errors import MoeOffloadError
 from transformers_moe_offload.memory.disk import File
+from transformers_moe_offload.memory.file_identity import FileIdentity
 
 
 class NotPicklableError(MoeOffloadError, TypeError):
@@ -39,20 +41,29 @@ class RamFile(File):
         else:
             fd, temporary = tempfile.mkstemp(prefix="moe-offload-")
             path = Path(temporary)
-            weakref.finalize(self, _remove, fd, path)
+            weakref.finalize(self, _remove, fd, path, os.getpid())
         os.truncate(fd, nbytes)
         self._fd = fd
-        super().__init__(path, nbytes)
+        self._seeking = threading.Lock()
+        super().__init__(path, FileIdentity.of(fd).whenever_written())
 
     def write(self, content: memoryview, offset: int) -> None:
         """Put bytes into their place. Safe from several threads for places that do not overlap."""
         while content:
-            written = os.pwrite(self._fd, content, offset)
+            written = self._write_once(content, offset)
             content, offset = content[written:], offset + written
 
     def shared(self) -> Tensor:
         """All of it, uint8 (nbytes,), from the beginning of a page: no copy, and there as long as the tensor is."""
         return torch.frombuffer(mmap.mmap(self._fd, self.nbytes), dtype=torch.uint8)
+
+    def _write_once(self, content: memoryview, offset: int) -> int:
+        """Returns how many bytes were written."""
+        if hasattr(os, "pwrite"):
+            return os.pwrite(self._fd, content, offset)
+        with self._seeking:  # Windows has no positioned write
+            os.lseek(self._fd, offset, os.SEEK_SET)
+            return os.write(self._fd, content)
 
     def __reduce__(self) -> Any:
         raise NotPicklableError(
@@ -61,6 +72,8 @@ class RamFile(File):
         )
 
 
-def _remove(fd: int, path: Path) -> None:
+def _remove(fd: int, path: Path, owner: int) -> None:
+    """The process that made it does; one that was forked from it may end before it."""
     os.close(fd)
-    path.unlink(missing_ok=True)
+    if os.getpid() == owner:
+        path.unlink(missing_ok=True)

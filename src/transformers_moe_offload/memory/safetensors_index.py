@@ -18,6 +18,7 @@ from typing import Any
 from transformers_moe_offload.errors import CheckpointError
 from transformers_moe_offload.expert import ITEMSIZE
 from transformers_moe_offload.memory.disk import File
+from transformers_moe_offload.memory.file_identity import FileIdentity
 
 DTYPES = {
     "F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat16",
@@ -75,8 +76,8 @@ def read_metadata(path: Path) -> dict[str, str]:
 
 def read_header(path: Path) -> list[StoredTensor]:
     """The tensors of one file, with every range checked against the size of the file."""
-    header, data_start, nbytes = _read_json(path)
-    file = File(path, nbytes)
+    header, data_start, identity = _read_json(path)
+    file = File(path, identity)
     tensors = [_checked(name, entry, file, data_start) for name, entry in header.items() if name != "__metadata__"]
     by_place = sorted((tensor for tensor in tensors if tensor.nbytes), key=lambda tensor: tensor.offset)
     for before, after in pairwise(by_place):
@@ -88,16 +89,17 @@ def read_header(path: Path) -> list[StoredTensor]:
     return tensors
 
 
-def _read_json(path: Path) -> tuple[dict[str, Any], int, int]:
-    """A file's header, where its data begin, and its size."""
+def _read_json(path: Path) -> tuple[dict[str, Any], int, FileIdentity]:
+    """A file's header, where its data begin, and what is read here."""
     if path.suffix != ".safetensors":
         raise CheckpointError(
             f"{path} is not a safetensors file; experts are read in place from safetensors only, "
             f"so convert the checkpoint first (load it without offloading and call save_pretrained)"
         )
     try:
-        nbytes = path.stat().st_size
         with path.open("rb") as stream:
+            identity = FileIdentity.of(stream.fileno())
+            nbytes = identity.nbytes
             (header_bytes,) = struct.unpack("<Q", stream.read(8))
             if header_bytes > min(_MAX_HEADER_BYTES, nbytes - 8):
                 raise CheckpointError(
@@ -111,7 +113,7 @@ def _read_json(path: Path) -> tuple[dict[str, Any], int, int]:
         raise CheckpointError(f"{path} has no readable safetensors header: download it again") from error
     if not isinstance(header, dict):
         raise CheckpointError(f"{path} has a safetensors header that is not a JSON object: download it again")
-    return header, 8 + header_bytes, nbytes
+    return header, 8 + header_bytes, identity
 
 
 def check_index_file(index_path: Path, tensors: Mapping[str, StoredTensor]) -> None:
@@ -130,7 +132,7 @@ def check_index_file(index_path: Path, tensors: Mapping[str, StoredTensor]) -> N
                 f"refusing to read outside of {index_path.parent}"
             )
         stored = tensors.get(name)
-        if stored is None or stored.file.path != index_path.parent / shard:
+        if stored is None or stored.file.path != (index_path.parent / shard).absolute():
             raise CheckpointError(
                 f"{index_path} places {name} in {shard}, but that file does not hold it; "
                 f"the shard is incomplete or belongs to another checkpoint: download it again"

@@ -69,7 +69,7 @@ class SafetensorsWriter:
 
     def __enter__(self) -> SafetensorsWriter:
         with self._failures_explained():
-            self._partial.unlink(missing_ok=True)
+            self._partial.unlink(missing_ok=True)  # its room is free again
             free = shutil.disk_usage(self.path.parent).free
             if free < self.nbytes:
                 raise CheckpointError(

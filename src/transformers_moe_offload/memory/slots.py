@@ -1,7 +1,8 @@
 """The fast tier: places that hold one expert each, and what brings experts into them.
 
-The cache knows slots by number. What a number stands for is one of two things: a buffer on a device that experts are
-copied into (`CopiedSlots`), or the right to have one expert's pages of the checkpoint mapped (`MappedSlots`).
+The cache knows slots by number. What a number stands for is one of three things: a buffer on a device that experts are
+copied into (`CopiedSlots`), memory that disks write whole pages into (`PagedSlots`), or the right to have one expert's
+pages of the checkpoint mapped (`MappedSlots`).
 """
 
 from __future__ import annotations

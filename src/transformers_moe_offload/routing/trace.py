@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import os
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -20,11 +20,13 @@ from numpy.typing import NDArray
 
 from transformers_moe_offload.compute.routing import group_by_expert
 from transformers_moe_offload.errors import ConfigError
+from transformers_moe_offload.memory.file_identity import FileIdentity
 from transformers_moe_offload.routing import measures
 from transformers_moe_offload.routing.trace_file import (
     Part,
     RouterFacts,
     TraceIndex,
+    file_of,
     new_folder,
     write_part,
 )
@@ -63,14 +65,20 @@ class Rows(NamedTuple):
 class RoutingTrace:
     """Routers' decisions, on disk or in memory."""
 
-    def __init__(self, index: TraceIndex, source: Path | list[Part]) -> None:
+    def __init__(
+        self, index: TraceIndex, source: Path | list[Part], files: Mapping[str, FileIdentity] | None = None
+    ) -> None:
+        """`files` are what the parts' files were when a recording was loaded."""
         self._index = index
         self._source = source
+        self._files = files or {}
 
     @classmethod
     def load(cls, path: str | os.PathLike[str]) -> RoutingTrace:
         """Open the folder of a recording; its parts are read when they are needed."""
-        return cls(TraceIndex.read(Path(path)), Path(path))
+        folder = Path(path).absolute()  # whatever the working directory is when parts are read
+        index = TraceIndex.read(folder)
+        return cls(index, folder, {name: file_of(folder, name) for name in index.parts})
 
     def save(self, path: str | os.PathLike[str], *, overwrite: bool = False) -> None:
         """Write all of it into a new folder; with `overwrite`, in place of another trace that is there."""
@@ -115,7 +123,7 @@ class RoutingTrace:
         if isinstance(self._source, list):
             yield from self._source
             return
-        yield from read_parts(self._source, self._index)
+        yield from read_parts(self._source, self._index, self._files)
 
     def rows(self, router: int, *, padding: bool = False) -> Iterator[Rows]:
         """What a router did, part by part; rows of padding are left out unless `padding`."""

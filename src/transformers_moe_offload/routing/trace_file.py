@@ -24,6 +24,7 @@ from numpy.typing import NDArray
 from safetensors import SafetensorError
 from safetensors.numpy import save_file
 
+from transformers_moe_offload.memory.file_identity import FileIdentity
 from transformers_moe_offload.memory.safetensors_writer import new_file
 from transformers_moe_offload.tracing.trace_file import TraceError, expect_table, quoted, reading_trace, refuse
 
@@ -191,7 +192,7 @@ def _check_index(folder: Path, index: TraceIndex) -> None:
 
 def new_folder(folder: str | os.PathLike[str], *, overwrite: bool = False) -> Path:
     """A folder for a new trace; one that has a trace already is refused, or its files are removed."""
-    path = Path(folder)
+    path = Path(folder).absolute()  # a recording goes on whatever the working directory becomes
     if (path / INDEX).exists() and not overwrite:
         raise TraceError(
             f"{path} has a routing trace already; name another folder, or replace it with overwrite=True (--overwrite)"
@@ -212,6 +213,15 @@ def write_part(folder: Path, number: int, part: Part) -> str:
     name = f"part-{number:05}.safetensors"
     _write(folder / name, lambda path: save_file({key: np.ascontiguousarray(one) for key, one in part.items()}, path))
     return name
+
+
+def file_of(folder: Path, name: str) -> FileIdentity:
+    """By what the file of a part is known again, which is read later."""
+    try:
+        with (folder / name).open("rb") as stream:
+            return FileIdentity.of(stream.fileno())
+    except OSError as error:
+        raise TraceError(f"cannot read {folder / name}: {error}") from error
 
 
 def _write(path: Path, write: Any) -> None:

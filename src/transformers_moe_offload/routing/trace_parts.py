@@ -13,8 +13,17 @@ from numpy.typing import NDArray
 from safetensors.numpy import load_file
 
 from transformers_moe_offload.errors import CheckpointError
+from transformers_moe_offload.memory.file_identity import FileIdentity
 from transformers_moe_offload.memory.safetensors_index import read_header
-from transformers_moe_offload.routing.trace_file import INDEX, KIND, Part, RouterFacts, TraceIndex, refuse_folder
+from transformers_moe_offload.routing.trace_file import (
+    INDEX,
+    KIND,
+    Part,
+    RouterFacts,
+    TraceIndex,
+    file_of,
+    refuse_folder,
+)
 from transformers_moe_offload.tracing.trace_file import TraceError, quoted, reading_trace
 
 _COMMON = {"calls": "i", "token_ids": "i", "sequence": "i", "position": "i", "is_padding": "u", "domain": "i"}
@@ -27,12 +36,17 @@ _DTYPES = {
 }
 
 
-def read_parts(folder: Path, index: TraceIndex) -> Iterator[Part]:
-    """Read the parts one at a time, each checked against the index and those before it."""
+def read_parts(folder: Path, index: TraceIndex, files: Mapping[str, FileIdentity]) -> Iterator[Part]:
+    """Read the parts one at a time, each checked against the index and those before it.
+
+    `files` are what the files were when the recording was loaded; one that is another now is refused.
+    """
     num_steps = num_tokens = 0
     widths: dict[str, int | None] = {}
     for name in index.parts:
         path = folder / name
+        if name in files and file_of(folder, name) != files[name]:
+            raise TraceError(f"{path} was replaced or written to since the trace was loaded; load it again")
         with reading_trace(path, KIND):
             _check_header(path, index)
             part: Part = load_file(path)

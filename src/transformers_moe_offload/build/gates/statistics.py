@@ -92,7 +92,7 @@ class RidgeStatistics:
 
     def __init__(self, path: Path | str) -> None:
         """Opens it; what is no such file is a `CheckpointError`."""
-        self.path = path = Path(path)
+        self.path = path = Path(path).absolute()
         try:
             with safe_open(path, framework="pt") as file:
                 text = (file.metadata() or {}).get(_METADATA_KEY)

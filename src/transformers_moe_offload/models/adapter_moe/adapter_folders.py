@@ -5,8 +5,10 @@
 from __future__ import annotations
 
 import json
+import os
 import re
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -31,16 +33,43 @@ _REPLACED = ("pissa", "corda", "olora", "loftq", "lora_ga")
 
 
 @dataclass(frozen=True)
+class WeightsFile:
+    """By what a file is known again: two adapters of one kind have files of equal names and sizes."""
+
+    nbytes: int
+    device: int
+    inode: int
+    modified_ns: int
+
+    @classmethod
+    def now(cls, path: Path) -> WeightsFile:
+        """What a path leads to; a file that is gone is an `AdapterMoeError`."""
+        try:
+            found = os.stat(path)
+        except OSError as error:
+            raise AdapterMoeError(f"cannot read {path}: {error.strerror}; put the file back and try again") from error
+        return cls(found.st_size, found.st_dev, found.st_ino, found.st_mtime_ns)
+
+    def __str__(self) -> str:
+        """In a message."""
+        written = f"{self.modified_ns / 10**9:.9f}"
+        return f"inode {self.inode} of device {self.device}, {self.nbytes:,} bytes, written {written} s after 1970"
+
+
+@dataclass(frozen=True)
 class AdapterFolder:
     """One adapter on disk."""
 
     folder: Path
     config: Mapping[str, Any]
+    stored: WeightsFile
+    """What the file of its weights was when it was opened."""
 
     @classmethod
     def open(cls, folder: Path) -> AdapterFolder:
         """Read an adapter's config; raises `AdapterMoeError` if it is no LoRA adapter or has more than we know."""
         try:
+            folder = folder.absolute()  # whatever the working directory is when it is read
             config = json.loads((folder / CONFIG_NAME).read_text(encoding="utf-8"))
         except (OSError, ValueError) as error:
             raise AdapterMoeError(f"{folder} is no PEFT adapter: {CONFIG_NAME} cannot be read ({error})") from error
@@ -60,7 +89,7 @@ class AdapterFolder:
             raise AdapterMoeError(f"{folder} uses {refused[0]}={config[refused[0]]!r}, which cannot be mixed")
         if not (folder / WEIGHTS_NAME).is_file():
             raise AdapterMoeError(f"{folder} has no {WEIGHTS_NAME}; adapters in other files are not read")
-        return cls(folder, config)
+        return cls(folder, config, WeightsFile.now(folder / WEIGHTS_NAME))
 
     @property
     def weights(self) -> Path:
@@ -77,7 +106,7 @@ class AdapterFolder:
         """The linear layers that it adds to -> its rank there."""
         pattern = re.compile(re.escape(_KEY).replace(r"\{path\}", "(.+)").replace(r"\{matrix\}", "([AB])"))
         found = {}
-        with safe_open(self.weights, "pt") as tensors:
+        with self._tensors() as tensors:
             for name in tensors.keys():  # noqa: SIM118  not a mapping
                 match = pattern.fullmatch(name)
                 if match is None:
@@ -88,10 +117,25 @@ class AdapterFolder:
 
     def read(self, path: str) -> tuple[Tensor, Tensor] | None:
         """Matrices A (R, in) and B (out, R) of a linear layer; None if the adapter does not add to it."""
-        with safe_open(self.weights, "pt") as tensors:
+        with self._tensors() as tensors:
             if key(path, "A") not in tensors.keys():  # noqa: SIM118  not a mapping
                 return None
             return tensors.get_tensor(key(path, "A")), tensors.get_tensor(key(path, "B"))
+
+    def expect_unchanged(self) -> None:
+        """Raise `ValueError` if the file of its weights is another one by now, or was written to."""
+        found = WeightsFile.now(self.weights)
+        if found != self.stored:
+            raise AdapterMoeError(
+                f"{self.weights} is not what it was when the adapter was opened: it is {found}, but was {self.stored}; "
+                f"load the model again, or put the very file back"
+            )
+
+    @contextmanager
+    def _tensors(self) -> Iterator[Any]:
+        self.expect_unchanged()
+        with safe_open(self.weights, "pt") as tensors:
+            yield tensors
 
     def _of_pattern(self, name: str, path: str, default: float) -> float:
         """A value that may differ by layer; patterns match the end of a path (`peft/utils/other.py`, 0.21)."""

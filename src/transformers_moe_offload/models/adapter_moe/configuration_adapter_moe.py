@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from pathlib import Path
 from typing import Any
 
 from transformers import AutoConfig, PreTrainedConfig
@@ -73,12 +74,12 @@ class AdapterMoeConfig(PreTrainedConfig):
 
     @property
     def adapter_folders(self) -> list[str]:
-        """Where the adapters are on this machine; empty for a model that is not read from files."""
+        """Where the adapters are on this machine, as absolute paths; empty for a model that is not read from files."""
         return list(vars(self).get("_adapter_folders", ()))
 
     @adapter_folders.setter
     def adapter_folders(self, folders: list[str]) -> None:
-        self._adapter_folders = list(folders)
+        self._adapter_folders = [str(Path(folder).absolute()) for folder in folders]
 
     def to_dict(self) -> dict[str, Any]:
         """What is saved: without the folders."""

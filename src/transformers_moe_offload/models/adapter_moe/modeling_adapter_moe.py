@@ -49,6 +49,10 @@ class AdapterMoeForCausalLM(PreTrainedModel, GenerationMixin):
         if config.router_per == "model":
             self.router = AdapterRouter(config, self.get_input_embeddings().embedding_dim)
         self._no_split_modules = self.language_model._no_split_modules
+        self._adapters: list[AdapterFolder] = []
+        """Where the adapters were read from, and what the folders said then."""
+        self._ranks: list[dict[str, int]] = []
+        """Of each adapter, by the path of the linear layer."""
         self.post_init()
 
     @torch.no_grad()
@@ -122,10 +126,11 @@ class AdapterMoeForCausalLM(PreTrainedModel, GenerationMixin):
 
         Raises `AdapterMoeError` if an adapter is of a kind that cannot be mixed, or does not fit the model.
         """
-        folders = [AdapterFolder.open(Path(folder)) for folder in self.config.adapter_folders]
+        folders = self._adapters = [AdapterFolder.open(Path(folder)) for folder in self.config.adapter_folders]
+        self._ranks = [folder.paths() for folder in folders]
         linears = [module for module in self.modules() if isinstance(module, RoutedLinear)]
-        for folder in folders:
-            _expect_known(folder, {linear.experts.path for linear in linears}, self.config.rank)
+        for folder, ranks in zip(folders, self._ranks, strict=True):
+            _expect_known(folder, ranks, {linear.experts.path for linear in linears}, self.config.rank)
         for linear in linears:
             scaling = [folder.scaling(linear.experts.path) for folder in folders]
             linear.adapter_scaling.copy_(torch.tensor(scaling))
@@ -168,16 +173,15 @@ class AdapterMoeForCausalLM(PreTrainedModel, GenerationMixin):
     def _save_adapter(self, target: Path, number: int, state: Mapping[str, Tensor]) -> None:
         """Write an adapter that is in memory, or copy one that is not."""
         target.mkdir(parents=True, exist_ok=True)
-        folders = self.config.adapter_folders
-        source = AdapterFolder.open(Path(folders[number])) if folders else None
+        source = self._adapters[number] if self._adapters else None
         is_in_memory = any(".experts.lora_" in name for name in state)
-        if source is not None and target.resolve() == source.folder.resolve() and not is_in_memory:
-            return
         if source is not None and not is_in_memory:
-            for name in (CONFIG_NAME, WEIGHTS_NAME):
-                shutil.copyfile(source.folder / name, target / name)
+            source.expect_unchanged()
+            if target.resolve() != source.folder.resolve():
+                shutil.copyfile(source.weights, target / WEIGHTS_NAME)
+                _write_config(target, source.config)
             return
-        ranks = None if source is None else source.paths()
+        ranks = None if source is None else self._ranks[number]
         tensors, path_ends = {}, set()
         for name, module in self.named_modules():
             if not isinstance(module, LoraExperts) or (ranks is not None and module.path not in ranks):
@@ -189,12 +193,12 @@ class AdapterMoeForCausalLM(PreTrainedModel, GenerationMixin):
             path_ends.add(module.path.rpartition(".")[2])
         config = dict(source.config) if source else _peft_config(self.config.rank, sorted(path_ends))
         _replace(target / WEIGHTS_NAME, lambda path: save_file(tensors, path, metadata={"format": "pt"}))
-        _replace(target / CONFIG_NAME, lambda path: path.write_text(json.dumps(config, indent=2) + "\n"))
+        _write_config(target, config)
 
 
-def _expect_known(folder: AdapterFolder, paths: set[str], rank: int) -> None:
+def _expect_known(folder: AdapterFolder, ranks: Mapping[str, int], paths: set[str], rank: int) -> None:
     """Nothing of an adapter may be left out in silence."""
-    for path, own_rank in folder.paths().items():
+    for path, own_rank in ranks.items():
         if path not in paths:
             raise AdapterMoeError(
                 f"{folder.folder} adds to {path}, which is no routed linear layer of the model; add "
@@ -222,6 +226,10 @@ def _fill(module: LoraExperts, folders: list[AdapterFolder]) -> None:
 def _peft_config(rank: int, targets: list[str]) -> dict[str, Any]:
     """The config of an adapter that was never a folder; its scaling is 1."""
     return {"peft_type": "LORA", "task_type": "CAUSAL_LM", "r": rank, "lora_alpha": rank, "target_modules": targets}
+
+
+def _write_config(folder: Path, config: Mapping[str, Any]) -> None:
+    _replace(folder / CONFIG_NAME, lambda path: path.write_text(json.dumps(config, indent=2) + "\n"))
 
 
 def _replace(path: Path, write: Any) -> None:

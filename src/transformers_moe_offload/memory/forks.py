@@ -1,0 +1,168 @@
+"""A process may fork at any time, as the workers of a `DataLoader` do, and it and its child both go on.
+
+Of the threads, a child has the one that forked. So none of ours may be in the middle of something then: a lock that
+another thread holds would stay locked in the child, what it reads would never arrive there, and what a disk writes into
+private memory while a process forks may come to lie in the other process (open(2), about `O_DIRECT`). Therefore a fork
+waits until the reads under way have ended and takes all locks meanwhile, outer ones first.
+
+A fork that a C library makes by itself is not noticed. One that only starts another program, as `subprocess` does, need
+not be.
+"""
+
+from __future__ import annotations
+
+import os
+import threading
+from collections import deque
+from collections.abc import Callable
+from concurrent.futures.thread import ThreadPoolExecutor  # its own locks are to be taken after ours
+from enum import IntEnum
+from functools import partial
+from typing import Protocol, TypeVar
+from weakref import WeakSet
+
+
+class Lock(Protocol):
+    """Of `threading`."""
+
+    def acquire(self) -> bool:
+        """Wait for it."""
+
+    def release(self) -> None:
+        """Let it go."""
+
+
+class Forkable(Protocol):
+    """Something whose threads, or reads, have to rest while the process forks."""
+
+    def before_fork(self) -> None:
+        """Begin nothing more, and wait for what has begun."""
+
+    def after_fork(self, *, is_child: bool) -> None:
+        """Go on."""
+
+
+class Rank(IntEnum):
+    """A thread that holds a lock may wait for one of a higher rank, and for those that forkables have."""
+
+    BUILDING = 0
+    TURN = 1
+    SHORT = 2
+    """Held for as long as it takes to open a file, and never by a thread that waits for another lock."""
+
+
+L = TypeVar("L", bound=Lock)
+
+
+class Forks:
+    """What rests, and which locks are taken, while this process forks."""
+
+    def __init__(self) -> None:
+        self._locks: dict[Rank, WeakSet[Lock]] = {rank: WeakSet() for rank in Rank}
+        self._forkables: WeakSet[Forkable] = WeakSet()
+        self._entering = threading.Lock()
+        self._forking = threading.RLock()
+        self._let_go: list[Callable[[bool], None]] = []
+        """What undoes the steps that `before` has taken."""
+
+    def with_lock(self, lock: L, rank: Rank) -> L:
+        """Take a lock at every fork, as long as there is anybody who uses it."""
+        with self._entering:
+            self._locks[rank].add(lock)
+        return lock
+
+    def enter(self, forkable: Forkable) -> None:
+        """Have something rest at every fork, as long as anybody refers to it."""
+        with self._entering:
+            self._forkables.add(forkable)
+
+    def before(self) -> None:
+        """The calling thread is about to fork."""
+        self._take(self._forking)
+        for rank in (Rank.BUILDING, Rank.TURN):
+            self._take_all(rank)
+        with self._entering:
+            forkables = list(self._forkables)
+        for forkable in forkables:
+            forkable.before_fork()
+            self._let_go.append(partial(_after_fork, forkable))
+        self._take_all(Rank.SHORT)
+        self._take(self._entering)
+
+    def after(self, *, is_child: bool) -> None:
+        """It has."""
+        steps, self._let_go = self._let_go, []  # with the first of them undone, another thread may fork
+        for undo in reversed(steps):
+            undo(is_child)
+
+    def _take_all(self, rank: Rank) -> None:
+        with self._entering:
+            locks = list(self._locks[rank])
+        for lock in locks:
+            self._take(lock)
+
+    def _take(self, lock: Lock) -> None:
+        lock.acquire()
+        self._let_go.append(lambda is_child: lock.release())
+
+
+def _after_fork(forkable: Forkable, is_child: bool) -> None:
+    forkable.after_fork(is_child=is_child)
+
+
+FORKS = Forks()
+"""Of this process."""
+
+if hasattr(os, "register_at_fork"):  # not on Windows, which knows no forks
+    os.register_at_fork(
+        before=FORKS.before,
+        after_in_parent=partial(FORKS.after, is_child=False),
+        after_in_child=partial(FORKS.after, is_child=True),
+    )
+
+
+class Threads:
+    """Threads that do what they are given, first come first served, in this process and in those forked from it.
+
+    They end when nobody refers to them.
+    """
+
+    def __init__(self, number: int, name: str) -> None:
+        self._open = partial(ThreadPoolExecutor, number, thread_name_prefix=name)
+        self._pool = self._open()
+        self._waiting: deque[Callable[[], object]] = deque()
+        self._resting = threading.Condition()
+        self._num_working = 0
+        FORKS.enter(self)
+
+    def submit(self, work: Callable[[], object]) -> None:
+        """Have a thread do something."""
+        self._waiting.append(work)
+        self._pool.submit(self._do_next)
+
+    def _do_next(self) -> None:
+        with self._resting:
+            work = self._waiting.popleft()
+            self._num_working += 1
+        try:
+            work()
+        finally:
+            with self._resting:
+                self._num_working -= 1
+                self._resting.notify_all()
+
+    def before_fork(self) -> None:
+        """Wait for all that the threads were given, some of which may wait for the rest; nothing begins then."""
+        self._resting.acquire()
+        try:
+            self._resting.wait_for(lambda: not self._waiting and not self._num_working)
+        except BaseException:  # Ctrl-C: the fork does not wait any longer
+            self._resting.release()
+            raise
+
+    def after_fork(self, *, is_child: bool) -> None:
+        """Go on; a child needs threads of its own."""
+        if is_child:
+            self._waiting.clear()  # for a thread that is not there
+            self._pool = self._open()
+        self._resting.release()
