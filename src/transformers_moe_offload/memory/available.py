@@ -34,5 +34,11 @@ def page_cache_holds(nbytes: int) -> bool:
     return sys.platform == "linux" and nbytes <= _free_ram() * MAPPED_SHARE
 
 
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether an error says that there is no memory left. For host memory torch raises a plain `RuntimeError`
+    (`c10/core/impl/alloc_cpu.cpp`, 2.13)."""
+    return isinstance(error, MemoryError | torch.OutOfMemoryError) or "can't allocate memory" in str(error)
+
+
 def _free_ram() -> float:
     return min(float(psutil.virtual_memory().available), memory_left())
