@@ -78,7 +78,7 @@ class Machine:
             wanted = self.random.sample(range(NUM_EXPERTS), self.random.randint(1, NUM_EXPERTS))
             before = self.engine.cache.stats[layer].hits
             try:
-                with self.engine.cache.visit(layer, wanted) as visit:
+                with self.engine.cache.turn, self.engine.cache.visit(layer, wanted) as visit:
                     for expert, _ in visit:
                         slot = self.engine.cache.residency.slot(ExpertId(layer, expert))
                         self.streams.read(self.pool.record(slot), self.bytes[layer][expert])

@@ -43,8 +43,8 @@ class Arena:
         """Takes the memory and reads every expert into it, by `workers` threads.
 
         `advance` is called with the bytes of each record that was read. Raises `ConfigError` if the experts take more
-        than `budget_bytes`, `PageLockError` if the system does not grant them, and what the store raises for files that are missing,
-        short or not what they were; then nothing is kept.
+        than `budget_bytes`, `PageLockError` if the system does not grant them, and what the store raises for files that
+        are missing, short or not what they were; then nothing is kept.
         """
         self._store = store
         self._device = device

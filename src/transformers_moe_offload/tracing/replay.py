@@ -51,7 +51,7 @@ def replay(trace: Trace, policy: str, num_slots: int) -> Replay:
         return Replay(policy, num_slots, _consult_oracle(trace, num_slots))
     cache = ExpertCache(NoSlots(), num_slots, dict(enumerate(trace.num_experts)), make_policy(policy))
     for layer, wanted in trace.requests():
-        with cache.visit(layer, wanted) as visit:
+        with cache.turn, cache.visit(layer, wanted) as visit:
             for _ in visit:
                 pass
     return Replay(policy, num_slots, cache.stats)
@@ -116,6 +116,9 @@ class NoSlots:
 
     def give_back(self) -> None:
         """Nobody takes memory."""
+
+    def start_over(self, held: Mapping[int, ExpertId]) -> None:
+        """Nothing is ever under way."""
 
     def device_bytes(self, expert: ExpertId) -> int:
         """No bytes."""
