@@ -2,8 +2,8 @@
 
 Python runs signal handlers in the main thread between two instructions. Here a trace function raises instead, at the
 n-th of them in files of ours. Left out are the few instructions that end a `with` block, up to the call of `__exit__`:
-CPython never looks for signals there (`Python/ceval.c`, 3.11: where a function begins, where a loop goes round, and after
-calls), and an exception in between would leave any lock of any program locked.
+CPython never looks for signals there (`Python/ceval.c`, 3.11: it does where a function begins, where a loop goes round,
+and after calls), and an exception in between would leave any lock of any program locked.
 """
 
 import dis

@@ -9,7 +9,6 @@ from interrupts import Interrupts, a_hang_is_a_failure, in_another_thread
 from stores import number, numbered_store
 from transformers_moe_offload.cache.cache import ExpertCache
 from transformers_moe_offload.expert import ExpertId
-from transformers_moe_offload.memory.lanes import Lanes
 from transformers_moe_offload.memory.mapped import MappedSlots
 from transformers_moe_offload.memory.paged_slots import PagedSlots
 from transformers_moe_offload.memory.slots import CopiedSlots, SlotPool
