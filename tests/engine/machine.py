@@ -90,9 +90,9 @@ class Machine:
         """Change the number of slots; memory that was freed is somebody else's from now on."""
         before = dict(self.pool._slots)
         self.engine.resize(num_slots)
-        for slot, tensor in before.items():
-            if self.pool._slots.get(slot) is not tensor:
-                self.streams.reuse(tensor)
+        for slot, buffer in before.items():
+            if self.pool._slots.get(slot) is not buffer:
+                self.streams.reuse(buffer.memory)
 
     def between_steps(self):
         self.now += self.step_seconds

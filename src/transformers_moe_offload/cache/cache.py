@@ -42,11 +42,25 @@ def _change(method: Callable[Concatenate[ExpertCache, P], T]) -> Callable[Concat
     @wraps(method)
     def change(cache: ExpertCache, /, *arguments: P.args, **named: P.kwargs) -> T:
         was_whole, cache.is_whole = cache.is_whole, False
-        result = method(cache, *arguments, **named)
+        try:
+            result = method(cache, *arguments, **named)
+        except _NotStartedError as failed:
+            error = failed.error
+        else:
+            cache.is_whole = was_whole
+            return result
         cache.is_whole = was_whole
-        return result
+        raise error
 
     return change
+
+
+class _NotStartedError(Exception):
+    """A load could not be started; what is resident is in order."""
+
+    def __init__(self, error: Exception) -> None:
+        super().__init__()
+        self.error = error
 
 
 class ExpertCache:
@@ -332,9 +346,9 @@ class ExpertCache:
         slot = self.residency.start(load.expert)
         try:
             self._in_flight[load.expert] = self.slots.start(load.expert, slot, alongside)
-        except Exception:
+        except Exception as error:
             self.residency.fail(load.expert)
-            raise
+            raise _NotStartedError(error) from error
 
     @_change
     def _land(self, expert: ExpertId, seconds: float) -> None:
