@@ -46,6 +46,8 @@ class Ledger:
     """What was done, and what went wrong."""
 
     signals: int = 0
+    lost: int = 0
+    """Signals that interrupted nothing: an exception in a finalizer or a callback of C code is dropped by Python."""
     checked: int = 0
     beside: int = 0
     """Answers of the other threads."""
@@ -95,11 +97,13 @@ def interrupted(
     for thread in [sender, *others]:
         thread.start()
     try:
-        for number in range(num_signals):
+        while ledger.signals < num_signals:
             faulthandler.dump_traceback_later(LONGEST_S, exit=True)
-            _be_interrupted(model, draw.choice(questions), sender)
+            if not _is_interrupted(model, draw.choice(questions), sender):
+                ledger.lost += 1
+                continue
             ledger.signals += 1
-            if number % CHECK_EVERY == CHECK_EVERY - 1:
+            if ledger.signals % CHECK_EVERY == 0:
                 _check(model, draw.choice(questions), ledger, "after an interrupt")
                 ledger.checked += 1
     finally:
@@ -124,33 +128,38 @@ class _Sender(threading.Thread):
 
     def __init__(self, seed: int) -> None:
         super().__init__(daemon=True)
-        self.asked = 0
+        self.asked = self.sent = 0
         self.longest = 0.02
         """Seconds that an answer takes, about."""
         self.is_over = False
         self._draw = random.Random(seed)
 
     def run(self) -> None:
-        sent, main = 0, threading.main_thread().ident
+        main = threading.main_thread().ident
         assert main is not None
         while not self.is_over:
-            if sent == self.asked:
+            if self.sent == self.asked:
                 time.sleep(0.0002)
                 continue
-            sent = self.asked
             time.sleep(self._draw.random() * self.longest)
             signal.pthread_kill(main, signal.SIGINT)
+            self.sent += 1
 
 
-def _be_interrupted(model: Any, question: Question, sender: _Sender) -> None:
+def _is_interrupted(model: Any, question: Question, sender: _Sender) -> bool:
+    """Answer until a signal has been here, or until one that was sent must have been; returns whether it was."""
     try:
         sender.asked += 1
-        while True:  # until the signal is here
-            began = time.perf_counter()
+        was_sent = False
+        while not was_sent:
+            was_sent, began = sender.sent == sender.asked, time.perf_counter()
             _answer(model, question.prompt, question.new_tokens)
             sender.longest += (time.perf_counter() - began - sender.longest) / 16
     except KeyboardInterrupt:
-        pass
+        while sender.sent < sender.asked:  # it has only just to note that
+            time.sleep(0.0002)
+        return True
+    return False
 
 
 def _check(model: Any, question: Question, ledger: Ledger, when: str) -> None:
@@ -181,11 +190,11 @@ def table(result: dict[str, Any]) -> Table:
     """What was done."""
     rows = [
         [f"{run['threads']}, {run['reading']}"]
-        + [f"{run[what]:,}" for what in ("signals", "checked", "beside")]
+        + [f"{run[what]:,}" for what in ("signals", "lost", "checked", "beside")]
         + [f"{run['seconds']:.0f}"]
         for run in result["runs"]
     ]
-    return Table("interrupts", ["threads", "signals", "answers compared", "of other threads", "seconds"], rows)
+    return Table("interrupts", ["threads", "signals", "lost", "answers compared", "of other threads", "seconds"], rows)
 
 
 def verdicts(result: dict[str, Any]) -> list[Verdict]:

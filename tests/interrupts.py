@@ -1,9 +1,10 @@
 """Ctrl-C at a chosen place: at any instruction of ours at which the interpreter could have looked for signals.
 
 Python runs signal handlers in the main thread between two instructions. Here a trace function raises instead, at the
-n-th of them in files of ours. Left out are the few instructions that end a `with` block, up to the call of `__exit__`:
-CPython never looks for signals there (`Python/ceval.c`, 3.11: it does where a function begins, where a loop goes round,
-and after calls), and an exception in between would leave any lock of any program locked.
+n-th of them in files of ours. Left out are the few instructions that end a `with` block, up to the call of `__exit__`,
+and those that do nothing: CPython never looks for signals there (`Python/ceval.c`, 3.11: it does where a function
+begins, where a loop goes round, and after calls), and an exception there would leave any lock locked, since the
+compiler counts them to no block.
 """
 
 import dis
@@ -72,8 +73,9 @@ class Interrupts:
 
 @cache
 def _never(code):
-    """Offsets of the instructions between the end of a `with` block and the call of `__exit__`."""
-    instructions, found = list(dis.get_instructions(code)), set()
+    """Offsets of the instructions between the end of a `with` block and the call of `__exit__`, and of idle ones."""
+    instructions = list(dis.get_instructions(code))
+    found = {one.offset for one in instructions if one.opname == "NOP"}
     for i in range(len(instructions) - 3):
         nones, call = instructions[i : i + 3], instructions[i + 3]
         if any(one.opname != "LOAD_CONST" or one.argval is not None for one in nones):
