@@ -141,3 +141,17 @@ def test_two_threads_that_resize_do_so_one_after_the_other(checkpoint, token_ids
     alike = load(checkpoint, model.moe_offload.config.cache_budget, mmap=False)
     assert plan.num_slots == alike.moe_offload.plan.num_slots
     assert torch.equal(logits(model, token_ids), expected)
+
+
+@pytest.mark.parametrize("error", ERRORS[:2] + [RuntimeError("DefaultCPUAllocator: can't allocate memory")], ids=repr)
+def test_a_model_that_is_loaded_without_memory_to_probe_it_is_not_computed_in_a_slower_way(
+    checkpoint, monkeypatch, error
+):
+    """The probe draws random numbers; that there is no memory for them says nothing about the model."""
+
+    def refuse(*args, **kwargs):
+        raise error
+
+    monkeypatch.setattr(torch, "randn", refuse)
+    with pytest.raises(type(error), match=r"no memory|can't allocate"):
+        AutoModelForCausalLM.from_pretrained(checkpoint, moe_offload=OffloadConfig(cache_budget="50%"))
