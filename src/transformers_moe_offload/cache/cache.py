@@ -313,11 +313,6 @@ class ExpertCache:
         """Start one load of a plan; if it cannot be started, its expert is absent and the slot free."""
         self._start(load, len(self._in_flight))
 
-    @property
-    def loading(self) -> list[ExpertId]:
-        """The experts under way."""
-        return list(self._in_flight)
-
     def settle(self) -> None:
         """Wait for every load under way; those that fail leave their experts absent."""
         for expert in list(self._in_flight):
