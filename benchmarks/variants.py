@@ -62,7 +62,7 @@ def _read_whole_layers(model: Any) -> None:
             wanted = set((*args, *kwargs.values())[1].unique().tolist())
             cache = cache_of(layer)
             others = [expert for expert in range(cache.num_experts(layer.index)) if expert not in wanted]
-            with cache.visit(layer.index, others) as visit:
+            with cache.turn, cache.visit(layer.index, others) as visit:
                 for _ in visit:
                     pass
 

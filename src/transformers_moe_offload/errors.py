@@ -2,6 +2,7 @@
 
     MoeOffloadError
     ├── ConfigError            an option that cannot be, or cannot be yet
+    │   └── PageLockError      the system does not grant the page-locked memory that an option needs
     ├── CapacityError          a budget too small to run the model at all
     ├── CheckpointError        files that are missing, short, replaced, changed, or not what they say
     ├── UnsupportedModelError  a model without routed experts, or with experts we cannot offload
@@ -20,6 +21,10 @@ class MoeOffloadError(Exception):
 
 class ConfigError(MoeOffloadError, ValueError):
     """An option of `OffloadConfig` that cannot be honoured. Also a `ValueError`, as callers of Transformers expect."""
+
+
+class PageLockError(ConfigError):
+    """Page-locked memory that the system does not grant."""
 
 
 class CapacityError(MoeOffloadError):

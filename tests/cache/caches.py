@@ -22,7 +22,7 @@ def reading_cache_of(store, num_slots, layers=(0,), workers=2):
 
 
 def visit_all(cache, layer, wanted):
-    with cache.visit(layer, wanted) as visit:
+    with cache.turn, cache.visit(layer, wanted) as visit:
         return [expert for expert, _ in visit]
 
 

@@ -85,7 +85,7 @@ def test_using_it_twice_counts_once(store):
 
 def test_nobody_who_is_wanted_makes_room(store):
     cache = cache_of(store, 2, layers=1)
-    with cache.visit(0, [0, 1]) as visit:
+    with cache.turn, cache.visit(0, [0, 1]) as visit:
         for _ in visit:
             assert not cache.load_ahead(ExpertId(0, 5))
 
@@ -150,7 +150,7 @@ def test_a_load_ahead_that_fails_troubles_nobody_until_somebody_wants_the_expert
 
 def test_another_threads_visit_is_not_waited_for(store):
     cache = cache_of(store, 6)
-    with ThreadPoolExecutor(1) as pool, cache.visit(0, [0]) as visit:
+    with ThreadPoolExecutor(1) as pool, cache.turn, cache.visit(0, [0]) as visit:
         visit.take(0)
         assert pool.submit(cache.load_ahead, ExpertId(1, 3)).result(10) is False
 
@@ -187,7 +187,7 @@ def test_whatever_comes_ahead_an_expert_asked_for_is_the_expert_handed_out(store
                 cache.load_ahead(ExpertId(first, second))
         else:
             found = {}
-            with cache.visit(first, second) as visit:
+            with cache.turn, cache.visit(first, second) as visit:
                 for batch in visit.batches():
                     for expert, weights in batch.items():
                         found[expert] = {value for one in weights.values() for value in one.flatten().tolist()}

@@ -43,7 +43,7 @@ def test_all_loads_there_is_room_for_have_started_when_the_first_resident_is_han
     copier = FakeCopier()
     cache = cache_of(store, 3, copier)
     visit_all(cache, 0, [7])
-    with cache.visit(0, [1, 2, 7]) as visit:
+    with cache.turn, cache.visit(0, [1, 2, 7]) as visit:
         expert, _ = next(iter(visit))
         assert expert == 7
         assert copier.started == [ExpertId(0, 7), ExpertId(0, 1), ExpertId(0, 2)]
@@ -51,7 +51,7 @@ def test_all_loads_there_is_room_for_have_started_when_the_first_resident_is_han
 
 def test_a_load_still_under_way_when_a_layer_asks_is_a_late_hit(store):
     cache = cache_of(store, 2)
-    with cache.visit(0, [0, 1]) as visit:
+    with cache.turn, cache.visit(0, [0, 1]) as visit:
         visit.take(0)
     visit_all(cache, 0, [0, 1])
     assert counts(cache.stats[0]) == (1, 1, 2)
@@ -82,7 +82,7 @@ def test_a_visit_that_wants_nobody_does_nothing(store):
 def test_the_experts_of_two_layers_are_told_apart(store):
     cache = reading_cache_of(store, 4, layers=(0, 1))
     for layer in (0, 1, 0, 1):
-        with cache.visit(layer, [0, 1]) as visit:
+        with cache.turn, cache.visit(layer, [0, 1]) as visit:
             for expert, weights in visit:
                 assert numbers_in(weights) == {number(ExpertId(layer, expert))}
 
@@ -155,7 +155,7 @@ def test_whatever_happens_an_expert_asked_for_is_the_expert_handed_out(store, tr
     )
     for layer, wanted, how in trace:
         try:
-            with cache.visit(layer, wanted) as visit:
+            with cache.turn, cache.visit(layer, wanted) as visit:
                 pairs = ((e, visit.take(e)) for e in wanted) if how == "take" else iter(visit)
                 seen = []
                 for expert, weights in pairs:
@@ -177,7 +177,7 @@ def test_whatever_happens_an_expert_asked_for_is_the_expert_handed_out(store, tr
 def test_the_bytes_of_a_cache_are_those_of_its_slots_however_many_experts_pass_through(store):
     cache = reading_cache_of(store, 2)
     slots = {cache.slots.pool.record(i).data_ptr() for i in range(2)}
-    with cache.visit(0, range(8)) as visit:
+    with cache.turn, cache.visit(0, range(8)) as visit:
         for _, weights in visit:
             assert min(tensor.data_ptr() for tensor in weights.values()) in slots
     assert cache.slots.pool.nbytes == 2 * store.layout(0, 0).nbytes

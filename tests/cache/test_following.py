@@ -85,7 +85,7 @@ def test_a_recorder_hears_of_it_as_of_visits():
 def test_experts_that_a_visit_took_meanwhile_are_its_own():
     cache, follower = following(4)
     follower.follow([[use(0, [3])]])
-    with cache.visit(0, [3]) as visit:
+    with cache.turn, cache.visit(0, [3]) as visit:
         visit.take(3)
     assert cache.stats[0].late_hits == 1
     follower.receive()

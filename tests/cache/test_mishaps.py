@@ -47,7 +47,7 @@ def test_every_load_of_a_visit_may_fail_and_the_cache_is_empty_but_whole(store):
 
 def test_an_error_in_the_middle_of_a_visit_leaves_nothing_in_flight(store):
     cache = cache_of(store, 4)
-    with pytest.raises(ZeroDivisionError), cache.visit(0, [0, 1, 2, 3]) as visit:
+    with pytest.raises(ZeroDivisionError), cache.turn, cache.visit(0, [0, 1, 2, 3]) as visit:
         1 / (next(iter(visit))[0] * 0)
     assert residents(cache) == [0, 1, 2, 3]
     assert visit_all(cache, 0, [0, 1, 2, 3]) == [0, 1, 2, 3]
@@ -114,7 +114,7 @@ def test_a_slot_whose_load_was_only_waited_for_in_vain_is_not_given_to_another_e
 def test_loads_left_behind_by_visits_that_ended_early_starve_no_other_layer(store):
     """Six slots, a floor of one: five hold loads nobody waited for, the sixth the one of a layer at its floor."""
     cache = cache_of(store, 6, layers=(0, 1, 2))
-    with cache.visit(0, range(6)) as visit:
+    with cache.turn, cache.visit(0, range(6)) as visit:
         visit.take(0)
     assert visit_all(cache, 1, [0]) == [0]
     assert visit_all(cache, 2, [0]) == [0]
@@ -129,7 +129,7 @@ def test_threads_that_take_turns_all_get_the_weights_they_asked_for(store):
         for _ in range(60):
             layer = choose.randrange(NUM_LAYERS)
             wanted = choose.sample(range(NUM_EXPERTS), choose.randint(1, 5))
-            with cache.visit(layer, wanted) as visit:
+            with cache.turn, cache.visit(layer, wanted) as visit:
                 got = {expert: numbers_in(weights) for expert, weights in visit}
             if got != {expert: {number(ExpertId(layer, expert))} for expert in wanted}:
                 wrong.append((layer, wanted, got))
@@ -148,10 +148,10 @@ def test_a_visit_waits_until_another_threads_visit_has_ended(store):
     events = []
 
     def second():
-        with cache.visit(0, [1]):
+        with cache.turn, cache.visit(0, [1]):
             events.append("second")
 
-    with cache.visit(0, [0]) as visit:
+    with cache.turn, cache.visit(0, [0]) as visit:
         thread = threading.Thread(target=second)
         thread.start()
         visit.take(0)
@@ -163,7 +163,7 @@ def test_a_visit_waits_until_another_threads_visit_has_ended(store):
 
 def test_the_turn_passes_on_after_a_visit_that_failed(store):
     cache = cache_of(store, 2)
-    with pytest.raises(ZeroDivisionError), cache.visit(0, [0]):
+    with pytest.raises(ZeroDivisionError), cache.turn, cache.visit(0, [0]):
         raise ZeroDivisionError
     got = []
     thread = threading.Thread(target=lambda: got.extend(visit_all(cache, 0, [1])))

@@ -37,7 +37,7 @@ def test_experts_can_be_taken_in_ascending_order_whatever_is_resident(store, num
     for first in ([7], [7, 0], [3, 5, 1], []):
         cache = reading_cache_of(store, num_slots)
         visit_all(cache, 0, first)
-        with cache.visit(0, range(8)) as visit:
+        with cache.turn, cache.visit(0, range(8)) as visit:
             for expert in range(8):
                 assert numbers_in(visit.take(expert)) == {number(ExpertId(0, expert))}
 
@@ -45,7 +45,7 @@ def test_experts_can_be_taken_in_ascending_order_whatever_is_resident(store, num
 def test_taking_the_held_expert_again_loads_nothing_and_gives_the_same_tensors(store):
     copier = FakeCopier()
     cache = cache_of(store, 1, copier)
-    with cache.visit(0, [0, 1]) as visit:
+    with cache.turn, cache.visit(0, [0, 1]) as visit:
         first = visit.take(0)
         assert visit.take(0) is first
         assert copier.started == [ExpertId(0, 0)]
@@ -53,14 +53,14 @@ def test_taking_the_held_expert_again_loads_nothing_and_gives_the_same_tensors(s
 
 def test_an_expert_taken_twice_is_loaded_again_if_it_had_to_leave(store):
     cache = reading_cache_of(store, 1)
-    with cache.visit(0, [0, 1]) as visit:
+    with cache.turn, cache.visit(0, [0, 1]) as visit:
         for expert in (0, 1, 0, 1, 1, 0):
             assert numbers_in(visit.take(expert)) == {number(ExpertId(0, expert))}
 
 
 def test_an_expert_nobody_asked_for_is_not_handed_out(store):
     cache = cache_of(store, 2)
-    with pytest.raises(AssertionError, match="was not asked for"), cache.visit(0, [0]) as visit:
+    with pytest.raises(AssertionError, match="was not asked for"), cache.turn, cache.visit(0, [0]) as visit:
         visit.take(1)
     assert not visit.wants(1)
     assert visit.wants(0)
@@ -69,7 +69,7 @@ def test_an_expert_nobody_asked_for_is_not_handed_out(store):
 def test_a_held_expert_is_never_evicted(store):
     """Whatever the loop body takes or another layer does later, the weights in hand stay what they are."""
     cache = reading_cache_of(store, 2)
-    with cache.visit(0, range(8)) as visit:
+    with cache.turn, cache.visit(0, range(8)) as visit:
         for expert, weights in visit:
             time.sleep(0.002)  # loads for the experts to come are under way
             assert numbers_in(weights) == {number(ExpertId(0, expert))}
@@ -93,7 +93,7 @@ def test_what_is_there_is_used_together_and_the_rest_as_it_lands(store):
     cache = cache_of(store, 8, copier)
     visit_all(cache, 0, [3, 5])
     copier.done = {1}
-    with cache.visit(0, [1, 2, 3, 4, 5, 6, 7]) as visit:
+    with cache.turn, cache.visit(0, [1, 2, 3, 4, 5, 6, 7]) as visit:
         batches = visit.batches()
         assert list(next(batches)) == [3, 5, 1], "residents, and what has landed by now"
         copier.done = {4, 6}
@@ -104,14 +104,14 @@ def test_what_is_there_is_used_together_and_the_rest_as_it_lands(store):
 
 def test_what_passes_in_waves_is_used_one_by_one(store):
     cache = cache_of(store, 3)
-    with cache.visit(0, range(8)) as visit:
+    with cache.turn, cache.visit(0, range(8)) as visit:
         assert [list(batch) for batch in visit.batches()] == [[expert] for expert in range(8)]
 
 
 @pytest.mark.parametrize("num_slots", [1, 2, 3])
 def test_after_taking_one_expert_a_visit_can_iterate_over_the_rest(store, num_slots):
     cache = reading_cache_of(store, num_slots)
-    with cache.visit(0, [0, 1, 2]) as visit:
+    with cache.turn, cache.visit(0, [0, 1, 2]) as visit:
         visit.take(1)
         rest = {expert: numbers_in(weights) for expert, weights in visit}
     assert rest == {expert: {number(ExpertId(0, expert))} for expert in (0, 2)}
@@ -189,14 +189,14 @@ def test_a_cache_that_shrinks_and_grows_holds_the_right_experts(store):
     for num_slots in (6, 1, 3, 2, 8, 1, 5):
         cache.resize(num_slots)
         assert cache.slots.pool.nbytes == num_slots * store.layout(0, 0).nbytes
-        with cache.visit(0, range(8)) as visit:
+        with cache.turn, cache.visit(0, range(8)) as visit:
             for expert, weights in visit:
                 assert numbers_in(weights) == {number(ExpertId(0, expert))}
 
 
 def test_a_cache_is_not_resized_under_somebody_who_uses_it(store):
     cache = reading_cache_of(store, 4)
-    with cache.visit(0, range(8)) as visit:
+    with cache.turn, cache.visit(0, range(8)) as visit:
         iterator = iter(visit)
         _, weights = next(iterator)
         thread = threading.Thread(target=cache.resize, args=(1,))

@@ -1,7 +1,5 @@
 """Gradients through a layer's experts, both ways: on our own tape, and through a forward that is not ours."""
 
-from contextlib import contextmanager
-
 import pytest
 import torch
 from torch.nn import functional
@@ -30,11 +28,10 @@ class Taped:
     def used(self, experts):
         pass
 
-    @contextmanager
-    def borrow(self, expert):
+    def borrow(self, expert, use):
         self.borrowed.append(expert)
-        with self.cache.visit(0, [expert]) as visit:
-            yield visit.take(expert)
+        with self.cache.turn, self.cache.visit(0, [expert]) as visit:
+            return use(visit.take(expert))
 
     def __call__(self, hidden, index, weights, experts=EXPERTS):
         return adapted_forward(self.cache, 0, MLP, experts, hidden, index, weights, adaptation=NOTHING, lender=self)
@@ -49,12 +46,12 @@ class Lent:
 
     def again(self, name, expert):
         self.borrowed.append((name, expert))
-        with self.cache.visit(0, [expert]) as visit:
+        with self.cache.turn, self.cache.visit(0, [expert]) as visit:
             return visit.take(expert)[name].clone()
 
     def __call__(self, hidden, index, weights, experts=EXPERTS):
         grouping = group_by_expert(index, weights, E, keep_zero_weights=True)
-        with self.cache.visit(0, grouping.experts) as visit:
+        with self.cache.turn, self.cache.visit(0, grouping.experts) as visit:
             lending = Lending(lambda name, expert: visit.take(expert)[name], self.again)
             with lending.recorded():
                 outputs = [

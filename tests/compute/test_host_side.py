@@ -72,7 +72,7 @@ def test_residents_and_experts_on_disk_are_not_the_hosts(host, tmp_path):
     cache = layer.cache(E)
     hidden, index, weights = inputs(2, 3, torch.float32)
     wanted = sorted(set(index.flatten().tolist()))
-    with cache.visit(0, wanted[:1]) as visit:
+    with cache.turn, cache.visit(0, wanted[:1]) as visit:
         visit.take(wanted[0])
     on_disk = wanted[-1]
     side = side_of(host, layer, SLOW_LINK, at_hand=set(range(E)) - {on_disk})

@@ -78,7 +78,7 @@ class Machine:
             wanted = self.random.sample(range(NUM_EXPERTS), self.random.randint(1, NUM_EXPERTS))
             before = self.engine.cache.stats[layer].hits
             try:
-                with self.engine.cache.visit(layer, wanted) as visit:
+                with self.engine.cache.turn, self.engine.cache.visit(layer, wanted) as visit:
                     for expert, _ in visit:
                         slot = self.engine.cache.residency.slot(ExpertId(layer, expert))
                         self.streams.read(self.pool.record(slot), self.bytes[layer][expert])
@@ -90,9 +90,9 @@ class Machine:
         """Change the number of slots; memory that was freed is somebody else's from now on."""
         before = dict(self.pool._slots)
         self.engine.resize(num_slots)
-        for slot, tensor in before.items():
-            if self.pool._slots.get(slot) is not tensor:
-                self.streams.reuse(tensor)
+        for slot, buffer in before.items():
+            if self.pool._slots.get(slot) is not buffer:
+                self.streams.reuse(buffer.memory)
 
     def between_steps(self):
         self.now += self.step_seconds

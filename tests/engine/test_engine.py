@@ -89,7 +89,7 @@ def test_the_addresses_of_a_layer_are_the_same_tensor_whatever_happens(arena):
     before = engine.addresses(1)
     step(engine, {1: [5, 2]})
     engine.resize(2)
-    with engine.cache.visit(1, range(NUM_EXPERTS)) as visit:
+    with engine.cache.turn, engine.cache.visit(1, range(NUM_EXPERTS)) as visit:
         list(visit)
     engine.between_steps()
     assert engine.addresses(1) is before
@@ -97,7 +97,7 @@ def test_the_addresses_of_a_layer_are_the_same_tensor_whatever_happens(arena):
 
 def test_what_a_prompt_has_loaded_is_read_in_its_slots_afterwards(arena, store):
     engine = engine_of(arena, 4)
-    with engine.cache.visit(0, [1, 2, 3]) as visit:
+    with engine.cache.turn, engine.cache.visit(0, [1, 2, 3]) as visit:
         for expert, weights in visit:
             assert {v for tensor in weights.values() for v in tensor.flatten().tolist()} == {
                 number(ExpertId(0, expert))
@@ -111,7 +111,7 @@ def test_what_a_prompt_has_loaded_is_read_in_its_slots_afterwards(arena, store):
 def test_a_replay_finds_what_a_prompt_has_loaded(arena):
     engine = engine_of(arena, 4)
     addresses = engine.addresses(0)
-    with engine.cache.visit(0, [1]) as visit:
+    with engine.cache.turn, engine.cache.visit(0, [1]) as visit:
         visit.take(1)
     assert addresses.tolist() == arena.addresses(0)
     engine.before_replay()
@@ -140,7 +140,7 @@ class Capturing(HostStreams):
 def test_while_a_forward_is_captured_the_table_stays_as_it_is(arena):
     streams = Capturing()
     engine = engine_of(arena, 4, streams=streams)
-    with engine.cache.visit(0, [1]) as visit:
+    with engine.cache.turn, engine.cache.visit(0, [1]) as visit:
         visit.take(1)
     streams.now = True
     engine.note(0, torch.tensor([[1, 2]]))

@@ -62,7 +62,7 @@ def test_every_step_reads_every_expert_whatever_is_resident(read, store, num_slo
             num_wrong += (read(engine.addresses(layer), num_words) != expected[layer]).sum()
         engine.between_steps()
         if step % 4 == 3:  # a prompt
-            with engine.cache.visit(step % NUM_LAYERS, range(NUM_EXPERTS)) as visit:
+            with engine.cache.turn, engine.cache.visit(step % NUM_LAYERS, range(NUM_EXPERTS)) as visit:
                 for expert, weights in visit:
                     found = weights["weight"].view(torch.int32).flatten()
                     num_wrong += (found != expected[step % NUM_LAYERS][expert][: len(found)]).sum()

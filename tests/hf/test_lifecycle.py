@@ -248,7 +248,7 @@ class TestResize:
 
     def test_an_automatic_budget_takes_the_memory_that_the_cache_has_for_its_own(self, monkeypatch, token_ids):
         free = 2 * 3_000_000
-        monkeypatch.setattr(available, "_free_ram", lambda: float(free))
+        monkeypatch.setattr(available, "free_ram", lambda: free)
         model = AutoModelForCausalLM.from_pretrained(TINY_MOE, moe_offload=OffloadConfig(mmap=False))
         before = model.moe_offload.plan
         assert 0 < before.num_slots < before.num_experts

@@ -245,7 +245,7 @@ class TestSeveralGpus:
                 assert cache.slots.pool.device == device
                 assert cache.slots.pool.nbytes <= plan.budget_bytes / 2
                 for expert in range(8):
-                    with cache.visit(layer, [expert]) as visit:
+                    with cache.turn, cache.visit(layer, [expert]) as visit:
                         weights = visit.take(expert)
                         machines[device].run_all()  # and not the other one
                         found = {value for tensor in weights.values() for value in tensor.flatten().tolist()}

@@ -196,3 +196,12 @@ def test_one_row_is_shown_to_every_matrix_without_being_copied(instruction_set):
     expected = torch.cat([cpu.linear(row, matrix) for matrix in matrices])
     assert torch.equal(cpu.linear_each(row.expand(4, -1), [1] * 4, matrices), expected)
     assert torch.equal(cpu.linear_each(row.expand(4, -1), [2, 2], matrices[:2]), expected[:2].repeat_interleave(2, 0))
+    assert torch.equal(cpu.linear_each(row.expand(2, -1), [2, 0], matrices[:2]), expected[:1].repeat_interleave(2, 0))
+    assert torch.equal(cpu.linear_each(row.expand(2, -1), [0, 2], matrices[:2]), expected[1:2].repeat_interleave(2, 0))
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32, torch.float16])
+@pytest.mark.parametrize("count", [0, 1, 100])
+def test_a_matrix_without_columns_gives_zeros(instruction_set, dtype, count):
+    found = cpu.linear(torch.empty(count, 0, dtype=dtype), torch.empty(5, 0, dtype=torch.bfloat16))
+    assert torch.equal(found, torch.zeros(count, 5, dtype=dtype))

@@ -79,7 +79,7 @@ def is_right(cache, seed, num_visits):
 
     for _ in range(num_visits):
         wanted = choose.sample(range(NUM_EXPERTS), choose.randint(1, 6))
-        with cache.visit(0, wanted, load_ahead) as visit:
+        with cache.turn, cache.visit(0, wanted, load_ahead) as visit:
             found = {expert: (weights["weight"] == expert).all() for expert, weights in visit}
         if found.keys() != set(wanted) or not all(found.values()):
             return False
@@ -173,7 +173,7 @@ def test_a_lock_that_another_thread_has_is_free_in_a_child(rank):
 
 def test_a_thread_may_fork_in_the_middle_of_a_visit(store):
     cache = ExpertCache(_copied(store), 4, {0: NUM_EXPERTS}, make_policy("lru"))
-    with cache.visit(0, [1, 2, 3]) as visit:
+    with cache.turn, cache.visit(0, [1, 2, 3]) as visit:
         experts = iter(visit)
         assert next(experts)[1]["weight"].unique().item() == 1
         assert in_a_child(lambda: [weights["weight"].unique().item() for _, weights in experts]) == [2, 3]

@@ -7,9 +7,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from memory.streams import Machine
+from scarcity import Scarce
 from stores import number, numbered_store
 from transformers_moe_offload.errors import CheckpointError
 from transformers_moe_offload.expert import ExpertId
+from transformers_moe_offload.memory.chunks import Chunk
 from transformers_moe_offload.memory.fill import whole
 from transformers_moe_offload.memory.host import HostTier
 from transformers_moe_offload.memory.transfer import HostCopier
@@ -133,6 +135,31 @@ def test_who_waited_for_a_read_that_failed_reads_for_itself(store):
         with pytest.raises(CheckpointError):
             first.result(10)
         assert second.result(10) == 30
+
+
+def test_an_expert_whose_upload_finds_no_memory_can_be_uploaded_later(store, monkeypatch):
+    """Also by another copier, which would wait for the first one's read of it."""
+    machine = Machine()
+    machine.install(monkeypatch)
+    tier, slot = HostTier(store, 8 * RECORD), machine.slot(RECORD)
+    # In pieces of the record, which a buffer of the ring does not hold: it goes by way of a whole record.
+    monkeypatch.setattr(Chunk, "is_verbatim", False)
+    copier = CudaCopier(tier.fill, 1, torch.device("cuda"), RECORD, pin_memory=False)
+    scarce, failed = Scarce(monkeypatch), 0
+    for at in range(1, 4):
+        scarce.refuse(at)
+        try:
+            copier.start(EXPERTS[at], slot).finish()
+        except MemoryError:
+            failed += 1
+        scarce.refuse(None)
+        again = copier.start(EXPERTS[at], slot)
+        with ThreadPoolExecutor(1) as pool:
+            pool.submit(again.finish).result(30)
+        machine.run_all()
+        assert set(torch.Tensor(slot[:24]).to(torch.uint8).view(torch.float32).tolist()) == {number(EXPERTS[at])}
+        assert tier.nbytes == at * RECORD
+    assert failed == 2, "for the tier's record, and for the whole one"
 
 
 def test_a_copier_to_an_accelerator_reads_through_the_tier(store, monkeypatch):

@@ -1,7 +1,6 @@
 """Small experts: copied where the page cache has them, announced where it has not, and never by another thread."""
 
 import os
-import threading
 
 import pytest
 import torch
@@ -10,7 +9,7 @@ from stores import cut_short, numbered_store, put_back, stacked_store
 from transformers_moe_offload.bench.page_cache import drop, resident_share, warm
 from transformers_moe_offload.errors import CheckpointError
 from transformers_moe_offload.expert import ExpertId
-from transformers_moe_offload.memory import small
+from transformers_moe_offload.memory import lanes, small
 from transformers_moe_offload.memory.small import Announced, SmallReads
 from transformers_moe_offload.memory.transfer import HostCopier, Landed
 
@@ -123,7 +122,7 @@ def test_where_the_system_cannot_be_told_of_reads_to_come_they_take_a_thread(sto
 
 
 def test_a_copier_reads_small_experts_without_threads(store, path, monkeypatch):
-    monkeypatch.setattr(threading.Thread, "start", None)
+    monkeypatch.setattr(lanes, "start_new_thread", None)
     copier = HostCopier(store.fill, 2, SmallReads(store).start)
     for cold in (False, True):
         for expert in range(4):

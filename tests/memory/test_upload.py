@@ -137,7 +137,8 @@ class _PoolOf(SlotPool):
         self._machine = machine
 
     def _allocate(self, slot, nbytes):
-        self._slots[slot], self._views[slot] = self._machine.slot(nbytes), {}
+        super()._allocate(slot, nbytes)
+        self._slots[slot] = self._slots[slot]._replace(memory=self._machine.slot(nbytes))
 
 
 @pytest.mark.parametrize("workers", [1, 2, 3])

@@ -75,7 +75,7 @@ def test_nobody_is_in_two_slots_and_nobody_held_is_evicted(name, visits, num_slo
     policy = Watched(policy_for(name, visits), slots)
     cache = cache_with(policy, slots, num_slots)
     for layer, wanted in visits:
-        with cache.visit(layer, wanted) as visit:
+        with cache.turn, cache.visit(layer, wanted) as visit:
             assert sorted(expert for expert, _ in visit) == sorted(wanted)
         residents = sorted(cache.residency.residents())
         assert residents == sorted(slots.inside.values()) == sorted(policy.candidates())
@@ -89,7 +89,7 @@ def test_no_other_layer_takes_a_layer_below_its_floor(name, visits, num_slots):
     floor = layer_floor(num_slots, NUM_LAYERS)
     for layer, wanted in visits:
         before = Counter(expert.layer for expert in cache.residency.residents())
-        with cache.visit(layer, wanted) as visit:
+        with cache.turn, cache.visit(layer, wanted) as visit:
             list(visit)
         after = Counter(expert.layer for expert in cache.residency.residents())
         for other in set(before) - {layer}:
@@ -102,7 +102,7 @@ def test_a_plan_changes_nothing_whether_it_succeeds_or_has_to_defer(name, visits
     policy = policy_for(name, visits)
     cache = cache_with(policy, NoSlots(), num_slots)
     for visited, wanted in visits:
-        with cache.visit(visited, wanted) as visit:
+        with cache.turn, cache.visit(visited, wanted) as visit:
             list(visit)
     before = list(policy.candidates())
     upcoming = [ExpertId(layer, expert) for expert in range(NUM_EXPERTS)]
@@ -124,7 +124,7 @@ def test_a_load_that_cannot_start_leaves_a_policy_that_goes_on_working(name):
     cache = cache_with(policy, Broken(), 4)
     for wanted in ([0, 1], [2, 3], [1, 5], [0, 4]):
         try:
-            with cache.visit(0, wanted) as visit:
+            with cache.turn, cache.visit(0, wanted) as visit:
                 list(visit)
         except OSError:
             assert 5 in wanted

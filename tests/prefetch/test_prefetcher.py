@@ -69,7 +69,7 @@ class Setting:
         """One layer's visit; returns what was loaded, in order. The next one begins so much later."""
         before = len(self.copier.started)
         started = lambda experts: self.prefetcher.visited(layer, experts, None, num_tokens)  # noqa: E731
-        with self.cache.visit(layer, wanted, started) as visit:
+        with self.cache.turn, self.cache.visit(layer, wanted, started) as visit:
             for _ in visit:
                 pass
         self.clock.now += seconds

@@ -115,7 +115,7 @@ def test_the_oracles_order_serves_best_in_the_cache_of_a_model_as_well(wanted, n
     trace = trace_of([(0, experts) for experts in wanted], 1, 6)
     cache_of_oracle = ExpertCache(NoSlots(), num_slots, {0: 6}, Belady(trace.requests()))
     for layer, experts in trace.requests():
-        with cache_of_oracle.visit(layer, experts) as visit:
+        with cache_of_oracle.turn, cache_of_oracle.visit(layer, experts) as visit:
             list(visit)
     hits = cache_of_oracle.stats[0].hits
     assert max([replay(trace, policy, num_slots).hits for policy in policy_names()]) <= hits

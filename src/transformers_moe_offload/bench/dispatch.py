@@ -103,7 +103,7 @@ def _prepare(steps: list[_Step], *, is_resident: bool) -> None:
         cache = cache_of(step.layer)
         step.grouping = group_by_expert(top_k_index, top_k_weights, cache.num_experts(step.layer.index))
         step.held = {}
-        with cache.visit(step.layer.index, step.grouping.by_last_use) as visit:
+        with cache.turn, cache.visit(step.layer.index, step.grouping.by_last_use) as visit:
             for expert, weights in visit:
                 step.held[expert] = weights if is_resident else {name: one.clone() for name, one in weights.items()}
         outputs = _arithmetic(step)
@@ -121,7 +121,8 @@ def _parts(steps: list[_Step]) -> dict[str, Callable[[_Step], object]]:
 
     def visit(step: _Step) -> None:
         assert step.grouping is not None
-        with cache_of(step.layer).visit(step.layer.index, step.grouping.by_last_use) as opened:
+        cache = cache_of(step.layer)
+        with cache.turn, cache.visit(step.layer.index, step.grouping.by_last_use) as opened:
             for _ in opened.batches():
                 pass
 

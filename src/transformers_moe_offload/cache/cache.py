@@ -3,6 +3,10 @@
 What is resident after a visit does not depend on what arrived first: victims are chosen when the visit begins, and the
 policy hears of all the experts of a visit at its end, in the order in which they were asked for. Only where experts
 pass in waves it hears of each wave before the next one, and there the order of use is fixed.
+
+Ctrl-C can break off whatever the main thread does, between any two lines. So methods that change what is resident note
+when they begin and when they have ended, and the next visit repairs what was broken off: residents stay, loads under
+way are given up, and the policy learns of the residents afresh.
 """
 
 from __future__ import annotations
@@ -11,11 +15,14 @@ import logging
 import threading
 import time
 from collections.abc import Callable, Container, Iterable, Mapping, Sequence, Set
+from functools import wraps
+from typing import Concatenate, ParamSpec, TypeVar
 
 from transformers_moe_offload.cache.capacity import layer_floor
 from transformers_moe_offload.cache.link import Link
 from transformers_moe_offload.cache.planner import Load, plan, plan_ahead, plan_behind
 from transformers_moe_offload.cache.residency import Residency
+from transformers_moe_offload.cache.turn import Attempt, IsTakenError
 from transformers_moe_offload.cache.visit import Visit
 from transformers_moe_offload.expert import ExpertId
 from transformers_moe_offload.memory.forks import FORKS, Rank
@@ -26,15 +33,57 @@ from transformers_moe_offload.stats import LayerStats
 
 logger = logging.getLogger(__name__)
 
+P = ParamSpec("P")
+T = TypeVar("T")
+
+
+def _change(method: Callable[Concatenate[ExpertCache, P], T]) -> Callable[Concatenate[ExpertCache, P], T]:
+    """A method of which an end in the middle, by whatever is raised, is noticed and repaired."""
+
+    @wraps(method)
+    def change(cache: ExpertCache, /, *arguments: P.args, **named: P.kwargs) -> T:
+        was_whole, cache.is_whole = cache.is_whole, False
+        try:
+            result = method(cache, *arguments, **named)
+        except _NotStartedError as failed:
+            error = failed.error
+        else:
+            cache.is_whole = was_whole
+            return result
+        cache.is_whole = was_whole
+        raise error
+
+    return change
+
+
+class _NotStartedError(Exception):
+    """A load could not be started; what is resident is in order."""
+
+    def __init__(self, error: Exception) -> None:
+        super().__init__()
+        self.error = error
+
 
 class ExpertCache:
     """The resident experts of some sparse layers on one device.
 
-    One visit at a time: threads that share a model take turns layer by layer.
+    One visit at a time: threads that share a model take turns layer by layer. Whoever visits takes the turn itself,
+    `with cache.turn, cache.visit(...) as visit`: what `with` does with a lock, Ctrl-C cannot come in between; a turn
+    that some method of ours took or gave back would at times not be given back.
     """
 
-    def __init__(self, slots: Slots, num_slots: int, num_experts: Mapping[int, int], policy: EvictionPolicy) -> None:
-        """`num_experts` of each sparse layer that the cache serves, by the layer's index."""
+    def __init__(
+        self,
+        slots: Slots,
+        num_slots: int,
+        num_experts: Mapping[int, int],
+        policy: EvictionPolicy,
+        new_policy: Callable[[], EvictionPolicy] | None = None,
+    ) -> None:
+        """`num_experts` of each sparse layer that the cache serves, by the layer's index.
+
+        `new_policy` makes a policy that takes over after an interrupt; by default another one of the same class.
+        """
         self.slots = slots
         self.residency = Residency(num_slots)
         self.link = Link(slots.num_lanes)
@@ -43,6 +92,7 @@ class ExpertCache:
         """Called at the beginning of each visit with the layer and the experts it wants."""
         self._num_experts = dict(num_experts)
         self._policy = policy
+        self._new_policy = new_policy or type(policy)
         self._in_flight: dict[ExpertId, Transfer] = {}
         self._unannounced: set[ExpertId] = set()
         """Residents that the policy has not heard of, because the visit that brought them in goes on."""
@@ -52,6 +102,8 @@ class ExpertCache:
         """What the latest visit wants."""
         self.turn = FORKS.with_lock(threading.RLock(), Rank.TURN)
         """Held during a visit."""
+        self.is_whole = True
+        """Whether no change is going on, or was broken off in the middle."""
         for slot in range(num_slots):
             slots.add(slot)
 
@@ -66,7 +118,8 @@ class ExpertCache:
         started: Callable[[Sequence[int]], None] | None = None,
         computed: Container[int] = (),
     ) -> Visit:
-        """Ask for experts of a layer, each named once; the last ones are those most worth keeping for later.
+        """Ask for experts of a layer, each named once; the last ones are those most worth keeping for later. To be
+        opened with the turn.
 
         `started` is called with the wanted experts once the visit's own loads are under way; not in a visit that has
         to go in waves, which leaves no room for anything else. Those `computed` by the host are wanted like the others,
@@ -92,25 +145,21 @@ class ExpertCache:
 
         Nobody who is `spared`, wanted or on the way has to leave for it.
         """
-        if not self.turn.acquire(blocking=False):
-            return False
         try:
-            spared = self._asked | self._ahead | spared
-            load = plan_ahead(expert, self.residency, self._policy.candidates(), spared, self._floor)
-            if load is not None:
-                self._start(load, len(self._in_flight))
-                self._ahead.add(expert)
-            return load is not None
-        finally:
-            self.turn.release()
+            with Attempt(self.turn):
+                self.repair()
+                return self._start_ahead(expert, spared)
+        except IsTakenError:
+            return False
 
     def warm(self, experts: Iterable[ExpertId]) -> None:
         """Bring experts into free slots before anybody asks for them, and wait until they are there."""
         with self.turn:
+            self.repair()
             coming = []
             for expert in experts:
                 if self.residency.num_free and self.residency.is_absent(expert):
-                    self._start(Load(expert, None), len(self._in_flight))
+                    self.start(Load(expert, None))
                     coming.append(expert)
             try:
                 for expert in coming:
@@ -119,23 +168,50 @@ class ExpertCache:
                 self.settle()
 
     def resize(self, num_slots: int) -> None:
-        """Change the number of slots between two visits. Who can stay stays; the policy says who leaves."""
+        """Change the number of slots between two visits. Who can stay stays; the policy says who leaves.
+
+        If there is no memory for more of them, that is raised and there are as many as before.
+        """
         with self.turn:
+            self.repair()
             self.settle()
-            while self.residency.num_slots < num_slots:
-                self.slots.add(self.residency.add_slot())
-            while self.residency.num_slots > num_slots:
-                if not self.residency.num_free:
-                    self._evict(next(iter(self._policy.candidates())))
-                self.slots.remove(self.residency.remove_slot())
+            num_before = self.residency.num_slots
+            try:
+                self._grow(num_slots)
+            except Exception:
+                self._shrink(num_before)
+                raise
+            self._shrink(num_slots)
 
     def give_back(self) -> None:
         """Give back memory that experts take although they have left, in case they return."""
         with self.turn:
+            self.repair()
             self.slots.give_back()
 
     # What follows is for `Visit` and `Follower`, which hold the turn.
 
+    def repair(self) -> None:
+        """Put in order what a change that was broken off has left. To be called before anything else is done."""
+        if self.is_whole:
+            return
+        self._asked = frozenset()
+        held = self.residency.start_over()
+        self.slots.start_over(held)
+        self._in_flight.clear()
+        self._unannounced.clear()
+        self._ahead.intersection_update(held.values())
+        self._policy = self._new_policy()
+        for layer in sorted({expert.layer for expert in held.values()}):
+            experts = sorted(expert for expert in held.values() if expert.layer == layer)
+            self._policy.begin(layer, experts)
+            for expert in experts:
+                self._policy.admit(expert)
+                if expert not in self._ahead:
+                    self._policy.use(expert)
+        self.is_whole = True
+
+    @_change
     def begin(self, layer: int, wanted: Sequence[ExpertId], computed: Container[int]) -> None:
         """Count and announce what a layer is about to use, or has the host compute."""
         stats = self.stats[layer]
@@ -164,6 +240,7 @@ class ExpertCache:
         if self.on_visit is not None:
             self.on_visit(layer, [expert.expert for expert in wanted])
 
+    @_change
     def start_loads(self, upcoming: Sequence[ExpertId]) -> bool:
         """Start as many loads as there is room for; returns whether some had to be left for later."""
         planned = plan(upcoming, self.residency, self._policy.candidates(), self._floor)
@@ -178,18 +255,14 @@ class ExpertCache:
         stats = self.stats[expert.layer]
         started = time.perf_counter()
         try:
-            stats.disk_bytes += transfer.finish()
+            from_files = transfer.finish()
         except Exception:
-            del self._in_flight[expert]
-            self._ahead.discard(expert)
-            self.residency.fail(expert)
+            self._fail(expert)
             raise
         finally:  # a wait broken off by Ctrl-C leaves the load in flight: somebody may still be writing into the slot
             stats.stall_ms += (time.perf_counter() - started) * 1e3
-        del self._in_flight[expert]
-        self.link.loaded(transfer.seconds)
-        self.residency.land(expert)
-        self._unannounced.add(expert)
+        stats.disk_bytes += from_files
+        self._land(expert, transfer.seconds)
         stats.device_bytes += self.slots.device_bytes(expert)
 
     def has_landed(self, expert: ExpertId) -> bool:
@@ -204,6 +277,7 @@ class ExpertCache:
         """The work that reads a resident's weights has been submitted."""
         self.slots.retire(self.residency.slot(expert))
 
+    @_change
     def announce(self, used: Iterable[ExpertId]) -> None:
         """Tell the policy who has been used, and who has come in without being used."""
         for expert in used:
@@ -212,6 +286,7 @@ class ExpertCache:
         for expert in sorted(self._unannounced):
             self._admit(expert)
 
+    @_change
     def used_in_place(self, layer: int, wanted: Sequence[int], hits: Container[int]) -> None:
         """A device has used experts of a layer wherever they were: `hits` in slots, the others over the link."""
         stats, experts = self.stats[layer], [ExpertId(layer, expert) for expert in wanted]
@@ -234,6 +309,7 @@ class ExpertCache:
         """Slots for absent experts that have been used where they were; nobody `spared` has to leave for them."""
         return plan_behind(absent, self.residency, self._policy.candidates(), spared, self._floor)
 
+    @_change
     def start(self, load: Load) -> None:
         """Start one load of a plan; if it cannot be started, its expert is absent and the slot free."""
         self._start(load, len(self._in_flight))
@@ -251,15 +327,53 @@ class ExpertCache:
     def _floor(self) -> int:
         return layer_floor(self.residency.num_slots, len(self._num_experts))
 
+    @_change
+    def _start_ahead(self, expert: ExpertId, spared: Set[ExpertId]) -> bool:
+        spared = self._asked | self._ahead | spared
+        load = plan_ahead(expert, self.residency, self._policy.candidates(), spared, self._floor)
+        if load is not None:
+            self._start(load, len(self._in_flight))
+            self._ahead.add(expert)
+        return load is not None
+
     def _start(self, load: Load, alongside: int) -> None:
         if load.victim is not None:
             self._evict(load.victim)
         slot = self.residency.start(load.expert)
         try:
             self._in_flight[load.expert] = self.slots.start(load.expert, slot, alongside)
-        except BaseException:
+        except Exception as error:
             self.residency.fail(load.expert)
-            raise
+            raise _NotStartedError(error) from error
+
+    @_change
+    def _land(self, expert: ExpertId, seconds: float) -> None:
+        del self._in_flight[expert]
+        self.link.loaded(seconds)
+        self.residency.land(expert)
+        self._unannounced.add(expert)
+
+    @_change
+    def _fail(self, expert: ExpertId) -> None:
+        del self._in_flight[expert]
+        self._ahead.discard(expert)
+        self.residency.fail(expert)
+
+    def _grow(self, num_slots: int) -> None:
+        while self.residency.num_slots < num_slots:
+            self.slots.add(self.residency.next_slot())
+            self._add_slot()
+
+    @_change
+    def _add_slot(self) -> None:
+        self.residency.add_slot()
+
+    @_change
+    def _shrink(self, num_slots: int) -> None:
+        while self.residency.num_slots > num_slots:
+            if not self.residency.num_free:
+                self._evict(next(iter(self._policy.candidates())))
+            self.slots.remove(self.residency.remove_slot())
 
     def _receive_ahead(self) -> None:
         """Experts that have arrived ahead of demand are resident from now on."""

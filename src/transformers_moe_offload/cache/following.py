@@ -41,17 +41,19 @@ class Follower:
     def receive(self) -> None:
         """Those that have arrived are resident from now on, and were used last by what they were brought in for."""
         with self._cache.turn:
+            self._cache.repair()
             for expert in list(self._under_way):
                 if not self._cache.residency.is_loading(expert):  # a visit took it, or could not have it
                     del self._under_way[expert]
                 elif self._cache.has_landed(expert):
-                    del self._under_way[expert]
                     self._cache.finish_load(expert)
                     self._cache.announce([expert])
+                    del self._under_way[expert]
 
     def follow(self, forwards: Iterable[Sequence[Use]]) -> None:
         """Take note of some forwards, the latest one last, and start to bring in who was absent."""
         with self._cache.turn:
+            self._cache.repair()
             absent: set[ExpertId] = set()
             spared: set[ExpertId] = set()
             for uses in forwards:
@@ -69,10 +71,10 @@ class Follower:
         if not absent or not most:
             return
         for load in self._cache.plan_behind(self._urgency.first(absent)[:most], spared):
+            self._under_way[load.expert] = None  # first: one that was not started is found out by `receive`
             self._cache.start(load)
             self._pace.started()
             self._urgency.started(load.expert)
-            self._under_way[load.expert] = None
 
     def _measure(self, num_missed: int) -> None:
         now = self._clock()

@@ -16,7 +16,7 @@ class Residency:
     """Slots and who is in them. Every slot is free, or belongs to exactly one loading or resident expert."""
 
     def __init__(self, num_slots: int) -> None:
-        self.num_slots = num_slots
+        self._numbers = set(range(num_slots))
         self._free = list(range(num_slots - 1, -1, -1))
         self._unused_numbers: list[int] = []
         self._slot_of: dict[ExpertId, int] = {}
@@ -24,22 +24,32 @@ class Residency:
         self._per_layer: Counter[int] = Counter()
 
     @property
+    def num_slots(self) -> int:
+        """Slots there are."""
+        return len(self._numbers)
+
+    @property
     def num_free(self) -> int:
         """Slots that belong to nobody."""
         return len(self._free)
 
-    def add_slot(self) -> int:
-        """One slot more, free; its number was never used before or belongs to no slot any more."""
-        slot = self._unused_numbers.pop() if self._unused_numbers else self.num_slots
+    def next_slot(self) -> int:
+        """A number that was never used before or belongs to no slot any more."""
+        return self._unused_numbers[-1] if self._unused_numbers else self.num_slots
+
+    def add_slot(self) -> None:
+        """One slot more, free, with the next number."""
+        slot = self.next_slot()
+        self._numbers.add(slot)
+        if self._unused_numbers:
+            self._unused_numbers.pop()
         self._free.append(slot)
-        self.num_slots += 1
-        return slot
 
     def remove_slot(self) -> int:
         """One free slot less."""
         slot = self._free.pop()
+        self._numbers.remove(slot)
         self._unused_numbers.append(slot)
-        self.num_slots -= 1
         return slot
 
     def is_resident(self, expert: ExpertId) -> bool:
@@ -70,8 +80,8 @@ class Residency:
         """Give an absent expert a free slot to be loaded into."""
         assert expert not in self._slot_of, f"{expert} already has a slot"
         slot = self._free.pop()
+        self._loading.add(expert)  # first: at no time is it taken for a resident
         self._slot_of[expert] = slot
-        self._loading.add(expert)
         self._per_layer[expert.layer] += 1
         return slot
 
@@ -81,13 +91,28 @@ class Residency:
 
     def fail(self, expert: ExpertId) -> None:
         """A load has failed: the expert is absent again and its slot free."""
-        self._loading.remove(expert)
         self._release(expert)
+        self._loading.remove(expert)
 
     def evict(self, expert: ExpertId) -> None:
         """A resident leaves; its slot is free."""
         assert expert not in self._loading, f"{expert} is still loading"
         self._release(expert)
+
+    def start_over(self) -> dict[int, ExpertId]:
+        """After an interrupt in any of these methods: what was not resident is absent. Returns residents by slot.
+
+        Which slots there are, who is in which, and who is loading: each is changed by one operation that is done or not
+        done, in an order that never shows a resident that is none. Everything else follows from that.
+        """
+        self._slot_of = {expert: slot for expert, slot in self._slot_of.items() if expert not in self._loading}
+        self._loading = set()
+        held = {slot: expert for expert, slot in self._slot_of.items()}
+        self._free = sorted(self._numbers.difference(held), reverse=True)
+        past = max(self._numbers, default=0)
+        self._unused_numbers = sorted(set(range(past)) - self._numbers, reverse=True)
+        self._per_layer = Counter(expert.layer for expert in self._slot_of)
+        return held
 
     def _release(self, expert: ExpertId) -> None:
         self._free.append(self._slot_of.pop(expert))

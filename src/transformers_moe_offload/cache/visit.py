@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
 
 class Visit:
-    """One layer's use of the experts it wants. Use it in a `with` block."""
+    """One layer's use of the experts it wants. Use it in a `with` block, inside of one that has the cache's turn."""
 
     def __init__(
         self,
@@ -45,25 +45,21 @@ class Visit:
         self._held_weights: Weights = {}
 
     def __enter__(self) -> Visit:
-        self._cache.turn.acquire()
-        try:
-            self._cache.begin(self._layer, list(self._wanted), self._computed)
-        except BaseException:
-            self._cache.turn.release()
-            raise
+        assert self._cache.turn._is_owned(), "open a visit with the turn: `with cache.turn, cache.visit(...) as visit`"  # type: ignore[attr-defined]
+        self._cache.repair()
+        self._cache.begin(self._layer, list(self._wanted), self._computed)
         return self
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> None:
-        try:
-            self._let_go()
-            if kind is not None:
-                self._cache.settle()
-            order = self._used if self._in_waves else self._wanted
-            self._cache.announce(expert for expert in order if expert in self._used)
-        finally:
-            self._cache.turn.release()
+        if not self._cache.is_whole:  # broken off in the middle of a change: for the next visit to repair
+            return
+        self._let_go()
+        if kind is not None:
+            self._cache.settle()
+        order = self._used if self._in_waves else self._wanted
+        self._cache.announce([expert for expert in order if expert in self._used])
 
     def __iter__(self) -> Iterator[tuple[int, Weights]]:
         """Each wanted expert once, as it becomes available, with its weights; they are valid for one step."""

@@ -10,7 +10,7 @@ are summed in an order that does not depend on what is resident.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager
+from functools import partial
 from typing import Any, Protocol
 
 import torch
@@ -18,7 +18,7 @@ from torch import Tensor
 
 from transformers_moe_offload.cache.cache import ExpertCache
 from transformers_moe_offload.compute.adaptation import Adaptation
-from transformers_moe_offload.compute.borrowed import borrowed_product
+from transformers_moe_offload.compute.borrowed import Use, borrowed_product
 from transformers_moe_offload.compute.forward import combine, opened
 from transformers_moe_offload.compute.mlp import ExpertMlp, ExpertWeights
 from transformers_moe_offload.compute.padding import padded
@@ -32,8 +32,8 @@ class Lender(Protocol):
     def used(self, experts: Sequence[int]) -> None:
         """The forward pass needs these."""
 
-    def borrow(self, expert: int) -> AbstractContextManager[ExpertWeights]:
-        """Opens an expert; its weights are valid until it is closed."""
+    def borrow(self, expert: int, use: Use) -> Tensor:
+        """Fetches an expert and returns what is computed with it; its weights are valid only meanwhile."""
 
 
 def adapted_forward(
@@ -61,7 +61,7 @@ def adapted_forward(
 
     def computed(expert: int, weights: ExpertWeights) -> Tensor:
         def project(inputs: Tensor, name: str) -> Tensor:
-            out = borrowed_product(mlp, inputs, weights, name, lambda: lender.borrow(expert))
+            out = borrowed_product(mlp, inputs, weights, name, partial(lender.borrow, expert))
             for addition in adaptation.low_rank.get(name, ()):
                 out = out + addition.product(expert, inputs).to(out.dtype)
             return out
@@ -75,7 +75,7 @@ def adapted_forward(
     }
     wanted = [expert for expert in grouping.by_last_use if expert not in adaptation.own]
     lender.used(wanted)
-    with cache.visit(layer, wanted, started) as visit:
+    with cache.turn, cache.visit(layer, wanted, started) as visit:
         for expert, weights in visit.in_order() if is_taped or experts.training else visit:
             outputs[expert] = computed(expert, opened(weights, codings.of(expert), cast_to))
     return combine([outputs[expert] for expert in grouping.experts], grouping, hidden_states, top_k_weights)

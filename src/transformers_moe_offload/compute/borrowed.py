@@ -10,7 +10,6 @@ expert after the other, in the order in which autograd comes to them, and nothin
 from __future__ import annotations
 
 from collections.abc import Callable
-from contextlib import AbstractContextManager
 from typing import Any
 
 import torch
@@ -19,8 +18,11 @@ from torch.autograd.function import once_differentiable
 
 from transformers_moe_offload.compute.mlp import ExpertMlp, ExpertWeights
 
-Again = Callable[[], AbstractContextManager[ExpertWeights]]
-"""Opens the expert whose weights a product had; they are valid until it is closed."""
+Use = Callable[[ExpertWeights], Tensor]
+"""Computes something with an expert's weights, and keeps none of them."""
+
+Again = Callable[[Use], Tensor]
+"""Fetches the expert whose weights a product had, and returns what is computed with it."""
 
 
 def borrowed_product(mlp: ExpertMlp, rows: Tensor, weights: ExpertWeights, name: str, again: Again) -> Tensor:
@@ -38,6 +40,5 @@ class _BorrowedProduct(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor | None, ...]:
-        with ctx.again() as weights:
-            gradient = ctx.mlp.gradient(grad_outputs[0], weights, ctx.name)
+        gradient = ctx.again(lambda weights: ctx.mlp.gradient(grad_outputs[0], weights, ctx.name))
         return gradient.to(ctx.dtype), None, None, None, None

@@ -8,7 +8,7 @@ Beside `rates.py`, which measures what it takes to move experts or to compute th
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -137,6 +137,9 @@ class _MadeSlots:
 
     def give_back(self) -> None:
         """There is nothing but what is resident."""
+
+    def start_over(self, held: Mapping[int, ExpertId]) -> None:
+        """Nothing is ever under way."""
 
     def weights(self, expert: ExpertId, slot: int) -> Weights:
         """The expert."""

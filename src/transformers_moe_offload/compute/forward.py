@@ -53,7 +53,7 @@ def sparse_forward(
     if host is not None and not is_ordered and not torch.is_autocast_enabled(hidden_states.device.type):
         share = host.share(cache, layer, grouping, cache.num_loading)
         computing = host.start(mlp, experts, hidden_states, layer, share) if share else None
-    with cache.visit(layer, grouping.by_last_use, started, share) as visit:
+    with cache.turn, cache.visit(layer, grouping.by_last_use, started, share) as visit:
         if is_ordered:
             for expert, weights in visit.in_order():
                 found = opened(weights, codings.of(expert), cast_to)

@@ -14,7 +14,7 @@ from contextlib import suppress
 import torch
 from torch import Tensor
 
-from transformers_moe_offload.errors import ConfigError
+from transformers_moe_offload.errors import ConfigError, PageLockError
 from transformers_moe_offload.expert import ExpertId
 from transformers_moe_offload.memory.checkpoint import ExpertStore
 from transformers_moe_offload.memory.page_locked import PageLock, pageable, why_not_readable
@@ -43,8 +43,8 @@ class Arena:
         """Takes the memory and reads every expert into it, by `workers` threads.
 
         `advance` is called with the bytes of each record that was read. Raises `ConfigError` if the experts take more
-        than `budget_bytes`, or the system does not grant them, and what the store raises for files that are missing,
-        short or not what they were; then nothing is kept.
+        than `budget_bytes`, `PageLockError` if the system does not grant them, and what the store raises for files that
+        are missing, short or not what they were; then nothing is kept.
         """
         self._store = store
         self._device = device
@@ -141,8 +141,8 @@ class Arena:
         for file, starts in in_files.items():
             yield file.shared(), starts
 
-    def _refused(self, granted: int, why: object) -> ConfigError:
-        return ConfigError(
+    def _refused(self, granted: int, why: object) -> PageLockError:
+        return PageLockError(
             f"decoding on {self._device} needs {self.nbytes:,} bytes of page-locked memory for all experts, of which "
             f"the system granted {granted:,} ({why}); it takes that much free RAM, and Windows and WSL grant half of "
             f"it. Use decode='host', or fewer bits for experts"

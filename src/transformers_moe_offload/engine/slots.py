@@ -10,6 +10,8 @@ only those of the device's own forwards, which read the table, are all taken to 
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 from torch import Tensor
 
 from transformers_moe_offload.engine.arena import Arena
@@ -82,6 +84,15 @@ class AddressedSlots:
 
     def give_back(self) -> None:
         """Nothing to do: who leaves is overwritten."""
+
+    def start_over(self, held: Mapping[int, ExpertId]) -> None:
+        """Wait for the device, and write the table again: those held are news."""
+        self._streams.synchronize()
+        self._table_read = None
+        self._table.start_over()
+        self._occupant = dict(held)
+        for slot, expert in held.items():
+            self._table.arrive(expert, self.pool.record(slot).data_ptr())
 
     def device_bytes(self, expert: ExpertId) -> int:
         """The record, where the device's memory is not the host's."""

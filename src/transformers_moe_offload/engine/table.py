@@ -67,8 +67,8 @@ class AddressTable:
     def publish(self) -> None:
         """Let kernels submitted from now on find those that have arrived."""
         if self._arriving:
+            self._in_slots |= self._arriving  # before kernels know: who leaves after an interrupt here is taken out
             self._write(self._arriving)
-            self._in_slots |= self._arriving
             self._arriving = {}
 
     def leave(self, expert: ExpertId) -> None:
@@ -77,6 +77,11 @@ class AddressTable:
         if expert in self._in_slots:
             self._write({expert: self._home[expert]})
             del self._in_slots[expert]
+
+    def start_over(self) -> None:
+        """Kernels submitted from now on read all experts in the arena."""
+        self._streams.compute(lambda: self.addresses.copy_(self.homes))
+        self._in_slots, self._arriving = {}, {}
 
     def _write(self, changes: Mapping[ExpertId, int]) -> None:
         """Queue changes of the table: one operation for one, three for any number."""

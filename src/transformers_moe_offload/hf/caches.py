@@ -23,7 +23,7 @@ from transformers_moe_offload.compute.alignment import gives_equal_bits
 from transformers_moe_offload.compute.host_side import HostSide
 from transformers_moe_offload.config import OffloadConfig
 from transformers_moe_offload.engine.engine import DeviceEngine
-from transformers_moe_offload.errors import ConfigError
+from transformers_moe_offload.errors import PageLockError
 from transformers_moe_offload.expert import ExpertId
 from transformers_moe_offload.formats.by_expert import LayerCodings
 from transformers_moe_offload.hf.decode.costs import slower_on_device
@@ -36,6 +36,7 @@ from transformers_moe_offload.hf.lookahead import Lookahead, look_ahead_in
 from transformers_moe_offload.hf.plan import (
     OffloadPlan,
     Placement,
+    PoolPlan,
     expect_enough,
     make_plan,
     tried_out,
@@ -64,10 +65,14 @@ class LayerCaches:
         self.plan: OffloadPlan | None = None
         """What has been built; None while nothing is, or not all of it."""
         self._building = FORKS.with_lock(threading.RLock(), Rank.BUILDING)
+        self.resizing = FORKS.with_lock(threading.Lock(), Rank.RESIZING)
+        """Held while the caches change their size, and the config with them: one thread after the other."""
 
     def build(self, model: Any, by_layer: Mapping[int, LayerSource], config: OffloadConfig) -> OffloadPlan:
         """Build caches, empty, unless another thread has; raises `CapacityError` if the budget cannot work."""
         with self._building:
+            if self.plan is None and (self._engines or self._host_sides):  # `drop` was interrupted
+                self.drop(keep_stats=False)
             return self.plan or self._build(model, by_layer, config)
 
     def _build(self, model: Any, by_layer: Mapping[int, LayerSource], config: OffloadConfig) -> OffloadPlan:
@@ -80,26 +85,29 @@ class LayerCaches:
             names = {layer.index: layer.name for layer in self._layers}
             obstacles |= {names[index]: reason for pool, reason in slower.items() for index in pool.layers}
             plan = without_arenas(plan, config, slower)
-        engines: dict[int, DeviceEngine] = {}
         if plan.arena_bytes:
             try:
-                engines = build_engines(plan, sources, config)
-            except ConfigError as error:  # the system does not grant so much page-locked memory
+                self._engines = build_engines(plan, sources, config)
+            except PageLockError as error:
                 plan = replace(without_arenas(plan, config, plan.pools), arena_refused=str(error))
         if plan.arena_refused is not None:
             obstacles = {layer.name: plan.arena_refused for layer in self._layers} | obstacles
-        report(obstacles, len(self._layers), config)
-        self.decoding = Decoding(addressed_layers(model, self._layers, by_layer, engines, obstacles), obstacles)
-        self._of_layer, host = build_caches(plan, sources, config)
-        self._of_layer |= {layer: engine.cache for layer, engine in engines.items()}
-        self._engines = engines
-        self._host_sides = host_sides(model, self._layers, plan, host, config)
-        specs = {layer.index: by_layer[layer.index].spec for layer in self._layers}
-        self._lookahead = look_ahead_in(model, config.prefetch, self._of_layer, specs)
-        for index, stats in self._kept_stats.items():
-            self._of_layer[index].stats[index] = stats
+        try:
+            report(obstacles, len(self._layers), config)
+            addressed = addressed_layers(model, self._layers, by_layer, self._engines, obstacles)
+            self.decoding = Decoding(addressed, obstacles)
+            self._of_layer, host = build_caches(plan, sources, config)
+            self._of_layer |= {layer: engine.cache for layer, engine in self._engines.items()}
+            self._host_sides = host_sides(model, self._layers, plan, host, config)
+            specs = {layer.index: by_layer[layer.index].spec for layer in self._layers}
+            self._lookahead = look_ahead_in(model, config.prefetch, self._of_layer, specs)
+            for index, stats in self._kept_stats.items():
+                self._of_layer[index].stats[index] = stats
+            self.record(self._recorder)
+        except BaseException:
+            self.drop(keep_stats=False)
+            raise
         self._kept_stats = {}
-        self.record(self._recorder)
         self.plan = plan
         return plan
 
@@ -120,19 +128,19 @@ class LayerCaches:
 
     def drop(self, *, keep_stats: bool) -> None:
         """Free slots and threads, until caches are needed again."""
+        self.plan = None
         if keep_stats:
             self._kept_stats |= {layer.index: self.stats_of(layer) for layer in self._layers}
+        self.decoding = Decoding({}, {})
         for side in set(self._host_sides.values()):
             side.compute.close()
         for engine in set(self._engines.values()):
             engine.close()
         self._of_layer, self._host_sides, self._engines = {}, {}, {}
-        self.decoding = Decoding({}, {})
         self._lookahead = None
-        self.plan = None
 
     def resize(self, sources: Mapping[int, LayerSource], config: OffloadConfig) -> None:
-        """Give the caches the budget of another config, which may differ in nothing else.
+        """Give the caches the budget of another config, which may differ in nothing else; to be called `resizing`.
 
         Raises `CapacityError` or `ConfigError` if that cannot work, and then nothing has changed.
         """
@@ -144,10 +152,21 @@ class LayerCaches:
             return
         num_slots = {pool.layers: pool.num_slots for pool in plan.pools}
         pools = tuple(replace(pool, num_slots=num_slots[pool.layers]) for pool in self.plan.pools)
+        try:
+            self._give_slots(pools)
+        except BaseException:
+            self._give_slots(self.plan.pools)
+            raise
         self.plan = replace(self.plan, pools=pools, budget_bytes=plan.budget_bytes)
-        for pool in pools:
-            first = pool.layers[0]
-            owner = self._engines[first] if first in self._engines else self._of_layer[first]
+
+    def _give_slots(self, pools: Iterable[PoolPlan]) -> None:
+        """Change the number of slots of some pools: those that shrink first, as others may need their memory."""
+
+        def growth(pool: PoolPlan) -> int:
+            return pool.num_slots - self._of_layer[pool.layers[0]].residency.num_slots
+
+        for pool in sorted(pools, key=growth):
+            owner = self._engines.get(pool.layers[0]) or self._of_layer[pool.layers[0]]
             owner.resize(pool.num_slots)
 
     def warm(self, counts: Mapping[str, Sequence[float]]) -> None:

@@ -11,8 +11,12 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
+from transformers.utils import logging
 
 from transformers_moe_offload.hf.layouts import ExpertsLayout
+from transformers_moe_offload.memory.available import is_out_of_memory
+
+logger = logging.get_logger(__name__)
 
 _is_asking: ContextVar[bool] = ContextVar("_is_asking", default=False)
 
@@ -48,7 +52,8 @@ def choices_of_block(
         calls = _calls_by_token(block, experts, hidden)
         reached = torch.cat([inputs[0].flatten(0, -2)[:1] for inputs in calls])
         return Choices(reached, [layout.wanted(num_experts, *inputs) for inputs in calls])
-    except _CANNOT_RUN:
+    except _CANNOT_RUN as error:
+        _explain(block, error)
         return None
 
 
@@ -57,7 +62,8 @@ def choices_of_router(router: nn.Module, hidden: Tensor) -> list[list[int]] | No
     try:
         with _asking():
             outputs = router(hidden)
-    except _CANNOT_RUN:
+    except _CANNOT_RUN as error:
+        _explain(router, error)
         return None
     indices = [out for out in outputs if isinstance(out, Tensor) and not out.is_floating_point()]
     if len(indices) != 1 or len(indices[0]) != len(hidden):
@@ -77,6 +83,13 @@ def _calls_by_token(block: nn.Module, experts: nn.Module, hidden: Tensor) -> lis
 
 _CANNOT_RUN = (RuntimeError, TypeError, ValueError, AttributeError, IndexError)
 """What a module raises that needs more than a token's hidden states, such as positions or token ids."""
+
+
+def _explain(module: nn.Module, error: Exception) -> None:
+    """Log once why a module cannot be asked; that there is no memory left is no reason of its own."""
+    if is_out_of_memory(error):
+        raise error
+    logger.info_once(f"{type(module).__name__} cannot be asked what it chooses: {type(error).__name__}: {error}")
 
 
 class _ReachedExpertsError(Exception):

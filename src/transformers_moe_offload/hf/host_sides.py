@@ -47,15 +47,20 @@ def host_sides(
         return {}
     by_index = {layer.index: layer for layer in layers}
     found: dict[int, HostSide] = {}
-    for pool in plan.pools:
-        members = [by_index[index] for index in pool.layers]
-        if pool.device.type == "cpu" or pool.arena_bytes or not all(_is_portable(model, layer) for layer in members):
-            continue
-        side = _side_of(model, members[0], pool, host, config)
-        if config.misses == "compute" or pays(side.rates, experts_per_token(model, members[0].name) or 1):
-            found |= dict.fromkeys(pool.layers, side)
-        else:
+    try:
+        for pool in plan.pools:
+            members = [by_index[index] for index in pool.layers]
+            if pool.device.type == "cpu" or pool.arena_bytes or not all(_is_portable(model, one) for one in members):
+                continue
+            side = _side_of(model, members[0], pool, host, config)
+            if config.misses == "compute" or pays(side.rates, experts_per_token(model, members[0].name) or 1):
+                found |= dict.fromkeys(pool.layers, side)
+            else:
+                side.compute.close()
+    except BaseException:
+        for side in set(found.values()):
             side.compute.close()
+        raise
     return found
 
 
@@ -90,7 +95,11 @@ def token_of(model: nn.Module, layer: SparseLayer, spec: ExpertSpec, device: tor
 
 def _side_of(model: nn.Module, layer: SparseLayer, pool: PoolPlan, host: HostTier, config: OffloadConfig) -> HostSide:
     store, compute = host.store, HostCompute()
-    rates = miss_rates(model, layer, pool, store, config, compute)
+    try:
+        rates = miss_rates(model, layer, pool, store, config, compute)
+    except BaseException:
+        compute.close()
+        raise
 
     @contextmanager
     def hold(expert: ExpertId) -> Iterator[ExpertWeights]:

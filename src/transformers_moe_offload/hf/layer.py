@@ -175,7 +175,8 @@ class SparseLayer:
         wanted = self.layout.wanted(self.num_experts, *inputs, keep_zero_weights=needs_grad)
         wanted = [expert for expert in wanted if expert not in adaptation.own]
         lender.used(wanted)
-        with cache.visit(self.index, wanted, self.runtime.look_ahead_from(self, inputs[0])) as visit:
+        started = self.runtime.look_ahead_from(self, inputs[0])
+        with cache.turn, cache.visit(self.index, wanted, started) as visit:
             fetch = fetch_from(visit, source.spec, device, codings=source.codings, cast_to=cast_to)
             lending = Lending(fetch, lender.copy, adaptation)
             twin = twin_of(module, self.plain_class, self.fields, lending)

@@ -6,16 +6,15 @@ What a backward pass wants is no guess: the experts of the forward pass in rever
 from __future__ import annotations
 
 import weakref
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Sequence
 from itertools import chain, islice
 from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
+from transformers_moe_offload.compute.borrowed import Use
 from transformers_moe_offload.compute.forward import opened
-from transformers_moe_offload.compute.mlp import ExpertWeights
 from transformers_moe_offload.expert import ExpertId
 from transformers_moe_offload.memory.slots import Weights
 
@@ -48,27 +47,29 @@ class Lender:
         """The forward pass needs these, and so will the backward pass."""
         self._experts = [ExpertId(self._layer.index, expert) for expert in sorted(experts, reverse=True)]
 
-    @contextmanager
-    def borrow(self, expert: int) -> Iterator[ExpertWeights]:
-        """An expert's weights, until this is closed."""
-        with self._held(expert) as held:
-            yield opened(held, self._runtime.source(self._layer).codings.of(expert), self._cast_to)
+    def borrow(self, expert: int, use: Use) -> Tensor:
+        """What is computed with an expert's weights, which are valid only meanwhile."""
+        coding = self._runtime.source(self._layer).codings.of(expert)
+        return self._computed(expert, lambda held: use(opened(held, coding, self._cast_to)))
 
     def copy(self, name: str, expert: int) -> Tensor:
         """A field of an expert, decoded, in memory of its own."""
         coding = self._runtime.source(self._layer).codings.of(expert)
-        with self._held(expert) as held:
+
+        def copied(held: Weights) -> Tensor:
             weight = held[name] if coding is None else coding.decode_field(name, held)
             return weight.to(self._cast_to or weight.dtype, copy=True)
 
-    @contextmanager
-    def _held(self, expert: int) -> Iterator[Weights]:
+        return self._computed(expert, copied)
+
+    def _computed(self, expert: int, use: Callable[[Weights], Tensor]) -> Tensor:
         cache = self._runtime.cache_for(self._layer, self._device)
-        with cache.visit(self._layer.index, [expert]) as visit:
+        with cache.turn, cache.visit(self._layer.index, [expert]) as visit:
             held = visit.take(expert)
             self._runtime.load_ahead(self._upcoming(expert))
-            yield held
+            out = use(held)
         cache.give_back()
+        return out
 
     def _upcoming(self, expert: int) -> Iterator[ExpertId]:
         """Those that the backward pass comes to after an expert, in that order."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import partial
 from typing import NamedTuple
 
 from transformers_moe_offload.cache.cache import ExpertCache
@@ -36,7 +37,8 @@ def build_caches(plan: OffloadPlan, sources: Sequence[LayerSource], config: Offl
     caches: dict[int, ExpertCache] = {}
     for pool in (pool for pool in plan.pools if not pool.arena_bytes):
         num_experts = {layer: store.layers[layer].spec.num_experts for layer in pool.layers}
-        cache = ExpertCache(_slots(store, host, pool, config), pool.num_slots, num_experts, make_policy(config.policy))
+        new_policy = partial(make_policy, config.policy)
+        cache = ExpertCache(_slots(store, host, pool, config), pool.num_slots, num_experts, new_policy(), new_policy)
         caches |= dict.fromkeys(pool.layers, cache)
     return Caches(caches, host)
 

@@ -13,12 +13,16 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from transformers.utils import logging
 
 from transformers_moe_offload.compute.forward import combine
 from transformers_moe_offload.compute.mlp import ExpertMlp
 from transformers_moe_offload.compute.routing import group_by_expert
 from transformers_moe_offload.hf.eager import with_attributes
 from transformers_moe_offload.hf.layer import SparseLayer
+from transformers_moe_offload.memory.available import is_out_of_memory
+
+logger = logging.get_logger(__name__)
 
 _TOKENS, _SIZE = 32, 32
 
@@ -31,8 +35,11 @@ def reproduces(layer: SparseLayer, module: nn.Module, mlp: ExpertMlp) -> bool:
     """Whether `mlp`, summed the way `compute/forward.py` does, is at least as exact as the module's eager forward."""
     try:
         return all(_is_as_exact(layer, module, mlp, dtype) for dtype in (torch.float32, torch.bfloat16))
-    except (RuntimeError, TypeError, AttributeError, IndexError):
+    except (RuntimeError, TypeError, AttributeError, IndexError) as error:
+        if is_out_of_memory(error):
+            raise
         # The class needs something that this small stand-in for it does not have, such as a norm of its true size.
+        logger.info(f"a small {layer.plain_class.__name__} could not be computed: {type(error).__name__}: {error}")
         return False
 
 

@@ -77,10 +77,11 @@ class OffloadRuntime:
 
         A budget that cannot work raises `CapacityError` or `ConfigError` and changes nothing.
         """
-        config = OffloadConfig.from_dict(self.config.to_dict() | {"cache_budget": cache_budget})
-        self._check_open()
-        self._caches.resize(self._sources, config)
-        self.config = config
+        with self._caches.resizing:
+            config = OffloadConfig.from_dict(self.config.to_dict() | {"cache_budget": cache_budget})
+            self._check_open()
+            self._caches.resize(self._sources, config)
+            self.config = config
 
     def warm(self, histogram: Trace | Mapping[str, Sequence[float]]) -> None:
         """Load the experts that were used most, as far as slots are free, and wait for them.
@@ -106,11 +107,13 @@ class OffloadRuntime:
             raise MoeOffloadError("this model is being traced already; leave the first `with` block first")
         names = [layer.name for layer in self._layers]
         num_experts = [layer.num_experts for layer in self._layers]
-        recorder = self._recorder = TraceRecorder(names, num_experts, stall_ms=lambda: self.stats().stall_ms)
         self._ensure_caches()
-        self._caches.record(recorder)
-        hooks = _announcing(self._living_model(), recorder)
+        recorder = TraceRecorder(names, num_experts, stall_ms=lambda: self.stats().stall_ms)
+        hooks: list[Any] = []
         try:
+            self._recorder = recorder
+            self._caches.record(recorder)
+            hooks += _announcing(self._living_model(), recorder)
             yield recorder.trace
         finally:
             for hook in hooks:

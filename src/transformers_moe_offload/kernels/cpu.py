@@ -56,7 +56,7 @@ def linear_each(
     num_rows, num_cols, nbits, *_ = described[0]
     num_inputs, dtype, itemsize = rows.shape[0], rows.dtype, rows.dtype.itemsize
     assert rows.shape == (sum(counts), num_cols)
-    is_one_row = rows.stride(0) == 0 and len(counts) == num_inputs  # a token's, shown to each of its experts
+    is_one_row = rows.stride(0) == 0 and set(counts) == {1}  # a token's, shown to each of its experts
     rows = rows if is_one_row and rows.stride(1) == 1 else rows.contiguous()
     row_bytes = rows.stride(0) * itemsize if num_inputs > 1 else 0
     out = torch.empty((num_inputs, num_rows), dtype=dtype)

@@ -37,3 +37,9 @@ def page_cache_holds(nbytes: int) -> bool:
 def free_ram() -> int:
     """Bytes of RAM that this process may still take: what is free on the machine, or what control groups leave it."""
     return int(min(psutil.virtual_memory().available, memory_left()))
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether an error says that there is no memory left. For host memory torch raises a plain `RuntimeError`
+    (`c10/core/impl/alloc_cpu.cpp`, 2.13)."""
+    return isinstance(error, MemoryError | torch.OutOfMemoryError) or "can't allocate memory" in str(error)

@@ -13,9 +13,7 @@ from __future__ import annotations
 
 import os
 import threading
-from collections import deque
 from collections.abc import Callable
-from concurrent.futures.thread import ThreadPoolExecutor  # its own locks are to be taken after ours
 from enum import IntEnum
 from functools import partial
 from typing import Protocol, TypeVar
@@ -45,9 +43,10 @@ class Forkable(Protocol):
 class Rank(IntEnum):
     """A thread that holds a lock may wait for one of a higher rank, and for those that forkables have."""
 
-    BUILDING = 0
-    TURN = 1
-    SHORT = 2
+    RESIZING = 0
+    BUILDING = 1
+    TURN = 2
+    SHORT = 3
     """Held for as long as it takes to open a file, and never by a thread that waits for another lock."""
 
 
@@ -79,7 +78,7 @@ class Forks:
     def before(self) -> None:
         """The calling thread is about to fork."""
         self._take(self._forking)
-        for rank in (Rank.BUILDING, Rank.TURN):
+        for rank in (Rank.RESIZING, Rank.BUILDING, Rank.TURN):
             self._take_all(rank)
         with self._entering:
             forkables = list(self._forkables)
@@ -119,50 +118,3 @@ if hasattr(os, "register_at_fork"):  # not on Windows, which knows no forks
         after_in_parent=partial(FORKS.after, is_child=False),
         after_in_child=partial(FORKS.after, is_child=True),
     )
-
-
-class Threads:
-    """Threads that do what they are given, first come first served, in this process and in those forked from it.
-
-    They end when nobody refers to them.
-    """
-
-    def __init__(self, number: int, name: str) -> None:
-        self._open = partial(ThreadPoolExecutor, number, thread_name_prefix=name)
-        self._pool = self._open()
-        self._waiting: deque[Callable[[], object]] = deque()
-        self._resting = threading.Condition()
-        self._num_working = 0
-        FORKS.enter(self)
-
-    def submit(self, work: Callable[[], object]) -> None:
-        """Have a thread do something."""
-        self._waiting.append(work)
-        self._pool.submit(self._do_next)
-
-    def _do_next(self) -> None:
-        with self._resting:
-            work = self._waiting.popleft()
-            self._num_working += 1
-        try:
-            work()
-        finally:
-            with self._resting:
-                self._num_working -= 1
-                self._resting.notify_all()
-
-    def before_fork(self) -> None:
-        """Wait for all that the threads were given, some of which may wait for the rest; nothing begins then."""
-        self._resting.acquire()
-        try:
-            self._resting.wait_for(lambda: not self._waiting and not self._num_working)
-        except BaseException:  # Ctrl-C: the fork does not wait any longer
-            self._resting.release()
-            raise
-
-    def after_fork(self, *, is_child: bool) -> None:
-        """Go on; a child needs threads of its own."""
-        if is_child:
-            self._waiting.clear()  # for a thread that is not there
-            self._pool = self._open()
-        self._resting.release()

@@ -39,8 +39,8 @@ class HostTier:
 
     def fill(self, expert: ExpertId, chunk_bytes: int | None = None) -> Fill:
         """Begin to fill a record with an expert; what is kept already comes from memory."""
-        entry, is_new = self._enter(expert)
         fill = self.store.fill(expert, chunk_bytes)
+        entry, is_new = self._enter(expert)
         if entry is None:
             return fill
         return _Filling(self, expert, entry, fill) if is_new else _Kept(self, entry, fill)
@@ -100,8 +100,9 @@ class HostTier:
         """An entry will not be filled: whoever waits for it has to read for itself."""
         entry.has_failed = True
         with self._lock:
-            del self._entries[expert]
-            self._nbytes -= entry.record.nbytes
+            if self._entries.get(expert) is entry:
+                del self._entries[expert]
+                self._nbytes -= entry.record.nbytes
         entry.is_ready.set()
 
     def let_go(self, entry: _Entry) -> None:
@@ -118,12 +119,14 @@ class HostTier:
             freed = self._entries.pop(victim).record
             self._nbytes -= freed.nbytes
             self._spare.setdefault(freed.nbytes, []).append(freed)
-        self._nbytes += nbytes
         if self._spare.get(nbytes):
-            return self._spare[nbytes].pop()
-        self._spare.clear()  # records of another size: their memory is needed
-        with torch.inference_mode(False):
-            return torch.empty(nbytes, dtype=torch.uint8)
+            record = self._spare[nbytes].pop()
+        else:
+            self._spare.clear()  # records of another size: their memory is needed
+            with torch.inference_mode(False):
+                record = torch.empty(nbytes, dtype=torch.uint8)
+        self._nbytes += nbytes
+        return record
 
 
 class _Entry:

@@ -38,16 +38,22 @@ AT_ONCE = 3
 
 
 def _in_turn(method: Callable[Concatenate[KernelQueue, P], T]) -> Callable[Concatenate[KernelQueue, P], T]:
-    """One thread at a time. Ctrl-C may come between any two lines, so the queue starts over then."""
+    """One thread at a time. Ctrl-C may come between any two lines, so the queue starts over then; and if that is broken
+    off, too, at the next call."""
 
     @wraps(method)
     def in_turn(queue: KernelQueue, /, *arguments: P.args, **named: P.kwargs) -> T:
         with queue.lock:
+            if not queue.is_whole:
+                queue.start_over()
+            queue.is_whole = False
             try:
-                return method(queue, *arguments, **named)
+                result = method(queue, *arguments, **named)
             except BaseException:
                 queue.start_over()
                 raise
+            queue.is_whole = True
+            return result
 
     return in_turn
 
@@ -60,6 +66,8 @@ class KernelQueue:
 
     def __init__(self) -> None:
         self.lock = threading.RLock()
+        self.is_whole = True
+        """Whether nothing was broken off in the middle."""
         self._system = AsyncReads(MOST_READS)
         self._unfinished: set[QueuedExpert] = set()
         self._waiting: deque[tuple[QueuedExpert, PageRead]] = deque()
@@ -94,14 +102,17 @@ class KernelQueue:
 
     def start_over(self) -> None:
         """Forget everything, once the kernel writes nowhere any more; whoever waits for an expert reads it."""
-        self._system.close()
-        self._waiting.clear()
-        self._reading.clear()
-        self._reading_bytes = 0
-        for expert in self._unfinished:
-            expert.give_up()
-        self._unfinished.clear()
-        self._system = AsyncReads(MOST_READS)
+        with self.lock:
+            self.is_whole = False
+            self._system.close()
+            self._waiting.clear()
+            self._reading.clear()
+            self._reading_bytes = 0
+            for expert in self._unfinished:
+                expert.give_up()
+            self._unfinished.clear()
+            self._system = AsyncReads(MOST_READS)
+            self.is_whole = True
 
     def before_fork(self) -> None:
         """Wait until the kernel writes nowhere, and tell it of nothing more."""

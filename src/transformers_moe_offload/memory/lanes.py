@@ -2,17 +2,27 @@
 
 An expert that is read in several chunks takes several lanes at once. It has arrived when its last chunk has; if one
 fails, those that have not begun are dropped, and the failure is told when nobody writes into its memory any more.
+
+Ctrl-C can end the main thread's work between any two lines, so nothing here depends on a line that comes later: each
+step of a read is claimed, and later noted, by one operation that is done or not done, a step can be done again, and
+no lock is held. Python's own executors, events and conditions do not promise that: a main thread that is interrupted
+inside of one of them can leave its lock locked, and every lane waiting for it. Lanes are never interrupted.
 """
 
 from __future__ import annotations
 
+import atexit
 import os
 import threading
 import time
-from collections import deque
+import weakref
+from _thread import start_new_thread
 from collections.abc import Callable, Sequence
+from contextlib import suppress
+from queue import SimpleQueue
+from typing import NamedTuple
 
-from transformers_moe_offload.memory.forks import Threads
+from transformers_moe_offload.memory.forks import FORKS
 
 MOST_LANES = 4
 """Four saturate what one NVMe drive gives to reads of several MiB; Transformers' own loader settled on the same."""
@@ -41,12 +51,24 @@ def chunk_bytes(nbytes: int, num_lanes: int, alongside: int) -> int | None:
     return -(-nbytes // number) if number > 1 else None
 
 
+class Work(NamedTuple):
+    """What it takes to read an expert. Every part of it may be done twice."""
+
+    chunks: Sequence[Callable[[], None]]
+    """In any order and at once."""
+    complete: Callable[[], int]
+    """After them; returns the bytes that came from files."""
+    give_up: Callable[[], None] = lambda: None
+    """Instead of that, if it is not to be."""
+
+
 class Lanes:
     """Reader threads. They take what was started first, first, and end when nobody refers to them."""
 
     def __init__(self, number: int) -> None:
         self.number = number
-        self._threads = Threads(number, "moe-offload-read")
+        self._crew: _Crew | None = None
+        self._unfinished: set[Read] = set()
 
     def start(
         self,
@@ -55,98 +77,296 @@ class Lanes:
         give_up: Callable[[], None] = lambda: None,
     ) -> Read:
         """Begin to read an expert: `chunks` in any order and at once, then `complete`, which returns the bytes that
-        came from files. `give_up` is called instead, if that is not to be."""
-        read = Read(chunks, complete, give_up)
-        for _ in chunks or (complete,):
-            self._threads.submit(read.help)
+        came from files. `give_up` is called instead, if that is not to be. All of it may be done twice."""
+        return self._started(Read(chunks, complete, give_up, crew=self._living_crew(), unfinished=self._unfinished))
+
+    def open(self, opened: Callable[[], Work]) -> Read:
+        """Begin to read an expert in a way that Ctrl-C must never end in the middle: a lane finds out what it takes,
+        and only lanes do it."""
+        read = Read((), _nothing, crew=self._living_crew(), unfinished=self._unfinished)
+        read.opens(opened)
+        return self._started(read)
+
+    def drain(self) -> None:
+        """Wait until nobody writes into the memory of any expert that was started; those not begun are given up."""
+        for read in list(self._unfinished):
+            if not read.cancel():
+                with suppress(Exception):  # told to whoever asked for it, if it still matters
+                    read.finish()
+
+    def _started(self, read: Read) -> Read:
+        self._unfinished.add(read)
+        read.call(read.num_steps)
         return read
+
+    def _living_crew(self) -> _Crew:
+        """The threads; others, in a process that was forked from the one that started them."""
+        if self._crew is None or not self._crew.is_here():
+            self._crew = crew = _Crew(self.number, self._unfinished)
+            weakref.finalize(self, crew.dismiss).atexit = False
+        return self._crew
+
+
+class _Crew:
+    """The threads of some lanes, in the process that started them."""
+
+    def __init__(self, number: int, unfinished: set[Read]) -> None:
+        self._number = number
+        self._unfinished = unfinished
+        self._calls: SimpleQueue[Read | None] = SimpleQueue()
+        self._process = os.getpid()
+        self._threads: list[threading.Thread] = []
+        self._working: list[threading.Lock] = []
+        """Of each thread, held while it does something."""
+        self._resting: list[threading.Lock] = []
+        """Those of them that a fork has taken."""
+        self._num_ends = 0
+        """How often threads were told to end; that stays among the calls, for the next thread."""
+        # By a thread that Ctrl-C does not reach: `Thread.start` is one of the things that must not be interrupted.
+        start_new_thread(self._begin, (number,))
+        FORKS.enter(self)
+
+    def is_here(self) -> bool:
+        """Whether it was started in this process."""
+        return self._process == os.getpid()
+
+    def call(self, read: Read) -> None:
+        """Have one more thread do what is left of a read."""
+        self._calls.put(read)
+
+    def before_fork(self) -> None:
+        """Wait until all that was called for is done, and let nothing begin until `after_fork`.
+
+        No lock is held while a thread works: what it does may wait for what another one has yet to do.
+        """
+        while self.is_here():
+            taken = [lock for lock in self._working if lock.acquire(blocking=False)]
+            if len(taken) == len(self._working) and self._calls.qsize() <= self._num_ends:
+                self._resting = taken
+                return
+            for lock in taken:
+                lock.release()
+            time.sleep(_LOOK_AGAIN_S)
+
+    def after_fork(self, *, is_child: bool) -> None:
+        """Go on. In a child others do what was not begun, as these threads are not there."""
+        taken, self._resting = self._resting, []
+        for lock in taken:
+            lock.release()
+        if is_child and self._unfinished:
+            crew = _Crew(self._number, self._unfinished)
+            for read in list(self._unfinished):
+                read.belongs_to(crew)
+            crew.dismiss()
+
+    def dismiss(self) -> None:
+        """Threads end after what they are doing."""
+        atexit.unregister(self._end)
+        self._num_ends += 1
+        self._calls.put(None)
+
+    def _begin(self, number: int) -> None:
+        calls = self._calls
+        atexit.register(self._end)
+        try:
+            for n in range(number):
+                working = threading.Lock()
+                self._working.append(working)
+                args = calls, working
+                thread = threading.Thread(target=_serve, args=args, name=f"moe-offload-read_{n}", daemon=True)
+                thread.start()
+                self._threads.append(thread)
+        except RuntimeError:  # the system has no more threads
+            if not self._threads:
+                _serve(calls, self._working[0])
+
+    def _end(self) -> None:
+        """Before the interpreter goes: nobody may be reading into memory that goes with it."""
+        self._num_ends += 1
+        self._calls.put(None)
+        for thread in self._threads:
+            thread.join()
+
+
+def _serve(calls: SimpleQueue[Read | None], working: threading.Lock) -> None:
+    while (read := calls.get()) is not None:
+        with working:
+            read.help()
+        del read  # and with it the memory that it was read into
+    calls.put(None)  # for the next one
 
 
 class Read:
-    """One expert on its way. Threads of the pool read its chunks, and so does whoever waits for it."""
+    """One expert on its way. Lanes read its chunks, and so does whoever waits for it, one thread at a time."""
 
     def __init__(
-        self, chunks: Sequence[Callable[[], None]], complete: Callable[[], int], give_up: Callable[[], None]
+        self,
+        chunks: Sequence[Callable[[], None]],
+        complete: Callable[[], int],
+        give_up: Callable[[], None] = lambda: None,
+        *,
+        crew: _Crew | None = None,
+        unfinished: set[Read] | None = None,
     ) -> None:
-        self.seconds = 0.0
-        """How long lanes were busy with it, all of them together."""
-        self._waiting: deque[Callable[[], None]] = deque(chunks or (self._do_complete,))
+        self._steps = list(chunks)
         self._complete = complete
         self._give_up = give_up
-        self._num_running = 0
-        self._has_begun = False
-        self._is_completing = not chunks
+        self._crew = crew
+        self._unfinished = set() if unfinished is None else unfinished
+        self._is_for_all = True
+        """Whether it may be read by whoever waits, and not only by lanes."""
+        self._fate: dict[None, str] = {}
+        """Begun or cancelled, whichever comes first."""
+        self._claims: dict[int, _Claim] = {}
+        """Who does which step; the last one is `_LAST`."""
+        self._ended: set[int] = set()
         self._error: BaseException | None = None
         self._from_files = 0
-        self._lock = threading.Lock()
-        self._is_over = threading.Event()
+        self._seconds: list[float] = []
+        self._is_over = False
+        self._bell: SimpleQueue[None] = SimpleQueue()
+        """Rung when it is over."""
+
+    @property
+    def num_steps(self) -> int:
+        """Steps that can be done at once."""
+        return len(self._steps) or 1
+
+    @property
+    def seconds(self) -> float:
+        """How long threads were busy with it, all of them together."""
+        return sum(self._seconds)
+
+    def opens(self, opened: Callable[[], Work]) -> None:
+        """Let its first step, which a lane does, find out what the others are."""
+
+        def opening() -> None:
+            work = opened()
+            self._complete, self._give_up = work.complete, work.give_up
+            self._steps += work.chunks
+            self.call(len(work.chunks) - 1)
+
+        self._is_for_all = False
+        self._steps.append(opening)
+
+    def call(self, number: int) -> None:
+        """Have so many lanes help."""
+        if self._crew is not None:
+            for _ in range(number):
+                self._crew.call(self)
+
+    def belongs_to(self, crew: _Crew) -> None:
+        """In a process that was forked: have other lanes do what is left of it."""
+        self._drop_stale_claims()
+        self._crew = crew
+        self.call(self.num_steps)
 
     def is_done(self) -> bool:
         """Whether `finish` would return at once."""
-        return self._is_over.is_set()
+        return self._is_over
 
     def finish(self) -> int:
         """Read what nobody has begun to read (waiting for a thread to do it would take longer), wait for the rest, and
         return the bytes that came from files, or raise what went wrong."""
-        self.help()
-        self._is_over.wait()
+        if self._fate.get(None) == _CANCELLED:  # by somebody who was interrupted meanwhile
+            self.cancel()
+        if not self._is_over:
+            self._drop_stale_claims()
+            if self._is_for_all:
+                self._do_steps(is_lane=False)
+            while not self._is_over:
+                self._bell.get()
         if self._error is not None:
             raise self._error
         return self._from_files
 
     def cancel(self) -> bool:
         """Give it up if nobody has begun; returns whether nobody had."""
-        with self._lock:
-            if self._has_begun:
-                return False
-            self._has_begun = True
-            self._waiting.clear()
-        self._give_up()
+        if self._fate.setdefault(None, _CANCELLED) != _CANCELLED:
+            return False
+        if not self._is_over:
+            self._error = RuntimeError("the read was cancelled before it began")
+            self._give_up()
+            self._end()
         return True
 
     def help(self) -> None:
-        """Read chunks as long as there are any that nobody reads."""
-        while (work := self._take()) is not None:
-            self._run(work)
+        """Do steps as long as there are any that nobody does: for lanes."""
+        self._do_steps(is_lane=True)
 
-    def _take(self) -> Callable[[], None] | None:
-        with self._lock:
-            if not self._waiting:
-                return None
-            self._has_begun = True
-            self._num_running += 1
-            return self._waiting.popleft()
-
-    def _run(self, work: Callable[[], None]) -> None:
-        began = time.perf_counter()
-        error = None
-        try:
-            work()
-        except Exception as raised:
-            error = raised
-        except BaseException:  # Ctrl-C while somebody waits: the read is not over, and may be waited for again
-            with self._lock:
-                self._num_running -= 1
-                self._waiting.appendleft(work)
-            raise
-        self._ended(error, time.perf_counter() - began)
-
-    def _ended(self, error: Exception | None, seconds: float) -> None:
-        with self._lock:
-            self._num_running -= 1
-            self.seconds += seconds
-            if error is not None:
+    def _do_steps(self, *, is_lane: bool) -> None:
+        if self._fate.setdefault(None, _BEGUN) == _CANCELLED:
+            return
+        claim = _Claim(is_lane)
+        while (number := self._next(claim)) is not None:
+            began = time.perf_counter()
+            try:
+                self._steps[number]()
+            except BaseException as error:
+                # Ctrl-C while somebody waits: the read is not over, and may be waited for again.
+                if not is_lane and not isinstance(error, Exception):
+                    raise
                 self._error = self._error or error
-                self._waiting.clear()
-            if self._num_running or self._waiting:
-                return
-            if self._error is None and not self._is_completing:
-                self._is_completing = True
-                self._waiting.append(self._do_complete)
-                return
+            self._seconds.append(time.perf_counter() - began)
+            self._ended.add(number)
+        self._conclude(claim)
+
+    def _next(self, claim: _Claim) -> int | None:
+        """A step that nobody does, claimed."""
+        for number in range(len(self._steps)):
+            if self._error is None and number not in self._claims and self._claims.setdefault(number, claim) is claim:
+                if self._error is None:
+                    return number
+                self._ended.add(number)  # one failed meanwhile, and may not have seen this claim
+        return None
+
+    def _conclude(self, claim: _Claim) -> None:
+        """Complete it, or give it up, if all is done that will be and nobody else sees to that."""
+        claimed = set(self._claims) - {_LAST}
+        is_time = claimed <= self._ended and (self._error is not None or len(claimed) == len(self._steps))
+        if not is_time or self._claims.setdefault(_LAST, claim) is not claim:
+            return
+        began = time.perf_counter()
+        if self._error is None:
+            try:
+                self._from_files = self._complete()
+            except Exception as error:
+                self._error = error
         if self._error is not None:
             self._give_up()
-        self._is_over.set()
+        self._seconds.append(time.perf_counter() - began)
+        self._end()
 
-    def _do_complete(self) -> None:
-        self._from_files = self._complete()
+    def _end(self) -> None:
+        self._is_over = True
+        self._steps = []  # and what they hold
+        self._unfinished.discard(self)
+        self._bell.put(None)
+
+    def _drop_stale_claims(self) -> None:
+        """What a thread has claimed that waited before this one, and was interrupted, is nobody's; and what was claimed
+        in a process that this one was forked from."""
+        is_ours = self._crew is None or self._crew.is_here()
+        for number, claim in list(self._claims.items()):
+            if number not in self._ended and not (claim.is_lane and is_ours):
+                del self._claims[number]
+
+
+class _Claim:
+    """A thread that does steps of a read."""
+
+    def __init__(self, is_lane: bool) -> None:
+        self.is_lane = is_lane
+
+
+_LOOK_AGAIN_S = 0.0005
+"""A fork looks so often whether lanes have done what they were called for; a chunk takes as long, or longer."""
+
+_LAST = -1
+"""The number of the step that concludes a read."""
+
+_BEGUN, _CANCELLED = "begun", "cancelled"
+
+
+def _nothing() -> int:
+    return 0

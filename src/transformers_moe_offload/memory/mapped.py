@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Mapping
 
 import torch
 
@@ -42,14 +43,17 @@ class MappedSlots:
 
     def remove(self, slot: int) -> None:
         """Unmap whoever is there."""
-        if slot in self._inside:
-            self._inside.pop(slot).let_go()
+        left = self._inside.pop(slot, None)
+        if left is not None and left not in self._inside.values():
+            left.let_go()
 
     def start(self, expert: ExpertId, slot: int, alongside: int = 0) -> Transfer:
         """Begin to map an expert, in one go: all of its pages are announced to the kernel at once anyway."""
-        if slot in self._inside:
-            self._inside[slot].leave()
-            self._left.add(self._inside[slot])
+        left = self._inside.pop(slot, None)
+        if left is not None:
+            self._left.add(left)
+            if left.is_copy and left not in self._inside.values():
+                left.leave()
         coming = self._inside[slot] = self._experts.setdefault(expert, _MappedExpert(self._store, expert))
         if coming.is_there():
             return Landed(coming.from_files)
@@ -65,6 +69,10 @@ class MappedSlots:
     def holds(self, slot: int) -> bool:
         """Whether the kernel has not taken pages back meanwhile, and nobody has changed the file."""
         return self._inside[slot].is_there()
+
+    def start_over(self, held: Mapping[int, ExpertId]) -> None:
+        """Wait until nothing is mapped any more."""
+        self._lanes.drain()
 
     def give_back(self) -> None:
         """Unmap whoever has left."""
@@ -85,8 +93,8 @@ class _MappedExpert:
         self.from_files = store.stored_bytes(expert)
         self._store = store
         self._expert = expert
-        self._maps: list[FileMap] = []
-        self._stretches: list[Stretch] = []
+        self._pages: list[tuple[FileMap, Stretch]] = []
+        """Where it is mapped; nothing, where it is a copy."""
         self._was_cached = False
         self._look_again = 0.0
 
@@ -95,12 +103,11 @@ class _MappedExpert:
 
         Touching what a file has lost would end the process; a page that was taken back only takes its time.
         """
-        if not self.weights or not all(map.is_unchanged() for map in self._maps):
+        if not self.weights or not all(map.is_unchanged() for map, _ in self._pages):
             return False
         now = time.monotonic()
         if now > self._look_again:
-            pages = zip(self._maps, self._stretches, strict=True)
-            self._seen(all(map.is_cached(stretch.start, stretch.stop) for map, stretch in pages), now)
+            self._seen(all(map.is_cached(stretch.start, stretch.stop) for map, stretch in self._pages), now)
         return self._was_cached
 
     def _seen(self, is_cached: bool, now: float) -> None:
@@ -116,13 +123,12 @@ class _MappedExpert:
                 self._store.read_into(self._expert, record)
                 self.weights = layout.views(record)
                 return self.from_files
-            self._stretches = joined(stretches)
-            self._maps = [stretch.file.mapped() for stretch in self._stretches]
-            for map, stretch in zip(self._maps, self._stretches, strict=True):
+            pages = self._pages = [(stretch.file.mapped(), stretch) for stretch in joined(stretches)]
+            for map, stretch in pages:
                 map.bring_in(stretch.start, stretch.stop)
-            if len(self._stretches) == 1:
-                place = self._stretches[0]
-                self._store.check(self._expert, self._maps[0].bytes[place.start : place.stop])
+            if len(pages) == 1:
+                map, place = pages[0]
+                self._store.check(self._expert, map.bytes[place.start : place.stop])
             self.weights = {
                 field.name: part.file.mapped()
                 .bytes[part.start : part.start + field.nbytes]
@@ -133,13 +139,17 @@ class _MappedExpert:
         self._seen(True, time.monotonic())
         return self.from_files
 
+    @property
+    def is_copy(self) -> bool:
+        """Whether it takes memory of ours, and not pages that are the kernel's to take."""
+        return not self._pages
+
     def leave(self) -> None:
-        """Make room: a copy is dropped, and pages are the kernel's to take."""
-        if not self._maps:
-            self.weights = {}
+        """Drop a copy."""
+        self.weights = {}
 
     def let_go(self) -> None:
         """Unmap the pages."""
-        for map, stretch in zip(self._maps, self._stretches, strict=True):
+        for map, stretch in self._pages:
             map.let_go(stretch.start, stretch.stop)
         self.weights = {}

@@ -6,7 +6,7 @@ lie in the files as it should lie in memory is read into a record instead, like 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 
 import torch
@@ -85,6 +85,11 @@ class PagedSlots:
     def give_back(self) -> None:
         """Nothing to do: who leaves is overwritten."""
 
+    def start_over(self, held: Mapping[int, ExpertId]) -> None:
+        """Wait for the disk; who is where, only the cache knows."""
+        self.reader.drain()
+        self._copier.drain()
+
     def device_bytes(self, expert: ExpertId) -> int:
         """There is no accelerator."""
         return 0
@@ -97,10 +102,14 @@ class PagedSlots:
 
     def _fitting(self, slot: int, nbytes: int) -> Tensor:
         """A slot's memory, which holds so many bytes, and no more than belong to a record of that size."""
-        if not nbytes <= self._slots[slot].nbytes <= nbytes + self._spare_bytes:
-            self.remove(slot)
-            self._slots[slot] = self._memory.take(nbytes)
-        return self._slots[slot]
+        old = self._slots[slot]
+        if nbytes <= old.nbytes <= nbytes + self._spare_bytes:
+            return old
+        new = self._memory.take(nbytes)  # nothing is taken yet but addresses
+        self._seen.pop(slot, None)
+        self._slots[slot] = new
+        self._memory.give_back(old)
+        return new
 
     def _complete(self, expert: ExpertId, place: Placed, memory: Tensor) -> int:
         if self._store.has_to_check(expert):
@@ -136,6 +145,12 @@ class PageReader:
         most, raw = chunk_bytes(memory.nbytes, self._workers, alongside), host_bytes(memory)
         chunks = [part for read in reads for part in parts(read, most or read.nbytes)]
         return self._lanes.start([partial(_read, chunk, raw) for chunk in chunks], complete)
+
+    def drain(self) -> None:
+        """Wait until nothing is read any more."""
+        self._lanes.drain()
+        if self._queue is not None:
+            self._queue.start_over()
 
 
 def _read(read: PageRead, memory: memoryview) -> None:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import mmap
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -26,9 +27,7 @@ class PageMemory:
     """Hands out memory on the CPU, and takes it back."""
 
     def __init__(self) -> None:
-        self._rest = torch.empty(0, dtype=torch.uint8)
-        """What of the latest area was never handed out."""
-        self._latest = 0
+        self._rest = _Rest(0, torch.empty(0, dtype=torch.uint8))
         self._areas: dict[int, mmap.mmap] = {}
         """By the address at which they begin."""
         self._owners: dict[int, int] = {}
@@ -42,11 +41,12 @@ class PageMemory:
         room = _whole_pages(nbytes)
         if self._spare.get(room):
             return self._spare[room].pop()[:nbytes]
-        if self._rest.nbytes < room:
-            self._rest = self._new_area(max(AREA_BYTES, room))
-        taken, self._rest = self._rest[:room], self._rest[room:]
-        self._owners[taken.data_ptr()] = self._latest
-        return taken[:nbytes]
+        area, memory = self._rest
+        if memory.nbytes < room:
+            area, memory = self._new_area(max(AREA_BYTES, room))
+        self._owners[memory.data_ptr()] = area
+        self._rest = _Rest(area, memory[room:])
+        return memory[:nbytes]
 
     @torch.inference_mode(False)
     def give_back(self, memory: Tensor) -> None:
@@ -57,12 +57,19 @@ class PageMemory:
             self._areas[begins].madvise(mmap.MADV_DONTNEED, address - begins, room)
         self._spare.setdefault(room, []).append(memory.as_strided((room,), (1,)))
 
-    def _new_area(self, nbytes: int) -> Tensor:
+    def _new_area(self, nbytes: int) -> _Rest:
         area = new_area(nbytes)
         memory = torch.frombuffer(area, dtype=torch.uint8)
-        self._latest = memory.data_ptr()
-        self._areas[self._latest] = area
-        return memory
+        self._areas[memory.data_ptr()] = area
+        return _Rest(memory.data_ptr(), memory)
+
+
+class _Rest(NamedTuple):
+    """What of the latest area was never handed out."""
+
+    area: int
+    """The address at which the area begins."""
+    memory: Tensor
 
 
 def new_area(nbytes: int) -> mmap.mmap:

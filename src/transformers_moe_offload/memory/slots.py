@@ -1,13 +1,14 @@
 """The fast tier: places that hold one expert each, and what brings experts into them.
 
-The cache knows slots by number. What a number stands for is one of three things: a buffer on a device that experts are
-copied into (`CopiedSlots`), memory that disks write whole pages into (`PagedSlots`), or the right to have one expert's
-pages of the checkpoint mapped (`MappedSlots`).
+The cache knows slots by number. What a number stands for is a buffer on a device that experts are copied into
+(`CopiedSlots`), pages that a disk writes into (`PagedSlots`), or the right to have one expert's pages of the checkpoint
+mapped (`MappedSlots`).
 """
 
 from __future__ import annotations
 
-from typing import Protocol
+from collections.abc import Mapping
+from typing import NamedTuple, Protocol
 
 import torch
 from torch import Tensor
@@ -52,6 +53,12 @@ class Slots(Protocol):
     def give_back(self) -> None:
         """Give back memory that experts take although they have left, in case they return."""
 
+    def start_over(self, held: Mapping[int, ExpertId]) -> None:
+        """Wait until nothing is brought in any more; from then on nobody is anywhere but those `held`, by slot.
+
+        For after an interrupt, which may have left anything half done that was begun.
+        """
+
     def device_bytes(self, expert: ExpertId) -> int:
         """Bytes that cross to an accelerator when the expert is brought in."""
 
@@ -82,8 +89,7 @@ class SlotPool:
     def __init__(self, slot_bytes: int, device: torch.device) -> None:
         self.slot_bytes = slot_bytes
         self.device = device
-        self._slots: dict[int, Tensor] = {}
-        self._views: dict[int, dict[RecordLayout, Weights]] = {}
+        self._slots: dict[int, _Buffer] = {}
 
     def __len__(self) -> int:
         return len(self._slots)
@@ -91,37 +97,44 @@ class SlotPool:
     @property
     def nbytes(self) -> int:
         """Bytes of all slots."""
-        return sum(slot.nbytes for slot in self._slots.values())
+        return sum(slot.memory.nbytes for slot in self._slots.values())
 
     def add(self, slot: int) -> None:
         """Allocate a buffer."""
         self._allocate(slot, self.slot_bytes)
 
     def fit(self, slot: int, nbytes: int) -> None:
-        """Replace a buffer by one of another size. The old one's memory is free before the new one's is taken."""
-        del self._slots[slot], self._views[slot]
+        """Replace a buffer by one of another size. The old one's memory is free before the new one's is taken; if that
+        cannot be had, the slot has none."""
+        self._allocate(slot, 0)
         self._allocate(slot, nbytes)
 
     def remove(self, slot: int) -> None:
         """Free a buffer, once no tensor views it any more."""
-        del self._slots[slot], self._views[slot]
+        del self._slots[slot]
 
     def _allocate(self, slot: int, nbytes: int) -> None:
         with torch.inference_mode(False):  # slots outlive the block that happens to be open while they are made
-            self._slots[slot] = torch.empty(nbytes, dtype=torch.uint8, device=self.device)
-        self._views[slot] = {}
+            self._slots[slot] = _Buffer(torch.empty(nbytes, dtype=torch.uint8, device=self.device), {})
 
     def record(self, slot: int) -> Tensor:
         """A slot's bytes, uint8."""
-        return self._slots[slot]
+        return self._slots[slot].memory
 
     def views(self, slot: int, layout: RecordLayout) -> Weights:
         """A slot seen as one expert. Valid until the slot is given to another expert; made once per slot."""
-        views = self._views[slot].get(layout)
+        memory, seen = self._slots[slot]
+        views = seen.get(layout)
         if views is None:
             with torch.inference_mode(False):  # a model that generates now may be trained later
-                views = self._views[slot][layout] = layout.views(self._slots[slot])
+                views = seen[layout] = layout.views(memory)
         return views
+
+
+class _Buffer(NamedTuple):
+    memory: Tensor
+    views: dict[RecordLayout, Weights]
+    """How it has been looked at."""
 
 
 class CopiedSlots:
@@ -169,6 +182,10 @@ class CopiedSlots:
 
     def give_back(self) -> None:
         """Nothing to do: who leaves is overwritten."""
+
+    def start_over(self, held: Mapping[int, ExpertId]) -> None:
+        """Wait for the copier; who is where, only the cache knows."""
+        self._copier.drain()
 
     def device_bytes(self, expert: ExpertId) -> int:
         """The record, where the buffer is not in host memory."""

@@ -51,6 +51,9 @@ class Copier(Protocol):
     def retire(self, slot: Tensor) -> None:
         """Everything that reads this slot has been submitted; whatever is copied into it next comes after that."""
 
+    def drain(self) -> None:
+        """Wait until nothing writes into any slot; a transfer that has not begun is given up."""
+
 
 class Landed:
     """A transfer that was over when it began."""
@@ -96,11 +99,19 @@ class HostCopier:
             return transfer
         fill = self._open(expert, chunk_bytes(slot.numel(), self.num_lanes, alongside))
         record = host_bytes(slot)
-        reads = [partial(fill.read, chunk, chunk.inside(record)) for chunk in fill.chunks]
-        return self._lanes.start(reads, lambda: fill.finish(slot), fill.give_up)
+        try:
+            reads = [partial(fill.read, chunk, chunk.inside(record)) for chunk in fill.chunks]
+            return self._lanes.start(reads, lambda: fill.finish(slot), fill.give_up)
+        except BaseException:
+            fill.give_up()
+            raise
 
     def retire(self, slot: Tensor) -> None:
         """Nothing to do: CPU kernels have finished when they return."""
+
+    def drain(self) -> None:
+        """Wait for the lanes."""
+        self._lanes.drain()
 
 
 class FakeCopier:
@@ -120,6 +131,9 @@ class FakeCopier:
 
     def retire(self, slot: Tensor) -> None:
         """Nothing reads the slot."""
+
+    def drain(self) -> None:
+        """Nothing is ever written."""
 
 
 class _FakeTransfer:

@@ -14,7 +14,7 @@ from torch import Tensor
 from transformers_moe_offload.expert import ExpertId
 from transformers_moe_offload.memory.chunks import Chunk, Segment
 from transformers_moe_offload.memory.fill import Fill, OpenFill
-from transformers_moe_offload.memory.lanes import Lanes, Read, chunk_bytes
+from transformers_moe_offload.memory.lanes import Lanes, Read, Work, chunk_bytes
 from transformers_moe_offload.memory.record import copy_bytes, host_bytes
 from transformers_moe_offload.memory.staging import Buffer, StagingRing, ring_shape
 from transformers_moe_offload.memory.transfer import Transfer
@@ -39,16 +39,29 @@ class CudaCopier:
         last_use = self._last_use.get(slot.data_ptr())  # kept: should this load fail, the next one waits
         most = self._ring.shape.buffer_bytes
         wanted = chunk_bytes(slot.numel(), self.num_lanes, alongside) or slot.numel()
-        upload = _Upload(self._open(expert, min(wanted, most)), slot, last_use, self._stream, self._ring)
         landed = torch.cuda.Event()
 
-        def complete() -> int:
-            from_files = upload.finish()
-            landed.record(upload.stream)
-            return from_files
+        def opened() -> Work:
+            fill = self._open(expert, min(wanted, most))
+            try:
+                upload = _Upload(fill, slot, last_use, self._stream, self._ring)
+            except BaseException:
+                fill.give_up()
+                raise
 
-        reads = [partial(upload.carry, chunk) for chunk in upload.chunks]
-        return _Landing(self._lanes.start(reads, complete, upload.give_up), landed, self._device)
+            def complete() -> int:
+                from_files = upload.finish()
+                landed.record(upload.stream)
+                return from_files
+
+            return Work([partial(upload.carry, chunk) for chunk in fill.chunks], complete, fill.give_up)
+
+        return _Landing(self._lanes.open(opened), landed, self._device)
+
+    def drain(self) -> None:
+        """Wait until nothing writes into a slot any more."""
+        self._lanes.drain()
+        self._stream.synchronize()  # sync: host waits for device
 
     def retire(self, slot: Tensor) -> None:
         """Remember how far the compute stream has to get before the slot may be overwritten."""
@@ -64,8 +77,6 @@ class _Upload:
         self, fill: Fill, slot: Tensor, last_use: torch.cuda.Event | None, stream: torch.cuda.Stream, ring: StagingRing
     ) -> None:
         self.stream = stream
-        self.chunks = fill.chunks
-        self.give_up = fill.give_up
         self._fill = fill
         self._slot = slot
         self._last_use = last_use

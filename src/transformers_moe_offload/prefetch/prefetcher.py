@@ -5,10 +5,12 @@ from __future__ import annotations
 import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 
 from torch import Tensor
 
 from transformers_moe_offload.cache.cache import ExpertCache
+from transformers_moe_offload.cache.turn import Attempt, IsTakenError
 from transformers_moe_offload.prefetch.controller import Controller
 from transformers_moe_offload.prefetch.predictors import Prediction, Predictor
 from transformers_moe_offload.prefetch.route import Route
@@ -63,15 +65,11 @@ class Prefetcher:
 
     def visited(self, layer: int, wanted: Sequence[int], hidden: Tensor | None, num_tokens: int) -> None:
         """A layer has begun a visit and started its own loads; hidden (T, H) is what reached it."""
-        if not self._busy.acquire(blocking=False):  # another thread's visit, of another cache
-            return
-        try:
+        with suppress(IsTakenError), Attempt(self._busy):  # taken: by another thread's visit, of another cache
             self._measure(layer, num_tokens)
             self._predictor.observe(layer, wanted)
             if self.is_on(num_tokens):
                 self._look_ahead(layer, hidden)
-        finally:
-            self._busy.release()
 
     def _look_ahead(self, layer: int, hidden: Tensor | None) -> None:
         ahead = {self._layers[place]: visits for place, visits in self._route.ahead(self._lookahead).items()}

@@ -55,7 +55,7 @@ def replay(trace: Trace, policy: str, num_slots: int) -> Replay:
         NoSlots(), min(num_slots, max(1, len(used))), dict(enumerate(trace.num_experts)), make_policy(policy)
     )
     for layer, wanted in trace.requests():
-        with cache.visit(layer, wanted) as visit:
+        with cache.turn, cache.visit(layer, wanted) as visit:
             for _ in visit:
                 pass
     return Replay(policy, num_slots, cache.stats)
@@ -120,6 +120,9 @@ class NoSlots:
 
     def give_back(self) -> None:
         """No memory was taken."""
+
+    def start_over(self, held: Mapping[int, ExpertId]) -> None:
+        """Nothing is ever under way."""
 
     def device_bytes(self, expert: ExpertId) -> int:
         """No bytes."""

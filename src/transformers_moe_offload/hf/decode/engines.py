@@ -26,7 +26,7 @@ from transformers_moe_offload.policies import make_policy
 def build_engines(plan: OffloadPlan, sources: Sequence[LayerSource], config: OffloadConfig) -> dict[int, DeviceEngine]:
     """By sparse layer, the engine that serves it: one for each pool that the plan has page-locked memory for.
 
-    Raises `ConfigError` if the system does not grant that memory, and what reading experts raises.
+    Raises `PageLockError` if the system does not grant that memory, and what reading experts raises.
     """
     pools = [pool for pool in plan.pools if pool.arena_bytes]
     arenas: dict[torch.device, list[Arena]] = {}
@@ -38,7 +38,11 @@ def build_engines(plan: OffloadPlan, sources: Sequence[LayerSource], config: Off
         with logging.tqdm(total=plan.arena_bytes, unit="B", unit_scale=True, desc="Reading experts") as bar:
             for pool in pools:
                 arena = _arena(store, pool, config, bar.update)
-                engines.append(_engine(store, pool, arena, config))
+                try:
+                    engines.append(_engine(store, pool, arena, config))
+                except BaseException:
+                    arena.close()
+                    raise
                 found |= dict.fromkeys(pool.layers, engines[-1])
                 if pool.num_slots < pool.need.num_experts:
                     arenas.setdefault(pool.device, []).append(arena)

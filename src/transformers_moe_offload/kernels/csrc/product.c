@@ -232,7 +232,9 @@ EXPORT int moe_linear(int64_t count, const int64_t *numbers, int type, int round
     int failed = !calls;
     for (int64_t i = 0; i < count && !failed; i++) {
         struct call c = call_of(numbers + i * NUMBERS);
-        if (c.inputs > inputs_at_once(c.matrix.cols))
+        if (!c.matrix.cols) /* sums of no products */
+            memset(c.out, 0, (size_t)(c.inputs * c.matrix.rows * (type == FLOAT32 ? 4 : 2)));
+        else if (c.inputs > inputs_at_once(c.matrix.cols))
             failed = multiply_long(c, &how);
         else if (c.inputs)
             calls[together++] = c;
