@@ -23,6 +23,7 @@ from transformers_moe_offload.hub.fetch import fetch
 from transformers_moe_offload.memory.disk import File
 from transformers_moe_offload.memory.record import torch_dtype
 from transformers_moe_offload.memory.safetensors_index import DTYPES, StoredTensor, read_header, read_index
+from transformers_moe_offload.untrusted import quoted
 
 
 @dataclass(frozen=True)
@@ -70,7 +71,7 @@ def _read_index(index_path: Path) -> tuple[str, int | None]:
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise CheckpointError(f"{index_path} is not a checkpoint index: it has no readable weight_map") from error
     if Path(shard).name != shard:
-        raise CheckpointError(f"{index_path} names {shard!r}, which is not a plain file name inside the folder")
+        raise CheckpointError(f"{index_path} names {quoted(shard)}, which is not a plain file name inside the folder")
     return shard, int(total_bytes) if total_bytes else None
 
 

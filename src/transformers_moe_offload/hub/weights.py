@@ -21,6 +21,7 @@ from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME
 from transformers_moe_offload.errors import CheckpointError
 from transformers_moe_offload.expert import FieldSpec
 from transformers_moe_offload.memory.safetensors_index import DTYPES, read_header
+from transformers_moe_offload.untrusted import quoted
 
 _PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt")
 _CONNECTION_FAILED: Any = HfHubHTTPError.__bases__[0]
@@ -101,7 +102,7 @@ def shards_of(index: Path) -> list[str]:
         raise CheckpointError(f"{index} is not a checkpoint index: it has no readable weight_map") from error
     for shard in shards:
         if not isinstance(shard, str) or Path(shard).is_absolute() or ".." in Path(shard).parts:
-            raise CheckpointError(f"{index} names {shard!r}; refusing to read outside of {index.parent}")
+            raise CheckpointError(f"{index} names {quoted(shard)}; refusing to read outside of {index.parent}")
     return shards
 
 

@@ -18,6 +18,7 @@ from typing import Any
 from transformers_moe_offload.errors import CheckpointError
 from transformers_moe_offload.expert import ITEMSIZE
 from transformers_moe_offload.memory.disk import File
+from transformers_moe_offload.untrusted import quoted
 
 DTYPES = {
     "F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat16",
@@ -126,7 +127,7 @@ def check_index_file(index_path: Path, tensors: Mapping[str, StoredTensor]) -> N
     for name, shard in names.items():
         if not isinstance(shard, str) or Path(shard).is_absolute() or ".." in Path(shard).parts:
             raise CheckpointError(
-                f"{index_path} places {name} in {shard!r}, which is not inside its folder; "
+                f"{index_path} places {name} in {quoted(shard)}, which is not inside its folder; "
                 f"refusing to read outside of {index_path.parent}"
             )
         stored = tensors.get(name)

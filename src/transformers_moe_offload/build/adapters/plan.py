@@ -23,6 +23,7 @@ from transformers_moe_offload.expert import FieldSpec
 from transformers_moe_offload.memory.record import torch_dtype
 from transformers_moe_offload.models.adapter_moe import AdapterMoeConfig
 from transformers_moe_offload.models.adapter_moe.adapter_folders import CONFIG_NAME, WEIGHTS_NAME, AdapterFolder
+from transformers_moe_offload.untrusted import quoted
 
 PREFIX = "language_model."
 """What the dense model's names begin with in the mixture."""
@@ -110,7 +111,7 @@ def _names(experts: Sequence[Expert]) -> list[str]:
         names.append(expert.name or Path(adapter.partition("@")[0]).name)
     twice = sorted({name for name in names if names.count(name) > 1})
     if twice:
-        raise RecipeError(f"two adapters are called {twice[0]!r}; give each expert a name of its own")
+        raise RecipeError(f"two adapters are called {quoted(twice[0])}; give each expert a name of its own")
     return names
 
 

@@ -9,6 +9,7 @@ from pathlib import Path
 
 from transformers_moe_offload.build.recipe import Dataset, Expert
 from transformers_moe_offload.errors import RecipeError
+from transformers_moe_offload.untrusted import quoted
 
 _PIECE_CHARACTERS = 16384
 """A text file is handed out in pieces of about this length, so that of a long one only the beginning is read."""
@@ -50,16 +51,16 @@ def expect_texts(texts: Sequence[Texts], mode: str) -> None:
     for expert in texts:
         if expert.is_empty:
             raise RecipeError(
-                f"gate mode {mode!r} reads text, but expert {expert.name!r} has neither positive_prompts nor a "
-                f"dataset; give it some, or set gate.mode to random, noise or gateless"
+                f"gate mode {quoted(mode)} reads text, but expert {quoted(expert.name)} has neither positive_prompts "
+                "nor a dataset; give it some, or set gate.mode to random, noise or gateless"
             )
     seen: dict[object, str] = {}
     for expert in texts:
         same = (expert.positive, expert.negative, expert.dataset)
         if same in seen:
             raise RecipeError(
-                f"experts {seen[same]!r} and {expert.name!r} have the same texts, so no gate can tell them apart; "
-                f"give them texts of their own, or set gate.mode to random, noise or gateless"
+                f"experts {quoted(seen[same])} and {quoted(expert.name)} have the same texts, so no gate can tell "
+                "them apart; give them texts of their own, or set gate.mode to random, noise or gateless"
             )
         seen[same] = expert.name
 
@@ -69,8 +70,8 @@ def expect_files(experts: Sequence[Expert]) -> None:
     for number, expert in enumerate(experts):
         if expert.dataset is not None and Path(expert.dataset.path).suffix and not Path(expert.dataset.path).exists():
             raise RecipeError(
-                f"expert {name_of(expert, number)!r} has the dataset {expert.dataset.path}, and there is no such file; "
-                f"paths in a recipe count from the recipe's folder"
+                f"expert {quoted(name_of(expert, number))} has the dataset {expert.dataset.path}, and there is no "
+                "such file; paths in a recipe count from the recipe's folder"
             )
 
 
@@ -121,7 +122,7 @@ def _from_datasets(dataset: Dataset) -> Iterator[str]:
         rows = load_dataset(dataset.path, split=dataset.split)
     except Exception as error:  # whatever the builder of a data set raises
         raise RecipeError(
-            f"cannot load dataset {dataset.path}, split {dataset.split!r}: {type(error).__name__}: {error}"
+            f"cannot load dataset {dataset.path}, split {quoted(dataset.split)}: {type(error).__name__}: {error}"
         ) from error
     for number, row in enumerate(rows):
         yield _field(row, dataset.text, f"{dataset.path}, row {number}")
@@ -130,7 +131,7 @@ def _from_datasets(dataset: Dataset) -> Iterator[str]:
 def _field(row: object, column: str, place: str) -> str:
     if not isinstance(row, dict) or not isinstance(row.get(column), str):
         known = ", ".join(map(str, row)) if isinstance(row, dict) else type(row).__name__
-        raise RecipeError(f"{place} has no text in column {column!r} but {known}; set dataset.text")
+        raise RecipeError(f"{place} has no text in column {quoted(column)} but {known}; set dataset.text")
     text = row[column]
     assert isinstance(text, str)
     return text

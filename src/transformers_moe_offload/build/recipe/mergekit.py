@@ -11,6 +11,7 @@ from typing import Any
 
 from transformers_moe_offload.build.recipe.reading import Place, expect_known
 from transformers_moe_offload.errors import RecipeError
+from transformers_moe_offload.untrusted import quoted
 
 _TOP = ("base_model", "experts", "gate_mode", "dtype", "experts_per_token", "shared_experts", "architecture")
 _EXPERT = ("source_model", "positive_prompts", "negative_prompts", "noise_scale", "residual_scale")
@@ -67,15 +68,15 @@ def _container(architecture: Any) -> str:
     beginning = str(architecture).lower().split()[0].split("_")[0]
     if "deepseek".startswith(beginning) or not any(name.startswith(beginning) for name in _CONTAINERS):
         raise RecipeError(
-            f"architecture: {architecture!r} is not one that is built here; mergekit's are mixtral, qwen and qwen3 "
-            f"(its deepseek needs code from the Hub), and container: names all of ours"
+            f"architecture: {quoted(architecture)} is not one that is built here; mergekit's are mixtral, qwen and "
+            "qwen3 (its deepseek needs code from the Hub), and container: names all of ours"
         )
     return next(target for name, target in _CONTAINERS.items() if name.startswith(beginning))
 
 
 def _expert(values: Any, place: Place) -> dict[str, Any]:
     if not isinstance(values, Mapping):
-        raise place.error(f"{values!r} is not a mapping of {', '.join(_EXPERT)}")
+        raise place.error(f"{quoted(values)} is not a mapping of {', '.join(_EXPERT)}")
     expect_known(list(values), _EXPERT, place)
     renamed = {"source" if name == "source_model" else name: value for name, value in values.items()}
     return {name: value for name, value in renamed.items() if value is not None}

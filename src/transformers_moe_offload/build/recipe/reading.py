@@ -16,6 +16,7 @@ import yaml
 
 from transformers_moe_offload.build.recipe.origin import Dataset, Origin
 from transformers_moe_offload.errors import RecipeError
+from transformers_moe_offload.untrusted import quoted
 
 T = TypeVar("T")
 
@@ -67,7 +68,7 @@ def expect_known(names: Sequence[Any], known: Sequence[str], place: Place) -> No
         if name not in known:
             near = difflib.get_close_matches(str(name), known, n=1)
             hint = f"did you mean {near[0]!r}?" if near else f"known are {', '.join(known)}"
-            raise place.error(f"unknown key {name!r}; {hint}")
+            raise place.error(f"unknown key {quoted(name)}; {hint}")
 
 
 def read(cls: type[T], values: Any, place: Place) -> T:
@@ -77,7 +78,7 @@ def read(cls: type[T], values: Any, place: Place) -> T:
     if isinstance(values, str) and cls in (Origin, Dataset):
         return _checked(place, _from_text, cls, values, place)
     if not isinstance(values, Mapping):
-        raise place.error(f"{values!r} is not a mapping of {', '.join(field.name for field in fields(cls))}")  # type: ignore[arg-type]
+        raise place.error(f"{quoted(values)} is not a mapping of {', '.join(field.name for field in fields(cls))}")  # type: ignore[arg-type]
     hints = get_type_hints(cls)
     expect_known(list(values), list(hints), place)
     for field in fields(cls):  # type: ignore[arg-type]
@@ -112,13 +113,13 @@ def _value(kind: Any, value: Any, place: Place) -> Any:
             return read(option, value, place)  # type: ignore[arg-type]
         if get_origin(option) is tuple:
             if isinstance(value, str) or not isinstance(value, Sequence):
-                raise place.error(f"{value!r} is not a list")
+                raise place.error(f"{quoted(value)} is not a list")
             return tuple(_value(get_args(option)[0], one, place.at(str(index))) for index, one in enumerate(value))
         if option is float and type(value) in (int, float):
             return value
     if type(value) not in options:
         names = " or ".join("nothing" if option is type(None) else option.__name__ for option in options)
-        raise place.error(f"{value!r} is not of type {names}")
+        raise place.error(f"{quoted(value)} is not of type {names}")
     return value
 
 
@@ -155,6 +156,8 @@ class _Loader(yaml.SafeLoader):
         seen = set()
         for key, _ in node.value:
             if key.value in seen:
-                raise yaml.constructor.ConstructorError(None, None, f"{key.value!r} is there twice", key.start_mark)
+                raise yaml.constructor.ConstructorError(
+                    None, None, f"{quoted(key.value)} is there twice", key.start_mark
+                )
             seen.add(key.value)
         return super().construct_mapping(node, deep=deep)

@@ -24,6 +24,7 @@ from transformers_moe_offload.build.recipe.values import (
     expect_whole,
 )
 from transformers_moe_offload.errors import RecipeError
+from transformers_moe_offload.untrusted import quoted
 
 KINDS = ("moe", "upcycle", "split", "adapter_moe")
 SCHEMA = 1
@@ -102,7 +103,9 @@ class MoeRecipe:
         """What belongs to another kind is an error, not ignored; what this kind needs is there."""
         for kind, default in (("upcycle", Upcycle()), ("split", Split()), ("adapter_moe", AdapterRouting())):
             if getattr(self, kind) is not None and self.kind != kind:
-                raise RecipeError(f"{kind}: is given, but kind is {self.kind!r}; set kind: {kind}, or leave it out")
+                raise RecipeError(
+                    f"{kind}: is given, but kind is {quoted(self.kind)}; set kind: {kind}, or leave it out"
+                )
             if self.kind == kind and getattr(self, kind) is None:
                 object.__setattr__(self, kind, default)
         if self.kind == "adapter_moe":
@@ -151,7 +154,7 @@ class MoeRecipe:
         place = Place(folder=folder)
         schema = {name: value for name, value in values.items() if name == "schema"}.get("schema")
         if schema != SCHEMA:
-            raise RecipeError(f"schema: {schema!r} is not one that this version reads; it reads schema: {SCHEMA}")
+            raise RecipeError(f"schema: {quoted(schema)} is not one that this version reads; it reads schema: {SCHEMA}")
         return read(cls, {name: value for name, value in values.items() if name != "schema"}, place)
 
     @classmethod

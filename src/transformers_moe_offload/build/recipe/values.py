@@ -9,6 +9,7 @@ from math import isfinite
 from typing import Any
 
 from transformers_moe_offload.errors import RecipeError
+from transformers_moe_offload.untrusted import quoted
 
 
 def expect_choice(owner: Any, name: str, choices: Sequence[str | None]) -> None:
@@ -16,7 +17,8 @@ def expect_choice(owner: Any, name: str, choices: Sequence[str | None]) -> None:
     value = getattr(owner, name)
     if value not in choices:
         raise RecipeError(
-            f"{name}={value!r} is not one of {', '.join(str(choice) for choice in choices)}{_near(value, choices)}"
+            f"{name}={quoted(value)} is not one of "
+            f"{', '.join(str(choice) for choice in choices)}{_near(value, choices)}"
         )
 
 
@@ -26,7 +28,7 @@ def expect_texts(owner: Any, *names: str) -> None:
         value = getattr(owner, name)
         is_optional = next(f for f in fields(owner) if f.name == name).default is None
         if not (isinstance(value, str) and value) and not (value is None and is_optional):
-            raise RecipeError(f"{name}={value!r} is not a text")
+            raise RecipeError(f"{name}={quoted(value)} is not a text")
 
 
 def expect_positive(owner: Any, *names: str) -> None:
@@ -34,7 +36,7 @@ def expect_positive(owner: Any, *names: str) -> None:
     for name in names:
         value = getattr(owner, name)
         if value is not None and (type(value) is not int or value < 1):
-            raise RecipeError(f"{name}={value!r} is not a whole number of at least 1")
+            raise RecipeError(f"{name}={quoted(value)} is not a whole number of at least 1")
 
 
 def expect_whole(owner: Any, *names: str) -> None:
@@ -42,7 +44,7 @@ def expect_whole(owner: Any, *names: str) -> None:
     for name in names:
         value = getattr(owner, name)
         if type(value) is not int or value < 0:
-            raise RecipeError(f"{name}={value!r} is not a whole number of at least 0")
+            raise RecipeError(f"{name}={quoted(value)} is not a whole number of at least 0")
 
 
 def expect_numbers(owner: Any, *names: str) -> None:
@@ -50,7 +52,7 @@ def expect_numbers(owner: Any, *names: str) -> None:
     for name in names:
         value = getattr(owner, name)
         if isinstance(value, bool) or not isinstance(value, int | float) or not isfinite(value):
-            raise RecipeError(f"{name}={value!r} is not a number")
+            raise RecipeError(f"{name}={quoted(value)} is not a number")
 
 
 def freeze_texts(owner: Any, *names: str) -> None:
@@ -58,7 +60,7 @@ def freeze_texts(owner: Any, *names: str) -> None:
     for name in names:
         value = getattr(owner, name)
         if isinstance(value, str) or not all(isinstance(text, str) for text in value):
-            raise RecipeError(f"{name}={value!r} is not a list of texts")
+            raise RecipeError(f"{name}={quoted(value)} is not a list of texts")
         object.__setattr__(owner, name, tuple(value))
 
 

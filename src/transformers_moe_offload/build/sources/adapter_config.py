@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from transformers_moe_offload.errors import CheckpointError, RecipeError
+from transformers_moe_offload.untrusted import quoted
 
 CONFIG_NAME = "adapter_config.json"
 
@@ -81,15 +82,17 @@ def _key(patterns: Mapping[str, Any], module: str) -> str:
 
 def _expect_plain(name: str, values: Mapping[str, Any]) -> None:
     if values.get("bias", "none") != "none":
-        raise RecipeError(f"{name} was trained with bias={values['bias']!r}, and no container has a place for biases")
+        raise RecipeError(
+            f"{name} was trained with bias={quoted(values['bias'])}, and no container has a place for biases"
+        )
     if values.get("init_lora_weights", True) not in _INITS:
         raise RecipeError(
-            f"{name} was trained with init_lora_weights={values['init_lora_weights']!r}, which changes the base model "
-            f"too; convert it with PEFT's path_initial_model_for_weight_conversion, or merge it with PEFT first"
+            f"{name} was trained with init_lora_weights={quoted(values['init_lora_weights'])}, which changes the base "
+            "model too; convert it with PEFT's path_initial_model_for_weight_conversion, or merge it with PEFT first"
         )
     for option, value in values.items():
         if option not in (*_ABOUT_MERGING, *_ABOUT_TRAINING, "init_lora_weights") and value:
             raise RecipeError(
-                f"{name} was trained with {option}={value!r}, which is merged in another way than LoRA is; merge it "
-                f"with PEFT first, and give the merged model"
+                f"{name} was trained with {option}={quoted(value)}, which is merged in another way than LoRA is; "
+                "merge it with PEFT first, and give the merged model"
             )

@@ -36,6 +36,7 @@ from transformers_moe_offload.memory.field_source import read_stored
 from transformers_moe_offload.memory.record import RecordLayout, torch_dtype
 from transformers_moe_offload.memory.safetensors_index import StoredTensor, read_header
 from transformers_moe_offload.output.shards import Content
+from transformers_moe_offload.untrusted import quoted
 
 INDEX_NAME = "model.safetensors.index.json"
 _TRUNK = "model.embed_tokens.weight"
@@ -261,7 +262,9 @@ def _files(folder: Path) -> dict[str, str]:
         ) from error
     for file in named.values():
         if Path(file).name != file:
-            raise CheckpointError(f"{folder / INDEX_NAME} names {file!r}, which is not a plain file name in the folder")
+            raise CheckpointError(
+                f"{folder / INDEX_NAME} names {quoted(file)}, which is not a plain file name in the folder"
+            )
     return named
 
 
