@@ -180,7 +180,6 @@ def test_json_on_the_command_line_that_is_none_is_an_error_of_ours(text):
     assert len(str(refused.value)) < 700
 
 
-
 configs = st.builds(
     OffloadConfig,
     cache_budget=st.sampled_from([1, "6GiB", "40%", "auto"]),

@@ -110,7 +110,10 @@ class TestKeysThatNobodyCountsOut:
         ExpertFormats(hot_experts={"0": list(range(30_000))})
         assert time.process_time() - start < 1
 
-    @pytest.mark.parametrize("key", [pytest.param("9" * 4000, id="long"), "٣", True, 1.0, None, (1,), pytest.param(10**5000, id="huge"), -1, ""])
+    @pytest.mark.parametrize(
+        "key",
+        [pytest.param("9" * 4000, id="long"), "٣", True, 1.0, None, (1,), pytest.param(10**5000, id="huge"), -1, ""],
+    )
     def test_a_key_that_is_no_layer_is_refused_on_one_line(self, key):
         with pytest.raises(ConfigError, match="is not a layer's number") as refused:
             ExpertFormats(layers={key: None})

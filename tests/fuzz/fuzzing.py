@@ -5,9 +5,9 @@ A format is a module `test_*.py` beside this one with two functions:
     def cases(rng: random.Random) -> Iterator[Case]    # inputs without end; Case is whatever `run` takes
     def run(case: Case) -> object                      # reads one; AssertionError where what it read cannot be right
 
-A case fails if it raises anything but a `MoeOffloadError`, if its message is longer than `MAX_MESSAGE` characters, or if
-it takes more than `MAX_CPU_S` of CPU time or `MAX_BYTES` of memory. Cases run in forked children, a batch in each, so
-that what hangs or is killed is one more failure. By hand, any number of them:
+A case fails if it raises anything but a `MoeOffloadError`, if its message is longer than `MAX_MESSAGE` characters or
+cannot be printed, or if it takes more than `MAX_CPU_S` of CPU time or `MAX_BYTES` of memory. Cases run in forked
+children, a batch in each, so that what hangs or is killed is one more failure. By hand, any number of them:
 
     PYTHONPATH=src:tests python -m fuzz.fuzzing --cases 200000 --seed 0 --report report.md
 """
@@ -39,7 +39,7 @@ from transformers_moe_offload.errors import MoeOffloadError
 
 MAX_CPU_S = 2.0
 MAX_BYTES = 500 * 2**20
-MAX_MESSAGE = 2000
+MAX_MESSAGE = 1500
 BATCH = 250
 """Cases of one child."""
 
@@ -189,9 +189,11 @@ def _outcome(module: ModuleType, batch: int, number: int, case: Any) -> Outcome:
         result = "read"
     except MoeOffloadError as error:
         result = type(error).__name__
-        if len(str(error)) > MAX_MESSAGE:
+        if not _is_printable(str(error)):
+            result, details, is_fault = f"{result} that cannot be printed", ascii(str(error)), True
+        elif len(str(error)) > MAX_MESSAGE:
             result, details, is_fault = f"{result} of {len(str(error)):,} characters", str(error)[:MAX_MESSAGE], True
-    except BaseException as error:  # noqa: BLE001
+    except BaseException as error:
         result, is_fault = type(error).__name__.strip("_"), True
         details = "".join(traceback.format_exception(error, limit=-12, chain=False))[-4000:]
     cpu_s = time.process_time() - start
@@ -210,6 +212,14 @@ def _outcome(module: ModuleType, batch: int, number: int, case: Any) -> Outcome:
         case=_BRIEF.repr(case) if is_fault or cpu_s > 0.05 or nbytes > 2**22 else "",
         details=details,
     )
+
+
+def _is_printable(text: str) -> bool:
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
 
 
 def _reset_peak() -> int:

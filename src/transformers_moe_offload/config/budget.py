@@ -33,7 +33,9 @@ class Budget:
             text = value.strip().lower()
             if text == "auto":
                 return cls()
-            match = re.fullmatch(r"([0-9]{1,18}(?:\.[0-9]{1,18})?)\s*([a-z]*|%)", text)  # 18 digits: every float of them is finite
+            match = re.fullmatch(
+                r"([0-9]{1,18}(?:\.[0-9]{1,18})?)\s*([a-z]*|%)", text
+            )  # 18 digits: every float of them is finite
             if match and match[2] == "%" and 0 < float(match[1]) <= 100:
                 return cls(share=float(match[1]) / 100)
             if match and match[2] in _UNITS and int(float(match[1]) * _UNITS[match[2]]) > 0:

@@ -58,7 +58,7 @@ class _Loader(yaml.SafeLoader):
         self._depth = getattr(self, "_depth", 0) + 1
         if self._depth > _MAX_DEPTH:
             raise yaml.composer.ComposerError(None, None, f"it is nested more than {_MAX_DEPTH} levels deep", None)
-        node = super().compose_node(parent, index)
+        node: Any = super().compose_node(parent, index)
         self._depth -= 1
         self._distinct.add(id(node))
         if node.tag not in [_PREFIX + kind for kind in _KINDS]:
