@@ -72,10 +72,10 @@ def expect_mergekit(gate: Gate, texts: Sequence[Texts]) -> None:
     if gate.mode in ("random", "uniform"):
         return
     for expert in texts:
-        if not expert.positive:
+        if not any(text.strip() for text in expert.positive):
             raise RecipeError(
                 f"gate mode {quoted(gate.mode)} of mergekit reads prompts, but expert {quoted(expert.name)} has no "
-                f"positive_prompts; give it some, or set gate.mode to random"
+                f"positive_prompts that say something; give it some, or set gate.mode to random"
             )
         if expert.dataset is not None:
             raise RecipeError(

@@ -29,8 +29,8 @@ class Texts:
 
     @property
     def is_empty(self) -> bool:
-        """Whether nothing says what should be routed to the expert."""
-        return not self.positive and self.dataset is None
+        """Whether nothing says what should be routed to the expert; texts of blanks do not."""
+        return not any(text.strip() for text in self.positive) and self.dataset is None
 
 
 def texts_of(experts: Sequence[Expert]) -> list[Texts]:
@@ -52,7 +52,7 @@ def expect_texts(texts: Sequence[Texts], mode: str) -> None:
         if expert.is_empty:
             raise RecipeError(
                 f"gate mode {quoted(mode)} reads text, but expert {quoted(expert.name)} has neither positive_prompts "
-                "nor a dataset; give it some, or set gate.mode to random, noise or gateless"
+                "that say something nor a dataset; give it some, or set gate.mode to random, noise or gateless"
             )
     seen: dict[object, str] = {}
     for expert in texts:

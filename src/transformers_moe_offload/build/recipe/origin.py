@@ -42,7 +42,7 @@ class Origin:
     @classmethod
     def parse(cls, text: str) -> Origin:
         """A model in one line: `model`, `model@revision`, `model+adapter`; a folder of that name is taken literally."""
-        if not text or Path(text).is_dir():
+        if not text or _is_folder(text):
             return cls(model=text)
         model, _, adapter = text.partition("+")
         model, _, revision = model.partition("@")
@@ -51,6 +51,13 @@ class Origin:
     def __str__(self) -> str:
         model = f"{self.model}@{self.revision}" if self.revision else self.model or "base model"
         return f"{model}+{self.adapter}" if self.adapter else model
+
+
+def _is_folder(text: str) -> bool:
+    try:
+        return Path(text).is_dir()
+    except (OSError, ValueError):  # no file can be called so
+        return False
 
 
 def as_origin(value: Origin | str) -> Origin:

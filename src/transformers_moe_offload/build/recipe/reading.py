@@ -12,11 +12,9 @@ from pathlib import Path
 from types import UnionType
 from typing import Any, TypeVar, get_args, get_origin, get_type_hints
 
-import yaml
-
 from transformers_moe_offload.build.recipe.origin import Dataset, Origin
 from transformers_moe_offload.errors import RecipeError
-from transformers_moe_offload.untrusted import quoted
+from transformers_moe_offload.untrusted import parse_yaml, quoted
 
 T = TypeVar("T")
 
@@ -44,17 +42,18 @@ class Place:
         if self.folder is None or Path(name).is_absolute():
             return name
         path = self.folder / name
-        return str(path) if path.exists() or name.startswith((".", "~")) else name
+        return str(path) if _exists(path) or name.startswith((".", "~")) else name
 
 
 def load_yaml(path: Path) -> dict[str, Any]:
     """The mapping in a YAML or JSON file."""
     try:
-        values = yaml.load(path.read_text(encoding="utf-8"), Loader=_Loader)
+        text = path.read_text(encoding="utf-8")
     except OSError as error:
         raise RecipeError(f"cannot read {path}: {error.strerror}") from error
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise RecipeError(f"{path} is not YAML: {' '.join(str(error).split())}") from error
+    except UnicodeDecodeError as error:
+        raise RecipeError(f"{path} is not valid YAML: it is not text in UTF-8") from error
+    values = parse_yaml(text, str(path), RecipeError)
     if not isinstance(values, dict):
         raise RecipeError(
             f"{path} holds no recipe but {type(values).__name__}; see the documentation for what one says"
@@ -66,7 +65,7 @@ def expect_known(names: Sequence[Any], known: Sequence[str], place: Place) -> No
     """Refuse the first name that is not known, with the nearest one that is."""
     for name in names:
         if name not in known:
-            near = difflib.get_close_matches(str(name), known, n=1)
+            near = difflib.get_close_matches(name[:100], known, n=1) if isinstance(name, str) else ()
             hint = f"did you mean {near[0]!r}?" if near else f"known are {', '.join(known)}"
             raise place.error(f"unknown key {quoted(name)}; {hint}")
 
@@ -126,7 +125,7 @@ def _value(kind: Any, value: Any, place: Place) -> Any:
 def _from_text(cls: Any, text: str, place: Place) -> Any:
     if cls is Dataset:
         return Dataset(path=place.resolved(text))
-    if place.folder is not None and (place.folder / text).is_dir():
+    if place.folder is not None and _exists(place.folder / text) and (place.folder / text).is_dir():
         return Origin(model=place.resolved(text))
     return _with_paths(cls, vars(Origin.parse(text)), place)
 
@@ -148,16 +147,9 @@ def _checked(place: Place, make: Any, *args: Any) -> Any:
         raise
 
 
-class _Loader(yaml.SafeLoader):
-    """YAML's safe loader, which also refuses a key that is there twice instead of forgetting the first."""
-
-    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
-        """A mapping, each of whose keys is there once."""
-        seen = set()
-        for key, _ in node.value:
-            if key.value in seen:
-                raise yaml.constructor.ConstructorError(
-                    None, None, f"{quoted(key.value)} is there twice", key.start_mark
-                )
-            seen.add(key.value)
-        return super().construct_mapping(node, deep=deep)
+def _exists(path: Path) -> bool:
+    """Whether there is something; not for what no file can be called, such as a name of 300 characters."""
+    try:
+        return path.exists()
+    except (OSError, ValueError):
+        return False

@@ -89,8 +89,8 @@ class MoeRecipe:
         for name in ("experts", "shared_experts"):
             object.__setattr__(self, name, tuple(getattr(self, name)))
         if self.layers is not None:
-            if not self.layers or any(type(layer) is not int or layer < 0 for layer in self.layers):
-                raise RecipeError(f"layers={list(self.layers)} is not a list of layers, counted from 0")
+            if not self.layers or any(type(layer) is not int or not 0 <= layer < 2**31 for layer in self.layers):
+                raise RecipeError(f"layers={quoted(list(self.layers))} is not a list of layers, counted from 0")
             object.__setattr__(self, "layers", tuple(sorted(set(self.layers))))
         self._expect_kind()
         if self.num_experts < self.experts_per_token:
@@ -149,6 +149,8 @@ class MoeRecipe:
 
         Raises `RecipeError` for whatever it does not know. Relative paths are relative to `folder`.
         """
+        if not isinstance(values, Mapping):
+            raise RecipeError(f"{quoted(values)} is no mapping of what a recipe says")
         if is_mergekit(values):
             values = translated(values)
         place = Place(folder=folder)
