@@ -38,7 +38,7 @@ def cases(rng: random.Random) -> Iterator[tuple[str, bytes]]:
         elif kind < 0.7:
             yield "adapter", damaged(rng, json.dumps(_CONFIG).encode(), _TOKENS)
         elif kind < 0.85:
-            yield "card", f"---\n{yaml.safe_dump(mutated(rng, _CARD))}---\n# x\n".encode("utf-8", "replace")
+            yield "card", f"---\n{json.dumps(mutated(rng, _CARD))}\n---\n# x\n".encode("utf-8", "replace")
         else:
             yield "card", damaged(rng, f"---\n{yaml.safe_dump(_CARD)}---\n# x\n".encode(), _TOKENS)
 

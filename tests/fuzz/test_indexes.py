@@ -7,10 +7,12 @@ import random
 import sys
 import tempfile
 from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
 
 from fuzz.fuzzing import expect_no_faults
 from fuzz.mutations import damaged, mutated
+from transformers_moe_offload import CheckpointError
 from transformers_moe_offload.memory.safetensors_index import check_index_file
 from transformers_moe_offload.memory.weight_map import WeightMap
 
@@ -49,7 +51,8 @@ def run(case: bytes) -> None:
         found = WeightMap.read(path, needs_metadata=True)
         for file in found.files.values():
             assert Path(folder) in (Path(folder) / file).resolve().parents
-        check_index_file(path, {})
+        with suppress(CheckpointError):  # there are no files
+            check_index_file(path, {})
 
 
 def test_only_errors_of_ours():

@@ -6,12 +6,13 @@ import json
 import random
 import sys
 from collections.abc import Iterator
+from contextlib import suppress
 from copy import deepcopy
 from typing import Any
 
 from fuzz.fuzzing import expect_no_faults
 from fuzz.mutations import damaged, mutated
-from transformers_moe_offload import OffloadConfig
+from transformers_moe_offload import ConfigError, OffloadConfig
 from transformers_moe_offload.config import HqqFormat
 from transformers_moe_offload.policies import make_policy
 
@@ -48,7 +49,9 @@ def run(case: Any) -> None:
     assert OffloadConfig.make(config.to_json_string(use_diff=False)) == config
     hash(config.formats)
     str(config.formats)
-    config.override(OffloadConfig(experts=HqqFormat(nbits=1)) if config.formats else OffloadConfig())
+    assert config.override(OffloadConfig()).formats == config.formats
+    with suppress(ConfigError):
+        config.override(OffloadConfig(experts=HqqFormat(nbits=1)))
     make_policy(config.policy)
     if config.formats is not None:
         config.formats.check([4] * 8)

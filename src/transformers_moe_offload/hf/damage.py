@@ -23,8 +23,9 @@ from transformers_moe_offload.memory.weight_map import WeightMap
 from transformers_moe_offload.untrusted import json_object, one_line, quoted
 
 HUB_OPTIONS = ("cache_dir", "force_download", "local_files_only", "proxies", "revision", "subfolder", "token")
-_KINDS: Mapping[str, type] = {
-    "model_type": str, "text_config": dict, "quantization_config": dict, "transformers_weights": str,
+_KINDS: Mapping[str, tuple[type, ...]] = {
+    "model_type": (str,), "text_config": (dict,), "quantization_config": (dict,), "transformers_weights": (str,),
+    "auto_map": (dict,), "dtype": (str, dict), "torch_dtype": (str, dict),
 }  # fmt: skip
 """What some entries of a config are, if they are there."""
 _COUNTS = ("num_hidden_layers", "num_layers", "n_layer", "n_layers")
@@ -95,9 +96,13 @@ def _expect_sound(name_or_path: Any, kwargs: Mapping[str, Any], error: Exception
 def _sound_config(path: Path, error: Exception) -> dict[str, Any]:
     """The content of a config that a model can be built from; `error` is what became of it."""
     config = json_object(path)
-    for name, kind in _KINDS.items():
-        if not isinstance(config.get(name), kind | None):
-            raise CheckpointError(f"{path} has {name}={quoted(config[name])}, which is no {kind.__name__}")
+    for name, kinds in _KINDS.items():
+        is_there = config.get(name) is not None or (name == "auto_map" and name in config)
+        if is_there and not isinstance(config[name], kinds):
+            raise CheckpointError(f"{path} has {name}={quoted(config[name])}, which is no {kinds[0].__name__}")
+    weights = config.get("transformers_weights")
+    if weights is not None and not weights.endswith((".safetensors", ".safetensors.index.json")):
+        raise CheckpointError(f"{path} has transformers_weights={quoted(weights)}, which is no file of weights")
     too_large = next((number for number in _numbers(config) if abs(number) >= 2**63), None)
     if too_large is not None:
         raise CheckpointError(f"{path} has the number {quoted(too_large)}, which no model has anything of")

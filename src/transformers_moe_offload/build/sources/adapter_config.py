@@ -54,8 +54,7 @@ class AdapterConfig:
         kind = values["peft_type"]
         if kind != "LORA":
             raise RecipeError(
-                f"{folder.name} is an adapter of kind {kind if isinstance(kind, str) else quoted(kind)}; only LORA is "
-                "merged: merge it with PEFT first"
+                f"{folder.name} is an adapter of kind {quoted(kind)}; only LORA is merged: merge it with PEFT first"
             )
         for name in ("r", "lora_alpha"):
             if isinstance(values.get(name), bool) or not isinstance(values.get(name), int | float):
