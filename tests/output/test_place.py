@@ -3,6 +3,7 @@
 import multiprocessing
 import os
 import signal
+from dataclasses import replace
 
 import pytest
 
@@ -150,3 +151,12 @@ def test_a_change_of_places_that_fails_says_where_the_checkpoint_is(folder, monk
     with pytest.raises(CheckpointError, match=r"complete in .*\.out\.new, but cannot be moved to .*Permission denied"):
         write(folder)
     assert names(folder.parent / ".out.new") == COMPLETE
+
+
+@pytest.mark.parametrize("content", [b"", b"{", b"\xff", b"[" * 100_000, b'{"a": ' + b"9" * 5000 + b"}"])
+def test_a_recipe_that_is_no_json_is_an_error_of_ours(content, folder):
+    folder.mkdir()
+    (folder / MARKS.first).write_bytes(content)
+    with pytest.raises(CheckpointError, match=r"delete .* and start again") as refused:
+        expect_place(folder, replace(MARKS, is_in_place=True))
+    assert len(str(refused.value)) < 700

@@ -20,6 +20,7 @@ from typing import Any
 
 from transformers_moe_offload.errors import CheckpointError
 from transformers_moe_offload.memory.safetensors_writer import PARTIAL, sync_folder, write_text
+from transformers_moe_offload.untrusted import json_file, one_line, quoted
 
 try:
     import fcntl
@@ -259,18 +260,18 @@ def _expect_empty(folder: Path) -> None:
 
 def _read_recipe(folder: Path, marks: Marks) -> Any:
     """What the folder is being written by; None if it does not say."""
-    try:
-        return json.loads((folder / marks.first).read_text(encoding="utf-8"))
-    except FileNotFoundError:
+    if not (folder / marks.first).exists():
         return None
-    except ValueError:
-        raise CheckpointError(f"{folder / marks.first} is not JSON; delete {folder} and start again") from None
+    try:
+        return json_file(folder / marks.first)
+    except CheckpointError as error:
+        raise CheckpointError(f"{error}; delete {folder} and start again") from None
 
 
 def _difference(old: Any, new: Any, name: str = "") -> tuple[str, str, str]:
     """Where two recipes differ first, and how."""
     if isinstance(old, Mapping) and isinstance(new, Mapping):
-        for key in sorted({*old, *new}):
+        for key in sorted({*old, *new}, key=str):
             if old.get(key) != new.get(key):
                 return _difference(old.get(key), new.get(key), f"{name}.{key}" if name else str(key))
-    return name, json.dumps(old), json.dumps(new)
+    return one_line(name), quoted(old), quoted(new)

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 from transformers_moe_offload.build.recipe import Dataset, Expert
 from transformers_moe_offload.errors import RecipeError
-from transformers_moe_offload.untrusted import quoted
+from transformers_moe_offload.untrusted import one_line, parse_json, quoted
 
 _PIECE_CHARACTERS = 16384
 """A text file is handed out in pieces of about this length, so that of a long one only the beginning is read."""
@@ -105,8 +104,9 @@ def _json_lines(path: Path, column: str) -> Iterator[str]:
         with path.open(encoding="utf-8") as stream:
             for number, line in enumerate(stream, 1):
                 if line.strip():
-                    yield _field(json.loads(line), column, f"{path}, line {number}")
-    except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
+                    place = f"{path}, line {number}"
+                    yield _field(parse_json(line, place, RecipeError), column, place)
+    except (OSError, UnicodeDecodeError) as error:
         raise RecipeError(f"cannot read JSON lines from {path}: {error}") from error
 
 
@@ -130,7 +130,7 @@ def _from_datasets(dataset: Dataset) -> Iterator[str]:
 
 def _field(row: object, column: str, place: str) -> str:
     if not isinstance(row, dict) or not isinstance(row.get(column), str):
-        known = ", ".join(map(str, row)) if isinstance(row, dict) else type(row).__name__
+        known = one_line(", ".join(map(str, row))) if isinstance(row, dict) else type(row).__name__
         raise RecipeError(f"{place} has no text in column {quoted(column)} but {known}; set dataset.text")
     text = row[column]
     assert isinstance(text, str)
