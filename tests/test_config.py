@@ -1,5 +1,6 @@
 import json
-from copy import deepcopy
+import pickle
+from copy import copy, deepcopy
 from dataclasses import FrozenInstanceError, fields
 
 import pytest
@@ -120,6 +121,63 @@ def test_a_key_unlike_any_option_is_an_error_that_lists_them():
 def test_a_config_does_not_change_once_it_is_made():
     with pytest.raises(FrozenInstanceError):
         OffloadConfig().policy = "fifo"
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda config: config.__setitem__("cache_budget", "1GiB"),
+        lambda config: config.__setitem__("cache_buget", "1GiB"),
+        lambda config: config.update(cache_budget="1GiB"),
+        lambda config: config.setdefault("policy2", "lru"),
+        lambda config: config.__ior__({"policy": "lfu"}),
+        lambda config: config.__delitem__("policy"),
+        lambda config: config.pop("policy"),
+        lambda config: config.pop("policy", None),
+        lambda config: config.popitem(),
+        lambda config: config.clear(),
+    ],
+)
+def test_the_dictionary_that_a_config_is_does_not_change_either(change):
+    config = OffloadConfig(cache_budget="2GiB")
+    with pytest.raises(ConfigError, match=r"cannot be changed; make another one, with dataclasses\.replace"):
+        change(config)
+    assert dict(config) == config.to_dict()
+    assert config.cache_budget == "2GiB"
+
+
+@pytest.mark.parametrize("copied", [deepcopy, copy, lambda config: pickle.loads(pickle.dumps(config))])
+def test_a_config_is_copied_and_pickled_whole(copied):
+    config = OffloadConfig(cache_budget="2GiB", prefetch=PrefetchConfig(), experts=HqqFormat(nbits=2))
+    made = copied(config)
+    assert made == config
+    assert type(made) is OffloadConfig
+    assert dict(made) == config.to_dict() == json.loads(json.dumps(config))
+    assert config | {"x": 1} == {**config, "x": 1}
+    assert config.pop("_commit_hash", None) is None
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"cache_budget": -(10**5000)}, {"cache_budget": 10**400}, {"cache_budget": "1" * 100_000}, {"a" * 100_000: 1},
+        {"policy": ["x" * 1000] * 1000}, {"io_workers": [10**5000]}, {"mmap": "\ud800"},
+        {"experts": {"nbits": 10**5000}}, {"experts": {"axis": True}}, {"dense": {"optimize": 1}},
+        {"prefetch": {"min_confidence": 10**5000}}, {"prefetch": {"lookahead": {"a": {"b": {"c": ["d"] * 1000}}}}},
+    ],
+)  # fmt: skip
+def test_values_of_any_size_are_refused_on_one_line_that_any_terminal_shows(options):
+    with pytest.raises(ConfigError) as refused:
+        OffloadConfig.make(options)
+    assert len(str(refused.value)) < 500
+    str(refused.value).encode()
+
+
+@pytest.mark.parametrize("text", ['{"a": ' * 100_000, '{"io_workers": ' + "9" * 5000 + "}", "{", '{"a": "\x00'])
+def test_json_on_the_command_line_that_is_none_is_an_error_of_ours(text):
+    with pytest.raises(ConfigError, match="begins like a JSON object and is none: it is not valid JSON") as refused:
+        OffloadConfig.make(text)
+    assert len(str(refused.value)) < 700
 
 
 configs = st.builds(

@@ -1,6 +1,8 @@
 """`ExpertFormats`: which layer and which expert is in which format."""
 
 import json
+import time
+import tracemalloc
 from dataclasses import replace
 
 import pytest
@@ -82,3 +84,41 @@ def test_how_codes_were_found_makes_no_difference_to_a_checkpoint_but_every_bit_
         of(False).override(of(True, meta_nbits=16))
     with pytest.raises(ConfigError, match=r"experts=4-bit.* quantized with experts=None"):
         OffloadConfig(dense=HqqFormat()).override(of(True))
+
+
+class TestKeysThatNobodyCountsOut:
+    """A range may name any number of layers; only a model says how many there are."""
+
+    def test_a_range_of_ten_billion_layers_is_refused_at_once(self):
+        with pytest.raises(ConfigError, match="'0-9999999999', which is not a layer's number"):
+            ExpertFormats(layers={"0-9999999999": None})
+
+    def test_a_range_of_a_billion_layers_takes_no_memory(self):
+        tracemalloc.start()
+        formats = ExpertFormats(layers={"0-999999999": {"nbits": 4}}, hot_experts={"1-999999999": [0, 1]})
+        assert formats.of_layer(7) == HqqFormat(nbits=4)
+        assert formats.hot_of_layer(7) == {0, 1}
+        assert hash(formats) == hash(ExpertFormats.make(formats.plain()))
+        assert formats.num_hot == 2 * 999999999
+        with pytest.raises(ConfigError, match="names sparse layer '0-999999999', but the model has 4, 0 to 3"):
+            formats.check([8] * 4)
+        assert tracemalloc.get_traced_memory()[1] < 2**20
+        tracemalloc.stop()
+
+    def test_thirty_thousand_hot_experts_of_a_layer_are_read_in_no_time(self):
+        start = time.process_time()
+        ExpertFormats(hot_experts={"0": list(range(30_000))})
+        assert time.process_time() - start < 1
+
+    @pytest.mark.parametrize(
+        "key",
+        [pytest.param("9" * 4000, id="long"), "٣", True, 1.0, None, (1,), pytest.param(10**5000, id="huge"), -1, ""],
+    )
+    def test_a_key_that_is_no_layer_is_refused_on_one_line(self, key):
+        with pytest.raises(ConfigError, match="is not a layer's number") as refused:
+            ExpertFormats(layers={key: None})
+        assert len(str(refused.value)) < 300
+
+    def test_a_layer_that_is_named_as_a_number_and_as_text_is_named_twice(self):
+        with pytest.raises(ConfigError, match="names sparse layer 3 twice, in 3 and '3'"):
+            ExpertFormats(layers={3: None, "3": {"nbits": 4}})

@@ -7,6 +7,7 @@ from collections.abc import Callable
 from typing import Generic, TypeVar
 
 from transformers_moe_offload.errors import ConfigError
+from transformers_moe_offload.untrusted import quoted
 
 Item = TypeVar("Item")
 
@@ -23,7 +24,7 @@ class Registry(Generic[Item]):
 
         def add(item: Item) -> Item:
             if name in self._items and not exist_ok:
-                raise ConfigError(f"a {self._family} named {name!r} is already registered; choose another name")
+                raise ConfigError(f"a {self._family} named {quoted(name)} is already registered; choose another name")
             self._items[name] = item
             return item
 
@@ -38,7 +39,7 @@ class Registry(Generic[Item]):
         if name not in self._items:
             near = difflib.get_close_matches(name, self._items, n=1)
             raise ConfigError(
-                f"{self._family}={name!r} is not a known {self._family}; choose one of {self.names()} or register "
-                f"your own{f'; did you mean {near[0]!r}?' if near else ''}"
+                f"{self._family}={quoted(name)} is not a known {self._family}; choose one of {self.names()} or "
+                f"register your own{f'; did you mean {near[0]!r}?' if near else ''}"
             )
         return self._items[name]

@@ -1,5 +1,7 @@
 """What the licences of sources come to."""
 
+import time
+
 import pytest
 
 from transformers_moe_offload.build.licences import Licence, Verdict, judged, licence_of
@@ -118,3 +120,32 @@ def test_a_card_that_does_not_say_or_cannot_be_read_says_nothing(tmp_path, text)
     card.write_text(text, encoding="latin-1")
     assert licence_of("org/model", card).id is None
     assert licence_of("org/model", None).id is None
+
+
+def test_a_card_that_stands_for_a_billion_values_says_nothing_and_takes_no_time(tmp_path):
+    levels = "".join(f"x{n}: &{n} [{', '.join([f'*{n - 1}'] * 9)}]\n" for n in range(1, 9))
+    card = tmp_path / "README.md"
+    card.write_text(
+        f"---\nx0: &0 [a, a, a, a, a, a, a, a, a]\n{levels}license: other\nlicense_name: *8\n---\n# A model\n"
+    )
+    start = time.process_time()
+    assert licence_of("org/a", card) == Licence("org/a", None)
+    assert time.process_time() - start < 1
+
+
+@pytest.mark.parametrize(
+    ("front", "expected"),
+    [
+        ("license: mit\ndate: 2024-99-99", Licence("a", "mit")),
+        ("license: other\nlicense_name: [x]\nlicense_link: 3", Licence("a", "other")),
+        ("license: {a: b}", Licence("a", None)),
+        ("license: mit\nlicense: gpl-3.0", Licence("a", None)),
+        ("- mit", Licence("a", None)),
+        ("license: [mit]", Licence("a", "mit")),
+        ("license: !!set {mit}", Licence("a", None)),
+    ],
+)
+def test_what_a_card_says_is_a_text_or_nothing(front, expected, tmp_path):
+    card = tmp_path / "README.md"
+    card.write_text(f"---\n{front}\n---\n\ntext\n---\n")
+    assert licence_of("a", card) == expected

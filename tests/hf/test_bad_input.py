@@ -15,6 +15,7 @@ from transformers import (
     LlamaConfig,
     LlamaForCausalLM,
     PreTrainedModel,
+    Qwen3MoeForCausalLM,
 )
 
 from stores import cut_short, put_back
@@ -200,6 +201,78 @@ def test_garbage_instead_of_a_header_is_told(own_checkpoint):
     shard.write_bytes(struct.pack("<Q", 20) + b"x" * 200)
     with pytest.raises(CheckpointError, match="no readable safetensors header"):
         load(own_checkpoint)
+
+
+def index_of(**changes):
+    return {"metadata": {}, "weight_map": {"lm_head.weight": "a.safetensors"}} | changes
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (b"", "is not valid JSON: Expecting value"),
+        (b'{"metadata": {}, "weight_map": {"lm_', "is not valid JSON: Unterminated string"),
+        (b'{"\xff": 1}', "it is not text in UTF-8"),
+        (b"[" * 100_000, "is nested too deeply"),
+        (b'{"metadata": ' + b"9" * 5000 + b"}", "is not valid JSON: Exceeds the limit"),
+        ([], "holds no JSON object but a list"),
+        ({"metadata": {}}, "has no readable weight_map but None"),
+        (index_of(weight_map=[]), r"has no readable weight_map but \[\]"),
+        (index_of(weight_map={"lm_head.weight": []}), r"places lm_head.weight in \[\], which is no file inside"),
+        (index_of(weight_map={"lm_head.weight": "a.safetensors", "b": None}), "places b in None, which is no file"),
+        (index_of(metadata=None), "has None for metadata, which is no object"),
+        ({"weight_map": {"lm_head.weight": "a.safetensors"}}, "has None for metadata, which is no object"),
+    ],
+)
+def test_a_damaged_index_is_told_before_transformers_fails_of_it(content, message, own_checkpoint):
+    index = own_checkpoint / "model.safetensors.index.json"
+    index.write_bytes(content if isinstance(content, bytes) else json.dumps(content).encode())
+    for cls in (AutoModelForCausalLM, Qwen3MoeForCausalLM):
+        with pytest.raises(CheckpointError, match=message) as refused:
+            cls.from_pretrained(own_checkpoint, moe_offload=OffloadConfig())
+        assert str(index) in str(refused.value)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        (b"", "is not valid JSON"),
+        (b"[]", "holds no JSON object but a list"),
+        (b"null", "holds no JSON object but a NoneType"),
+        ({"quantization_config": []}, r"has quantization_config=\[\], which is no dict"),
+        ({"quantization_config": 3}, "has quantization_config=3, which is no dict"),
+        ({"quantization_config": {}}, "a quantization_config without the name of a method: its quant_method is None"),
+        ({"quantization_config": {"quant_method": "fp8", "weight_block_size": "x"}}, "weight_block_size must be"),
+        ({"quantization_config": {"quant_method": "moe_offload"}}, "has no moe_offload.safetensors.index.json"),
+        ({"text_config": "x"}, "has text_config='x', which is no dict"),
+        ({"transformers_weights": []}, r"has transformers_weights=\[\], which is no str"),
+        ({"dtype": []}, r"has dtype=\[\], which is no str"),
+        ({"hidden_size": "x"}, "is no Qwen3MoeConfig that can be read: .*'hidden_size' expected int"),
+        ({"num_local_experts": 10**30}, "has the number 1000000000000000000000000000000, which no model"),
+        ({"num_hidden_layers": 10**9}, "says num_hidden_layers=1000000000, but .* an index of [0-9,]+ tensors"),
+    ],
+)
+def test_a_damaged_config_is_told_before_transformers_fails_of_it(changes, message, own_checkpoint):
+    path = own_checkpoint / "config.json"
+    config = json.loads(path.read_text())
+    path.write_bytes(changes if isinstance(changes, bytes) else json.dumps(config | changes).encode())
+    for cls in (AutoModelForCausalLM, Qwen3MoeForCausalLM):
+        with pytest.raises(CheckpointError, match=message):
+            cls.from_pretrained(own_checkpoint, moe_offload=OffloadConfig())
+
+
+def test_without_offloading_transformers_says_what_it_always_did(own_checkpoint):
+    (own_checkpoint / "model.safetensors.index.json").write_text("{}")
+    with pytest.raises(KeyError, match="weight_map"):
+        AutoModelForCausalLM.from_pretrained(own_checkpoint)
+    (own_checkpoint / "config.json").write_text("{")
+    with pytest.raises(OSError, match="not a valid JSON file"):
+        AutoModelForCausalLM.from_pretrained(own_checkpoint)
+
+
+def test_an_error_that_no_file_is_to_blame_for_stays_as_it_is(own_checkpoint):
+    with pytest.raises(TypeError, match="unexpected keyword argument 'no_such_option'"):
+        load(own_checkpoint, no_such_option=1)
 
 
 class TestAFileThatChangesAfterLoading:

@@ -170,7 +170,7 @@ def test_a_tensor_described_in_another_form_is_an_error_that_names_it(path, desc
 
 
 def test_an_unknown_dtype_is_an_error_that_lists_the_known_ones(path):
-    with pytest.raises(CheckpointError, match=r"stores tensor w as F4, which is not one of \['BF16'"):
+    with pytest.raises(CheckpointError, match=r"stores tensor w as 'F4', which is not one of \['BF16'"):
         read_header(write(path, {"w": entry(dtype="F4")}))
 
 

@@ -106,7 +106,7 @@ def _read_vocabulary(path: Path) -> dict[str, int] | None:
         content = json.loads(path.read_text(encoding="utf-8"))
         vocabulary = content["model"]["vocab"]
         added = {token["content"]: token["id"] for token in content.get("added_tokens") or ()}
-    except (OSError, ValueError, KeyError, TypeError):
+    except (OSError, ValueError, KeyError, TypeError, RecursionError):
         return None
     if isinstance(vocabulary, list):  # Unigram: pieces with their scores, in their order
         vocabulary = {piece[0]: number for number, piece in enumerate(vocabulary)}

@@ -10,6 +10,8 @@ from dataclasses import dataclass, replace
 
 from transformers_moe_offload.build.blocks import Block, Part, part_width
 from transformers_moe_offload.build.recipe import Expert, MoeRecipe, Origin
+from transformers_moe_offload.errors import RecipeError
+from transformers_moe_offload.untrusted import quoted
 
 
 @dataclass(frozen=True)
@@ -52,6 +54,27 @@ def origins_of(recipe: MoeRecipe) -> tuple[Origin, ...]:
     """The models that experts are made of, each once; the base model is the first."""
     named = [recipe.base_model, *(expert.source for expert in (*recipe.experts, *recipe.shared_experts))]
     return tuple(dict.fromkeys(origin for origin in named if origin is not None))
+
+
+def expect_possible(recipe: MoeRecipe, width: int) -> None:
+    """Raise `RecipeError` for more copies or parts than anybody makes of a block of so many channels.
+
+    Copies cost nothing until they are written, so that a plan of a billion would fill the memory first. A part has a
+    channel at least, and the largest router of a container of ours chooses from some hundred experts.
+    """
+    limit = max(width, 1024)
+    asked = recipe.split or recipe.upcycle
+    for name in ("num_experts", "granularity"):
+        if getattr(asked, name, 1) > limit:
+            raise RecipeError(
+                f"{recipe.kind}.{name}={quoted(getattr(asked, name))}, but at most {limit:,} experts are made of the "
+                f"base model's blocks, which have {width:,} channels"
+            )
+    if recipe.num_experts > limit:
+        raise RecipeError(
+            f"{recipe.kind} asks for {quoted(recipe.num_experts)} experts, but at most {limit:,} are made of the base "
+            f"model's blocks, which have {width:,} channels; set num_experts or granularity to less"
+        )
 
 
 def mixture_of(recipe: MoeRecipe) -> Mixture:

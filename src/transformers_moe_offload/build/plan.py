@@ -20,7 +20,7 @@ from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, PreTrainedConfig
 from transformers_moe_offload.build.fitting import compare, expect_fitting
 from transformers_moe_offload.build.layout import layout_of
 from transformers_moe_offload.build.licences import Verdict, judged
-from transformers_moe_offload.build.mixture import Mixture, mixture_of
+from transformers_moe_offload.build.mixture import Mixture, expect_possible, mixture_of
 from transformers_moe_offload.build.recipe import MoeRecipe
 from transformers_moe_offload.build.sources import Ancestor, Source
 from transformers_moe_offload.build.targets import Container, Matrix, MoeShape, candidates
@@ -143,6 +143,7 @@ class BuildPlan:
 def plan_build(recipe: MoeRecipe, sources: Sequence[Source], stems: Sequence[Source]) -> BuildPlan:
     """What to write for a recipe, given its models, opened."""
     base, config = sources[0], sources[0].config
+    expect_possible(recipe, _widest(config))
     mixture = mixture_of(recipe)
     num_layers = config.num_hidden_layers
     layers = recipe.layers or tuple(range(num_layers))
@@ -191,6 +192,12 @@ def plan_build(recipe: MoeRecipe, sources: Sequence[Source], stems: Sequence[Sou
             )
         refusals.append(f"{container.name}: {reason}")
     raise RecipeError(f"{base.name} ({config.model_type}) does not fit. {'; '.join(refusals)}")
+
+
+def _widest(config: PreTrainedConfig) -> int:
+    """Channels of a dense model's blocks, by its config: as yet nobody knows which container's names they have."""
+    widths = [getattr(config, name, 0) for name in ("intermediate_size", "hidden_size")]
+    return max(width for width in widths if isinstance(width, int))
 
 
 def _narrowest(base: Source) -> torch.dtype:

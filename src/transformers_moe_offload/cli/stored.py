@@ -6,7 +6,6 @@ where the config cannot tell what weights take, another method having quantized 
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -24,6 +23,8 @@ from transformers_moe_offload.memory.disk import File
 from transformers_moe_offload.memory.file_identity import FileIdentity
 from transformers_moe_offload.memory.record import torch_dtype
 from transformers_moe_offload.memory.safetensors_index import DTYPES, StoredTensor, read_header, read_index
+from transformers_moe_offload.memory.weight_map import WeightMap
+from transformers_moe_offload.untrusted import quoted
 
 _NOWHERE = FileIdentity(nbytes=0, device=0, inode=0, modified_ns=None)
 """Of files that are on the Hub and are not opened."""
@@ -69,15 +70,13 @@ def stored_tensors(name: str, config: Any, origin: Origin) -> Mapping[str, Store
 
 def _read_index(index_path: Path) -> tuple[str, int | None]:
     """The name of the first shard, and the total size if the index gives one."""
-    try:
-        index = json.loads(index_path.read_text())
-        shard = str(min(index["weight_map"].values()))
-        total_bytes = (index.get("metadata") or {}).get("total_size")
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise CheckpointError(f"{index_path} is not a checkpoint index: it has no readable weight_map") from error
+    index = WeightMap.read(index_path)
+    if not index.files:
+        raise CheckpointError(f"{index_path} is not a checkpoint index: its weight_map names no tensor")
+    shard = min(index.files.values())
     if Path(shard).name != shard:
-        raise CheckpointError(f"{index_path} names {shard!r}, which is not a plain file name inside the folder")
-    return shard, int(total_bytes) if total_bytes else None
+        raise CheckpointError(f"{index_path} names {quoted(shard)}, which is not a plain file name inside the folder")
+    return shard, index.total_bytes or None
 
 
 def _header(name: str, file: str, origin: Origin) -> list[StoredTensor]:

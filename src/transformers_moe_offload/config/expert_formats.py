@@ -7,7 +7,7 @@ Everything is named by number, so that a recipe says it all: who is hot was read
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Any
@@ -15,6 +15,7 @@ from typing import Any
 from transformers_moe_offload.config.formats import HqqFormat, make_format, plain_format
 from transformers_moe_offload.config.options import with_options
 from transformers_moe_offload.errors import ConfigError
+from transformers_moe_offload.untrusted import quoted
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -39,22 +40,29 @@ class ExpertFormats:
         object.__setattr__(self, "default", make_format("default", self.default))
         object.__setattr__(self, "hot", make_format("hot", self.hot))
         if not isinstance(self.layers, Mapping):
-            raise ConfigError(f"layers={self.layers!r} is not a dictionary of formats by layer")
-        formats = {str(key): make_format(f"layers[{key!r}]", value) for key, value in self.layers.items()}
+            raise ConfigError(f"layers={quoted(self.layers)} is not a dictionary of formats by layer")
+        _expect_once("layers", self.layers)
+        formats = {
+            _key("layers", key): make_format(f"layers[{quoted(key)}]", value) for key, value in self.layers.items()
+        }
         object.__setattr__(self, "layers", formats)
         if not isinstance(self.hot_experts, Mapping):
-            raise ConfigError(f"hot_experts={self.hot_experts!r} is not a dictionary of numbers of experts by layer")
-        experts = {str(key): _experts(f"hot_experts[{key!r}]", value) for key, value in self.hot_experts.items()}
+            raise ConfigError(
+                f"hot_experts={quoted(self.hot_experts)} is not a dictionary of numbers of experts by layer"
+            )
+        _expect_once("hot_experts", self.hot_experts)
+        experts = {
+            _key("hot_experts", key): _experts(f"hot_experts[{quoted(key)}]", value)
+            for key, value in self.hot_experts.items()
+        }
         object.__setattr__(self, "hot_experts", {key: numbers for key, numbers in experts.items() if numbers})
-        for option in ("layers", "hot_experts"):
-            _expect_once(option, getattr(self, option))
         if self.hot is not None and not self.hot_experts:
             raise ConfigError(
                 f"hot={self.hot}, but hot_experts names no experts; `Trace.hottest` finds those that were used most"
             )
 
     def __hash__(self) -> int:
-        return hash((self.default, tuple(sorted(self._format_of.items())), self.hot, tuple(sorted(self._hot_of))))
+        return hash((self.default, frozenset(self.layers.items()), self.hot, frozenset(self.hot_experts.items())))
 
     def __str__(self) -> str:
         others = "".join(f"; sparse layers {key}: {value or 'as they are'}" for key, value in self.layers.items())
@@ -69,15 +77,15 @@ class ExpertFormats:
     @property
     def num_hot(self) -> int:
         """Experts that `hot_experts` names."""
-        return sum(len(experts) for experts in self._hot_of.values())
+        return sum((layers[-1] - layers[0] + 1) * len(experts) for layers, experts in self._hot_of)
 
     def of_layer(self, number: int) -> HqqFormat | None:
         """The format of a sparse layer's experts, but for the hot ones."""
-        return self._format_of.get(number, self.default)
+        return next((value for layers, value in self._format_of if number in layers), self.default)
 
     def hot_of_layer(self, number: int) -> frozenset[int]:
         """The experts of a sparse layer that are in the format `hot`."""
-        return self._hot_of.get(number, frozenset())
+        return next((experts for layers, experts in self._hot_of if number in layers), frozenset())
 
     def as_stored(self) -> ExpertFormats:
         """The same but for `optimize`, as `HqqFormat.as_stored`."""
@@ -97,13 +105,14 @@ class ExpertFormats:
             for key in getattr(self, option):
                 if _numbers(option, key)[-1] >= num_layers:
                     raise ConfigError(
-                        f"{option} names sparse layer {key!r}, but the model has {num_layers}, 0 to {num_layers - 1}"
+                        f"{option} names sparse layer {quoted(key)}, but the model has {num_layers}, 0 to "
+                        f"{num_layers - 1}"
                     )
-        for layer, experts in self._hot_of.items():
+        for layer, experts in ((layer, experts) for layers, experts in self._hot_of for layer in layers):
             if max(experts) >= num_experts[layer]:
                 raise ConfigError(
-                    f"hot_experts names expert {max(experts)} of sparse layer {layer}, which has {num_experts[layer]}, "
-                    f"0 to {num_experts[layer] - 1}; the trace may be of another model"
+                    f"hot_experts names expert {quoted(max(experts))} of sparse layer {layer}, which has "
+                    f"{num_experts[layer]}, 0 to {num_experts[layer] - 1}; the trace may be of another model"
                 )
 
     def plain(self) -> dict[str, Any]:
@@ -125,46 +134,59 @@ class ExpertFormats:
             if {"default", "layers", "hot", "hot_experts"} & set(value):
                 return with_options(cls, value)
             return cls(default=make_format("experts", value))
-        raise ConfigError(f"experts={value!r} is not an HqqFormat, a dictionary of its fields, or None")
+        raise ConfigError(f"experts={quoted(value)} is not an HqqFormat, a dictionary of its fields, or None")
+
+    # Ranges are never made into single layers: how many a key names is up to whoever wrote it.
 
     @cached_property
-    def _format_of(self) -> dict[int, HqqFormat | None]:
-        return {number: value for key, value in self.layers.items() for number in _numbers("layers", key)}
+    def _format_of(self) -> list[tuple[range, HqqFormat | None]]:
+        return [(_numbers("layers", key), value) for key, value in self.layers.items()]
 
     @cached_property
-    def _hot_of(self) -> dict[int, frozenset[int]]:
-        return {
-            number: frozenset(experts)
-            for key, experts in self.hot_experts.items()
-            for number in _numbers("hot_experts", key)
-        }
+    def _hot_of(self) -> list[tuple[range, frozenset[int]]]:
+        return [(_numbers("hot_experts", key), frozenset(experts)) for key, experts in self.hot_experts.items()]
+
+
+def _key(option: str, key: object) -> str:
+    """A layer's number, or a range of them, as the text that JSON has for it."""
+    if isinstance(key, str):
+        return key
+    if type(key) is int and abs(key) < 10**9:
+        return str(key)
+    raise ConfigError(f"{option} has {quoted(key)}, which is not a layer's number such as '3' or a range such as '0-3'")
 
 
 def _experts(option: str, value: object) -> tuple[int, ...]:
     """Numbers of experts, in order."""
     if not isinstance(value, Sequence) or isinstance(value, str):
-        raise ConfigError(f"{option}={value!r} is not a list of numbers of experts")
+        raise ConfigError(f"{option}={quoted(value)} is not a list of numbers of experts")
+    seen: set[int] = set()
     for number in value:
         if type(number) is not int or number < 0:
-            raise ConfigError(f"{option} has {number!r}, which is not the number of an expert")
-        if value.count(number) > 1:
-            raise ConfigError(f"{option} names expert {number} twice")
-    return tuple(sorted(value))
+            raise ConfigError(f"{option} has {quoted(number)}, which is not the number of an expert")
+        if number in seen:
+            raise ConfigError(f"{option} names expert {quoted(number)} twice")
+        seen.add(number)
+    return tuple(sorted(seen))
 
 
-def _expect_once(option: str, keys: Mapping[str, object]) -> None:
+def _expect_once(option: str, keys: Iterable[object]) -> None:
     """Raise `ConfigError` if two keys name one layer."""
-    seen: dict[int, str] = {}
-    for key in keys:
-        for number in _numbers(option, key):
-            if number in seen:
-                raise ConfigError(f"{option} names sparse layer {number} twice, in {seen[number]!r} and {key!r}")
-            seen[number] = key
+    before = None
+    by_layer = [(_numbers(option, _key(option, key)), key) for key in keys]
+    for layers, key in sorted(by_layer, key=lambda one: (one[0][0], one[0][-1])):
+        if before is not None and layers[0] <= before[0][-1]:
+            raise ConfigError(
+                f"{option} names sparse layer {layers[0]} twice, in {quoted(before[1])} and {quoted(key)}"
+            )
+        before = layers, key
 
 
 def _numbers(option: str, key: str) -> range:
     """The sparse layers that a key names."""
-    match = re.fullmatch(r"(\d+)(?:-(\d+))?", key)
+    match = re.fullmatch(r"([0-9]{1,9})(?:-([0-9]{1,9}))?", key)  # nine digits: no model has that many layers
     if not match or (match[2] and int(match[2]) < int(match[1])):
-        raise ConfigError(f"{option} has {key!r}, which is not a layer's number such as '3' or a range such as '0-3'")
+        raise ConfigError(
+            f"{option} has {quoted(key)}, which is not a layer's number such as '3' or a range such as '0-3'"
+        )
     return range(int(match[1]), int(match[2] or match[1]) + 1)

@@ -13,6 +13,7 @@ from typing import Any
 
 from transformers_moe_offload.config.options import choose, refuse_unknown
 from transformers_moe_offload.errors import ConfigError
+from transformers_moe_offload.untrusted import quoted
 
 NBITS = (8, 4, 3, 2, 1)
 GROUP_SIZES = (16, 32, 64, 128)
@@ -42,12 +43,14 @@ class HqqFormat:
     optimize: bool = True
 
     def __post_init__(self) -> None:
-        for name, choices in (("nbits", NBITS), ("group_size", GROUP_SIZES), ("meta_nbits", META_NBITS)):
+        for name, choices in (
+            ("nbits", NBITS), ("group_size", GROUP_SIZES), ("meta_nbits", META_NBITS), ("axis", (1, 0)),
+        ):  # fmt: skip
             if type(getattr(self, name)) is not int:  # True and 4.0 equal integers, and are none
-                raise ConfigError(f"{name}={getattr(self, name)!r} is not one of {list(choices)}")
+                raise ConfigError(f"{name}={quoted(getattr(self, name))} is not one of {list(choices)}")
             choose(name, getattr(self, name), choices)
-        choose("axis", self.axis, (1, 0))
-        choose("optimize", self.optimize, (True, False))
+        if not isinstance(self.optimize, bool):
+            raise ConfigError(f"optimize={quoted(self.optimize)} is not True or False")
 
     @property
     def bits_per_weight(self) -> float:
@@ -66,9 +69,9 @@ class HqqFormat:
     @classmethod
     def parse(cls, text: str) -> HqqFormat:
         """Read `4x64` (bits x group size), as the command line writes a format; `4x64m16` asks for 16-bit meta."""
-        match = re.fullmatch(r"(\d+)x(\d+)(?:m(\d+))?", text.strip().lower())
+        match = re.fullmatch(r"([0-9]{1,4})x([0-9]{1,4})(?:m([0-9]{1,4}))?", text.strip().lower())
         if not match:
-            raise ConfigError(f"{text!r} is not a format; write bits and group size such as 4x64, or 4x64m16")
+            raise ConfigError(f"{quoted(text)} is not a format; write bits and group size such as 4x64, or 4x64m16")
         return cls(nbits=int(match[1]), group_size=int(match[2]), meta_nbits=int(match[3] or cls.meta_nbits))
 
 
@@ -84,4 +87,4 @@ def make_format(option: str, value: object) -> HqqFormat | None:
     if isinstance(value, Mapping):
         refuse_unknown("HqqFormat", value, [f.name for f in fields(HqqFormat)])
         return HqqFormat(**value)
-    raise ConfigError(f"{option}={value!r} is not an HqqFormat, a dictionary of its fields, or None")
+    raise ConfigError(f"{option}={quoted(value)} is not an HqqFormat, a dictionary of its fields, or None")

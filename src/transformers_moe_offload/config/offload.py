@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields
+from functools import partial
 from typing import Any, ClassVar, Literal, get_args
 
 from transformers_moe_offload.config.budget import Budget
@@ -17,6 +18,7 @@ from transformers_moe_offload.config.formats import HqqFormat, make_format
 from transformers_moe_offload.config.options import choose, parsed, with_options
 from transformers_moe_offload.config.prefetch import PrefetchConfig
 from transformers_moe_offload.errors import ConfigError
+from transformers_moe_offload.untrusted import one_line, quoted
 
 Arithmetic = Literal["fast", "exact", "int8"]
 Misses = Literal["auto", "fetch", "compute"]
@@ -96,23 +98,41 @@ class OffloadConfig(dict[str, Any]):
             object.__setattr__(self, "experts", ExpertFormats.make(self.experts))
         object.__setattr__(self, "dense", make_format("dense", self.dense))
         if not isinstance(self.policy, str):
-            raise ConfigError(f"policy={self.policy!r} is not the name of a policy; register yours and pass its name")
+            raise ConfigError(
+                f"policy={quoted(self.policy)} is not the name of a policy; register yours and pass its name"
+            )
         choose("misses", self.misses, get_args(Misses))
         choose("decode", self.decode, get_args(Decode))
         choose("arithmetic", self.arithmetic, get_args(Arithmetic))
         if self.io_workers is not None and (type(self.io_workers) is not int or self.io_workers < 1):
-            raise ConfigError(f"io_workers={self.io_workers!r} is not a positive number of threads")
+            raise ConfigError(f"io_workers={quoted(self.io_workers)} is not a positive number of threads")
         for name in ("pin_memory", "mmap", "direct_io"):
             value = getattr(self, name)
             if not isinstance(value, bool) and value != "auto":
-                raise ConfigError(f"{name}={value!r} is not one of True, False, 'auto'")
+                raise ConfigError(f"{name}={quoted(value)} is not one of True, False, 'auto'")
         if isinstance(self.prefetch, Mapping):
             object.__setattr__(self, "prefetch", with_options(PrefetchConfig, self.prefetch))
         if self.prefetch is not None and not isinstance(self.prefetch, PrefetchConfig):
             raise ConfigError(
-                f"prefetch={self.prefetch!r} is not a PrefetchConfig, a dictionary of its fields, or None"
+                f"prefetch={quoted(self.prefetch)} is not a PrefetchConfig, a dictionary of its fields, or None"
             )
-        self.update(self.to_dict())
+        super().update(self.to_dict())
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        # Copies and pickles are made anew: filling a dictionary entry by entry would be changing it.
+        return partial(type(self), **{f.name: getattr(self, f.name) for f in fields(self)}), ()
+
+    def _is_frozen(self, *args: Any, **kwargs: Any) -> Any:
+        raise ConfigError(
+            "an OffloadConfig cannot be changed; make another one, with dataclasses.replace(config, cache_budget=...)"
+        )
+
+    __setitem__ = __delitem__ = __ior__ = _is_frozen
+    update = setdefault = popitem = clear = _is_frozen
+
+    def pop(self, key: str, *default: Any) -> Any:
+        """What a dictionary's does for a key that is not there, of which Transformers asks for many."""
+        return self._is_frozen() if key in self or not default else default[0]
 
     @property
     def formats(self) -> ExpertFormats | None:
@@ -141,8 +161,9 @@ class OffloadConfig(dict[str, Any]):
         for name, asked, stored in (("experts", given.formats, self.formats), ("dense", given.dense, self.dense)):
             if asked is not None and (stored is None or asked.as_stored() != stored.as_stored()):
                 raise ConfigError(
-                    f"{name}={getattr(given, name)} was asked for, but the checkpoint was quantized with "
-                    f"{name}={getattr(self, name)}; leave {name} out, or quantize the original checkpoint again"
+                    f"{name}={one_line(getattr(given, name))} was asked for, but the checkpoint was quantized with "
+                    f"{name}={one_line(getattr(self, name))}; leave {name} out, or quantize the original checkpoint "
+                    "again"
                 )
         made: OffloadConfig = self.from_dict(given.to_dict() | self.recipe())
         return made
@@ -165,8 +186,8 @@ class OffloadConfig(dict[str, Any]):
             made: OffloadConfig = cls.from_dict(dict(value))
             return made
         raise ConfigError(
-            f"moe_offload={value!r} is not an OffloadConfig, a dictionary of its fields (or one in JSON), 'auto', "
-            f"True, False or None"
+            f"moe_offload={quoted(value)} is not an OffloadConfig, a dictionary of its fields (or one in JSON), "
+            "'auto', True, False or None"
         )
 
     # What Transformers calls on a quantization config.
@@ -177,8 +198,8 @@ class OffloadConfig(dict[str, Any]):
         version = config_dict.get("version", RECIPE_VERSION)
         if version != RECIPE_VERSION:
             raise ConfigError(
-                f"the checkpoint's recipe has version {version!r}, and this version of transformers-moe-offload reads "
-                f"version {RECIPE_VERSION}; upgrade the package"
+                f"the checkpoint's recipe has version {quoted(version)}, and this version of transformers-moe-offload "
+                f"reads version {RECIPE_VERSION}; upgrade the package"
             )
         options = {key: value for key, value in config_dict.items() if key not in ("quant_method", "version")}
         config = with_options(cls, options)

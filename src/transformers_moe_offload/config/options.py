@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import difflib
-import json
 from collections.abc import Iterable, Mapping
 from dataclasses import fields
 from typing import Any, TypeVar
 
 from transformers_moe_offload.errors import ConfigError
+from transformers_moe_offload.untrusted import parse_json, quoted
 
 Config = TypeVar("Config")
 
@@ -23,9 +23,9 @@ def refuse_unknown(owner: str, options: Iterable[str], known: list[str]) -> None
     """Raise `ConfigError` for the first option that is not known, with the nearest one that is."""
     for key in options:
         if key not in known:
-            near = difflib.get_close_matches(str(key), known, n=1)
+            near = difflib.get_close_matches(key[:100], known, n=1) if isinstance(key, str) else ()
             hint = f"did you mean {near[0]!r}?" if near else f"options are {', '.join(known) or 'none at all'}"
-            raise ConfigError(f"{owner} has no option {key!r}; {hint}")
+            raise ConfigError(f"{owner} has no option {quoted(key)}; {hint}")
 
 
 def parsed(option: str, text: str) -> Any:
@@ -37,15 +37,15 @@ def parsed(option: str, text: str) -> Any:
     if not stripped.startswith("{"):
         return stripped
     try:
-        return json.loads(stripped)
-    except json.JSONDecodeError as error:
+        return parse_json(stripped, "it", ConfigError)
+    except ConfigError as error:
         raise ConfigError(
-            f"{option}={text!r} begins like a JSON object and is none: {error}. Names and strings need double quotes, "
-            f"and the shell must leave them alone"
+            f"{option}={quoted(text)} begins like a JSON object and is none: {error}. Names and strings need double "
+            "quotes, and the shell must leave them alone"
         ) from error
 
 
 def choose(option: str, value: object, choices: tuple[Any, ...]) -> None:
     """Refuse a value that is not one of the choices."""
     if value not in choices:
-        raise ConfigError(f"{option}={value!r} is not one of {list(choices)}")
+        raise ConfigError(f"{option}={quoted(value)} is not one of {list(choices)}")

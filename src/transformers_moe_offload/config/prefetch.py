@@ -6,6 +6,7 @@ from dataclasses import dataclass
 
 from transformers_moe_offload.config.budget import Budget
 from transformers_moe_offload.errors import ConfigError
+from transformers_moe_offload.untrusted import quoted
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -32,17 +33,19 @@ class PrefetchConfig:
 
     def __post_init__(self) -> None:
         if not isinstance(self.predictor, str):
-            raise ConfigError(f"predictor={self.predictor!r} is not the name of a predictor; register yours first")
+            raise ConfigError(
+                f"predictor={quoted(self.predictor)} is not the name of a predictor; register yours first"
+            )
         if type(self.lookahead) is not int or not 1 <= self.lookahead <= 4:
-            raise ConfigError(f"lookahead={self.lookahead!r} is not a number of sparse layers from 1 to 4")
+            raise ConfigError(f"lookahead={quoted(self.lookahead)} is not a number of sparse layers from 1 to 4")
         if isinstance(self.min_confidence, bool) or not isinstance(self.min_confidence, int | float):
-            raise ConfigError(f"min_confidence={self.min_confidence!r} is not a number from 0 to 1")
+            raise ConfigError(f"min_confidence={quoted(self.min_confidence)} is not a number from 0 to 1")
         if not 0 <= self.min_confidence <= 1:
-            raise ConfigError(f"min_confidence={self.min_confidence!r} is not from 0 to 1")
+            raise ConfigError(f"min_confidence={quoted(self.min_confidence)} is not from 0 to 1")
         if self.max_bytes is not None and Budget.parse(self.max_bytes, "max_bytes").nbytes is None:
-            raise ConfigError(f"max_bytes={self.max_bytes!r} is not a size such as '64MiB', or None")
+            raise ConfigError(f"max_bytes={quoted(self.max_bytes)} is not a size such as '64MiB', or None")
         if not isinstance(self.adaptive, bool):
-            raise ConfigError(f"adaptive={self.adaptive!r} is not True or False")
+            raise ConfigError(f"adaptive={quoted(self.adaptive)} is not True or False")
 
     @property
     def max_nbytes(self) -> int | None:

@@ -1,10 +1,12 @@
 """Register with Transformers, and take it back.
 
-Two entries in Transformers' own tables, a few that stand in front of its own, and two patches.
+Two entries in Transformers' own tables, a few that stand in front of its own, and three patches.
 `PreTrainedModel.from_pretrained` learns the keyword `moe_offload`; the Auto classes pass unknown keywords on to it, so
 nothing else needs to be touched. This patch can go when Transformers lets a registered quantization method add keywords
-of its own. `PreTrainedModel.save_pretrained` writes models with quantized weights in a format of ours, and others with
-the weights that it is given; this one can go when a quantization method may write files, and sees these weights.
+of its own. `AutoConfig.from_pretrained`, which comes before, names a config that is damaged once it has failed
+(`hf/damage.py`); this one can go when Transformers does. `PreTrainedModel.save_pretrained` writes models with quantized
+weights in a format of ours, and others with the weights that it is given; this one can go when a quantization method
+may write files, and sees these weights.
 """
 
 from __future__ import annotations
@@ -16,12 +18,13 @@ from pathlib import Path
 from typing import Any
 
 from safetensors import SafetensorError
-from transformers import PretrainedConfig, PreTrainedModel
+from transformers import AutoConfig, PretrainedConfig, PreTrainedModel
 
 from transformers_moe_offload.config import OffloadConfig
 from transformers_moe_offload.errors import CheckpointError, ConfigError
 from transformers_moe_offload.hf.adapters.register import uninstall_adapters
 from transformers_moe_offload.hf.arguments import refuse_on_load, refuse_on_save
+from transformers_moe_offload.hf.damage import HUB_OPTIONS, expect_layers, explaining
 from transformers_moe_offload.hf.delegates.methods import DELEGATED, refusal
 from transformers_moe_offload.hf.delegates.quantizer import delegating
 from transformers_moe_offload.hf.quantizer import MoeOffloadQuantizer, asked_for, to_save
@@ -37,8 +40,6 @@ from transformers_moe_offload.hf.upstream import (
     warn_if_untested,
 )
 
-_HUB_OPTIONS = ("cache_dir", "force_download", "local_files_only", "proxies", "revision", "subfolder", "token")
-
 
 def install() -> None:
     """Make `moe_offload=` known to every `from_pretrained`. Importing the package does it; twice does no harm.
@@ -52,6 +53,9 @@ def install() -> None:
     for method in _delegated():
         if not _is_ours(AUTO_QUANTIZER_MAPPING[method]):
             AUTO_QUANTIZER_MAPPING[method] = delegating(AUTO_QUANTIZER_MAPPING[method])
+    auto = AutoConfig.__dict__["from_pretrained"].__func__
+    if not _is_ours(auto):
+        AutoConfig.from_pretrained = classmethod(_naming_damage(auto))
     plain = PreTrainedModel.__dict__["from_pretrained"].__func__
     if not _is_ours(plain):
         PreTrainedModel.from_pretrained = classmethod(_accepting_moe_offload(plain))
@@ -67,6 +71,9 @@ def uninstall() -> None:
         if _is_ours(AUTO_QUANTIZER_MAPPING[method]):
             AUTO_QUANTIZER_MAPPING[method] = AUTO_QUANTIZER_MAPPING[method].__wrapped__
     uninstall_adapters()
+    auto = AutoConfig.__dict__["from_pretrained"].__func__
+    if _is_ours(auto):
+        AutoConfig.from_pretrained = classmethod(auto.__wrapped__)
     current = PreTrainedModel.__dict__["from_pretrained"].__func__
     if _is_ours(current):
         PreTrainedModel.from_pretrained = classmethod(current.__wrapped__)
@@ -83,10 +90,18 @@ def _is_ours(method: Any) -> bool:
     return getattr(method, "_is_of_moe_offload", False)
 
 
+def _naming_damage(plain: Any) -> Any:
+    """Wrap `AutoConfig.from_pretrained`, to which the Auto classes hand the keywords they were given."""
+    from_pretrained = explaining(plain)
+    from_pretrained._is_of_moe_offload = True
+    return from_pretrained
+
+
 def _accepting_moe_offload(plain: Any) -> Any:
     """Wrap `from_pretrained` so that `moe_offload=` becomes a quantization config."""
 
     @functools.wraps(plain)
+    @explaining
     def from_pretrained(cls: Any, pretrained_model_name_or_path: Any, *model_args: Any, **kwargs: Any) -> Any:
         config = OffloadConfig.make(kwargs.pop("moe_offload", None))
         given = kwargs.get("quantization_config") or _take_out_of_config(kwargs)
@@ -185,8 +200,9 @@ def _stored_quantization(name_or_path: Any, kwargs: dict[str, Any]) -> dict[str,
     elif name_or_path is None:
         return None
     else:
-        options = {name: kwargs[name] for name in _HUB_OPTIONS if name in kwargs}
+        options = {name: kwargs[name] for name in HUB_OPTIONS if name in kwargs}
         config = PretrainedConfig.get_config_dict(config or name_or_path, **options)[0]
+    expect_layers(name_or_path, kwargs, config)
     found = config.get("quantization_config") or (config.get("text_config") or {}).get("quantization_config")
     return found or None
 

@@ -15,7 +15,7 @@ from typing import Any
 
 from transformers_moe_offload.config import ExpertFormats
 from transformers_moe_offload.errors import CheckpointError
-from transformers_moe_offload.expert import ExpertSpec, FieldSpec
+from transformers_moe_offload.expert import ITEMSIZE, ExpertSpec, FieldSpec
 from transformers_moe_offload.hf.checkpoint import Checkpoint
 from transformers_moe_offload.hf.codings import codings_of
 from transformers_moe_offload.hf.layer import SparseLayer
@@ -24,6 +24,7 @@ from transformers_moe_offload.memory.expert_source import RecordedExpert
 from transformers_moe_offload.memory.field_source import read_stored
 from transformers_moe_offload.memory.record import RecordLayout, dtype_name
 from transformers_moe_offload.memory.safetensors_index import StoredTensor, read_metadata
+from transformers_moe_offload.untrusted import parse_json
 
 RECORDS, HOT_RECORDS, CHECKSUMS = "records", "hot_records", "checksums"
 
@@ -83,8 +84,7 @@ def _locate(model: Any, layer: SparseLayer, checkpoint: Checkpoint, formats: Exp
         experts = [expert for expert in range(layer.num_experts) if (expert in codings.hot_experts) == is_hot]
         stack = Stack.of(f"{path}.{name}", len(experts), coding.stored)
         rows |= dict(zip(experts, _rows(stack, len(experts), checkpoint.tensors, held), strict=True))
-    checksums = checkpoint.tensors.get(f"{path}.{CHECKSUMS}")
-    sums = [None] * layer.num_experts if checksums is None else read_stored(checksums).tolist()
+    sums = _checksums(path, layer.num_experts, checkpoint.tensors)
     spec = ExpertSpec(layer.index, layer.name, layer.num_experts, plain)
     stored_experts = tuple(RecordedExpert(rows[expert], sums[expert]) for expert in range(layer.num_experts))
     return LayerSource(spec, stored_experts, codings=codings).cast(loaded[0].dtype)
@@ -129,9 +129,28 @@ def _stored_path(model: Any, layer: SparseLayer, tensors: Mapping[str, StoredTen
 
 def _fields_of(stack: StoredTensor) -> tuple[FieldSpec, ...]:
     try:
-        fields = json.loads(read_metadata(stack.file.path)[stack.name])
-        return tuple(FieldSpec(name, tuple(shape), dtype) for name, shape, dtype in fields)
-    except (KeyError, ValueError, TypeError) as error:
+        described = parse_json(read_metadata(stack.file.path)[stack.name], stack.name)
+        fields = tuple(FieldSpec(name, tuple(shape), dtype) for name, shape, dtype in described)
+        sizes = [size for field in fields for size in field.shape]
+        is_known = all(field.dtype in ITEMSIZE for field in fields) and all(type(size) is int for size in sizes)
+    except (KeyError, ValueError, TypeError, CheckpointError):
+        is_known = False
+    if not is_known:
         raise CheckpointError(
             f"{stack.file.path} does not say what the records in {stack.name} are made of; quantize the original again"
-        ) from error
+        )
+    return fields
+
+
+def _checksums(path: str, num_experts: int, tensors: Mapping[str, StoredTensor]) -> list[int] | list[None]:
+    """Of every record, by expert."""
+    found = tensors.get(f"{path}.{CHECKSUMS}")
+    if found is None:
+        return [None] * num_experts
+    if (found.dtype, found.shape) != ("int64", (num_experts,)):
+        raise CheckpointError(
+            f"{found.file.path} has {found.name} in {found.dtype} of shape {list(found.shape)}, but {num_experts} "
+            f"experts have as many checksums in int64; its files do not belong together"
+        )
+    sums: list[int] = read_stored(found).tolist()
+    return sums

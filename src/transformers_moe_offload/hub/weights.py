@@ -6,7 +6,6 @@ said after seconds, and of a model whose blocks alone are wanted the other files
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
@@ -21,6 +20,7 @@ from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME
 from transformers_moe_offload.errors import CheckpointError
 from transformers_moe_offload.expert import FieldSpec
 from transformers_moe_offload.memory.safetensors_index import DTYPES, read_header
+from transformers_moe_offload.memory.weight_map import WeightMap
 
 _PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt")
 _CONNECTION_FAILED: Any = HfHubHTTPError.__bases__[0]
@@ -95,14 +95,7 @@ class HubWeights:
 
 def shards_of(index: Path) -> list[str]:
     """The files that an index names; it was written by somebody else, so none of them may lead out of the folder."""
-    try:
-        shards = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise CheckpointError(f"{index} is not a checkpoint index: it has no readable weight_map") from error
-    for shard in shards:
-        if not isinstance(shard, str) or Path(shard).is_absolute() or ".." in Path(shard).parts:
-            raise CheckpointError(f"{index} names {shard!r}; refusing to read outside of {index.parent}")
-    return shards
+    return sorted(set(WeightMap.read(index).files.values()))
 
 
 def without_safetensors(name: str, files: Iterable[str]) -> CheckpointError:

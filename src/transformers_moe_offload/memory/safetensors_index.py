@@ -5,20 +5,20 @@ Format: https://github.com/huggingface/safetensors#format (8 bytes of little-end
 
 from __future__ import annotations
 
-import json
 import struct
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from itertools import pairwise
 from math import prod
-from operator import index
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeGuard
 
 from transformers_moe_offload.errors import CheckpointError
 from transformers_moe_offload.expert import ITEMSIZE
 from transformers_moe_offload.memory.disk import File
 from transformers_moe_offload.memory.file_identity import FileIdentity
+from transformers_moe_offload.memory.weight_map import WeightMap
+from transformers_moe_offload.untrusted import one_line, parse_json, quoted
 
 DTYPES = {
     "F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat16",
@@ -29,6 +29,7 @@ DTYPES = {
 """What a header calls each dtype -> what torch calls it."""
 
 _MAX_HEADER_BYTES = 100_000_000  # the limit of the safetensors library itself
+_MAX_DIMENSIONS = 64  # of torch's tensors
 
 
 @dataclass(frozen=True)
@@ -62,7 +63,7 @@ def read_index(paths: Iterable[Path]) -> dict[str, StoredTensor]:
         for tensor in read_header(path):
             if tensor.name in tensors:
                 raise CheckpointError(
-                    f"tensor {tensor.name} is stored twice, in {tensors[tensor.name].file.path} and in {path}"
+                    f"tensor {one_line(tensor.name)} is stored twice, in {tensors[tensor.name].file.path} and in {path}"
                 )
             tensors[tensor.name] = tensor
     return tensors
@@ -83,7 +84,8 @@ def read_header(path: Path) -> list[StoredTensor]:
     for before, after in pairwise(by_place):
         if before.offset + before.nbytes > after.offset:
             raise CheckpointError(
-                f"{path} has tensor {after.name} begin at byte {after.offset:,}, but tensor {before.name} ends "
+                f"{path} has tensor {one_line(after.name)} begin at byte {after.offset:,}, but tensor "
+                f"{one_line(before.name)} ends "
                 f"at byte {before.offset + before.nbytes:,}: download it again"
             )
     return tensors
@@ -93,7 +95,7 @@ def _read_json(path: Path) -> tuple[dict[str, Any], int, FileIdentity]:
     """A file's header, where its data begin, and what is read here."""
     if path.suffix != ".safetensors":
         raise CheckpointError(
-            f"{path} is not a safetensors file; experts are read in place from safetensors only, "
+            f"{one_line(path)} is not a safetensors file; experts are read in place from safetensors only, "
             f"so convert the checkpoint first (load it without offloading and call save_pretrained)"
         )
     try:
@@ -106,11 +108,15 @@ def _read_json(path: Path) -> tuple[dict[str, Any], int, FileIdentity]:
                     f"{path} has {nbytes:,} bytes, fewer than its header of {header_bytes:,} bytes; "
                     f"the file is truncated or not a safetensors file: download it again"
                 )
-            header = json.loads(stream.read(header_bytes))
+            content = stream.read(header_bytes)
     except OSError as error:
-        raise CheckpointError(f"cannot read {path}: {error.strerror}") from error
-    except (struct.error, ValueError, RecursionError) as error:
-        raise CheckpointError(f"{path} has no readable safetensors header: download it again") from error
+        raise CheckpointError(f"cannot read {one_line(path)}: {error.strerror}") from error
+    except (struct.error, ValueError) as error:
+        raise CheckpointError(f"{one_line(path)} has no readable safetensors header: download it again") from error
+    try:
+        header = parse_json(content, "it")
+    except CheckpointError as error:
+        raise CheckpointError(f"{path} has no readable safetensors header ({error}): download it again") from error
     if not isinstance(header, dict):
         raise CheckpointError(f"{path} has a safetensors header that is not a JSON object: download it again")
     return header, 8 + header_bytes, identity
@@ -118,45 +124,44 @@ def _read_json(path: Path) -> tuple[dict[str, Any], int, FileIdentity]:
 
 def check_index_file(index_path: Path, tensors: Mapping[str, StoredTensor]) -> None:
     """Compare a `*.safetensors.index.json` with what the shards really hold."""
-    try:
-        weight_map = json.loads(index_path.read_text())["weight_map"]
-        names = dict(weight_map)
-    except OSError as error:
-        raise CheckpointError(f"cannot read {index_path}: {error.strerror}") from error
-    except (ValueError, KeyError, TypeError) as error:
-        raise CheckpointError(f"{index_path} is not a checkpoint index: it has no readable weight_map") from error
-    for name, shard in names.items():
-        if not isinstance(shard, str) or Path(shard).is_absolute() or ".." in Path(shard).parts:
-            raise CheckpointError(
-                f"{index_path} places {name} in {shard!r}, which is not inside its folder; "
-                f"refusing to read outside of {index_path.parent}"
-            )
+    for name, shard in WeightMap.read(index_path).files.items():
         stored = tensors.get(name)
         if stored is None or stored.file.path != (index_path.parent / shard).absolute():
             raise CheckpointError(
-                f"{index_path} places {name} in {shard}, but that file does not hold it; "
+                f"{index_path} places {one_line(name)} in {one_line(shard)}, but that file does not hold it; "
                 f"the shard is incomplete or belongs to another checkpoint: download it again"
             )
 
 
 def _checked(name: str, entry: Any, file: File, data_start: int) -> StoredTensor:
     """One header entry as a `StoredTensor`, its range inside the file and as long as its shape says."""
-    try:
-        start, end = (index(n) for n in entry["data_offsets"])
-        shape = tuple(index(n) for n in entry["shape"])
-        dtype = entry["dtype"]
-    except (KeyError, TypeError, ValueError) as error:
-        raise CheckpointError(f"{file.path} describes tensor {name} in a way that cannot be read") from error
-    if dtype not in list(DTYPES):  # a list, for what cannot be hashed
-        raise CheckpointError(f"{file.path} stores tensor {name} as {dtype}, which is not one of {sorted(DTYPES)}")
-    tensor = StoredTensor(name, file, data_start + start, DTYPES[dtype], shape)
-    if min((start, *shape), default=0) < 0 or end - start != tensor.nbytes:
+    described: dict[str, Any] = entry if isinstance(entry, dict) else {}
+    offsets, shape, dtype = described.get("data_offsets"), described.get("shape"), described.get("dtype")
+    if not (_is_sizes(offsets) and _is_sizes(shape) and len(offsets) == 2):
+        raise CheckpointError(f"{file.path} describes tensor {one_line(name)} in a way that cannot be read")
+    if not isinstance(dtype, str) or dtype not in DTYPES:
         raise CheckpointError(
-            f"{file.path} gives tensor {name} {end - start:,} bytes, but {dtype} {list(shape)} takes {tensor.nbytes:,}"
+            f"{file.path} stores tensor {one_line(name)} as {quoted(dtype)}, which is not one of {sorted(DTYPES)}"
+        )
+    start, end = offsets
+    tensor = StoredTensor(name, file, data_start + start, DTYPES[dtype], tuple(shape))
+    if end - start != tensor.nbytes:
+        raise CheckpointError(
+            f"{file.path} gives tensor {one_line(name)} {end - start:,} bytes, but {dtype} {quoted(shape)} takes "
+            f"{f'{tensor.nbytes:,}' if tensor.nbytes < 2**63 else 'more than any file has'}"
         )
     if data_start + end > file.nbytes:
         raise CheckpointError(
-            f"{file.path} has {file.nbytes:,} bytes, but tensor {name} reaches to byte {data_start + end:,}; "
+            f"{file.path} has {file.nbytes:,} bytes, but tensor {one_line(name)} reaches to byte {data_start + end:,}; "
             f"the file is truncated: download it again"
         )
     return tensor
+
+
+def _is_sizes(numbers: Any) -> TypeGuard[list[int]]:
+    """Whether these are whole numbers that sizes or offsets can be."""
+    return (
+        isinstance(numbers, list)
+        and len(numbers) <= _MAX_DIMENSIONS
+        and all(type(number) is int and 0 <= number < 2**63 for number in numbers)
+    )

@@ -23,6 +23,7 @@ from typing import Any
 
 from transformers_moe_offload.errors import CheckpointError
 from transformers_moe_offload.memory.safetensors_writer import PARTIAL, sync_folder, write_text
+from transformers_moe_offload.untrusted import json_file, one_line, quoted
 
 try:
     import fcntl
@@ -312,25 +313,18 @@ def _expect_empty(folder: Path, marks: Marks) -> None:
 
 def _read_recipe(folder: Path, marks: Marks) -> Any:
     """What the folder is being written by; None if it does not say."""
-    try:
-        return json.loads((folder / marks.first).read_text(encoding="utf-8"))
-    except FileNotFoundError:
+    if not (folder / marks.first).exists():
         return None
-    except (ValueError, RecursionError):  # RecursionError: nested too deeply
-        raise CheckpointError(f"{folder / marks.first} is not JSON; delete {folder} and start again") from None
-    except OSError as error:
-        raise CheckpointError(f"cannot read {folder / marks.first}: {error.strerror}") from error
+    try:
+        return json_file(folder / marks.first)
+    except CheckpointError as error:
+        raise CheckpointError(f"{error}; delete {folder} and start again") from None
 
 
 def _difference(old: Any, new: Any, name: str = "") -> tuple[str, str, str]:
     """Where two recipes differ first, and how."""
     if isinstance(old, Mapping) and isinstance(new, Mapping):
-        for key in sorted({*old, *new}):
+        for key in sorted({*old, *new}, key=str):
             if old.get(key) != new.get(key):
                 return _difference(old.get(key), new.get(key), f"{name}.{key}" if name else str(key))
-    return name, _line(json.dumps(old)), _line(json.dumps(new))
-
-
-def _line(text: str) -> str:
-    """No more of a text than a message can quote; what is in a folder may be anything."""
-    return text if len(text) <= 200 else f"{text[:200]}..."
+    return one_line(name), quoted(old), quoted(new)

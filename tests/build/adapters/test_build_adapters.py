@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from peft import LoraConfig, PeftModel, get_peft_model
 from peft.tuners.lora import ArrowConfig, create_arrow_model
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
@@ -219,6 +220,64 @@ def test_an_adapter_of_another_model_is_refused(dense, tmp_path):
     save_file({name.replace("layers.1", "layers.7"): value for name, value in load_file(weights).items()}, weights)
     with pytest.raises(Exception, match=r"layers\.7"):
         build_adapter_moe(recipe(dense, [folder], experts_per_token=1), tmp_path / "mixture")
+
+
+@pytest.fixture(scope="module")
+def untied(tmp_path_factory) -> Path:
+    model = dense_model()
+    model.config.tie_word_embeddings = False
+    model.lm_head.weight = torch.nn.Parameter(model.lm_head.weight.detach().clone() * 0.5)
+    return saved(model, tmp_path_factory.mktemp("untied") / "untied")
+
+
+def with_head(untied, folder, **options) -> Path:
+    """An adapter on the head as well, beside which PEFT writes the head itself."""
+    torch.manual_seed(5)
+    config = LoraConfig(r=4, lora_alpha=8, target_modules=["up_proj", "lm_head"], task_type="CAUSAL_LM", **options)
+    model = get_peft_model(AutoModelForCausalLM.from_pretrained(untied), config)
+    for name, parameter in model.named_parameters():
+        if "lora_B" in name:
+            torch.nn.init.normal_(parameter, std=0.3)
+    model.save_pretrained(folder)
+    return folder
+
+
+def test_an_adapter_on_the_head_is_mixed_like_any_other(untied, tmp_path):
+    folder = with_head(untied, tmp_path / "head")
+    names = load_file(folder / "adapter_model.safetensors").keys()
+    assert {"base_model.model.lm_head.lora_A.weight", "base_model.model.lm_head.base_layer.weight"} <= names
+    info = build_adapter_moe(recipe(untied, [folder], experts_per_token=1), tmp_path / "mixture")
+    assert info.forced_expert < 1e-5
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "mixture")
+    with model.taking_only(0):
+        ours = logits(model)
+    plain = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(untied), folder)
+    torch.testing.assert_close(ours, logits(plain), rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("name", "change"),
+    [
+        ("lm_head.base_layer", lambda weight: weight + 1),
+        ("model.embed_tokens", lambda weight: weight[:, :16].contiguous()),
+        ("model.layers.0.input_layernorm", lambda weight: weight[0] + 1),
+    ],
+)
+def test_an_adapter_with_weights_of_its_own_is_refused_by_their_name(name, change, untied, tmp_path):
+    folder = with_head(untied, tmp_path / "head")
+    weights = folder / "adapter_model.safetensors"
+    tensors = load_file(weights)
+    tensors[f"base_model.model.{name}.weight"] = change(tensors["base_model.model.lm_head.base_layer.weight"])
+    save_file(tensors, weights)
+    with pytest.raises((RecipeError, CheckpointError), match=name.removesuffix(".base_layer")):
+        build_adapter_moe(recipe(untied, [folder], experts_per_token=1), tmp_path / "mixture")
+    assert not (tmp_path / "mixture").exists()
+
+
+def test_an_adapter_with_modules_to_save_is_refused_by_that_option(untied, tmp_path):
+    folder = with_head(untied, tmp_path / "head", modules_to_save=["embed_tokens"])
+    with pytest.raises(RecipeError, match=r"uses modules_to_save=\['embed_tokens'\], which cannot be mixed"):
+        build_adapter_moe(recipe(untied, [folder], experts_per_token=1), tmp_path / "mixture")
 
 
 @pytest.mark.parametrize("build", [validate_recipe, lambda given: build_moe(given, "never")])

@@ -33,7 +33,7 @@ def test_json_lines_give_one_column(tmp_path):
     ):
         texts_from(tmp_path / "a.jsonl", text="body")
     (tmp_path / "broken.jsonl").write_text('{"text": ')
-    with pytest.raises(RecipeError, match="cannot read JSON lines"):
+    with pytest.raises(RecipeError, match=r"broken\.jsonl, line 1 is not valid JSON"):
         texts_from(tmp_path / "broken.jsonl")
 
 

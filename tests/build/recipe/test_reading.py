@@ -117,9 +117,9 @@ def test_paths_are_relative_to_the_recipes_file(tmp_path):
     ("content", "match"),
     [
         ("schema: 1\nschema: 1\n", "'schema' is there twice"),
-        ("schema: [", "is not YAML"),
+        ("schema: [", "is not valid YAML"),
         ("just text", "holds no recipe but str"),
-        ("schema: 1\nbase_model: !!python/object:os.system x\n", "is not YAML"),
+        ("schema: 1\nbase_model: !!python/object:os.system x\n", "is not valid YAML"),
         ("schema: 1\n", "base_model is missing"),
     ],
 )

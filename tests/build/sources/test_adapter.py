@@ -1,16 +1,19 @@
 """Adapters are merged as PEFT merges them; kinds that are merged otherwise are refused by name."""
 
 import json
+import time
 
 import peft
 import pytest
 import torch
+from peft.utils.other import get_pattern_key
 from safetensors.torch import load_file, save_file
 
 from build.made import dense_model, save_dense
 from transformers_moe_offload.build.recipe import Origin
 from transformers_moe_offload.build.sources import open_source
 from transformers_moe_offload.errors import CheckpointError, RecipeError
+from transformers_moe_offload.models.adapter_moe.patterns import expect_patterns, pattern_key
 
 LINEARS = ["up_proj", "down_proj", "q_proj"]
 CASES = {
@@ -127,3 +130,50 @@ def test_a_pickled_or_missing_adapter_is_an_error(base, tmp_path):
     (tmp_path / "adapter_config.json").write_text("{")
     with pytest.raises(CheckpointError, match="is not the config of a LoRA adapter"):
         opened(base, tmp_path)
+
+
+@pytest.mark.parametrize(
+    "pattern",
+    ["(a+)+", "(a|a)*b", "[", "(?P<x>", ".*.*.*.*x", "(a|b)(a|b)(a|b)(a|b)(a|b)(a|b)(a|b)(a|b)", "(?=a)", "a" * 10_000],
+)
+def test_a_pattern_that_could_take_for_ever_or_is_none_is_refused_by_its_name(pattern, base, tmp_path):
+    trained(base, tmp_path)
+    path = tmp_path / "adapter_config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"rank_pattern": {pattern: 2}}))
+    start = time.process_time()
+    with pytest.raises(RecipeError, match="rank_pattern has the pattern") as refused:
+        opened(base, tmp_path)
+    assert time.process_time() - start < 2
+    assert len(str(refused.value)) < 500
+
+
+@pytest.mark.parametrize(
+    "pattern",
+    [
+        "q_proj", "up_proj", "layers.1.mlp.up_proj", r"model\.layers\.0\.mlp\.up_proj", r"layers\.\d+\.mlp\.up_proj",
+        r".*\.(up|down)_proj", r"layers\.[0-1]\..*_proj", "^model.layers.0.mlp.up_proj", "(?:up|gate)_proj", "p_proj",
+        "self_attn", r"layers\.1[0-9]?\.mlp.up_proj", "up_proj$",
+    ],
+)  # fmt: skip
+def test_patterns_that_are_read_match_what_they_match_in_peft(pattern):
+    expect_patterns("rank_pattern", {pattern: 2})
+    for path in ("model.layers.0.mlp.up_proj", "model.layers.11.mlp.up_proj", "up_proj", "model.layers.1.mlp.cup_proj",
+                 "model.layers.0.self_attn.q_proj", "modelXlayersX0XmlpXup_proj"):  # fmt: skip
+        assert (pattern_key({pattern: 2}, path) or path) == get_pattern_key([pattern], path)
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"r": 0}, {"r": "8"}, {"r": 10**400}, {"lora_alpha": None}, {"rank_pattern": ["q"]}, {"peft_type": ["LORA"]},
+        {"rank_pattern": {"q_proj": 0}}, {"alpha_pattern": {"q_proj": "x"}}, {"init_lora_weights": {"a": 1}},
+        {"bias": ["none"] * 10_000}, {"x" * 10_000: 1}, {"base_model_name_or_path": {"a": [1] * 1000}, "r": -1},
+    ],
+)  # fmt: skip
+def test_a_config_with_values_that_cannot_be_is_an_error_of_ours(changes, base, tmp_path):
+    trained(base, tmp_path)
+    path = tmp_path / "adapter_config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | changes))
+    with pytest.raises((RecipeError, CheckpointError)) as refused:
+        opened(base, tmp_path)
+    assert len(str(refused.value)) < 700

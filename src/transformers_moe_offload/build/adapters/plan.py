@@ -3,12 +3,13 @@ and headers only."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+import torch
 from huggingface_hub import snapshot_download
 from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
 from torch import nn
@@ -23,6 +24,7 @@ from transformers_moe_offload.expert import FieldSpec
 from transformers_moe_offload.memory.record import torch_dtype
 from transformers_moe_offload.models.adapter_moe import AdapterMoeConfig
 from transformers_moe_offload.models.adapter_moe.adapter_folders import CONFIG_NAME, WEIGHTS_NAME, AdapterFolder
+from transformers_moe_offload.untrusted import one_line, quoted
 
 PREFIX = "language_model."
 """What the dense model's names begin with in the mixture."""
@@ -37,6 +39,10 @@ class Adapter:
     ancestor: Ancestor
     dense: Source
     """The base model with the adapter merged into it: what the mixture is when it takes nothing else."""
+    paths: Mapping[str, int]
+    """The linear layers that it adds to -> its rank there."""
+    own_weights: tuple[str, ...]
+    """Tensors of the base model that it has other values for."""
 
 
 @dataclass(frozen=True)
@@ -110,7 +116,7 @@ def _names(experts: Sequence[Expert]) -> list[str]:
         names.append(expert.name or Path(adapter.partition("@")[0]).name)
     twice = sorted({name for name in names if names.count(name) > 1})
     if twice:
-        raise RecipeError(f"two adapters are called {twice[0]!r}; give each expert a name of its own")
+        raise RecipeError(f"two adapters are called {quoted(twice[0])}; give each expert a name of its own")
     return names
 
 
@@ -143,9 +149,21 @@ def _opened(name: str, expert: Expert, base: Source, options: dict[str, Any]) ->
         except (HfHubHTTPError, LocalEntryNotFoundError, OSError, ValueError) as error:
             raise CheckpointError(f"cannot read the adapter {given}: {' '.join(str(error).split())}") from error
     try:
-        return Adapter(name, AdapterFolder.open(folder), dense.ancestors[-1], dense)
+        opened = AdapterFolder.open(folder)
+        return Adapter(name, opened, dense.ancestors[-1], dense, opened.paths(), _own_weights(opened, base))
     except ValueError as error:
-        raise RecipeError(str(error)) from error
+        raise RecipeError(one_line(error, 600)) from error
+
+
+def _own_weights(folder: AdapterFolder, base: Source) -> tuple[str, ...]:
+    """Whole weights in the adapter's file that are not the base model's."""
+    return tuple(
+        name
+        for name, given in folder.copies().items()
+        if name not in base.tensors
+        or base.tensors[name].shape != tuple(given.shape)
+        or not torch.equal(given.float(), base.read(name).float())
+    )
 
 
 def _config(recipe: MoeRecipe, base: Source, adapters: Sequence[Adapter]) -> AdapterMoeConfig:
@@ -153,7 +171,7 @@ def _config(recipe: MoeRecipe, base: Source, adapters: Sequence[Adapter]) -> Ada
     assert routing is not None
     ranks: dict[str, int] = {}
     for adapter in adapters:
-        for path, rank in adapter.folder.paths().items():
+        for path, rank in adapter.paths.items():
             ranks[path] = max(rank, ranks.get(path, 0))
     try:
         return AdapterMoeConfig(
@@ -161,7 +179,7 @@ def _config(recipe: MoeRecipe, base: Source, adapters: Sequence[Adapter]) -> Ada
             text_config={key: value for key, value in base.config.to_dict().items() if key != "_name_or_path"},
             adapters=[adapter.name for adapter in adapters],
             target_modules=sorted({path.rpartition(".")[2] for path in ranks}),
-            rank=max(ranks.values()),
+            rank=max(ranks.values(), default=1),
             router_per=routing.router_per,
             scoring=routing.scoring,
             temperature=routing.temperature,
@@ -189,9 +207,14 @@ def _expect_all_used(plan: AdapterPlan) -> None:
         raise CheckpointError(f"{plan.base.name} has no tensor {missing[0].removeprefix(PREFIX)}; is it complete?")
     linears = {path for path, module in on_meta(plan.base.config).named_modules() if isinstance(module, nn.Linear)}
     for adapter in plan.adapters:
-        for path in adapter.folder.paths():
+        if adapter.own_weights:
+            raise RecipeError(
+                f"{adapter.name} has a {adapter.own_weights[0]} of its own (modules_to_save, or a vocabulary that "
+                "grew), and a mixture has one for all adapters; train the adapter without it, or build kind: moe"
+            )
+        for path in adapter.paths:
             if path not in linears:
                 raise RecipeError(
-                    f"{adapter.name} adds to {path}, which is no linear layer of {plan.base.name}; it belongs to "
-                    f"another model"
+                    f"{adapter.name} adds to {one_line(path)}, which is no linear layer of {plan.base.name}; it "
+                    "belongs to another model"
                 )

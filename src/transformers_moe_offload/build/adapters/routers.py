@@ -57,7 +57,8 @@ def router_sites(plan: AdapterPlan) -> list[RouterSite]:
         below = {one: size for one, size in linears.items() if one == path or one.startswith(f"{path}.")}
         # Of a feed-forward block, those that read its input: the last one reads what is between them.
         same = tuple(one for one, size in below.items() if size == num_inputs and not _is_last(one, below))
-        found.append(RouterSite(name, path, int(_matched(path)["layer"]), same or (path,), num_inputs))
+        in_layer = _LAYER.match(path)  # the head is in none; only routers that are programmed need to be
+        found.append(RouterSite(name, path, int(in_layer["layer"]) if in_layer else 0, same or (path,), num_inputs))
     return found
 
 

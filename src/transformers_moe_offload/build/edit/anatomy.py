@@ -4,7 +4,6 @@
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -19,6 +18,7 @@ from transformers_moe_offload.build.plan import Parameters
 from transformers_moe_offload.build.targets import CONTAINERS, Container
 from transformers_moe_offload.errors import CheckpointError, UnsupportedModelError
 from transformers_moe_offload.memory.safetensors_index import StoredTensor, check_index_file, read_index
+from transformers_moe_offload.untrusted import json_object
 
 _ONE_BY_ONE = re.compile(r"(?P<block>.+)\.experts\.(?P<expert>\d+)\.(?P<rest>.+)")
 _LAYER = re.compile(r"\.(\d+)\.")
@@ -137,15 +137,7 @@ def parameters_of(
 
 
 def _config(folder: Path) -> dict[str, Any]:
-    try:
-        config = json.loads((folder / CONFIG_NAME).read_text(encoding="utf-8"))
-    except OSError as error:
-        raise CheckpointError(f"cannot read {folder / CONFIG_NAME}: {error.strerror}") from error
-    except ValueError as error:
-        raise CheckpointError(f"{folder / CONFIG_NAME} is not JSON") from error
-    if not isinstance(config, dict):
-        raise CheckpointError(f"{folder / CONFIG_NAME} is not a JSON object")
-    return config
+    return json_object(folder / CONFIG_NAME)
 
 
 def _container(config: Mapping[str, Any]) -> Container | None:

@@ -39,6 +39,7 @@ from transformers_moe_offload.output.shards import (
     write_contents,
 )
 from transformers_moe_offload.output.text import as_json
+from transformers_moe_offload.untrusted import json_object
 
 CARD_NAME = "README.md"
 
@@ -137,7 +138,7 @@ def _index(shards: Sequence[Shard[Any]]) -> dict[str, Any]:
 def _recorded(folder: Path, what: str) -> dict[str, Any]:
     """The recipe with what was done since."""
     path = folder / RECIPE_NAME
-    recipe: dict[str, Any] = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+    recipe = json_object(path) if path.is_file() else {}
     return {**recipe, "edits": [*recipe.get("edits", ()), without_places(what)]}
 
 
@@ -148,7 +149,7 @@ def _write_notes(anatomy: Anatomy, edit: Edit, shards: Sequence[Shard[Any]], pla
     parameters = parameters_of(shapes, blocks, anatomy.experts_per_token)
     info = anatomy.folder / INFO_NAME
     if info.is_file():
-        values = json.loads(info.read_text(encoding="utf-8"))
+        values = json_object(info)
         values["experts"] = edit.expert_names(list(values["experts"]))
         values["bytes"] = sum(spec.nbytes for shard in shards for spec in shard.tensors)
         values["parameters"] = {**parameters.__dict__, "total": parameters.total}

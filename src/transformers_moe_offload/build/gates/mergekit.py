@@ -24,6 +24,7 @@ from transformers_moe_offload.build.passage.passage import run
 from transformers_moe_offload.build.recipe import Gate
 from transformers_moe_offload.build.sources.base import Source
 from transformers_moe_offload.errors import RecipeError
+from transformers_moe_offload.untrusted import quoted
 
 MODES = ("hidden", "hidden_avg", "cheap_embed", "random", "uniform")
 
@@ -60,7 +61,7 @@ def expect_mergekit(gate: Gate, texts: Sequence[Texts]) -> None:
     """Refuse what mergekit does not do."""
     if gate.mode not in MODES:
         raise RecipeError(
-            f"gate.scoring='mergekit' does not go with gate.mode={gate.mode!r}, which mergekit lacks; it has "
+            f"gate.scoring='mergekit' does not go with gate.mode={quoted(gate.mode)}, which mergekit lacks; it has "
             f"{', '.join(MODES)}; set scoring: ours"
         )
     if gate.scale != "auto":
@@ -71,15 +72,15 @@ def expect_mergekit(gate: Gate, texts: Sequence[Texts]) -> None:
     if gate.mode in ("random", "uniform"):
         return
     for expert in texts:
-        if not expert.positive:
+        if not any(text.strip() for text in expert.positive):
             raise RecipeError(
-                f"gate mode {gate.mode!r} of mergekit reads prompts, but expert {expert.name!r} has no "
-                f"positive_prompts; give it some, or set gate.mode to random"
+                f"gate mode {quoted(gate.mode)} of mergekit reads prompts, but expert {quoted(expert.name)} has no "
+                f"positive_prompts that say something; give it some, or set gate.mode to random"
             )
         if expert.dataset is not None:
             raise RecipeError(
-                f"expert {expert.name!r} has a dataset, which mergekit cannot read; set gate.scoring to ours, or leave "
-                f"the dataset out"
+                f"expert {quoted(expert.name)} has a dataset, which mergekit cannot read; set gate.scoring to ours, "
+                "or leave the dataset out"
             )
     if len(texts) > 1 and len({(expert.positive, expert.negative) for expert in texts}) == 1:
         raise RecipeError(

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 from transformers_moe_offload.build.recipe import Dataset, Expert
 from transformers_moe_offload.errors import RecipeError
+from transformers_moe_offload.untrusted import one_line, parse_json, quoted
 
 _PIECE_CHARACTERS = 16384
 """A text file is handed out in pieces of about this length, so that of a long one only the beginning is read."""
@@ -28,8 +28,8 @@ class Texts:
 
     @property
     def is_empty(self) -> bool:
-        """Whether nothing says what should be routed to the expert."""
-        return not self.positive and self.dataset is None
+        """Whether nothing says what should be routed to the expert; texts of blanks do not."""
+        return not any(text.strip() for text in self.positive) and self.dataset is None
 
 
 def texts_of(experts: Sequence[Expert]) -> list[Texts]:
@@ -50,16 +50,16 @@ def expect_texts(texts: Sequence[Texts], mode: str) -> None:
     for expert in texts:
         if expert.is_empty:
             raise RecipeError(
-                f"gate mode {mode!r} reads text, but expert {expert.name!r} has neither positive_prompts nor a "
-                f"dataset; give it some, or set gate.mode to random, noise or gateless"
+                f"gate mode {quoted(mode)} reads text, but expert {quoted(expert.name)} has neither positive_prompts "
+                "that say something nor a dataset; give it some, or set gate.mode to random, noise or gateless"
             )
     seen: dict[object, str] = {}
     for expert in texts:
         same = (expert.positive, expert.negative, expert.dataset)
         if same in seen:
             raise RecipeError(
-                f"experts {seen[same]!r} and {expert.name!r} have the same texts, so no gate can tell them apart; "
-                f"give them texts of their own, or set gate.mode to random, noise or gateless"
+                f"experts {quoted(seen[same])} and {quoted(expert.name)} have the same texts, so no gate can tell "
+                "them apart; give them texts of their own, or set gate.mode to random, noise or gateless"
             )
         seen[same] = expert.name
 
@@ -69,8 +69,8 @@ def expect_files(experts: Sequence[Expert]) -> None:
     for number, expert in enumerate(experts):
         if expert.dataset is not None and Path(expert.dataset.path).suffix and not Path(expert.dataset.path).exists():
             raise RecipeError(
-                f"expert {name_of(expert, number)!r} has the dataset {expert.dataset.path}, and there is no such file; "
-                f"paths in a recipe count from the recipe's folder"
+                f"expert {quoted(name_of(expert, number))} has the dataset {expert.dataset.path}, and there is no "
+                "such file; paths in a recipe count from the recipe's folder"
             )
 
 
@@ -104,8 +104,9 @@ def _json_lines(path: Path, column: str) -> Iterator[str]:
         with path.open(encoding="utf-8") as stream:
             for number, line in enumerate(stream, 1):
                 if line.strip():
-                    yield _field(json.loads(line), column, f"{path}, line {number}")
-    except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
+                    place = f"{path}, line {number}"
+                    yield _field(parse_json(line, place, RecipeError), column, place)
+    except (OSError, UnicodeDecodeError) as error:
         raise RecipeError(f"cannot read JSON lines from {path}: {error}") from error
 
 
@@ -121,7 +122,7 @@ def _from_datasets(dataset: Dataset) -> Iterator[str]:
         rows = load_dataset(dataset.path, split=dataset.split)
     except Exception as error:  # whatever the builder of a data set raises
         raise RecipeError(
-            f"cannot load dataset {dataset.path}, split {dataset.split!r}: {type(error).__name__}: {error}"
+            f"cannot load dataset {dataset.path}, split {quoted(dataset.split)}: {type(error).__name__}: {error}"
         ) from error
     for number, row in enumerate(rows):
         yield _field(row, dataset.text, f"{dataset.path}, row {number}")
@@ -129,8 +130,8 @@ def _from_datasets(dataset: Dataset) -> Iterator[str]:
 
 def _field(row: object, column: str, place: str) -> str:
     if not isinstance(row, dict) or not isinstance(row.get(column), str):
-        known = ", ".join(map(str, row)) if isinstance(row, dict) else type(row).__name__
-        raise RecipeError(f"{place} has no text in column {column!r} but {known}; set dataset.text")
+        known = one_line(", ".join(map(str, row))) if isinstance(row, dict) else type(row).__name__
+        raise RecipeError(f"{place} has no text in column {quoted(column)} but {known}; set dataset.text")
     text = row[column]
     assert isinstance(text, str)
     return text

@@ -12,9 +12,6 @@ from itertools import combinations
 from pathlib import Path
 from typing import Any
 
-from huggingface_hub import ModelCard
-from yaml import YAMLError
-
 from transformers_moe_offload.build.licences.table import (
     COMMUNITY,
     COPYLEFT,
@@ -30,6 +27,10 @@ from transformers_moe_offload.build.licences.table import (
     passed_on,
 )
 from transformers_moe_offload.errors import RecipeError
+from transformers_moe_offload.untrusted import one_line, parse_yaml
+
+_MAX_CARD = 1_000_000
+"""Characters of a card that are looked at; what it says of itself is at its beginning."""
 
 
 @dataclass(frozen=True)
@@ -78,15 +79,30 @@ def licence_of(source: str, card: Path | None) -> Licence:
     if card is None:
         return Licence(source, None)
     try:
-        data = ModelCard.load(card, ignore_metadata_errors=True).data
-    except (ValueError, OSError, YAMLError):
+        with card.open(encoding="utf-8") as stream:
+            data = parse_yaml(_front_matter(stream.read(_MAX_CARD)), str(card), RecipeError)
+    except (ValueError, OSError):  # a RecipeError is a ValueError
+        return Licence(source, None)
+    if not isinstance(data, dict):
         return Licence(source, None)
     found = data.get("license")
     if isinstance(found, list):  # older cards
         found = found[0] if len(found) == 1 else None
-    known = str(found).strip().lower() if found else None
-    name, link = (data.get(key) for key in ("license_name", "license_link"))
-    return Licence(source, None if known == "unknown" else known, name and str(name), link and str(link))
+    known = one_line(found, 100).lower() if isinstance(found, str) and found.strip() else None
+    name, link = (_text(data.get(key)) for key in ("license_name", "license_link"))
+    return Licence(source, None if known == "unknown" else known, name, link)
+
+
+def _front_matter(card: str) -> str:
+    """What is between the first two lines of dashes, if a card begins with one."""
+    lines = card.lstrip().splitlines()
+    if not lines or lines[0] != "---" or "---" not in lines[1:]:
+        return ""
+    return "\n".join(lines[1 : lines.index("---", 1)])
+
+
+def _text(value: Any) -> str | None:
+    return one_line(value) if isinstance(value, str) and value else None
 
 
 def judged(licences: Sequence[Licence], level: str = "error", override: str | None = None) -> Verdict:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from transformers_moe_offload.build.recipe.values import expect_choice, expect_numbers
+from transformers_moe_offload.build.recipe.values import expect_choice, expect_numbers, expect_whole
 from transformers_moe_offload.errors import RecipeError
 
 GATE_MODES = (
@@ -63,8 +63,11 @@ class Gate:
         expect_numbers(self, "target_entropy", "regularization")
         if isinstance(self.scale, str):
             expect_choice(self, "scale", ("auto",))
-        elif not self.scale > 0:
-            raise RecipeError(f"scale={self.scale} is not a positive number, or 'auto'")
+        else:
+            expect_numbers(self, "scale")
+            if not self.scale > 0:
+                raise RecipeError(f"scale={self.scale} is not a positive number, or 'auto'")
+        expect_whole(self, "seed")
         if not 0 < self.target_entropy < 1:
             raise RecipeError(f"target_entropy={self.target_entropy} is a share between 0 and 1")
         if not self.regularization > 0:

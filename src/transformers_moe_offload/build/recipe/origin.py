@@ -7,6 +7,7 @@ from pathlib import Path
 
 from transformers_moe_offload.build.recipe.values import expect_positive, expect_texts
 from transformers_moe_offload.errors import RecipeError
+from transformers_moe_offload.untrusted import quoted
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -31,8 +32,8 @@ class Origin:
         expect_positive(self, "extract_rank")
         if self.adapter is not None and self.extract_rank is not None:
             raise RecipeError(
-                f"adapter={self.adapter!r} and extract_rank={self.extract_rank} exclude each other: an adapter has a "
-                f"rank already; leave one of them out"
+                f"adapter={quoted(self.adapter)} and extract_rank={self.extract_rank} exclude each other: an adapter "
+                "has a rank already; leave one of them out"
             )
 
         if self.model is None and self.adapter is None:
@@ -41,7 +42,7 @@ class Origin:
     @classmethod
     def parse(cls, text: str) -> Origin:
         """A model in one line: `model`, `model@revision`, `model+adapter`; a folder of that name is taken literally."""
-        if not text or Path(text).is_dir():
+        if not text or _is_folder(text):
             return cls(model=text)
         model, _, adapter = text.partition("+")
         model, _, revision = model.partition("@")
@@ -52,12 +53,19 @@ class Origin:
         return f"{model}+{self.adapter}" if self.adapter else model
 
 
+def _is_folder(text: str) -> bool:
+    try:
+        return Path(text).is_dir()
+    except (OSError, ValueError):  # no file can be called so
+        return False
+
+
 def as_origin(value: Origin | str) -> Origin:
     """An origin, or what `Origin.parse` makes of a text."""
     if isinstance(value, str):
         return Origin.parse(value)
     if not isinstance(value, Origin):
-        raise RecipeError(f"{value!r} is neither an Origin nor the name of a model")
+        raise RecipeError(f"{quoted(value)} is neither an Origin nor the name of a model")
     return value
 
 

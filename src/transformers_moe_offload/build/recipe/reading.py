@@ -12,10 +12,9 @@ from pathlib import Path
 from types import UnionType
 from typing import Any, TypeVar, get_args, get_origin, get_type_hints
 
-import yaml
-
 from transformers_moe_offload.build.recipe.origin import Dataset, Origin
 from transformers_moe_offload.errors import RecipeError
+from transformers_moe_offload.untrusted import parse_yaml, quoted
 
 T = TypeVar("T")
 
@@ -43,17 +42,18 @@ class Place:
         if self.folder is None or Path(name).is_absolute():
             return name
         path = self.folder / name
-        return str(path) if path.exists() or name.startswith((".", "~")) else name
+        return str(path) if _exists(path) or name.startswith((".", "~")) else name
 
 
 def load_yaml(path: Path) -> dict[str, Any]:
     """The mapping in a YAML or JSON file."""
     try:
-        values = yaml.load(path.read_text(encoding="utf-8"), Loader=_Loader)
+        text = path.read_text(encoding="utf-8")
     except OSError as error:
         raise RecipeError(f"cannot read {path}: {error.strerror}") from error
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise RecipeError(f"{path} is not YAML: {' '.join(str(error).split())}") from error
+    except UnicodeDecodeError as error:
+        raise RecipeError(f"{path} is not valid YAML: it is not text in UTF-8") from error
+    values = parse_yaml(text, str(path), RecipeError)
     if not isinstance(values, dict):
         raise RecipeError(
             f"{path} holds no recipe but {type(values).__name__}; see the documentation for what one says"
@@ -65,9 +65,9 @@ def expect_known(names: Sequence[Any], known: Sequence[str], place: Place) -> No
     """Refuse the first name that is not known, with the nearest one that is."""
     for name in names:
         if name not in known:
-            near = difflib.get_close_matches(str(name), known, n=1)
+            near = difflib.get_close_matches(name[:100], known, n=1) if isinstance(name, str) else ()
             hint = f"did you mean {near[0]!r}?" if near else f"known are {', '.join(known)}"
-            raise place.error(f"unknown key {name!r}; {hint}")
+            raise place.error(f"unknown key {quoted(name)}; {hint}")
 
 
 def read(cls: type[T], values: Any, place: Place) -> T:
@@ -77,7 +77,7 @@ def read(cls: type[T], values: Any, place: Place) -> T:
     if isinstance(values, str) and cls in (Origin, Dataset):
         return _checked(place, _from_text, cls, values, place)
     if not isinstance(values, Mapping):
-        raise place.error(f"{values!r} is not a mapping of {', '.join(field.name for field in fields(cls))}")  # type: ignore[arg-type]
+        raise place.error(f"{quoted(values)} is not a mapping of {', '.join(field.name for field in fields(cls))}")  # type: ignore[arg-type]
     hints = get_type_hints(cls)
     expect_known(list(values), list(hints), place)
     for field in fields(cls):  # type: ignore[arg-type]
@@ -112,20 +112,20 @@ def _value(kind: Any, value: Any, place: Place) -> Any:
             return read(option, value, place)  # type: ignore[arg-type]
         if get_origin(option) is tuple:
             if isinstance(value, str) or not isinstance(value, Sequence):
-                raise place.error(f"{value!r} is not a list")
+                raise place.error(f"{quoted(value)} is not a list")
             return tuple(_value(get_args(option)[0], one, place.at(str(index))) for index, one in enumerate(value))
         if option is float and type(value) in (int, float):
             return value
     if type(value) not in options:
         names = " or ".join("nothing" if option is type(None) else option.__name__ for option in options)
-        raise place.error(f"{value!r} is not of type {names}")
+        raise place.error(f"{quoted(value)} is not of type {names}")
     return value
 
 
 def _from_text(cls: Any, text: str, place: Place) -> Any:
     if cls is Dataset:
         return Dataset(path=place.resolved(text))
-    if place.folder is not None and (place.folder / text).is_dir():
+    if place.folder is not None and _exists(place.folder / text) and (place.folder / text).is_dir():
         return Origin(model=place.resolved(text))
     return _with_paths(cls, vars(Origin.parse(text)), place)
 
@@ -147,14 +147,9 @@ def _checked(place: Place, make: Any, *args: Any) -> Any:
         raise
 
 
-class _Loader(yaml.SafeLoader):
-    """YAML's safe loader, which also refuses a key that is there twice instead of forgetting the first."""
-
-    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
-        """A mapping, each of whose keys is there once."""
-        seen = set()
-        for key, _ in node.value:
-            if key.value in seen:
-                raise yaml.constructor.ConstructorError(None, None, f"{key.value!r} is there twice", key.start_mark)
-            seen.add(key.value)
-        return super().construct_mapping(node, deep=deep)
+def _exists(path: Path) -> bool:
+    """Whether there is something; not for what no file can be called, such as a name of 300 characters."""
+    try:
+        return path.exists()
+    except (OSError, ValueError):
+        return False

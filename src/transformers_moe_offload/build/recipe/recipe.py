@@ -24,6 +24,7 @@ from transformers_moe_offload.build.recipe.values import (
     expect_whole,
 )
 from transformers_moe_offload.errors import RecipeError
+from transformers_moe_offload.untrusted import quoted
 
 KINDS = ("moe", "upcycle", "split", "adapter_moe")
 SCHEMA = 1
@@ -88,8 +89,8 @@ class MoeRecipe:
         for name in ("experts", "shared_experts"):
             object.__setattr__(self, name, tuple(getattr(self, name)))
         if self.layers is not None:
-            if not self.layers or any(type(layer) is not int or layer < 0 for layer in self.layers):
-                raise RecipeError(f"layers={list(self.layers)} is not a list of layers, counted from 0")
+            if not self.layers or any(type(layer) is not int or not 0 <= layer < 2**31 for layer in self.layers):
+                raise RecipeError(f"layers={quoted(list(self.layers))} is not a list of layers, counted from 0")
             object.__setattr__(self, "layers", tuple(sorted(set(self.layers))))
         self._expect_kind()
         if self.num_experts < self.experts_per_token:
@@ -102,7 +103,9 @@ class MoeRecipe:
         """What belongs to another kind is an error, not ignored; what this kind needs is there."""
         for kind, default in (("upcycle", Upcycle()), ("split", Split()), ("adapter_moe", AdapterRouting())):
             if getattr(self, kind) is not None and self.kind != kind:
-                raise RecipeError(f"{kind}: is given, but kind is {self.kind!r}; set kind: {kind}, or leave it out")
+                raise RecipeError(
+                    f"{kind}: is given, but kind is {quoted(self.kind)}; set kind: {kind}, or leave it out"
+                )
             if self.kind == kind and getattr(self, kind) is None:
                 object.__setattr__(self, kind, default)
         if self.kind == "adapter_moe":
@@ -146,12 +149,14 @@ class MoeRecipe:
 
         Raises `RecipeError` for whatever it does not know. Relative paths are relative to `folder`.
         """
+        if not isinstance(values, Mapping):
+            raise RecipeError(f"{quoted(values)} is no mapping of what a recipe says")
         if is_mergekit(values):
             values = translated(values)
         place = Place(folder=folder)
         schema = {name: value for name, value in values.items() if name == "schema"}.get("schema")
         if schema != SCHEMA:
-            raise RecipeError(f"schema: {schema!r} is not one that this version reads; it reads schema: {SCHEMA}")
+            raise RecipeError(f"schema: {quoted(schema)} is not one that this version reads; it reads schema: {SCHEMA}")
         return read(cls, {name: value for name, value in values.items() if name != "schema"}, place)
 
     @classmethod

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from transformers_moe_offload.build.recipe.values import expect_choice, freeze_texts
 from transformers_moe_offload.config.budget import Budget
 from transformers_moe_offload.errors import ConfigError, RecipeError
+from transformers_moe_offload.untrusted import quoted
 
 LEVELS = ("error", "warn", "off")
 
@@ -48,9 +49,9 @@ class Output:
         try:
             nbytes = Budget.parse(self.max_shard_size, "max_shard_size").nbytes
         except ConfigError as error:
-            raise RecipeError(f"max_shard_size={self.max_shard_size!r} is no size; write it as '5GB'") from error
+            raise RecipeError(f"max_shard_size={quoted(self.max_shard_size)} is no size; write it as '5GB'") from error
         if nbytes is None:
-            raise RecipeError(f"max_shard_size={self.max_shard_size!r} is no size; write it as '5GB'")
+            raise RecipeError(f"max_shard_size={quoted(self.max_shard_size)} is no size; write it as '5GB'")
         return nbytes
 
 

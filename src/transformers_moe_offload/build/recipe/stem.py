@@ -5,8 +5,9 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from transformers_moe_offload.build.recipe.origin import Origin, as_origin
-from transformers_moe_offload.build.recipe.values import expect_choice, expect_numbers
+from transformers_moe_offload.build.recipe.values import expect_choice, expect_numbers, expect_whole
 from transformers_moe_offload.errors import RecipeError
+from transformers_moe_offload.untrusted import quoted
 
 STEM_METHODS = ("base", "average", "ties", "dare")
 
@@ -35,10 +36,11 @@ class Stem:
             object.__setattr__(self, "source", as_origin(self.source))
         expect_choice(self, "method", STEM_METHODS)
         expect_numbers(self, "density", "weight")
+        expect_whole(self, "seed")
         if not 0 < self.density <= 1:
             raise RecipeError(f"density={self.density} is a share, above 0 and at most 1")
         if self.source is not None and self.method != "base":
             raise RecipeError(
-                f"stem: source={self.source} takes the stem from one model, method={self.method!r} merges several; "
-                f"leave one of them out"
+                f"stem: source={self.source} takes the stem from one model, method={quoted(self.method)} merges "
+                "several; leave one of them out"
             )

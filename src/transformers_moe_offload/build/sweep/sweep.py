@@ -6,7 +6,6 @@ validation of this kind). The texts pass the base model once for all gates; the 
 
 from __future__ import annotations
 
-import json
 import tempfile
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
@@ -27,7 +26,8 @@ from transformers_moe_offload.build.recipe import Gate, MoeRecipe
 from transformers_moe_offload.build.sweep.report import SweepReport, SweepRow
 from transformers_moe_offload.build.sweep.routers import Routers
 from transformers_moe_offload.build.sweep.scoring import HeldOut, held_out, score
-from transformers_moe_offload.errors import CheckpointError, RecipeError
+from transformers_moe_offload.errors import CheckpointError, MoeOffloadError, RecipeError
+from transformers_moe_offload.untrusted import json_object
 
 Advance = Callable[[int], None]
 """Told of the gates that are scored, as they are."""
@@ -81,9 +81,8 @@ def sweep_gates(
 def recipe_of(folder: Path) -> MoeRecipe:
     """The recipe that a mixture was built by."""
     try:
-        values = json.loads((folder / RECIPE_NAME).read_text(encoding="utf-8"))
-        return MoeRecipe.from_dict(values["recipe"])
-    except (OSError, ValueError, KeyError, TypeError) as error:
+        return MoeRecipe.from_dict(json_object(folder / RECIPE_NAME).get("recipe"))  # type: ignore[arg-type]
+    except MoeOffloadError as error:
         raise CheckpointError(
             f"{folder} is no mixture that was built here: cannot read its {RECIPE_NAME} ({error}); give the recipe"
         ) from error

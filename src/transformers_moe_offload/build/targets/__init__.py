@@ -14,6 +14,7 @@ from transformers_moe_offload.build.targets.qwen import Qwen2Moe, Qwen3Moe, Qwen
 from transformers_moe_offload.build.targets.refusals import PAIRS
 from transformers_moe_offload.build.targets.sigmoid import Dots1, Glm4Moe, SolarOpen
 from transformers_moe_offload.errors import RecipeError
+from transformers_moe_offload.untrusted import quoted
 
 __all__ = ["CONTAINERS", "ROLES", "Container", "Matrix", "MoeShape", "candidates", "container_for"]
 
@@ -66,7 +67,7 @@ def _named(name: str, config: PreTrainedConfig) -> Container:
     if name not in known:
         near = difflib.get_close_matches(name, known, n=1)
         raise RecipeError(
-            f"container={name!r} is not one that is built"
+            f"container={quoted(name)} is not one that is built"
             + (f"; did you mean {near[0]!r}?" if near else "")
             + f" (there are {', '.join(known)})"
         )

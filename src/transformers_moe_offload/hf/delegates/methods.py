@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 
 from transformers_moe_offload.errors import CheckpointError, ConfigError
+from transformers_moe_offload.untrusted import quoted
 
 DELEGATED = ("fp8", "mxfp8", "mxfp4")
 """The methods, by the names that Transformers gives them, whose experts are opened one by one with the method's own
@@ -27,7 +28,7 @@ def refusal(name: object, method: str) -> ConfigError:
         )
     advice = _ADVICE.get(method, "load it without offloading, or use an unquantized checkpoint of the model")
     return ConfigError(
-        f"{name} is already quantized with {method!r}, whose experts cannot be offloaded (those of "
+        f"{name} is already quantized with {quoted(method)}, whose experts cannot be offloaded (those of "
         f"{', '.join(DELEGATED)} can); {advice}"
     )
 

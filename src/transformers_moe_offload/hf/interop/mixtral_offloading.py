@@ -10,7 +10,6 @@ Scales and zeros may be in 8 bits themselves.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property, partial
@@ -35,7 +34,9 @@ from transformers_moe_offload.kernels.packing import pack
 from transformers_moe_offload.memory.field_source import read_stored
 from transformers_moe_offload.memory.record import RecordLayout, torch_dtype
 from transformers_moe_offload.memory.safetensors_index import StoredTensor, read_header
+from transformers_moe_offload.memory.weight_map import WeightMap
 from transformers_moe_offload.output.shards import Content
+from transformers_moe_offload.untrusted import quoted
 
 INDEX_NAME = "model.safetensors.index.json"
 _TRUNK = "model.embed_tokens.weight"
@@ -253,15 +254,16 @@ def _packed(matrices: list[Matrix]) -> dict[str, Tensor]:
 def _files(folder: Path) -> dict[str, str]:
     """What the index says: the file of each tensor."""
     try:
-        files = json.loads((folder / INDEX_NAME).read_text())["weight_map"]
-        named = {str(name): str(file) for name, file in files.items()}
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        named = dict(WeightMap.read(folder / INDEX_NAME).files)
+    except CheckpointError as error:
         raise CheckpointError(
-            f"{folder} is not in the layout of mixtral-offloading: no readable {INDEX_NAME}"
+            f"{folder} is not in the layout of mixtral-offloading: no readable {INDEX_NAME} ({error})"
         ) from error
     for file in named.values():
         if Path(file).name != file:
-            raise CheckpointError(f"{folder / INDEX_NAME} names {file!r}, which is not a plain file name in the folder")
+            raise CheckpointError(
+                f"{folder / INDEX_NAME} names {quoted(file)}, which is not a plain file name in the folder"
+            )
     return named
 
 

@@ -17,11 +17,13 @@ from safetensors import safe_open
 from torch import Tensor
 
 from .configuration_adapter_moe import AdapterMoeError
+from .patterns import expect_patterns, pattern_key
 
 CONFIG_NAME = "adapter_config.json"
 WEIGHTS_NAME = "adapter_model.safetensors"
 FOLDER = "adapters"
 """Where a mixture's adapters are, each in a folder of its name."""
+_PREFIX = "base_model.model."
 _KEY = "base_model.model.{path}.lora_{matrix}.weight"
 
 _REFUSED = ("use_dora", "lora_bias", "use_qalora", "use_bdlora", "alora_invocation_tokens", "trainable_token_indices")
@@ -71,13 +73,14 @@ class AdapterFolder:
         try:
             folder = folder.absolute()  # whatever the working directory is when it is read
             config = json.loads((folder / CONFIG_NAME).read_text(encoding="utf-8"))
-        except (OSError, ValueError) as error:
+        except (OSError, ValueError, RecursionError) as error:
             raise AdapterMoeError(f"{folder} is no PEFT adapter: {CONFIG_NAME} cannot be read ({error})") from error
         if not isinstance(config, dict):
             holds = type(config).__name__
             raise AdapterMoeError(f"{folder} is no PEFT adapter: {CONFIG_NAME} holds a {holds}")
         if config.get("peft_type") != "LORA":
-            raise AdapterMoeError(f"{folder} is an adapter of type {config.get('peft_type')!r}; only LORA can be mixed")
+            kind = str(config.get("peft_type"))[:40]
+            raise AdapterMoeError(f"{folder} is an adapter of type {kind}; only LORA can be mixed")
         refused = [name for name in _REFUSED if config.get(name)]
         if config.get("bias", "none") != "none":
             refused.append("bias")
@@ -86,7 +89,16 @@ class AdapterFolder:
         if str(config.get("init_lora_weights")).lower().startswith(_REPLACED):
             refused.append("init_lora_weights")
         if refused:
-            raise AdapterMoeError(f"{folder} uses {refused[0]}={config[refused[0]]!r}, which cannot be mixed")
+            raise AdapterMoeError(f"{folder} uses {refused[0]}={repr(config[refused[0]])[:100]}, which cannot be mixed")
+        for name in ("r", "lora_alpha"):
+            value = config.get(name)
+            if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value < 2**31:
+                raise AdapterMoeError(f"{folder} has no number above 0 for {name} in its {CONFIG_NAME}")
+        for name in ("rank_pattern", "alpha_pattern"):
+            try:
+                expect_patterns(name, config.get(name) or {})
+            except ValueError as error:
+                raise AdapterMoeError(f"{folder}: {error}") from error
         if not (folder / WEIGHTS_NAME).is_file():
             raise AdapterMoeError(f"{folder} has no {WEIGHTS_NAME}; adapters in other files are not read")
         return cls(folder, config, WeightsFile.now(folder / WEIGHTS_NAME))
@@ -103,17 +115,29 @@ class AdapterFolder:
         return float(alpha / rank**0.5 if self.config.get("use_rslora") else alpha / rank)
 
     def paths(self) -> dict[str, int]:
-        """The linear layers that it adds to -> its rank there."""
+        """The linear layers that it adds to -> its rank there; raises `ValueError` for what else it changes."""
         pattern = re.compile(re.escape(_KEY).replace(r"\{path\}", "(.+)").replace(r"\{matrix\}", "([AB])"))
         found = {}
         with self._tensors() as tensors:
             for name in tensors.keys():  # noqa: SIM118  not a mapping
                 match = pattern.fullmatch(name)
+                if match is None and _is_copy(name):
+                    continue
                 if match is None:
-                    raise AdapterMoeError(f"{self.weights} has {name}, which is no LoRA matrix of a linear layer")
+                    raise AdapterMoeError(f"{self.weights} has {name[:200]}, which is no LoRA matrix of a linear layer")
                 if match[2] == "A":
                     found[match[1]] = tensors.get_slice(name).get_shape()[0]
         return found
+
+    def copies(self) -> dict[str, Tensor]:
+        """Whole weights of embeddings or the head, by their names in the dense model.
+
+        PEFT writes them beside LoRA on either, and where it thinks that the vocabulary grew. A mixture has one of each
+        for all adapters, so they have to be the dense model's own.
+        """
+        with self._tensors() as tensors:
+            names = [name for name in tensors.keys() if _is_copy(name)]  # noqa: SIM118  not a mapping
+            return {_dense_name(name): tensors.get_tensor(name) for name in names}
 
     def read(self, path: str) -> tuple[Tensor, Tensor] | None:
         """Matrices A (R, in) and B (out, R) of a linear layer; None if the adapter does not add to it."""
@@ -140,7 +164,17 @@ class AdapterFolder:
     def _of_pattern(self, name: str, path: str, default: float) -> float:
         """A value that may differ by layer; patterns match the end of a path (`peft/utils/other.py`, 0.21)."""
         patterns = self.config.get(name) or {}
-        return next((value for pattern, value in patterns.items() if re.match(rf"(.*\.)?({pattern})$", path)), default)
+        found = pattern_key(patterns, path)
+        return default if found is None else patterns[found]
+
+
+def _is_copy(name: str) -> bool:
+    """Whether this is a module's own weight, and nothing that LoRA adds."""
+    return name.startswith(_PREFIX) and name.endswith(".weight") and ".lora_" not in name
+
+
+def _dense_name(name: str) -> str:
+    return name.removeprefix(_PREFIX).replace(".base_layer.", ".")
 
 
 def key(path: str, matrix: str) -> str:

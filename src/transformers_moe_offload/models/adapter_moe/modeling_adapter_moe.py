@@ -131,6 +131,7 @@ class AdapterMoeForCausalLM(PreTrainedModel, GenerationMixin):
         linears = [module for module in self.modules() if isinstance(module, RoutedLinear)]
         for folder, ranks in zip(folders, self._ranks, strict=True):
             _expect_known(folder, ranks, {linear.experts.path for linear in linears}, self.config.rank)
+            _expect_own(folder, self.language_model)
         for linear in linears:
             scaling = [folder.scaling(linear.experts.path) for folder in folders]
             linear.adapter_scaling.copy_(torch.tensor(scaling))
@@ -207,6 +208,20 @@ def _expect_known(folder: AdapterFolder, ranks: Mapping[str, int], paths: set[st
         if own_rank > rank:
             raise AdapterMoeError(
                 f"{folder.folder} has rank {own_rank} at {path}, but the config says rank={rank} at most"
+            )
+
+
+def _expect_own(folder: AdapterFolder, dense: Any) -> None:
+    """Whole weights in an adapter's file are the dense model's, whatever dtype that was loaded in."""
+    weights = dict(dense.named_parameters(remove_duplicate=False))
+    for name, given in folder.copies().items():
+        own = weights.get(name)
+        if own is not None and own.is_meta:
+            continue
+        if own is None or own.shape != given.shape or not torch.equal(given.to(own.device, own.dtype), own):
+            raise AdapterMoeError(
+                f"{folder.weights} has a {name} of its own, and a mixture has one for all adapters; train the adapter "
+                f"without it, or merge it and mix dense models"
             )
 
 

@@ -1,0 +1,162 @@
+"""Why Transformers could not load a checkpoint, where its config or its index is damaged.
+
+Transformers reads both before we see anything of them, and answers damage with whatever Python raises on the way. Where
+offloading was asked for, such an error becomes one of ours that names the file; any other stays as it is. Files are
+looked at only once something has failed, so that loading a sound checkpoint costs nothing more.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+from transformers import CONFIG_MAPPING, PretrainedConfig
+from transformers.quantizers.auto import AutoHfQuantizer, AutoQuantizationConfig
+from transformers.utils import CONFIG_NAME, SAFE_WEIGHTS_INDEX_NAME, cached_file
+
+from transformers_moe_offload.config import OffloadConfig
+from transformers_moe_offload.errors import CheckpointError, MoeOffloadError
+from transformers_moe_offload.hf.prebuilt.layout import INDEX_NAME
+from transformers_moe_offload.memory.weight_map import WeightMap
+from transformers_moe_offload.untrusted import json_object, one_line, quoted
+
+HUB_OPTIONS = ("cache_dir", "force_download", "local_files_only", "proxies", "revision", "subfolder", "token")
+_KINDS: Mapping[str, tuple[type, ...]] = {
+    "model_type": (str,), "text_config": (dict,), "quantization_config": (dict,), "transformers_weights": (str,),
+    "auto_map": (dict,), "dtype": (str, dict), "torch_dtype": (str, dict),
+}  # fmt: skip
+"""What some entries of a config are, if they are there."""
+_COUNTS = ("num_hidden_layers", "num_layers", "n_layer", "n_layers")
+_MANY_LAYERS = 1000
+"""Several times as many as any model has; beyond, a checkpoint has to prove that it has a tensor for each."""
+
+
+def explaining(load: Any) -> Any:
+    """Wrap a `from_pretrained` so that damaged files are named."""
+
+    @functools.wraps(load)
+    def from_pretrained(cls: Any, pretrained_model_name_or_path: Any, *model_args: Any, **kwargs: Any) -> Any:
+        is_asked = OffloadConfig.make(kwargs.get("moe_offload")) or isinstance(
+            kwargs.get("quantization_config"), OffloadConfig
+        )
+        if not is_asked:
+            return load(cls, pretrained_model_name_or_path, *model_args, **kwargs)
+        try:
+            return load(cls, pretrained_model_name_or_path, *model_args, **kwargs)
+        except MoeOffloadError:
+            raise
+        except Exception as error:
+            _expect_sound(pretrained_model_name_or_path, kwargs, error)
+            raise
+
+    return from_pretrained
+
+
+def expect_layers(name_or_path: Any, kwargs: Mapping[str, Any], config: Mapping[str, Any]) -> None:
+    """Raise `CheckpointError` for a config with more layers than its index has tensors: each layer is built as a
+    module, so that Transformers would not come to an end."""
+    parts = [config, *(part for part in config.values() if isinstance(part, Mapping))]
+    counts = [(count, name) for part in parts for name in _COUNTS if type(count := part.get(name)) is int]
+    count, name = max(counts, default=(0, ""))
+    if count > _MANY_LAYERS:
+        path = _find(name_or_path, _index_name(config, kwargs), kwargs)
+        num_tensors = 0 if path is None else len(WeightMap.read(path).files)
+        if count > num_tensors:
+            raise CheckpointError(
+                f"the config of {name_or_path} says {name}={quoted(count)}, but the checkpoint has an index of "
+                f"{num_tensors:,} tensors; the config does not belong to these weights"
+            )
+
+
+def _expect_sound(name_or_path: Any, kwargs: Mapping[str, Any], error: Exception) -> None:
+    """Raise `CheckpointError` if config or index are what made Transformers fail."""
+    given = kwargs.get("config")
+    if isinstance(given, PretrainedConfig):
+        is_of_checkpoint = given._name_or_path == str(name_or_path)
+        path = _find(name_or_path, CONFIG_NAME, kwargs) if is_of_checkpoint else None
+    else:
+        path = _find(given or name_or_path, CONFIG_NAME, kwargs)
+    try:
+        config = {} if path is None else _sound_config(path, error)
+        name = _index_name(config, kwargs)
+        index = _find(name_or_path, name, kwargs)
+        if index is not None:
+            WeightMap.read(index, needs_metadata=True)
+    except CheckpointError as cause:
+        raise cause from error
+    if index is None and name == INDEX_NAME and Path(str(name_or_path)).is_dir():
+        raise CheckpointError(
+            f"{path} says that the experts are quantized in our format, but {name_or_path} has no {name}; copy or "
+            f"download it again"
+        ) from error
+
+
+def _sound_config(path: Path, error: Exception) -> dict[str, Any]:
+    """The content of a config that a model can be built from; `error` is what became of it."""
+    config = json_object(path)
+    for name, kinds in _KINDS.items():
+        is_there = config.get(name) is not None or (name == "auto_map" and name in config)
+        if is_there and not isinstance(config[name], kinds):
+            raise CheckpointError(f"{path} has {name}={quoted(config[name])}, which is no {kinds[0].__name__}")
+    weights = config.get("transformers_weights")
+    if weights is not None and not weights.endswith((".safetensors", ".safetensors.index.json")):
+        raise CheckpointError(f"{path} has transformers_weights={quoted(weights)}, which is no file of weights")
+    too_large = next((number for number in _numbers(config) if abs(number) >= 2**63), None)
+    if too_large is not None:
+        raise CheckpointError(f"{path} has the number {quoted(too_large)}, which no model has anything of")
+    quantization = config.get("quantization_config")
+    if quantization is not None and not isinstance(quantization.get("quant_method"), str):
+        raise CheckpointError(
+            f"{path} has a quantization_config without the name of a method: its quant_method is "
+            f"{quoted(quantization.get('quant_method'))}; take quantization_config out if nothing is quantized"
+        )
+    model_type = config.get("model_type")
+    if model_type not in CONFIG_MAPPING and "auto_map" not in config and isinstance(error, ValueError | KeyError):
+        raise CheckpointError(f"{path} has model_type={quoted(model_type)}, which Transformers does not know")
+    known = CONFIG_MAPPING[model_type] if model_type in CONFIG_MAPPING else PretrainedConfig  # noqa: SIM401  lazy
+    try:
+        made = known.from_dict(dict(config))
+        repr(made)  # Transformers logs it
+        if quantization is not None and AutoHfQuantizer.supports_quant_method(quantization):
+            AutoQuantizationConfig.from_dict(dict(quantization))
+    except MoeOffloadError:
+        raise
+    except Exception as cause:
+        raise CheckpointError(f"{path} is no {known.__name__} that can be read: {one_line(cause)}") from cause
+    if not isinstance(made.get_text_config(), PretrainedConfig):
+        raise CheckpointError(f"{path} has a text_config, which a {known.__name__} has not")
+    return config
+
+
+def _numbers(value: Any) -> Iterator[int]:
+    """All whole numbers in lists and objects."""
+    if isinstance(value, int):
+        yield value
+    elif isinstance(value, dict | list):
+        for one in value.values() if isinstance(value, dict) else value:
+            yield from _numbers(one)
+
+
+def _index_name(config: Mapping[str, Any], kwargs: Mapping[str, Any]) -> str:
+    """The index that Transformers looks for."""
+    if (config.get("quantization_config") or {}).get("quant_method") == OffloadConfig.quant_method:
+        return INDEX_NAME
+    name = config.get("transformers_weights")
+    if isinstance(name, str) and name.endswith(".json"):
+        return name
+    variant = kwargs.get("variant")
+    return (
+        SAFE_WEIGHTS_INDEX_NAME.replace("index.json", f"index.{variant}.json") if variant else SAFE_WEIGHTS_INDEX_NAME
+    )
+
+
+def _find(name_or_path: Any, file: str, kwargs: Mapping[str, Any]) -> Path | None:
+    """A file of a checkpoint, if it is on this machine."""
+    options = {name: kwargs[name] for name in HUB_OPTIONS if kwargs.get(name) is not None}
+    try:
+        found = cached_file(str(name_or_path), file, **options | {"local_files_only": True, "force_download": False})
+    except (OSError, ValueError):  # not there, or no name that a file can have
+        return None
+    return None if found is None else Path(found)

@@ -1,0 +1,7 @@
+"""Text that others have written, read within bounds; whatever is wrong with it is one error of ours."""
+
+from transformers_moe_offload.untrusted.json_text import json_file, json_object, parse_json
+from transformers_moe_offload.untrusted.quoting import one_line, quoted
+from transformers_moe_offload.untrusted.yaml_text import parse_yaml
+
+__all__ = ["json_file", "json_object", "one_line", "parse_json", "parse_yaml", "quoted"]

@@ -1,0 +1,103 @@
+"""YAML that others have written: text, numbers, lists and mappings, and nothing that YAML can do besides.
+
+PyYAML's safe loader runs no code, but lets a few hundred bytes stand for a billion values through aliases, forgets a
+key that is there twice, makes sets, dates and bytes, and answers values that cannot be with whatever Python raises.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import yaml
+
+from transformers_moe_offload.errors import MoeOffloadError
+from transformers_moe_offload.untrusted.quoting import one_line, quoted
+
+MAX_CHARACTERS = 2_000_000
+"""Of a text. PyYAML reads about 100,000 in a second."""
+MAX_EXPANDED = 10_000
+"""Values that a text with aliases may stand for; without aliases it stands for no more than it has."""
+_MAX_DEPTH = 100
+_PREFIX = "tag:yaml.org,2002:"
+_KINDS = ("str", "int", "float", "bool", "null", "seq", "map", "merge")
+_RAISED = (yaml.YAMLError, ValueError, LookupError, TypeError, AttributeError, ArithmeticError, RecursionError)
+"""By PyYAML 6.0, for values that cannot be: `!!int x`, `!!bool x`, `!!float ''`, escapes beyond Unicode."""
+
+
+def parse_yaml(text: str, what: str, error: type[MoeOffloadError]) -> Any:
+    """The value of a text; `what` begins the message of the error where there is none."""
+    if len(text) > MAX_CHARACTERS:
+        raise error(f"{what} has {len(text):,} characters, and at most {MAX_CHARACTERS:,} are read")
+    try:
+        return yaml.load(text, Loader=_Loader)
+    except RecursionError as cause:
+        raise error(f"{what} is not valid YAML: it is nested too deeply") from cause
+    except _RAISED as cause:
+        raise error(f"{what} is not valid YAML: {one_line(cause)}") from cause
+
+
+class _Loader(yaml.SafeLoader):
+    """PyYAML's safe loader within bounds."""
+
+    yaml_implicit_resolvers = {  # noqa: RUF012  what looks like a date is text, and so is "="
+        first: [(tag, pattern) for tag, pattern in resolvers if tag not in (f"{_PREFIX}timestamp", f"{_PREFIX}value")]
+        for first, resolvers in yaml.SafeLoader.yaml_implicit_resolvers.items()
+    }
+
+    def get_single_node(self) -> Any:
+        """The text's one value, not yet made."""
+        node = super().get_single_node()
+        if node is not None and (size := _expanded_size(node)) > max(MAX_EXPANDED, len(self._distinct)):
+            raise yaml.composer.ComposerError(
+                None, None, f"its aliases stand for {size:,} values, and at most {MAX_EXPANDED:,} are made", None
+            )
+        return node
+
+    def compose_node(self, parent: Any, index: Any) -> Any:
+        """One value, of a kind that has an equal in JSON."""
+        self._depth = getattr(self, "_depth", 0) + 1
+        if self._depth > _MAX_DEPTH:
+            raise yaml.composer.ComposerError(None, None, f"it is nested more than {_MAX_DEPTH} levels deep", None)
+        node: Any = super().compose_node(parent, index)
+        self._depth -= 1
+        self._distinct.add(id(node))
+        if node.tag not in [_PREFIX + kind for kind in _KINDS]:
+            raise yaml.composer.ComposerError(None, None, f"{quoted(node.tag)} is no kind of value", node.start_mark)
+        return node
+
+    def compose_mapping_node(self, anchor: Any) -> Any:
+        """A mapping, each of whose keys is a text, number or the like, and there once."""
+        node = super().compose_mapping_node(anchor)
+        seen = set()
+        for key, _ in node.value:
+            if not isinstance(key, yaml.ScalarNode):
+                raise yaml.composer.ComposerError(None, None, "a key is no text", key.start_mark)
+            if key.value in seen:
+                raise yaml.composer.ComposerError(None, None, f"{quoted(key.value)} is there twice", key.start_mark)
+            seen.add(key.value)
+        return node
+
+    def __init__(self, stream: str) -> None:
+        super().__init__(stream)
+        self._distinct: set[int] = set()
+
+
+def _expanded_size(root: Any) -> int:
+    """Values that a graph of nodes stands for, each counted as often as it is referred to.
+
+    Raises `ComposerError` if a value holds itself.
+    """
+    sizes: dict[int, int | None] = {}
+
+    def size_of(node: Any) -> int:
+        found = sizes.get(id(node), 0)
+        if found is None:
+            raise yaml.composer.ComposerError(None, None, "a value holds itself", node.start_mark)
+        if not found:
+            sizes[id(node)] = None
+            inner = () if isinstance(node, yaml.ScalarNode) else node.value
+            children = (child for one in inner for child in (one if isinstance(one, tuple) else (one,)))
+            found = sizes[id(node)] = 1 + sum(map(size_of, children))
+        return found
+
+    return size_of(root)
