@@ -143,7 +143,7 @@ def test_two_threads_that_resize_do_so_one_after_the_other(checkpoint, token_ids
     assert torch.equal(logits(model, token_ids), expected)
 
 
-@pytest.mark.parametrize("error", ERRORS[:2] + [RuntimeError("DefaultCPUAllocator: can't allocate memory")], ids=repr)
+@pytest.mark.parametrize("error", [*ERRORS[:2], RuntimeError("DefaultCPUAllocator: can't allocate memory")], ids=repr)
 def test_a_model_that_is_loaded_without_memory_to_probe_it_is_not_computed_in_a_slower_way(
     checkpoint, monkeypatch, error
 ):
