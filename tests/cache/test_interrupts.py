@@ -5,7 +5,7 @@ import os
 import pytest
 import torch
 
-from interrupts import Interrupts, a_hang_is_a_failure, in_another_thread
+from ctrl_c import Interrupts, a_hang_is_a_failure, in_another_thread
 from stores import number, numbered_store
 from transformers_moe_offload.cache.cache import ExpertCache
 from transformers_moe_offload.expert import ExpertId
