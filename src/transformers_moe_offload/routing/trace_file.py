@@ -26,7 +26,8 @@ from safetensors.numpy import save_file
 
 from transformers_moe_offload.memory.file_identity import FileIdentity
 from transformers_moe_offload.memory.safetensors_writer import new_file
-from transformers_moe_offload.tracing.trace_file import TraceError, expect_table, quoted, reading_trace, refuse
+from transformers_moe_offload.tracing.trace_file import TraceError, expect_table, reading_trace, refuse
+from transformers_moe_offload.untrusted import quoted
 
 FORMAT = 1
 """Version of the folder; a reader refuses those it does not know."""

@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import io
 import os
-import reprlib
 import zipfile
 import zlib
 from collections.abc import Iterator, Mapping
@@ -26,6 +25,7 @@ from numpy.typing import NDArray
 
 from transformers_moe_offload.errors import MoeOffloadError
 from transformers_moe_offload.memory.safetensors_writer import new_file
+from transformers_moe_offload.untrusted import one_line, quoted
 
 FORMAT = 1
 """Version of the file; a reader refuses those it does not know."""
@@ -79,32 +79,16 @@ def reading_trace(path: Source, kind: str = "trace") -> Iterator[None]:
         raise
     except (zipfile.BadZipFile, EOFError, zlib.error) as error:
         raise TraceError(
-            f"cannot read the {kind} {path}: it is damaged, or was cut short ({first_line(error)}); record it again"
+            f"cannot read the {kind} {path}: it is damaged, or was cut short ({one_line(error)}); record it again"
         ) from error
     except OSError as error:
-        raise TraceError(f"cannot read the {kind} {path}: {first_line(error)}") from error
+        raise TraceError(f"cannot read the {kind} {path}: {one_line(error)}") from error
     except (
         Exception
     ) as error:  # TokenError, SyntaxError, RecursionError, MemoryError, ...: damage has no list of its own
         raise TraceError(
-            f"cannot read the {kind} {path}: it is damaged ({type(error).__name__}: {first_line(error)})"
+            f"cannot read the {kind} {path}: it is damaged ({type(error).__name__}: {one_line(error)})"
         ) from error
-
-
-def first_line(error: BaseException) -> str:
-    """What an error says, no more than a line of it."""
-    lines = str(error).splitlines() or [type(error).__name__]
-    return lines[0] if len(lines[0]) <= 160 else f"{lines[0][:160]}..."
-
-
-def quoted(value: object) -> str:
-    """What a file holds, as messages quote it: no more than a line, however much it is."""
-    text = _QUOTES.repr(value)
-    return text if len(text) <= 120 else f"{text[:120]}..."
-
-
-_QUOTES = reprlib.Repr()
-_QUOTES.maxlevel, _QUOTES.maxstring, _QUOTES.maxother, _QUOTES.maxlong = 3, 80, 80, 40
 
 
 def write_arrays(path: Path, arrays: Arrays) -> None:
@@ -198,17 +182,11 @@ def _array(path: Source, name: str, content: bytes) -> Array:
     shape, _, dtype = read(stream)
     kind = (REQUIRED | OPTIONAL)[name]
     if len(shape) != 1 or dtype.kind != kind:
-        refuse(path, f"its {name} is {quoted_dtype(dtype)} of shape {quoted(shape)}, not one row of {kind!r}")
+        refuse(path, f"its {name} is {one_line(dtype, 40)} of shape {quoted(shape)}, not one row of {kind!r}")
     data_bytes = len(content) - stream.tell()
     if dtype.itemsize < 1 or shape[0] < 0 or prod(shape) * dtype.itemsize != data_bytes:
         refuse(path, f"its {name} is to have {quoted(shape[0])} entries, but has {data_bytes:,} bytes")
     return np.frombuffer(content, dtype, shape[0], stream.tell())
-
-
-def quoted_dtype(dtype: object) -> str:
-    """A dtype as messages quote it: one made up of others can be as long as one likes."""
-    text = str(dtype)
-    return text if len(text) <= 40 else f"{text[:40]}..."
 
 
 def _check(path: Source, arrays: Arrays) -> None:
