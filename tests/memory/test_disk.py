@@ -172,6 +172,14 @@ def test_what_is_open_is_read_on_in_every_way_whatever_its_path_leads_to(file, p
     assert bytes(file.mapped().bytes[:4096].numpy()) == CONTENT[:4096]
 
 
+@pytest.mark.parametrize("change", [write_in_place, lambda path: os.truncate(path, 99)])
+def test_a_file_that_was_written_to_while_it_is_open_is_told_at_once_when_it_is_mapped(file, path, change):
+    read(file, 0, 1)
+    change(path)
+    with pytest.raises(CheckpointError, match="was written at"):
+        file.mapped()
+
+
 def test_a_file_that_is_written_to_while_it_is_open_is_told_soon(file, path):
     read(file, 0, 1)
     write_in_place(path)

@@ -118,12 +118,8 @@ class KernelQueue:
         """Wait until the kernel writes nowhere, and tell it of nothing more."""
         self.lock.acquire()
         try:
-            for key, result in self._system.ended(len(self._reading)):
-                self._has_ended(key, result)
-        except OSError:  # as in `_note`
-            self.start_over()
+            self._rest()
         except BaseException:
-            self.start_over()
             self.lock.release()
             raise
 
@@ -164,6 +160,15 @@ class KernelQueue:
         self._waiting = others
         self._unfinished.discard(expert)
         return True
+
+    @_in_turn
+    def _rest(self) -> None:
+        """Wait for all that the kernel reads, and tell it of nothing more."""
+        try:
+            for key, result in self._system.ended(len(self._reading)):
+                self._has_ended(key, result)
+        except OSError:  # as in `_note`
+            self.start_over()
 
     def _note(self, at_least: int) -> int:
         """Note what has ended, once it is so much, and tell the kernel of more; returns the bytes that have come."""

@@ -34,6 +34,8 @@ class FileMap:
     """One file, mapped privately: nothing that is done to the tensors reaches the file."""
 
     def __init__(self, opened: OpenedFile) -> None:
+        """Raises `CheckpointError` if the file is not what it was."""
+        opened.identity.expect(opened.descriptor, opened.path)
         self.is_unchanged = opened.is_unchanged
         """Whether nobody has written to the file or cut it short: touching what is gone would end the process."""
         self._opened = opened
