@@ -41,7 +41,7 @@ from transformers_moe_offload.hf.upstream import (
 from transformers_moe_offload.memory.checkpoint import LayerSource
 from transformers_moe_offload.memory.encoding import encoded_row
 from transformers_moe_offload.memory.field_source import FieldSource
-from transformers_moe_offload.memory.record import dtype_name
+from transformers_moe_offload.memory.record import dtype_name, torch_dtype
 from transformers_moe_offload.memory.safetensors_index import StoredTensor
 from transformers_moe_offload.output.shards import Content
 
@@ -203,13 +203,28 @@ def _read(
                 f"config does not belong to these weights"
             )
         dtype_in_model = quantization.checkpoint.dtype_of(name)
-        if made[found].dtype.itemsize == 1 < dtype_in_model.itemsize:
+        bare = _without_scales(source, made[found].dtype)
+        if bare is not None and dtype_in_model.itemsize > 1:
             raise CheckpointError(
-                f"the checkpoint holds {found} in {dtype_name(made[found].dtype)}, and no scales to make "
+                f"the checkpoint holds {found} in {dtype_name(bare)}, and no scales to make "
                 f"{dtype_name(dtype_in_model)} of it; it is incomplete: download it again"
             )
         arrays |= quantization.encode(name, made[found].to(dtype_in_model))
     return arrays
+
+
+def _without_scales(source: ParameterSource, dtype: torch.dtype) -> torch.dtype | None:
+    """The dtype of one byte that a parameter is stored in alone; None if it is stored in another, or with its scales.
+
+    What Transformers makes of such a weight is of `dtype`: as it is stored in 5.23, cast like any other in 5.24.
+    """
+    if dtype.itemsize == 1:
+        return dtype
+    stored = [tensor for many in source.stored.values() for tensor in many]
+    kinds = {torch_dtype(tensor.dtype) for tensor in stored}
+    if len(source.stored) == 1 and all(kind.itemsize == 1 and kind.is_floating_point for kind in kinds):
+        return kinds.pop()
+    return None
 
 
 def _convert(quantization: Quantization, leader: str, source: ParameterSource, dtype: str) -> dict[str, Tensor]:
