@@ -50,7 +50,7 @@ CASES = [
     ("replay text.txt", "cannot read the trace text.txt: it is not an .npz archive"),
     ("replay nowhere.npz", "cannot read the trace nowhere.npz"),
     ("report text.txt -o plots", "cannot read the trace text.txt: it is not an .npz archive"),
-    ("report full -o plots", "cannot read the routing trace full"),
+    ("report full -o plots", "/full/trace.json"),
     *((f"{command} {'n' * 300} out", "File name too long") for command in ("bake", "push")),
 ]
 
