@@ -46,7 +46,7 @@ CAUGHT = {("hf/choices.py", "RuntimeError")}
 """By the caller in the same file."""
 
 PROTOCOLS = {("hf/prebuilt/moe_offload_required.py", "ImportError"), ("hf/upstream.py", "AttributeError")}
-"""Raised in a checkpoint's own code where the package is missing, to the importer; and for a name that a module lacks."""
+"""To importers: by a checkpoint's own code where the package is missing, and for a name that a module lacks."""
 
 
 def raised_in(file: Path) -> set[tuple[str, str]]:
