@@ -37,6 +37,9 @@ MOST_PROMPT, MOST_NEW = 24, 4
 CHECK_EVERY = 10
 """Signals between two answers of the main thread that are waited for and compared."""
 
+TELL_EVERY = 500
+"""Signals between two lines that say how far it is."""
+
 LONGEST_S = 120
 """Without a signal, before this counts as a hang: the process tells where each thread is, and ends."""
 
@@ -106,6 +109,8 @@ def interrupted(
             if ledger.signals % CHECK_EVERY == 0:
                 _check(model, draw.choice(questions), ledger, "after an interrupt")
                 ledger.checked += 1
+            if ledger.signals % TELL_EVERY == 0:
+                print(f"{ledger.signals:,} signals, {len(ledger.wrong)} wrong answers", file=sys.stderr)
     finally:
         sender.is_over = True
         is_over.set()
