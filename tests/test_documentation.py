@@ -77,8 +77,8 @@ def read(path: str) -> str:
     return (ROOT / path).read_text(encoding="utf-8")
 
 
-def pages_with(language: str) -> list[str]:
-    return [page for page in PAGES if any(block.language == language for block in runnable(page))]
+def pages_with(*languages: str) -> list[str]:
+    return [page for page in PAGES if any(block.language in languages for block in runnable(page))]
 
 
 def runnable(page: str) -> list[Block]:
@@ -99,8 +99,8 @@ def folder(tmp_path, monkeypatch):
     return tmp_path
 
 
-@pytest.mark.parametrize("page", pages_with("python"))
-def test_the_python_of_a_page_runs_and_prints_what_the_page_says(page, folder):
+@pytest.mark.parametrize("page", pages_with("python", "bash"))
+def test_a_page_runs_from_top_to_bottom_and_prints_what_it_says(page, folder):
     namespace = {"__name__": "__main__"}
     for block in runnable(page):
         if block.language == "python":
@@ -109,12 +109,7 @@ def test_the_python_of_a_page_runs_and_prints_what_the_page_says(page, folder):
             with contextlib.redirect_stdout(io.StringIO()) as printed:
                 exec(code, namespace)
             assert_printed(block, printed.getvalue())
-
-
-@pytest.mark.parametrize("page", pages_with("bash"))
-def test_the_commands_of_a_page_run_and_print_what_the_page_says(page, folder):
-    for block in runnable(page):
-        if block.language == "bash":
+        elif block.language == "bash":
             commands = [line for line in block.text.splitlines() if not is_tox(line)]
             assert_printed(block, "".join(run(command, block.place) for command in commands))
 
