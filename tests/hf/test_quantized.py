@@ -21,7 +21,7 @@ KINDS = {
     "nemotron_h": "no gate",
     "muse_spark": "a norm after each expert",
     "deepseek_v3": "shared experts",
-    "llama4": "every expert is multiplied with every token",
+    "llama4_text": "every expert is multiplied with every token",
     "dbrx": "rows of all experts in one matrix",
     "jetmoe": "experts in the attention, too",
     "switch_transformers": "experts are modules",

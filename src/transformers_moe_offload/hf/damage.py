@@ -13,12 +13,12 @@ from pathlib import Path
 from typing import Any
 
 from transformers import CONFIG_MAPPING, PretrainedConfig
-from transformers.quantizers.auto import AutoHfQuantizer, AutoQuantizationConfig
 from transformers.utils import CONFIG_NAME, SAFE_WEIGHTS_INDEX_NAME, cached_file
 
 from transformers_moe_offload.config import OffloadConfig
 from transformers_moe_offload.errors import CheckpointError, MoeOffloadError
 from transformers_moe_offload.hf.prebuilt.layout import INDEX_NAME
+from transformers_moe_offload.hf.upstream import AutoHfQuantizer, AutoQuantizationConfig
 from transformers_moe_offload.memory.weight_map import WeightMap
 from transformers_moe_offload.untrusted import json_object, one_line, quoted
 

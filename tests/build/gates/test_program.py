@@ -167,7 +167,7 @@ def test_experts_without_text_and_with_the_same_text_are_refused(program, expert
         program(Gate(), [*experts, Expert(name="d")])
     with pytest.raises(RecipeError, match=r"'prose' and 'copy' have the same texts"):
         program(Gate(mode="mean"), [*experts, replace(experts[0], name="copy")])
-    with pytest.raises(RecipeError, match=r"texts of expert 'd' leave no token .* gate.skip_bos to false"):
+    with pytest.raises(RecipeError, match=r"'mean' reads text, but expert 'd' has neither"):
         program(Gate(mode="mean"), [*experts, Expert(name="d", positive_prompts=("",))])
 
 

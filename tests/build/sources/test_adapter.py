@@ -92,7 +92,7 @@ def test_a_merge_is_in_float32_whatever_the_base_is_stored_in(base, tmp_path):
         ({"alora_invocation_tokens": [1]}, "alora_invocation_tokens"),
         ({"init_lora_weights": "pissa"}, "changes the base model"),
         ({"a_kind_of_the_future": {"x": 1}}, "a_kind_of_the_future"),
-        ({"peft_type": "IA3"}, "of kind IA3"),
+        ({"peft_type": "IA3"}, "of kind 'IA3'"),
         ({"r": 5}, "its config says rank 5"),
     ],
 )

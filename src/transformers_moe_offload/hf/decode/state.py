@@ -37,9 +37,13 @@ def watched(model: Any) -> str | None:
         if is_hooked_by_accelerate(module):
             return f"accelerate has a hook on {name or type(module).__name__}"
         for hook in _hooks(module):
-            if not getattr(hook, "__module__", "").startswith(OWN_HOOKS):
+            if not getattr(hook, "__module__", "").startswith((OWN_HOOKS, _TRACING)):
                 return f"{name or type(module).__name__} has a hook, {getattr(hook, '__qualname__', hook)}"
     return None
+
+
+_TRACING = "transformers_moe_offload.hf.runtime"
+"""The module of hooks that a trace hears forwards by; that steps are not captured meanwhile is said by its own name."""
 
 
 def _hooks(module: nn.Module) -> Iterator[Any]:
