@@ -167,6 +167,7 @@ def test_dense_modules_that_were_compiled_in_place_are_captured_as_they_are(smal
 @gpu
 @pytest.mark.parametrize("name", sorted(SMALL))
 def test_steps_are_compiled_around_the_experts_and_then_captured_where_generate_is_told_to(tmp_path, name):
+    torch.compiler.reset()  # numbers that differed in another model would be variable, and waited for, in this one
     save(name, tmp_path)
     options = {"max_new_tokens": 9, "cache_implementation": "static"}
     expected = generate(load(tmp_path, "device", device=DEVICE), prompt(1, 4), **options)

@@ -217,12 +217,12 @@ def test_the_mixin_of_transformers_takes_the_same_adapters(tmp_path):
     adapted(offloaded).save_pretrained(tmp_path / "adapter")
     expected = logits(offloaded, "qwen3_moe")
     _, other = pair("qwen3_moe", tmp_path / "model")
+    other.load_adapter(str(tmp_path / "adapter"))
+    assert torch.equal(logits(other, "qwen3_moe"), expected)
     try:
-        other.load_adapter(str(tmp_path / "adapter"))
+        other.disable_adapters()
     except ValueError as error:  # Transformers 5.24 wants PEFT 0.22 for this
         pytest.skip(str(error))
-    assert torch.equal(logits(other, "qwen3_moe"), expected)
-    other.disable_adapters()
     assert not torch.equal(logits(other, "qwen3_moe"), expected)
 
 
