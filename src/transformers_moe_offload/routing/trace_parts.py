@@ -24,7 +24,8 @@ from transformers_moe_offload.routing.trace_file import (
     file_of,
     refuse_folder,
 )
-from transformers_moe_offload.tracing.trace_file import TraceError, quoted, reading_trace
+from transformers_moe_offload.tracing.trace_file import TraceError, reading_trace
+from transformers_moe_offload.untrusted import quoted
 
 _COMMON = {"calls": "i", "token_ids": "i", "sequence": "i", "position": "i", "is_padding": "u", "domain": "i"}
 _OF_ROUTER = {"experts": "i", "weights": "f"}
