@@ -238,8 +238,8 @@ def kv_cache(module: torch.nn.Module, args: tuple[Any, ...], kwargs: Mapping[str
 
 def arguments(module: torch.nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> dict[str, Any]:
     """What a call of this module was given, by the names of its forward's parameters."""
-    names = list(inspect.signature(inspect.unwrap(type(module).forward)).parameters)[1:]
-    return dict(zip(names, args, strict=False)) | dict(kwargs)
+    parameters = _parameters(inspect.unwrap(type(module).forward))[1:]
+    return {one.name: value for one, value in zip(parameters, args, strict=False)} | dict(kwargs)
 
 
 def kv_cache_argument(model: Any, outputs: Any) -> dict[str, Any]:
@@ -274,8 +274,13 @@ def kv_cache_of_output(output: Any) -> Cache | None:
 
 
 @functools.cache
+def _parameters(forward: Callable[..., Any]) -> tuple[inspect.Parameter, ...]:
+    return tuple(inspect.signature(forward).parameters.values())
+
+
+@functools.cache
 def _kv_cache_parameters(forward: Callable[..., Any]) -> tuple[str, ...]:
-    parameters = inspect.signature(forward).parameters.values()
+    parameters = _parameters(forward)
     found = [one.name for one in parameters if _is_cache(one.annotation)]
     return tuple(found or [name for name in _FORMER_NAMES if any(one.name == name for one in parameters)])
 
