@@ -8,9 +8,9 @@ import pytest
 from click.testing import Result
 from typer.testing import CliRunner
 
+from moe_offload_cli.main import app
 from transformers_moe_offload.build import add_expert, bake_adapters, drop_expert, merge_to_dense
 from transformers_moe_offload.build.recipe import Expert
-from transformers_moe_offload.cli.main import app
 
 MODELS = Path(__file__).parents[2] / "examples" / "models"
 SECRET = "folder-of-somebody"

@@ -33,7 +33,7 @@ def one_line_errors(command: Any) -> Iterator[None]:
     """End the command with one line when an error of ours comes out of the block, or a refusal of the system."""
     try:
         yield
-    except BrokenPipeError:  # whoever reads the output has read enough; Typer knows
+    except BrokenPipeError:  # the reader of the output has closed it; Typer handles that
         raise
     except (MoeOffloadError, OSError) as error:
         report(error, command)
