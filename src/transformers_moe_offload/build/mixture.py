@@ -57,7 +57,7 @@ def origins_of(recipe: MoeRecipe) -> tuple[Origin, ...]:
 
 
 def expect_possible(recipe: MoeRecipe, width: int) -> None:
-    """Raise `RecipeError` for more copies or parts than anybody makes of a block of so many channels.
+    """Raise `RecipeError` for more copies or parts than make sense for a block of so many channels.
 
     Copies cost nothing until they are written, so that a plan of a billion would fill the memory first. A part has a
     channel at least, and the largest router of a container of ours chooses from some hundred experts.

@@ -195,7 +195,7 @@ def plan_build(recipe: MoeRecipe, sources: Sequence[Source], stems: Sequence[Sou
 
 
 def _widest(config: PreTrainedConfig) -> int:
-    """Channels of a dense model's blocks, by its config: as yet nobody knows which container's names they have."""
+    """Channels of a dense model's blocks, by its config, before the container and its names are known."""
     widths = [getattr(config, name, 0) for name in ("intermediate_size", "hidden_size")]
     return max(width for width in widths if isinstance(width, int))
 

@@ -67,7 +67,7 @@ class _NotStartedError(Exception):
 class ExpertCache:
     """The resident experts of some sparse layers on one device.
 
-    One visit at a time: threads that share a model take turns layer by layer. Whoever visits takes the turn itself,
+    One visit at a time: threads that share a model take turns layer by layer. The caller of a visit takes it,
     `with cache.turn, cache.visit(...) as visit`: what `with` does with a lock, Ctrl-C cannot come in between; a turn
     that some method of ours took or gave back would at times not be given back.
     """

@@ -103,7 +103,7 @@ class Residency:
         """After an interrupt in any of these methods: what was not resident is absent. Returns residents by slot.
 
         Which slots there are, who is in which, and who is loading: each is changed by one operation that is done or not
-        done, in an order that never shows a resident that is none. Everything else follows from that.
+        done, in an order in which every slot that is marked resident holds its expert. The rest is derived.
         """
         self._slot_of = {expert: slot for expert, slot in self._slot_of.items() if expert not in self._loading}
         self._loading = set()

@@ -136,7 +136,7 @@ class ExpertFormats:
             return cls(default=make_format("experts", value))
         raise ConfigError(f"experts={quoted(value)} is not an HqqFormat, a dictionary of its fields, or None")
 
-    # Ranges are never made into single layers: how many a key names is up to whoever wrote it.
+    # Ranges are never expanded into single layers: a key of an untrusted file may name any number of them.
 
     @cached_property
     def _format_of(self) -> list[tuple[range, HqqFormat | None]]:

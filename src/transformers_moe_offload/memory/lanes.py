@@ -88,7 +88,7 @@ class Lanes:
         return self._started(read)
 
     def drain(self) -> None:
-        """Wait until nobody writes into the memory of any expert that was started; those not begun are given up."""
+        """Wait until no thread writes into the memory of any expert that was started; those not begun are given up."""
         for read in list(self._unfinished):
             if not read.cancel():
                 with suppress(Exception):  # told to whoever asked for it, if it still matters
@@ -181,7 +181,7 @@ class _Crew:
                 _serve(calls, self._working[0])
 
     def _end(self) -> None:
-        """Before the interpreter goes: nobody may be reading into memory that goes with it."""
+        """Before the interpreter goes: no thread may be reading into memory that goes with it."""
         self._num_ends += 1
         self._calls.put(None)
         for thread in self._threads:
@@ -291,7 +291,7 @@ class Read:
         return True
 
     def help(self) -> None:
-        """Do steps as long as there are any that nobody does: for lanes."""
+        """Do unclaimed steps as long as there are any: for lanes."""
         self._do_steps(is_lane=True)
 
     def _do_steps(self, *, is_lane: bool) -> None:
@@ -312,7 +312,7 @@ class Read:
         self._conclude(claim)
 
     def _next(self, claim: _Claim) -> int | None:
-        """A step that nobody does, claimed."""
+        """Claim a step that no thread has claimed."""
         for number in range(len(self._steps)):
             if self._error is None and number not in self._claims and self._claims.setdefault(number, claim) is claim:
                 if self._error is None:
