@@ -102,6 +102,7 @@ def formats() -> dict[str, ModuleType]:
 def fuzzed(module: ModuleType, *, num_cases: int, seed: int = 0) -> Report:
     """Run this many cases of a format."""
     report = Report(module.__name__.rpartition("test_")[2], seed)
+    next(the_cases(module, seed, 0))  # what all cases share is made here, not by each child
     for batch, start in enumerate(range(0, num_cases, BATCH)):
         size, done = min(BATCH, num_cases - start), 0
         while done < size:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import random
-import shutil
 import sys
 import tempfile
 from collections.abc import Iterator
@@ -13,7 +12,6 @@ from pathlib import Path
 from typing import Any
 
 from transformers import AutoModelForCausalLM, MixtralConfig, MixtralForCausalLM
-from transformers.utils import logging
 
 from fuzz.fuzzing import expect_no_faults
 from fuzz.mutations import damaged, hostile, mutated
@@ -41,21 +39,19 @@ _TOKENS = (b"9" * 5000, b"[" * 3000, b'{"a":' * 3000, b"null", b"\xff", b"NaN", 
 
 
 @cache
-def _sound() -> Path:
-    folder = Path(tempfile.mkdtemp(prefix="fuzz-")) / "model"
+def _sound() -> dict[str, bytes]:
+    """The files of a small checkpoint in several shards, by name."""
     config = MixtralConfig(
         hidden_size=16, intermediate_size=16, num_hidden_layers=1, num_attention_heads=2, num_key_value_heads=1,
         vocab_size=32, num_local_experts=2,
     )  # fmt: skip
-    logging.set_verbosity_error()
-    logging.disable_progress_bar()
-    MixtralForCausalLM(config).save_pretrained(folder, max_shard_size="4KB")
-    return folder
+    with tempfile.TemporaryDirectory() as folder:
+        MixtralForCausalLM(config).save_pretrained(folder, max_shard_size="4KB")
+        return {path.name: path.read_bytes() for path in Path(folder).iterdir()}
 
 
 def cases(rng: random.Random) -> Iterator[tuple[str, bytes]]:
-    config = json.loads((_sound() / "config.json").read_text())
-    index = json.loads((_sound() / _INDEX).read_text())
+    config, index = json.loads(_sound()["config.json"]), json.loads(_sound()[_INDEX])
     while True:
         kind = rng.random()
         if kind < 0.4:
@@ -80,8 +76,8 @@ def _written(value: Any) -> bytes:
 def run(case: tuple[str, bytes]) -> None:
     name, content = case
     with tempfile.TemporaryDirectory() as folder:
-        shutil.copytree(_sound(), folder, dirs_exist_ok=True)
-        (Path(folder) / name).write_bytes(content)
+        for file, sound in _sound().items():
+            (Path(folder) / file).write_bytes(content if file == name else sound)
         AutoModelForCausalLM.from_pretrained(folder, moe_offload=OffloadConfig())
 
 

@@ -83,7 +83,14 @@ def test_looking_is_enough_for_an_expert_to_arrive(reads):
     assert as_bytes(found) == CONTENT[8:9000]
 
 
-def test_an_expert_that_the_kernel_was_not_told_of_can_be_given_up(reads, monkeypatch):
+@pytest.fixture
+def slow_disk(monkeypatch):
+    """One whose reads end when they are waited for, and not before."""
+    ended = kernel_queue.AsyncReads.ended
+    monkeypatch.setattr(kernel_queue.AsyncReads, "ended", lambda self, least: ended(self, least) if least else [])
+
+
+def test_an_expert_that_the_kernel_was_not_told_of_can_be_given_up(reads, slow_disk, monkeypatch):
     monkeypatch.setattr(kernel_queue, "MOST_BYTES", 1)
     first, found = reads.start(0, 20_000)
     second, _ = reads.start(20_000, 30_000)
@@ -96,7 +103,7 @@ def test_an_expert_that_the_kernel_was_not_told_of_can_be_given_up(reads, monkey
     assert as_bytes(found) == CONTENT[30_000:40_000]
 
 
-def test_the_kernel_is_told_of_no_more_than_keeps_a_disk_busy(reads):
+def test_the_kernel_is_told_of_no_more_than_keeps_a_disk_busy(reads, slow_disk):
     coming = [reads.start(0, NUM_PAGES * PAGE_BYTES)[0] for _ in range(2 + MOST_BYTES // (NUM_PAGES * PAGE_BYTES))]
     assert coming[-1].cancel()
     for expert in coming[:-1]:
