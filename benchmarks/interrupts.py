@@ -92,6 +92,8 @@ def interrupted(
     model = AutoModelForCausalLM.from_pretrained(folder, moe_offload=config).eval()
     questions = [one for one in questions if one.prompt.numel() <= MOST_PROMPT and one.new_tokens <= MOST_NEW]
     ledger, draw, began = Ledger(), random.Random(seed), time.monotonic()
+    # A shell has what it starts in the background ignore this signal.
+    handler = signal.signal(signal.SIGINT, signal.default_int_handler)
     sender, is_over = _Sender(seed), threading.Event()
     others = [
         threading.Thread(target=_generate_beside, args=(model, questions, ledger, is_over, seed + n), daemon=True)
@@ -116,6 +118,7 @@ def interrupted(
         is_over.set()
         for thread in others:
             thread.join()
+        signal.signal(signal.SIGINT, handler)
     last = threading.Thread(target=_check_all, args=(model, questions, ledger))
     last.start()
     last.join()

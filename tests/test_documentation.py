@@ -2,28 +2,25 @@
 
 A block of Python is run in the namespace of its page, in a folder that has `examples/` in it and nothing else. If a
 block of text follows, that is what it must have printed, where `...` stands for anything. Blocks of bash are run line
-by line. A block with a title from `NOT_RUN` is left alone.
+by line. `users/pages.py` tells which blocks are left alone; `tox -e users` runs more of them.
 """
 
 import configparser
 import contextlib
 import dataclasses
 import io
-import os
 import re
 import shlex
-import subprocess
-import sys
 import tomllib
-from dataclasses import dataclass
 from doctest import ELLIPSIS, NORMALIZE_WHITESPACE, OutputChecker
-from itertools import zip_longest
 from pathlib import Path
 
 import pytest
 import transformers
 
+from programs import run_program
 from transformers_moe_offload import OffloadConfig
+from users.pages import CHANGES_THE_ENVIRONMENT, NEEDS_A_DOWNLOAD, Block, blocks_of
 from zoo.catalogue import SINCE
 from zoo.inventory import NOT_TOKEN_ROUTED, moe_model_dirs
 
@@ -34,55 +31,24 @@ PAGES = [
     for path in [*sorted(ROOT.glob("*.md")), ROOT / "examples/README.md", *sorted((ROOT / "docs").rglob("*.md"))]
 ]
 
-NOT_RUN = {"needs a download", "changes your environment"}
-MOST_NOT_RUN = 5
+MOST_TITLED = 5
 TOX = "python3 -m venv .venv && .venv/bin/pip install -q tox"
-"""What sets up tox. Lines with it are not run: tox runs these tests."""
-
-FENCE = re.compile(r"^```(?P<language>\w+)(?: title=\"(?P<title>[^\"]*)\")?\n(?P<text>.*?)^```$", re.M | re.S)
-
-
-@dataclass(frozen=True)
-class Block:
-    """One fenced block of a page."""
-
-    page: str
-    line: int
-    """Line of the page on which the text begins."""
-    language: str
-    title: str | None
-    text: str
-    printed: str | None
-    """The block of text right after this one, if there is one."""
-
-    @property
-    def place(self) -> str:
-        return f"{self.page}:{self.line}"
-
-
-def blocks_of(page: str) -> list[Block]:
-    text = read(page)
-    fences = list(FENCE.finditer(text))
-    assert len(re.findall(r"^\s*```", text, re.M)) == 2 * len(fences), f"{page} has a fence in a form not known here"
-    blocks = []
-    for fence, following in zip_longest(fences, fences[1:]):
-        is_output = following and following["language"] == "text" and not text[fence.end() : following.start()].strip()
-        line = text.count("\n", 0, fence.start("text")) + 1
-        printed = following["text"] if is_output else None
-        blocks.append(Block(page, line, fence["language"], fence["title"], fence["text"], printed))
-    return blocks
 
 
 def read(path: str) -> str:
     return (ROOT / path).read_text(encoding="utf-8")
 
 
-def pages_with(*languages: str) -> list[str]:
-    return [page for page in PAGES if any(block.language in languages for block in runnable(page))]
+def pages_with_blocks() -> list[str]:
+    return [page for page in PAGES if runnable(page)]
 
 
 def runnable(page: str) -> list[Block]:
-    return [block for block in blocks_of(page) if block.title not in NOT_RUN]
+    return [
+        block
+        for block in blocks_of(page)
+        if block.not_run is None and block.environment is None and block.title != CHANGES_THE_ENVIRONMENT
+    ]
 
 
 def assert_printed(block: Block, printed: str) -> None:
@@ -99,7 +65,7 @@ def folder(tmp_path, monkeypatch):
     return tmp_path
 
 
-@pytest.mark.parametrize("page", pages_with("python", "bash"))
+@pytest.mark.parametrize("page", pages_with_blocks())
 def test_a_page_runs_from_top_to_bottom_and_prints_what_it_says(page, folder):
     namespace = {"__name__": "__main__"}
     for block in runnable(page):
@@ -109,34 +75,22 @@ def test_a_page_runs_from_top_to_bottom_and_prints_what_it_says(page, folder):
             with contextlib.redirect_stdout(io.StringIO()) as printed:
                 exec(code, namespace)
             assert_printed(block, printed.getvalue())
-        elif block.language == "bash":
-            commands = [line for line in block.text.splitlines() if not is_tox(line)]
-            assert_printed(block, "".join(run(command, block.place) for command in commands))
-
-
-def is_tox(command: str) -> bool:
-    return command.startswith((TOX, ".venv/bin/tox"))
+        else:
+            assert_printed(block, "".join(run(command, block.place) for command in block.text.splitlines()))
 
 
 def run(command: str, place: str) -> str:
     program, *arguments = shlex.split(command)
-    runnable_here = {"python": sys.executable, "moe-offload": Path(sys.executable).with_name("moe-offload")}
-    assert program in runnable_here, f"{place}: no test can run {command!r}"
-    done = subprocess.run(
-        [runnable_here[program], *arguments],
-        stdin=subprocess.DEVNULL,
-        capture_output=True,
-        text=True,
-        env=os.environ | {"COLUMNS": "80"},
-    )
+    assert program in ("python", "moe-offload"), f"{place}: no test can run {command!r}"
+    done = run_program(program, *arguments, variables={"COLUMNS": "80"})
     assert done.returncode == 0, f"{place}: {command} failed\n{done.stdout}{done.stderr}"
     return done.stdout
 
 
 def test_few_blocks_are_not_run_and_all_of_them_say_why():
     titled = [block for page in PAGES for block in blocks_of(page) if block.title is not None]
-    assert [block.place for block in titled if block.title not in NOT_RUN] == []
-    assert len(titled) <= MOST_NOT_RUN
+    assert {block.title for block in titled} <= {NEEDS_A_DOWNLOAD, CHANGES_THE_ENVIRONMENT}
+    assert len(titled) <= MOST_TITLED
 
 
 def test_the_first_screen_of_the_readme_has_two_commands_and_each_is_enough():

@@ -32,6 +32,7 @@ CASES = [
     ("chat moe --prompt x --policy clairvoyant", "--policy 'clairvoyant' is not a known policy; choose one of ["),
     ("quantize moe out", "nothing to quantize; say how: --experts 4x64"),
     ("quantize moe moe/out --experts 4x32", "DST moe/out and SRC moe lie inside one another"),
+    ("quantize hollow out --experts 4x32", "has experts without weights: by the config, gate_up_proj of each is of"),
     ("quantize moe full --experts 4x32", "full is not empty"),
     ("convert moe out --from mixtral-offloading", "the layout of mixtral-offloading is for Mixtral, but "),
     ("convert moe out --from elsewhere", "'elsewhere' is not one of 'mixtral-offloading'"),
@@ -43,10 +44,12 @@ CASES = [
     ("push nowhere me/moe", "there is no folder nowhere"),
     ("bench", "bench measures a MODEL or, with --kernels, products of matrices: give one of the two"),
     ("bench moe --json nowhere/figures.json", "it is in nowhere, which is not a folder"),
+    ("bench moe --prefetch clairvoyant", "--prefetch 'clairvoyant' is not a known predictor; choose one of ["),
     ("bench moe --text nowhere", "cannot read --text nowhere"),
     ("trace moe -o t.npz", "give prompts either with --prompt, as often as you like, or as the lines of --prompts"),
     ("trace moe -o full --prompt x", "cannot write --output full: it is a folder"),
     ("trace moe -o t.npz --prompt x --seed x", "--seed"),
+    ("trace moe -o t.npz --prompt x --routing full", "full has other files, 'notes.txt' among them"),
     ("replay text.txt", "cannot read the trace text.txt: it is not an .npz archive"),
     ("replay nowhere.npz", "cannot read the trace nowhere.npz"),
     ("report text.txt -o plots", "cannot read the trace text.txt: it is not an .npz archive"),
@@ -62,6 +65,9 @@ def folder(tmp_path, monkeypatch):
     for name, config in (("dense", CONFIG), ("odd", CONFIG | {"hidden_size": "wide"})):
         (tmp_path / name).mkdir()
         (tmp_path / name / "config.json").write_text(json.dumps(config))
+    shutil.copytree(tmp_path / "moe", tmp_path / "hollow")
+    hollow = json.loads((tmp_path / "moe" / "config.json").read_text()) | {"moe_intermediate_size": 0}
+    (tmp_path / "hollow" / "config.json").write_text(json.dumps(hollow))
     for name in ("empty", "full"):
         (tmp_path / name).mkdir()
     (tmp_path / "full" / "notes.txt").write_text("mine")

@@ -89,5 +89,7 @@ def test_a_predictor_of_ones_own_is_asked(prompt, expected, monkeypatch):
 
 
 def test_an_unknown_predictor_lists_the_choices():
-    with pytest.raises(ConfigError, match=r"predictor='oracle' is not a known predictor; choose one of \[.*'last_token'"):
+    with pytest.raises(
+        ConfigError, match=r"predictor='oracle' is not a known predictor; choose one of \[.*'last_token'"
+    ):
         load(PrefetchConfig(predictor="oracle"))

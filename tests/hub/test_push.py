@@ -1,14 +1,12 @@
 """Checkpoints go to a Hub and come back, through the real client; what is not whole does not get there."""
 
 import json
-import os
-import subprocess
-import sys
 
 import pytest
 from huggingface_hub import HfApi, ModelCard
 
 from models.mixtures import mixture, write_adapter
+from programs import TORCH, run_program
 from transformers_moe_offload.errors import CheckpointError
 from transformers_moe_offload.hf.prebuilt.layout import INDEX_NAME
 from transformers_moe_offload.hf.prebuilt.publish import LAYOUT, check_prebuilt
@@ -82,12 +80,11 @@ print([torch.equal(model(input_ids=ids).logits, expected) for model in (second, 
 
 
 def environment(hub, tmp_path) -> dict[str, str]:
-    return os.environ | {
+    return {
         "HF_ENDPOINT": hub.endpoint,
         "HF_HOME": str(tmp_path / "home"),
         "HF_TOKEN": TOKEN,
         "HF_HUB_DISABLE_XET": "1",
-        "OMP_NUM_THREADS": "1",
     }
 
 
@@ -95,8 +92,8 @@ def test_a_model_on_the_hub_is_quantized_pushed_and_loaded_by_its_id(hub, source
     hub.repos["somebody/plain"] = Repo(is_private=False)
     revision = hub.repos["somebody/plain"].add_commit("main", contents(source))
     folder = tmp_path / "folder"
-    arguments = [sys.executable, "-c", ROUND_TRIP, "somebody/plain", str(folder), REPO]
-    result = subprocess.run(arguments, env=environment(hub, tmp_path), capture_output=True, text=True, timeout=200)
+    command = ["python", "-c", ROUND_TRIP, "somebody/plain", folder, REPO]
+    result = run_program(*command, variables=environment(hub, tmp_path), imported=TORCH)
     assert result.stdout.splitlines() == [f"pushed to {hub.endpoint}/{REPO}", "[True, True]"], result.stderr
     assert uploaded(hub) == contents(folder)
     assert hub.repos[REPO].is_private
@@ -126,8 +123,8 @@ def test_a_mixture_of_adapters_comes_back_from_the_hub_with_its_adapters(hub, tm
     mixture([write_adapter(tmp_path / name, seed) for seed, name in enumerate("ab")], rank=4).save_pretrained(
         tmp_path / "mixture"
     )
-    arguments = [sys.executable, "-c", PUSH_OF_A_MIXTURE, str(tmp_path / "mixture"), str(tmp_path / "target")]
-    result = subprocess.run(arguments, env=environment(hub, tmp_path), capture_output=True, text=True, timeout=200)
+    command = ["python", "-c", PUSH_OF_A_MIXTURE, tmp_path / "mixture", tmp_path / "target"]
+    result = run_program(*command, variables=environment(hub, tmp_path), imported=TORCH)
     assert result.stdout.splitlines() == ["[True, True, True]"], result.stderr
 
 

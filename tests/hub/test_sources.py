@@ -9,6 +9,7 @@ import peft
 import pytest
 
 from build.made import dense_model, save_dense
+from programs import TORCH, run_program
 
 from .server import TOKEN, Hub, Repo
 
@@ -91,13 +92,7 @@ def environment(hub, tmp_path):
 
 
 def test_each_source_is_read_at_its_revision(hub, environment, tmp_path):
-    done = subprocess.run(
-        [sys.executable, "-c", BUILD, str(tmp_path / "moe")],
-        env=environment,
-        capture_output=True,
-        text=True,
-        check=False,
-    )
+    done = run_program("python", "-c", BUILD, tmp_path / "moe", variables=environment, imported=TORCH)
     assert done.returncode == 0, done.stderr
     sources, nowhere = done.stdout.strip().splitlines()[-2:]
     old, new = hub.repos["me/dense"].commit_of("v1"), hub.repos["me/dense"].commit_of("main")

@@ -1,8 +1,6 @@
 """A mixture of adapters computes what PEFT computes with each of them, and what its routers make of several."""
 
 import json
-import subprocess
-import sys
 
 import pytest
 import torch
@@ -21,6 +19,7 @@ from models.mixtures import (
     with_peft,
     write_adapter,
 )
+from programs import TORCH, run_program
 from transformers_moe_offload import MoeOffloadError
 from transformers_moe_offload.models.adapter_moe import AdapterMoeConfig, AdapterMoeForCausalLM
 from transformers_moe_offload.models.adapter_moe.adapter_folders import AdapterFolder
@@ -135,10 +134,9 @@ from transformers import AutoModelForCausalLM
 model = AutoModelForCausalLM.from_pretrained({str(model)!r}, trust_remote_code=True)
 print(model(input_ids=torch.tensor({TOKENS.tolist()})).logits.double().sum().item())
 """
-    environment = {"HF_MODULES_CACHE": str(tmp_path / "modules"), "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
-    done = subprocess.run(
-        [sys.executable, "-c", code], capture_output=True, text=True, check=True, env=environment, timeout=120
-    )
+    alone = {"HF_MODULES_CACHE": str(tmp_path / "modules"), "HF_HUB_OFFLINE": "1"}
+    done = run_program("python", "-c", code, variables=alone, imported=TORCH)
+    assert done.returncode == 0, done.stderr
     assert float(done.stdout.split()[-1]) == pytest.approx(logits(load(model)).double().sum().item(), rel=1e-6)
 
 

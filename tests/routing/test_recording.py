@@ -10,9 +10,16 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from hurried import run_at_once
-from transformers_moe_offload import ConfigError, OffloadConfig, cache_stats, routing
+from transformers_moe_offload import (
+    ConfigError,
+    MoeOffloadError,
+    OffloadConfig,
+    UnsupportedModelError,
+    cache_stats,
+    routing,
+)
 from transformers_moe_offload.hf.upstream import kv_cache_argument
-from transformers_moe_offload.routing import RoutingTrace
+from transformers_moe_offload.routing import RoutingTrace, recorder
 from transformers_moe_offload.routing.sites import find_sites
 from transformers_moe_offload.routing.switching import observe, stop_observing
 from transformers_moe_offload.tracing import TraceError, replay
@@ -100,6 +107,23 @@ def test_a_strategy_is_recorded_as_it_chose(plain, token_ids):
     assert ((rows.weights != 0) == chosen).all()
     assert 1 <= chosen.sum(axis=1).min() < chosen.sum(axis=1).max()
     assert trace.statistics(0).load.sum() == chosen.sum()
+
+
+def test_more_domains_or_experts_than_a_recording_can_number_are_refused(plain, token_ids, monkeypatch):
+    monkeypatch.setattr(recorder, "MAX_CHOICES", 8)
+    with routing.record_routing(plain) as recording, torch.no_grad():
+        for number in range(8):
+            recording.domain = f"text {number}"
+            plain(token_ids)
+        recording.domain = "text 8"
+        with pytest.raises(MoeOffloadError, match="domain='text 8' is one too many: 8 can be recorded"):
+            plain(token_ids)
+        recording.domain = "text 0"
+        plain(token_ids)
+    assert len(recording.trace.domains) == 8
+    monkeypatch.setattr(recorder, "MAX_CHOICES", 1)
+    with pytest.raises(UnsupportedModelError, match=r"chooses among \d+ experts; a recording knows 1 at most"):
+        routing.record_routing(plain).__enter__()
 
 
 def test_a_streamed_trace_is_the_one_in_memory_and_its_parts_are_small(plain, token_ids, tmp_path):

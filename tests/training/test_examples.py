@@ -2,11 +2,11 @@
 
 import random
 import re
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
+
+from programs import run_program
 
 EXAMPLES = Path(__file__).parents[2] / "examples"
 
@@ -26,8 +26,8 @@ def test_an_example_lowers_held_out_loss_and_writes_what_it_says(name, written, 
     ]
     (tmp_path / "text").mkdir()
     (tmp_path / "text" / "queries.sql").write_text("\n".join(lines))
-    command = [sys.executable, str(EXAMPLES / f"{name}.py"), "--steps", "5", "--text", "text", "--output", "out"]
-    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=200)
+    options = ("--steps", "5", "--text", "text", "--output", "out")
+    done = run_program("python", EXAMPLES / f"{name}.py", *options, cwd=tmp_path)
     assert done.returncode == 0, done.stderr[-2000:]
     assert "held-out loss" in done.stdout
     assert (tmp_path / "out" / written).is_file()
@@ -39,7 +39,6 @@ def test_no_two_examples_write_to_one_folder_and_none_beside_what_another_has_wr
     written = [re.search(r'output="([\w-]+)", kind="(\w+)"', source).groups() for source in sources]
     assert len({folder for folder, _ in written}) == len(written) == 3
     (tmp_path / "config.json").write_text("{}")
-    command = [sys.executable, str(EXAMPLES / "finetune_experts_lora.py"), "--output", str(tmp_path)]
-    done = subprocess.run(command, capture_output=True, text=True)
+    done = run_program("python", EXAMPLES / "finetune_experts_lora.py", "--output", tmp_path)
     assert done.returncode == 2
     assert "holds model files, which would be loaded together with this adapter" in done.stderr

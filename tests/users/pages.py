@@ -11,6 +11,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).parents[2]
 NEEDS_A_DOWNLOAD = "needs a download"
+CHANGES_THE_ENVIRONMENT = "changes your environment"
 _FENCE = re.compile(
     r"(?:^<!-- (?P<mark>not run|runs in): (?P<remark>[^>]*) -->\n\n?)?"
     r"^```(?P<language>\w+)(?: title=\"(?P<title>[^\"]*)\")?\n(?P<text>.*?)^```$",
@@ -25,6 +26,7 @@ class Block:
     page: str
     line: int
     language: str
+    title: str | None
     text: str
     printed: str | None
     """What the page says that it prints."""
@@ -50,7 +52,7 @@ def pages() -> list[str]:
 def blocks_of(page: str) -> list[Block]:
     text = (ROOT / page).read_text("utf-8")
     fences = list(_FENCE.finditer(text))
-    assert 2 * len(fences) == len(re.findall(r"^```", text, re.M)), f"{page} has a fence in a form not known here"
+    assert 2 * len(fences) == len(re.findall(r"^\s*```", text, re.M)), f"{page} has a fence in a form not known here"
     found = []
     for fence, following in zip_longest(fences, fences[1:]):
         if fence["language"] not in ("python", "bash"):
@@ -62,6 +64,7 @@ def blocks_of(page: str) -> list[Block]:
                 page,
                 text.count("\n", 0, fence.start("text")) + 1,
                 fence["language"],
+                fence["title"],
                 fence["text"],
                 following["text"] if is_output else None,
                 (fence["remark"] or fence["title"]) if is_left_out else None,

@@ -23,6 +23,9 @@ _ARGUMENT = re.compile(
     r"""(?:=(?P<value>'[^']*'|"[^"]*"|-?\w+(?:\.\w+)*))?"""
 )
 
+_OF_AN_OPTION = {"predictor": "prefetch"}
+"""Fields that an option of another name is for."""
+
 
 class CommandError(MoeOffloadError):
     """What the command line asks for cannot be done, with the reason."""
@@ -66,7 +69,8 @@ def in_option_names(message: str, command: Any) -> str:
     options = {option.name: option for option in command.params if option.param_type_name == "option"}
 
     def as_typed(found: re.Match[str]) -> str:
-        option, value = options.get(found["name"]), found["value"]
+        name, value = found["name"], found["value"]
+        option = options.get(_OF_AN_OPTION.get(name, name))
         if option is None or (value is None and not found["config"]):
             return found[0]
         if option.is_flag and value == "False":

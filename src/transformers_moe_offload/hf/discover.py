@@ -15,10 +15,19 @@ from transformers_moe_offload.memory.record import dtype_name
 
 
 def find_experts(model: nn.Module) -> Iterator[tuple[str, nn.Module, ExpertsLayout]]:
-    """Every module that holds routed experts, with its path and layout."""
+    """Every module that holds routed experts, with its path and layout.
+
+    Raises `UnsupportedModelError` where experts have no weights.
+    """
     for name, module in model.named_modules():
         layout = layout_of(module)
         if layout is not None:
+            for field in layout.fields(module):
+                if 0 in field.shape:
+                    raise UnsupportedModelError(
+                        f"{name} has experts without weights: by the config, {field.name} of each is of shape "
+                        f"{list(field.shape)}"
+                    )
             yield name, module, layout
 
 

@@ -116,11 +116,11 @@ class OffloadRuntime:
             hooks += _announcing(self._living_model(), recorder)
             yield recorder.trace
         finally:
+            self._recorder = None
+            self._caches.record(None)
             for hook in hooks:
                 hook.remove()
             recorder.finish_visit()
-            self._recorder = None
-            self._caches.record(None)
 
     def restore(self) -> Any:
         """Read all experts into ordinary parameters, decode what is quantized, and give the plain model back.

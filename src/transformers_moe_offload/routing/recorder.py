@@ -17,14 +17,21 @@ import torch
 
 from transformers_moe_offload.config.budget import Budget
 from transformers_moe_offload.config.options import choose
-from transformers_moe_offload.errors import ConfigError
+from transformers_moe_offload.errors import ConfigError, MoeOffloadError, UnsupportedModelError
 from transformers_moe_offload.routing.buffer import CallRecord, RoutingBuffer, StepRecord
 from transformers_moe_offload.routing.passage import Passage, Past, passage_of
 from transformers_moe_offload.routing.seam import Decision
 from transformers_moe_offload.routing.sites import Site, find_sites, select, unwrapped
 from transformers_moe_offload.routing.switching import Layers, observe, stop_observing
 from transformers_moe_offload.routing.trace import RoutingTrace
-from transformers_moe_offload.routing.trace_file import Part, RouterFacts, TraceIndex, new_folder, write_part
+from transformers_moe_offload.routing.trace_file import (
+    MAX_CHOICES,
+    Part,
+    RouterFacts,
+    TraceIndex,
+    new_folder,
+    write_part,
+)
 from transformers_moe_offload.routing.trace_parts import num_steps_of
 
 Scores = Literal["float16", "float32"]
@@ -184,6 +191,10 @@ class RoutingRecorder:
         if self.domain is None:
             return -1
         if self.domain not in self._index.domains:
+            if len(self._index.domains) == MAX_CHOICES:
+                raise MoeOffloadError(
+                    f"domain={self.domain!r} is one too many: a recording has {MAX_CHOICES:,} at most"
+                )
             self._index.domains.append(self.domain)
         return self._index.domains.index(self.domain)
 
@@ -202,6 +213,11 @@ class RoutingRecorder:
 
 
 def _facts(site: Site) -> RouterFacts:
+    if site.num_experts > MAX_CHOICES:
+        raise UnsupportedModelError(
+            f"{site.path} chooses among {site.num_experts:,} experts; a recording knows {MAX_CHOICES:,} at most: leave "
+            "it out with `layers`"
+        )
     return RouterFacts(
         site.index,
         site.path,

@@ -53,8 +53,8 @@ Part = dict[str, NDArray[Any]]
 KIND = "routing trace"
 _MAX_INDEX_BYTES = 16 * 2**20
 """Parts are of 64 MiB, and a line of the index names one: so much is enough for a recording of many terabytes."""
-_MAX_EXPERTS = 2**15
-"""Of a router: a choice is of 16 bits."""
+MAX_CHOICES = 2**15
+"""Experts of a router, and domains: each is numbered by 16 bits."""
 _PART_NAME = re.compile(r"part-[0-9]{5,9}\.safetensors")
 
 
@@ -175,7 +175,7 @@ def _check_index(folder: Path, index: TraceIndex) -> None:
         refuse_folder(folder, f"its routers are numbered {quoted(numbers)}")
     expect_table(folder, [facts.num_experts for facts in index.routers], "routers")
     for facts in index.routers:
-        if not 1 <= facts.num_with_weights <= facts.num_experts <= _MAX_EXPERTS:
+        if not 1 <= facts.num_with_weights <= facts.num_experts <= MAX_CHOICES:
             refuse_folder(
                 folder,
                 f"router {facts.router} has {facts.num_experts} experts, {facts.num_with_weights} of them with weights",
@@ -192,7 +192,10 @@ def _check_index(folder: Path, index: TraceIndex) -> None:
 
 
 def new_folder(folder: str | os.PathLike[str], *, overwrite: bool = False) -> Path:
-    """A folder for a new trace; one that has a trace already is refused, or its files are removed."""
+    """A folder for a new trace.
+
+    One that has a trace already is refused, or its files are removed; one that has anything else is refused.
+    """
     path = Path(folder).absolute()  # a recording goes on whatever the working directory becomes
     if (path / INDEX).exists() and not overwrite:
         raise TraceError(
@@ -200,6 +203,9 @@ def new_folder(folder: str | os.PathLike[str], *, overwrite: bool = False) -> Pa
         )
     try:
         path.mkdir(parents=True, exist_ok=True)
+        others = [one.name for one in path.iterdir() if one.name != INDEX and not _PART_NAME.fullmatch(one.name)]
+        if others:
+            raise TraceError(f"{path} has other files, {quoted(min(others))} among them; name a folder of its own")
         if (path / INDEX).exists():
             (path / INDEX).unlink()  # first: without it, parts are no trace
             for part in [part for part in path.iterdir() if _PART_NAME.fullmatch(part.name)]:

@@ -1,8 +1,5 @@
 """A recipe for a mixture of adapters becomes a folder that loads, whose adapters are the files they were."""
 
-import os
-import subprocess
-import sys
 from dataclasses import replace
 from pathlib import Path
 
@@ -15,6 +12,7 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from models.mixtures import dense_model, logits, saved, write_adapter, write_three
+from programs import TORCH, run_program
 from transformers_moe_offload import CheckpointError, OffloadConfig, RecipeError
 from transformers_moe_offload.build import MoeRecipe, build_moe, validate_recipe
 from transformers_moe_offload.build.adapters.build import build_adapter_moe
@@ -299,12 +297,9 @@ with torch.no_grad():
 
 def test_what_is_built_loads_where_the_package_is_missing(dense, adapters, tmp_path):
     build_adapter_moe(recipe(dense, adapters), tmp_path / "mixture")
-    done = subprocess.run(
-        [sys.executable, "-c", LOADED_WITHOUT_THE_PACKAGE, tmp_path / "mixture", tmp_path / "logits.pt"],
-        env=os.environ | {"HF_HOME": str(tmp_path / "cache"), "HF_HUB_OFFLINE": "1"},
-        capture_output=True,
-        text=True,
-    )
+    command = ["python", "-c", LOADED_WITHOUT_THE_PACKAGE, tmp_path / "mixture", tmp_path / "logits.pt"]
+    alone = {"HF_HOME": str(tmp_path / "cache"), "HF_HUB_OFFLINE": "1"}
+    done = run_program(*command, variables=alone, imported=TORCH)
     assert done.returncode == 0, done.stderr
     with torch.no_grad():
         expected = AutoModelForCausalLM.from_pretrained(tmp_path / "mixture")(torch.arange(8)[None]).logits

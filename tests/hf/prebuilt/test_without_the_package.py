@@ -1,12 +1,10 @@
 """Where this package is missing, a prebuilt checkpoint does not load, and says why."""
 
-import subprocess
-import sys
-
 import pytest
 from typer.testing import CliRunner
 
 from moe_offload_cli.main import app
+from programs import TORCH, run_program
 from transformers_moe_offload.hf.prebuilt import moe_offload_required
 from transformers_moe_offload.hf.prebuilt.layout import AUTO_CLASSES, GUARD
 from zoo.build import build
@@ -36,10 +34,8 @@ def prebuilt(tmp_path_factory):
 
 
 def test_no_class_loads_it_without_the_package(prebuilt, tmp_path):
-    environment = {"HF_HOME": str(tmp_path), "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1", "PATH": ""}
-    result = subprocess.run(
-        [sys.executable, "-c", WITHOUT_US, str(prebuilt)], capture_output=True, text=True, timeout=100, env=environment
-    )
+    alone = {"HF_HOME": str(tmp_path), "HF_HUB_OFFLINE": "1", "PATH": ""}
+    result = run_program("python", "-c", WITHOUT_US, prebuilt, variables=alone, imported=TORCH)
     answers = result.stdout.splitlines()
     assert len(answers) == 4, result.stderr
     for answer in answers:
