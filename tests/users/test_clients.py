@@ -72,6 +72,12 @@ def test_a_launcher_of_the_guide_trains_in_two_processes(clients, folder, line):
     assert "processes: 2" in printed
 
 
+def test_without_a_hostfile_accelerate_starts_one_process_on_a_cpu(clients, folder):
+    """As the guide says; when this fails, accelerate has learnt to, and the guide can be shorter."""
+    printed = clients.expect("bash", "-e", "-c", "accelerate launch --cpu --num_processes 2 train.py", cwd=folder)
+    assert "processes: 1" in printed
+
+
 def test_trl_trains_adapters_on_offloaded_experts(clients, folder):
     code = """
 from datasets import Dataset
