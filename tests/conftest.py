@@ -5,6 +5,7 @@ import torch
 from hypothesis import settings
 
 from interpreted import IS_INTERPRETED
+from kernels.interpreter import mend
 
 # How long an example takes says how busy the machine is.
 settings.register_profile("patient", deadline=None)
@@ -12,6 +13,9 @@ settings.load_profile("patient")
 
 # Tests run side by side; kernels whose threads wait for each other's cores take up to ten times as long.
 torch.set_num_threads(1)
+
+if IS_INTERPRETED:
+    mend()
 
 
 def pytest_runtest_setup(item):

@@ -18,7 +18,6 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from compute.records import EXPERTS, GATED, ROUNDING, Records, swiglu
 from interpreted import DEVICE, IS_INTERPRETED, pass_in_the_interpreter
-from kernels.interpreter import let_it_multiply_bfloat16
 from transformers_moe_offload.compute import held, routing
 from transformers_moe_offload.compute.activation import activate
 from transformers_moe_offload.compute.mlp import ExpertMlp
@@ -39,12 +38,6 @@ FORMATS = [
     *(HqqFormat(nbits=nbits, group_size=16, meta_nbits=16 if nbits == 4 else 8) for nbits in (8, 4, 3, 2, 1)),
 ]
 HALF = [torch.bfloat16, torch.float16]
-
-
-@pytest.fixture(scope="module", autouse=True)
-def _kernels(request):
-    if IS_INTERPRETED:
-        let_it_multiply_bfloat16()
 
 
 def test_all_tests_for_a_gpu_pass_in_the_interpreter():

@@ -39,6 +39,14 @@ def small_checkpoint(tmp_path_factory) -> Path:
 
 
 @pytest.fixture(scope="session")
+def packable_checkpoint(tmp_path_factory) -> Path:
+    """The same with experts wide enough for groups of 16 weights."""
+    folder = tmp_path_factory.mktemp("packable")
+    save("qwen3_moe", folder, moe_intermediate_size=16)
+    return folder
+
+
+@pytest.fixture(scope="session")
 def plain(checkpoint) -> PreTrainedModel:
     """The checkpoint as Transformers loads it. Do not change it."""
     return AutoModelForCausalLM.from_pretrained(checkpoint, experts_implementation="eager")

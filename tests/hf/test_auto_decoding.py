@@ -98,11 +98,11 @@ def test_a_host_that_may_compute_misses_is_reckoned_with(small_checkpoint, measu
     assert ways == {"fetch": True, "compute": False}
 
 
-def test_the_layer_that_is_measured_is_one_that_can_decode_on_the_device(small_checkpoint, measured):
+def test_the_layer_that_is_measured_is_one_that_can_decode_on_the_device(packable_checkpoint, measured):
     four, eight = HqqFormat(nbits=4, group_size=16), HqqFormat(nbits=8, group_size=16)
     layers = measured()
     load(
-        small_checkpoint, "auto", experts=ExpertFormats(default=four, hot=eight, hot_experts={"0": [1]}), device=DEVICE
+        packable_checkpoint, "auto", experts=ExpertFormats(default=four, hot=eight, hot_experts={"0": [1]}), device=DEVICE
     ).moe_offload.close()
     assert layers == ["model.layers.1.mlp.experts"]
 

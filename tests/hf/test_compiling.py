@@ -78,10 +78,10 @@ def test_gradients_flow_through_what_was_compiled(small_checkpoint):
 
 
 @pytest.mark.parametrize("nbits", [3, 4])
-def test_quantized_dense_layers_are_part_of_the_piece(small_checkpoint, nbits):
+def test_quantized_dense_layers_are_part_of_the_piece(packable_checkpoint, nbits):
     """Their kernels are nothing that torch could look into."""
     format = HqqFormat(nbits=nbits, group_size=16)
-    model = load(small_checkpoint, experts=format, dense=format)
+    model = load(packable_checkpoint, experts=format, dense=format)
     call, pieces = compiled(model)
     ids = prompt(1, 5)
     with torch.no_grad():

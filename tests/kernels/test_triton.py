@@ -18,7 +18,6 @@ from transformers_moe_offload.kernels import reference
 from transformers_moe_offload.kernels.grouped import Pairs, PlacedMatrix
 from transformers_moe_offload.kernels.packed import PackedMatrix
 
-from .interpreter import let_it_multiply_bfloat16
 from .matrices import GROUP_SIZES, META_NBITS, NBITS, random_matrix, random_rows, with_meta
 
 gpu = pytest.mark.gpu
@@ -33,8 +32,6 @@ SUMMING = 1e-6
 @pytest.fixture(scope="module")
 def kernels():
     """The package of the kernels, imported in tests only: that decides whether they are interpreted."""
-    if IS_INTERPRETED:
-        let_it_multiply_bfloat16()
     from transformers_moe_offload.kernels import triton
 
     return triton
