@@ -18,6 +18,11 @@ if IS_INTERPRETED:
     mend()
 
 
+def pytest_collection_modifyitems(items):
+    """What takes a minute begins first, lest it is what one worker is left with while the others have ended."""
+    items.sort(key=lambda item: item.path.name != "test_interpreted.py")
+
+
 def pytest_runtest_setup(item):
     """Skip a test marked `gpu` where there is neither a GPU nor what stands in for it.
 

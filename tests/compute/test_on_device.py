@@ -1,6 +1,6 @@
 """A layer computed by address agrees with the obvious loop: on a GPU, and everywhere else in Triton's interpreter.
 
-As in `kernels/test_triton.py`, tests marked `gpu` run on a GPU, or interpreted in a process of their own.
+Tests marked `gpu` run on a GPU where there is one, and interpreted by `test_interpreted.py`.
 """
 
 # T tokens, K experts per token, E experts, H hidden, I intermediate
@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from compute.records import EXPERTS, GATED, ROUNDING, Records, swiglu
-from interpreted import DEVICE, IS_INTERPRETED, pass_in_the_interpreter
+from interpreted import DEVICE, IS_INTERPRETED
 from transformers_moe_offload.compute import held, routing
 from transformers_moe_offload.compute.activation import activate
 from transformers_moe_offload.compute.mlp import ExpertMlp
@@ -40,10 +40,6 @@ FORMATS = [
 HALF = [torch.bfloat16, torch.float16]
 
 
-def test_all_tests_for_a_gpu_pass_in_the_interpreter():
-    pass_in_the_interpreter(__file__)
-
-
 def test_a_cpu_is_no_device_for_kernels_unless_they_are_interpreted():
     layer = Records(GATED, 2, 16, 16)
     missing = missing_on_device(GATED, layer.layout, layer.codings, torch.device("cpu"))
@@ -64,8 +60,8 @@ def on_device(layer, inputs, experts=EXPERTS, module=None, addresses=None):
 @pytest.mark.parametrize("has_gate", [False, True])
 def test_every_combination_of_flags_computes_its_formula(has_gate, has_bias, is_transposed, has_post_expert_norm):
     mlp = ExpertMlp(has_gate, has_bias, is_transposed, has_post_expert_norm)
-    for format, dtype in [(None, torch.float32), (None, torch.bfloat16), (FORMATS[2], torch.float16)]:
-        layer = Records(mlp, 3, 32, 16, dtype, format)
+    for format, dtype in [(None, torch.float32), (FORMATS[2], torch.float16)]:
+        layer = Records(mlp, 3, 16, 32, dtype, format)
         assert missing_on_device(mlp, layer.layout, layer.codings, DEVICE) is None
         for tokens in (1, 3):
             inputs = layer.inputs(tokens, 2)
@@ -73,7 +69,7 @@ def test_every_combination_of_flags_computes_its_formula(has_gate, has_bias, is_
 
 
 @gpu
-@settings(deadline=None, max_examples=15)
+@settings(deadline=None, max_examples=8 if IS_INTERPRETED else 15)
 @given(data=st.data())
 def test_any_shape_and_any_routing_is_computed_as_by_the_obvious_loop(data):
     format = data.draw(st.sampled_from(FORMATS))
@@ -120,7 +116,7 @@ ACTIVATIONS = [
 @pytest.mark.parametrize(("activation", "format"), ACTIVATIONS, ids=str)
 def test_activations_of_the_kernels_are_those_of_the_module(activation, format):
     module = module_of(activation)
-    layer = Records(ExpertMlp(activation.has_gate, has_bias=True), 3, 32, 48, torch.float32, format)
+    layer = Records(ExpertMlp(activation.has_gate, has_bias=True), 3, 16, 32, torch.float32, format)
     for tokens in (1, 4):
         inputs = layer.inputs(tokens, 2)
         layer.assert_agrees(on_device(layer, inputs, never, module), inputs, module)
@@ -280,14 +276,14 @@ def test_nothing_is_read_on_the_host(tokens, is_prompt, monkeypatch):
 
 @gpu
 @pytest.mark.parametrize("format", [None, FORMATS[2]], ids=str)
-@pytest.mark.parametrize("tokens", [1, 3, 20])
+@pytest.mark.parametrize("tokens", [1, 20])
 @pytest.mark.parametrize("few_pairs", [0, 64])
 def test_held_experts_have_the_bits_together_that_they_have_alone(tokens, few_pairs, format, monkeypatch):
     monkeypatch.setattr(routing, "FEW_PAIRS", few_pairs)
     for mlp in (GATED, ExpertMlp(False, has_bias=True, is_transposed=True)):
-        layer = Records(mlp, 5, 32, 16, torch.bfloat16, format)
+        layer = Records(mlp, 4, 32, 16, torch.bfloat16, format)
         hidden, index, weights = (tensor.to(DEVICE) for tensor in layer.inputs(tokens, 3))
-        grouping = group_by_expert(index, weights, 5)
+        grouping = group_by_expert(index, weights, 4)
         layer.records = layer.records.to(DEVICE)
 
         def rows_of(experts, inputs=(mlp, EXPERTS, hidden, grouping), layer=layer):

@@ -9,7 +9,7 @@ import importlib.util
 import pytest
 import torch
 
-from interpreted import DEVICE, IS_INTERPRETED, pass_in_the_interpreter
+from interpreted import DEVICE, IS_INTERPRETED
 from stores import stacked_store
 from transformers_moe_offload.engine.arena import Arena
 from transformers_moe_offload.engine.engine import DeviceEngine
@@ -39,10 +39,6 @@ def store(tmp_path_factory):
         f"{layer}.weight": torch.randn(NUM_EXPERTS, WIDTH, WIDTH, generator=generator) for layer in range(NUM_LAYERS)
     }
     return stacked_store(tmp_path_factory.mktemp("experts"), tensors)
-
-
-def test_all_tests_for_a_gpu_pass_in_the_interpreter():
-    pass_in_the_interpreter(__file__)
 
 
 @gpu

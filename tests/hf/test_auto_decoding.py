@@ -1,6 +1,6 @@
 """`decode="auto"` takes the way that is faster by what was measured, says both figures, and changes no token.
 
-As in `test_decoding.py`, tests marked `gpu` run on a GPU, or interpreted in the process that is started there.
+Tests marked `gpu` run on a GPU where there is one, and interpreted by `test_interpreted.py`.
 """
 
 import importlib.util
@@ -101,9 +101,8 @@ def test_a_host_that_may_compute_misses_is_reckoned_with(small_checkpoint, measu
 def test_the_layer_that_is_measured_is_one_that_can_decode_on_the_device(packable_checkpoint, measured):
     four, eight = HqqFormat(nbits=4, group_size=16), HqqFormat(nbits=8, group_size=16)
     layers = measured()
-    load(
-        packable_checkpoint, "auto", experts=ExpertFormats(default=four, hot=eight, hot_experts={"0": [1]}), device=DEVICE
-    ).moe_offload.close()
+    formats = ExpertFormats(default=four, hot=eight, hot_experts={"0": [1]})
+    load(packable_checkpoint, "auto", experts=formats, device=DEVICE).moe_offload.close()
     assert layers == ["model.layers.1.mlp.experts"]
 
 

@@ -1,6 +1,6 @@
 """Experts classes of Transformers, computed by their records' addresses, against their own eager forward.
 
-As in `kernels/test_triton.py`, tests marked `gpu` run on a GPU, or interpreted in a process of their own.
+Tests marked `gpu` run on a GPU where there is one, and interpreted by `test_interpreted.py`.
 """
 
 # T tokens, K experts per token, E experts, H hidden
@@ -11,7 +11,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from interpreted import DEVICE, pass_in_the_interpreter
+from interpreted import DEVICE
 from transformers_moe_offload.compute.activation import activate, recognised
 from transformers_moe_offload.compute.mlp import ExpertMlp
 from transformers_moe_offload.compute.on_device import OnDevice, missing_on_device
@@ -39,10 +39,6 @@ RECOGNISED = {
 """One architecture for each way in which experts differ, and the activation that the kernels do for it."""
 
 
-def test_all_tests_for_a_gpu_pass_in_the_interpreter():
-    pass_in_the_interpreter(__file__)
-
-
 @gpu
 @pytest.mark.parametrize("name", RECOGNISED)
 def test_experts_of_transformers_compute_by_address_what_they_compute_themselves(name):
@@ -63,9 +59,9 @@ def test_experts_of_transformers_compute_by_address_what_they_compute_themselves
     hidden_size = next(field.shape for field in fields if field.name == "down_proj")[mlp.is_transposed]
     random = torch.Generator().manual_seed(0)
     compute = OnDevice(mlp, record, None, num_experts, module)
-    for tokens in (1, 3):
+    for tokens, choices in ((1, 1), (3, 2)):
         hidden = torch.randn(tokens, hidden_size, generator=random)
-        weights, index = torch.rand(tokens, num_experts, generator=random).softmax(-1).topk(2)
+        weights, index = torch.rand(tokens, num_experts, generator=random).softmax(-1).topk(choices)
         inputs = [tensor.to(DEVICE) for tensor in (hidden, index, weights)]
         with torch.no_grad():
             expected = layout.eager_forward(module)(module, *inputs)

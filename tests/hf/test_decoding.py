@@ -1,7 +1,7 @@
 """Decoding on the device gives what decoding on the host gives, whatever is resident, and never asks the host.
 
-Tests marked `gpu` run on a GPU where there is one. In a process of their own, where Triton interprets its kernels with
-numpy, they run anywhere.
+Tests marked `gpu` run on a GPU where there is one, and by `test_interpreted.py` anywhere: there Triton interprets its
+kernels with numpy.
 """
 
 import copy
@@ -10,13 +10,12 @@ import logging
 import sys
 import threading
 from concurrent.futures import ThreadPoolExecutor
-from pathlib import Path
 
 import pytest
 import torch
 from transformers import LogitsProcessor
 
-from interpreted import DEVICE, IS_INTERPRETED, pass_in_the_interpreter
+from interpreted import DEVICE, IS_INTERPRETED
 from transformers_moe_offload import ExpertFormats, HqqFormat, MoeOffloadError, OffloadConfig
 from transformers_moe_offload.compute.without_host import HostSyncError, without_host
 from transformers_moe_offload.kernels.gpu import missing
@@ -35,11 +34,6 @@ CLOSE = {"rtol": 1e-4, "atol": 1e-5}
 def on_the_host(small_checkpoint):
     """What the host's way answers to the prompt."""
     return generate(load(small_checkpoint, device=DEVICE), prompt())
-
-
-@pytest.mark.timeout(900)
-def test_all_tests_for_a_gpu_pass_in_the_interpreter():
-    pass_in_the_interpreter(__file__, *map(Path(__file__).with_name, ("test_graphs.py", "test_auto_decoding.py")))
 
 
 @gpu

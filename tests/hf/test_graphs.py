@@ -1,6 +1,6 @@
 """Whole steps that are captured and replayed give the bits of those that are not.
 
-As in `test_decoding.py`, tests marked `gpu` run on a GPU, or interpreted in the process that is started there.
+Tests marked `gpu` run on a GPU where there is one, and interpreted by `test_interpreted.py`.
 """
 
 import copy

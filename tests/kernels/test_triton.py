@@ -1,7 +1,7 @@
 """The Triton kernels agree with the reference: on a GPU, and everywhere else in Triton's interpreter.
 
-Tests marked `gpu` run on a GPU where there is one. In a process of their own, where Triton interprets its kernels with
-numpy, they run anywhere.
+Tests marked `gpu` run on a GPU where there is one, and by `test_interpreted.py` anywhere: there Triton interprets its
+kernels with numpy.
 """
 
 # N rows, K columns of a matrix, P rows of input, E experts
@@ -13,7 +13,7 @@ import random
 import pytest
 import torch
 
-from interpreted import DEVICE, IS_INTERPRETED, pass_in_the_interpreter
+from interpreted import DEVICE, IS_INTERPRETED
 from transformers_moe_offload.kernels import reference
 from transformers_moe_offload.kernels.grouped import Pairs, PlacedMatrix
 from transformers_moe_offload.kernels.packed import PackedMatrix
@@ -35,10 +35,6 @@ def kernels():
     from transformers_moe_offload.kernels import triton
 
     return triton
-
-
-def test_all_tests_for_a_gpu_pass_in_the_interpreter():
-    pass_in_the_interpreter(__file__)
 
 
 @gpu
