@@ -135,8 +135,8 @@ QUICK = {
         config_class="GptOssConfig",
         sizes={
             "vocab_size": 256,
-            "hidden_size": 64,
-            "intermediate_size": 64,
+            "hidden_size": 16,
+            "intermediate_size": 16,
             "num_hidden_layers": 2,
             "num_attention_heads": 4,
             "num_key_value_heads": 2,
@@ -145,7 +145,7 @@ QUICK = {
             "num_experts_per_tok": 2,
             "sliding_window": 8,
         },
-        group_size=32,
+        group_size=16,
     ),
 }
 """Small enough to run through every line in seconds; transposed matrices, biases, and a clamped gate."""

@@ -1,6 +1,6 @@
 """Tests of what runs on a GPU: on one where there is one, and anywhere in Triton's interpreter.
 
-`test_interpreted.py` runs those that use `DEVICE` with TRITON_INTERPRET=1, which has a CPU stand in for the GPU.
+`test_interpreted.py` runs those that import from here with TRITON_INTERPRET=1, which has a CPU stand in for the GPU.
 """
 
 import os

@@ -12,6 +12,12 @@ def test_a_series_goes_on_after_a_row_that_fails_and_keeps_the_reason(script, tm
     assert {"date", "conditions"} <= set(found)
 
 
+def test_a_job_with_variables_of_its_own_is_started_from_nothing_and_says_why_it_fails(script):
+    job = script("job")
+    with pytest.raises(job.JobFailedError, match=r"exit code 2: .*no_such_script\.py"):
+        job.run_job("no_such_script.py", {}, None, variables={"TRITON_INTERPRET": "1"})
+
+
 def test_a_series_that_was_broken_off_goes_on_where_it_was(script, tmp_path, monkeypatch):
     series, done = script("series"), []
 
