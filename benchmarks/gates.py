@@ -152,10 +152,11 @@ def dense_rows(windows: Mapping[str, HeldOut]) -> dict[str, dict[str, float]]:
         **{f"specialist {domain}": (domain,) for domain in DOMAINS},
         "mean of specialists": DOMAINS,
     }
-    return {
-        name: {domain: score(model(adapters), some).bits_per_byte for domain, some in windows.items()}
-        for name, adapters in kinds.items()
-    }
+    found = {}
+    for name, adapters in kinds.items():
+        of_kind = model(adapters)
+        found[name] = {domain: score(of_kind, some).bits_per_byte for domain, some in windows.items()}
+    return found
 
 
 def tables(result: Mapping[str, Any]) -> list[Table]:

@@ -18,6 +18,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime
+from functools import cached_property
 from itertools import groupby, product
 from math import expm1
 from pathlib import Path
@@ -49,10 +50,12 @@ PLAIN = "16"
 
 EXPERTS = (PLAIN, "8x32", "4x32", "3x16", "3x32", "2x16", "2x32")
 """Bits x group size; groups of 64 do not fit: an expert's inner width is 96."""
+QUICK_EXPERTS = (PLAIN, "4x32", "3x32", "2x32")
 ATTENTION = (PLAIN, "4x64")
 SOLVERS = ("hqq", "nearest")
 
 SEARCHED = ("4x32", "3x32", "2x16", "2x32")
+QUICK_SEARCHED = ("2x16",)
 FOUR_BITS = "4x32"
 LIMIT = 3.3
 """Bits per expert weight of mixed recipes."""
@@ -123,10 +126,15 @@ class Measurement:
             "over_four_bits": _over(found, self._of(self.uniform(FOUR_BITS, recipe.attention))),
         }
 
+    @cached_property
+    def _plain_on_trained(self) -> float:
+        """Nats per token of training text if nothing is quantized."""
+        return self._measured(self.uniform(PLAIN), self.text.trained).mean().item()
+
     def rises(self, form: str) -> list[float]:
         """Nats per token of training text that each layer costs if only its experts are in this format."""
         typer.echo(f"searching {form}", err=True)
-        before = self._measured(self.uniform(PLAIN), self.text.trained).mean().item()
+        before = self._plain_on_trained
         return [
             self._measured(recipe, self.text.trained).mean().item() - before
             for recipe in (Recipe(experts=_one(form, layer, self.num_layers)) for layer in range(self.num_layers))
@@ -162,6 +170,7 @@ def measure_quality(
     where = conditions(TINY_MOE, threads)
     counts = (1, 1, 128) if quick else (windows, max(1, windows // 8), LENGTH)
     measurement = Measurement(load_text(text, held_out=counts[0], trained=counts[1], length=counts[2]))
+    experts = QUICK_EXPERTS if quick else EXPERTS
     held_out, trained = measurement.text.held_out, measurement.text.trained
     result: dict[str, Any] = {
         "date": datetime.now(UTC).strftime("%Y-%m-%d-%H%M"),
@@ -174,8 +183,8 @@ def measure_quality(
             "searched on": f"{trained[:, 1:].numel()} tokens of training text",
             "±": "standard error of the difference, over windows",
         },
-        "uniform": [measurement.row(recipe) for recipe in uniform_recipes(measurement)],
-        "rises": {form: measurement.rises(form) for form in (SEARCHED[1:3] if quick else SEARCHED)},
+        "uniform": [measurement.row(recipe) for recipe in uniform_recipes(measurement, experts)],
+        "rises": {form: measurement.rises(form) for form in (QUICK_SEARCHED if quick else SEARCHED)},
     }
     mixes = mixed_recipes(measurement, result["rises"], ATTENTION[:1] if quick else ATTENTION)
     result["mixed"] = [measurement.row(recipe) for recipe in mixes]
@@ -186,11 +195,11 @@ def measure_quality(
     page.write_text(f"{page.read_text()}\n![Perplexity by bits per weight]({path.stem}.png)\n")
 
 
-def uniform_recipes(measurement: Measurement) -> list[Recipe]:
+def uniform_recipes(measurement: Measurement, formats: Sequence[str]) -> list[Recipe]:
     """All layers alike; where nothing is quantized there is nothing to solve either."""
     return [
         measurement.uniform(experts, attention, solver)
-        for attention, experts, solver in product(ATTENTION, EXPERTS, SOLVERS)
+        for attention, experts, solver in product(ATTENTION, formats, SOLVERS)
         if solver == "hqq" or {attention, experts} != {PLAIN}
     ]
 

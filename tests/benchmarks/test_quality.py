@@ -28,7 +28,7 @@ def result(written):
 
 def test_every_format_is_measured_with_both_solvers(quality, result):
     rows = {(row["attention"], row["experts"], row["solver"]) for row in result["uniform"]}
-    every = {(a, e, s) for a in quality.ATTENTION for e in quality.EXPERTS for s in quality.SOLVERS}
+    every = {(a, e, s) for a in quality.ATTENTION for e in quality.QUICK_EXPERTS for s in quality.SOLVERS}
     assert every - rows == {("16", "16", "nearest")}
     assert len(result["uniform"]) == len(rows)
 
@@ -44,7 +44,7 @@ def test_fewer_bits_are_smaller_and_worse(result, attention, solver):
 
 
 def test_bits_count_scales_and_zeros(result):
-    bits = {row["experts"]: row["bits_per_expert_weight"] for row in result["uniform"]}
+    bits = {row["experts"]: row["bits_per_expert_weight"] for row in result["uniform"] + result["mixed"]}
     assert bits["16"] == 16
     assert bits["2x16"] == pytest.approx(2 + 16.5 / 16, abs=0.01)
     assert bits["3x32"] == pytest.approx(3 + 16.5 / 32, abs=0.01)
