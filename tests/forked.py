@@ -1,6 +1,7 @@
 """Work for forked children, some of which will be killed."""
 
 import multiprocessing
+import sys
 import threading
 from collections.abc import Callable
 
@@ -46,3 +47,10 @@ class Child:
 def in_a_child(work: Callable[[], object]) -> object:
     """What some work returns in a forked child."""
     return Child(work).result()
+
+
+def forget_the_package() -> None:
+    """Have a child import the package anew; Transformers, which a new process would import for seconds, is there."""
+    for name in list(sys.modules):
+        if name.partition(".")[0] == "transformers_moe_offload":
+            del sys.modules[name]

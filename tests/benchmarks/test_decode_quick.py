@@ -2,8 +2,6 @@
 
 import importlib
 import json
-import os
-import subprocess
 import sys
 from pathlib import Path
 
@@ -18,28 +16,22 @@ DECODE = Path(__file__).parents[2] / "benchmarks" / "decode.py"
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="asks the kernel for what only Linux tells")
 
 
-def decode(*arguments) -> subprocess.CompletedProcess:
-    command = [sys.executable, str(DECODE), *map(str, arguments)]
-    environment = os.environ | {"OMP_NUM_THREADS": "1"}
-    return subprocess.run(command, capture_output=True, text=True, env=environment)
+def decode(*arguments):
+    """The command in this process; rows are measured in others."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.syspath_prepend(str(DECODE.parent))
+        app = typer.Typer()
+        app.command()(importlib.import_module("decode").decode)
+        return CliRunner().invoke(app, [*map(str, arguments)])
 
 
 @pytest.fixture(scope="module")
 def outcome(tmp_path_factory):
     """A quick run: its output and the folder it wrote to."""
     folder = tmp_path_factory.mktemp("benchmark")
-    done = decode("--quick", "--made", folder / "made", "--results", folder)
-    assert done.returncode == 0, done.stdout + done.stderr
+    done = decode("--quick", "--threads", 1, "--made", folder / "made", "--results", folder)
+    assert done.exit_code == 0, done.output
     return done.stdout, folder
-
-
-def judged(*arguments):
-    """The same in this process, for what measures nothing."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.syspath_prepend(str(DECODE.parent))
-        app = typer.Typer()
-        app.command()(importlib.import_module("decode").decode)
-        return CliRunner().invoke(app, [*map(str, arguments)])
 
 
 @pytest.fixture
@@ -117,7 +109,7 @@ def kept(result: dict, tmp_path: Path) -> tuple[int, dict[str, bool]]:
     """What `--check` says of a result: its exit code, and each promise with whether it is kept."""
     path = tmp_path / "result.json"
     path.write_text(json.dumps(result))
-    done = judged("--check", path)
+    done = decode("--check", path)
     lines = [line.split("  ", 1) for line in done.stdout.splitlines()]
     return done.exit_code, {promise: sign == "kept" for sign, promise in lines}
 
@@ -150,7 +142,7 @@ def test_a_row_that_is_missing_is_not_taken_for_a_promise_kept(result, tmp_path)
 
 
 def test_an_unknown_row_is_refused(tmp_path):
-    done = judged("--quick", "--row", "theirs 25%", "--made", tmp_path, "--results", tmp_path)
+    done = decode("--quick", "--row", "theirs 25%", "--made", tmp_path, "--results", tmp_path)
     assert done.exit_code == 2
     assert "'theirs 25%' is not one of plain eager" in " ".join(done.stderr.split())
     assert not list(tmp_path.iterdir())

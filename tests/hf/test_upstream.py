@@ -1,22 +1,21 @@
 """A contract for everything private or changeable that is taken from other libraries; fails by the entry's name."""
 
 import ast
+import importlib
 import inspect
 import logging
 import re
-import subprocess
-import sys
-import textwrap
 from pathlib import Path
 
 import pytest
 import torch
 import transformers
-from transformers import DynamicCache, PreTrainedModel, StaticCache
+from transformers import DynamicCache, PreTrainedModel, StaticCache, core_model_loading
 from transformers.generation import utils as generation
 from transformers.integrations import moe
 
 import transformers_moe_offload
+from forked import forget_the_package, in_a_child
 from transformers_moe_offload import UnsupportedModelError
 from transformers_moe_offload.hf import upstream
 from transformers_moe_offload.hf.delegates.methods import DELEGATED
@@ -233,18 +232,18 @@ def test_a_newer_minor_version_is_told_once_with_both_versions(caplog):
 
 
 def test_a_missing_hook_is_an_import_error_that_names_it_and_the_tested_versions():
-    code = """
-        import transformers.core_model_loading, transformers.modeling_utils, transformers.quantizers.auto
-        del transformers.core_model_loading.rename_source_key
+    def imported_without():
+        del core_model_loading.rename_source_key
+        forget_the_package()
         try:
-            import transformers_moe_offload
+            importlib.import_module("transformers_moe_offload")
         except ImportError as error:
-            print(type(error).__name__, error)
-    """
-    done = subprocess.run([sys.executable, "-c", textwrap.dedent(code)], capture_output=True, text=True, check=True)
-    assert done.stdout.startswith("UpstreamError")
-    assert "rename_source_key" in done.stdout
-    assert f"{upstream.TESTED[0]} to {upstream.TESTED[-1]}" in done.stdout
+            return f"{type(error).__name__} {error}"
+
+    said = in_a_child(imported_without)
+    assert said.startswith("UpstreamError")
+    assert "rename_source_key" in said
+    assert f"{upstream.TESTED[0]} to {upstream.TESTED[-1]}" in said
 
 
 def test_a_missing_part_of_peft_is_named(monkeypatch):

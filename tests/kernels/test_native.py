@@ -1,5 +1,6 @@
 """The compiled library is found, or it is said why not; the package installs without a compiler."""
 
+import importlib
 import os
 import shutil
 import subprocess
@@ -10,6 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from forked import forget_the_package, in_a_child
 from transformers_moe_offload import kernels
 from transformers_moe_offload.kernels import native
 
@@ -89,8 +91,15 @@ def test_the_package_builds_and_works_without_a_compiler(tmp_path):
         archive.extractall(tmp_path / "installed")
     assert not [name for name in names if name.endswith(".so")]
     assert "transformers_moe_offload/py.typed" in names
-    say = "from transformers_moe_offload import kernels; print(kernels.__file__, kernels.available()['cpu'])"
-    environment = os.environ | {"PYTHONPATH": str(tmp_path / "installed")}
-    said = subprocess.run([sys.executable, "-c", say], env=environment, check=True, capture_output=True, text=True)
-    assert str(tmp_path / "installed") in said.stdout
-    assert "not there: they were not built; install a C compiler" in said.stdout
+
+    def imported():
+        sys.path.insert(0, str(tmp_path / "installed"))
+        forget_the_package()
+        found = importlib.import_module("transformers_moe_offload.kernels")
+        products = found.linear(random_rows(2, 64), random_matrix(8, 64))
+        return found.__file__, found.available()["cpu"], tuple(products.shape)
+
+    place, said, shape = in_a_child(imported)
+    assert place.startswith(str(tmp_path / "installed"))
+    assert "not there: they were not built; install a C compiler" in said
+    assert shape == (2, 8)
