@@ -1,108 +1,24 @@
 """Every subcommand once with an input that is wrong: one clear error, the exit code of one, and no traceback.
 
-With MOE_OFFLOAD_COMMAND, the path of an installed `moe-offload`, that command is run instead, outside of the checkout:
-so a wheel is tried in an environment that has nothing but what it asks for.
+`tox -e users` does the same with the command that a wheel installs.
 """
-
-import json
-import os
-import shutil
-import subprocess
-from pathlib import Path
 
 import pytest
 from typer.testing import CliRunner
 
 from moe_offload_cli.main import SUBCOMMANDS, app
 
-INSTALLED = os.environ.get("MOE_OFFLOAD_COMMAND")
-EXAMPLES = Path(__file__).parents[2] / "examples"
-
-CONFIG = {"model_type": "llama", "architectures": ["LlamaForCausalLM"], "hidden_size": 64, "num_hidden_layers": 1}
-CONFIG |= {"intermediate_size": 64, "num_attention_heads": 2, "num_key_value_heads": 2, "vocab_size": 4096}
-
-CASES = [
-    ("plan dense", "LlamaForCausalLM has no routed experts that can be offloaded"),
-    ("plan moe --cache-budget 1", "set --cache-budget to 110,592 bytes or more"),
-    ("plan moe --experts 4x48", "group_size=48 is not one of [16, 32, 64, 128]"),
-    ("plan moe --layers 3", "--layers '3' names no format"),
-    ("plan odd", "its config is not what such a model's is: "),
-    ("chat moe --prompt", "requires an argument"),
-    ("chat empty --prompt x", "the folder has no config.json; name one that a model was saved to"),
-    ("chat moe --prompt x --policy clairvoyant", "--policy 'clairvoyant' is not a known policy; choose one of ["),
-    ("quantize moe out", "nothing to quantize; say how: --experts 4x64"),
-    ("quantize moe moe/out --experts 4x32", "DST moe/out and SRC moe lie inside one another"),
-    ("quantize hollow out --experts 4x32", "has experts without weights: by the config, gate_up_proj of each is of"),
-    ("quantize moe full --experts 4x32", "full is not empty"),
-    ("convert moe out --from mixtral-offloading", "the layout of mixtral-offloading is for Mixtral, but "),
-    ("convert moe out --from elsewhere", "'elsewhere' is not one of 'mixtral-offloading'"),
-    ("build nowhere.yaml out", "cannot read nowhere.yaml: No such file or directory"),
-    ("build text.txt out", "text.txt holds no recipe but str"),
-    ("bake moe out", "moe is a qwen3_moe; only a mixture of adapters (adapter_moe) is baked"),
-    ("bake odd out", "cannot read the config of odd: "),
-    ("push moe me/moe", "moe is not a complete prebuilt checkpoint: it has no moe_offload.safetensors.index.json"),
-    ("push nowhere me/moe", "there is no folder nowhere"),
-    ("bench", "bench measures a MODEL or, with --kernels, products of matrices: give one of the two"),
-    ("bench moe --json nowhere/figures.json", "it is in nowhere, which is not a folder"),
-    ("bench moe --prefetch clairvoyant", "--prefetch 'clairvoyant' is not a known predictor; choose one of ["),
-    ("bench moe --text nowhere", "cannot read --text nowhere"),
-    ("trace moe -o t.npz", "give prompts either with --prompt, as often as you like, or as the lines of --prompts"),
-    ("trace moe -o full --prompt x", "cannot write --output full: it is a folder"),
-    ("trace moe -o t.npz --prompt x --seed x", "--seed"),
-    ("trace moe -o t.npz --prompt x --routing full", "full has other files, 'notes.txt' among them"),
-    ("replay text.txt", "cannot read the trace text.txt: it is not an .npz archive"),
-    ("replay nowhere.npz", "cannot read the trace nowhere.npz"),
-    ("report text.txt -o plots", "cannot read the trace text.txt: it is not an .npz archive"),
-    ("report full -o plots", "/full/trace.json"),
-    *((f"{command} {'n' * 300} out", "File name too long") for command in ("bake", "push")),
-]
-
-
-@pytest.fixture
-def folder(tmp_path, monkeypatch):
-    """A working folder with a model, and with what is none."""
-    (tmp_path / "moe").symlink_to(EXAMPLES / "models" / "tiny-moe", target_is_directory=True)
-    for name, config in (("dense", CONFIG), ("odd", CONFIG | {"hidden_size": "wide"})):
-        (tmp_path / name).mkdir()
-        (tmp_path / name / "config.json").write_text(json.dumps(config))
-    shutil.copytree(tmp_path / "moe", tmp_path / "hollow")
-    hollow = json.loads((tmp_path / "moe" / "config.json").read_text()) | {"moe_intermediate_size": 0}
-    (tmp_path / "hollow" / "config.json").write_text(json.dumps(hollow))
-    for name in ("empty", "full"):
-        (tmp_path / name).mkdir()
-    (tmp_path / "full" / "notes.txt").write_text("mine")
-    (tmp_path / "text.txt").write_text("no trace, no recipe\n")
-    monkeypatch.chdir(tmp_path)
-    return tmp_path
-
-
-def run(arguments: list[str]) -> tuple[int, str]:
-    """The exit code and what is on stderr."""
-    environment = {"COLUMNS": "400", "HF_HUB_OFFLINE": "1"}
-    if INSTALLED is None:
-        done = CliRunner().invoke(app, arguments, env=environment)
-        return done.exit_code, done.stderr
-    own = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
-    finished = subprocess.run(
-        [shutil.which(INSTALLED), *arguments], env=own | environment, capture_output=True, text=True, check=False
-    )
-    return finished.returncode, finished.stderr
+from .wrong_inputs import CASES, expect_refusal, fill
 
 
 @pytest.mark.parametrize(("command", "message"), CASES, ids=lambda text: text[:40])
-def test_a_wrong_input_is_one_clear_error(command, message, folder):
-    there = sorted(folder.rglob("*"))
-    exit_code, said = run(command.split())
-    assert exit_code == 2, said
-    assert "Traceback" not in said
-    lines = [line for line in said.splitlines() if line.startswith("error: ")]
-    if "─ Error ─" in said:  # Typer's, of what is typed
-        assert lines == []
-        assert message in said
-    else:
-        assert len(lines) == 1, said
-        assert message in lines[0]
-    assert sorted(folder.rglob("*")) == there, "it has written something"
+def test_a_wrong_input_is_one_clear_error(command, message, tmp_path, monkeypatch):
+    fill(tmp_path)
+    monkeypatch.chdir(tmp_path)
+    there = sorted(tmp_path.rglob("*"))
+    done = CliRunner().invoke(app, command.split(), env={"COLUMNS": "400", "HF_HUB_OFFLINE": "1"})
+    expect_refusal(done.exit_code, done.stderr, message)
+    assert sorted(tmp_path.rglob("*")) == there, "it has written something"
 
 
 def test_every_subcommand_has_been_given_a_wrong_input():

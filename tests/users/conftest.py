@@ -72,6 +72,7 @@ def clients(wheel, tmp_path_factory, request) -> Environment:
 _ENVIRONMENTS = pytest.StashKey[dict]()
 _STARTED = pytest.StashKey[float]()
 _COLLECTED = pytest.StashKey[int]()
+_COMMIT = pytest.StashKey[str]()
 
 
 def pytest_addoption(parser):
@@ -83,6 +84,8 @@ def pytest_configure(config):
     config.stash[_ENVIRONMENTS] = {}
     config.stash[_STARTED] = time.time()
     config.stash[_COLLECTED] = 0
+    said = subprocess.run(["git", "describe", "--always", "--dirty"], cwd=ROOT, capture_output=True, text=True)
+    config.stash[_COMMIT] = said.stdout.strip()
 
 
 def pytest_collection_finish(session):
@@ -105,12 +108,11 @@ def pytest_terminal_summary(terminalreporter, config):
     for name, environment in config.stash[_ENVIRONMENTS].items():
         listed = environment.expect("python", "-m", "pip", "list", "--format=freeze", cwd=environment.folder)
         versions.append(f"- {name}: " + ", ".join(sorted(listed.split(), key=str.lower)))
-    commit = subprocess.run(["git", "describe", "--always", "--dirty"], cwd=ROOT, capture_output=True, text=True)
     lines = [
         "# The last walk as users",
         "",
         f"`tox -e users`, {time.strftime('%Y-%m-%d %H:%M', time.gmtime(config.stash[_STARTED]))} UTC, commit "
-        f"{commit.stdout.strip()}, Python {platform.python_version()}, {platform.platform()}. A wheel was built and "
+        f"{config.stash[_COMMIT]}, Python {platform.python_version()}, {platform.platform()}. A wheel was built and "
         f"installed into fresh environments outside of the checkout; seconds are wall time.",
         "",
         f"{len(rows)} of {config.stash[_COLLECTED]} walks were taken.",

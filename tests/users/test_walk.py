@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 
+from cli.wrong_inputs import CASES, expect_refusal, fill
 from users.pages import Block, blocks_of, pages
 
 pytestmark = pytest.mark.timeout(7200)
@@ -98,6 +99,13 @@ def test_what_needs_an_extra_names_it(user, written, extra):
     done = user.run(*NEEDS[extra], cwd=written)
     assert done.returncode != 0
     assert f"transformers-moe-offload[{extra}]" in done.stderr
+
+
+@pytest.mark.parametrize(("command", "message"), CASES, ids=lambda text: text[:40])
+def test_a_wrong_input_is_one_clear_error(user, tmp_path, command, message):
+    fill(tmp_path)
+    done = user.run("moe-offload", *command.split(), cwd=tmp_path, variables={"COLUMNS": "400"})
+    expect_refusal(done.returncode, done.stderr, message)
 
 
 # The pages, in the order in which they are read.

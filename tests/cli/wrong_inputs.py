@@ -1,0 +1,76 @@
+"""Inputs that each subcommand has to refuse, and the folder that they are typed in."""
+
+import json
+import os
+import shutil
+from pathlib import Path
+
+EXAMPLES = Path(__file__).parents[2] / "examples"
+
+CONFIG = {"model_type": "llama", "architectures": ["LlamaForCausalLM"], "hidden_size": 64, "num_hidden_layers": 1}
+CONFIG |= {"intermediate_size": 64, "num_attention_heads": 2, "num_key_value_heads": 2, "vocab_size": 4096}
+
+CASES = [
+    ("plan dense", "LlamaForCausalLM has no routed experts that can be offloaded"),
+    ("plan moe --cache-budget 1", "set --cache-budget to 110,592 bytes or more"),
+    ("plan moe --experts 4x48", "group_size=48 is not one of [16, 32, 64, 128]"),
+    ("plan moe --layers 3", "--layers '3' names no format"),
+    ("plan odd", "its config is not what such a model's is: "),
+    ("chat moe --prompt", "requires an argument"),
+    ("chat empty --prompt x", "the folder has no config.json; name one that a model was saved to"),
+    ("chat moe --prompt x --policy clairvoyant", "--policy 'clairvoyant' is not a known policy; choose one of ["),
+    ("quantize moe out", "nothing to quantize; say how: --experts 4x64"),
+    ("quantize moe moe/out --experts 4x32", "DST moe/out and SRC moe lie inside one another"),
+    ("quantize hollow out --experts 4x32", "has experts without weights: by the config, gate_up_proj of each is of"),
+    ("quantize moe full --experts 4x32", "full is not empty"),
+    ("convert moe out --from mixtral-offloading", "the layout of mixtral-offloading is for Mixtral, but "),
+    ("convert moe out --from elsewhere", "'elsewhere' is not one of 'mixtral-offloading'"),
+    ("build nowhere.yaml out", "cannot read nowhere.yaml: No such file or directory"),
+    ("build text.txt out", "text.txt holds no recipe but str"),
+    ("bake moe out", "moe is a qwen3_moe; only a mixture of adapters (adapter_moe) is baked"),
+    ("bake odd out", "cannot read the config of odd: "),
+    ("push moe me/moe", "moe is not a complete prebuilt checkpoint: it has no moe_offload.safetensors.index.json"),
+    ("push nowhere me/moe", "there is no folder nowhere"),
+    ("bench", "bench measures a MODEL or, with --kernels, products of matrices: give one of the two"),
+    ("bench moe --json nowhere/figures.json", "it is in nowhere, which is not a folder"),
+    ("bench moe --prefetch clairvoyant", "--prefetch 'clairvoyant' is not a known predictor; choose one of ["),
+    ("bench moe --text nowhere", "cannot read --text nowhere"),
+    ("trace moe -o t.npz", "give prompts either with --prompt, as often as you like, or as the lines of --prompts"),
+    ("trace moe -o full --prompt x", "cannot write --output full: it is a folder"),
+    ("trace moe -o t.npz --prompt x --seed x", "--seed"),
+    ("trace moe -o t.npz --prompt x --routing full", "full has other files, 'notes.txt' among them"),
+    ("replay text.txt", "cannot read the trace text.txt: it is not an .npz archive"),
+    ("replay nowhere.npz", "cannot read the trace nowhere.npz"),
+    ("report text.txt -o plots", "cannot read the trace text.txt: it is not an .npz archive"),
+    ("report full -o plots", "/full/trace.json"),
+    *((f"{command} {'n' * 300} out", "File name too long") for command in ("bake", "push")),
+]
+
+
+def fill(folder: Path) -> None:
+    """Put a model into it, and what is none."""
+    (folder / "moe").symlink_to(EXAMPLES / "models" / "tiny-moe", target_is_directory=True)
+    for name, config in (("dense", CONFIG), ("odd", CONFIG | {"hidden_size": "wide"})):
+        (folder / name).mkdir()
+        (folder / name / "config.json").write_text(json.dumps(config))
+    shutil.copytree(folder / "moe", folder / "hollow", copy_function=os.symlink)
+    (folder / "hollow" / "config.json").unlink()
+    hollow = json.loads((folder / "moe" / "config.json").read_text()) | {"moe_intermediate_size": 0}
+    (folder / "hollow" / "config.json").write_text(json.dumps(hollow))
+    for name in ("empty", "full"):
+        (folder / name).mkdir()
+    (folder / "full" / "notes.txt").write_text("mine")
+    (folder / "text.txt").write_text("no trace, no recipe\n")
+
+
+def expect_refusal(exit_code: int, said: str, message: str) -> None:
+    """One line on stderr that says this."""
+    assert exit_code == 2, said
+    assert "Traceback" not in said
+    lines = [line for line in said.splitlines() if line.startswith("error: ")]
+    if "─ Error ─" in said:  # Typer's, of what is typed
+        assert lines == []
+        assert message in said
+    else:
+        assert len(lines) == 1, said
+        assert message in lines[0]
