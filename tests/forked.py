@@ -13,9 +13,14 @@ def with_locks_of_its_own(work: Callable[..., object], *args: object) -> None:
     """Run `work` in the child.
 
     The lock that tqdm draws its bars under is shared between processes: a child that is killed while it has it leaves
-    it locked, and the parent's next bar waits for ever.
+    it locked, and the parent's next bar waits for ever. Each class of bars has one, once it has asked for it.
     """
-    tqdm.set_lock(threading.RLock())
+    lock = threading.RLock()
+    kinds = [tqdm]
+    while kinds:
+        kind = kinds.pop()
+        kind.set_lock(lock)
+        kinds += kind.__subclasses__()
     work(*args)
 
 
@@ -29,14 +34,14 @@ class Child:
             torch.set_num_threads(1)  # the threads of its pool are not there
             sender.send(work())
 
-        self._process = multiprocessing.get_context("fork").Process(target=run)
+        self._process = multiprocessing.get_context("fork").Process(target=with_locks_of_its_own, args=(run,))
         self._process.start()
         sender.close()
 
     def result(self) -> object:
-        """What `work` returns; None if it raises, or has not ended after a minute."""
+        """What `work` returns; None if it raises, or has not ended after four minutes."""
         try:
-            return self._receiver.recv() if self._receiver.poll(60) else None
+            return self._receiver.recv() if self._receiver.poll(240) else None
         except EOFError:
             return None
         finally:

@@ -1,26 +1,33 @@
 """Real signals at random moments of a generation: a short version of what `benchmarks/interrupts.py` does for long."""
 
+import json
 import sys
 from pathlib import Path
 
 import pytest
 
+from programs import run_program
+
+SCRIPT = Path(__file__).parents[2] / "benchmarks" / "interrupts.py"
+
 pytestmark = pytest.mark.skipif(sys.platform == "win32", reason="signals cannot be sent to a thread there")
 
 
 @pytest.mark.parametrize(
-    ("reading", "threads"), [("copied", 1), ("past the page cache, with prefetch", 1), ("mapped", 4)]
+    ("threads", "readings"), [(1, ("copied", "past the page cache, with prefetch")), (4, ("mapped",))]
 )
 def test_a_generation_that_is_interrupted_again_and_again_leaves_a_model_that_answers_as_before(
-    script, tiny_moe, one_thread, reading, threads, monkeypatch
+    tmp_path, threads, readings
 ):
-    monkeypatch.setattr(script("soak"), "PROMPTS", 8)
-    interrupts = script("interrupts")
-    questions = script("soak")._questions(Path(tiny_moe), seed=0)
-    ledger = interrupts.interrupted(
-        Path(tiny_moe), questions, interrupts.READINGS[reading], num_threads=threads, num_signals=20, seed=threads
-    )
-    assert ledger.wrong == []
-    assert ledger.signals == 20
-    assert ledger.checked == 2
-    assert (ledger.beside > 0) == (threads > 1)
+    """In a process of its own: an interrupt may leave torch itself in another mode than it was in."""
+    options = [option for reading in readings for option in ("--reading", reading)]
+    done = run_program("python", SCRIPT, "--signals", 20, "--threads", threads, *options, "--results", tmp_path)
+    assert done.returncode == 0, done.stdout + done.stderr
+    (file,) = tmp_path.glob("*.json")
+    runs = json.loads(file.read_text())["runs"]
+    assert [run["reading"] for run in runs] == list(readings)
+    for run in runs:
+        assert run["wrong"] == []
+        assert run["signals"] == 20
+        assert run["checked"] == 2
+        assert (run["beside"] > 0) == (threads > 1)

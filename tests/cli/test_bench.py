@@ -63,7 +63,7 @@ def test_an_empty_text_is_named(run, tiny_moe, tmp_path):
 
 def test_unknown_policies_and_models_are_errors_of_one_line(run, tiny_moe, dense_model, tmp_path):
     assert "--policy 'nonsense' is not a known policy" in the_error(run("bench", tiny_moe, "--policy", "nonsense"))
-    assert "predictor='nonsense'" in the_error(run("bench", tiny_moe, "--prefetch", "nonsense"))
+    assert "--prefetch 'nonsense'" in the_error(run("bench", tiny_moe, "--prefetch", "nonsense"))
     assert "cannot load" in the_error(run("bench", tmp_path / "missing", "--local-files-only"))
 
 

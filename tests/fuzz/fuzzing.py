@@ -35,6 +35,7 @@ from typing import Any
 
 import torch
 
+from forked import with_locks_of_its_own
 from transformers_moe_offload.errors import MoeOffloadError
 
 MAX_CPU_S = 2.0
@@ -133,7 +134,7 @@ def _in_a_child(module: ModuleType, seed: int, batch: int, first: int, end: int)
         try:
             os.close(readable)
             with os.fdopen(writable, "wb", buffering=0) as stream:
-                _run_all(module, seed, batch, first, end, stream)
+                with_locks_of_its_own(_run_all, module, seed, batch, first, end, stream)
         finally:
             os._exit(0)
     os.close(writable)

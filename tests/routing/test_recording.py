@@ -116,7 +116,7 @@ def test_more_domains_or_experts_than_a_recording_can_number_are_refused(plain, 
             recording.domain = f"text {number}"
             plain(token_ids)
         recording.domain = "text 8"
-        with pytest.raises(MoeOffloadError, match="domain='text 8' is one too many: 8 can be recorded"):
+        with pytest.raises(MoeOffloadError, match="domain='text 8' is one too many: a recording has 8 at most"):
             plain(token_ids)
         recording.domain = "text 0"
         plain(token_ids)

@@ -194,7 +194,7 @@ def _check_index(folder: Path, index: TraceIndex) -> None:
 def new_folder(folder: str | os.PathLike[str], *, overwrite: bool = False) -> Path:
     """A folder for a new trace.
 
-    One that has a trace already is refused, or its files are removed; one that has anything else is refused.
+    One that has a trace already is refused, or the files of that are removed; one of other files is refused.
     """
     path = Path(folder).absolute()  # a recording goes on whatever the working directory becomes
     if (path / INDEX).exists() and not overwrite:
@@ -203,13 +203,12 @@ def new_folder(folder: str | os.PathLike[str], *, overwrite: bool = False) -> Pa
         )
     try:
         path.mkdir(parents=True, exist_ok=True)
-        others = [one.name for one in path.iterdir() if one.name != INDEX and not _PART_NAME.fullmatch(one.name)]
-        if others:
-            raise TraceError(f"{path} has other files, {quoted(min(others))} among them; name a folder of its own")
         if (path / INDEX).exists():
             (path / INDEX).unlink()  # first: without it, parts are no trace
             for part in [part for part in path.iterdir() if _PART_NAME.fullmatch(part.name)]:
                 part.unlink()
+        elif others := [one.name for one in path.iterdir() if not _PART_NAME.fullmatch(one.name)]:
+            raise TraceError(f"{path} has other files, {quoted(min(others))} among them; name a folder of its own")
     except OSError as error:
         raise TraceError(f"cannot make the folder {path}: {error}") from error
     return path
