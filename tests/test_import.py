@@ -4,6 +4,8 @@ import json
 import subprocess
 import sys
 
+import pytest
+
 import transformers_moe_offload as tmo
 
 PUBLIC = [
@@ -11,14 +13,32 @@ PUBLIC = [
     "MoeOffloadError", "OffloadConfig", "OffloadRuntime", "PrefetchConfig", "RecipeError", "UnsupportedModelError",
     "cache_stats", "install", "register_policy", "register_predictor", "restore", "uninstall",
 ]  # fmt: skip
-UPSTREAM = (
-    "import transformers.modeling_utils, transformers.generation.utils; from transformers.quantizers import auto;"
-)
+UPSTREAM = "import transformers.modeling_utils, transformers.generation.utils; from transformers.quantizers import auto"
 """What a program with a model imports anyway."""
 
 
-def run(code: str) -> dict:
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+IMPORT = f"""
+import json, sys, threading, time
+start = time.process_time()
+import torch
+{UPSTREAM}
+before, theirs = set(sys.modules), time.process_time()
+import transformers_moe_offload
+ours = time.process_time()
+print(json.dumps({{
+    "theirs": theirs - start,
+    "ours": ours - theirs,
+    "cuda": torch.cuda.is_initialized(),
+    "added": sorted(set(sys.modules) - before),
+    "threads": [thread.name for thread in threading.enumerate()],
+}}))
+"""
+
+
+@pytest.fixture(scope="module")
+def seen():
+    """What a process that imports it sees."""
+    done = subprocess.run([sys.executable, "-c", IMPORT], capture_output=True, text=True, check=True)
     return json.loads(done.stdout.splitlines()[-1])
 
 
@@ -27,30 +47,16 @@ def test_the_public_names_are_these():
     assert all(hasattr(tmo, name) for name in PUBLIC)
 
 
-def test_importing_adds_little_to_importing_transformers():
-    spent = run(
-        "import json, time; start = time.process_time();"
-        f"{UPSTREAM} theirs = time.process_time(); import transformers_moe_offload;"
-        "print(json.dumps({'theirs': theirs - start, 'ours': time.process_time() - theirs}))"
-    )
-    assert spent["ours"] < spent["theirs"] / 4
+def test_importing_adds_little_to_importing_transformers(seen):
+    assert seen["ours"] < seen["theirs"] / 4
 
 
-def test_importing_touches_no_device_and_loads_no_optional_package():
-    seen = run(
-        f"import json, sys, torch; {UPSTREAM}"
-        "before = set(sys.modules); import transformers_moe_offload;"
-        "print(json.dumps({'cuda': torch.cuda.is_initialized(), 'added': sorted(set(sys.modules) - before)}))"
-    )
+def test_importing_touches_no_device_and_loads_no_optional_package(seen):
     assert not seen["cuda"]
     added = {name.partition(".")[0] for name in seen["added"]}
     needed = {"transformers", "transformers_moe_offload", "psutil", "_psutil_linux", "numpy"}
     assert added <= needed | sys.stdlib_module_names
 
 
-def test_importing_reads_no_weights_and_starts_no_threads():
-    seen = run(
-        "import json, threading; import transformers_moe_offload;"
-        "print(json.dumps({'threads': [t.name for t in threading.enumerate()]}))"
-    )
+def test_importing_starts_no_threads(seen):
     assert seen["threads"] == ["MainThread"]

@@ -1,11 +1,6 @@
 """Programs based on Transformers are run with the plugin imported, as lm-evaluation-harness needs it."""
 
-import os
-import subprocess
-import sys
-from pathlib import Path
-
-ROOT = Path(__file__).parent.parent
+from programs import TORCH, run_program
 
 PROGRAM = """
 import sys
@@ -15,9 +10,7 @@ print(sys.argv[1:], getattr(PreTrainedModel.from_pretrained, "_is_of_moe_offload
 
 
 def run(*arguments, folder):
-    path = os.pathsep.join([str(ROOT / "src"), str(folder)])
-    command = [sys.executable, "-m", "transformers_moe_offload", *arguments]
-    return subprocess.run(command, env=os.environ | {"PYTHONPATH": path}, capture_output=True, text=True)
+    return run_program("python", "-m", "transformers_moe_offload", *arguments, cwd=folder, imported=TORCH)
 
 
 def test_a_program_gets_its_own_arguments_and_the_plugin(tmp_path):
