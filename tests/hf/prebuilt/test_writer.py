@@ -129,6 +129,7 @@ def test_progress_counts_every_byte_of_the_weight_files_once(tmp_path):
 def test_without_a_listener_there_is_a_progress_bar_that_transformers_can_switch_off(tmp_path, capsys):
     from transformers.utils import logging
 
+    logging.enable_progress_bar()
     write_prebuilt(tmp_path / "one", prebuilt(), RECIPE)
     assert "Writing shards: 100%" in capsys.readouterr().err
     logging.disable_progress_bar()
