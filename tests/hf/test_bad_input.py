@@ -24,6 +24,7 @@ from transformers_moe_offload import (
     CheckpointError,
     ConfigError,
     HqqFormat,
+    MoeOffloadError,
     OffloadConfig,
     UnsupportedModelError,
 )
@@ -315,3 +316,39 @@ class TestAFileThatChangesAfterLoading:
                 model(input_ids=token_ids)
         with torch.no_grad():
             assert torch.equal(model(input_ids=token_ids).logits, expected)
+
+
+@pytest.mark.parametrize(
+    "damage",
+    [
+        {"hidden_act": "nosuch"}, {"num_attention_heads": 0}, {"num_key_value_heads": 0}, {"decoder_sparse_step": 0},
+        {"hidden_size": -1}, {"vocab_size": -1}, {"pad_token_id": 10**12},
+        {"rope_parameters": {"rope_type": "nosuch", "rope_theta": 1e4}}, {"attn_implementation": ["x"]},
+    ],
+    ids=str,
+)  # fmt: skip
+def test_a_config_that_no_model_can_be_built_from_is_named(checkpoint, tmp_path, damage):
+    shutil.copytree(checkpoint, tmp_path / "odd")
+    config = tmp_path / "odd" / "config.json"
+    config.write_text(json.dumps(json.loads(config.read_text()) | damage))
+    with pytest.raises(MoeOffloadError, match=r"odd/config\.json|odd says"):
+        load(tmp_path / "odd")
+
+
+def test_experts_given_to_a_part_of_the_model_are_refused(checkpoint):
+    plain = AutoModelForCausalLM.from_pretrained(checkpoint)
+    model = load(checkpoint)
+    with pytest.raises(CheckpointError, match="experts are loaded by the offloaded model only"):
+        model.model.load_state_dict(plain.model.state_dict(), strict=False)
+    wrapped = torch.nn.ModuleDict({"inner": model})
+    with pytest.raises(CheckpointError, match=r"inner\.model\.layers\.0\.mlp\.experts"):
+        wrapped.load_state_dict({f"inner.{name}": tensor for name, tensor in plain.state_dict().items()}, strict=False)
+    without = {name: tensor for name, tensor in plain.model.state_dict().items() if ".experts." not in name}
+    model.model.load_state_dict(without, strict=False)
+
+
+def test_a_state_dict_is_not_pushed_in_low_bits(checkpoint, tmp_path):
+    model = load(checkpoint, moe_offload=OffloadConfig(experts=HqqFormat(nbits=4, group_size=16)))
+    with pytest.raises(ConfigError, match="cannot be had together with a state_dict"):
+        model.save_pretrained(tmp_path / "saved", state_dict=model.state_dict(), push_to_hub=True, repo_id="me/x")
+    assert not (tmp_path / "saved").exists()

@@ -3,12 +3,14 @@
 import errno
 import os
 import random
+import signal
 import threading
 import time
 
 import pytest
 import torch
 
+from ctrl_c import in_another_thread
 from forked import Child, in_a_child
 from stores import stacked_store
 from transformers_moe_offload.cache.cache import ExpertCache
@@ -188,3 +190,34 @@ def test_several_threads_fork_at_once():
     for thread in threads:
         thread.join()
     assert found == [True] * 4
+
+
+def test_ctrl_c_while_the_main_thread_forks_comes_afterwards_and_no_lock_stays_taken():
+    class Slow:
+        """Waits at a fork, while somebody presses Ctrl-C, once."""
+
+        is_pressed = False
+
+        def before_fork(self):
+            if not self.is_pressed:
+                self.is_pressed = True
+                signal.raise_signal(signal.SIGINT)
+
+        def after_fork(self, *, is_child):
+            pass
+
+    def fork_and_wait():
+        assert in_a_child(lambda: lock.acquire(timeout=30))
+        time.sleep(30)
+
+    lock, slow = FORKS.with_lock(threading.RLock(), Rank.SHORT), Slow()
+    FORKS.enter(slow)
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    try:
+        with pytest.raises(KeyboardInterrupt):
+            fork_and_wait()
+        assert in_another_thread(lambda: lock.acquire(timeout=30) and lock.release() is None)
+        assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+    finally:
+        signal.signal(signal.SIGINT, before)
+    assert in_a_child(lambda: True)

@@ -142,3 +142,57 @@ def test_repeat_rate_and_reuse_are_those_of_one_sequence(model, router):
         begin(model, [1, 2, 3, 4, 5, 6, 7, 8])
     rates = [one.trace.statistics(router).repeat_rate for one in (recorder, whole)]
     assert rates[0] == pytest.approx(rates[1])
+
+
+def test_what_a_cache_forgets_is_not_read_twice_at_one_position(model):
+    """As it forgets drafts that were rejected."""
+    with routing.record_routing(model) as recorder, torch.no_grad():
+        past = begin(model, [1, 2, 3])
+        past = go_on(model, [4, 5, 6], past)
+        (cache,) = past.values()
+        cache.crop(-2)
+        go_on(model, [7, 8], past)
+    assert texts_of(recorder.trace) == [placed([1, 2, 3, 4, 5, 6]), placed([7, 8], first=4)]
+
+
+def test_no_text_of_a_generation_with_drafts_has_two_tokens_at_one_position(model):
+    prompt, length = torch.tensor([[1, 2, 3, 1, 2, 3, 1, 2]]), 24
+    with routing.record_routing(model) as recorder:
+        options = {"max_new_tokens": length, "min_new_tokens": length, "do_sample": False}
+        model.generate(prompt, prompt_lookup_num_tokens=3, **options)
+    texts = texts_of(recorder.trace)
+    assert len(texts) > 1, "no draft was rejected"
+    for text in texts:
+        first = text[0][1]
+        assert [position for _, position in text] == list(range(first, first + len(text)))
+
+
+def test_several_texts_in_one_row_are_refused_while_recording(model):
+    packed = {"input_ids": torch.tensor([[1, 2, 3, 4, 5]]), "position_ids": torch.tensor([[0, 1, 2, 0, 1]])}
+    with (
+        routing.record_routing(model) as recorder,
+        torch.no_grad(),
+        pytest.raises(UnsupportedModelError, match="position_ids of row 0 begin again within it"),
+    ):
+        model(**packed)
+    with torch.no_grad():
+        model(**packed)
+    with routing.record_routing(model) as recorder, torch.no_grad():
+        padded = torch.tensor([[1, 1, 0, 1, 2]])
+        model(packed["input_ids"], position_ids=padded, attention_mask=torch.tensor([[0, 0, 1, 1, 1]]))
+    assert texts_of(recorder.trace) == [placed([3, 4, 5], first=2)]
+
+
+def test_an_encoder_that_is_called_after_an_interrupt_in_the_decoder_is_recorded():
+    model = build("switch_transformers").eval()
+
+    def interrupt(*_):
+        raise KeyboardInterrupt
+
+    with routing.record_routing(model) as recorder, torch.no_grad():
+        hook = model.decoder.block[-1].register_forward_pre_hook(interrupt)
+        with pytest.raises(KeyboardInterrupt):
+            model(input_ids=torch.tensor([[5, 6]]), decoder_input_ids=torch.tensor([[0]]))
+        hook.remove()
+        model.encoder(input_ids=torch.tensor([[1, 2, 3]]))
+    assert [[token for token, _ in text] for text in texts_of(recorder.trace)] == [[1, 2, 3]]

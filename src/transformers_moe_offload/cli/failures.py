@@ -45,13 +45,18 @@ def one_line_errors(command: Any) -> Iterator[None]:
 
 @contextmanager
 def reading(what: str) -> Iterator[None]:
-    """Make the errors with which Transformers answers a bad id, a bad file or a bad option ours; `what` begins them."""
+    """Make the errors with which Transformers answers a bad id, a bad file or a bad option ours; `what` begins them.
+
+    It answers a config that no model can be built from with whatever Python raises on the way.
+    """
     try:
         yield
     except MoeOffloadError:
         raise
     except (OSError, ValueError, ImportError) as error:
         raise CommandError(f"{what}: {error}") from error
+    except Exception as error:
+        raise CommandError(f"{what}: {type(error).__name__}: {error}") from error
 
 
 def report(error: MoeOffloadError | OSError, command: Any) -> None:

@@ -37,7 +37,7 @@ def refuse_on_load(arguments: Mapping[str, Any]) -> None:
 
 def refuse_splits(distributed: Any) -> None:
     """Raise if a `DistributedConfig`, or a mapping like one, splits layers over processes."""
-    sizes = distributed if isinstance(distributed, Mapping) else vars(distributed) if distributed is not None else {}
+    sizes = distributed if isinstance(distributed, Mapping) else getattr(distributed, "__dict__", {})
     for name, kind in _SPLITS.items():
         if (sizes.get(name) or 1) > 1:
             raise UnsupportedModelError(
@@ -63,3 +63,8 @@ def refuse_on_save(arguments: Mapping[str, Any], *, is_quantized: bool) -> None:
     for name in ("variant", "distributed_checkpoint") if is_quantized else ("distributed_checkpoint",):
         if arguments.get(name):
             raise ConfigError(f"{name}={arguments[name]!r} cannot be had for a model with {kind} experts; leave it out")
+    if is_quantized and arguments.get("push_to_hub") and arguments.get("state_dict") is not None:
+        raise ConfigError(
+            "push_to_hub=True cannot be had together with a state_dict for a model with quantized experts, whose own "
+            "weights would be pushed; save it without, and push the folder with `moe-offload push`"
+        )

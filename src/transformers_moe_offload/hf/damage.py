@@ -12,6 +12,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+import torch
 from transformers import CONFIG_MAPPING, PretrainedConfig
 from transformers.utils import CONFIG_NAME, SAFE_WEIGHTS_INDEX_NAME, cached_file
 
@@ -29,8 +30,8 @@ _KINDS: Mapping[str, tuple[type, ...]] = {
 }  # fmt: skip
 """What some entries of a config are, if they are there."""
 _COUNTS = ("num_hidden_layers", "num_layers", "n_layer", "n_layers")
-_MANY_LAYERS = 1000
-"""Several times as many as any model has; beyond, a checkpoint has to prove that it has a tensor for each."""
+_MANY_LAYERS = 300
+"""Twice as many as any model has; beyond, a checkpoint has to prove that it has a tensor for each."""
 
 
 def explaining(load: Any) -> Any:
@@ -48,7 +49,7 @@ def explaining(load: Any) -> Any:
         except MoeOffloadError:
             raise
         except Exception as error:
-            _expect_sound(pretrained_model_name_or_path, kwargs, error)
+            _expect_sound(cls, pretrained_model_name_or_path, kwargs, error)
             raise
 
     return from_pretrained
@@ -70,7 +71,7 @@ def expect_layers(name_or_path: Any, kwargs: Mapping[str, Any], config: Mapping[
             )
 
 
-def _expect_sound(name_or_path: Any, kwargs: Mapping[str, Any], error: Exception) -> None:
+def _expect_sound(cls: Any, name_or_path: Any, kwargs: Mapping[str, Any], error: Exception) -> None:
     """Raise `CheckpointError` if config or index are what made Transformers fail."""
     given = kwargs.get("config")
     if isinstance(given, PretrainedConfig):
@@ -84,6 +85,8 @@ def _expect_sound(name_or_path: Any, kwargs: Mapping[str, Any], error: Exception
         index = _find(name_or_path, name, kwargs)
         if index is not None:
             WeightMap.read(index, needs_metadata=True)
+        if path is not None and "auto_map" not in config:
+            _expect_model(cls, path, config)
     except CheckpointError as cause:
         raise cause from error
     if index is None and name == INDEX_NAME and Path(str(name_or_path)).is_dir():
@@ -128,6 +131,20 @@ def _sound_config(path: Path, error: Exception) -> dict[str, Any]:
     if not isinstance(made.get_text_config(), PretrainedConfig):
         raise CheckpointError(f"{path} has a text_config, which a {known.__name__} has not")
     return config
+
+
+def _expect_model(cls: Any, path: Path, config: Mapping[str, Any]) -> None:
+    """Raise `CheckpointError` if the class cannot build a model from a config that can be read."""
+    build = getattr(cls, "from_config", None) or getattr(cls, "_from_config", None)
+    if build is None or config.get("model_type") not in CONFIG_MAPPING:
+        return
+    plain = {name: value for name, value in config.items() if name != "quantization_config"}
+    try:
+        with torch.device("meta"):
+            build(CONFIG_MAPPING[config["model_type"]].from_dict(plain))
+    except Exception as cause:
+        reason = f"{type(cause).__name__}: {one_line(cause)}"
+        raise CheckpointError(f"{path} describes no model that can be built: {reason}") from cause
 
 
 def _numbers(value: Any) -> Iterator[int]:

@@ -169,11 +169,13 @@ def _saving_offloaded(plain: Any) -> Any:
                 return plain(self, save_directory, *args, **kwargs)
             finally:
                 to_save.reset(token)
-        if options.get("is_main_process", True):
-            save_quantized(self, Path(save_directory), options.get("state_dict"), options.get("max_shard_size"))
+        if not options.get("is_main_process", True):
+            return None
+        save_quantized(self, Path(save_directory), options.get("state_dict"), options.get("max_shard_size"))
         if options.get("push_to_hub"):
             repo = {"repo_id": Path(save_directory).name, "token": options.get("token")}
-            self.push_to_hub(**repo | options.get("kwargs", {}))
+            size = {name: options[name] for name in ("max_shard_size",) if name in options}
+            self.push_to_hub(**repo | size | options.get("kwargs", {}))
         return None
 
     save_pretrained._is_of_moe_offload = True  # type: ignore[attr-defined]

@@ -10,7 +10,7 @@ here. Putting the class back is all it takes to undo that, and `deepcopy`, hooks
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from contextlib import nullcontext
 from copy import deepcopy
 from functools import cache
@@ -27,6 +27,7 @@ from transformers_moe_offload.compute.adapted import adapted_forward
 from transformers_moe_offload.compute.forward import sparse_forward
 from transformers_moe_offload.compute.lending import Lending
 from transformers_moe_offload.compute.mlp import ExpertMlp
+from transformers_moe_offload.errors import CheckpointError
 from transformers_moe_offload.hf.adapters.added import added_to
 from transformers_moe_offload.hf.eager import fetch_from, twin_of
 from transformers_moe_offload.hf.layouts import ExpertField, ExpertsLayout
@@ -199,6 +200,17 @@ class OffloadedExperts(nn.Module):
         if layer.mlp is not None and operator.fits(layer.device):
             return operator.experts(*inputs, layer.key)
         return _computed_as_ever(self, inputs)
+
+    def _load_from_state_dict(self, state_dict: Mapping[str, Any], prefix: str, *rest: Any) -> None:
+        """What the whole model takes of a state dict has been taken out of it: see `state_dicts.py`."""
+        own = {f"{prefix}{name}" for name in nn.Module.state_dict(self)}
+        other = next((name for name in state_dict if name.startswith(prefix) and name not in own), None)
+        if other is not None:
+            raise CheckpointError(
+                f"{other} is an expert, and experts are loaded by the offloaded model only, not by a part of it or by "
+                f"what it is a part of; call load_state_dict of the model that has moe_offload, or leave experts out"
+            )
+        super()._load_from_state_dict(state_dict, prefix, *rest)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Any:
         layer_of(self).moved(fn)

@@ -121,7 +121,8 @@ COMPILED_CALL = "get_compiled_call"
 
 
 HOOKS = {
-    transformers.PreTrainedModel: ("from_pretrained", "save_pretrained"),
+    transformers.AutoConfig: ("from_pretrained",),
+    transformers.PreTrainedModel: ("from_pretrained", "save_pretrained", COMPILED_CALL),
     HfQuantizer: (
         "validate_environment",
         "update_device_map",

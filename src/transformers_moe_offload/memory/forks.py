@@ -11,12 +11,14 @@ not be.
 
 from __future__ import annotations
 
+import _thread
 import os
+import signal
 import threading
 from collections.abc import Callable
 from enum import IntEnum
 from functools import partial
-from typing import Protocol, TypeVar
+from typing import Any, Protocol, TypeVar
 from weakref import WeakSet
 
 
@@ -53,6 +55,39 @@ class Rank(IntEnum):
 L = TypeVar("L", bound=Lock)
 
 
+class HeldInterrupts:
+    """Ctrl-C while the main thread forks comes afterwards.
+
+    Python drops what is raised in the functions that it calls at a fork, and forks all the same: without half the
+    locks, or leaving them locked.
+    """
+
+    DELAY_S = 0.01
+    """Until Python has left those functions."""
+
+    def __init__(self) -> None:
+        self._handler: Any = None
+        self._has_come = False
+
+    def hold(self) -> None:
+        """From now on."""
+        if threading.current_thread() is threading.main_thread() and callable(signal.getsignal(signal.SIGINT)):
+            self._has_come = False
+            self._handler = signal.signal(signal.SIGINT, self._note)
+
+    def let_go(self, is_child: bool) -> None:
+        """Until now; a child has nothing to do with what came before it was there."""
+        if self._handler is None or threading.current_thread() is not threading.main_thread():
+            return
+        handler, self._handler = self._handler, None
+        signal.signal(signal.SIGINT, handler)
+        if self._has_come and not is_child:
+            threading.Timer(self.DELAY_S, _thread.interrupt_main).start()
+
+    def _note(self, *_: object) -> None:
+        self._has_come = True
+
+
 class Forks:
     """What rests, and which locks are taken, while this process forks."""
 
@@ -63,6 +98,7 @@ class Forks:
         self._forking = threading.RLock()
         self._let_go: list[Callable[[bool], None]] = []
         """What undoes the steps that `before` has taken."""
+        self._interrupts = HeldInterrupts()
 
     def with_lock(self, lock: L, rank: Rank) -> L:
         """Take a lock at every fork, as long as there is anybody who uses it."""
@@ -77,6 +113,7 @@ class Forks:
 
     def before(self) -> None:
         """The calling thread is about to fork."""
+        self._interrupts.hold()
         self._take(self._forking)
         for rank in (Rank.RESIZING, Rank.BUILDING, Rank.TURN):
             self._take_all(rank)
@@ -93,6 +130,7 @@ class Forks:
         steps, self._let_go = self._let_go, []  # with the first of them undone, another thread may fork
         for undo in reversed(steps):
             undo(is_child)
+        self._interrupts.let_go(is_child)
 
     def _take_all(self, rank: Rank) -> None:
         with self._entering:

@@ -7,6 +7,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from transformers_moe_offload.errors import UnsupportedModelError
@@ -43,3 +44,18 @@ def padding_of(mask: Any, batch: int, length: int, before: int) -> Tensor | None
         f"cannot tell which of {batch} x {length} tokens are padding from an attention mask of {described}; "
         f"pass one of shape ({batch}, {before + length}), or none if nothing is padded"
     )
+
+
+def expect_texts_apart(positions: Any, is_padding: Tensor | None, shape: torch.Size) -> None:
+    """Raise `UnsupportedModelError` where positions, (B, S), begin again within a row: it is several texts."""
+    if not isinstance(positions, Tensor) or positions.shape != shape or shape[1] < 2:
+        return
+    begins_again = positions.diff(dim=1) < 1
+    if is_padding is not None:
+        begins_again &= ~(is_padding[:, 1:] | is_padding[:, :-1]).to(begins_again.device)
+    if begins_again.any():  # sync: device -> host, of a prompt that is recorded
+        row = int(begins_again.any(dim=1).nonzero()[0])
+        raise UnsupportedModelError(
+            f"position_ids of row {row} begin again within it, so several texts are packed in it, which a recording "
+            f"could not tell apart; record them as rows of a padded batch, or one after the other"
+        )

@@ -17,7 +17,7 @@ from transformers import Cache, PreTrainedModel
 from transformers_moe_offload.errors import UnsupportedModelError
 from transformers_moe_offload.hf.upstream import arguments, kv_cache, kv_cache_of_output, num_tokens_in
 from transformers_moe_offload.routing.hooks import Hooks
-from transformers_moe_offload.routing.padding import padding_of
+from transformers_moe_offload.routing.padding import expect_texts_apart, padding_of
 
 _ATTRIBUTE = "_moe_routing_passage"
 
@@ -53,8 +53,8 @@ class _Running(threading.local):
     """What runs in a thread, or ran last in it."""
 
     def __init__(self) -> None:
-        self.modules: list[int] = []
-        """The models, the outermost first, by identity."""
+        self.modules: list[nn.Module] = []
+        """The models, the outermost first."""
         self.forward: _Forward | None = None
 
 
@@ -70,6 +70,7 @@ class Passage:
         self._latest = _Forward()
         self._running = _Running()
         self._pasts: weakref.WeakKeyDictionary[Cache, Past] = weakref.WeakKeyDictionary()
+        self._parts: weakref.WeakKeyDictionary[nn.Module, frozenset[int]] = weakref.WeakKeyDictionary()
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Passage:
         twin = memo.get(id(self._base()))
@@ -123,13 +124,13 @@ class Passage:
     def begin(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """Hook: the model, or a model within it, starts a forward."""
         running = self._running.modules
-        if id(module) in running:  # no hook is called when Ctrl-C ends a forward
+        if running and id(module) not in self._models_in(running[-1]):  # none is called when Ctrl-C ends a forward
             running.clear()
         if running:
-            running.append(id(module))
+            running.append(module)
             return
         past, num_before = self._read_before(module, args, kwargs)
-        running.append(id(module))
+        running.append(module)
         with self._counting:
             forward = _Forward(self.num_forwards)
             self.num_forwards += 1
@@ -169,6 +170,14 @@ class Passage:
                 raise
             return Past(), None
 
+    def _models_in(self, module: nn.Module) -> frozenset[int]:
+        """The models that are parts of a model, by identity."""
+        found = self._parts.get(module)
+        if found is None:
+            parts = (part for part in module.modules() if isinstance(part, PreTrainedModel) and part is not module)
+            found = self._parts[module] = frozenset(map(id, parts))
+        return found
+
     def embed(self, module: nn.Module, args: tuple[Any, ...]) -> None:
         """Hook: tokens are being embedded. An encoder's come before its decoder's, and are routed before, too."""
         if args and isinstance(args[0], Tensor) and args[0].dim() == 2:
@@ -176,6 +185,7 @@ class Passage:
             forward = self._forward
             if self.listeners:
                 forward.is_padding = self._padding(forward, ids)
+                expect_texts_apart(forward.inputs.get("position_ids"), forward.is_padding, ids.shape)
                 ids = ids.clone()  # the caller may write the next ones there
             forward.token_ids = ids
 
