@@ -36,6 +36,8 @@ CASES = [
     ("bench moe --prefetch clairvoyant", "--prefetch 'clairvoyant' is not a known predictor; choose one of ["),
     ("bench moe --text nowhere", "cannot read --text nowhere"),
     ("trace moe -o t.npz", "give prompts either with --prompt, as often as you like, or as the lines of --prompts"),
+    ("trace moe -o t.npz --prompt caf\udce9", "--prompt is not valid UTF-8 after 3 characters"),
+    ("chat moe --prompt caf\udce9", "the prompt is not valid UTF-8 after 3 characters"),
     ("trace moe -o full --prompt x", "cannot write --output full: it is a folder"),
     ("trace moe -o t.npz --prompt x --seed x", "--seed"),
     ("trace moe -o t.npz --prompt x --routing full", "full has other files, 'notes.txt' among them"),

@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Mapping
+from copy import deepcopy
 from functools import lru_cache
 from typing import Any
 
@@ -24,7 +25,7 @@ from transformers_moe_offload.memory.record import dtype_name
 def on_meta(config: PreTrainedConfig, dtype: torch.dtype = torch.float32) -> Any:
     """The model of this config, without memory for its weights."""
     with torch.device("meta"):
-        return AutoModelForCausalLM.from_config(config, dtype=dtype).eval()
+        return AutoModelForCausalLM.from_config(deepcopy(config), dtype=dtype).eval()  # it writes the dtype into it
 
 
 def layout_of(config: PreTrainedConfig, dtype: torch.dtype = torch.float32) -> dict[str, FieldSpec]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from transformers_moe_offload.cli.failures import CommandError
+from transformers_moe_offload.cli.failures import CommandError, expect_utf8
 
 
 class Conversation:
@@ -15,6 +15,7 @@ class Conversation:
         self._has_template = bool(getattr(tokenizer, "chat_template", None))
         if system is not None and not self._has_template:
             raise CommandError("--system needs a model with a chat template, and this one only continues text")
+        expect_utf8(system, "--system")
         self._messages = [] if system is None else [{"role": "system", "content": system}]
 
     @property
@@ -24,6 +25,7 @@ class Conversation:
 
     def ask(self, prompt: str) -> dict[str, Any]:
         """The inputs for `generate` that put this prompt to the model."""
+        expect_utf8(prompt, "the prompt")
         inputs = self._in_template(prompt) if self._has_template else dict(self._tokenizer(prompt, return_tensors="pt"))
         if inputs["input_ids"].numel() == 0:  # Transformers makes an empty tokenizer where its files are missing
             raise CommandError(

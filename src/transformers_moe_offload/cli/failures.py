@@ -59,6 +59,14 @@ def reading(what: str) -> Iterator[None]:
         raise CommandError(f"{what}: {type(error).__name__}: {error}") from error
 
 
+def expect_utf8(text: str | None, what: str) -> None:
+    """Raise `CommandError` for text that came in bytes which are no UTF-8; no tokenizer takes it."""
+    try:
+        (text or "").encode()
+    except UnicodeEncodeError as error:
+        raise CommandError(f"{what} is not valid UTF-8 after {error.start} characters; convert it") from error
+
+
 def report(error: MoeOffloadError | OSError, command: Any) -> None:
     """Print an error as one line on stderr, in the words of the command (Typer's) that it ended."""
     typer.echo(f"error: {in_option_names(' '.join(str(error).split()), command)}", err=True)

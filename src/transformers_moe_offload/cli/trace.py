@@ -17,7 +17,7 @@ from transformers_moe_offload.cli import options
 from transformers_moe_offload.cli.answer import Sampling
 from transformers_moe_offload.cli.chat import INTERRUPTED
 from transformers_moe_offload.cli.conversation import Conversation
-from transformers_moe_offload.cli.failures import CommandError, reading
+from transformers_moe_offload.cli.failures import CommandError, expect_utf8, reading
 from transformers_moe_offload.cli.interruption import Interruption
 from transformers_moe_offload.cli.model_config import read_config
 from transformers_moe_offload.cli.results import expect_file
@@ -78,6 +78,8 @@ def _texts(prompt: list[str] | None, prompts: Path | None) -> list[str]:
     if (prompt is None) == (prompts is None):
         raise CommandError("give prompts either with --prompt, as often as you like, or as the lines of --prompts FILE")
     texts = prompt or []
+    for text in texts:
+        expect_utf8(text, "--prompt")
     if prompts is not None:
         with reading(f"cannot read --prompts {prompts}"):
             texts = prompts.read_text(encoding="utf-8").splitlines()

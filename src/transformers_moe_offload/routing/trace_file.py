@@ -198,9 +198,7 @@ def new_folder(folder: str | os.PathLike[str], *, overwrite: bool = False) -> Pa
     """
     path = Path(folder).absolute()  # a recording goes on whatever the working directory becomes
     if (path / INDEX).exists() and not overwrite:
-        raise TraceError(
-            f"{path} has a routing trace already; name another folder, or replace it with overwrite=True (--overwrite)"
-        )
+        raise TraceError(f"{path} has a routing trace already; name another folder, or replace it with overwrite=True")
     try:
         path.mkdir(parents=True, exist_ok=True)
         if (path / INDEX).exists():

@@ -58,6 +58,13 @@ def test_what_is_built_loads_and_each_adapter_alone_is_the_merged_model(router_p
     assert torch.equal(logits(offloaded), logits(model))
 
 
+def test_the_config_says_the_dtype_of_what_is_stored(dense, adapters, tmp_path):
+    build_adapter_moe(replace(recipe(dense, adapters), dtype="bfloat16"), tmp_path / "mixture")
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "mixture", moe_offload=OffloadConfig())
+    assert {parameter.dtype for parameter in model.parameters()} == {torch.bfloat16}
+    assert model.config.dtype == model.config.get_text_config().dtype == torch.bfloat16
+
+
 def test_names_on_disk_are_those_that_save_pretrained_writes(dense, adapters, tmp_path):
     build_adapter_moe(recipe(dense, adapters, adapter_moe=AdapterRouting(router_per="linear")), tmp_path / "a")
     model = AutoModelForCausalLM.from_pretrained(tmp_path / "a")
