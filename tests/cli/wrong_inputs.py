@@ -24,7 +24,7 @@ CASES = [
     ("quantize hollow out --experts 4x32", "has experts without weights: by the config, gate_up_proj of each is of"),
     ("quantize moe full --experts 4x32", "full is not empty"),
     ("convert moe out --from mixtral-offloading", "the layout of mixtral-offloading is for Mixtral, but "),
-    ("convert moe out --from elsewhere", "'elsewhere' is not one of 'mixtral-offloading'"),
+    ("convert moe out --from elsewhere", "'elsewhere' is not"),
     ("build nowhere.yaml out", "cannot read nowhere.yaml: No such file or directory"),
     ("build text.txt out", "text.txt holds no recipe but str"),
     ("bake moe out", "moe is a qwen3_moe; only a mixture of adapters (adapter_moe) is baked"),

@@ -30,7 +30,7 @@ def saved_with(path, **changes):
     """A trace's file with some arrays replaced, or left out where they are None."""
     small_trace(stall_ms=[0.0, 1.5, 0.25, 0.0]).save(path)
     arrays = arrays_of(path) | changes
-    np.savez(path, allow_pickle=True, **{name: array for name, array in arrays.items() if array is not None})
+    np.savez(path, **{name: array for name, array in arrays.items() if array is not None})
     return path
 
 

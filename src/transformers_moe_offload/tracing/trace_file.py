@@ -98,10 +98,10 @@ def write_arrays(path: Path, arrays: Arrays) -> None:
     try:
         try:
             with new_file(unfinished) as file:
-                np.savez_compressed(file, allow_pickle=False, **arrays)
+                np.savez_compressed(file, **arrays)
             if sum(array.nbytes for array in arrays.values()) > 0.9 * _most_bytes(unfinished.stat().st_size):
                 with unfinished.open("wb") as file:  # a reader would take it for a bomb
-                    np.savez(file, allow_pickle=False, **arrays)
+                    np.savez(file, **arrays)
             unfinished.replace(path)
         finally:
             unfinished.unlink(missing_ok=True)
