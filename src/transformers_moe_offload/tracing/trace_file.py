@@ -94,14 +94,15 @@ def reading_trace(path: Source, kind: str = "trace") -> Iterator[None]:
 def write_arrays(path: Path, arrays: Arrays) -> None:
     """Write the file; it is there complete or not at all."""
     expect_table(path, arrays["num_experts"].tolist(), "layers")
+    members: dict[str, Any] = dict(arrays)
     unfinished = path.with_name(f".{path.name}.{os.getpid()}")
     try:
         try:
             with new_file(unfinished) as file:
-                np.savez_compressed(file, **arrays)
+                np.savez_compressed(file, **members)
             if sum(array.nbytes for array in arrays.values()) > 0.9 * _most_bytes(unfinished.stat().st_size):
                 with unfinished.open("wb") as file:  # a reader would take it for a bomb
-                    np.savez(file, **arrays)
+                    np.savez(file, **members)
             unfinished.replace(path)
         finally:
             unfinished.unlink(missing_ok=True)
