@@ -111,9 +111,9 @@ def test_ci_runs_the_test_command_of_the_readme():
 def test_the_test_command_runs_everything_that_can_run_anywhere():
     config = tox_ini()
     env_list = config["tox"]["env_list"].split(", ")
-    assert sorted(env_list) == ["docs", "layers", "lint", "oldest", "py311", "types"]
+    assert sorted(env_list) == ["docs", "layers", "lint", "oldest", "py311"]
     assert "examples{/}demo.py" in config["testenv:demo"]["commands"]
-    assert "pytest" in config["testenv"]["commands"], "py311 has no section of its own"
+    assert config["testenv"]["commands"].split()[:2] == ["mypy", "pytest"], "py311 has no section of its own"
 
 
 def test_every_tox_env_that_is_named_exists():
