@@ -27,7 +27,7 @@ import sys
 import time
 import traceback
 from collections import Counter
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from reprlib import Repr
 from types import ModuleType
@@ -268,7 +268,8 @@ def as_markdown(reports: list[Report], seed: int) -> str:
 
 def as_json(reports: list[Report]) -> str:
     """The same for programs."""
-    return json.dumps([asdict(report) | {"num_cases": report.num_cases} for report in reports], indent=2) + "\n"
+    plain = [asdict(replace(one, results={})) | {"results": dict(one.results)} for one in reports]
+    return json.dumps(plain, indent=2) + "\n"
 
 
 def main() -> int:
