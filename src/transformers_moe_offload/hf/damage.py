@@ -42,14 +42,11 @@ def explaining(load: Any) -> Any:
         is_asked = OffloadConfig.make(kwargs.get("moe_offload")) or isinstance(
             kwargs.get("quantization_config"), OffloadConfig
         )
-        if not is_asked:
-            return load(cls, pretrained_model_name_or_path, *model_args, **kwargs)
         try:
             return load(cls, pretrained_model_name_or_path, *model_args, **kwargs)
-        except MoeOffloadError:
-            raise
         except Exception as error:
-            _expect_sound(cls, pretrained_model_name_or_path, kwargs, error)
+            if is_asked and not isinstance(error, MoeOffloadError):
+                _expect_sound(cls, pretrained_model_name_or_path, kwargs, error)
             raise
 
     return from_pretrained
@@ -85,7 +82,7 @@ def _expect_sound(cls: Any, name_or_path: Any, kwargs: Mapping[str, Any], error:
         index = _find(name_or_path, name, kwargs)
         if index is not None:
             WeightMap.read(index, needs_metadata=True)
-        if path is not None and "auto_map" not in config:
+        if path is not None:
             _expect_model(cls, path, config)
     except CheckpointError as cause:
         raise cause from error
@@ -134,9 +131,9 @@ def _sound_config(path: Path, error: Exception) -> dict[str, Any]:
 
 
 def _expect_model(cls: Any, path: Path, config: Mapping[str, Any]) -> None:
-    """Raise `CheckpointError` if the class cannot build a model from a config that can be read."""
+    """Raise `CheckpointError` if a class of Transformers cannot build a model from a config that can be read."""
     build = getattr(cls, "from_config", None) or getattr(cls, "_from_config", None)
-    if build is None or config.get("model_type") not in CONFIG_MAPPING:
+    if build is None or "auto_map" in config or config.get("model_type") not in CONFIG_MAPPING:
         return
     plain = {name: value for name, value in config.items() if name != "quantization_config"}
     try:

@@ -13,7 +13,9 @@ from __future__ import annotations
 
 import functools
 import inspect
+from collections.abc import Callable
 from copy import copy
+from operator import attrgetter
 from pathlib import Path
 from typing import Any
 
@@ -53,14 +55,9 @@ def install() -> None:
     for method in _delegated():
         if not _is_ours(AUTO_QUANTIZER_MAPPING[method]):
             AUTO_QUANTIZER_MAPPING[method] = delegating(AUTO_QUANTIZER_MAPPING[method])
-    auto = AutoConfig.__dict__["from_pretrained"].__func__
-    if not _is_ours(auto):
-        AutoConfig.from_pretrained = classmethod(_naming_damage(auto))
-    plain = PreTrainedModel.__dict__["from_pretrained"].__func__
-    if not _is_ours(plain):
-        PreTrainedModel.from_pretrained = classmethod(_accepting_moe_offload(plain))
-    if not _is_ours(PreTrainedModel.save_pretrained):
-        PreTrainedModel.save_pretrained = _saving_offloaded(PreTrainedModel.save_pretrained)
+    for owner, name, wrap in _wrapped_methods():
+        if not _is_ours(getattr(owner, name)):
+            _replace(owner, name, wrap)
 
 
 def uninstall() -> None:
@@ -71,14 +68,24 @@ def uninstall() -> None:
         if _is_ours(AUTO_QUANTIZER_MAPPING[method]):
             AUTO_QUANTIZER_MAPPING[method] = AUTO_QUANTIZER_MAPPING[method].__wrapped__
     uninstall_adapters()
-    auto = AutoConfig.__dict__["from_pretrained"].__func__
-    if _is_ours(auto):
-        AutoConfig.from_pretrained = classmethod(auto.__wrapped__)
-    current = PreTrainedModel.__dict__["from_pretrained"].__func__
-    if _is_ours(current):
-        PreTrainedModel.from_pretrained = classmethod(current.__wrapped__)
-    if _is_ours(PreTrainedModel.save_pretrained):
-        PreTrainedModel.save_pretrained = PreTrainedModel.save_pretrained.__wrapped__
+    for owner, name, _ in _wrapped_methods():
+        if _is_ours(getattr(owner, name)):
+            _replace(owner, name, attrgetter("__wrapped__"))
+
+
+def _wrapped_methods() -> tuple[tuple[type, str, Callable[[Any], Any]], ...]:
+    """The class and the name of each method that is wrapped, and what wraps it."""
+    return (
+        (AutoConfig, "from_pretrained", _naming_damage),
+        (PreTrainedModel, "from_pretrained", _accepting_moe_offload),
+        (PreTrainedModel, "save_pretrained", _saving_offloaded),
+    )
+
+
+def _replace(owner: type, name: str, change: Callable[[Any], Any]) -> None:
+    """Put what `change` makes of a method, or of a class method's function, in its place."""
+    found = vars(owner)[name]
+    setattr(owner, name, classmethod(change(found.__func__)) if isinstance(found, classmethod) else change(found))
 
 
 def _delegated() -> list[str]:

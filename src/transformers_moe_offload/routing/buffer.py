@@ -49,6 +49,15 @@ class StepRecord(NamedTuple):
     domain: int
 
 
+class _Texts(NamedTuple):
+    """Rows of one KV cache."""
+
+    numbers: range
+    """Of each, over the whole trace."""
+    num_tokens: int
+    """That have been read of each."""
+
+
 class RoutingBuffer:
     """Turns steps into parts. `scores` is the dtype in which scores are kept."""
 
@@ -59,10 +68,8 @@ class RoutingBuffer:
         self._num_routers = num_routers
         self._scores = scores
         self._num_sequences = 0
-        self._sequences_of: weakref.WeakKeyDictionary[Past, range] = weakref.WeakKeyDictionary()
-        self._num_read: weakref.WeakKeyDictionary[Past, int] = weakref.WeakKeyDictionary()
-        """Tokens of each of these texts."""
-        """The numbers of the texts that can be gone on with."""
+        self._texts_of: weakref.WeakKeyDictionary[Past, _Texts] = weakref.WeakKeyDictionary()
+        """Those that can be gone on with."""
         self._waiting: list[StepRecord] = []
         self._waiting_rows = self._waiting_bytes = 0
         self._clear()
@@ -138,14 +145,14 @@ class RoutingBuffer:
 
     def _add_tokens(self, ids: Tensor, is_padding: Tensor | None, step: StepRecord) -> None:
         batch, length = ids.shape
-        numbers = self._sequences_of.get(step.past)
+        known = self._texts_of.get(step.past, _Texts(range(0), 0))
         # A cache that has forgotten tokens, as it does with drafts that were rejected, goes on with another text.
-        goes_on = 0 < step.before >= self._num_read.get(step.past, 0)
-        if not goes_on or numbers is None or len(numbers) != batch:
+        if len(known.numbers) == batch and 0 < step.before >= known.num_tokens:
+            numbers = known.numbers
+        else:
             numbers = range(self._num_sequences, self._num_sequences + batch)
-            self._sequences_of[step.past] = numbers
             self._num_sequences += batch
-        self._num_read[step.past] = step.before + length
+        self._texts_of[step.past] = _Texts(numbers, step.before + length)
         padding = np.zeros((batch, length), np.uint8) if is_padding is None else is_padding.cpu().numpy()
         sequences = np.array(numbers, np.int32)
         positions = np.arange(step.before, step.before + length, dtype=np.int32)
