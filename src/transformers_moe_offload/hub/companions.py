@@ -67,7 +67,7 @@ def published(file: Path) -> bytes:
     try:
         settings = json.loads(content)
     except ValueError:
-        return content  # whoever needs it will say what is wrong with it
+        return content  # what reads it will say what is wrong with it
     kept = dict(_publishable(settings)) if isinstance(settings, dict) else settings
     return content if kept == settings else (json.dumps(kept, indent=2, ensure_ascii=False) + "\n").encode()
 

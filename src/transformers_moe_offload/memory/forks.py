@@ -101,13 +101,13 @@ class Forks:
         self._interrupts = HeldInterrupts()
 
     def with_lock(self, lock: L, rank: Rank) -> L:
-        """Take a lock at every fork, as long as there is anybody who uses it."""
+        """Take a lock at every fork, until the last reference to it is gone."""
         with self._entering:
             self._locks[rank].add(lock)
         return lock
 
     def enter(self, forkable: Forkable) -> None:
-        """Have something rest at every fork, as long as anybody refers to it."""
+        """Have something rest at every fork, until the last reference to it is gone."""
         with self._entering:
             self._forkables.add(forkable)
 

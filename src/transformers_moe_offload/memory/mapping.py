@@ -37,7 +37,7 @@ class FileMap:
         """Raises `CheckpointError` if the file is not what it was."""
         opened.identity.expect(opened.descriptor, opened.path)
         self.is_unchanged = opened.is_unchanged
-        """Whether nobody has written to the file or cut it short: touching what is gone would end the process."""
+        """Whether the file was neither written to nor cut short: touching what is gone would end the process."""
         self._opened = opened
         self._map = mmap.mmap(opened.descriptor, opened.identity.nbytes, access=mmap.ACCESS_COPY)
         self.bytes = torch.frombuffer(self._map, dtype=torch.uint8)

@@ -54,7 +54,7 @@ class OpenedFile:
         return os.fstat(self.descriptor).st_size
 
     def is_unchanged(self) -> bool:
-        """Whether nobody has written to it or cut it short, when it was last looked at."""
+        """Whether it had been neither written to nor cut short when it was last looked at."""
         now = time.monotonic()
         if now > self._look_again:
             self._was_unchanged = self.identity.is_of(self.descriptor)
@@ -62,7 +62,7 @@ class OpenedFile:
         return self._was_unchanged
 
     def expect_unchanged(self) -> None:
-        """Raise `CheckpointError` if somebody has."""
+        """Raise `CheckpointError` if it has been."""
         if not self.is_unchanged():
             self.identity.expect(self.descriptor, self.path)
 

@@ -1,8 +1,8 @@
 """Values that an adapter's config gives by pattern (`rank_pattern`, `alpha_pattern`), as PEFT finds them.
 
 A pattern is a regular expression for the end of a module's path (`peft/utils/other.py`, `get_pattern_key`, 0.21). It
-comes from whoever published the adapter, and one such as `(a+)+` keeps Python busy for ever. So patterns are read that
-have few ways to match; those PEFT's users write are names, or names with one or two numbers left open.
+comes with the adapter, and one such as `(a+)+` keeps Python busy for ever. So patterns are read that have few ways to
+match; those PEFT's users write are names, or names with one or two numbers left open.
 """
 
 from __future__ import annotations
