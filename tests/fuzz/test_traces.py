@@ -17,6 +17,7 @@ from numpy.lib import format as npy
 
 from fuzz.fuzzing import expect_no_faults
 from fuzz.mutations import NUMBERS, damaged, mutated
+from transformers_moe_offload.errors import ConfigError
 from transformers_moe_offload.routing import RoutingTrace
 from transformers_moe_offload.routing.order import reuse_order
 from transformers_moe_offload.tracing import RecordedVisit, Trace, TraceError, replay, trace_file
@@ -133,7 +134,11 @@ def with_entries(rng: random.Random, array: np.ndarray) -> np.ndarray:
         return np.repeat(array, rng.choice([0, 1, 2, 50]), axis=rng.randrange(array.ndim))
     if kind < 0.9 and array.ndim and len(array):
         return array[: rng.randrange(len(array))]
-    return rng.choice(HOSTILE_ARRAYS)
+    other = rng.choice(HOSTILE_ARRAYS)
+    if other.dtype.kind not in "iuf" or array.dtype.kind not in "iuf" or rng.random() < 0.3:
+        return other
+    with np.errstate(all="ignore"):
+        return other.astype(array.dtype)
 
 
 def changed(rng: random.Random, rows: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
@@ -301,7 +306,10 @@ def entries(name: str, value: int) -> dict[str, np.ndarray]:
         ({"weights.0": np.zeros((4, 3), np.float32)}, "weights of shape"),
         ({"scores.0": np.zeros((4, 9), np.float16)}, "router 0 scored 9 experts of 4"),
         ({"scores.0": np.zeros((3, 4), np.float16)}, "but has 3 of scores"),
-        ({"scores.0": None}, "its scores of router 0 have 4 columns, and had None"),
+        ({"scores.0": None}, "scores of router 0 are float16 of 4 columns, and were missing"),
+        ({"scores.0": np.zeros((4, 4), np.float32)}, "are float16 of 4 columns, and were float32 of 4 columns"),
+        ({"position": np.arange(4)}, "its position is int64, and has to be int32"),
+        ({"weights.1": np.zeros((4, 2), np.float16)}, r"its weights\.1 is float16, and has to be float32"),
     ],
 )
 def test_a_part_whose_numbers_do_not_belong_to_it_is_refused(tmp_path, change, message):
@@ -346,6 +354,14 @@ def test_an_index_whose_entries_cannot_be_is_refused(tmp_path, change, message):
         (tmp_path / name).write_bytes(content)
     with pytest.raises(TraceError, match=message):
         RoutingTrace.load(tmp_path).to_cache_trace()
+
+
+def test_a_recording_without_routers_has_no_texts_to_order(tmp_path):
+    empty = {"routers": [], "domains": [], "parts": [], "num_steps": 0, "num_tokens": 0}
+    for name, content in recording(INDEX | empty).items():
+        (tmp_path / name).write_bytes(content)
+    with pytest.raises(ConfigError, match="holds no text"):
+        reuse_order(RoutingTrace.load(tmp_path))
 
 
 @pytest.mark.parametrize(

@@ -8,10 +8,11 @@ Which architectures exist is `inventory.py`'s to say, how small they are `shrink
 `catalogue.py`'s.
 """
 
+import copy
 import functools
 import importlib
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -47,6 +48,12 @@ def zoo_names() -> list[str]:
 
 def zoo_model(name: str) -> ZooModel:
     """The entry called `name`, with a configuration of its own to change at will."""
+    entry = _entry(name)
+    return replace(entry, config=copy.deepcopy(entry.config))
+
+
+@functools.cache
+def _entry(name: str) -> ZooModel:
     directory, class_name = VARIANTS.get(name, (name, None))
     classes = _model_classes(directory)
     model_class = classes[class_name] if class_name else _class_with_a_head(classes)
@@ -73,7 +80,7 @@ def build(name: str, dtype: torch.dtype = torch.float32, seed: int = 0) -> PreTr
 
 def inputs(name: str, model: PreTrainedModel, batch: int = 2, length: int = 12, seed: int = 0) -> dict[str, Tensor]:
     """Keyword arguments for one forward of `model`, the same for every model of that name."""
-    return zoo_model(name).make_inputs(model, torch.Generator().manual_seed(seed), batch, length)
+    return _entry(name).make_inputs(model, torch.Generator().manual_seed(seed), batch, length)
 
 
 def output_tensor(outputs) -> Tensor:

@@ -72,7 +72,7 @@ def _chain(vectors: NDArray[np.float64]) -> list[int]:
 
 def expert_use_by_text(trace: RoutingTrace) -> NDArray[np.float64]:
     """How often each text chose each expert of each router: (N, E)."""
-    columns = []
+    columns = [np.zeros((0, 0))]  # also of a recording without routers
     for router, facts in enumerate(trace.routers):
         counts = np.zeros((0, facts.num_experts))
         for rows in trace.rows(router):
@@ -81,5 +81,5 @@ def expert_use_by_text(trace: RoutingTrace) -> NDArray[np.float64]:
             is_text = rows.sequence >= 0
             np.add.at(counts, rows.sequence[is_text], measures.chosen_mask(rows.experts, facts.num_experts)[is_text])
         columns.append(counts)
-    height = max((len(counts) for counts in columns), default=0)
+    height = max(map(len, columns))
     return np.concatenate([np.pad(c, ((0, height - len(c)), (0, 0))) for c in columns], axis=1)

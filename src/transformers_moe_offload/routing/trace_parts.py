@@ -27,14 +27,16 @@ from transformers_moe_offload.routing.trace_file import (
 from transformers_moe_offload.tracing.trace_file import TraceError, reading_trace
 from transformers_moe_offload.untrusted import quoted
 
-_COMMON = {"calls": "i", "token_ids": "i", "sequence": "i", "position": "i", "is_padding": "u", "domain": "i"}
-_OF_ROUTER = {"experts": "i", "weights": "f"}
-_IF_RECORDED = ("scores", "hidden")
-_DTYPES = {
-    "i": ("int16", "int32", "int64"),
-    "u": ("uint8",),
-    "f": ("float16", "float32"),
+_COMMON = {
+    "calls": ("int64",),
+    "token_ids": ("int32",),
+    "sequence": ("int32",),
+    "position": ("int32",),
+    "is_padding": ("uint8",),
+    "domain": ("int16",),
 }
+_OF_ROUTER = {"experts": ("int16",), "weights": ("float32",)}
+_IF_RECORDED = {"scores": ("float16", "float32"), "hidden": ("float32",)}
 
 
 def read_parts(folder: Path, index: TraceIndex, files: Mapping[str, FileIdentity]) -> Iterator[Part]:
@@ -43,7 +45,7 @@ def read_parts(folder: Path, index: TraceIndex, files: Mapping[str, FileIdentity
     `files` are what the files were when the recording was loaded; one that is another now is refused.
     """
     num_steps = num_tokens = 0
-    widths: dict[str, int | None] = {}
+    kinds: dict[str, str] = {}
     for name in index.parts:
         path = folder / name
         if name in files and file_of(folder, name) != files[name]:
@@ -52,7 +54,7 @@ def read_parts(folder: Path, index: TraceIndex, files: Mapping[str, FileIdentity
             _check_header(path, index)
             part: Part = load_file(path)
         _check(path, part, index, num_steps, num_tokens)
-        _expect_alike(path, part, index, widths)
+        _expect_alike(path, part, index, kinds)
         num_steps += num_steps_of(part)
         num_tokens += len(part["token_ids"])
         yield part
@@ -64,38 +66,33 @@ def read_parts(folder: Path, index: TraceIndex, files: Mapping[str, FileIdentity
         )
 
 
-def _expect_alike(path: Path, part: Part, index: TraceIndex, widths: dict[str, int | None]) -> None:
-    """Refuse a part in which scores or hidden states are of another width than before, or not recorded any more."""
+def _expect_alike(path: Path, part: Part, index: TraceIndex, before: dict[str, str]) -> None:
+    """Refuse a part whose scores or hidden states are not what they were before, or not recorded any more."""
     for router in range(len(index.routers)):
         for name in _IF_RECORDED if len(part[f"experts.{router}"]) else ():
             rows = part.get(f"{name}.{router}")
-            width = None if rows is None else rows.shape[1]
-            if widths.setdefault(f"{name}.{router}", width) != width:
-                refuse_folder(
-                    path, f"its {name} of router {router} have {width} columns, and had {widths[f'{name}.{router}']}"
-                )
-
-
-def _arrays_of(index: TraceIndex) -> dict[str, tuple[str, int]]:
-    """The kind of elements and the number of dimensions of each array that a part must have."""
-    routers = range(len(index.routers))
-    of_router = {f"{name}.{router}": (kind, 2) for router in routers for name, kind in _OF_ROUTER.items()}
-    return {name: (kind, 2 if name == "calls" else 1) for name, kind in _COMMON.items()} | of_router
+            found = "missing" if rows is None else f"{rows.dtype} of {rows.shape[1]} columns"
+            if before.setdefault(f"{name}.{router}", found) != found:
+                refuse_folder(path, f"{name} of router {router} are {found}, and were {before[f'{name}.{router}']}")
 
 
 def _check_header(path: Path, index: TraceIndex) -> None:
-    """Refuse arrays that are missing, of another kind or rank, before any is read."""
+    """Refuse arrays that are missing, of another dtype or rank, before any is read."""
     try:
         found = {tensor.name: tensor for tensor in read_header(path)}
     except CheckpointError as error:
         raise TraceError(f"cannot read the {KIND} {path}: {error}") from error
-    optional = {f"{name}.{router}": ("f", 2) for router in range(len(index.routers)) for name in _IF_RECORDED}
-    for name, (kind, rank) in (_arrays_of(index) | optional).items():
-        if name in optional and name not in found:
+    must_have = {name: (dtypes, 2 if name == "calls" else 1) for name, dtypes in _COMMON.items()}
+    may_have = {}
+    for router in range(len(index.routers)):
+        must_have |= {f"{name}.{router}": (dtypes, 2) for name, dtypes in _OF_ROUTER.items()}
+        may_have |= {f"{name}.{router}": (dtypes, 2) for name, dtypes in _IF_RECORDED.items()}
+    for name, (dtypes, rank) in (must_have | may_have).items():
+        if name in may_have and name not in found:
             continue
         dtype = found[name].dtype if name in found else "missing"
-        if dtype not in _DTYPES[kind]:
-            refuse_folder(path, f"its {name} is {dtype}")
+        if dtype not in dtypes:
+            refuse_folder(path, f"its {name} is {dtype}, and has to be {' or '.join(dtypes)}")
         if len(found[name].shape) != rank:
             refuse_folder(
                 path, f"its {name} is of shape {quoted(found[name].shape)}, and has to have {rank} dimensions"

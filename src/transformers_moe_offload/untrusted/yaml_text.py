@@ -13,8 +13,10 @@ import yaml
 from transformers_moe_offload.errors import MoeOffloadError
 from transformers_moe_offload.untrusted.quoting import one_line, quoted
 
-MAX_CHARACTERS = 2_000_000
-"""Of a text. PyYAML reads about 100,000 in a second."""
+MAX_CHARACTERS = 500_000
+"""Of a text."""
+MAX_VALUES = 25_000
+"""Of a text. PyYAML reads about 15,000 in a second."""
 MAX_EXPANDED = 10_000
 """Values that a text with aliases may stand for; without aliases it stands for no more than it has."""
 _MAX_DEPTH = 100
@@ -61,6 +63,8 @@ class _Loader(yaml.SafeLoader):
         node: Any = super().compose_node(parent, index)
         self._depth -= 1
         self._distinct.add(id(node))
+        if len(self._distinct) > MAX_VALUES:
+            raise yaml.composer.ComposerError(None, None, f"it has more than {MAX_VALUES:,} values", None)
         if node.tag not in [_PREFIX + kind for kind in _KINDS]:
             raise yaml.composer.ComposerError(None, None, f"{quoted(node.tag)} is no kind of value", node.start_mark)
         return node

@@ -28,6 +28,8 @@ def read(tmp_path):
         (f"{BOMB}schema: *8\n", "its aliases stand for 926,177,115 values, and at most 10,000 are made"),
         (f"{BOMB}base_model: *8\n", "its aliases stand for"),
         ("a: &a {b: *a}\n", "a value holds itself"),
+        (f"[{'a, ' * 30_000}]", "it has more than 25,000 values"),
+        ("#" * 500_001, "has 500,001 characters, and at most 500,000 are read"),
         ("schema: 1\n? [a]\n: b\n", "a key is no text"),
         ("schema: 1\nexperts: !!set {a}\n", "'tag:yaml.org,2002:set' is no kind of value"),
         ("schema: !!int x\n", "invalid literal for int"),
