@@ -12,7 +12,12 @@ from moe_offload_cli import options
 
 def replay(
     trace: Annotated[
-        Path, typer.Argument(metavar="TRACE", help="What `moe-offload trace` has written.", show_default=False)
+        Path,
+        typer.Argument(
+            metavar="TRACE",
+            help="What `moe-offload trace` has written, or the folder of a recording of the routing.",
+            show_default=False,
+        ),
     ],
     policy: options.Policies = None,
     slots: Annotated[

@@ -66,7 +66,7 @@ def test_all_counts_are_written_as_json(run, trace, file, tmp_path):
         (("--slots", "5%"), "--slots: 5% comes to 0 slots, and the trace's model has 16 experts"),
         (("--slots", "17"), "--slots: 17 comes to 17 slots"),
         (("--policy", "lur"), "--policy 'lur' is not a known policy"),
-        (("--json", "nowhere/r.json"), "cannot write nowhere/r.json"),
+        (("--json", "nowhere/r.json"), "cannot write --json nowhere/r.json"),
     ],
 )
 def test_what_makes_no_sense_is_refused_in_one_line(run, file, arguments, message):

@@ -81,6 +81,12 @@ def test_plots_of_the_routing_go_into_a_folder_as_well(run, routed, tmp_path):
     assert all(is_png(plot) for plot in plots)
 
 
+def test_a_recording_is_replayed_as_the_trace_of_the_same_generation_is(run, routed, tmp_path):
+    of_both = [run("replay", one).stdout.splitlines()[1:] for one in (routed, tmp_path / "trace.npz")]
+    assert of_both[0] == of_both[1]
+    assert any("belady" in line for line in of_both[0])
+
+
 def test_a_page_that_cannot_be_written_is_refused_in_one_line(run, tmp_path):
     path = save_trace(tmp_path / "trace.npz")
     arguments = ("--policy", "lru", "--slots", "50%")

@@ -77,6 +77,12 @@ def test_a_folder_that_is_not_there_is_noticed_before_anything_is_generated(run,
     assert "Loading weights" not in result.stderr
 
 
+def test_a_folder_that_a_recording_cannot_go_to_is_noticed_before_anything_is_loaded(run, tmp_path):
+    (tmp_path / "notes.txt").write_text("mine")
+    arguments = ("-o", tmp_path / "trace.npz", "--prompt", "a", "--routing", tmp_path)
+    assert "has other files, 'notes.txt' among them" in the_error(run("trace", tmp_path / "nothing", *arguments))
+
+
 def test_a_model_that_cannot_be_loaded_is_one_line(run, tmp_path):
     result = run("trace", tmp_path / "nothing", "-o", tmp_path / "trace.npz", "--prompt", "a", *FEW)
     assert "cannot load" in the_error(result)

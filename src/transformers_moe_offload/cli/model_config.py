@@ -25,6 +25,8 @@ def read_config(name: str, origin: Origin, what: str) -> PretrainedConfig:
         is_adapter = (folder / _ADAPTER).is_file()
         hint = f"it holds an adapter ({_ADAPTER}); name the model that the adapter is for" if is_adapter else ""
         raise CommandError(f"{what}: the folder has no {_CONFIG}; {hint or 'name one that a model was saved to'}")
+    if folder.is_file():
+        raise CommandError(f"{what}: it is a file; name the folder that a model was saved to, or an id of the Hub")
     if not folder.exists():
         _expect_id(name, what)
     with reading(what):

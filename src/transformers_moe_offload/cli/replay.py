@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Sequence
 from pathlib import Path
@@ -13,8 +12,10 @@ from rich.console import Console
 from rich.progress import track
 from rich.table import Table
 
-from transformers_moe_offload.cli.failures import CommandError, reading
+from transformers_moe_offload.cli.failures import CommandError
+from transformers_moe_offload.cli.results import expect_file, write_json
 from transformers_moe_offload.policies import ORACLE, policy_names
+from transformers_moe_offload.routing import RoutingTrace
 from transformers_moe_offload.tracing import Replay, Trace, TraceError
 from transformers_moe_offload.tracing import replay as replay_trace
 
@@ -26,17 +27,23 @@ def replay(
     json_file: Path | None,
 ) -> None:
     """Print the hit rates of each policy and size, Belady's oracle last."""
-    recorded = Trace.load(trace)
-    if not recorded.num_asked:
-        raise TraceError(f"{trace} holds no visit that wants an expert; record a longer one")
+    expect_file("--json", json_file)
+    recorded = load_trace(trace)
     sizes = parse_sizes(slots, recorded.total_experts)
     replays = play(recorded, policy, sizes)
     console = Console()
     console.print(f"{trace}: {recorded}", style="bold", soft_wrap=True, highlight=False)
     console.print(_table(replays, sizes, recorded.total_experts))
     if json_file is not None:
-        with reading(f"cannot write {json_file}"):
-            json_file.write_text(json.dumps(_as_json(recorded, replays), indent=1) + "\n", encoding="utf-8")
+        write_json(json_file, _as_json(recorded, replays))
+
+
+def load_trace(path: Path) -> Trace:
+    """What caches were asked for: of a trace, or of a recording of the routing, which is a folder."""
+    recorded = RoutingTrace.load(path).to_cache_trace() if path.is_dir() else Trace.load(path)
+    if not recorded.num_asked:
+        raise TraceError(f"{path} holds no visit that wants an expert; record a longer one")
+    return recorded
 
 
 def parse_sizes(text: str, total_experts: int) -> list[int]:

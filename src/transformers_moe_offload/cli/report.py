@@ -8,10 +8,10 @@ from typing import Any
 import typer
 
 from transformers_moe_offload.cli.failures import reading
-from transformers_moe_offload.cli.replay import parse_sizes, play
+from transformers_moe_offload.cli.replay import load_trace, parse_sizes, play
 from transformers_moe_offload.routing import RoutingTrace
 from transformers_moe_offload.routing.report import sections_of
-from transformers_moe_offload.tracing import Replay, Trace, TraceError
+from transformers_moe_offload.tracing import Replay
 from transformers_moe_offload.tracing.page import Section, make_page, save_page
 from transformers_moe_offload.tracing.report import (
     draw_expert_use,
@@ -31,9 +31,7 @@ def report(
     """Draw the trace into a folder of plots, or one page."""
     make_figure()  # before the replays, which take a while
     routed = RoutingTrace.load(trace) if trace.is_dir() else None
-    recorded = Trace.load(trace) if routed is None else routed.to_cache_trace()
-    if not recorded.num_asked:
-        raise TraceError(f"{trace} holds no visit that wants an expert; record a longer one")
+    recorded = load_trace(trace)
     sizes = _ten_sizes(recorded.total_experts) if slots is None else parse_sizes(slots, recorded.total_experts)
     replays = play(recorded, policy, sizes)
     figures = {

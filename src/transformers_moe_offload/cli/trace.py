@@ -24,6 +24,7 @@ from transformers_moe_offload.cli.results import expect_file
 from transformers_moe_offload.config import OffloadConfig
 from transformers_moe_offload.hf.top_k import experts_per_token
 from transformers_moe_offload.routing import RoutingTrace, record_routing
+from transformers_moe_offload.routing.trace_file import expect_new_folder
 from transformers_moe_offload.tracing import Trace
 
 
@@ -54,6 +55,8 @@ def trace(
     loading = {"dtype": options.parse_dtype(dtype) or "auto", "device_map": options.parse_device_map(device_map)}
     texts = _texts(prompt, prompts)
     expect_file("--output", output)
+    if routing is not None:
+        expect_new_folder(routing, overwrite=overwrite)
     read_config(model, origin, f"cannot load {model!r}")
     with reading(f"cannot load {model!r}"):
         tokenizer = AutoTokenizer.from_pretrained(model, **origin.for_classes())

@@ -191,22 +191,36 @@ def _check_index(folder: Path, index: TraceIndex) -> None:
             refuse_folder(folder, f"a {name} follows two routers")
 
 
+def expect_new_folder(folder: str | os.PathLike[str], *, overwrite: bool = False) -> None:
+    """Raise `TraceError` where `new_folder` would, before what a recording is of is loaded; makes nothing."""
+    path = Path(folder).absolute()
+    if (path / INDEX).exists():
+        if not overwrite:
+            raise TraceError(
+                f"{path} has a routing trace already; name another folder, or replace it with overwrite=True"
+            )
+        return
+    try:
+        others = [one.name for one in path.iterdir() if not _PART_NAME.fullmatch(one.name)] if path.exists() else []
+    except OSError as error:
+        raise TraceError(f"cannot make the folder {path}: {error}") from error
+    if others:
+        raise TraceError(f"{path} has other files, {quoted(min(others))} among them; name a folder of its own")
+
+
 def new_folder(folder: str | os.PathLike[str], *, overwrite: bool = False) -> Path:
     """A folder for a new trace.
 
     One that has a trace already is refused, or the files of that are removed; one of other files is refused.
     """
+    expect_new_folder(folder, overwrite=overwrite)
     path = Path(folder).absolute()  # a recording goes on whatever the working directory becomes
-    if (path / INDEX).exists() and not overwrite:
-        raise TraceError(f"{path} has a routing trace already; name another folder, or replace it with overwrite=True")
     try:
         path.mkdir(parents=True, exist_ok=True)
         if (path / INDEX).exists():
             (path / INDEX).unlink()  # first: without it, parts are no trace
             for part in [part for part in path.iterdir() if _PART_NAME.fullmatch(part.name)]:
                 part.unlink()
-        elif others := [one.name for one in path.iterdir() if not _PART_NAME.fullmatch(one.name)]:
-            raise TraceError(f"{path} has other files, {quoted(min(others))} among them; name a folder of its own")
     except OSError as error:
         raise TraceError(f"cannot make the folder {path}: {error}") from error
     return path
