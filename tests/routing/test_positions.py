@@ -196,3 +196,15 @@ def test_an_encoder_that_is_called_after_an_interrupt_in_the_decoder_is_recorded
         hook.remove()
         model.encoder(input_ids=torch.tensor([[1, 2, 3]]))
     assert [[token for token, _ in text] for text in texts_of(recorder.trace)] == [[1, 2, 3]]
+
+
+def test_what_an_encoder_reads_again_beside_each_step_of_its_decoder_is_a_text_of_its_own():
+    model, past = build("switch_transformers").eval(), {}
+    encoded = {"input_ids": torch.tensor([[5, 6, 0]]), "attention_mask": torch.tensor([[1, 1, 0]])}
+    with routing.record_routing(model) as recorder, torch.no_grad():
+        for token in (0, 7, 8, 9):
+            output = model(**encoded, decoder_input_ids=torch.tensor([[token]]), **past)
+            past = kv_cache_argument(model, output)
+    of_encoder, of_decoder = (texts_of(recorder.trace, router) for router in (0, len(recorder.trace.routers) - 1))
+    assert of_encoder == [placed([5, 6])] * 4
+    assert of_decoder == [placed([0, 7, 8, 9])]

@@ -36,6 +36,8 @@ class CallRecord(NamedTuple):
     token_ids: Tensor | None
     is_padding: Tensor | None
     """(B, S) bool, like `token_ids`; None where none is."""
+    is_encoding: bool = False
+    """Whether the tokens are an encoder's, and not of the texts that the step goes on with."""
 
 
 class StepRecord(NamedTuple):
@@ -140,28 +142,35 @@ class RoutingBuffer:
             return -1
         if id(ids) not in texts:
             texts[id(ids)] = self._part_tokens
-            self._add_tokens(ids, call.is_padding, step)
+            self._add_tokens(ids, call.is_padding, *self._place(ids, step, is_encoding=call.is_encoding), step.domain)
         return texts[id(ids)]
 
-    def _add_tokens(self, ids: Tensor, is_padding: Tensor | None, step: StepRecord) -> None:
+    def _place(self, ids: Tensor, step: StepRecord, *, is_encoding: bool) -> tuple[range, int]:
+        """The numbers of the texts that tokens (B, S) belong to, and the position of the first ones."""
         batch, length = ids.shape
         known = self._texts_of.get(step.past, _Texts(range(0), 0))
         # A cache that has forgotten tokens, as it does with drafts that were rejected, goes on with another text.
-        if len(known.numbers) == batch and 0 < step.before >= known.num_tokens:
+        if not is_encoding and len(known.numbers) == batch and 0 < step.before >= known.num_tokens:
             numbers = known.numbers
         else:
             numbers = range(self._num_sequences, self._num_sequences + batch)
             self._num_sequences += batch
+        if is_encoding:
+            return numbers, 0
         self._texts_of[step.past] = _Texts(numbers, step.before + length)
+        return numbers, step.before
+
+    def _add_tokens(self, ids: Tensor, is_padding: Tensor | None, numbers: range, before: int, domain: int) -> None:
+        batch, length = ids.shape
         padding = np.zeros((batch, length), np.uint8) if is_padding is None else is_padding.cpu().numpy()
         sequences = np.array(numbers, np.int32)
-        positions = np.arange(step.before, step.before + length, dtype=np.int32)
+        positions = np.arange(before, before + length, dtype=np.int32)
         found: dict[str, NDArray[Any]] = {
             "token_ids": ids.reshape(-1).cpu().numpy().astype(np.int32),
             "sequence": np.repeat(sequences, length),
             "position": np.tile(positions, batch),
             "is_padding": padding.reshape(-1).astype(np.uint8),
-            "domain": np.full(batch * length, step.domain, np.int16),
+            "domain": np.full(batch * length, domain, np.int16),
         }
         for name, array in found.items():
             self._tokens[name].append(array)

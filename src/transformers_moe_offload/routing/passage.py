@@ -44,6 +44,7 @@ class _Forward:
         self.is_running = False
         self.token_ids: Tensor | None = None
         self.is_padding: Tensor | None = None
+        self.is_encoding = False
         self.past = Past()
         self.num_before: int | None = 0
         self.inputs: dict[str, Any] = {}
@@ -100,6 +101,11 @@ class Passage:
     def is_padding(self) -> Tensor | None:
         """(B, S) bool: which of `token_ids` are padding; None where none is, and while nothing listens."""
         return self._forward.is_padding
+
+    @property
+    def is_encoding(self) -> bool:
+        """Whether `token_ids` are an encoder's within a forward that decodes: a text of its own, read from its start."""
+        return self._forward.is_encoding
 
     @property
     def num_before(self) -> int | None:
@@ -182,7 +188,8 @@ class Passage:
         """Hook: tokens are being embedded. An encoder's come before its decoder's, and are routed before, too."""
         if args and isinstance(args[0], Tensor) and args[0].dim() == 2:
             ids = args[0].detach()
-            forward = self._forward
+            forward, running = self._forward, self._running.modules
+            forward.is_encoding = len(running) > 1 and running[-1] is self._encoder()
             if self.listeners:
                 forward.is_padding = self._padding(forward, ids)
                 expect_texts_apart(forward.inputs.get("position_ids"), forward.is_padding, ids.shape)
@@ -192,9 +199,16 @@ class Passage:
     def _padding(self, forward: _Forward, ids: Tensor) -> Tensor | None:
         """What is padding among tokens that are about to become the forward's."""
         is_encoded = forward.inputs.get("encoder_outputs") is not None or forward.token_ids is not None
-        is_decoder = is_encoded and getattr(getattr(self._base(), "config", None), "is_encoder_decoder", False)
+        is_decoder = is_encoded and self._encoder() is not None
         mask = forward.inputs.get("decoder_attention_mask" if is_decoder else "attention_mask")
-        return padding_of(mask, ids.shape[0], ids.shape[1], before=forward.num_before or 0)
+        before = 0 if forward.is_encoding else forward.num_before or 0
+        return padding_of(mask, ids.shape[0], ids.shape[1], before=before)
+
+    def _encoder(self) -> nn.Module | None:
+        """The encoder of a model that has a decoder as well."""
+        base = self._base()
+        is_with_decoder = getattr(getattr(base, "config", None), "is_encoder_decoder", False)
+        return base.get_encoder() if is_with_decoder and isinstance(base, PreTrainedModel) else None
 
 
 def passage_of(base: nn.Module) -> Passage:

@@ -177,6 +177,7 @@ class RoutingRecorder:
                 decision.hidden.clone() if self._keeps_hidden else None,
                 passage.token_ids,
                 passage.is_padding,
+                passage.is_encoding,
             )
         )
 
