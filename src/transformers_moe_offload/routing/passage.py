@@ -104,7 +104,7 @@ class Passage:
 
     @property
     def is_encoding(self) -> bool:
-        """Whether `token_ids` are an encoder's within a forward that decodes: a text of its own, read from its start."""
+        """Whether `token_ids` are an encoder's within a forward that decodes: of a text of its own."""
         return self._forward.is_encoding
 
     @property

@@ -83,7 +83,7 @@ def _check_header(path: Path, index: TraceIndex) -> None:
     except CheckpointError as error:
         raise TraceError(f"cannot read the {KIND} {path}: {error}") from error
     must_have = {name: (dtypes, 2 if name == "calls" else 1) for name, dtypes in _COMMON.items()}
-    may_have = {}
+    may_have: dict[str, tuple[tuple[str, ...], int]] = {}
     for router in range(len(index.routers)):
         must_have |= {f"{name}.{router}": (dtypes, 2) for name, dtypes in _OF_ROUTER.items()}
         may_have |= {f"{name}.{router}": (dtypes, 2) for name, dtypes in _IF_RECORDED.items()}
