@@ -9,6 +9,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
+from forked import in_a_child
 from hurried import run_at_once
 from transformers_moe_offload import (
     ConfigError,
@@ -159,6 +160,22 @@ def test_what_was_written_before_an_accident_can_be_read(plain, token_ids, tmp_p
         go_wrong()
     assert RoutingTrace.load(tmp_path / "trace").num_tokens == 18
     assert not any(module._forward_hooks for module in plain.modules())
+
+
+def test_a_child_that_is_forked_meanwhile_computes_and_leaves_the_recording_alone(plain, token_ids, tmp_path):
+    def compute_and_leave() -> bool:
+        same = torch.equal(plain(token_ids).logits, expected)
+        recorder.stop()
+        return same
+
+    with torch.no_grad():
+        expected = plain(token_ids).logits
+        with routing.record_routing(plain, tmp_path / "trace", buffer_size=1) as recorder:
+            plain(token_ids)
+            with recorder._writing:  # as if a thread of the parent's were writing just then
+                assert in_a_child(compute_and_leave) is True
+            plain(token_ids)
+    assert RoutingTrace.load(tmp_path / "trace").num_tokens == 2 * token_ids.numel()
 
 
 def test_a_forward_that_fails_is_not_recorded(plain, token_ids):

@@ -55,6 +55,8 @@ def record_routing(
             model.generate(**inputs)
         trace = recorder.trace
 
+    A process that is forked meanwhile records nothing.
+
     Args:
         model: plain or offloaded, under a strategy or not.
         path: a new folder, to which the recording is streamed; None keeps it in memory, which then grows.
@@ -116,6 +118,7 @@ class RoutingRecorder:
         self._passage: Passage | None = None
         self._gathered = _Gathered()
         self._writing = threading.Lock()
+        self._process = os.getpid()
 
     @property
     def trace(self) -> RoutingTrace:
@@ -134,6 +137,8 @@ class RoutingRecorder:
             self._passage.listeners.remove(self)
             self._passage = None
         stop_observing(self._model, self._observe)
+        if self._is_forked:
+            return
         with self._writing:
             self._flush()
             if self._folder is not None:
@@ -144,7 +149,7 @@ class RoutingRecorder:
     def begin(self, passage: Passage) -> None:
         """A forward starts."""
         before = passage.num_before  # now: the cache grows while the forward runs
-        if before is None:  # it was not refused, so it began before the recording did
+        if before is None or self._is_forked:  # None was not refused: the forward began before the recording did
             self._gathered.calls = None
             return
         self._gathered.past, self._gathered.before = passage.past, before
@@ -159,6 +164,11 @@ class RoutingRecorder:
             self._buffer.add(StepRecord(calls, self._gathered.past, self._gathered.before, self._domain_number()))
             if self._buffer.nbytes >= self._buffer_bytes:
                 self._flush()
+
+    @property
+    def _is_forked(self) -> bool:
+        """Whether this is a child of the process that records: the folder is not its own, and a lock may be held."""
+        return os.getpid() != self._process
 
     def _observe(self, router: int, decision: Decision) -> None:
         passage, calls = self._passage, self._gathered.calls
