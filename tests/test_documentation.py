@@ -100,12 +100,12 @@ def test_the_first_screen_of_the_readme_has_two_commands_and_each_is_enough():
     ]
     assert [command for command in commands if command in first_screen] == [
         f"{TOX} && .venv/bin/tox -e demo",
-        f"{TOX} && .venv/bin/tox",
+        f"{TOX} && .venv/bin/tox p",
     ]
 
 
 def test_ci_runs_the_test_command_of_the_readme():
-    assert f"'{TOX} && .venv/bin/tox'\n" in read(".ci/run")
+    assert f"'{TOX} && .venv/bin/tox p'\n" in read(".ci/run")
 
 
 def test_the_test_command_runs_everything_that_can_run_anywhere():
