@@ -20,6 +20,7 @@ import itertools
 import json
 import os
 import pickle
+import platform
 import random
 import resource
 import signal
@@ -28,6 +29,8 @@ import time
 import traceback
 from collections import Counter
 from dataclasses import asdict, dataclass, field, replace
+from datetime import date
+from importlib.metadata import version
 from pathlib import Path
 from reprlib import Repr
 from types import ModuleType
@@ -243,6 +246,8 @@ def as_markdown(reports: list[Report], seed: int) -> str:
     lines = [
         "# Damaged and hostile files",
         "",
+        f"{date.today()}, {_versions()}.",
+        "",
         f"{total:,} cases, seed {seed}: {faults} faults. A case is a fault if it raises anything but an error of ours, "
         f"takes more than {MAX_CPU_S:g} s of CPU time or {MAX_BYTES // 2**20} MiB of memory, or has a message longer "
         f"than {MAX_MESSAGE:,} characters.",
@@ -264,6 +269,12 @@ def as_markdown(reports: list[Report], seed: int) -> str:
             lines += ["", f"## {one.name}, batch {outcome.batch}, case {outcome.number}: {outcome.result}", ""]
             lines += ["```text", outcome.case, outcome.details.rstrip(), "```"]
     return "\n".join(lines) + "\n"
+
+
+def _versions() -> str:
+    """What reads the files."""
+    names = ("transformers", "torch", "safetensors", "PyYAML", "numpy", "pyarrow")
+    return ", ".join([f"Python {platform.python_version()}", *(f"{name} {version(name)}" for name in names)])
 
 
 def as_json(reports: list[Report]) -> str:
