@@ -67,7 +67,7 @@ def main(
     results: Annotated[Path, typer.Option(help="Where results are written.")] = HERE / "results",
 ) -> None:
     """Interrupt generations; the exit code says whether everything held."""
-    questions = _questions(model, seed)
+    questions = _questions(model, seed, most_prompt=MOST_PROMPT, most_new=MOST_NEW)
     ledgers = {
         (number, way): interrupted(model, questions, READINGS[way], number, signals, seed)
         for number in threads or (1, 4)
@@ -90,7 +90,6 @@ def interrupted(
     """Generate in so many threads, the main one among them, which gets so many signals."""
     config = OffloadConfig(cache_budget="25%", arithmetic="exact", **reading)
     model = AutoModelForCausalLM.from_pretrained(folder, moe_offload=config).eval()
-    questions = [one for one in questions if one.prompt.numel() <= MOST_PROMPT and one.new_tokens <= MOST_NEW]
     ledger, draw, began = Ledger(), random.Random(seed), time.monotonic()
     # A shell has what it starts in the background ignore this signal.
     handler = signal.signal(signal.SIGINT, signal.default_int_handler)

@@ -127,19 +127,24 @@ def _soak(folder: Path, seconds: float, reading: dict[str, Any], num_threads: in
     return ledger
 
 
-def _questions(folder: Path, seed: int) -> list[Question]:
-    """Prompts of mixed lengths and batches, answered by the plain model."""
+def _questions(folder: Path, seed: int, *, most_prompt: int = 256, most_new: int = 12) -> list[Question]:
+    """Prompts of mixed lengths and batches, answered by the plain model; those of more tokens are left out."""
     model = AutoModelForCausalLM.from_pretrained(folder, experts_implementation="eager").eval()
     passage, draw = passage_for(model, str(folder)), random.Random(seed)
-    return [_question(model, passage, draw) for _ in range(PROMPTS)]
+    drawn = [_prompt(passage, draw) for _ in range(PROMPTS)]
+    return [
+        Question(prompt, _answer(model, prompt, new_tokens))
+        for prompt, new_tokens in drawn
+        if prompt.numel() <= most_prompt and new_tokens <= most_new
+    ]
 
 
-def _question(model: Any, passage: Passage, draw: random.Random) -> Question:
+def _prompt(passage: Passage, draw: random.Random) -> tuple[Tensor, int]:
+    """A prompt, and how many tokens are to follow it."""
     length, batch = draw.choice((1, 3, 8, 20, 64)), draw.choice((1, 1, 1, 2, 4))
     start = draw.randrange(len(passage.tokens))
     shifted = Passage(passage.tokens.roll(-start), passage.is_text, passage.source)
-    prompt = shifted.sequences(batch, length)
-    return Question(prompt, _answer(model, prompt, draw.choice((1, 4, 12))))
+    return shifted.sequences(batch, length), draw.choice((1, 4, 12))
 
 
 def _answer(model: Any, prompt: Tensor, new_tokens: int) -> Tensor:

@@ -35,7 +35,7 @@ print(json.dumps({{
 """
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture
 def seen():
     """What a process that imports it sees."""
     done = subprocess.run([sys.executable, "-c", IMPORT], capture_output=True, text=True, check=True)
@@ -47,16 +47,10 @@ def test_the_public_names_are_these():
     assert all(hasattr(tmo, name) for name in PUBLIC)
 
 
-def test_importing_adds_little_to_importing_transformers(seen):
+def test_importing_adds_little_to_importing_transformers_and_touches_no_device_threads_or_optional_packages(seen):
     assert seen["ours"] < seen["theirs"] / 4
-
-
-def test_importing_touches_no_device_and_loads_no_optional_package(seen):
     assert not seen["cuda"]
+    assert seen["threads"] == ["MainThread"]
     added = {name.partition(".")[0] for name in seen["added"]}
     needed = {"transformers", "transformers_moe_offload", "psutil", "_psutil_linux", "numpy"}
     assert added <= needed | sys.stdlib_module_names
-
-
-def test_importing_starts_no_threads(seen):
-    assert seen["threads"] == ["MainThread"]

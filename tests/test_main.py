@@ -9,13 +9,13 @@ print(sys.argv[1:], getattr(PreTrainedModel.from_pretrained, "_is_of_moe_offload
 """
 
 
-def run(*arguments, folder):
-    return run_program("python", "-m", "transformers_moe_offload", *arguments, cwd=folder, imported=TORCH)
+def run(*arguments, folder, **options):
+    return run_program("python", "-m", "transformers_moe_offload", *arguments, cwd=folder, **options)
 
 
 def test_a_program_gets_its_own_arguments_and_the_plugin(tmp_path):
     (tmp_path / "some_program.py").write_text(PROGRAM)
-    done = run("some_program", "--model_args", "moe_offload=auto", folder=tmp_path)
+    done = run("some_program", "--model_args", "moe_offload=auto", folder=tmp_path, imported=TORCH)
     assert done.stdout == "['--model_args', 'moe_offload=auto'] True __main__\n", done.stderr
 
 
