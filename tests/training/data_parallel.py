@@ -1,4 +1,7 @@
-"""Train LoRA on an offloaded model and write down what came of it: MODEL OUTPUT BATCH, in however many processes."""
+"""Train LoRA on an offloaded model, evaluate another, and write down what came of it: MODEL OTHER OUTPUT BATCH.
+
+In as many processes as are started.
+"""
 
 import hashlib
 import json
@@ -7,14 +10,23 @@ import sys
 from pathlib import Path
 
 import torch
-from accelerate import PartialState
+from accelerate import Accelerator, PartialState
 from peft import get_peft_model
 from transformers import AutoModelForCausalLM, Trainer, TrainingArguments
 
-from transformers_moe_offload import OffloadConfig, training
+from transformers_moe_offload import OffloadConfig, cache_stats, training
 
 
-def main(model: str, output: str, batch: str) -> None:
+def main(model: str, other: str, output: str, batch: str) -> None:
+    train(model, output, batch)
+    evaluate(other, output)
+    PartialState().wait_for_everyone()
+    # Without tearing anything down: gloo's threads may abort the process or wait for it, and a wrapper that outlives
+    # its process group waits for them with the interpreter's lock held, which they may need.
+    os._exit(0)
+
+
+def train(model: str, output: str, batch: str) -> None:
     torch.manual_seed(0)
     offloaded = AutoModelForCausalLM.from_pretrained(model, moe_offload=OffloadConfig(cache_budget="50%"))
     adapted = get_peft_model(offloaded, training.lora_config(offloaded, r=2, routers=True))
@@ -42,8 +54,23 @@ def main(model: str, output: str, batch: str) -> None:
         "shared_bytes": shared_bytes(Path(model)),
     }
     Path(output, f"{trainer.args.process_index}.json").write_text(json.dumps(facts))
-    PartialState().wait_for_everyone()
-    os._exit(0)  # without tearing gloo down, whose threads may abort the process or wait for it
+
+
+@torch.no_grad()
+def evaluate(name: str, output: str) -> None:
+    """By what Accelerate prepares."""
+    accelerator = Accelerator(cpu=True)
+    config = OffloadConfig(cache_budget="50%", arithmetic="exact")
+    model = AutoModelForCausalLM.from_pretrained(name, moe_offload=config, device_map={"": str(accelerator.device)})
+    texts = torch.tensor([[(7 * place + number) % 90 for place in range(9)] for number in range(8)])
+    share = texts[accelerator.process_index :: accelerator.num_processes]
+    prepared = accelerator.prepare(model).eval()
+    losses = torch.stack([prepared(input_ids=text[None], labels=text[None]).loss for text in share])
+    gathered = accelerator.gather(losses).view(accelerator.num_processes, -1).T.flatten()
+    assert accelerator.unwrap_model(prepared) is model
+    assert cache_stats(model).asked > 0
+    if accelerator.is_main_process:
+        Path(output, "evaluation.json").write_text(json.dumps([type(prepared).__name__, gathered.tolist()]))
 
 
 def digest(model: torch.nn.Module) -> str:
