@@ -22,7 +22,7 @@ NUM_LAYERS, NUM_EXPERTS, NUM_SLOTS = 2, 6, 4
 FOLDERS = ("cache", "memory", "policies")
 CPU = torch.device("cpu")
 
-EVERY = int(os.environ.get("MOE_OFFLOAD_INTERRUPT_EVERY", "61"))
+EVERY = int(os.environ.get("MOE_OFFLOAD_INTERRUPT_EVERY", "127"))
 """Only every so manieth instruction is interrupted. With 1 all of them are, which takes half an hour."""
 
 
