@@ -208,3 +208,13 @@ def test_what_an_encoder_reads_again_beside_each_step_of_its_decoder_is_a_text_o
     of_encoder, of_decoder = (texts_of(recorder.trace, router) for router in (0, len(recorder.trace.routers) - 1))
     assert of_encoder == [placed([5, 6])] * 4
     assert of_decoder == [placed([0, 7, 8, 9])]
+
+
+def test_a_decoder_that_is_given_embeddings_has_no_tokens_and_not_its_encoders():
+    model = build("switch_transformers").eval()
+    ids = torch.tensor([[5, 6, 7]])
+    with routing.record_routing(model) as recorder, torch.no_grad():
+        model(input_ids=ids, decoder_inputs_embeds=model.get_input_embeddings()(ids))
+    of_encoder, of_decoder = (texts_of(recorder.trace, router) for router in (0, len(recorder.trace.routers) - 1))
+    assert of_encoder == [placed([5, 6, 7])]
+    assert of_decoder == [[(-1, -1)] * 3]

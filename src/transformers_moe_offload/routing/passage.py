@@ -44,10 +44,15 @@ class _Forward:
         self.is_running = False
         self.token_ids: Tensor | None = None
         self.is_padding: Tensor | None = None
-        self.is_encoding = False
+        self.is_encoding = self.has_encoded = False
         self.past = Past()
         self.num_before: int | None = 0
         self.inputs: dict[str, Any] = {}
+
+    def encoded(self) -> None:
+        """The encoder is done, and what the decoder is given need not be tokens."""
+        self.token_ids = self.is_padding = None
+        self.is_encoding, self.has_encoded = False, True
 
 
 class _Running(threading.local):
@@ -152,6 +157,8 @@ class Passage:
         if running:
             running.pop()
         if running:
+            if self._forward.is_encoding and module is self._encoder():
+                self._forward.encoded()
             return
         if output is not None:
             cache = kv_cache_of_output(output)
@@ -198,7 +205,7 @@ class Passage:
 
     def _padding(self, forward: _Forward, ids: Tensor) -> Tensor | None:
         """What is padding among tokens that are about to become the forward's."""
-        is_encoded = forward.inputs.get("encoder_outputs") is not None or forward.token_ids is not None
+        is_encoded = forward.inputs.get("encoder_outputs") is not None or forward.has_encoded
         is_decoder = is_encoded and self._encoder() is not None
         mask = forward.inputs.get("decoder_attention_mask" if is_decoder else "attention_mask")
         before = 0 if forward.is_encoding else forward.num_before or 0
