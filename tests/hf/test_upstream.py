@@ -155,6 +155,18 @@ def test_own_hooks_is_where_transformers_collects_outputs(model):
     assert Path(inspect.getsourcefile(inspect.unwrap(moe.use_experts_implementation))).name == "moe.py"
 
 
+def test_move_rows_are_all_methods_of_a_cache_that_change_the_order_or_number_of_its_rows():
+    """By their parameters: another one upstream would be missed here."""
+    parameters = {"beam_idx", "indices", "repeats"}
+    found = [
+        name
+        for name, method in vars(transformers.Cache).items()
+        if inspect.isfunction(method) and parameters & set(inspect.signature(method).parameters)
+    ]
+    assert sorted(found) == sorted(upstream.MOVE_ROWS)
+    assert "reorder_cache(beam_idx)" in inspect.getsource(generation)
+
+
 def test_generate_asks_for_the_compiled_call_by_its_name():
     assert f".{upstream.COMPILED_CALL}(" in inspect.getsource(generation)
 

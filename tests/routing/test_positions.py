@@ -1,6 +1,7 @@
 """Which text each recorded token belongs to, and where it stands in it."""
 
 import copy
+import itertools
 import json
 from pathlib import Path
 
@@ -165,6 +166,69 @@ def test_no_text_of_a_generation_with_drafts_has_two_tokens_at_one_position(mode
     for text in texts:
         first = text[0][1]
         assert [position for _, position in text] == list(range(first, first + len(text)))
+
+
+def read(model, rows, past=None):
+    """Read a batch; gives its cache."""
+    past = DynamicCache() if past is None else past
+    model(torch.tensor(rows), use_cache=True, **{kv_cache_parameter(type(model).forward): past})
+    return past
+
+
+def test_rows_of_a_cache_that_are_moved_are_followed_and_a_text_that_forks_goes_on_in_the_first_of_them(model):
+    with routing.record_routing(model) as recorder, torch.no_grad():
+        cache = read(model, [[1, 2], [3, 4]])
+        cache.reorder_cache(torch.tensor([1, 0]))
+        read(model, [[5], [6]], cache)
+        cache.reorder_cache(torch.tensor([0, 0]))
+        read(model, [[7], [8]], cache)
+        cache.batch_select_indices(torch.tensor([1]))
+        cache.batch_repeat_interleave(2)
+        read(model, [[9], [10]], cache)
+        other = copy.deepcopy(cache)
+        other.reorder_cache(torch.tensor([1, 0]))
+        read(model, [[11], [12]], cache)
+    assert texts_of(recorder.trace) == [
+        placed([1, 2, 6]),
+        placed([3, 4, 5, 7]),
+        placed([8, 9, 11], first=3),
+        placed([10, 12], first=4),
+    ]
+
+
+def test_rows_that_were_moved_before_a_forward_that_failed_are_followed_after_it(model):
+    def fail(*_):
+        raise RuntimeError
+
+    with routing.record_routing(model) as recorder, torch.no_grad():
+        cache = read(model, [[1, 2], [3, 4]])
+        cache.reorder_cache(torch.tensor([1, 0]))
+        hook = model.model.embed_tokens.register_forward_pre_hook(fail)
+        with pytest.raises(RuntimeError):
+            read(model, [[5], [6]], cache)
+        hook.remove()
+        read(model, [[5], [6]], cache)
+    assert texts_of(recorder.trace) == [placed([1, 2, 6]), placed([3, 4, 5])]
+
+
+@pytest.mark.parametrize("cache", [None, "static"])
+def test_the_texts_of_a_beam_search_are_what_its_beams_have_read(model, cache):
+    prompt = torch.tensor([[1, 2, 3]])
+    with routing.record_routing(model) as recorder:
+        options = {"num_beams": 4, "num_return_sequences": 4, "max_new_tokens": 9, "cache_implementation": cache}
+        found = model.generate(prompt, do_sample=False, min_new_tokens=9, **options).tolist()
+    texts = texts_of(recorder.trace)
+    assert len(texts) > 4, "no beam has forked"
+    for text in texts:
+        first = text[0][1]
+        assert [position for _, position in text] == list(range(first, first + len(text)))
+    # What was returned has been read but for its last token, in pieces of texts that follow one another.
+    pairs = {(a, b) for text in texts for a, b in itertools.pairwise(text)}
+    heads = {text[0] for text in texts}
+    for tokens in found:
+        steps = placed(tokens[:-1])
+        assert all(pair in pairs or pair[1] in heads for pair in itertools.pairwise(steps))
+    assert not hasattr(DynamicCache.reorder_cache, "__wrapped__"), "still listened to"
 
 
 def test_several_texts_in_one_row_are_refused_while_recording(model):

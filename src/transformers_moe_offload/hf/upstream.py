@@ -67,6 +67,7 @@ __all__ = [
     "COMPILED_CALL",
     "EXPERTS_FLAGS",
     "HOOKS",
+    "MOVE_ROWS",
     "OWN_HOOKS",
     "PEFT_TYPE_TO_TUNER_MAPPING",  # noqa: F822
     "TESTED",
@@ -120,8 +121,12 @@ COMPILED_CALL = "get_compiled_call"
 (`PreTrainedModel.get_compiled_call`, called by `generation/utils.py`)."""
 
 
+MOVE_ROWS = ("reorder_cache", "batch_select_indices", "batch_repeat_interleave")
+"""5.23, 5.24: the methods of a KV cache that move its rows, by their places or by how often each is repeated."""
+
 HOOKS = {
     transformers.AutoConfig: ("from_pretrained",),
+    Cache: MOVE_ROWS,
     transformers.PreTrainedModel: ("from_pretrained", "save_pretrained", COMPILED_CALL),
     HfQuantizer: (
         "validate_environment",

@@ -17,6 +17,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from transformers_moe_offload.routing.moved_rows import Move
 from transformers_moe_offload.routing.passage import Past
 from transformers_moe_offload.routing.trace_file import Part
 
@@ -46,6 +47,8 @@ class StepRecord(NamedTuple):
     calls: list[CallRecord]
     past: Past
     """The texts that it goes on with."""
+    moves: tuple[Move, ...]
+    """How their rows have been moved since they were read last."""
     before: int
     """Tokens of the same texts that earlier forwards have read."""
     domain: int
@@ -54,7 +57,7 @@ class StepRecord(NamedTuple):
 class _Texts(NamedTuple):
     """Rows of one KV cache."""
 
-    numbers: range
+    numbers: tuple[int, ...]
     """Of each, over the whole trace."""
     num_tokens: int
     """That have been read of each."""
@@ -145,22 +148,39 @@ class RoutingBuffer:
             self._add_tokens(ids, call.is_padding, *self._place(ids, step, is_encoding=call.is_encoding), step.domain)
         return texts[id(ids)]
 
-    def _place(self, ids: Tensor, step: StepRecord, *, is_encoding: bool) -> tuple[range, int]:
+    def _place(self, ids: Tensor, step: StepRecord, *, is_encoding: bool) -> tuple[tuple[int, ...], int]:
         """The numbers of the texts that tokens (B, S) belong to, and the position of the first ones."""
         batch, length = ids.shape
-        known = self._texts_of.get(step.past, _Texts(range(0), 0))
-        # A cache that has forgotten tokens, as it does with drafts that were rejected, goes on with another text.
-        if not is_encoding and len(known.numbers) == batch and 0 < step.before >= known.num_tokens:
-            numbers = known.numbers
-        else:
-            numbers = range(self._num_sequences, self._num_sequences + batch)
-            self._num_sequences += batch
         if is_encoding:
-            return numbers, 0
+            return self._new_numbers(batch), 0
+        numbers, num_tokens = self._texts_of.get(step.past, _Texts((), 0))
+        # A cache that has forgotten tokens, as it does with drafts that were rejected, goes on with another text.
+        numbers = self._moved(numbers, step.moves) if 0 < step.before >= num_tokens else ()
+        if len(numbers) != batch:
+            numbers = self._new_numbers(batch)
         self._texts_of[step.past] = _Texts(numbers, step.before + length)
         return numbers, step.before
 
-    def _add_tokens(self, ids: Tensor, is_padding: Tensor | None, numbers: range, before: int, domain: int) -> None:
+    def _moved(self, numbers: tuple[int, ...], moves: tuple[Move, ...]) -> tuple[int, ...]:
+        """The texts of rows that have been moved. Of several rows that go on with one text the first one keeps it."""
+        rows: Sequence[int] = numbers
+        try:
+            for move in moves:
+                rows = move(rows)
+        except IndexError:  # rows that this recording has not seen
+            return ()
+        return tuple(
+            number if number not in rows[:place] else self._new_numbers(1)[0] for place, number in enumerate(rows)
+        )
+
+    def _new_numbers(self, batch: int) -> tuple[int, ...]:
+        first = self._num_sequences
+        self._num_sequences += batch
+        return tuple(range(first, self._num_sequences))
+
+    def _add_tokens(
+        self, ids: Tensor, is_padding: Tensor | None, numbers: tuple[int, ...], before: int, domain: int
+    ) -> None:
         batch, length = ids.shape
         padding = np.zeros((batch, length), np.uint8) if is_padding is None else is_padding.cpu().numpy()
         sequences = np.array(numbers, np.int32)

@@ -16,7 +16,9 @@ from transformers import Cache, PreTrainedModel
 
 from transformers_moe_offload.errors import UnsupportedModelError
 from transformers_moe_offload.hf.upstream import arguments, kv_cache, kv_cache_of_output, num_tokens_in
+from transformers_moe_offload.routing import moved_rows
 from transformers_moe_offload.routing.hooks import Hooks
+from transformers_moe_offload.routing.moved_rows import Move
 from transformers_moe_offload.routing.padding import expect_texts_apart, padding_of
 
 _ATTRIBUTE = "_moe_routing_passage"
@@ -35,6 +37,10 @@ class Listener(Protocol):
 class Past:
     """Stands for the texts that one KV cache holds, without keeping the cache alive."""
 
+    def __init__(self) -> None:
+        self.moves: tuple[Move, ...] = ()
+        """How its rows have been moved since the last forward."""
+
 
 class _Forward:
     """One forward, or the time before the first."""
@@ -46,6 +52,7 @@ class _Forward:
         self.is_padding: Tensor | None = None
         self.is_encoding = self.has_encoded = False
         self.past = Past()
+        self.moves: tuple[Move, ...] = ()
         self.num_before: int | None = 0
         self.inputs: dict[str, Any] = {}
 
@@ -71,12 +78,28 @@ class Passage:
         self._base = weakref.ref(base)
         self.num_forwards = 0
         """Forwards of all threads so far, the ones that run included."""
-        self.listeners: list[Listener] = []
+        self._listeners: list[Listener] = []
         self._counting = threading.Lock()
         self._latest = _Forward()
         self._running = _Running()
         self._pasts: weakref.WeakKeyDictionary[Cache, Past] = weakref.WeakKeyDictionary()
         self._parts: weakref.WeakKeyDictionary[nn.Module, frozenset[int]] = weakref.WeakKeyDictionary()
+
+    def listen(self, listener: Listener) -> None:
+        """Tell of forwards from now on."""
+        if not self._listeners:
+            moved_rows.listen(self._note_move)
+        self._listeners.append(listener)
+
+    def stop_listening(self, listener: Listener) -> None:
+        """Undo `listen`."""
+        self._listeners.remove(listener)
+        if not self._listeners:
+            moved_rows.stop_listening(self._note_move)
+
+    def _note_move(self, cache: Cache, move: Move) -> None:
+        if cache in self._pasts:
+            self._pasts[cache].moves += (move,)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Passage:
         twin = memo.get(id(self._base()))
@@ -123,6 +146,11 @@ class Passage:
         return self._forward.past
 
     @property
+    def moves(self) -> tuple[Move, ...]:
+        """How rows of those texts have been moved between the forward that read them last and this one."""
+        return self._forward.moves
+
+    @property
     def inputs(self) -> dict[str, Any]:
         """The arguments of the forward that runs, by name."""
         return self._forward.inputs
@@ -147,8 +175,9 @@ class Passage:
             self.num_forwards += 1
         forward.inputs, forward.is_running = arguments(module, args, kwargs), True
         forward.past, forward.num_before = past, num_before
+        forward.moves = past.moves
         self._running.forward = self._latest = forward
-        for listener in self.listeners:
+        for listener in self._listeners:
             listener.begin(self)
 
     def end(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
@@ -161,10 +190,11 @@ class Passage:
                 self._forward.encoded()
             return
         if output is not None:
+            self.past.moves = self.past.moves[len(self.moves) :]  # one that failed has not read them
             cache = kv_cache_of_output(output)
             if cache is not None:  # perhaps one that the model has made
                 self._pasts[cache] = self.past
-            for listener in self.listeners:
+            for listener in self._listeners:
                 listener.end(self)
         self._forward.inputs, self._forward.is_running = {}, False
 
@@ -179,7 +209,7 @@ class Passage:
                 return Past(), 0
             return self._pasts.setdefault(cache, Past()), num_tokens_in(cache)
         except UnsupportedModelError:
-            if self.listeners:
+            if self._listeners:
                 raise
             return Past(), None
 
@@ -197,7 +227,7 @@ class Passage:
             ids = args[0].detach()
             forward, running = self._forward, self._running.modules
             forward.is_encoding = len(running) > 1 and running[-1] is self._encoder()
-            if self.listeners:
+            if self._listeners:
                 forward.is_padding = self._padding(forward, ids)
                 expect_texts_apart(forward.inputs.get("position_ids"), forward.is_padding, ids.shape)
                 ids = ids.clone()  # the caller may write the next ones there

@@ -19,6 +19,7 @@ from transformers_moe_offload.config.budget import Budget
 from transformers_moe_offload.config.options import choose
 from transformers_moe_offload.errors import ConfigError, MoeOffloadError, UnsupportedModelError
 from transformers_moe_offload.routing.buffer import CallRecord, RoutingBuffer, StepRecord
+from transformers_moe_offload.routing.moved_rows import Move
 from transformers_moe_offload.routing.passage import Passage, Past, passage_of
 from transformers_moe_offload.routing.seam import Decision
 from transformers_moe_offload.routing.sites import Site, find_sites, select, unwrapped
@@ -80,6 +81,7 @@ class _Gathered(threading.local):
     def __init__(self) -> None:
         self.calls: list[CallRecord] | None = None
         self.past = Past()
+        self.moves: tuple[Move, ...] = ()
         self.before = 0
 
 
@@ -129,12 +131,12 @@ class RoutingRecorder:
         """Begin with the next forward."""
         observe(self._model, self._sites, self._observe)
         self._passage = passage_of(self._base)
-        self._passage.listeners.append(self)
+        self._passage.listen(self)
 
     def stop(self) -> None:
         """End, and write what is in the buffer."""
         if self._passage is not None:
-            self._passage.listeners.remove(self)
+            self._passage.stop_listening(self)
             self._passage = None
         stop_observing(self._model, self._observe)
         if self._is_forked:
@@ -152,7 +154,7 @@ class RoutingRecorder:
         if before is None or self._is_forked:  # None was not refused: the forward began before the recording did
             self._gathered.calls = None
             return
-        self._gathered.past, self._gathered.before = passage.past, before
+        self._gathered.past, self._gathered.moves, self._gathered.before = passage.past, passage.moves, before
         self._gathered.calls = []
 
     def end(self, passage: Passage) -> None:
@@ -160,8 +162,9 @@ class RoutingRecorder:
         calls, self._gathered.calls = self._gathered.calls, None
         if not calls:
             return
+        found = self._gathered
         with self._writing:
-            self._buffer.add(StepRecord(calls, self._gathered.past, self._gathered.before, self._domain_number()))
+            self._buffer.add(StepRecord(calls, found.past, found.moves, found.before, self._domain_number()))
             if self._buffer.nbytes >= self._buffer_bytes:
                 self._flush()
 
