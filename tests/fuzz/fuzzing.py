@@ -30,7 +30,7 @@ import traceback
 from collections import Counter
 from dataclasses import asdict, dataclass, field, replace
 from datetime import date
-from importlib.metadata import version
+from importlib.metadata import distributions, version
 from pathlib import Path
 from reprlib import Repr
 from types import ModuleType
@@ -274,7 +274,8 @@ def as_markdown(reports: list[Report], seed: int) -> str:
 def _versions() -> str:
     """What reads the files."""
     names = ("transformers", "torch", "safetensors", "PyYAML", "numpy", "pyarrow")
-    return ", ".join([f"Python {platform.python_version()}", *(f"{name} {version(name)}" for name in names)])
+    found = [f"{name} {version(name)}" for name in names if any(distributions(name=name))]
+    return ", ".join([f"Python {platform.python_version()}", *found])
 
 
 def as_json(reports: list[Report]) -> str:

@@ -14,6 +14,7 @@ from transformers import (
     BitsAndBytesConfig,
     LlamaConfig,
     LlamaForCausalLM,
+    PretrainedConfig,
     PreTrainedModel,
     Qwen3MoeForCausalLM,
 )
@@ -259,6 +260,19 @@ def test_a_damaged_config_is_told_before_transformers_fails_of_it(changes, messa
     path.write_bytes(changes if isinstance(changes, bytes) else json.dumps(config | changes).encode())
     for cls in (AutoModelForCausalLM, Qwen3MoeForCausalLM):
         with pytest.raises(CheckpointError, match=message):
+            cls.from_pretrained(own_checkpoint, moe_offload=OffloadConfig())
+
+
+def test_a_config_that_is_nested_deeply_is_refused_before_transformers_logs_it(
+    own_checkpoint, monkeypatch
+):
+    path, deep = own_checkpoint / "config.json", []
+    for _ in range(400):
+        deep = [deep]
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"text_config": {"sizes": deep}}))
+    monkeypatch.setattr(PretrainedConfig, "to_json_string", lambda *_, **__: pytest.fail("it takes minutes"))
+    for cls in (AutoModelForCausalLM, Qwen3MoeForCausalLM):
+        with pytest.raises(CheckpointError, match=r"config\.json is nested more than 100 levels deep"):
             cls.from_pretrained(own_checkpoint, moe_offload=OffloadConfig())
 
 

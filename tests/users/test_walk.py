@@ -6,6 +6,7 @@ Tests follow one another as they stand here, in one environment.
 
 import json
 import re
+from datetime import date
 from pathlib import Path
 
 import pytest
@@ -182,6 +183,16 @@ def test_what_an_example_has_written_is_its_own(user, of_examples):
     )
     for folder in ("finetuned-router", "finetuned-experts"):
         user.python(code, folder, cwd=of_examples)
+
+
+# What others have damaged, or made to do harm.
+
+
+def test_damaged_files_of_every_format_are_refused(user, wheel, clone, of_examples):
+    """For two minutes, and by other cases every day."""
+    user.install(f"{wheel}[research]", "pytest")
+    count = ("--cases", 28_000, "--seed", f"{date.today():%Y%m%d}")
+    user.expect("python", "-m", "fuzz.fuzzing", *count, cwd=of_examples, PYTHONPATH=str(clone / "tests"))
 
 
 # Somebody else, who does not have the package.

@@ -2,7 +2,8 @@
 
 Transformers reads both before we see anything of them, and answers damage with whatever Python raises on the way. Where
 offloading was asked for, such an error becomes one of ours that names the file; any other stays as it is. Files are
-looked at only once something has failed, so that loading a sound checkpoint costs nothing more.
+looked at once something has failed, so that loading a sound checkpoint costs nothing more; only a config that is nested
+deeply is refused before, because Transformers would write it to its log for minutes.
 """
 
 from __future__ import annotations
@@ -42,6 +43,11 @@ def explaining(load: Any) -> Any:
         is_asked = OffloadConfig.make(kwargs.get("moe_offload")) or isinstance(
             kwargs.get("quantization_config"), OffloadConfig
         )
+        config = kwargs.get("config") or pretrained_model_name_or_path
+        if is_asked and not isinstance(config, PretrainedConfig):
+            path = _find(config, CONFIG_NAME, kwargs)
+            if path is not None:
+                json_object(path)
         try:
             return load(cls, pretrained_model_name_or_path, *model_args, **kwargs)
         except Exception as error:
