@@ -263,9 +263,7 @@ def test_a_damaged_config_is_told_before_transformers_fails_of_it(changes, messa
             cls.from_pretrained(own_checkpoint, moe_offload=OffloadConfig())
 
 
-def test_a_config_that_is_nested_deeply_is_refused_before_transformers_logs_it(
-    own_checkpoint, monkeypatch
-):
+def test_a_config_that_is_nested_deeply_is_refused_before_transformers_logs_it(own_checkpoint, monkeypatch):
     path, deep = own_checkpoint / "config.json", []
     for _ in range(400):
         deep = [deep]
