@@ -183,7 +183,7 @@ def test_rows_of_a_cache_that_are_moved_are_followed_and_a_text_that_forks_goes_
         cache.reorder_cache(torch.tensor([0, 0]))
         read(model, [[7], [8]], cache)
         cache.batch_select_indices(torch.tensor([1]))
-        cache.batch_repeat_interleave(2)
+        cache.batch_repeat_interleave(repeats=2)
         read(model, [[9], [10]], cache)
         other = copy.deepcopy(cache)
         other.reorder_cache(torch.tensor([1, 0]))

@@ -28,7 +28,7 @@ def replay(
 ) -> None:
     """Print the hit rates of each policy and size, Belady's oracle last."""
     expect_file("--json", json_file)
-    recorded = load_trace(trace)
+    recorded, _ = load_trace(trace)
     sizes = parse_sizes(slots, recorded.total_experts)
     replays = play(recorded, policy, sizes)
     console = Console()
@@ -38,12 +38,13 @@ def replay(
         write_json(json_file, _as_json(recorded, replays))
 
 
-def load_trace(path: Path) -> Trace:
-    """What caches were asked for: of a trace, or of a recording of the routing, which is a folder."""
-    recorded = RoutingTrace.load(path).to_cache_trace() if path.is_dir() else Trace.load(path)
+def load_trace(path: Path) -> tuple[Trace, RoutingTrace | None]:
+    """What caches were asked for, and the recording of the routing that says so, where the path is its folder."""
+    routed = RoutingTrace.load(path) if path.is_dir() else None
+    recorded = Trace.load(path) if routed is None else routed.to_cache_trace()
     if not recorded.num_asked:
         raise TraceError(f"{path} holds no visit that wants an expert; record a longer one")
-    return recorded
+    return recorded, routed
 
 
 def parse_sizes(text: str, total_experts: int) -> list[int]:

@@ -9,7 +9,6 @@ import typer
 
 from transformers_moe_offload.cli.failures import reading
 from transformers_moe_offload.cli.replay import load_trace, parse_sizes, play
-from transformers_moe_offload.routing import RoutingTrace
 from transformers_moe_offload.routing.report import sections_of
 from transformers_moe_offload.tracing import Replay
 from transformers_moe_offload.tracing.page import Section, make_page, save_page
@@ -30,8 +29,7 @@ def report(
 ) -> None:
     """Draw the trace into a folder of plots, or one page."""
     make_figure()  # before the replays, which take a while
-    routed = RoutingTrace.load(trace) if trace.is_dir() else None
-    recorded = load_trace(trace)
+    recorded, routed = load_trace(trace)
     sizes = _ten_sizes(recorded.total_experts) if slots is None else parse_sizes(slots, recorded.total_experts)
     replays = play(recorded, policy, sizes)
     figures = {

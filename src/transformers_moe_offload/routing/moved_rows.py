@@ -1,7 +1,7 @@
 """Notice that rows of a KV cache are moved, as beam search moves them after each step.
 
-A cache tells nobody, and keeps no trace of it. So the methods that move rows are wrapped, in all classes of caches, as
-long as something listens.
+A cache does not report that, and nothing in it shows that afterwards. So the methods that move rows are wrapped, in all
+classes of caches, as long as there is a listener.
 """
 
 from __future__ import annotations
@@ -64,16 +64,18 @@ def _classes(kind: type) -> Iterator[type]:
 
 def _telling(method: Any) -> Any:
     @functools.wraps(method)
-    def moved(self: Cache, rows: Tensor | int) -> None:
+    def moved(self: Cache, *args: Any, **kwargs: Any) -> Any:
         outer, _moving.cache = getattr(_moving, "cache", None), self
         try:
-            method(self, rows)
+            result = method(self, *args, **kwargs)
         finally:
             _moving.cache = outer
         if outer is not self:
+            (rows,) = (*args, *kwargs.values())
             move = _repeated(rows) if isinstance(rows, int) else _chosen(rows)
             for listener in _listeners.copy():
                 listener(self, move)
+        return result
 
     return moved
 
