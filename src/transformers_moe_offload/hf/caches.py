@@ -33,6 +33,7 @@ from transformers_moe_offload.hf.decode.obstacles import obstacle, report
 from transformers_moe_offload.hf.host_sides import host_sides
 from transformers_moe_offload.hf.layer import SparseLayer
 from transformers_moe_offload.hf.lookahead import Lookahead, look_ahead_in
+from transformers_moe_offload.hf.places import is_in_place
 from transformers_moe_offload.hf.plan import (
     OffloadPlan,
     Placement,
@@ -99,7 +100,7 @@ class LayerCaches:
             self._of_layer, host = build_caches(plan, sources, config)
             self._of_layer |= {layer: engine.cache for layer, engine in self._engines.items()}
             self._host_sides = host_sides(model, self._layers, plan, host, config)
-            specs = {layer.index: by_layer[layer.index].spec for layer in self._layers}
+            specs = {one.index: by_layer[one.index].spec for one in self._layers if is_in_place(model, one)}
             self._lookahead = look_ahead_in(model, config.prefetch, self._of_layer, specs)
             for index, stats in self._kept_stats.items():
                 self._of_layer[index].stats[index] = stats

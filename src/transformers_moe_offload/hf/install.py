@@ -29,9 +29,10 @@ from transformers_moe_offload.hf.arguments import refuse_on_load, refuse_on_save
 from transformers_moe_offload.hf.damage import HUB_OPTIONS, expect_layers, explaining
 from transformers_moe_offload.hf.delegates.methods import DELEGATED, refusal
 from transformers_moe_offload.hf.delegates.quantizer import delegating
+from transformers_moe_offload.hf.places import expect_in_place
 from transformers_moe_offload.hf.quantizer import MoeOffloadQuantizer, asked_for, to_save
 from transformers_moe_offload.hf.runtime import OffloadRuntime
-from transformers_moe_offload.hf.saving import expect_no_adapter, save_quantized
+from transformers_moe_offload.hf.saving import expect_no_adapter, expect_whole, save_quantized
 from transformers_moe_offload.hf.upstream import (
     AUTO_QUANTIZATION_CONFIG_MAPPING,
     AUTO_QUANTIZER_MAPPING,
@@ -164,9 +165,11 @@ def _saving_offloaded(plain: Any) -> Any:
     def save_pretrained(self: Any, save_directory: Any, *args: Any, **kwargs: Any) -> Any:
         runtime = getattr(self, "moe_offload", None)
         if not isinstance(runtime, OffloadRuntime):
+            expect_whole(self)
             return plain(self, save_directory, *args, **kwargs)
         options = inspect.signature(plain).bind(self, save_directory, *args, **kwargs).arguments
         if not has_peft_adapter(self):
+            expect_in_place(self, runtime.layers)
             expect_no_adapter(Path(save_directory))
         is_quantized = runtime.is_quantized and not has_peft_adapter(self)
         refuse_on_save(options, is_quantized=is_quantized)

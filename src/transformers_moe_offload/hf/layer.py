@@ -27,10 +27,11 @@ from transformers_moe_offload.compute.adapted import adapted_forward
 from transformers_moe_offload.compute.forward import sparse_forward
 from transformers_moe_offload.compute.lending import Lending
 from transformers_moe_offload.compute.mlp import ExpertMlp
-from transformers_moe_offload.errors import CheckpointError
+from transformers_moe_offload.errors import CheckpointError, UnsupportedModelError
 from transformers_moe_offload.hf.adapters.added import added_to
 from transformers_moe_offload.hf.eager import fetch_from, twin_of
 from transformers_moe_offload.hf.layouts import ExpertField, ExpertsLayout
+from transformers_moe_offload.hf.own_experts import NAME as OWN_EXPERTS
 from transformers_moe_offload.hf.own_experts import own_experts
 from transformers_moe_offload.memory.record import torch_dtype
 
@@ -88,7 +89,13 @@ class SparseLayer:
     def compute(self, *inputs: Tensor) -> Tensor:
         """What `forward` computes, for whoever does not have the module."""
         assert self.runtime is not None
-        return self.forward(experts_at(self.runtime.model, self.name), inputs)
+        module = experts_at(self.runtime.model, self.name)
+        if layer_of(module) is not self:
+            raise UnsupportedModelError(
+                f"{self.name} was moved, copied or replaced since the model was loaded, which compiled code does not "
+                f"follow; run the model without torch.compile"
+            )
+        return self.forward(module, inputs)
 
     def forward(self, module: nn.Module, inputs: tuple[Any, ...]) -> Tensor:
         """Stand in for the module's forward, whatever its arguments are."""
@@ -205,12 +212,26 @@ class OffloadedExperts(nn.Module):
         """What the whole model takes of a state dict has been taken out of it: see `state_dicts.py`."""
         own = {f"{prefix}{name}" for name in nn.Module.state_dict(self)}
         other = next((name for name in state_dict if name.startswith(prefix) and name not in own), None)
+        if other is not None and other.startswith(f"{prefix}{OWN_EXPERTS}."):
+            layer, expert = layer_of(self), int(other.removeprefix(f"{prefix}{OWN_EXPERTS}.").split(".")[0])
+            raise CheckpointError(
+                f"{other} is an expert that was trained in full, and here it is offloaded; call "
+                f"training.unfreeze_experts(model, {{{layer.index}: [{expert}]}}) first, with all such experts"
+            )
         if other is not None:
             raise CheckpointError(
                 f"{other} is an expert, and experts are loaded by the offloaded model only, not by a part of it or by "
                 f"what it is a part of; call load_state_dict of the model that has moe_offload, or leave experts out"
             )
         super()._load_from_state_dict(state_dict, prefix, *rest)
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        if isinstance(value, Tensor) and any(name == field.paths[0] for field in layer_of(self).fields):
+            raise UnsupportedModelError(
+                f"{name} of {layer_of(self).name} cannot be replaced: its experts are offloaded and constant; use "
+                f"training.unfreeze_experts for those that are to be changed, or model.moe_offload.restore()"
+            )
+        super().__setattr__(name, value)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Any:
         layer_of(self).moved(fn)
@@ -223,8 +244,17 @@ def _computed_as_ever(module: nn.Module, inputs: tuple[Any, ...]) -> Tensor:
 
 
 def experts_at(model: nn.Module, path: str) -> nn.Module:
-    """The experts module at a path of the model, inside of what PEFT may have wrapped around it."""
-    module = model.get_submodule(path)
+    """The experts module at a path of the model, inside of what PEFT may have wrapped around it.
+
+    Raises `UnsupportedModelError` if there is no module any more.
+    """
+    try:
+        module = model.get_submodule(path)
+    except AttributeError as error:
+        raise UnsupportedModelError(
+            f"{path} is not in {type(model).__name__} any more ({error}); load the model without moe_offload to change "
+            f"its layers, save that, and load what was saved with moe_offload"
+        ) from error
     while not isinstance(module, OffloadedExperts) and "base_layer" in module._modules:
         module = module.get_submodule("base_layer")
     return module

@@ -2,18 +2,63 @@
 
 A parameter that stays registered on `meta` breaks `model.to()`; one that is missing breaks code that looks at its
 shape or initialises it. So its place in `module.__dict__` is taken by a meta parameter that is not registered: visible
-to `getattr` and `get_parameter`, invisible to `state_dict`, `named_parameters`, `to` and accelerate.
+to `getattr` and `get_parameter`, invisible to `state_dict`, `named_parameters`, `to` and accelerate. What is written to
+it would be lost, so that is an error.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from transformers_moe_offload.errors import UnsupportedModelError
 from transformers_moe_offload.hf.layouts import ExpertField
 from transformers_moe_offload.hf.upstream import mark_initialised
+
+
+class Placeholder(nn.Parameter):
+    """Has the shape and the dtype of experts that are elsewhere. It can be looked at; to change it, or a view of it, is
+    an `UnsupportedModelError`."""
+
+    @classmethod
+    def __torch_function__(
+        cls, func: Any, types: Sequence[type], args: Sequence[Any] = (), kwargs: Mapping[str, Any] | None = None
+    ) -> Any:
+        """Called by torch for whatever is done with one."""
+        given = dict(kwargs or {})
+        if _changes(func.__name__, args, given):
+            raise UnsupportedModelError(
+                "the experts of this model are offloaded and constant, and what is written to their parameters would "
+                "be lost; use training.unfreeze_experts for those that are to be changed, or moe_offload.restore()"
+            )
+        with torch._C.DisableTorchFunctionSubclass():
+            result = func(*args, **given)
+            if isinstance(result, tuple | list):
+                return type(result)(_as_guarded(one, args[0]) for one in result)
+            return _as_guarded(result, args[0]) if args else result
+
+
+def _changes(name: str, args: Sequence[Any], kwargs: Mapping[str, Any]) -> bool:
+    """Whether a function of torch's, by its name and arguments, writes to a placeholder."""
+    if isinstance(kwargs.get("out"), Placeholder):
+        return True
+    if not args or not isinstance(args[0], Placeholder):
+        return False
+    if name == "requires_grad_":  # freezing it changes nothing
+        return (args[1] if len(args) > 1 else kwargs.get("requires_grad", True)) is True
+    is_operator = name.startswith("__i") and name not in ("__iter__", "__index__", "__int__", "__invert__")
+    return name in ("__setitem__", "__set__") or is_operator or (name.endswith("_") and not name.endswith("__"))
+
+
+def _as_guarded(result: Any, placeholder: Any) -> Any:
+    """A view of a placeholder is one itself."""
+    if not isinstance(result, Tensor) or not isinstance(placeholder, Placeholder) or not result.is_meta:
+        return result
+    is_view = result.untyped_storage()._cdata == placeholder.untyped_storage()._cdata
+    return result.as_subclass(Placeholder) if is_view else result
 
 
 def take_out(module: nn.Module, fields: Iterable[ExpertField]) -> dict[str, tuple[str, ...]]:
@@ -26,7 +71,7 @@ def take_out(module: nn.Module, fields: Iterable[ExpertField]) -> dict[str, tupl
             order.setdefault(owner_path, tuple(owner._parameters))
             taken = owner._parameters.pop(leaf)
             assert taken is not None
-            placeholder = nn.Parameter(torch.empty_like(taken, device="meta"), requires_grad=False)
+            placeholder = Placeholder(torch.empty_like(taken, device="meta"), requires_grad=False)
             # Transformers initialises what no checkpoint filled; this says that there is nothing to do.
             mark_initialised(placeholder)
             vars(owner)[leaf] = placeholder

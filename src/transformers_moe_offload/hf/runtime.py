@@ -21,12 +21,13 @@ from transformers_moe_offload.hf.caches import LayerCaches
 from transformers_moe_offload.hf.decode.decoding import Decoding
 from transformers_moe_offload.hf.decode.step import DecodeSteps
 from transformers_moe_offload.hf.dense import restore_dense
-from transformers_moe_offload.hf.layer import SparseLayer, experts_at, layer_of, unbind
+from transformers_moe_offload.hf.layer import SparseLayer, experts_at, unbind
 from transformers_moe_offload.hf.lender import Lender
 from transformers_moe_offload.hf.own_experts import NAME as OWN_EXPERTS
 from transformers_moe_offload.hf.own_experts import put_among_the_others
 from transformers_moe_offload.hf.parameters import parameters_of
 from transformers_moe_offload.hf.placeholders import put_back
+from transformers_moe_offload.hf.places import expect_in_place
 from transformers_moe_offload.hf.plan import OffloadPlan
 from transformers_moe_offload.hf.state_dicts import remove_state_dict_hooks
 from transformers_moe_offload.hf.upstream import COMPILED_CALL, tied_weights
@@ -172,11 +173,14 @@ class OffloadRuntime:
         return self._caches.decoding
 
     def modules(self) -> Iterator[tuple[nn.Module, SparseLayer]]:
-        """The experts modules of the model, each with its layer."""
+        """The experts modules of the model, each with its layer.
+
+        Raises `UnsupportedModelError` if they are not where they were when the model was loaded.
+        """
         model = self._living_model()
+        expect_in_place(model, self._layers)
         for layer in self._layers:
-            module = experts_at(model, layer.name)
-            yield module, layer_of(module)
+            yield experts_at(model, layer.name), layer
 
     def attach(self, sources: Sequence[LayerSource]) -> None:
         """Take over where the experts are; raises `CapacityError` if the budget cannot work."""
@@ -286,8 +290,8 @@ class OffloadRuntime:
         model = self._model()
         if model is None:
             raise MoeOffloadError(
-                "the model of this handle is gone; keep a name for it, as in `model = ...from_pretrained(...)`, and "
-                "use `model.moe_offload`"
+                "the model that was loaded is gone, and with it what its experts are computed by; keep a name for all "
+                "of it, as in `model = ...from_pretrained(...)`, also where only a part of it or this handle is used"
             )
         return model
 

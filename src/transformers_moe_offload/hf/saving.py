@@ -10,7 +10,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from torch import Tensor
+from torch import Tensor, nn
 from transformers.utils import (
     ADAPTER_CONFIG_NAME,
     SAFE_WEIGHTS_INDEX_NAME,
@@ -20,11 +20,12 @@ from transformers.utils import (
 )
 
 from transformers_moe_offload.config.budget import Budget
-from transformers_moe_offload.errors import CheckpointError, ConfigError
+from transformers_moe_offload.errors import CheckpointError, ConfigError, UnsupportedModelError
 from transformers_moe_offload.expert import FieldSpec
 from transformers_moe_offload.formats.by_expert import LayerCodings
 from transformers_moe_offload.formats.coding import ExpertCoding
 from transformers_moe_offload.formats.foreign import ForeignCoding
+from transformers_moe_offload.hf.layer import OffloadedExperts
 from transformers_moe_offload.hf.own_experts import is_of_own_experts, named_own_experts
 from transformers_moe_offload.hf.prebuilt.layout import (
     MARKS,
@@ -35,7 +36,7 @@ from transformers_moe_offload.hf.prebuilt.layout import (
 )
 from transformers_moe_offload.hf.prebuilt.writer import finish, write_shards
 from transformers_moe_offload.hf.runtime import OffloadRuntime
-from transformers_moe_offload.hf.upstream import remove_tied_weights_from_state_dict
+from transformers_moe_offload.hf.upstream import has_peft_adapter, remove_tied_weights_from_state_dict
 from transformers_moe_offload.memory.checkpoint import LayerSource
 from transformers_moe_offload.memory.encoding import encoded_row, row_of
 from transformers_moe_offload.memory.record import dtype_name
@@ -59,6 +60,16 @@ def _expect_none_of(folder: Path, names: Sequence[str]) -> None:
         raise CheckpointError(
             f"{folder} has {found[0]}, which belongs to something else and would be loaded together with what is "
             f"saved there; save to a folder of its own, or remove what is in this one"
+        )
+
+
+def expect_whole(model: nn.Module) -> None:
+    """Raise `UnsupportedModelError` for a part of an offloaded model, which does not know where experts come from."""
+    offloaded = next((name for name, part in model.named_modules() if isinstance(part, OffloadedExperts)), None)
+    if offloaded is not None and not has_peft_adapter(model):
+        raise UnsupportedModelError(
+            f"{type(model).__name__} is a part of an offloaded model, or has such a part, and would be saved without "
+            f"the experts of {offloaded}; save the whole model that was loaded, or restore() that one first"
         )
 
 
