@@ -24,11 +24,11 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, get_cosine_schedule_with_warmup, set_seed
 
-from transformers_moe_offload import OffloadConfig, training
+from transformers_moe_offload import OffloadConfig, routing, training
 from transformers_moe_offload.bench.page_cache import warm
 
 TOP = 2
-"""Experts of each layer that "chosen" trains: those which the domain uses most."""
+"""Experts of each layer that "chosen" trains: those that most of its tokens choose."""
 
 TRACED = 8
 """Windows that tell which those are."""
@@ -74,14 +74,13 @@ def train_row(
 
 
 def most_used(folder: str, windows: Tensor) -> dict[str, list[int]]:
-    """The experts that some windows (B, S) use most, by layer; traced on an offloaded model, whoever trains them."""
+    """The experts that most tokens of some windows (B, S) choose, by layer; recorded on an offloaded model."""
     model = AutoModelForCausalLM.from_pretrained(folder, moe_offload=OffloadConfig(cache_budget="50%"))
-    with torch.no_grad(), model.moe_offload.trace() as trace:
+    with torch.no_grad(), routing.record_routing(model, scores=None) as recorder:
         model(input_ids=windows, use_cache=False)
-    counts = {name: list(uses) for name, uses in trace.counts().items()}
     return {
         name: sorted(sorted(range(len(uses)), key=lambda expert, uses=uses: (-uses[expert], expert))[:TOP])
-        for name, uses in counts.items()
+        for name, uses in recorder.trace.token_counts().items()
     }
 
 

@@ -151,7 +151,7 @@ def coldest(trace: Trace, share: float) -> dict[str, list[int]]:
 
 def uses(trace: Trace) -> Mapping[str, float]:
     """How uneven the use is: the part of all uses that goes to the hottest experts."""
-    counts = sorted((count for layer in trace.counts().values() for count in layer), reverse=True)
+    counts = sorted((count for layer in trace.token_counts().values() for count in layer), reverse=True)
     return {
         f"hottest {share:.0%}": sum(counts[: round(share * len(counts))]) / sum(counts) for share in (0.1, 0.25, 0.5)
     }

@@ -2,28 +2,29 @@
 
     python examples/finetune_chosen_experts.py --steps 60
 
-A trace of some held-in text says which experts those are. Writes the whole model as a plain checkpoint.
+A recording of the routing of some training text says which experts those are. Writes the whole model as a plain
+checkpoint.
 """
 
 import sys
 
 import torch
-from finetuning import load, parse, run, save
+from finetuning import exit_status, load, parse, run, save
 
-from transformers_moe_offload import training
+from transformers_moe_offload import routing, training
 
 
 def main() -> int:
     options = parse(__doc__, learning_rate=1e-3, output="finetuned-experts", kind="model")
     model, held_out, train = load(options)
-    with torch.no_grad(), model.moe_offload.trace() as trace:
+    with torch.no_grad(), routing.record_routing(model, scores=None) as recorder:
         model(input_ids=torch.stack([block["input_ids"] for block in train[:8]]))
     training.set_trainable(model, "router")
-    names = training.unfreeze_experts(model, top=2, trace=trace)
+    names = training.unfreeze_experts(model, top=2, trace=recorder.trace)
     print(f"trained in full, among others: {names[0].rpartition('.')[0]}")
     before, after = run(model, options, held_out, train)
-    save(model, options.output, "model")
-    return 0 if after < before else 1
+    save(model, options, "model")
+    return exit_status(before, after)
 
 
 if __name__ == "__main__":

@@ -7,7 +7,7 @@ Writes an adapter as PEFT does. It loads on the plain model, too: `PeftModel.fro
 
 import sys
 
-from finetuning import load, parse, run, save
+from finetuning import exit_status, load, parse, run, save
 from peft import get_peft_model
 
 from transformers_moe_offload import training
@@ -18,8 +18,8 @@ def main() -> int:
     model, held_out, train = load(options)
     adapted = get_peft_model(model, training.lora_config(model, r=4, lora_alpha=8))
     before, after = run(adapted, options, held_out, train)
-    save(adapted, options.output, "adapter")
-    return 0 if after < before else 1
+    save(adapted, options, "adapter")
+    return exit_status(before, after)
 
 
 if __name__ == "__main__":

@@ -7,7 +7,7 @@ Nothing but the routers is trained: one matrix a layer. Writes the whole model, 
 
 import sys
 
-from finetuning import load, parse, run, save
+from finetuning import exit_status, load, parse, run, save
 
 from transformers_moe_offload import training
 
@@ -17,8 +17,8 @@ def main() -> int:
     model, held_out, train = load(options)
     training.set_trainable(model, "router")
     before, after = run(model, options, held_out, train)
-    save(model, options.output, "model")
-    return 0 if after < before else 1
+    save(model, options, "model")
+    return exit_status(before, after)
 
 
 if __name__ == "__main__":

@@ -7,6 +7,7 @@ The domain is Perl, of which every Debian has some; `--text` takes any folder of
 """
 
 import argparse
+import sys
 from pathlib import Path
 
 import torch
@@ -64,7 +65,8 @@ def texts(folder: Path | None) -> list[str]:
 
 def blocks_of(tokenizer, found: list[str]) -> list[dict[str, torch.Tensor]]:
     """Windows of tokens, in an order that is fixed but mixes the files."""
-    ids = torch.cat([tokenizer(text, return_tensors="pt")["input_ids"][0] for text in found])
+    # Not verbose: a file is longer than the model's context, but its windows are not.
+    ids = torch.cat([tokenizer(text, return_tensors="pt", verbose=False)["input_ids"][0] for text in found])
     windows = ids[: len(ids) // CONTEXT * CONTEXT].view(-1, CONTEXT)
     order = torch.randperm(len(windows), generator=torch.Generator().manual_seed(0))
     return [{"input_ids": windows[place], "labels": windows[place]} for place in order.tolist()]
@@ -99,11 +101,22 @@ def run(model, options: argparse.Namespace, held_out: list, train: list) -> tupl
     return before, after
 
 
-def save(model, folder: Path, kind: str) -> None:
-    """Write the model or adapter, once however many processes have trained it."""
+def save(model, options: argparse.Namespace, kind: str) -> None:
+    """Write the model, with its tokenizer, or the adapter, once however many processes have trained it."""
     if PartialState().is_main_process:
-        model.save_pretrained(folder)
-        print(f"the {kind} is in {folder}")
+        model.save_pretrained(options.output)
+        if kind == "model":
+            AutoTokenizer.from_pretrained(options.model).save_pretrained(options.output)
+        print(f"the {kind} is in {options.output}")
+
+
+def exit_status(before: float, after: float) -> int:
+    """0 if the held-out loss has fallen; 1 otherwise, which it says."""
+    if after < before:
+        return 0
+    if PartialState().is_main_process:
+        print(f"exit status 1: held-out loss did not fall ({before:.3f} before, {after:.3f} after)", file=sys.stderr)
+    return 1
 
 
 def draw(log: list[dict], output: Path, before: float, after: float) -> None:

@@ -35,10 +35,16 @@ Layers = Annotated[
     typer.Option(help="Another format for some sparse layers, as '0-3=4x64', or '5=none'; can be repeated."),
 ]
 Hot = Annotated[
-    str | None, typer.Option(help="Format of the experts that --trace saw most, or 'none'.", show_default=False)
+    str | None,
+    typer.Option(help="Format of the experts that most tokens of --trace chose, or 'none'.", show_default=False),
 ]
 HotTrace = Annotated[
-    Path | None, typer.Option("--trace", help="What `moe-offload trace` has written, for --hot.", show_default=False)
+    Path | None,
+    typer.Option(
+        "--trace",
+        help="What `moe-offload trace` has written, or the folder of a recording of the routing, for --hot.",
+        show_default=False,
+    ),
 ]
 HotShare = Annotated[str | None, typer.Option(help="Share of all experts that are hot; 10% unless given.")]
 Dense = Annotated[str | None, typer.Option(help="Format of attention and dense MLPs; default is as stored.")]

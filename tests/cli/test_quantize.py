@@ -12,7 +12,7 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from forked import with_locks_of_its_own
-from transformers_moe_offload import ExpertFormats, HqqFormat, OffloadConfig
+from transformers_moe_offload import ExpertFormats, HqqFormat, OffloadConfig, routing
 from transformers_moe_offload.hf.prebuilt.layout import INDEX_NAME
 from transformers_moe_offload.tracing import RecordedVisit, Trace
 from zoo.build import build
@@ -106,7 +106,8 @@ def test_layers_have_the_formats_that_were_asked_for(run, source, folder):
 def test_the_experts_that_a_trace_saw_most_have_a_format_of_their_own(run, tiny_moe, folder, tmp_path):
     trace = Trace(tuple(f"model.layers.{n}.mlp.experts" for n in range(8)), (16,) * 8)
     trace.visits = [RecordedVisit(layer, (3, 5), 0) for layer in range(8)] + [RecordedVisit(0, (3, 7), 0)] * 9
-    trace.step_tokens = [1]
+    trace.visits += [RecordedVisit(4, tuple(range(16)), step) for step in range(1, 20)]  # of many tokens each
+    trace.step_tokens = [1, *[8] * 19]
     trace.save(tmp_path / "trace.npz")
     options = ("--experts", "2x32", "--hot", "4x32", "--trace", tmp_path / "trace.npz", "--hot-share", "2%")
     planned = run("plan", tiny_moe, *options)
@@ -159,6 +160,46 @@ def test_every_command_refuses_the_trace_of_another_model_even_if_all_its_expert
     places = {"chat": ("--prompt", "int main("), "quantize": (tmp_path / "made",)}.get(command, ())
     result = run(command, tiny_moe, *places, "--hot", "4x32", "--trace", tmp_path / "trace.npz")
     assert "recorded with 8 sparse layers of 8 experts, but" in the_error(result)
+    assert not (tmp_path / "made").exists()
+
+
+@pytest.fixture(scope="module")
+def recording(tiny_moe, tmp_path_factory):
+    """The folder of a recording of one forward of many tokens, and its trace."""
+    folder = tmp_path_factory.mktemp("recording")
+    model = AutoModelForCausalLM.from_pretrained(tiny_moe)
+    token_ids = torch.randint(3, 4000, (2, 100), generator=torch.Generator().manual_seed(0))
+    with routing.record_routing(model, folder / "routing") as recorder, torch.no_grad():
+        model(input_ids=token_ids)
+    return folder / "routing", recorder.trace
+
+
+def test_the_folder_of_a_recording_tells_which_experts_are_hot(run, tiny_moe, folder, recording):
+    path, trace = recording
+    options = ("--experts", "2x32", "--hot", "4x32", "--trace", path, "--hot-share", "10%")
+    planned = run("plan", tiny_moe, *options)
+    assert planned.exit_code == 0, planned.output
+    result = run("quantize", tiny_moe, folder, *options, "--no-optimize")
+    assert result.exit_code == 0, result.output
+    recipe = json.loads((folder / "config.json").read_text())["quantization_config"]["experts"]
+    assert recipe["hot_experts"] == trace.hottest("10%")
+
+
+def test_a_recording_of_another_model_is_refused(run, source, folder, recording):
+    result = run("quantize", source, folder, "--experts", "2x16", "--hot", "4x16", "--trace", recording[0])
+    assert "was recorded with 8 sparse layers of 16 experts, but" in the_error(result)
+    assert not folder.exists()
+
+
+@pytest.mark.parametrize("command", ["plan", "chat", "quantize"])
+def test_a_folder_that_is_no_recording_and_a_trace_that_counts_no_tokens_are_one_line(run, tiny_moe, tmp_path, command):
+    (tmp_path / "empty").mkdir()
+    trace = Trace(("experts",), (4,), visits=[RecordedVisit(0, (1,), 0)], step_tokens=[9])
+    trace.save(tmp_path / "prompt.npz")
+    places = {"chat": ("--prompt", "int main("), "quantize": (tmp_path / "made",)}.get(command, ())
+    for name, message in (("empty", "cannot read the"), ("prompt.npz", "its steps have 9 tokens")):
+        result = run(command, tiny_moe, *places, "--hot", "4x32", "--trace", tmp_path / name)
+        assert message in the_error(result)
     assert not (tmp_path / "made").exists()
 
 

@@ -1,11 +1,14 @@
 """`model.moe_offload.trace()` and `.warm()`."""
 
+import tempfile
+
 import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
 from transformers_moe_offload import ConfigError, MoeOffloadError, OffloadConfig
 from transformers_moe_offload.tracing import Trace, replay
+from zoo.build import build
 
 from .conftest import TINY_MOE
 
@@ -33,6 +36,32 @@ def test_a_trace_holds_every_visit_and_its_replay_has_the_same_hits(prompt):
     num_slots = model.moe_offload.plan.num_slots
     replayed = replay(trace, "lru", num_slots)
     assert [s.hits for s in replayed.per_layer.values()] == [s.hits for s in stats.per_layer.values()]
+
+
+def test_a_trace_knows_the_tokens_of_each_forward(prompt):
+    model = load()
+    with model.moe_offload.trace() as trace, torch.no_grad():
+        generate(model, prompt, 3)
+        model(prompt[:, :5])  # not by name
+        model(inputs_embeds=model.get_input_embeddings()(prompt[:, :7].repeat(2, 1)))
+        model.model(prompt)  # below what is announced
+    assert trace.step_tokens == [12, 1, 1, 5, 14, 0]
+
+
+def test_steps_of_an_encoder_decoder_have_the_tokens_of_what_alone_is_run():
+    model = build("switch_transformers")
+    ids = torch.randint(3, 90, (1, 6), generator=torch.Generator().manual_seed(0))
+    config = OffloadConfig(cache_budget="100%")
+    with tempfile.TemporaryDirectory() as folder:
+        model.save_pretrained(folder)
+        model = type(model).from_pretrained(folder, moe_offload=config)
+        model.config.decoder_start_token_id = 0
+        with model.moe_offload.trace() as trace, torch.no_grad():
+            encoded = model.get_encoder()(ids)
+            model(encoder_outputs=encoded, decoder_input_ids=ids[:, :1])
+            model(input_ids=ids, decoder_input_ids=ids[:, :1])
+            model(input_ids=ids[:, :1], labels=ids)
+    assert trace.step_tokens == [0, 1, 0, 0]
 
 
 def test_what_happens_after_the_block_is_not_recorded(prompt):

@@ -2,6 +2,7 @@
 
 import copy
 import json
+from dataclasses import replace as replace_facts
 from pathlib import Path
 
 import numpy as np
@@ -98,6 +99,75 @@ def test_padding_is_routed_and_recorded_but_not_counted(plain, token_ids):
     assert len(only(recorder.trace).experts) == 14
     assert sum(len(rows.experts) for rows in recorder.trace.rows(0, padding=True)) == 18
     assert recorder.trace.statistics(0).num_tokens == 14
+
+
+def counted_by_hand(rows, num_experts):
+    """How many of the rows chose each expert with a weight that is not zero."""
+    chosen = [
+        expert
+        for experts, weights in zip(rows.experts.tolist(), rows.weights.tolist(), strict=True)
+        for expert, weight in zip(experts, weights, strict=True)
+        if expert >= 0 and weight
+    ]
+    return [chosen.count(expert) for expert in range(num_experts)]
+
+
+def test_tokens_are_counted_without_padding_by_the_paths_of_experts(plain, token_ids):
+    mask = torch.ones_like(token_ids)
+    mask[0, :4] = 0
+    with routing.record_routing(plain) as recorder, torch.no_grad():
+        plain(input_ids=token_ids, attention_mask=mask)
+    trace = recorder.trace
+    counts = trace.token_counts()
+    assert [*counts] == [*trace.to_cache_trace().layer_names]
+    for router, (facts, uses) in enumerate(zip(trace.routers, counts.values(), strict=True)):
+        assert uses == counted_by_hand(only(trace, router), facts.num_experts)
+        assert sum(uses) == 14 * facts.top_k
+
+
+def test_the_hottest_of_a_recording_are_those_that_most_tokens_chose(plain, token_ids):
+    trace = record(plain, token_ids)
+    counts = {
+        (layer, expert): count
+        for layer, facts in enumerate(trace.routers)
+        for expert, count in enumerate(counted_by_hand(only(trace, layer), facts.num_experts))
+    }
+    by_use = sorted(counts, key=lambda one: (-counts[one], one))[: round(len(counts) / 4)]
+    assert counts[by_use[-1]] > 1, "more than whether an expert was chosen"
+    expected = {}
+    for layer, expert in sorted(by_use):
+        expected.setdefault(str(layer), []).append(expert)
+    assert trace.hottest("25%") == expected
+
+
+def test_the_hottest_of_some_layers_have_the_numbers_of_the_model(plain, token_ids):
+    trace = record(plain, token_ids, layers=[2])
+    assert [*trace.hottest("50%")] == ["2"]
+
+
+def test_experts_without_weights_and_choices_of_none_or_of_weight_zero_are_not_counted(plain, token_ids):
+    trace = record(plain, token_ids)
+    (part,) = trace.parts()
+    part = {name: array.copy() for name, array in part.items()}
+    part["experts.0"][:, 0], part["experts.0"][:, 1], part["weights.0"][:] = 1, -1, 0.5
+    part["weights.0"][:3, 0] = 0
+    part["experts.1"][:, 0], part["experts.1"][:, 1], part["weights.1"][:] = 2, 7, 0.5
+    facts = list(trace.routers)
+    facts[1] = replace_facts(facts[1], num_with_weights=7)
+    edited = RoutingTrace(replace_facts(trace._index, routers=facts), [part])
+    first, second, *_ = edited.token_counts().values()
+    assert first == [0, 15, 0, 0, 0, 0, 0, 0]
+    assert second == [0, 0, 18, 0, 0, 0, 0]
+
+
+def test_a_router_of_several_layers_counts_for_each(plain, token_ids):
+    trace = record(plain, token_ids)
+    first, *others = trace.routers
+    twice = replace_facts(first, layers=(0, 9), experts_paths=("a.experts", "b.experts"))
+    edited = RoutingTrace(replace_facts(trace._index, routers=[twice, *others]), trace._source)
+    counts = edited.token_counts()
+    assert counts["a.experts"] == counts["b.experts"]
+    assert [*counts][-1] == "b.experts"
 
 
 def test_a_strategy_is_recorded_as_it_chose(plain, token_ids):

@@ -23,6 +23,17 @@ def test_a_forward_that_is_announced_is_one_step_however_often_it_comes_to_a_lay
     assert [visit.step for visit in recorder.trace.visits] == [0, 0, 0, 0, 1, 1, 2, 2, 3]
 
 
+def test_a_step_has_the_tokens_of_its_forward_and_0_where_none_was_announced():
+    recorder = TraceRecorder(["a"], [4])
+    for num_tokens, num_visits in ((7, 1), (3, 0), (1, 2)):
+        recorder.begin_forward(num_tokens)
+        for _ in range(num_visits):
+            recorder.record(0, [0])
+        recorder.end_forward()
+    recorder.record(0, [0])
+    assert recorder.trace.step_tokens == [7, 1, 0]
+
+
 def test_a_forward_that_comes_to_no_sparse_layer_is_no_step():
     recorder = TraceRecorder(["a"], [4])
     for has_visits in (True, False, True):

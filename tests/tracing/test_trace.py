@@ -178,23 +178,65 @@ def test_a_trace_loaded_and_one_recorded_are_of_one_kind(tmp_path):
     assert type(visit.layer) is int
 
 
-def test_the_hottest_experts_are_those_asked_for_most_in_all_layers_together():
-    trace = Trace(("a", "b"), (4, 6))
+def test_the_hottest_experts_are_those_most_chosen_in_all_layers_together():
+    trace = Trace(("a", "b"), (4, 6), step_tokens=[1, 1])
     trace.visits = [RecordedVisit(0, (3, 1), 0), RecordedVisit(1, (5,), 0), RecordedVisit(0, (3,), 1)]
     assert trace.hottest("10%") == {"0": [3]}
     assert trace.hottest(0.2) == {"0": [1, 3]}
-    assert trace.hottest("100%") == {"0": [1, 3], "1": [5]}, "nobody is hot whom nobody asked for"
+    assert trace.hottest("100%") == {"0": [1, 3], "1": [5]}, "what no token chose is not hot"
+
+
+def prompt_and_tokens():
+    """A prompt of five tokens that wants all experts but the last, then three tokens."""
+    trace = Trace(("a",), (4,), step_tokens=[5, 1, 1, 1])
+    trace.visits = [
+        RecordedVisit(0, (0, 1, 2), 0),
+        *(RecordedVisit(0, wanted, step) for step, wanted in ((1, (3, 2)), (2, (3, 1)), (3, (3, 2)))),
+    ]
+    return trace
+
+
+def test_tokens_are_counted_in_steps_of_one_token():
+    trace = prompt_and_tokens()
+    assert trace.counts() == {"a": [1, 2, 3, 3]}, "once a visit"
+    assert trace.token_counts() == {"a": [0, 1, 2, 3]}
+    assert trace.hottest("50%") == {"0": [2, 3]}
+
+
+@pytest.mark.parametrize(
+    ("step_tokens", "message"),
+    [
+        ([5, 2, 7, 2], "its steps have 2 to 7 tokens, and"),
+        ([3, 3, 3, 3], "its steps have 3 tokens, and"),
+        ([0, 2, 1_500, 0], "its steps have 2 to 1,500 tokens, or an unknown number, and"),
+        ([0] * 4, "its steps have an unknown number of tokens, and"),
+        ([], "it has no steps, and"),
+    ],
+)
+@pytest.mark.parametrize("count", [Trace.token_counts, lambda trace: trace.hottest(0.5)])
+def test_without_a_step_of_one_token_a_trace_counts_no_tokens_and_says_what_does(count, step_tokens, message):
+    trace = prompt_and_tokens()
+    trace.step_tokens = step_tokens
+    with pytest.raises(TraceError, match=re.escape(message)) as caught:
+        count(trace)
+    assert "`routing.record_routing`" in str(caught.value)
+    assert "`moe-offload trace --routing`" in str(caught.value)
+
+
+def test_where_no_token_chose_an_expert_none_is_hot_and_that_is_an_error():
+    with pytest.raises(TraceError, match="no token chose an expert"):
+        Trace(("a",), (4,), step_tokens=[1]).hottest("50%")
 
 
 @pytest.mark.parametrize("share", [0, 1.5, "0%", "120%", "ten", "10", True, None])
 def test_a_share_that_is_none_is_refused(share):
     with pytest.raises(TraceError, match="is not a share of all experts"):
-        Trace(("a",), (100,)).hottest(share)
+        Trace(("a",), (100,), step_tokens=[1]).hottest(share)
 
 
 def test_a_share_of_no_expert_is_refused():
     with pytest.raises(TraceError, match="of 4 experts is none of them"):
-        Trace(("a",), (4,)).hottest("1%")
+        Trace(("a",), (4,), step_tokens=[1]).hottest("1%")
 
 
 def test_what_is_no_archive_is_said_to_be_none_and_nobody_is_told_to_unpickle_it(tmp_path):

@@ -11,6 +11,16 @@ from programs import run_program
 EXAMPLES = Path(__file__).parents[2] / "examples"
 
 
+def queries(folder):
+    """Write text that the model was not trained on."""
+    draw = random.Random(0)
+    lines = [
+        f"SELECT c{draw.randrange(9)} FROM t{draw.randrange(9)} WHERE id = {draw.randrange(99)};" for _ in range(700)
+    ]
+    (folder / "text").mkdir()
+    (folder / "text" / "queries.sql").write_text("\n".join(lines))
+
+
 @pytest.mark.parametrize(
     ("name", "written"),
     [
@@ -20,18 +30,23 @@ EXAMPLES = Path(__file__).parents[2] / "examples"
     ],
 )
 def test_an_example_lowers_held_out_loss_and_writes_what_it_says(name, written, tmp_path):
-    draw = random.Random(0)
-    lines = [
-        f"SELECT c{draw.randrange(9)} FROM t{draw.randrange(9)} WHERE id = {draw.randrange(99)};" for _ in range(700)
-    ]
-    (tmp_path / "text").mkdir()
-    (tmp_path / "text" / "queries.sql").write_text("\n".join(lines))
+    queries(tmp_path)
     options = ("--steps", "5", "--text", "text", "--output", "out")
     done = run_program("python", EXAMPLES / f"{name}.py", *options, cwd=tmp_path)
     assert done.returncode == 0, done.stderr[-2000:]
     assert "held-out loss" in done.stdout
     assert (tmp_path / "out" / written).is_file()
     assert (tmp_path / "out" / "loss.png").is_file()
+    assert (tmp_path / "out" / "tokenizer.json").is_file() == (written == "model.safetensors"), "chat needs it"
+    assert "longer than the specified maximum" not in done.stderr
+
+
+def test_an_example_that_has_not_lowered_the_loss_says_why_it_fails(tmp_path):
+    queries(tmp_path)
+    options = ("--steps", "1", "--learning-rate", "0", "--text", "text", "--output", "out")
+    done = run_program("python", EXAMPLES / "finetune_router.py", *options, cwd=tmp_path)
+    assert done.returncode == 1
+    assert re.search(r"^exit status 1: held-out loss did not fall \(\S+ before, \S+ after\)$", done.stderr, re.M)
 
 
 def test_no_two_examples_write_to_one_folder_and_none_beside_what_another_has_written(tmp_path):

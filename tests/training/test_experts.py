@@ -14,8 +14,10 @@ from transformers_moe_offload import (
     HqqFormat,
     OffloadConfig,
     UnsupportedModelError,
+    routing,
     training,
 )
+from transformers_moe_offload.tracing import TraceError
 from zoo.build import build, inputs, output_tensor, save
 
 CHOSEN = {0: [1, 3], 2: [0]}
@@ -140,14 +142,82 @@ def test_experts_in_low_bits_are_not_silently_kept_in_place_of_those_that_are_lo
     assert str(offloaded.load_state_dict(dense)) == "<All keys matched successfully>"
 
 
-def test_the_most_used_experts_of_a_trace_are_chosen(tmp_path):
+TOP = 2
+
+
+def counted_by_hand(plain, windows):
+    """How many tokens chose each expert, by layer, from the indices that the plain model's routers return."""
+    counts = {}
+    hooks = [
+        module.register_forward_hook(
+            lambda _, __, output, path=path: counts.setdefault(path.replace(".gate", ".experts"), []).extend(
+                output[2].flatten().tolist()  # scores, weights and indices (T, K)
+            )
+        )
+        for path, module in plain.named_modules()
+        if path.endswith(".mlp.gate")
+    ]
+    with torch.no_grad():
+        for window in windows:
+            plain(input_ids=window)
+    for hook in hooks:
+        hook.remove()
+    num_experts = plain.config.num_experts
+    return {path: [chosen.count(expert) for expert in range(num_experts)] for path, chosen in counts.items()}
+
+
+def most_chosen(counts):
+    return {
+        layer: sorted(sorted(range(len(uses)), key=lambda expert: (-uses[expert], expert))[:TOP])
+        for layer, uses in counts.items()
+    }
+
+
+def chosen_of(names):
+    chosen = {}
+    for name in names:
+        layer, _, rest = name.partition(".own_experts.")
+        chosen.setdefault(layer, set()).add(int(rest.partition(".")[0]))
+    return {layer: sorted(experts) for layer, experts in chosen.items()}
+
+
+@pytest.fixture
+def windows():
+    return torch.randint(0, 96, (3, 2, 32), generator=torch.Generator().manual_seed(1)).unbind()
+
+
+def test_the_experts_that_most_tokens_of_a_recording_chose_are_trained(windows, tmp_path):
+    plain, offloaded = pair("qwen3_moe", tmp_path)
+    counts = counted_by_hand(plain, windows)
+    expected = most_chosen(counts)
+    assert all(min(uses) > 0 for uses in counts.values()), "by visits, all experts are equal"
+    assert any(experts != [*range(TOP)] for experts in expected.values()), "those with the lowest numbers"
+    with routing.record_routing(offloaded) as recorder, torch.no_grad():
+        for window in windows:
+            offloaded(input_ids=window)
+    assert recorder.trace.token_counts() == counts
+    assert chosen_of(training.unfreeze_experts(offloaded, top=TOP, trace=recorder.trace)) == expected
+
+
+@pytest.mark.parametrize("by", [lambda trace: trace, lambda trace: trace.token_counts()], ids=["trace", "counts"])
+def test_a_trace_of_single_tokens_tells_the_same(by, windows, tmp_path):
+    plain, offloaded = pair("qwen3_moe", tmp_path)
+    tokens = [token.view(1, 1) for window in windows for token in window.flatten()]
+    expected = most_chosen(counted_by_hand(plain, tokens))
+    with offloaded.moe_offload.trace() as trace, torch.no_grad():
+        for token in tokens:
+            offloaded(input_ids=token)
+    assert chosen_of(training.unfreeze_experts(offloaded, top=TOP, trace=by(trace))) == expected
+
+
+def test_a_trace_of_many_tokens_at_once_does_not_tell_which_experts_are_used_most(windows, tmp_path):
     _, offloaded = pair("qwen3_moe", tmp_path)
-    with offloaded.moe_offload.trace() as trace:
-        offloaded(**inputs("qwen3_moe", offloaded))
-    names = training.unfreeze_experts(offloaded, top=1, trace=trace)
-    for layer, uses in trace.counts().items():
-        chosen = {int(name.split(".own_experts.")[1].split(".")[0]) for name in names if name.startswith(f"{layer}.")}
-        assert chosen == {max(range(len(uses)), key=lambda e: uses[e])}
+    with offloaded.moe_offload.trace() as trace, torch.no_grad():
+        for window in windows:
+            offloaded(input_ids=window)
+    with pytest.raises(TraceError, match=r"its steps have 64 tokens, .*record_routing"):
+        training.unfreeze_experts(offloaded, top=TOP, trace=trace)
+    assert not any("own_experts" in name for name, _ in offloaded.named_parameters())
 
 
 def test_own_experts_survive_restore_copying_and_a_change_of_dtype(tmp_path):

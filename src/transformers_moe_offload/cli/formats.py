@@ -7,8 +7,8 @@ from dataclasses import replace
 from pathlib import Path
 
 from transformers_moe_offload.cli.failures import CommandError
+from transformers_moe_offload.cli.recorded import load_either, num_experts_of
 from transformers_moe_offload.config import ExpertFormats, HqqFormat
-from transformers_moe_offload.tracing import Trace
 
 
 def parse_format(text: str | None, *, optimize: bool = True) -> HqqFormat | None:
@@ -44,7 +44,7 @@ def parse_formats(
         default=parse_format(experts, optimize=optimize),
         layers=by_layer,
         hot=parse_format(hot, optimize=optimize),
-        hot_experts={} if trace is None else Trace.load(trace).hottest(hot_share or "10%"),
+        hot_experts={} if trace is None else load_either(trace).hottest(hot_share or "10%"),
     )
 
 
@@ -52,7 +52,7 @@ def expect_same_experts(trace: Path | None, name: str, num_experts: Sequence[int
     """Raise `CommandError` unless a trace is of a model with so many experts in each sparse layer."""
     if trace is None:
         return
-    traced = Trace.load(trace).num_experts
+    traced = num_experts_of(trace)
     if traced != tuple(num_experts):
         raise CommandError(
             f"{trace} was recorded with {_described(traced)}, but {name} has {_described(num_experts)}; record one "

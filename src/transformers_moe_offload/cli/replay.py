@@ -13,10 +13,10 @@ from rich.progress import track
 from rich.table import Table
 
 from transformers_moe_offload.cli.failures import CommandError
+from transformers_moe_offload.cli.recorded import load_trace
 from transformers_moe_offload.cli.results import expect_file, write_json
 from transformers_moe_offload.policies import ORACLE, policy_names
-from transformers_moe_offload.routing import RoutingTrace
-from transformers_moe_offload.tracing import Replay, Trace, TraceError
+from transformers_moe_offload.tracing import Replay, Trace
 from transformers_moe_offload.tracing import replay as replay_trace
 
 
@@ -36,15 +36,6 @@ def replay(
     console.print(_table(replays, sizes, recorded.total_experts))
     if json_file is not None:
         write_json(json_file, _as_json(recorded, replays))
-
-
-def load_trace(path: Path) -> tuple[Trace, RoutingTrace | None]:
-    """What caches were asked for, and the recording of the routing that says so, where the path is its folder."""
-    routed = RoutingTrace.load(path) if path.is_dir() else None
-    recorded = Trace.load(path) if routed is None else routed.to_cache_trace()
-    if not recorded.num_asked:
-        raise TraceError(f"{path} holds no visit that wants an expert; record a longer one")
-    return recorded, routed
 
 
 def parse_sizes(text: str, total_experts: int) -> list[int]:

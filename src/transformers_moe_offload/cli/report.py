@@ -8,7 +8,8 @@ from typing import Any
 import typer
 
 from transformers_moe_offload.cli.failures import reading
-from transformers_moe_offload.cli.replay import load_trace, parse_sizes, play
+from transformers_moe_offload.cli.recorded import load_trace
+from transformers_moe_offload.cli.replay import parse_sizes, play
 from transformers_moe_offload.routing.report import sections_of
 from transformers_moe_offload.tracing import Replay
 from transformers_moe_offload.tracing.page import Section, make_page, save_page

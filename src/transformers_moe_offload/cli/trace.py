@@ -95,8 +95,7 @@ def _texts(prompt: list[str] | None, prompts: Path | None) -> list[str]:
 def _record(model: Any, tokenizer: Any, inputs: list[dict[str, Any]], sampling: Sampling) -> tuple[Trace, bool]:
     """The trace of generating from each of the inputs, and whether Ctrl-C ended it."""
     columns = TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn()
-    console, forwards = Console(stderr=True), _Forwards()
-    hook = model.register_forward_pre_hook(forwards, with_kwargs=True)
+    console = Console(stderr=True)
     with (
         Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as progress,
         Interruption() as interruption,
@@ -113,9 +112,6 @@ def _record(model: Any, tokenizer: Any, inputs: list[dict[str, Any]], sampling: 
             if interruption.happened:
                 break
             progress.update(task, completed=number * sampling.max_new_tokens)
-    hook.remove()
-    if len(forwards.num_tokens) == len(recorded.step_tokens):  # some may visit no sparse layer
-        recorded.step_tokens = forwards.num_tokens
     per_token = [experts_per_token(model, name) for name in recorded.layer_names]
     if None not in per_token:
         recorded.experts_per_token = tuple(per_token)
@@ -133,15 +129,3 @@ class _Ticks(StoppingCriteria):
         """Whether to stop, for each sequence: input_ids (B, T) int64 -> (B,) bool."""
         self._progress.advance(self._task)
         return torch.zeros(len(input_ids), dtype=torch.bool, device=input_ids.device)
-
-
-class _Forwards:
-    """A hook that notes how many tokens each forward takes."""
-
-    def __init__(self) -> None:
-        self.num_tokens: list[int] = []
-
-    def __call__(self, model: Any, arguments: tuple[Any, ...], keywords: dict[str, Any]) -> None:
-        """Before a forward: input_ids (B, T) int64."""
-        input_ids = keywords.get("input_ids", arguments[0] if arguments else None)
-        self.num_tokens.append(0 if input_ids is None else input_ids.numel())

@@ -1,7 +1,7 @@
 """`ExpertFormats`: which experts are quantized how, by sparse layer and one by one.
 
 Everything is named by number, so that a recipe says it all: who is hot was read from a trace beforehand
-(`Trace.hottest`), and whoever loads the result needs no trace.
+(`Trace.hottest`, `RoutingTrace.hottest`), and whoever loads the result needs no trace.
 """
 
 from __future__ import annotations
@@ -27,8 +27,8 @@ class ExpertFormats:
         layers: formats of single sparse layers, by their number in the order of the model, `"3"`, or by range,
             `"0-3"`, both ends included.
         hot: the format of the experts in `hot_experts`, whatever their layer's is; None leaves them as they are.
-        hot_experts: numbers of single experts by sparse layer, with keys as in `layers`. `Trace.hottest` finds those
-            that were used most.
+        hot_experts: numbers of single experts by sparse layer, with keys as in `layers`. `Trace.hottest` and
+            `RoutingTrace.hottest` find those that most tokens chose.
     """
 
     default: HqqFormat | None = None

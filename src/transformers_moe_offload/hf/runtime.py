@@ -30,7 +30,7 @@ from transformers_moe_offload.hf.placeholders import put_back
 from transformers_moe_offload.hf.places import expect_in_place
 from transformers_moe_offload.hf.plan import OffloadPlan
 from transformers_moe_offload.hf.state_dicts import remove_state_dict_hooks
-from transformers_moe_offload.hf.upstream import COMPILED_CALL, tied_weights
+from transformers_moe_offload.hf.upstream import COMPILED_CALL, arguments, tied_weights
 from transformers_moe_offload.memory.checkpoint import LayerSource
 from transformers_moe_offload.memory.record import dtype_name
 from transformers_moe_offload.stats import CacheStats
@@ -299,15 +299,35 @@ class OffloadRuntime:
 def _announcing(model: nn.Module, recorder: TraceRecorder) -> list[RemovableHandle]:
     """Hooks that tell a recorder where the model's forwards begin and end; what is compiled tells nothing."""
 
-    def begin(*_: object) -> None:
+    def begin(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         if not torch.compiler.is_compiling():
-            recorder.begin_forward()
+            recorder.begin_forward(_num_tokens(module, arguments(module, args, kwargs)))
 
     def end(*_: object) -> None:
         if not torch.compiler.is_compiling():
             recorder.end_forward()
 
-    return [model.register_forward_pre_hook(begin), model.register_forward_hook(end, always_call=True)]
+    return [
+        model.register_forward_pre_hook(begin, with_kwargs=True),
+        model.register_forward_hook(end, always_call=True),
+    ]
+
+
+def _num_tokens(model: nn.Module, given: Mapping[str, Any]) -> int:
+    """How many tokens each sparse layer routes in a forward with these arguments; 0 where that is not known.
+
+    A forward that both encodes and decodes has layers with the tokens of the one and layers with those of the other.
+    """
+    ids, embeds = given.get("input_ids"), given.get("inputs_embeds")
+    decoder_ids = given.get("decoder_input_ids")
+    is_encoder_decoder = getattr(getattr(model, "config", None), "is_encoder_decoder", False)
+    if (ids is not None or embeds is not None) and (decoder_ids is not None or is_encoder_decoder):
+        return 0  # without decoder_input_ids the decoder has the labels, or the same tokens moved on
+    if ids is not None:
+        return int(ids.numel())
+    if embeds is not None:
+        return int(embeds.shape[0] * embeds.shape[1])
+    return 0 if decoder_ids is None else int(decoder_ids.numel())
 
 
 def cache_stats(model: Any) -> CacheStats:

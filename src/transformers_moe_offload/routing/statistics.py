@@ -114,6 +114,18 @@ def statistics_of(trace: RoutingTrace, router: int) -> RouterStatistics:
     )
 
 
+def token_counts_of(trace: RoutingTrace) -> dict[str, list[int]]:
+    """How many tokens chose each expert that has weights, by the path of the experts module, in the order of layers."""
+    loads = [np.zeros(facts.num_with_weights, np.int64) for facts in trace.routers]
+    for part in trace.parts():
+        for router, load in enumerate(loads):
+            rows = rows_of(part, router)
+            counts = (rows.experts >= 0) & (rows.experts < len(load)) & (rows.weights != 0)  # (N, K)
+            load += np.bincount(rows.experts[counts], minlength=len(load))
+    load_of = {facts.router: load.tolist() for facts, load in zip(trace.routers, loads, strict=True)}
+    return {path: list(load_of[facts.router]) for _, path, facts in trace.sparse_layers()}
+
+
 def preferences_of(trace: RoutingTrace, router: int) -> NDArray[np.float64]:
     """How often each domain chose each expert, 1 being the router's average over domains: (D, E)."""
     if not trace.domains:

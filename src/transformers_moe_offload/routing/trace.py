@@ -31,7 +31,7 @@ from transformers_moe_offload.routing.trace_file import (
     write_part,
 )
 from transformers_moe_offload.routing.trace_parts import read_parts
-from transformers_moe_offload.tracing import RecordedVisit, Trace, TraceError
+from transformers_moe_offload.tracing import RecordedVisit, Trace, TraceError, hottest_experts
 
 if TYPE_CHECKING:
     import pandas
@@ -164,6 +164,32 @@ class RoutingTrace:
 
         return agreement_of(self, other)
 
+    def token_counts(self) -> dict[str, list[int]]:
+        """How many tokens chose each expert, by the path of the experts module; padding is left out.
+
+        So are experts without weights and choices of weight zero. A token counts as often as its forward came to the
+        router with it.
+        """
+        from transformers_moe_offload.routing.statistics import token_counts_of
+
+        return token_counts_of(self)
+
+    def hottest(self, share: float | str) -> dict[str, list[int]]:
+        """The experts that most tokens chose: a share of those recorded, as `Trace.hottest`."""
+        counts = self.token_counts()
+        return hottest_experts({layer: counts[path] for layer, path, _ in self.sparse_layers()}, share)
+
+    def sparse_layers(self) -> list[tuple[int, str, RouterFacts]]:
+        """The recorded sparse layers in the order of the model: number, path of the experts module, and its router."""
+        return sorted(
+            (
+                (layer, path, facts)
+                for facts in self.routers
+                for layer, path in zip(facts.layers, facts.experts_paths, strict=True)
+            ),
+            key=lambda one: one[0],
+        )
+
     def to_pandas(self) -> pandas.DataFrame:
         """A row for every token and router. Needs the extra `research`."""
         return self.to_arrow().to_pandas()
@@ -181,14 +207,7 @@ class RoutingTrace:
         Transformers' own forward ask in ascending order instead, which a replay may show where a visit overflows the
         cache.
         """
-        layers = sorted(
-            (
-                (layer, path, facts)
-                for facts in self.routers
-                for layer, path in zip(facts.layers, facts.experts_paths, strict=True)
-            ),
-            key=lambda one: one[0],
-        )
+        layers = self.sparse_layers()
         place = {layer: number for number, (layer, _, _) in enumerate(layers)}
         trace = Trace(
             tuple(path for _, path, _ in layers),

@@ -4,5 +4,15 @@ from transformers_moe_offload.tracing.recorder import TraceRecorder
 from transformers_moe_offload.tracing.replay import Replay, replay
 from transformers_moe_offload.tracing.trace import RecordedVisit, Trace
 from transformers_moe_offload.tracing.trace_file import TraceError
+from transformers_moe_offload.tracing.use import CountsTokens, hottest_experts
 
-__all__ = ["RecordedVisit", "Replay", "Trace", "TraceError", "TraceRecorder", "replay"]
+__all__ = [
+    "CountsTokens",
+    "RecordedVisit",
+    "Replay",
+    "Trace",
+    "TraceError",
+    "TraceRecorder",
+    "hottest_experts",
+    "replay",
+]

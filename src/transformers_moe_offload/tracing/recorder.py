@@ -37,14 +37,15 @@ class TraceRecorder:
         self._stalled_before_ms = 0.0
         self._passes = Passes(len(layer_names) - 1)
         self._is_announced = self._has_begun = False
+        self._num_tokens = 0
 
-    def begin_forward(self) -> None:
-        """The visits that come next are one step."""
-        self._is_announced, self._has_begun = True, False
+    def begin_forward(self, num_tokens: int = 0) -> None:
+        """The visits that come next are one step, of so many tokens; 0 where that is not known."""
+        self._is_announced, self._has_begun, self._num_tokens = True, False, num_tokens
 
     def end_forward(self) -> None:
         """It is over."""
-        self._is_announced = False
+        self._is_announced, self._num_tokens = False, 0
 
     def record(self, layer: int, wanted: Sequence[int]) -> None:
         """A layer has opened a visit."""
@@ -52,7 +53,7 @@ class TraceRecorder:
         self.finish_visit()
         is_new_by_order = self._passes.begin(layer)
         if not trace.step_tokens or (not self._has_begun if self._is_announced else is_new_by_order):
-            trace.step_tokens.append(0)
+            trace.step_tokens.append(self._num_tokens)
         self._has_begun = True
         trace.visits.append(RecordedVisit(layer, tuple(wanted), len(trace.step_tokens) - 1))
         if self._total_stall_ms is not None and trace.stall_ms is not None:

@@ -9,7 +9,7 @@ router's scores were is not kept; neither is any text.
 from __future__ import annotations
 
 import os
-import re
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import NamedTuple
@@ -17,6 +17,7 @@ from typing import NamedTuple
 import numpy as np
 
 from transformers_moe_offload.tracing.trace_file import FORMAT, Array, TraceError, read_arrays, write_arrays
+from transformers_moe_offload.tracing.use import hottest_experts
 
 
 class RecordedVisit(NamedTuple):
@@ -65,33 +66,50 @@ class Trace:
         return [(visit.layer, visit.wanted) for visit in self.visits]
 
     def counts(self) -> dict[str, list[int]]:
-        """How often each expert was asked for, by layer."""
+        """How often each expert was asked for, by layer: what a cache is loaded by.
+
+        An expert counts once a visit, however many tokens chose it; `token_counts` counts tokens.
+        """
+        return self._count(self.visits)
+
+    def token_counts(self) -> dict[str, list[int]]:
+        """How many tokens chose each expert, by layer, in the steps of one token.
+
+        Steps of more tokens are left out: which of them chose an expert is not in a trace. One that has no step of one
+        token raises `TraceError`; `RoutingTrace.token_counts` counts all tokens.
+        """
+        single = {step for step, num_tokens in enumerate(self.step_tokens) if num_tokens == 1}
+        if not single:
+            raise TraceError(
+                f"the trace does not tell how many tokens chose an expert: {self._described_steps()}, and only in a "
+                f"step of one token is each expert that is wanted that token's choice; record the text with "
+                f"`routing.record_routing` (on the command line `moe-offload trace --routing`), or generate one "
+                f"sequence token by token"
+            )
+        return self._count(visit for visit in self.visits if visit.step in single)
+
+    def hottest(self, share: float | str) -> dict[str, list[int]]:
+        """The experts that most tokens chose: a share of all experts, `"10%"` or `0.1`, as numbers by sparse layer.
+
+        For `ExpertFormats(hot_experts=...)`. Experts of all layers are compared with one another; those that no token
+        chose are not hot, however large the share. Tokens are counted as `token_counts` does.
+        """
+        return hottest_experts(dict(enumerate(self.token_counts().values())), share)
+
+    def _count(self, visits: Iterable[RecordedVisit]) -> dict[str, list[int]]:
         counts = {name: [0] * number for name, number in zip(self.layer_names, self.num_experts, strict=True)}
-        for visit in self.visits:
+        for visit in visits:
             for expert in visit.wanted:
                 counts[self.layer_names[visit.layer]][expert] += 1
         return counts
 
-    def hottest(self, share: float | str) -> dict[str, list[int]]:
-        """The experts that were asked for most: a share of all experts, `"10%"` or `0.1`, as numbers by sparse layer.
-
-        For `ExpertFormats(hot_experts=...)`. Experts of all layers are compared with one another; those that were never
-        asked for are not hot, however large the share.
-        """
-        wanted = round(_share(share) * self.total_experts)
-        if wanted < 1:
-            raise TraceError(f"{share!r} of {self.total_experts} experts is none of them; choose a larger share")
-        counts = self.counts()
-        asked = [
-            (-uses, layer, expert)
-            for layer, name in enumerate(self.layer_names)
-            for expert, uses in enumerate(counts[name])
-            if uses
-        ]
-        hot: dict[str, list[int]] = {}
-        for layer, expert in sorted((layer, expert) for _, layer, expert in sorted(asked)[:wanted]):
-            hot.setdefault(str(layer), []).append(expert)
-        return hot
+    def _described_steps(self) -> str:
+        known = [num_tokens for num_tokens in self.step_tokens if num_tokens]
+        if not known:
+            return "its steps have an unknown number of tokens" if self.step_tokens else "it has no steps"
+        unknown = ", or an unknown number" if len(known) < len(self.step_tokens) else ""
+        numbers = f"{min(known):,}" if min(known) == max(known) else f"{min(known):,} to {max(known):,}"
+        return f"its steps have {numbers} tokens{unknown}"
 
     def __repr__(self) -> str:
         return f"Trace({self})"
@@ -141,12 +159,3 @@ def _arrays(trace: Trace) -> dict[str, Array]:
     if trace.stall_ms is not None:
         arrays["stall_ms"] = np.array(trace.stall_ms, dtype=np.float64)  # (V,)
     return arrays
-
-
-def _share(share: float | str) -> float:
-    """A share as people write it, as a number."""
-    match = re.fullmatch(r"(\d{1,3}(?:\.\d+)?)\s*%", share.strip()) if isinstance(share, str) else None
-    number = float(match[1]) / 100 if match else share
-    if isinstance(number, bool) or not isinstance(number, int | float) or not 0 < number <= 1:
-        raise TraceError(f"{share!r} is not a share of all experts; write '10%' or 0.1")
-    return float(number)

@@ -1,7 +1,7 @@
 """Train chosen experts of an offloaded model in full, between frozen others.
 
-A routing trace tells which experts a domain uses; ESFT (arXiv 2407.01906) found that training those few is as good
-for a task as training everything, and forgets less.
+A recording of the routing tells which experts a domain uses; ESFT (arXiv 2407.01906) found that training those few is
+as good for a task as training everything, and forgets less.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from typing import Any
 from transformers_moe_offload.errors import ConfigError
 from transformers_moe_offload.hf.runtime import OffloadRuntime, runtime_of
 from transformers_moe_offload.hf.unfreezing import make_own
-from transformers_moe_offload.tracing import Trace
+from transformers_moe_offload.tracing import CountsTokens
 
 
 def unfreeze_experts(
@@ -20,14 +20,15 @@ def unfreeze_experts(
     experts: Mapping[str | int, Iterable[int]] | None = None,
     *,
     top: int | None = None,
-    trace: Trace | Mapping[str, Iterable[float]] | None = None,
+    trace: CountsTokens | Mapping[str, Iterable[float]] | None = None,
 ) -> list[str]:
     """Make experts parameters of the model that are trained, too; returns the names of these parameters
     in the model (in the base model of one that PEFT has wrapped).
 
-    Either `experts`, by the sparse layer's module path or its place among the sparse layers; or the `top` most used of
-    every layer, by a `trace` or by counts. Create the optimizer afterwards. They are in memory for good and cost their
-    part of `cache_budget`; an optimizer's state comes on top. A budget that is too small raises `CapacityError`.
+    Either `experts`, by the sparse layer's module path or its place among the sparse layers; or, of every layer, the
+    `top` that most tokens chose, by a `trace` (a `RoutingTrace`, or a `Trace` with steps of one token) or by counts.
+    Create the optimizer afterwards. They are in memory for good and cost their part of `cache_budget`; an optimizer's
+    state comes on top. A budget that is too small raises `CapacityError`.
     """
     runtime = runtime_of(model)
     if (experts is None) == (top is None) or (top is None) != (trace is None):
@@ -55,7 +56,7 @@ def _by_name(runtime: OffloadRuntime, experts: Mapping[str | int, Iterable[int]]
 
 
 def _most_used(runtime: OffloadRuntime, top: int, trace: Any) -> dict[str, list[int]]:
-    counts = trace.counts() if isinstance(trace, Trace) else trace
+    counts = trace.token_counts() if isinstance(trace, CountsTokens) else trace
     chosen = {}
     for layer in runtime.layers:
         uses = list(counts.get(layer.name, ()))
