@@ -84,7 +84,7 @@ class _Gathered(threading.local):
         self.calls: list[CallRecord] | None = None
         self.past = Past()
         self.moves: tuple[Move, ...] = ()
-        self.before = 0
+        self.before = self.num_kept = 0
 
 
 class RoutingRecorder:
@@ -168,7 +168,8 @@ class RoutingRecorder:
         if before is None or self._is_forked:  # None was not refused: the forward began before the recording did
             self._gathered.calls = None
             return
-        self._gathered.past, self._gathered.moves, self._gathered.before = passage.past, passage.moves, before
+        self._gathered.past, self._gathered.moves = passage.past, passage.moves
+        self._gathered.before, self._gathered.num_kept = before, passage.num_kept
         self._gathered.calls = []
 
     def end(self, passage: Passage) -> None:
@@ -178,7 +179,9 @@ class RoutingRecorder:
             return
         found = self._gathered
         with self._writing:
-            self._buffer.add(StepRecord(calls, found.past, found.moves, found.before, self._domain_number()))
+            self._buffer.add(
+                StepRecord(calls, found.past, found.moves, found.before, found.num_kept, self._domain_number())
+            )
             if self._buffer.nbytes >= self._buffer_bytes:
                 self._flush()
 
