@@ -167,6 +167,22 @@ def test_move_rows_are_all_methods_of_a_cache_that_change_the_order_or_number_of
     assert "reorder_cache(beam_idx)" in inspect.getsource(generation)
 
 
+def test_forget_tokens_are_all_methods_of_a_cache_that_leave_fewer_tokens_in_it(model):
+    """By their parameter, or by having none: another one upstream would be missed here."""
+    names = [
+        name
+        for name, method in vars(transformers.Cache).items()
+        if inspect.isfunction(method) and "tokens_to_remove" in inspect.signature(method).parameters
+    ]
+    assert sorted([*names, "reset"]) == sorted(upstream.FORGET_TOKENS)
+    cache = DynamicCache(config=model.config)
+    model(torch.tensor([[1, 2, 3]]), **{upstream.kv_cache_parameter(type(model).forward): cache})
+    cache.crop(-2)
+    assert upstream.num_tokens_in(cache) == 1
+    cache.reset()
+    assert upstream.num_tokens_in(cache) == 0
+
+
 def test_generate_asks_for_the_compiled_call_by_its_name():
     assert f".{upstream.COMPILED_CALL}(" in inspect.getsource(generation)
 

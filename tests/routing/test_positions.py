@@ -10,6 +10,7 @@ import torch
 from transformers import DynamicCache
 
 from hurried import run_at_once
+from recorded import placed, read, texts_of
 from transformers_moe_offload import UnsupportedModelError, routing
 from transformers_moe_offload.hf.upstream import kv_cache_argument, kv_cache_parameter
 from zoo.build import build
@@ -22,19 +23,6 @@ STORED = json.loads((Path(__file__).parent / "positions.json").read_text())
 def model():
     torch.manual_seed(0)
     return build("mixtral").eval()
-
-
-def texts_of(trace, router=0):
-    """(token, position) of every token that is no padding, by sequence."""
-    found = {}
-    for rows in trace.rows(router):
-        for token, sequence, position in zip(rows.token_ids, rows.sequence, rows.position, strict=True):
-            found.setdefault(int(sequence), []).append((int(token), int(position)))
-    return list(found.values())
-
-
-def placed(ids, first=0):
-    return [(token, first + place) for place, token in enumerate(ids)]
 
 
 def begin(model, ids):
@@ -168,13 +156,6 @@ def test_no_text_of_a_generation_with_drafts_has_two_tokens_at_one_position(mode
         assert [position for _, position in text] == list(range(first, first + len(text)))
 
 
-def read(model, rows, past=None):
-    """Read a batch; gives its cache."""
-    past = DynamicCache() if past is None else past
-    model(torch.tensor(rows), use_cache=True, **{kv_cache_parameter(type(model).forward): past})
-    return past
-
-
 def test_rows_of_a_cache_that_are_moved_are_followed_and_a_text_that_forks_goes_on_in_the_first_of_them(model):
     with routing.record_routing(model) as recorder, torch.no_grad():
         cache = read(model, [[1, 2], [3, 4]])
@@ -229,22 +210,6 @@ def test_the_texts_of_a_beam_search_are_what_its_beams_have_read(model, cache):
         steps = placed(tokens[:-1])
         assert all(pair in pairs or pair[1] in heads for pair in itertools.pairwise(steps))
     assert not hasattr(DynamicCache.reorder_cache, "__wrapped__"), "still listened to"
-
-
-def test_several_texts_in_one_row_are_refused_while_recording(model):
-    packed = {"input_ids": torch.tensor([[1, 2, 3, 4, 5]]), "position_ids": torch.tensor([[0, 1, 2, 0, 1]])}
-    with (
-        routing.record_routing(model) as recorder,
-        torch.no_grad(),
-        pytest.raises(UnsupportedModelError, match="position_ids of row 0 begin again within it"),
-    ):
-        model(**packed)
-    with torch.no_grad():
-        model(**packed)
-    with routing.record_routing(model) as recorder, torch.no_grad():
-        padded = torch.tensor([[1, 1, 0, 1, 2]])
-        model(packed["input_ids"], position_ids=padded, attention_mask=torch.tensor([[0, 0, 1, 1, 1]]))
-    assert texts_of(recorder.trace) == [placed([3, 4, 5], first=2)]
 
 
 def test_an_encoder_that_is_called_after_an_interrupt_in_the_decoder_is_recorded():

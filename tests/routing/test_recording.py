@@ -197,6 +197,25 @@ def test_more_domains_or_experts_than_a_recording_can_number_are_refused(plain, 
         routing.record_routing(plain).__enter__()
 
 
+@pytest.mark.parametrize("domain", [3, True, ["x"], b"x", "\ud800", torch.tensor(1)])
+def test_a_domain_that_no_recording_can_hold_is_refused_when_it_is_set(plain, token_ids, tmp_path, domain):
+    with routing.record_routing(plain, tmp_path) as recording, torch.no_grad():
+        recording.domain = "code"
+        with pytest.raises(ConfigError, match="is not text that can be written; pass a str, or None for no domain"):
+            recording.domain = domain
+        assert recording.domain == "code"
+        plain(token_ids)
+    assert RoutingTrace.load(tmp_path).domains == ("code",)
+
+
+def test_a_recording_is_not_given_while_it_runs(plain, token_ids):
+    with routing.record_routing(plain) as recording, torch.no_grad():
+        plain(token_ids)
+        with pytest.raises(TraceError, match="still running; read `trace` after the `with` block"):
+            recording.trace  # noqa: B018
+    assert recording.trace.num_steps == 1
+
+
 def test_a_streamed_trace_is_the_one_in_memory_and_its_parts_are_small(plain, token_ids, tmp_path):
     with routing.record_routing(plain, tmp_path / "trace", buffer_size=4_000) as streamed:
         with routing.record_routing(plain) as kept:

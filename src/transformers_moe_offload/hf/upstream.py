@@ -66,6 +66,7 @@ __all__ = [
     "AUTO_QUANTIZER_MAPPING",
     "COMPILED_CALL",
     "EXPERTS_FLAGS",
+    "FORGET_TOKENS",
     "HOOKS",
     "MOVE_ROWS",
     "OWN_HOOKS",
@@ -124,9 +125,12 @@ COMPILED_CALL = "get_compiled_call"
 MOVE_ROWS = ("reorder_cache", "batch_select_indices", "batch_repeat_interleave")
 """5.23, 5.24: the methods of a KV cache that move its rows, by their places or by how often each is repeated."""
 
+FORGET_TOKENS = ("crop", "reset")
+"""5.23, 5.24: the methods of a KV cache that leave fewer tokens of each text in it."""
+
 HOOKS = {
     transformers.AutoConfig: ("from_pretrained",),
-    Cache: MOVE_ROWS,
+    Cache: (*MOVE_ROWS, *FORGET_TOKENS),
     transformers.PreTrainedModel: ("from_pretrained", "save_pretrained", COMPILED_CALL),
     HfQuantizer: (
         "validate_environment",

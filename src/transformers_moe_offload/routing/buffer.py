@@ -51,6 +51,8 @@ class StepRecord(NamedTuple):
     """How their rows have been moved since they were read last."""
     before: int
     """Tokens of the same texts that earlier forwards have read."""
+    num_kept: int
+    """How many of these the KV cache has held ever since the last forward; others were forgotten and read anew."""
     domain: int
 
 
@@ -123,7 +125,7 @@ class RoutingBuffer:
             texts: dict[int, int] = {}
             for call in step.calls:
                 num_rows = len(call.experts)
-                first = self._first_token(call, num_rows, step, texts)
+                first = self._first_token(call, step, texts)
                 self._calls.append((call.router, self._num_rows[call.router], num_rows, self.num_steps, first))
                 self._num_rows[call.router] += num_rows
                 for name, arrays in columns.items():
@@ -134,14 +136,16 @@ class RoutingBuffer:
                         self._rows.setdefault(f"{name}.{call.router}", []).append(array)
                         self._nbytes += array.nbytes
                 number += 1
+            if not any(_is_of_text(call) and not call.is_encoding for call in step.calls):
+                self._pass_by(step)
             self.num_steps += 1
         self._waiting = []
         self._waiting_rows = self._waiting_bytes = 0
 
-    def _first_token(self, call: CallRecord, num_rows: int, step: StepRecord, texts: dict[int, int]) -> int:
+    def _first_token(self, call: CallRecord, step: StepRecord, texts: dict[int, int]) -> int:
         """Where the call's tokens are among those of the part; -1 where its rows are no tokens of text."""
         ids = call.token_ids
-        if ids is None or ids.numel() != num_rows:
+        if ids is None or not _is_of_text(call):
             return -1
         if id(ids) not in texts:
             texts[id(ids)] = self._part_tokens
@@ -153,13 +157,23 @@ class RoutingBuffer:
         batch, length = ids.shape
         if is_encoding:
             return self._new_numbers(batch), 0
-        numbers, num_tokens = self._texts_of.get(step.past, _Texts((), 0))
-        # A cache that has forgotten tokens, as it does with drafts that were rejected, goes on with another text.
-        numbers = self._moved(numbers, step.moves) if 0 < step.before >= num_tokens else ()
+        numbers = self._texts_before(step).numbers
         if len(numbers) != batch:
             numbers = self._new_numbers(batch)
         self._texts_of[step.past] = _Texts(numbers, step.before + length)
         return numbers, step.before
+
+    def _pass_by(self, step: StepRecord) -> None:
+        """Follow the texts of a step that has read no tokens of them, but embeddings."""
+        self._texts_of[step.past] = self._texts_before(step)
+
+    def _texts_before(self, step: StepRecord) -> _Texts:
+        """The texts that a step goes on with, none where they are not known."""
+        numbers, num_tokens = self._texts_of.get(step.past, _Texts((), 0))
+        # A cache that has forgotten tokens, as it does with drafts that were rejected, goes on with another text.
+        if step.before == 0 or step.num_kept < num_tokens or not numbers:
+            return _Texts((), 0)
+        return _Texts(self._moved(numbers, step.moves), num_tokens)
 
     def _moved(self, numbers: tuple[int, ...], moves: tuple[Move, ...]) -> tuple[int, ...]:
         """The texts of rows that have been moved. Of several rows that go on with one text the first one keeps it."""
@@ -167,7 +181,7 @@ class RoutingBuffer:
         try:
             for move in moves:
                 rows = move(rows)
-        except IndexError:  # rows that this recording has not seen
+        except (IndexError, RuntimeError, TypeError):  # rows that this recording has not seen
             return ()
         return tuple(
             number if number not in rows[:place] else self._new_numbers(1)[0] for place, number in enumerate(rows)
@@ -197,6 +211,11 @@ class RoutingBuffer:
             self._nbytes += array.nbytes
         self._part_tokens += batch * length
         self.num_tokens += batch * length
+
+
+def _is_of_text(call: CallRecord) -> bool:
+    """Whether the rows of a call are tokens."""
+    return call.token_ids is not None and call.token_ids.numel() == len(call.experts)
 
 
 def _nbytes(call: CallRecord) -> int:

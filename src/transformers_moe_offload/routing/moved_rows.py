@@ -1,24 +1,32 @@
-"""Notice that rows of a KV cache are moved, as beam search moves them after each step.
+"""Notice that rows of a KV cache are moved, as beam search moves them after each step, and that it forgets tokens.
 
-A cache does not report that, and nothing in it shows that afterwards. So the methods that move rows are wrapped, in all
-classes of caches, as long as there is a listener.
+A cache does not report that, and nothing in it shows that once others have been read. So the methods that do it are
+wrapped, in all classes of caches, as long as there is a listener.
 """
+
+# B rows of a cache
 
 from __future__ import annotations
 
 import functools
 import threading
 from collections.abc import Callable, Iterator, Sequence
+from copy import copy
 from typing import Any
 
+import torch
 from torch import Tensor
 from transformers import Cache
 
-from transformers_moe_offload.hf.upstream import MOVE_ROWS
+from transformers_moe_offload.hf.upstream import FORGET_TOKENS, MOVE_ROWS
 
 Move = Callable[[Sequence[int]], list[int]]
-"""From what the rows were, one entry each, to what they are."""
-Listener = Callable[[Cache, Move], None]
+"""From what the rows were, one entry each, to what they are.
+
+Raises `IndexError`, `RuntimeError` or `TypeError` for a number of rows that the cache cannot have had.
+"""
+Listener = Callable[[Cache, Move | None], None]
+"""None: it has forgotten tokens, or all."""
 
 _listeners: list[Listener] = []
 _wrapped: list[tuple[type, str, Any]] = []
@@ -29,7 +37,7 @@ _moving = threading.local()
 
 
 def listen(listener: Listener) -> None:
-    """Call `listener(cache, move)` whenever rows of a cache have been moved, in the thread that moves them."""
+    """Call `listener(cache, move)` whenever a cache has moved rows or forgotten tokens, in the thread that it does."""
     with _changing:
         if not _listeners:
             _wrap()
@@ -48,11 +56,11 @@ def stop_listening(listener: Listener) -> None:
 
 def _wrap() -> None:
     for kind in _classes(Cache):
-        for name in MOVE_ROWS:
+        for name in (*MOVE_ROWS, *FORGET_TOKENS):
             if name in vars(kind):
                 method = vars(kind)[name]
                 _wrapped.append((kind, name, method))
-                setattr(kind, name, _telling(method))
+                setattr(kind, name, _telling(name, method))
 
 
 def _classes(kind: type) -> Iterator[type]:
@@ -62,17 +70,19 @@ def _classes(kind: type) -> Iterator[type]:
         yield from _classes(derived)
 
 
-def _telling(method: Any) -> Any:
+def _telling(name: str, method: Any) -> Any:
     @functools.wraps(method)
     def moved(self: Cache, *args: Any, **kwargs: Any) -> Any:
         outer, _moving.cache = getattr(_moving, "cache", None), self
+        is_told = outer is not self
+        # Before the call: the caller's tensor may become another one.
+        (how, *_) = (*args, *kwargs.values(), None)
+        move = _move(name, how) if is_told and name in MOVE_ROWS else None
         try:
             result = method(self, *args, **kwargs)
         finally:
             _moving.cache = outer
-        if outer is not self:
-            (rows,) = (*args, *kwargs.values())
-            move = _repeated(rows) if isinstance(rows, int) else _chosen(rows)
+        if is_told:
             for listener in _listeners.copy():
                 listener(self, move)
         return result
@@ -80,10 +90,18 @@ def _telling(method: Any) -> Any:
     return moved
 
 
-def _chosen(rows: Tensor) -> Move:
-    places = rows.tolist()  # sync: device -> host
-    return lambda before: [before[place] for place in places]
+def _move(name: str, how: Any) -> Move:
+    """What a method of `MOVE_ROWS` does to rows, (B,), as layers of caches do it to keys, (B, ...)."""
+    how = how.detach().to("cpu", copy=True) if isinstance(how, Tensor) else copy(how)  # sync: device -> host
 
+    def move(before: Sequence[int]) -> list[int]:
+        places = torch.arange(len(before))
+        if name == "reorder_cache":
+            places = places.index_select(0, how)
+        elif name == "batch_select_indices":
+            places = places[how, ...]
+        else:
+            places = places.repeat_interleave(how, dim=0)
+        return [before[place] for place in places.tolist()]
 
-def _repeated(times: int) -> Move:
-    return lambda before: [row for row in before for _ in range(times)]
+    return move

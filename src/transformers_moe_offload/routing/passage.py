@@ -40,6 +40,12 @@ class Past:
     def __init__(self) -> None:
         self.moves: tuple[Move, ...] = ()
         """How its rows have been moved since the last forward."""
+        self.num_kept: int | None = None
+        """The fewest tokens of each text that it has held since then; None if it has forgotten none."""
+
+    def keep(self, num_tokens: int) -> None:
+        """Note how many tokens of each text it holds."""
+        self.num_kept = num_tokens if self.num_kept is None else min(self.num_kept, num_tokens)
 
 
 class _Forward:
@@ -54,6 +60,7 @@ class _Forward:
         self.past = Past()
         self.moves: tuple[Move, ...] = ()
         self.num_before: int | None = 0
+        self.num_kept = 0
         self.inputs: dict[str, Any] = {}
 
     def encoded(self) -> None:
@@ -97,9 +104,17 @@ class Passage:
         if not self._listeners:
             moved_rows.stop_listening(self._note_move)
 
-    def _note_move(self, cache: Cache, move: Move) -> None:
-        if cache in self._pasts:
-            self._pasts[cache].moves += (move,)
+    def _note_move(self, cache: Cache, move: Move | None) -> None:
+        past = self._pasts.get(cache)
+        if past is None:
+            return
+        if move is not None:
+            past.moves += (move,)
+            return
+        try:
+            past.keep(num_tokens_in(cache))
+        except UnsupportedModelError:
+            past.keep(0)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Passage:
         twin = memo.get(id(self._base()))
@@ -141,6 +156,11 @@ class Passage:
         return self._forward.num_before
 
     @property
+    def num_kept(self) -> int:
+        """How many of those tokens the KV cache has held ever since the forward that read it last."""
+        return self._forward.num_kept
+
+    @property
     def past(self) -> Past:
         """The same object for forwards that go on with the same texts, whichever thread they run in."""
         return self._forward.past
@@ -176,6 +196,8 @@ class Passage:
         forward.inputs, forward.is_running = arguments(module, args, kwargs), True
         forward.past, forward.num_before = past, num_before
         forward.moves = past.moves
+        past.keep(num_before or 0)
+        forward.num_kept = past.num_kept or 0
         self._running.forward = self._latest = forward
         for listener in self._listeners:
             listener.begin(self)
@@ -191,6 +213,7 @@ class Passage:
             return
         if output is not None:
             self.past.moves = self.past.moves[len(self.moves) :]  # one that failed has not read them
+            self.past.num_kept = None
             cache = kv_cache_of_output(output)
             if cache is not None:  # perhaps one that the model has made
                 self._pasts[cache] = self.past

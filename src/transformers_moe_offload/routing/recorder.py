@@ -30,10 +30,12 @@ from transformers_moe_offload.routing.trace_file import (
     Part,
     RouterFacts,
     TraceIndex,
+    is_text,
     new_folder,
     write_part,
 )
 from transformers_moe_offload.routing.trace_parts import num_steps_of
+from transformers_moe_offload.tracing.trace_file import TraceError
 
 Scores = Literal["float16", "float32"]
 
@@ -82,7 +84,7 @@ class _Gathered(threading.local):
         self.calls: list[CallRecord] | None = None
         self.past = Past()
         self.moves: tuple[Move, ...] = ()
-        self.before = 0
+        self.before = self.num_kept = 0
 
 
 class RoutingRecorder:
@@ -103,8 +105,7 @@ class RoutingRecorder:
         budget = Budget.parse(buffer_size, "buffer_size")
         if budget.nbytes is None or budget.nbytes < 1:
             raise ConfigError(f"buffer_size={buffer_size!r} is not a number of bytes, like '64MiB'")
-        self.domain: str | None = None
-        """What the tokens from now on belong to; `RoutingTrace` compares domains by it."""
+        self._domain: str | None = None
         self._model = model
         self._base = unwrapped(model)
         self._sites = select(find_sites(model), layers)
@@ -123,8 +124,21 @@ class RoutingRecorder:
         self._process = os.getpid()
 
     @property
+    def domain(self) -> str | None:
+        """What the tokens from now on belong to; `RoutingTrace` compares domains by it."""
+        return self._domain
+
+    @domain.setter
+    def domain(self, domain: str | None) -> None:
+        if domain is not None and not is_text(domain):
+            raise ConfigError(f"domain={domain!r} is not text that can be written; pass a str, or None for no domain")
+        self._domain = domain
+
+    @property
     def trace(self) -> RoutingTrace:
-        """What was recorded; complete once the `with` block has been left."""
+        """What was recorded; raises `TraceError` before the `with` block has been left."""
+        if self._passage is not None:
+            raise TraceError("the recording is still running; read `trace` after the `with` block has been left")
         return RoutingTrace(self._index, self._folder if self._folder is not None else list(self._parts))
 
     def start(self) -> None:
@@ -154,7 +168,8 @@ class RoutingRecorder:
         if before is None or self._is_forked:  # None was not refused: the forward began before the recording did
             self._gathered.calls = None
             return
-        self._gathered.past, self._gathered.moves, self._gathered.before = passage.past, passage.moves, before
+        self._gathered.past, self._gathered.moves = passage.past, passage.moves
+        self._gathered.before, self._gathered.num_kept = before, passage.num_kept
         self._gathered.calls = []
 
     def end(self, passage: Passage) -> None:
@@ -164,7 +179,9 @@ class RoutingRecorder:
             return
         found = self._gathered
         with self._writing:
-            self._buffer.add(StepRecord(calls, found.past, found.moves, found.before, self._domain_number()))
+            self._buffer.add(
+                StepRecord(calls, found.past, found.moves, found.before, found.num_kept, self._domain_number())
+            )
             if self._buffer.nbytes >= self._buffer_bytes:
                 self._flush()
 

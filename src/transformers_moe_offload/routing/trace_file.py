@@ -111,7 +111,7 @@ class TraceIndex:
         return index
 
 
-def _is_text(found: Any) -> bool:
+def is_text(found: Any) -> bool:
     """Whether it is text that can be printed; JSON has halves of characters, too."""
     try:
         return isinstance(found, str) and found.encode() is not None
@@ -128,20 +128,20 @@ def _are(of_kind: Callable[[Any], bool]) -> Callable[[Any], bool]:
 
 
 _FITS: dict[str, Callable[[Any], bool]] = {
-    "model": _is_text,
+    "model": is_text,
     "routers": _are(lambda found: isinstance(found, dict)),
-    "domains": _are(_is_text),
-    "parts": _are(_is_text),
+    "domains": _are(is_text),
+    "parts": _are(is_text),
     "num_steps": _is_count,
     "num_tokens": _is_count,
     "router": _is_count,
-    "path": _is_text,
+    "path": is_text,
     "num_experts": _is_count,
     "num_with_weights": _is_count,
     "top_k": lambda found: found is None or _is_count(found),
     "has_affinities": lambda found: isinstance(found, bool),
     "layers": _are(_is_count),
-    "experts_paths": _are(_is_text),
+    "experts_paths": _are(is_text),
 }
 """Whether an entry of `trace.json` is what it has to be."""
 
