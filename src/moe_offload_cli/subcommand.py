@@ -7,6 +7,7 @@ import importlib
 from collections.abc import Callable
 from typing import Any
 
+import typer
 from typer.core import TyperCommand
 
 WORK = "transformers_moe_offload.cli"
@@ -15,6 +16,14 @@ WORK = "transformers_moe_offload.cli"
 
 class Subcommand(TyperCommand):
     """A command whose errors are one line each."""
+
+    def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
+        """Understand what was typed; what is wrong with a value is said without the words of Typer's validator."""
+        try:
+            return super().parse_args(ctx, args)
+        except typer.BadParameter as error:
+            error.message = error.message.removeprefix("Value error, ")
+            raise
 
     def invoke(self, ctx: Any) -> Any:
         """Do it; its arguments have been parsed and checked."""

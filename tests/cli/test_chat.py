@@ -146,7 +146,7 @@ def test_a_number_out_of_range_is_a_usage_error(run, tiny_moe, option, value):
 
 def test_an_unknown_model_is_refused(run):
     error = the_error(run("chat", "nobody/nothing-of-that-name", "--local-files-only", "--prompt", "x"))
-    assert "cannot load 'nobody/nothing-of-that-name'" in error
+    assert "there is no folder 'nobody/nothing-of-that-name' here" in error
 
 
 def test_a_model_without_weights_is_refused(run, linked):

@@ -18,6 +18,9 @@ COMMANDS = typer.main.get_command(app).commands
         ("bench", "mmap=True, but they cannot be mapped", "--mmap, but they cannot be mapped"),
         ("plan", "cache_budget='lots' is not a budget", "--cache-budget 'lots' is not a budget"),
         ("chat", "(use top_p=0.5)", "(use --top-p 0.5)"),
+        ("plan", "leave OffloadConfig.experts out", "leave --experts out"),
+        ("plan", "ExpertFormats.layers names layer 9", "--layers names layer 9"),
+        ("chat", "choose one of ['lru'] or register your own; did", "choose one of ['lru']; did"),
         ("replay", "write json_file=None", "write --json None"),
     ],
 )

@@ -1,5 +1,6 @@
 """What is no model is refused in plain words by every command that loads one, and before it is asked for at the Hub."""
 
+import logging
 import socket
 
 import pytest
@@ -47,5 +48,20 @@ def test_a_hub_out_of_reach_is_waited_for_once(run, monkeypatch):
 
     monkeypatch.setattr("transformers.AutoConfig.from_pretrained", read)
     error = the_error(run("chat", "org/model", "--prompt", "x"))
-    assert error == "error: cannot load 'org/model': no connection"
+    absent = "there is no folder 'org/model' here, and no model of that name can be read from the Hub"
+    assert error == f"error: {absent}: no connection"
     assert asked == ["org/model"]
+
+
+def test_what_the_client_of_the_hub_tries_again_is_not_shown(run, monkeypatch, caplog):
+    def read(name, **options):
+        logging.getLogger("huggingface_hub.utils._http").warning("Retrying in 1s")
+        raise OSError("no connection")
+
+    logger = logging.getLogger("huggingface_hub")
+    monkeypatch.setattr(logger, "propagate", True)
+    monkeypatch.setattr(logger, "level", logging.WARNING)
+    monkeypatch.setattr("transformers.AutoConfig.from_pretrained", read)
+    the_error(run("plan", "nowhere"))
+    assert not caplog.messages
+    assert logger.level == logging.WARNING

@@ -164,7 +164,7 @@ def test_a_model_without_experts_is_refused(run, dense_model):
 
 def test_an_unknown_id_is_refused(run):
     error = the_error(run("plan", "nobody/nothing-of-that-name", "--local-files-only"))
-    assert "'nobody/nothing-of-that-name' is neither a folder with a model nor one that can be read" in error
+    assert "there is no folder 'nobody/nothing-of-that-name' here, and no model of that name can be read" in error
 
 
 def test_a_folder_that_is_not_there_is_refused(run, tmp_path):

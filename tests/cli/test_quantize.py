@@ -262,11 +262,11 @@ def test_a_complete_checkpoint_is_replaced_only_on_request(run, source, folder):
     [
         ((), "nothing to quantize; say how: --experts 4x64"),
         (("--experts", "four"), "'four' is not a format; write bits and group size such as 4x64"),
-        (("--experts", "5x64"), "nbits=5 is not one of [8, 4, 3, 2, 1]"),
-        (("--experts", "4x48"), "group_size=48 is not one of [16, 32, 64, 128]"),
+        (("--experts", "5x64"), "--experts '5x64' is not a format: the number of bits is one of 8, 4, 3, 2, 1"),
+        (("--experts", "4x48"), "--experts '4x48' is not a format: a group size is one of 16, 32, 64, 128"),
         (("--experts", "4x128"), "mlp.experts: group_size=128 does not divide the 64 inputs of gate_up_proj"),
         (("--layers", "3"), "--layers '3' names no format; write sparse layers and a format as 0-3=4x64"),
-        (("--layers", "0-77=4x16"), "layers names sparse layer '0-77', but the model has 4, 0 to 3"),
+        (("--layers", "0-77=4x16"), "--layers names sparse layer '0-77', but the model has 4, 0 to 3"),
         (("--experts", "4x16", "--layers", "0=2x16", "--layers", "0-1=4x16"), "layers names sparse layer 0 twice"),
     ],
 )

@@ -65,7 +65,10 @@ def test_all_counts_are_written_as_json(run, trace, file, tmp_path):
         (("--slots", "10%,"), "--slots: '' is neither a number of slots"),
         (("--slots", "5%"), "--slots: 5% comes to 0 slots, and the trace's model has 16 experts"),
         (("--slots", "17"), "--slots: 17 comes to 17 slots"),
-        (("--policy", "lur"), "--policy 'lur' is not a known policy"),
+        (
+            ("--policy", "lur"),
+            f"--policy 'lur' is not a known policy; choose one of {[*policy_names(), 'belady']}; did you mean 'lru'?",
+        ),
         (("--json", "nowhere/r.json"), "cannot write --json nowhere/r.json"),
     ],
 )

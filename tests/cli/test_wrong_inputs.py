@@ -1,7 +1,9 @@
 """Every subcommand once with an input that is wrong: one clear error, the exit code of one, and no traceback.
 
-`tox -e users` does the same with the command that a wheel installs.
+`tox -e users` does the same with the command that a wheel installs, without extras.
 """
+
+import sys
 
 import pytest
 from typer.testing import CliRunner
@@ -10,11 +12,16 @@ from moe_offload_cli.main import SUBCOMMANDS, app
 
 from .wrong_inputs import CASES, expect_refusal, fill
 
+EXTRAS = ("matplotlib", "matplotlib.figure", "pandas", "pyarrow", "datasets")
+"""What a wheel does not bring unless it is asked to: an error that names an extra would hide the one of the input."""
+
 
 @pytest.mark.parametrize(("command", "message"), CASES, ids=lambda text: text[:40])
 def test_a_wrong_input_is_one_clear_error(command, message, tmp_path, monkeypatch):
     fill(tmp_path)
     monkeypatch.chdir(tmp_path)
+    for extra in EXTRAS:
+        monkeypatch.setitem(sys.modules, extra, None)
     there = sorted(tmp_path.rglob("*"))
     done = CliRunner().invoke(app, command.split(), env={"COLUMNS": "400", "HF_HUB_OFFLINE": "1"})
     expect_refusal(done.exit_code, done.stderr, message)

@@ -13,7 +13,15 @@ CONFIG |= {"intermediate_size": 64, "num_attention_heads": 2, "num_key_value_hea
 CASES = [
     ("plan dense", "LlamaForCausalLM has no routed experts that can be offloaded"),
     ("plan moe --cache-budget 1", "set --cache-budget to 110,592 bytes or more"),
-    ("plan moe --experts 4x48", "group_size=48 is not one of [16, 32, 64, 128]"),
+    ("plan moe --cache-budget 25", "error: a cache budget of 25 bytes is too small: one slot for an expert takes "),
+    ("plan moe --experts 4x48", "--experts '4x48' is not a format: a group size is one of 16, 32, 64, 128"),
+    ("plan moe --experts 5x32", "--experts '5x32' is not a format: the number of bits is one of 8, 4, 3, 2, 1"),
+    ("plan moe --experts 4", "--experts '4' is not a format; write bits and group size such as 4x64"),
+    ("plan moe --dense 4", "--dense '4' is not a format"),
+    ("plan moe --layers 0-3=4", "--layers '0-3=4': '4' is not a format"),
+    ("plan moe --layers 9=4x32", "--layers names sparse layer '9', but the model has 8"),
+    ("plan moe --layers x=4x32", "--layers has 'x', which is not a layer's number"),
+    ("plan nowhere", "error: there is no folder 'nowhere' here, and no model of that name can be read from the Hub: "),
     ("plan moe --layers 3", "--layers '3' names no format"),
     ("plan text.txt", "it is a file; name the folder that a model was saved to, or an id of the Hub"),
     ("plan odd", "its config is not what such a model's is: "),
@@ -25,9 +33,10 @@ CASES = [
     ("quantize hollow out --experts 4x32", "has experts without weights: by the config, gate_up_proj of each is of"),
     ("quantize moe full --experts 4x32", "full is not empty"),
     ("convert moe out --from mixtral-offloading", "the layout of mixtral-offloading is for Mixtral, but "),
-    ("convert moe out --from elsewhere", "'elsewhere' is not"),
+    ("convert moe out --from elsewhere", "Invalid value for '--from': 'elsewhere' is not"),
     ("build nowhere.yaml out", "cannot read nowhere.yaml: No such file or directory"),
     ("build text.txt out", "text.txt holds no recipe but str"),
+    ("build blank.yaml out", "blank.yaml is empty; see the documentation"),
     ("bake moe out", "moe is a qwen3_moe; only a mixture of adapters (adapter_moe) is baked"),
     ("bake odd out", "cannot read the config of odd: "),
     ("push moe me/moe", "moe is not a complete prebuilt checkpoint: it has no moe_offload.safetensors.index.json"),
@@ -35,19 +44,21 @@ CASES = [
     ("bench", "bench measures a MODEL or, with --kernels, products of matrices: give one of the two"),
     ("bench moe --json nowhere/figures.json", "it is in nowhere, which is not a folder"),
     ("bench moe --prefetch clairvoyant", "--prefetch 'clairvoyant' is not a known predictor; choose one of ["),
-    ("bench moe --text nowhere", "cannot read --text nowhere"),
+    ("bench moe --text nowhere", "cannot read --text nowhere: No such file or directory"),
     ("trace moe -o t.npz", "give prompts either with --prompt, as often as you like, or as the lines of --prompts"),
+    ("trace moe -o t.npz --prompts nowhere", "error: cannot read --prompts nowhere: No such file or directory"),
     ("trace moe -o t.npz --prompt caf\udce9", "--prompt is not valid UTF-8 after 3 characters"),
     ("chat moe --prompt caf\udce9", "the prompt is not valid UTF-8 after 3 characters"),
     ("trace moe -o full --prompt x", "cannot write --output full: it is a folder"),
     ("trace moe -o t.npz --prompt x --seed x", "--seed"),
     ("trace moe -o t.npz --prompt x --routing full", "full has other files, 'notes.txt' among them"),
     ("replay text.txt", "cannot read the trace text.txt: it is not an .npz archive"),
-    ("replay full", "/full/trace.json"),
+    ("replay full", "/full: it has no trace.json"),
+    ("replay moe", "it is the folder of a model; record a trace of it with `moe-offload trace`"),
     ("replay text.txt --json nowhere/counts.json", "it is in nowhere, which is not a folder"),
-    ("replay nowhere.npz", "cannot read the trace nowhere.npz"),
+    ("replay nowhere.npz", "error: cannot read the trace nowhere.npz: No such file or directory"),
     ("report text.txt -o plots", "cannot read the trace text.txt: it is not an .npz archive"),
-    ("report full -o plots", "/full/trace.json"),
+    ("report full -o plots", "/full: it has no trace.json"),
     *((f"{command} {'n' * 300} out", "File name too long") for command in ("bake", "push")),
 ]
 
@@ -65,6 +76,7 @@ def fill(folder: Path) -> None:
     for name in ("empty", "full"):
         (folder / name).mkdir()
     (folder / "full" / "notes.txt").write_text("mine")
+    (folder / "blank.yaml").write_text("")
     (folder / "text.txt").write_text("no trace, no recipe\n")
 
 

@@ -45,7 +45,7 @@ def shard_with_experts(folder):
 
 
 def test_a_budget_too_small_names_the_smallest_that_works(checkpoint):
-    with pytest.raises(CapacityError, match=r"cache_budget is 10 bytes, but one slot .* takes [\d,]+ bytes") as refused:
+    with pytest.raises(CapacityError, match=r"10 bytes is too small: one slot .* takes [\d,]+ bytes") as refused:
         load(checkpoint, moe_offload=OffloadConfig(cache_budget=10))
     smallest = refused.value.smallest_budget
     assert f"{smallest:,} bytes or more" in str(refused.value)

@@ -147,7 +147,7 @@ print(model(input_ids=torch.tensor({TOKENS.tolist()})).logits.double().sum().ite
         ({"scoring": "softmx"}, "scoring='softmx' is not one of"),
         ({"adapters": ["a", "a"]}, "has a name twice"),
         ({"adapters": ["../a"]}, "'../a' is no name for an adapter"),
-        ({"adapters": ["a"], "num_experts_per_tok": 2}, "num_experts_per_tok=2, but there are 1 adapters"),
+        ({"adapters": ["a"], "num_experts_per_tok": 2}, "num_experts_per_tok=2, but the number of adapters is 1"),
         ({"temperature": 0.0}, "temperature=0.0 is not a positive number"),
     ],
 )

@@ -74,7 +74,7 @@ def share_out(budget_bytes: int, needs: Sequence[PoolNeed]) -> list[int]:
     smallest = smallest_budget(needs)
     if budget_bytes < smallest:
         raise CapacityError(
-            f"cache_budget is {budget_bytes:,} bytes, but one slot for an expert takes {smallest:,} bytes; "
+            f"a cache budget of {budget_bytes:,} bytes is too small: one slot for an expert takes {smallest:,} bytes; "
             f"set OffloadConfig.cache_budget to {smallest:,} bytes or more",
             smallest_budget=smallest,
         )

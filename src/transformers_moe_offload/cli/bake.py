@@ -7,9 +7,10 @@ from pathlib import Path
 from rich.console import Console
 
 from transformers_moe_offload.build import bake_adapters
+from transformers_moe_offload.build.folder import MARKS
 from transformers_moe_offload.cli.building import outcome
 from transformers_moe_offload.cli.failures import CommandError
-from transformers_moe_offload.cli.writing import expect_apart
+from transformers_moe_offload.cli.writing import expect_apart, resumable
 
 
 def bake(
@@ -24,7 +25,8 @@ def bake(
     if not source.is_dir():
         raise CommandError(f"there is no folder {source}; name one that `moe-offload build` or training has written")
     expect_apart(str(source), folder)
-    info = bake_adapters(source, folder, container=container, dtype=dtype, resume=resume, overwrite=overwrite)
+    with resumable(folder, MARKS, resume=resume):
+        info = bake_adapters(source, folder, container=container, dtype=dtype, resume=resume, overwrite=overwrite)
     experts = f"{len(info.experts)} experts, {info.experts_per_token} a token"
     console = Console()
     console.print(f"{info.container}: {experts} ({', '.join(info.experts)})", soft_wrap=True, markup=False)

@@ -116,7 +116,9 @@ def _read(text: Path | None) -> str | None:
         return None
     try:
         return text.read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
+    except OSError as error:
+        raise CommandError(f"cannot read --text {text}: {error.strerror}") from error
+    except UnicodeDecodeError as error:
         raise CommandError(f"cannot read --text {text}: {error}") from error
 
 

@@ -8,9 +8,10 @@ from rich.console import Console
 
 from transformers_moe_offload.build import MoeRecipe, build_adapter_moe, build_moe, validate_recipe
 from transformers_moe_offload.build.adapters.plan import plan_adapters
+from transformers_moe_offload.build.folder import MARKS
 from transformers_moe_offload.cli import options
 from transformers_moe_offload.cli.building import adapters_shown, mixture_shown, outcome, said_once
-from transformers_moe_offload.cli.writing import progress
+from transformers_moe_offload.cli.writing import progress, resumable
 
 
 def build(
@@ -37,7 +38,11 @@ def build(
     shown.print(console)
     if dry_run:
         return
-    with said_once(shown.warnings), progress("building", nbytes) as advance:
+    with (
+        said_once(shown.warnings),
+        resumable(folder, MARKS, resume=resume),
+        progress("building", nbytes) as advance,
+    ):
         info = (build_adapter_moe if is_of_adapters else build_moe)(
             asked,
             folder,

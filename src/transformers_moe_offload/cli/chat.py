@@ -57,7 +57,7 @@ def chat(
         policy=policy,
         arithmetic=arithmetic,  # type: ignore[arg-type]
         experts=formats.parse_formats(experts, layers, hot, trace, hot_share),
-        dense=formats.parse_format(dense),
+        dense=formats.parse_format("--dense", dense),
     )
     sampling = Sampling(max_new_tokens, temperature, top_p)
     origin = options.Origin(revision, token, local_files_only, trust_remote_code)

@@ -10,7 +10,7 @@ from rich.console import Console
 from transformers_moe_offload.cli import options
 from transformers_moe_offload.cli.blueprint import draw
 from transformers_moe_offload.cli.failures import reading
-from transformers_moe_offload.cli.writing import expect_apart, progress
+from transformers_moe_offload.cli.writing import expect_apart, progress, resumable
 from transformers_moe_offload.config import OffloadConfig
 from transformers_moe_offload.hf.interop.mixtral_offloading import MixtralOffloading
 from transformers_moe_offload.hf.prebuilt.card import auto_class_of, model_card
@@ -72,6 +72,7 @@ def convert(
     )
     recipe = recipe_of(fetched.name, fetched.revision, fetched.weights, "float16", config)
     torch.set_num_threads(1)  # the workers are the parallel ones
-    with progress("converting", sum(shard.nbytes for shard in content.shards())) as advance:
+    nbytes = sum(shard.nbytes for shard in content.shards())
+    with resumable(folder, MARKS), progress("converting", nbytes) as advance:
         write_prebuilt(folder, content, recipe, overwrite=overwrite, workers=workers, advance=advance)
     console.print(f"wrote {folder}", soft_wrap=True)

@@ -6,6 +6,7 @@ Anything else is a bug of ours and keeps its traceback.
 
 from __future__ import annotations
 
+import logging
 import re
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -19,7 +20,7 @@ EXIT_CODE = 2
 
 _ARGUMENT = re.compile(
     r"(?<![\w.])(?<!\w\()"  # not inside of a call that is spelt out, such as HqqFormat(nbits=4)
-    r"(?P<config>OffloadConfig\.)?(?P<name>\w+)"
+    r"(?P<config>(?:OffloadConfig|ExpertFormats)\.)?(?P<name>\w+)"
     r"""(?:=(?P<value>'[^']*'|"[^"]*"|-?\w+(?:\.\w+)*))?"""
 )
 
@@ -33,7 +34,14 @@ class CommandError(MoeOffloadError):
 
 @contextmanager
 def one_line_errors(command: Any) -> Iterator[None]:
-    """End the command with one line when an error of ours comes out of the block, or a refusal of the system."""
+    """End the command with one line when an error of ours comes out of the block, or a refusal of the system.
+
+    Meanwhile the Hub's client says nothing of what it tries again; what comes of it is the error.
+    """
+    hub = logging.getLogger("huggingface_hub")
+    level = hub.level
+    if level == logging.WARNING:  # otherwise HF_HUB_VERBOSITY was set
+        hub.setLevel(logging.ERROR)
     try:
         yield
     except BrokenPipeError:  # the reader of the output has closed it; Typer handles that
@@ -41,6 +49,8 @@ def one_line_errors(command: Any) -> Iterator[None]:
     except (MoeOffloadError, OSError) as error:
         report(error, command)
         raise typer.Exit(EXIT_CODE) from None
+    finally:
+        hub.setLevel(level)
 
 
 @contextmanager
@@ -53,10 +63,20 @@ def reading(what: str) -> Iterator[None]:
         yield
     except MoeOffloadError:
         raise
-    except (OSError, ValueError, ImportError) as error:
+    except OSError as error:
+        raise CommandError(f"{what}: {system_words(error, what)}") from error
+    except (ValueError, ImportError) as error:
         raise CommandError(f"{what}: {error}") from error
     except Exception as error:
         raise CommandError(f"{what}: {type(error).__name__}: {error}") from error
+
+
+def system_words(error: OSError, before: str) -> str:
+    """What the system refused, with the file's name unless that is in what is said `before`; others' errors as is."""
+    if error.strerror is None:
+        return str(error)
+    is_named = error.filename is None or str(error.filename) in before
+    return error.strerror if is_named else f"{error.strerror}: {error.filename}"
 
 
 def expect_utf8(text: str | None, what: str) -> None:
@@ -69,15 +89,16 @@ def expect_utf8(text: str | None, what: str) -> None:
 
 def report(error: MoeOffloadError | OSError, command: Any) -> None:
     """Print an error as one line on stderr, in the words of the command (Typer's) that it ended."""
-    typer.echo(f"error: {in_option_names(' '.join(str(error).split()), command)}", err=True)
+    said = system_words(error, "") if isinstance(error, OSError) else str(error)
+    typer.echo(f"error: {in_option_names(' '.join(said.split()), command)}", err=True)
 
 
 def in_option_names(message: str, command: Any) -> str:
     """The message to a caller from Python, for a caller of this command.
 
-    What it writes as an argument or as a field of `OffloadConfig` is written as the option that the command has for
+    What it writes as an argument or as a field of a config is written as the option that the command has for
     it: `overwrite=True` as `--overwrite`, `resume=False` as `--no-resume`, `OffloadConfig.cache_budget` as
-    `--cache-budget`. What the command has no option for stays as it is.
+    `--cache-budget`. What the command has no option for stays as it is, and what only Python can do is left out.
     """
     options = {option.name: option for option in command.params if option.param_type_name == "option"}
 
@@ -90,4 +111,4 @@ def in_option_names(message: str, command: Any) -> str:
             return option.secondary_opts[0] if option.secondary_opts else found[0]
         return option.opts[0] if option.is_flag or value is None else f"{option.opts[0]} {value}"
 
-    return _ARGUMENT.sub(as_typed, message)
+    return _ARGUMENT.sub(as_typed, message).replace(" or register your own", "")

@@ -2,20 +2,24 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 
 from transformers_moe_offload.cli.failures import CommandError
 from transformers_moe_offload.cli.recorded import load_either, num_experts_of
 from transformers_moe_offload.config import ExpertFormats, HqqFormat
+from transformers_moe_offload.errors import MoeOffloadError
+from transformers_moe_offload.tracing.use import parse_share
 
 
-def parse_format(text: str | None, *, optimize: bool = True) -> HqqFormat | None:
-    """A format as `4x64`; None, or `none`, leaves weights as they are."""
+def parse_format(option: str, text: str | None, *, optimize: bool = True) -> HqqFormat | None:
+    """A format as `4x64`; None, or `none`, leaves weights as they are. `option` begins the error."""
     if text is None or text.strip() == "none":
         return None
-    return replace(HqqFormat.parse(text), optimize=optimize)
+    with _named(option):
+        return replace(HqqFormat.parse(text), optimize=optimize)
 
 
 def parse_formats(
@@ -33,7 +37,7 @@ def parse_formats(
         key, is_given, text = option.partition("=")
         if not is_given:
             raise CommandError(f"--layers {option!r} names no format; write sparse layers and a format as 0-3=4x64")
-        by_layer[key.strip()] = parse_format(text, optimize=optimize)
+        by_layer[key.strip()] = parse_format(f"--layers {option!r}:", text, optimize=optimize)
     if hot is None and (trace is not None or hot_share is not None):
         raise CommandError("--trace and --hot-share choose hot experts, but there is no --hot that gives their format")
     if hot is not None and trace is None:
@@ -41,11 +45,26 @@ def parse_formats(
     if experts is None and not by_layer and hot is None:
         return None
     return ExpertFormats(
-        default=parse_format(experts, optimize=optimize),
+        default=parse_format("--experts", experts, optimize=optimize),
         layers=by_layer,
-        hot=parse_format(hot, optimize=optimize),
-        hot_experts={} if trace is None else load_either(trace).hottest(hot_share or "10%"),
+        hot=parse_format("--hot", hot, optimize=optimize),
+        hot_experts={} if trace is None else _hottest(trace, hot_share or "10%"),
     )
+
+
+def _hottest(trace: Path, share: str) -> dict[str, list[int]]:
+    with _named("--hot-share"):
+        number = parse_share(share)
+    return load_either(trace).hottest(number)
+
+
+@contextmanager
+def _named(option: str) -> Iterator[None]:
+    """Begin an error of ours, which quotes what was typed, with the option that it was typed for."""
+    try:
+        yield
+    except MoeOffloadError as error:
+        raise CommandError(f"{option} {error}") from error
 
 
 def expect_same_experts(trace: Path | None, name: str, num_experts: Sequence[int]) -> None:

@@ -29,6 +29,7 @@ def read_config(name: str, origin: Origin, what: str) -> PretrainedConfig:
         raise CommandError(f"{what}: it is a file; name the folder that a model was saved to, or an id of the Hub")
     if not folder.exists():
         _expect_id(name, what)
+        what = f"there is no folder {name!r} here, and no model of that name can be read from the Hub"
     with reading(what):
         try:
             config: PretrainedConfig = AutoConfig.from_pretrained(name, **origin.for_classes())

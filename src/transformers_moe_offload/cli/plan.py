@@ -45,7 +45,7 @@ def plan(
     config = OffloadConfig(
         cache_budget=cache_budget,
         experts=formats.parse_formats(experts, layers, hot, trace, hot_share),
-        dense=formats.parse_format(dense),
+        dense=formats.parse_format("--dense", dense),
     )
     origin = options.Origin(revision, token, local_files_only, trust_remote_code)
     blueprint = draw(model, origin, options.parse_dtype(dtype))

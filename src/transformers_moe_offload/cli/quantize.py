@@ -14,7 +14,7 @@ from transformers_moe_offload.cli import formats, options
 from transformers_moe_offload.cli.blueprint import draw
 from transformers_moe_offload.cli.failures import CommandError, reading
 from transformers_moe_offload.cli.push import push_folder
-from transformers_moe_offload.cli.writing import expect_apart, progress
+from transformers_moe_offload.cli.writing import expect_apart, progress, resumable
 from transformers_moe_offload.config import ExpertFormats, OffloadConfig
 from transformers_moe_offload.hf.plan import readable
 from transformers_moe_offload.hf.prebuilt.card import auto_class_of, model_card
@@ -53,7 +53,7 @@ def quantize(
     """Show what becomes of the weights, write the checkpoint, and upload it if asked to."""
     config = OffloadConfig(
         experts=formats.parse_formats(experts, layers, hot, trace, hot_share, optimize=not no_optimize),
-        dense=formats.parse_format(dense, optimize=not no_optimize),
+        dense=formats.parse_format("--dense", dense, optimize=not no_optimize),
     )
     if config.dense is None and (config.formats is None or config.formats.leaves_all_as_they_are):
         raise CommandError("nothing to quantize; say how: --experts 4x64, --layers 0-3=4x64 or --dense 4x64")
@@ -101,7 +101,8 @@ def quantize(
         copies=fetched.companions,
     )
     torch.set_num_threads(1)  # the workers are the parallel ones
-    with progress("quantizing", sum(shard.nbytes for shard in content.shards())) as advance:
+    nbytes = sum(shard.nbytes for shard in content.shards())
+    with resumable(folder, MARKS), progress("quantizing", nbytes) as advance:
         write_prebuilt(folder, content, recipe, overwrite=overwrite, workers=workers, advance=advance)
     console.print(f"wrote {folder}", soft_wrap=True)
     if push is not None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import difflib
 import re
 from collections.abc import Sequence
 from pathlib import Path
@@ -18,6 +19,7 @@ from transformers_moe_offload.cli.results import expect_file, write_json
 from transformers_moe_offload.policies import ORACLE, policy_names
 from transformers_moe_offload.tracing import Replay, Trace
 from transformers_moe_offload.tracing import replay as replay_trace
+from transformers_moe_offload.untrusted import quoted
 
 
 def replay(
@@ -58,6 +60,12 @@ def _parse_size(text: str, total_experts: int) -> int:
 
 def play(trace: Trace, policies: Sequence[str] | None, sizes: Sequence[int]) -> list[Replay]:
     """The replays of each policy and size, the oracle's last, with a progress bar."""
+    known = [*policy_names(), ORACLE]
+    for name in policies or ():
+        if name not in known:
+            near = difflib.get_close_matches(name, known, n=1)
+            hint = f"; did you mean {near[0]!r}?" if near else ""
+            raise CommandError(f"--policy {quoted(name)} is not a known policy; choose one of {known}{hint}")
     names = [name for name in dict.fromkeys(policies or policy_names()) if name != ORACLE]
     todo = [(name, num_slots) for name in (*names, ORACLE) for num_slots in sizes]
     console = Console(stderr=True)

@@ -29,8 +29,8 @@ def report(
     slots: str | None,
 ) -> None:
     """Draw the trace into a folder of plots, or one page."""
-    make_figure()  # before the replays, which take a while
     recorded, routed = load_trace(trace)
+    make_figure()  # after what is wrong with the input was said, and before the replays, which take a while
     sizes = _ten_sizes(recorded.total_experts) if slots is None else parse_sizes(slots, recorded.total_experts)
     replays = play(recorded, policy, sizes)
     figures = {

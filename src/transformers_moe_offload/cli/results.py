@@ -32,4 +32,4 @@ def write_json(path: Path, result: Any) -> None:
         finally:
             unfinished.unlink(missing_ok=True)
     except OSError as error:
-        raise CommandError(f"cannot write {path}: {error}") from error
+        raise CommandError(f"cannot write {path}: {error.strerror}") from error

@@ -6,10 +6,12 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+import typer
 from rich.console import Console
 from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn
 
 from transformers_moe_offload.cli.failures import CommandError
+from transformers_moe_offload.output.place import Marks, unfinished
 
 
 def expect_apart(source: str, folder: Path) -> None:
@@ -19,6 +21,19 @@ def expect_apart(source: str, folder: Path) -> None:
     source_path, target = Path(source).resolve(), folder.resolve()
     if target.is_relative_to(source_path) or source_path.is_relative_to(target):
         raise CommandError(f"DST {folder} and SRC {source} lie inside one another; write to a folder of its own")
+
+
+@contextmanager
+def resumable(folder: Path, marks: Marks, *, resume: bool = True) -> Iterator[None]:
+    """Say on stderr how to go on, or what to remove, when Ctrl-C ends the writing of a checkpoint."""
+    try:
+        yield
+    except KeyboardInterrupt:
+        left = unfinished(folder, marks)
+        again = "run the same command again" if resume else "run the command again without --no-resume"
+        how = f"; {again} to go on from what is in {left}, or remove that" if left is not None else ""
+        typer.echo(f"interrupted{how}", err=True)
+        raise
 
 
 @contextmanager

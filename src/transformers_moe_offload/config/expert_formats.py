@@ -105,13 +105,13 @@ class ExpertFormats:
             for key in getattr(self, option):
                 if _numbers(option, key)[-1] >= num_layers:
                     raise ConfigError(
-                        f"{option} names sparse layer {quoted(key)}, but the model has {num_layers}, 0 to "
-                        f"{num_layers - 1}"
+                        f"ExpertFormats.{option} names sparse layer {quoted(key)}, but the model has {num_layers}, "
+                        f"0 to {num_layers - 1}"
                     )
         for layer, experts in ((layer, experts) for layers, experts in self._hot_of for layer in layers):
             if max(experts) >= num_experts[layer]:
                 raise ConfigError(
-                    f"hot_experts names expert {quoted(max(experts))} of sparse layer {layer}, which has "
+                    f"ExpertFormats.hot_experts names expert {quoted(max(experts))} of sparse layer {layer}, which has "
                     f"{num_experts[layer]}, 0 to {num_experts[layer] - 1}; the trace may be of another model"
                 )
 
@@ -153,7 +153,7 @@ def _key(option: str, key: object) -> str:
         return key
     if type(key) is int and abs(key) < 10**9:
         return str(key)
-    raise ConfigError(f"{option} has {quoted(key)}, which is not a layer's number such as '3' or a range such as '0-3'")
+    raise _no_layers(option, key)
 
 
 def _experts(option: str, value: object) -> tuple[int, ...]:
@@ -177,7 +177,7 @@ def _expect_once(option: str, keys: Iterable[object]) -> None:
     for layers, key in sorted(by_layer, key=lambda one: (one[0][0], one[0][-1])):
         if before is not None and layers[0] <= before[0][-1]:
             raise ConfigError(
-                f"{option} names sparse layer {layers[0]} twice, in {quoted(before[1])} and {quoted(key)}"
+                f"ExpertFormats.{option} names sparse layer {layers[0]} twice, in {quoted(before[1])} and {quoted(key)}"
             )
         before = layers, key
 
@@ -186,7 +186,11 @@ def _numbers(option: str, key: str) -> range:
     """The sparse layers that a key names."""
     match = re.fullmatch(r"([0-9]{1,9})(?:-([0-9]{1,9}))?", key)  # nine digits: no model has that many layers
     if not match or (match[2] and int(match[2]) < int(match[1])):
-        raise ConfigError(
-            f"{option} has {quoted(key)}, which is not a layer's number such as '3' or a range such as '0-3'"
-        )
+        raise _no_layers(option, key)
     return range(int(match[1]), int(match[2] or match[1]) + 1)
+
+
+def _no_layers(option: str, key: object) -> ConfigError:
+    return ConfigError(
+        f"ExpertFormats.{option} has {quoted(key)}, which is not a layer's number such as '3' or a range such as '0-3'"
+    )

@@ -72,7 +72,14 @@ class HqqFormat:
         match = re.fullmatch(r"([0-9]{1,4})x([0-9]{1,4})(?:m([0-9]{1,4}))?", text.strip().lower())
         if not match:
             raise ConfigError(f"{quoted(text)} is not a format; write bits and group size such as 4x64, or 4x64m16")
-        return cls(nbits=int(match[1]), group_size=int(match[2]), meta_nbits=int(match[3] or cls.meta_nbits))
+        nbits, group_size, meta_nbits = int(match[1]), int(match[2]), int(match[3] or cls.meta_nbits)
+        for what, number, choices in (
+            ("the number of bits is", nbits, NBITS), ("a group size is", group_size, GROUP_SIZES),
+            ("the number of bits of scales and zeros is", meta_nbits, META_NBITS),
+        ):  # fmt: skip
+            if number not in choices:
+                raise ConfigError(f"{quoted(text)} is not a format: {what} one of {', '.join(map(str, choices))}")
+        return cls(nbits=nbits, group_size=group_size, meta_nbits=meta_nbits)
 
 
 def plain_format(value: HqqFormat | None) -> dict[str, Any] | None:

@@ -162,8 +162,8 @@ class OffloadConfig(dict[str, Any]):
             if asked is not None and (stored is None or asked.as_stored() != stored.as_stored()):
                 raise ConfigError(
                     f"{name}={one_line(getattr(given, name))} was asked for, but the checkpoint was quantized with "
-                    f"{name}={one_line(getattr(self, name))}; leave {name} out, or quantize the original checkpoint "
-                    "again"
+                    f"{name}={one_line(getattr(self, name))}; leave OffloadConfig.{name} out, or quantize the "
+                    "original checkpoint again"
                 )
         made: OffloadConfig = self.from_dict(given.to_dict() | self.recipe())
         return made

@@ -180,6 +180,13 @@ def expect_place(folder: Path, marks: Marks, *, overwrite: bool = False) -> None
         )
 
 
+def unfinished(folder: Path, marks: Marks) -> Path | None:
+    """Where an interrupted attempt has left what the next one goes on with; None if it has left nothing."""
+    folder = Path(os.path.realpath(folder))
+    in_place = [folder] if marks.is_in_place and not is_complete(folder, marks) else []
+    return next((place for place in (_beside(folder), *in_place) if (place / marks.first).is_file()), None)
+
+
 def recover(folder: Path, marks: Marks) -> None:
     """Finish or take back a change of places that was interrupted."""
     beside, before = _beside(folder), _before(folder)

@@ -82,13 +82,23 @@ def reading_trace(path: Source, kind: str = "trace") -> Iterator[None]:
             f"cannot read the {kind} {path}: it is damaged, or was cut short ({one_line(error)}); record it again"
         ) from error
     except OSError as error:
-        raise TraceError(f"cannot read the {kind} {path}: {one_line(error)}") from error
+        raise TraceError(f"cannot read the {kind} {path}: {_why(path, error)}") from error
     except (
         Exception
     ) as error:  # TokenError, SyntaxError, RecursionError, MemoryError, ...: damage has no list of its own
         raise TraceError(
             f"cannot read the {kind} {path}: it is damaged ({type(error).__name__}: {one_line(error)})"
         ) from error
+
+
+def _why(path: Source, error: OSError) -> str:
+    """Why the system does not read a trace; of a folder without one, what it may be instead."""
+    if isinstance(error, FileNotFoundError) and os.path.isdir(path):
+        if os.path.isfile(os.path.join(path, "config.json")):
+            return "it is the folder of a model; record a trace of it with `moe-offload trace`"
+        missing = os.path.basename(one_line(error.filename))
+        return f"it has no {missing}; name the folder of a recording of the routing, or an .npz file"
+    return error.strerror or one_line(error)
 
 
 def write_arrays(path: Path, arrays: Arrays) -> None:
@@ -107,7 +117,7 @@ def write_arrays(path: Path, arrays: Arrays) -> None:
         finally:
             unfinished.unlink(missing_ok=True)
     except OSError as error:
-        raise TraceError(f"cannot write the trace {path}: {error}") from error
+        raise TraceError(f"cannot write the trace {path}: {error.strerror}") from error
 
 
 def read_arrays(path: Source) -> dict[str, Array]:

@@ -27,7 +27,7 @@ def hottest_experts(counts: Mapping[int, Sequence[int]], share: float | str) -> 
     the lower layer and the lower number come first. Experts that no token chose are not hot, however large the share.
     """
     total_experts = sum(map(len, counts.values()))
-    wanted = round(_share(share) * total_experts)
+    wanted = round(parse_share(share) * total_experts)
     if wanted < 1:
         raise TraceError(f"{share!r} of {total_experts} experts is none of them; choose a larger share")
     chosen = [
@@ -41,8 +41,8 @@ def hottest_experts(counts: Mapping[int, Sequence[int]], share: float | str) -> 
     return hot
 
 
-def _share(share: float | str) -> float:
-    """A share as people write it, as a number."""
+def parse_share(share: float | str) -> float:
+    """A share as people write it, `"10%"` or `0.1`, as a number; raises `TraceError` for what is none."""
     match = re.fullmatch(r"(\d{1,3}(?:\.\d+)?)\s*%", share.strip()) if isinstance(share, str) else None
     number = float(match[1]) / 100 if match else share
     if isinstance(number, bool) or not isinstance(number, int | float) or not 0 < number <= 1:

@@ -42,7 +42,8 @@ def expect_row(row: Row, anatomy: Anatomy) -> None:
 def expect_number(number: int, anatomy: Anatomy, what: str) -> None:
     """Raise `RecipeError` unless there is such an expert."""
     if not 0 <= number < anatomy.num_experts:
-        raise RecipeError(f"{what}={number}, but there are {anatomy.num_experts} experts, counted from 0")
+        there = "is 1 expert" if anatomy.num_experts == 1 else f"are {anatomy.num_experts} experts"
+        raise RecipeError(f"{what}={number}, but there {there}, counted from 0")
 
 
 def row_of(row: Row, anatomy: Anatomy, block: SparseBlock, noise_scale: float, seed: int) -> Tensor:

@@ -55,9 +55,8 @@ def load_yaml(path: Path) -> dict[str, Any]:
         raise RecipeError(f"{path} is not valid YAML: it is not text in UTF-8") from error
     values = parse_yaml(text, str(path), RecipeError)
     if not isinstance(values, dict):
-        raise RecipeError(
-            f"{path} holds no recipe but {type(values).__name__}; see the documentation for what one says"
-        )
+        what = "is empty" if values is None else f"holds no recipe but {type(values).__name__}"
+        raise RecipeError(f"{path} {what}; see the documentation for what a recipe says")
     return values
 
 

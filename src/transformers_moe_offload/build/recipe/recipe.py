@@ -94,8 +94,9 @@ class MoeRecipe:
             object.__setattr__(self, "layers", tuple(sorted(set(self.layers))))
         self._expect_kind()
         if self.num_experts < self.experts_per_token:
+            there = "is 1 expert" if self.num_experts == 1 else f"are {self.num_experts} experts"
             raise RecipeError(
-                f"experts_per_token={self.experts_per_token}, but there are {self.num_experts} experts; add experts, "
+                f"experts_per_token={self.experts_per_token}, but there {there}; add experts, "
                 f"or set experts_per_token to {max(1, self.num_experts)} or less"
             )
 
@@ -104,7 +105,7 @@ class MoeRecipe:
         for kind, default in (("upcycle", Upcycle()), ("split", Split()), ("adapter_moe", AdapterRouting())):
             if getattr(self, kind) is not None and self.kind != kind:
                 raise RecipeError(
-                    f"{kind}: is given, but kind is {quoted(self.kind)}; set kind: {kind}, or leave it out"
+                    f"{kind}: is given, but kind is {quoted(self.kind)}; set kind: {kind}, or leave {kind}: out"
                 )
             if self.kind == kind and getattr(self, kind) is None:
                 object.__setattr__(self, kind, default)
@@ -112,8 +113,8 @@ class MoeRecipe:
             self._expect_adapters()
         if self.kind in ("upcycle", "split") and self.experts:
             raise RecipeError(
-                f"kind: {self.kind} makes its experts from the base model, but {len(self.experts)} experts are given; "
-                f"set kind: moe, or leave them out"
+                f"kind: {self.kind} makes its experts from the base model, but experts: lists {len(self.experts)}; "
+                f"set kind: moe, or leave experts: out"
             )
         if self.kind == "split" and self.shared_experts:
             raise RecipeError(

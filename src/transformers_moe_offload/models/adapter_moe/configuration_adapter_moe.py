@@ -67,7 +67,7 @@ class AdapterMoeConfig(PreTrainedConfig):
             self.num_experts_per_tok = max(1, len(self.adapters))
         if self.adapters and not 1 <= self.num_experts_per_tok <= len(self.adapters):
             raise AdapterMoeError(
-                f"num_experts_per_tok={self.num_experts_per_tok}, but there are {len(self.adapters)} adapters"
+                f"num_experts_per_tok={self.num_experts_per_tok}, but the number of adapters is {len(self.adapters)}"
             )
         if not self.temperature > 0:
             raise AdapterMoeError(f"temperature={self.temperature} is not a positive number")
