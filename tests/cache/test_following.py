@@ -15,8 +15,8 @@ from transformers_moe_offload.cache.planner import plan_behind
 from transformers_moe_offload.cache.residency import Residency
 from transformers_moe_offload.cache.urgency import HALF_LIFE, Urgency
 from transformers_moe_offload.expert import ExpertId
-from transformers_moe_offload.memory.transfer import Landed
 from transformers_moe_offload.policies import make_policy
+from transformers_moe_offload.slots.transfer import Landed
 from transformers_moe_offload.tracing.replay import NoSlots
 
 LOAD = 0.001

@@ -14,7 +14,7 @@ from transformers_moe_offload.compute.mlp import ExpertMlp
 from transformers_moe_offload.config import HqqFormat
 from transformers_moe_offload.expert import FieldSpec
 from transformers_moe_offload.formats.coding import ExpertCoding
-from transformers_moe_offload.memory.record import RecordLayout
+from transformers_moe_offload.store.record import RecordLayout
 
 H, I = 32, 16  # noqa: E741 - hidden, intermediate
 FIELDS = (FieldSpec("gate_up_proj", (2 * I, H), "float32"), FieldSpec("down_proj", (H, I), "float32"))

@@ -28,7 +28,7 @@ from transformers_moe_offload.expert import FieldSpec
 from transformers_moe_offload.formats.by_expert import LayerCodings
 from transformers_moe_offload.formats.foreign import ForeignCoding, ForeignField
 from transformers_moe_offload.kernels.grouped import Activation
-from transformers_moe_offload.memory.record import RecordLayout
+from transformers_moe_offload.store.record import RecordLayout
 
 gpu = pytest.mark.gpu
 pytestmark = pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="Triton is not installed")

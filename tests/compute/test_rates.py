@@ -8,10 +8,10 @@ from transformers_moe_offload.compute import rates
 from transformers_moe_offload.compute.host import HostCompute
 from transformers_moe_offload.compute.rates import fetch_seconds, host_seconds, measured_rates
 from transformers_moe_offload.expert import ExpertId, FieldSpec
-from transformers_moe_offload.memory.fill import whole
-from transformers_moe_offload.memory.record import RecordLayout
-from transformers_moe_offload.memory.transfer import FakeCopier, HostCopier
-from transformers_moe_offload.memory.upload import CudaCopier
+from transformers_moe_offload.slots.cuda.copier import CudaCopier
+from transformers_moe_offload.slots.transfer import FakeCopier, HostCopier
+from transformers_moe_offload.store.record import RecordLayout
+from transformers_moe_offload.store.record_reader import whole
 
 from .layers import MLP, H, I
 

@@ -8,17 +8,19 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from memory.test_page_locked import Runtime
+from slots.test_page_locked import Runtime
 from stores import numbered_store
 from transformers_moe_offload.engine import arena as arena_module
 from transformers_moe_offload.engine.arena import Arena
 from transformers_moe_offload.errors import CheckpointError, ConfigError
 from transformers_moe_offload.expert import ExpertId, ExpertSpec, FieldSpec
-from transformers_moe_offload.memory.checkpoint import ExpertStore, LayerSource
-from transformers_moe_offload.memory.expert_source import RecordedExpert
-from transformers_moe_offload.memory.ram_file import RamFile
-from transformers_moe_offload.memory.record import RecordLayout, host_bytes
-from transformers_moe_offload.memory.safetensors_index import StoredTensor, read_index
+from transformers_moe_offload.store.expert_source import RecordedExpert
+from transformers_moe_offload.store.expert_store import ExpertStore
+from transformers_moe_offload.store.layer_source import LayerSource
+from transformers_moe_offload.store.ram_file import RamFile
+from transformers_moe_offload.store.record import RecordLayout
+from transformers_moe_offload.system.host_memory import host_bytes
+from transformers_moe_offload.tensor_files.index import StoredTensor, read_index
 
 CPU, GPU = torch.device("cpu"), torch.device("cuda", 0)
 NUM_LAYERS, NUM_EXPERTS = 3, 8

@@ -14,8 +14,8 @@ from transformers_moe_offload.engine.arena import Arena
 from transformers_moe_offload.engine.engine import DeviceEngine
 from transformers_moe_offload.engine.streams import HostStreams
 from transformers_moe_offload.expert import ExpertId
-from transformers_moe_offload.memory.transfer import Landed
 from transformers_moe_offload.policies import make_policy, policy_names
+from transformers_moe_offload.slots.transfer import Landed
 from transformers_moe_offload.tracing.replay import NoSlots, replay
 from transformers_moe_offload.tracing.trace import RecordedVisit, Trace
 

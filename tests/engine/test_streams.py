@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from memory.streams import Machine
+from slots.cuda_streams import Machine
 from transformers_moe_offload.engine.streams import CudaStreams, HostStreams, streams_of
 
 GPU = torch.device("cuda", 0)

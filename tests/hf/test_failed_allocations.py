@@ -8,8 +8,8 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-from memory.test_page_locked import Runtime
 from scarcity import Scarce
+from slots.test_page_locked import Runtime
 from stores import numbered_store
 from transformers_moe_offload import OffloadConfig
 from transformers_moe_offload.engine import arena

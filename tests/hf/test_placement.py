@@ -8,7 +8,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-from memory.streams import Event, Machine
+from slots.cuda_streams import Event, Machine
 from stores import number, numbered_store
 from transformers_moe_offload import CapacityError, OffloadConfig
 from transformers_moe_offload.expert import ExpertId, ExpertSpec, FieldSpec
@@ -207,7 +207,7 @@ def test_without_an_accelerator_there_is_nothing_for_the_host_to_take_over(check
 
 
 class TestSeveralGpus:
-    """Fake ones, whose memory is host memory (`tests/memory/streams.py`)."""
+    """Fake ones, whose memory is host memory (`tests/slots/cuda_streams.py`)."""
 
     @pytest.fixture
     def machines(self, monkeypatch):

@@ -18,14 +18,14 @@ import torch
 from torch import Tensor
 
 from transformers_moe_offload.bench.page_cache import can_drop, drop, resident_share
-from transformers_moe_offload.memory.checkpoint import ExpertStore
-from transformers_moe_offload.memory.disk import File
-from transformers_moe_offload.memory.field_source import Stretch, joined
-from transformers_moe_offload.memory.page_reads import placed
-from transformers_moe_offload.memory.paged_slots import PageReader
-from transformers_moe_offload.memory.pages import PageMemory
-from transformers_moe_offload.memory.record import host_bytes
-from transformers_moe_offload.memory.transfer import Transfer
+from transformers_moe_offload.disk_io.file import File
+from transformers_moe_offload.disk_io.file_range import FileRange, joined
+from transformers_moe_offload.disk_io.page_reads import placed
+from transformers_moe_offload.slots.direct_io import PageReader
+from transformers_moe_offload.slots.transfer import Transfer
+from transformers_moe_offload.store.expert_store import ExpertStore
+from transformers_moe_offload.system.host_memory import host_bytes
+from transformers_moe_offload.system.page_memory import PageMemory
 
 SAMPLE_BYTES = 2 << 30
 """Most that one pass reads: some seconds of a slow drive, and more than any drive's own buffer."""
@@ -53,7 +53,7 @@ def expert_ranges(store: ExpertStore) -> list[Range]:
     ranges: list[Range] = []
     for source in store.layers.values():
         for expert in source.experts:
-            stored = [Stretch(p.file, p.offset, p.offset + p.nbytes) for p in expert.pieces]
+            stored = [FileRange(p.file, p.offset, p.offset + p.nbytes) for p in expert.pieces]
             ranges += [Range(found.file.path, found.start, found.stop - found.start) for found in joined(stored)]
     return ranges
 
@@ -110,7 +110,7 @@ def read_all_past_cache(ranges: Sequence[Range], threads: int) -> float:
     """The same past the page cache, in the way in which slots are filled."""
     reader, memory = PageReader(threads), PageMemory()
     with _opened(ranges) as files:
-        wanted = [placed([Stretch(files[one.path], one.start, one.start + one.nbytes)]) for one in ranges]
+        wanted = [placed([FileRange(files[one.path], one.start, one.start + one.nbytes)]) for one in ranges]
         largest = max(place.nbytes for place in wanted)
         spare = deque(memory.take(largest).fill_(1) for _ in range(_AT_ONCE))
         coming: deque[tuple[Transfer, Tensor]] = deque()

@@ -20,7 +20,7 @@ from transformers_moe_offload.compute.forward import combine, computed
 from transformers_moe_offload.compute.routing import Grouping, group_by_expert
 from transformers_moe_offload.hf.layer import SparseLayer
 from transformers_moe_offload.hf.upstream import kv_cache_argument
-from transformers_moe_offload.memory.slots import Weights
+from transformers_moe_offload.slots.base import Weights
 
 
 @dataclass

@@ -11,7 +11,7 @@ from torch import nn
 from transformers_moe_offload.cache.cache import ExpertCache
 from transformers_moe_offload.errors import UnsupportedModelError
 from transformers_moe_offload.hf.layer import OffloadedExperts, SparseLayer, layer_of
-from transformers_moe_offload.memory.checkpoint import ExpertStore
+from transformers_moe_offload.store.expert_store import ExpertStore
 
 
 def sparse_layers(model: Any) -> list[tuple[nn.Module, SparseLayer]]:

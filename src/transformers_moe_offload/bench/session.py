@@ -26,8 +26,8 @@ from transformers_moe_offload.bench.page_cache import can_drop, drop, warm
 from transformers_moe_offload.bench.passage import Passage
 from transformers_moe_offload.bench.protocol import Protocol, max_positions, workloads
 from transformers_moe_offload.bench.workload import Run, Workload, run, seconds_per_forward
-from transformers_moe_offload.memory.available import available_bytes
-from transformers_moe_offload.memory.lanes import default_workers
+from transformers_moe_offload.disk_io.reader_pool import default_workers
+from transformers_moe_offload.system.free_memory import available_bytes
 
 Progress = Callable[[str], None]
 """Told what comes next."""

@@ -25,12 +25,12 @@ from transformers_moe_offload.build.info import INFO_NAME, CheckReport, MoeBuild
 from transformers_moe_offload.build.materials import Materials
 from transformers_moe_offload.build.plan import BuildPlan
 from transformers_moe_offload.build.write import weight_shards, write_weights
+from transformers_moe_offload.dtypes import dtype_name
 from transformers_moe_offload.errors import RecipeError
-from transformers_moe_offload.memory.record import dtype_name
-from transformers_moe_offload.memory.safetensors_index import read_index
-from transformers_moe_offload.memory.safetensors_writer import write_bytes, write_text
 from transformers_moe_offload.output.place import place_for
 from transformers_moe_offload.output.syncing import Syncing
+from transformers_moe_offload.tensor_files.index import read_index
+from transformers_moe_offload.tensor_files.writer import write_bytes, write_text
 
 logger = logging.getLogger(__name__)
 

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from transformers_moe_offload.build.sources import Source
-from transformers_moe_offload.memory.safetensors_index import StoredTensor
+from transformers_moe_offload.tensor_files.index import StoredTensor
 
 Channels = Callable[[int], Sequence[Tensor]]
 """Layer -> the channels of each part of its block, int64."""

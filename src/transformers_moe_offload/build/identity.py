@@ -10,7 +10,7 @@ from typing import Any
 from transformers_moe_offload.build.folder import without_places
 from transformers_moe_offload.build.recipe import MoeRecipe
 from transformers_moe_offload.build.sources import Ancestor
-from transformers_moe_offload.memory.fingerprint import fingerprint
+from transformers_moe_offload.tensor_files.fingerprint import fingerprint
 
 
 def build_identity(recipe: MoeRecipe, container: str, ancestors: Sequence[Ancestor]) -> dict[str, Any]:

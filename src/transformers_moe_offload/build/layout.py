@@ -17,9 +17,9 @@ import torch
 from torch import Tensor
 from transformers import AutoModelForCausalLM, PreTrainedConfig
 
+from transformers_moe_offload.dtypes import dtype_name
 from transformers_moe_offload.expert import FieldSpec
 from transformers_moe_offload.hf.upstream import dtype_plan, ignored_on_save, revert_weight_conversion, tied_weights
-from transformers_moe_offload.memory.record import dtype_name
 
 
 def on_meta(config: PreTrainedConfig, dtype: torch.dtype = torch.float32) -> Any:

@@ -22,8 +22,8 @@ from transformers_moe_offload.build.plan import (
 )
 from transformers_moe_offload.build.stem import merged
 from transformers_moe_offload.build.targets import Matrix
+from transformers_moe_offload.dtypes import torch_dtype
 from transformers_moe_offload.expert import FieldSpec
-from transformers_moe_offload.memory.record import torch_dtype
 
 _CHUNK_BYTES = 64 * 2**20
 """Larger tensors are copied in parts of this size: an embedding table can be larger than everything else in memory."""

@@ -12,8 +12,8 @@ from transformers.utils import CONFIG_NAME, SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHT
 from transformers_moe_offload.build.folder import RECIPE_NAME
 from transformers_moe_offload.errors import CheckpointError
 from transformers_moe_offload.hub.upload import Layout, upload
-from transformers_moe_offload.memory.checksum import METADATA_KEY, check_file
-from transformers_moe_offload.memory.safetensors_index import check_index_file, read_index, read_metadata
+from transformers_moe_offload.tensor_files.checksum import METADATA_KEY, check_file
+from transformers_moe_offload.tensor_files.index import check_index_file, read_index, read_metadata
 
 logger = logging.getLogger(__name__)
 

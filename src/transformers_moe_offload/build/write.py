@@ -18,10 +18,10 @@ from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME
 from transformers_moe_offload.build.materials import Materials
 from transformers_moe_offload.build.plan import BuildPlan, FromBlock, PlannedTensor
 from transformers_moe_offload.expert import ITEMSIZE
-from transformers_moe_offload.memory.safetensors_writer import SafetensorsWriter, write_text
 from transformers_moe_offload.output.shards import Advance, Shard, expect_room, fill_shards, index_of, shard_names
 from transformers_moe_offload.output.syncing import Syncing
 from transformers_moe_offload.output.text import as_json
+from transformers_moe_offload.tensor_files.writer import SafetensorsWriter, write_text
 
 WeightShard = Shard[Sequence[PlannedTensor]]
 

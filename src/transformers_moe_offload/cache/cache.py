@@ -25,11 +25,11 @@ from transformers_moe_offload.cache.residency import Residency
 from transformers_moe_offload.cache.turn import Attempt, IsTakenError
 from transformers_moe_offload.cache.visit import Visit
 from transformers_moe_offload.expert import ExpertId
-from transformers_moe_offload.memory.forks import FORKS, Rank
-from transformers_moe_offload.memory.slots import Slots, Weights
-from transformers_moe_offload.memory.transfer import Transfer
 from transformers_moe_offload.policies import EvictionPolicy
+from transformers_moe_offload.slots.base import Slots, Weights
+from transformers_moe_offload.slots.transfer import Transfer
 from transformers_moe_offload.stats import LayerStats
+from transformers_moe_offload.system.forks import FORKS, Rank
 
 logger = logging.getLogger(__name__)
 

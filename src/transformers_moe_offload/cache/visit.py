@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING
 
 from transformers_moe_offload.cache.planner import order_of_use
 from transformers_moe_offload.expert import ExpertId
-from transformers_moe_offload.memory.slots import Weights
+from transformers_moe_offload.slots.base import Weights
 
 if TYPE_CHECKING:
     from transformers_moe_offload.cache.cache import ExpertCache

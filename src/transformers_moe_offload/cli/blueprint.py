@@ -18,6 +18,7 @@ from transformers_moe_offload.cli.model_config import read_config
 from transformers_moe_offload.cli.options import Origin
 from transformers_moe_offload.cli.stored import Stored, stored_tensors, what_is_stored
 from transformers_moe_offload.config import OffloadConfig
+from transformers_moe_offload.dtypes import dtype_name
 from transformers_moe_offload.expert import ExpertSpec
 from transformers_moe_offload.hf.checkpoint import Checkpoint
 from transformers_moe_offload.hf.delegates.methods import DELEGATED, refusal
@@ -27,7 +28,6 @@ from transformers_moe_offload.hf.install import method_of
 from transformers_moe_offload.hf.layer import OffloadedExperts, layer_of
 from transformers_moe_offload.hf.prebuilt.source import Quantization
 from transformers_moe_offload.hf.upstream import dtype_plan
-from transformers_moe_offload.memory.record import dtype_name
 
 
 @dataclass(frozen=True)

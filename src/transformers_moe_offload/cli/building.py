@@ -14,8 +14,8 @@ from rich.table import Table
 from transformers_moe_offload.build import AdapterMoeInfo, MoeBuildInfo, assembly, build_adapter_moe
 from transformers_moe_offload.build.adapters.plan import AdapterPlan
 from transformers_moe_offload.build.plan import BuildPlan
+from transformers_moe_offload.dtypes import dtype_name
 from transformers_moe_offload.hf.plan import readable
-from transformers_moe_offload.memory.record import dtype_name
 
 
 class Shown(NamedTuple):

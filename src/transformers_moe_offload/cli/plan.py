@@ -15,12 +15,12 @@ from transformers_moe_offload.cli import formats, options
 from transformers_moe_offload.cli.blueprint import Blueprint, draw
 from transformers_moe_offload.cli.traffic import Traffic, expect
 from transformers_moe_offload.config import Budget, OffloadConfig
+from transformers_moe_offload.dtypes import dtype_name
 from transformers_moe_offload.formats.by_expert import LayerCodings
 from transformers_moe_offload.hf.plan import OffloadPlan, Placement, make_plan, readable
 from transformers_moe_offload.hf.prebuilt.sizes import Sizes
 from transformers_moe_offload.hf.top_k import experts_per_token
-from transformers_moe_offload.memory.available import HOST_SHARE, available_bytes
-from transformers_moe_offload.memory.record import dtype_name
+from transformers_moe_offload.system.free_memory import HOST_SHARE, available_bytes
 
 TOLERANCE = 0.01
 """Sizes that differ by less than this agree: checkpoints carry small extras, such as buffers that are not loaded."""

@@ -16,6 +16,7 @@ from transformers_moe_offload.cli.failures import CommandError, reading
 from transformers_moe_offload.cli.push import push_folder
 from transformers_moe_offload.cli.writing import expect_apart, progress, resumable
 from transformers_moe_offload.config import ExpertFormats, OffloadConfig
+from transformers_moe_offload.dtypes import dtype_name
 from transformers_moe_offload.hf.plan import readable
 from transformers_moe_offload.hf.prebuilt.card import auto_class_of, model_card
 from transformers_moe_offload.hf.prebuilt.layout import MARKS, plain_config, prebuilt_config
@@ -25,7 +26,6 @@ from transformers_moe_offload.hf.prebuilt.source import Quantization, contents
 from transformers_moe_offload.hf.prebuilt.writer import Prebuilt, write_prebuilt
 from transformers_moe_offload.hub.fetch import fetch
 from transformers_moe_offload.hub.upload import expect_pushable
-from transformers_moe_offload.memory.record import dtype_name
 from transformers_moe_offload.output.place import expect_place
 from transformers_moe_offload.output.text import as_json
 

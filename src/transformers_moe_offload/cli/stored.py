@@ -17,13 +17,13 @@ from huggingface_hub.errors import SafetensorsParsingError
 from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME, cached_file
 
 from transformers_moe_offload.cli.options import Origin
+from transformers_moe_offload.disk_io.file import File
+from transformers_moe_offload.disk_io.file_identity import FileIdentity
+from transformers_moe_offload.dtypes import torch_dtype
 from transformers_moe_offload.errors import CheckpointError
 from transformers_moe_offload.hub.fetch import fetch
-from transformers_moe_offload.memory.disk import File
-from transformers_moe_offload.memory.file_identity import FileIdentity
-from transformers_moe_offload.memory.record import torch_dtype
-from transformers_moe_offload.memory.safetensors_index import DTYPES, StoredTensor, read_header, read_index
-from transformers_moe_offload.memory.weight_map import WeightMap
+from transformers_moe_offload.tensor_files.index import DTYPES, StoredTensor, read_header, read_index
+from transformers_moe_offload.tensor_files.weight_map import WeightMap
 from transformers_moe_offload.untrusted import quoted
 
 _NOWHERE = FileIdentity(nbytes=0, device=0, inode=0, modified_ns=None)

@@ -16,7 +16,8 @@ from torch import Tensor
 from torch.nn import functional
 
 from transformers_moe_offload import kernels
-from transformers_moe_offload.memory.record import ALIGNMENT, torch_dtype
+from transformers_moe_offload.dtypes import torch_dtype
+from transformers_moe_offload.store.record import ALIGNMENT
 
 _ROWS = (1, 2, 17)
 _MOST_OUTPUTS = 256

@@ -23,10 +23,10 @@ from transformers_moe_offload.compute.rates import fastest, made_records
 from transformers_moe_offload.expert import ExpertId
 from transformers_moe_offload.formats.base import Coding
 from transformers_moe_offload.formats.by_expert import LayerCodings
-from transformers_moe_offload.memory.record import RecordLayout
-from transformers_moe_offload.memory.slots import Weights
-from transformers_moe_offload.memory.transfer import Transfer
 from transformers_moe_offload.policies import LRU
+from transformers_moe_offload.slots.base import Weights
+from transformers_moe_offload.slots.transfer import Transfer
+from transformers_moe_offload.store.record import RecordLayout
 
 LAYERS = 16
 """That are submitted one after another before anybody waits, as in a forward. Without a GPU one after the other is

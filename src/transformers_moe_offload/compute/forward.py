@@ -22,7 +22,7 @@ from transformers_moe_offload.compute.padding import padded
 from transformers_moe_offload.compute.routing import FEW_PAIRS, Grouping, group_by_expert
 from transformers_moe_offload.formats.base import Coding
 from transformers_moe_offload.formats.by_expert import AS_USED, LayerCodings
-from transformers_moe_offload.memory.slots import Weights
+from transformers_moe_offload.slots.base import Weights
 
 
 def sparse_forward(

@@ -21,13 +21,13 @@ from transformers_moe_offload.compute.by_address import ByAddress
 from transformers_moe_offload.compute.mlp import ExpertMlp
 from transformers_moe_offload.compute.placing import placed
 from transformers_moe_offload.compute.routing import Grouping
+from transformers_moe_offload.dtypes import dtype_name
 from transformers_moe_offload.expert import FieldSpec
 from transformers_moe_offload.formats.by_expert import LayerCodings
 from transformers_moe_offload.formats.coding import ExpertCoding
 from transformers_moe_offload.kernels import gpu
 from transformers_moe_offload.kernels.grouped import Pairs
-from transformers_moe_offload.memory.record import dtype_name
-from transformers_moe_offload.memory.slots import Weights
+from transformers_moe_offload.slots.base import Weights
 
 FEW_TOKENS = 16
 """Up to so many dense experts are computed together: with more rows each, torch's own matmul is the better kernel."""

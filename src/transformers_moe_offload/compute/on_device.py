@@ -16,12 +16,13 @@ from transformers_moe_offload.compute.activation import recognised
 from transformers_moe_offload.compute.by_address import ByAddress
 from transformers_moe_offload.compute.mlp import ExpertMlp
 from transformers_moe_offload.compute.placing import placed
+from transformers_moe_offload.dtypes import torch_dtype
 from transformers_moe_offload.formats.base import Coding
 from transformers_moe_offload.formats.by_expert import LayerCodings
 from transformers_moe_offload.formats.coding import ExpertCoding
 from transformers_moe_offload.kernels import gpu
 from transformers_moe_offload.kernels.grouped import Pairs
-from transformers_moe_offload.memory.record import RecordLayout, torch_dtype
+from transformers_moe_offload.store.record import RecordLayout
 
 
 def missing_on_device(mlp: ExpertMlp, layout: RecordLayout, codings: LayerCodings, device: torch.device) -> str | None:

@@ -5,10 +5,10 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 from transformers_moe_offload.compute.mlp import ExpertMlp
+from transformers_moe_offload.dtypes import torch_dtype
 from transformers_moe_offload.expert import FieldSpec
 from transformers_moe_offload.formats.coding import ExpertCoding
 from transformers_moe_offload.kernels.grouped import PlacedMatrix
-from transformers_moe_offload.memory.record import torch_dtype
 
 
 def placed(

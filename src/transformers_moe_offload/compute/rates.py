@@ -19,8 +19,8 @@ from transformers_moe_offload.cache.misses import MissRates
 from transformers_moe_offload.compute.host import HostCompute
 from transformers_moe_offload.compute.mlp import ExpertMlp, ExpertWeights
 from transformers_moe_offload.expert import ExpertId
-from transformers_moe_offload.memory.fill import ReadInto
-from transformers_moe_offload.memory.transfer import Copier
+from transformers_moe_offload.slots.transfer import Copier
+from transformers_moe_offload.store.record_reader import ReadInto
 
 COLD_BYTES = 128 << 20
 """Of experts that are computed one after another, so that each one's weights come from memory: more than the caches

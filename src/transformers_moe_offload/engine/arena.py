@@ -16,11 +16,11 @@ from torch import Tensor
 
 from transformers_moe_offload.errors import ConfigError, PageLockError
 from transformers_moe_offload.expert import ExpertId
-from transformers_moe_offload.memory.checkpoint import ExpertStore
-from transformers_moe_offload.memory.page_locked import PageLock, pageable, why_not_readable
-from transformers_moe_offload.memory.ram_file import RamFile
-from transformers_moe_offload.memory.record import RecordLayout
-from transformers_moe_offload.memory.transfer import HostCopier, Transfer
+from transformers_moe_offload.slots.cuda.page_locked import PageLock, pageable, why_not_readable
+from transformers_moe_offload.slots.transfer import HostCopier, Transfer
+from transformers_moe_offload.store.expert_store import ExpertStore
+from transformers_moe_offload.store.ram_file import RamFile
+from transformers_moe_offload.store.record import RecordLayout
 
 BLOCK_BYTES = 1 << 30
 """Of one block, unless a record is larger. The system has to find every page that it locks, and can only be interrupted

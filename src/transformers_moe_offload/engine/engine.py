@@ -24,8 +24,8 @@ from transformers_moe_offload.engine.counters import Counters
 from transformers_moe_offload.engine.slots import AddressedSlots
 from transformers_moe_offload.engine.streams import Streams, streams_of
 from transformers_moe_offload.engine.table import AddressTable
-from transformers_moe_offload.memory.slots import SlotPool
 from transformers_moe_offload.policies import EvictionPolicy
+from transformers_moe_offload.slots.buffers import SlotPool
 from transformers_moe_offload.stats import LayerStats
 
 

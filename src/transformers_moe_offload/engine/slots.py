@@ -18,8 +18,9 @@ from transformers_moe_offload.engine.arena import Arena
 from transformers_moe_offload.engine.streams import Copy, Mark, Streams
 from transformers_moe_offload.engine.table import AddressTable
 from transformers_moe_offload.expert import ExpertId
-from transformers_moe_offload.memory.slots import SlotPool, Weights
-from transformers_moe_offload.memory.transfer import Transfer
+from transformers_moe_offload.slots.base import Weights
+from transformers_moe_offload.slots.buffers import SlotPool
+from transformers_moe_offload.slots.transfer import Transfer
 
 
 class AddressedSlots:

@@ -20,7 +20,7 @@ from transformers_moe_offload.hf.probe import reproduces
 from transformers_moe_offload.hf.runtime import OffloadRuntime
 from transformers_moe_offload.hf.state_dicts import install_state_dict_hooks
 from transformers_moe_offload.kernels import Activations
-from transformers_moe_offload.memory.checkpoint import LayerSource
+from transformers_moe_offload.store.layer_source import LayerSource
 
 logger = logging.getLogger(__name__)
 

@@ -44,9 +44,10 @@ from transformers_moe_offload.hf.plan import (
     without_arenas,
 )
 from transformers_moe_offload.hf.pools import build_caches
-from transformers_moe_offload.memory.checkpoint import ExpertStore, LayerSource
-from transformers_moe_offload.memory.forks import FORKS, Rank
 from transformers_moe_offload.stats import LayerStats
+from transformers_moe_offload.store.expert_store import ExpertStore
+from transformers_moe_offload.store.layer_source import LayerSource
+from transformers_moe_offload.system.forks import FORKS, Rank
 from transformers_moe_offload.tracing import TraceRecorder
 
 

@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from transformers_moe_offload.dtypes import dtype_name
 from transformers_moe_offload.errors import CheckpointError
 from transformers_moe_offload.expert import ExpertSpec, FieldSpec
 from transformers_moe_offload.hf.delegates.methods import refuse_hqq
@@ -27,10 +28,9 @@ from transformers_moe_offload.hf.locate import (
     whole_source,
 )
 from transformers_moe_offload.hf.upstream import ignore_on_load_unexpected, tied_weights
-from transformers_moe_offload.memory.checkpoint import LayerSource
-from transformers_moe_offload.memory.expert_source import ScatteredExpert
-from transformers_moe_offload.memory.record import dtype_name
-from transformers_moe_offload.memory.safetensors_index import StoredTensor, check_index_file, read_header, read_index
+from transformers_moe_offload.store.expert_source import ScatteredExpert
+from transformers_moe_offload.store.layer_source import LayerSource
+from transformers_moe_offload.tensor_files.index import StoredTensor, check_index_file, read_header, read_index
 
 
 @dataclass(frozen=True)

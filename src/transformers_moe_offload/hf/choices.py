@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from transformers.utils import logging
 
 from transformers_moe_offload.hf.layouts import ExpertsLayout
-from transformers_moe_offload.memory.available import is_out_of_memory
+from transformers_moe_offload.system.free_memory import is_out_of_memory
 
 logger = logging.get_logger(__name__)
 

@@ -8,12 +8,12 @@ from typing import Any
 
 from transformers_moe_offload.config import ExpertFormats, HqqFormat
 from transformers_moe_offload.config.formats import GROUP_SIZES
+from transformers_moe_offload.dtypes import dtype_name
 from transformers_moe_offload.errors import ConfigError
 from transformers_moe_offload.expert import FieldSpec
 from transformers_moe_offload.formats.by_expert import LayerCodings
 from transformers_moe_offload.formats.coding import ExpertCoding
 from transformers_moe_offload.hf.layer import SparseLayer
-from transformers_moe_offload.memory.record import dtype_name
 
 
 def plain_fields(layer: SparseLayer) -> tuple[FieldSpec, ...]:

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from transformers_moe_offload import kernels
 from transformers_moe_offload.config import HqqFormat
+from transformers_moe_offload.dtypes import torch_dtype
 from transformers_moe_offload.errors import ConfigError
 from transformers_moe_offload.formats.hqq import packing_of, quantize
 from transformers_moe_offload.hf.layer import SparseLayer
@@ -21,7 +22,6 @@ from transformers_moe_offload.hf.upstream import tied_weights
 from transformers_moe_offload.kernels import Activations
 from transformers_moe_offload.kernels.packed import PackedMatrix, Packing
 from transformers_moe_offload.kernels.reference import dequantize
-from transformers_moe_offload.memory.record import torch_dtype
 
 logger = logging.getLogger(__name__)
 

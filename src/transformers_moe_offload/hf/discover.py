@@ -6,12 +6,12 @@ from collections.abc import Iterator
 
 from torch import nn
 
+from transformers_moe_offload.dtypes import dtype_name
 from transformers_moe_offload.errors import UnsupportedModelError
 from transformers_moe_offload.expert import ExpertSpec, FieldSpec
 from transformers_moe_offload.hf.layer import OffloadedExperts, SparseLayer, bind, layer_of
 from transformers_moe_offload.hf.layouts import ExpertsLayout, layout_of
 from transformers_moe_offload.hf.placeholders import take_out
-from transformers_moe_offload.memory.record import dtype_name
 
 
 def find_experts(model: nn.Module) -> Iterator[tuple[str, nn.Module, ExpertsLayout]]:

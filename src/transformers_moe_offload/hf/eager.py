@@ -15,11 +15,11 @@ from torch import Tensor, nn
 
 from transformers_moe_offload.cache.visit import Visit
 from transformers_moe_offload.compute.lending import Fetch
+from transformers_moe_offload.dtypes import torch_dtype
 from transformers_moe_offload.errors import UnsupportedModelError
 from transformers_moe_offload.expert import ExpertSpec
 from transformers_moe_offload.formats.by_expert import LayerCodings
 from transformers_moe_offload.hf.layouts import ExpertField
-from transformers_moe_offload.memory.record import torch_dtype
 
 
 def fetch_from(

@@ -20,15 +20,15 @@ from transformers_moe_offload.compute.host_side import HostSide
 from transformers_moe_offload.compute.mlp import ExpertWeights
 from transformers_moe_offload.compute.rates import measured_rates
 from transformers_moe_offload.config import OffloadConfig
+from transformers_moe_offload.dtypes import torch_dtype
 from transformers_moe_offload.expert import ExpertId, ExpertSpec
 from transformers_moe_offload.hf.layer import SparseLayer, experts_at
 from transformers_moe_offload.hf.plan import OffloadPlan, PoolPlan
 from transformers_moe_offload.hf.pools import copier_for
 from transformers_moe_offload.hf.top_k import experts_per_token
-from transformers_moe_offload.memory.checkpoint import ExpertStore
-from transformers_moe_offload.memory.fill import whole
-from transformers_moe_offload.memory.host import HostTier
-from transformers_moe_offload.memory.record import torch_dtype
+from transformers_moe_offload.store.expert_store import ExpertStore
+from transformers_moe_offload.store.host_tier import HostTier
+from transformers_moe_offload.store.record_reader import whole
 
 logger = logging.getLogger(__name__)
 

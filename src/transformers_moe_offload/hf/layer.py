@@ -27,13 +27,13 @@ from transformers_moe_offload.compute.adapted import adapted_forward
 from transformers_moe_offload.compute.forward import sparse_forward
 from transformers_moe_offload.compute.lending import Lending
 from transformers_moe_offload.compute.mlp import ExpertMlp
+from transformers_moe_offload.dtypes import torch_dtype
 from transformers_moe_offload.errors import CheckpointError, UnsupportedModelError
 from transformers_moe_offload.hf.adapters.added import added_to
 from transformers_moe_offload.hf.eager import fetch_from, twin_of
 from transformers_moe_offload.hf.layouts import ExpertField, ExpertsLayout
 from transformers_moe_offload.hf.own_experts import NAME as OWN_EXPERTS
 from transformers_moe_offload.hf.own_experts import own_experts
-from transformers_moe_offload.memory.record import torch_dtype
 
 if TYPE_CHECKING:
     from transformers_moe_offload.hf.runtime import OffloadRuntime

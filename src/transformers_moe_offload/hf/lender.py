@@ -16,7 +16,7 @@ from torch import Tensor
 from transformers_moe_offload.compute.borrowed import Use
 from transformers_moe_offload.compute.forward import opened
 from transformers_moe_offload.expert import ExpertId
-from transformers_moe_offload.memory.slots import Weights
+from transformers_moe_offload.slots.base import Weights
 
 if TYPE_CHECKING:
     from transformers_moe_offload.hf.layer import SparseLayer

@@ -20,6 +20,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from transformers_moe_offload.dtypes import torch_dtype
 from transformers_moe_offload.errors import CheckpointError, UnsupportedModelError
 from transformers_moe_offload.hf.layouts import ExpertField
 from transformers_moe_offload.hf.upstream import (
@@ -30,9 +31,8 @@ from transformers_moe_offload.hf.upstream import (
     dot_natural_key,
     rename_source_key,
 )
-from transformers_moe_offload.memory.field_source import Assemble, FieldSource
-from transformers_moe_offload.memory.record import torch_dtype
-from transformers_moe_offload.memory.safetensors_index import StoredTensor
+from transformers_moe_offload.store.field_source import Assemble, FieldSource
+from transformers_moe_offload.tensor_files.index import StoredTensor
 
 
 @dataclass

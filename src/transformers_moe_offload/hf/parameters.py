@@ -5,9 +5,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from transformers_moe_offload.dtypes import torch_dtype
 from transformers_moe_offload.hf.layer import SparseLayer
-from transformers_moe_offload.memory.checkpoint import LayerSource
-from transformers_moe_offload.memory.record import torch_dtype
+from transformers_moe_offload.store.layer_source import LayerSource
 
 
 def parameters_of(layer: SparseLayer, source: LayerSource) -> dict[str, Tensor]:

@@ -16,11 +16,12 @@ from transformers_moe_offload.errors import ConfigError
 from transformers_moe_offload.expert import ExpertSpec
 from transformers_moe_offload.formats.by_expert import AS_USED, LayerCodings
 from transformers_moe_offload.hf.room import room_for_slots
-from transformers_moe_offload.memory.available import available_bytes, page_cache_holds
-from transformers_moe_offload.memory.checkpoint import ExpertStore, LayerSource
-from transformers_moe_offload.memory.direct_trial import is_faster_past_cache
-from transformers_moe_offload.memory.record import RecordLayout
 from transformers_moe_offload.notebook import html_paragraph, html_table
+from transformers_moe_offload.store.direct_io_probe import is_faster_past_cache
+from transformers_moe_offload.store.expert_store import ExpertStore
+from transformers_moe_offload.store.layer_source import LayerSource
+from transformers_moe_offload.store.record import RecordLayout
+from transformers_moe_offload.system.free_memory import available_bytes, page_cache_holds
 
 logger = logging.getLogger(__name__)
 

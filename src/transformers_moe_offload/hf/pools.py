@@ -8,18 +8,20 @@ from typing import NamedTuple
 
 from transformers_moe_offload.cache.cache import ExpertCache
 from transformers_moe_offload.config import OffloadConfig
+from transformers_moe_offload.disk_io.reader_pool import default_workers
 from transformers_moe_offload.hf.plan import OffloadPlan, PoolPlan
-from transformers_moe_offload.memory.checkpoint import ExpertStore, LayerSource
-from transformers_moe_offload.memory.fill import OpenFill
-from transformers_moe_offload.memory.host import HostTier
-from transformers_moe_offload.memory.lanes import default_workers
-from transformers_moe_offload.memory.mapped import MappedSlots
-from transformers_moe_offload.memory.paged_slots import PagedSlots
-from transformers_moe_offload.memory.slots import CopiedSlots, SlotPool, Slots
-from transformers_moe_offload.memory.small import SmallReads
-from transformers_moe_offload.memory.transfer import Copier, HostCopier, StartHere, no_start
-from transformers_moe_offload.memory.upload import CudaCopier
 from transformers_moe_offload.policies import make_policy
+from transformers_moe_offload.slots.base import Slots
+from transformers_moe_offload.slots.buffers import CopiedSlots, SlotPool
+from transformers_moe_offload.slots.cuda.copier import CudaCopier
+from transformers_moe_offload.slots.direct_io import DirectSlots
+from transformers_moe_offload.slots.inline_reads import InlineReads
+from transformers_moe_offload.slots.mapped import MappedSlots
+from transformers_moe_offload.slots.transfer import Copier, HostCopier, StartHere, no_start
+from transformers_moe_offload.store.expert_store import ExpertStore
+from transformers_moe_offload.store.host_tier import HostTier
+from transformers_moe_offload.store.layer_source import LayerSource
+from transformers_moe_offload.store.record_reader import OpenFill
 
 
 class Caches(NamedTuple):
@@ -47,9 +49,9 @@ def _slots(store: ExpertStore, host: HostTier, pool: PoolPlan, config: OffloadCo
     if pool.is_mapped:
         return MappedSlots(store, workers_of(config))
     if pool.spare_bytes is not None and store.past_cache:
-        return PagedSlots(store, pool.sizes[0], pool.spare_bytes, workers_of(config))
+        return DirectSlots(store, pool.sizes[0], pool.spare_bytes, workers_of(config))
     fill = store.fill if pool.device.type == "cpu" else host.fill
-    copier = copier_for(pool, fill, config, SmallReads(store).start)
+    copier = copier_for(pool, fill, config, InlineReads(store).start)
     return CopiedSlots(store, SlotPool(pool.sizes[0], pool.device), copier)
 
 

@@ -20,7 +20,7 @@ from transformers_moe_offload.compute.mlp import ExpertMlp
 from transformers_moe_offload.compute.routing import group_by_expert
 from transformers_moe_offload.hf.eager import with_attributes
 from transformers_moe_offload.hf.layer import SparseLayer
-from transformers_moe_offload.memory.available import is_out_of_memory
+from transformers_moe_offload.system.free_memory import is_out_of_memory
 
 logger = logging.get_logger(__name__)
 

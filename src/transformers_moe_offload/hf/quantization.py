@@ -13,9 +13,9 @@ from transformers_moe_offload.errors import ConfigError
 from transformers_moe_offload.formats.by_expert import LayerCodings
 from transformers_moe_offload.hf.codings import codings_of
 from transformers_moe_offload.hf.layer import SparseLayer
-from transformers_moe_offload.memory.available import free_ram
-from transformers_moe_offload.memory.checkpoint import LayerSource
-from transformers_moe_offload.memory.encoding import encoded_bytes, encoded_in_ram, num_encoded
+from transformers_moe_offload.store.encoding import encoded_bytes, encoded_in_ram, num_encoded
+from transformers_moe_offload.store.layer_source import LayerSource
+from transformers_moe_offload.system.free_memory import free_ram
 
 
 def codings_to_be(

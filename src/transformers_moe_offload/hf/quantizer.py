@@ -35,8 +35,8 @@ from transformers_moe_offload.hf.upstream import (
     experts_implementation,
     has_peft_adapter,
 )
-from transformers_moe_offload.memory.encoding import num_encoded
 from transformers_moe_offload.policies import make_policy
+from transformers_moe_offload.store.encoding import num_encoded
 
 logger = logging.getLogger(__name__)
 

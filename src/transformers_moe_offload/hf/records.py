@@ -14,16 +14,17 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from transformers_moe_offload.config import ExpertFormats
+from transformers_moe_offload.dtypes import dtype_name
 from transformers_moe_offload.errors import CheckpointError
 from transformers_moe_offload.expert import ITEMSIZE, ExpertSpec, FieldSpec
 from transformers_moe_offload.hf.checkpoint import Checkpoint
 from transformers_moe_offload.hf.codings import codings_of
 from transformers_moe_offload.hf.layer import SparseLayer
-from transformers_moe_offload.memory.checkpoint import LayerSource
-from transformers_moe_offload.memory.expert_source import RecordedExpert
-from transformers_moe_offload.memory.field_source import read_stored
-from transformers_moe_offload.memory.record import RecordLayout, dtype_name
-from transformers_moe_offload.memory.safetensors_index import StoredTensor, read_metadata
+from transformers_moe_offload.store.expert_source import RecordedExpert
+from transformers_moe_offload.store.layer_source import LayerSource
+from transformers_moe_offload.store.record import RecordLayout
+from transformers_moe_offload.tensor_files.index import StoredTensor, read_metadata
+from transformers_moe_offload.tensor_files.reading import read_stored
 from transformers_moe_offload.untrusted import parse_json
 
 RECORDS, HOT_RECORDS, CHECKSUMS = "records", "hot_records", "checksums"

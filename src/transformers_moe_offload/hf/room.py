@@ -7,8 +7,8 @@ from collections.abc import Mapping, Sequence
 import torch
 
 from transformers_moe_offload.cache.capacity import PoolNeed
-from transformers_moe_offload.memory.available import available_bytes
-from transformers_moe_offload.memory.slots import allocated_bytes
+from transformers_moe_offload.slots.buffers import allocated_bytes
+from transformers_moe_offload.system.free_memory import available_bytes
 
 
 def room_for_slots(

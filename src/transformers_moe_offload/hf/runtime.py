@@ -15,6 +15,7 @@ from torch.utils.hooks import RemovableHandle
 from transformers_moe_offload.cache.cache import ExpertCache
 from transformers_moe_offload.compute.host_side import HostSide
 from transformers_moe_offload.config import OffloadConfig
+from transformers_moe_offload.dtypes import dtype_name
 from transformers_moe_offload.errors import ConfigError, MoeOffloadError
 from transformers_moe_offload.expert import ExpertId, ExpertSpec
 from transformers_moe_offload.hf.caches import LayerCaches
@@ -31,9 +32,8 @@ from transformers_moe_offload.hf.places import expect_in_place
 from transformers_moe_offload.hf.plan import OffloadPlan
 from transformers_moe_offload.hf.state_dicts import remove_state_dict_hooks
 from transformers_moe_offload.hf.upstream import COMPILED_CALL, arguments, tied_weights
-from transformers_moe_offload.memory.checkpoint import LayerSource
-from transformers_moe_offload.memory.record import dtype_name
 from transformers_moe_offload.stats import CacheStats
+from transformers_moe_offload.store.layer_source import LayerSource
 from transformers_moe_offload.tracing import Trace, TraceRecorder
 
 

@@ -20,6 +20,7 @@ from transformers.utils import (
 )
 
 from transformers_moe_offload.config.budget import Budget
+from transformers_moe_offload.dtypes import dtype_name
 from transformers_moe_offload.errors import CheckpointError, ConfigError, UnsupportedModelError
 from transformers_moe_offload.expert import FieldSpec
 from transformers_moe_offload.formats.by_expert import LayerCodings
@@ -37,13 +38,12 @@ from transformers_moe_offload.hf.prebuilt.layout import (
 from transformers_moe_offload.hf.prebuilt.writer import finish, write_shards
 from transformers_moe_offload.hf.runtime import OffloadRuntime
 from transformers_moe_offload.hf.upstream import has_peft_adapter, remove_tied_weights_from_state_dict
-from transformers_moe_offload.memory.checkpoint import LayerSource
-from transformers_moe_offload.memory.encoding import encoded_row, row_of
-from transformers_moe_offload.memory.record import dtype_name
-from transformers_moe_offload.memory.safetensors_writer import write_text
 from transformers_moe_offload.output.place import replacing
 from transformers_moe_offload.output.shards import MAX_SHARD_BYTES, Content
 from transformers_moe_offload.output.text import as_json
+from transformers_moe_offload.store.encoding import encoded_row, row_of
+from transformers_moe_offload.store.layer_source import LayerSource
+from transformers_moe_offload.tensor_files.writer import write_text
 
 _OTHERS = (ADAPTER_CONFIG_NAME, SAFE_WEIGHTS_NAME, SAFE_WEIGHTS_INDEX_NAME, WEIGHTS_NAME, WEIGHTS_INDEX_NAME)
 """Files by which Transformers finds weights that are not in a prebuilt checkpoint."""

@@ -17,13 +17,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from transformers_moe_offload.dtypes import torch_dtype
 from transformers_moe_offload.errors import CheckpointError, ConfigError
 from transformers_moe_offload.hf.layer import SparseLayer
 from transformers_moe_offload.hf.layouts import ExpertField
 from transformers_moe_offload.hf.locate import ParameterSource, assembled, trace_parameters
 from transformers_moe_offload.hf.own_experts import NAME, is_of_own_experts, named_own_experts, own_experts
 from transformers_moe_offload.hf.upstream import get_model_conversion_mapping
-from transformers_moe_offload.memory.record import torch_dtype
 
 logger = logging.getLogger(__name__)
 

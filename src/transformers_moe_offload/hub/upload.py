@@ -16,7 +16,7 @@ from huggingface_hub import HfApi
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalTokenNotFoundError
 
 from transformers_moe_offload.errors import MoeOffloadError
-from transformers_moe_offload.memory.safetensors_writer import PARTIAL
+from transformers_moe_offload.tensor_files.writer import PARTIAL
 
 T = TypeVar("T")
 logger = logging.getLogger(__name__)

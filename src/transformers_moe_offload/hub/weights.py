@@ -19,8 +19,8 @@ from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME
 
 from transformers_moe_offload.errors import CheckpointError
 from transformers_moe_offload.expert import FieldSpec
-from transformers_moe_offload.memory.safetensors_index import DTYPES, read_header
-from transformers_moe_offload.memory.weight_map import WeightMap
+from transformers_moe_offload.tensor_files.index import DTYPES, read_header
+from transformers_moe_offload.tensor_files.weight_map import WeightMap
 
 _PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt")
 _CONNECTION_FAILED: Any = HfHubHTTPError.__bases__[0]

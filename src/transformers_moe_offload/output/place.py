@@ -22,7 +22,7 @@ from pathlib import Path
 from typing import Any
 
 from transformers_moe_offload.errors import CheckpointError
-from transformers_moe_offload.memory.safetensors_writer import PARTIAL, sync_folder, write_text
+from transformers_moe_offload.tensor_files.writer import PARTIAL, sync_folder, write_text
 from transformers_moe_offload.untrusted import json_file, one_line, quoted
 
 try:

@@ -16,10 +16,10 @@ from torch import Tensor
 
 from transformers_moe_offload.errors import CheckpointError
 from transformers_moe_offload.expert import ITEMSIZE, FieldSpec
-from transformers_moe_offload.memory.checksum import check_file
-from transformers_moe_offload.memory.safetensors_index import read_metadata
-from transformers_moe_offload.memory.safetensors_writer import SafetensorsWriter, file_bytes
 from transformers_moe_offload.output.syncing import Syncing
+from transformers_moe_offload.tensor_files.checksum import check_file
+from transformers_moe_offload.tensor_files.index import read_metadata
+from transformers_moe_offload.tensor_files.writer import SafetensorsWriter, file_bytes
 
 C = TypeVar("C")
 Advance = Callable[[int], None]

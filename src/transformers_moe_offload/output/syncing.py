@@ -13,7 +13,7 @@ from pathlib import Path
 from types import TracebackType
 
 from transformers_moe_offload.errors import CheckpointError
-from transformers_moe_offload.memory.safetensors_writer import sync_folder
+from transformers_moe_offload.tensor_files.writer import sync_folder
 
 
 class Syncing:

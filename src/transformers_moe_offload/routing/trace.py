@@ -19,8 +19,8 @@ import torch
 from numpy.typing import NDArray
 
 from transformers_moe_offload.compute.routing import group_by_expert
+from transformers_moe_offload.disk_io.file_identity import FileIdentity
 from transformers_moe_offload.errors import ConfigError
-from transformers_moe_offload.memory.file_identity import FileIdentity
 from transformers_moe_offload.routing import measures
 from transformers_moe_offload.routing.trace_file import (
     Part,

@@ -12,9 +12,8 @@ import numpy as np
 from numpy.typing import NDArray
 from safetensors.numpy import load_file
 
+from transformers_moe_offload.disk_io.file_identity import FileIdentity
 from transformers_moe_offload.errors import CheckpointError
-from transformers_moe_offload.memory.file_identity import FileIdentity
-from transformers_moe_offload.memory.safetensors_index import read_header
 from transformers_moe_offload.routing.trace_file import (
     INDEX,
     KIND,
@@ -24,6 +23,7 @@ from transformers_moe_offload.routing.trace_file import (
     file_of,
     refuse_folder,
 )
+from transformers_moe_offload.tensor_files.index import read_header
 from transformers_moe_offload.tracing.trace_file import TraceError, reading_trace
 from transformers_moe_offload.untrusted import quoted
 

@@ -24,7 +24,7 @@ from numpy.lib import format as npy
 from numpy.typing import NDArray
 
 from transformers_moe_offload.errors import MoeOffloadError
-from transformers_moe_offload.memory.safetensors_writer import new_file
+from transformers_moe_offload.tensor_files.writer import new_file
 from transformers_moe_offload.untrusted import one_line, quoted
 
 FORMAT = 1

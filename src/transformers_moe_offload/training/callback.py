@@ -12,7 +12,7 @@ from transformers.trainer_utils import SaveStrategy
 from transformers_moe_offload.errors import CheckpointError
 from transformers_moe_offload.hf.runtime import OffloadRuntime, runtime_of
 from transformers_moe_offload.hf.upstream import ExportableState
-from transformers_moe_offload.memory.record import host_bytes
+from transformers_moe_offload.system.host_memory import host_bytes
 from transformers_moe_offload.training.routing import RouterWatch, entropy
 
 logger = logging.getLogger(__name__)

@@ -29,11 +29,11 @@ from transformers_moe_offload.build.sources.checkpoint import as_saved, specs_of
 from transformers_moe_offload.errors import CheckpointError, RecipeError
 from transformers_moe_offload.hub.companions import published
 from transformers_moe_offload.hub.fetch import fetch
-from transformers_moe_offload.memory.field_source import read_stored
-from transformers_moe_offload.memory.safetensors_index import StoredTensor, read_index
 from transformers_moe_offload.models.adapter_moe import AdapterMoeConfig
 from transformers_moe_offload.models.adapter_moe.adapter_folders import FOLDER, WEIGHTS_NAME
 from transformers_moe_offload.output.place import expect_place
+from transformers_moe_offload.tensor_files.index import StoredTensor, read_index
+from transformers_moe_offload.tensor_files.reading import read_stored
 
 _ROUTER = ".router.weight"
 

@@ -26,11 +26,10 @@ from transformers_moe_offload.build.info import INFO_NAME
 from transformers_moe_offload.build.layout import on_meta
 from transformers_moe_offload.build.publish import publish
 from transformers_moe_offload.build.recipe import MoeRecipe
+from transformers_moe_offload.dtypes import torch_dtype
 from transformers_moe_offload.hf.upstream import custom_object_save
 from transformers_moe_offload.hub.companions import published
 from transformers_moe_offload.hub.upload import expect_pushable
-from transformers_moe_offload.memory.record import torch_dtype
-from transformers_moe_offload.memory.safetensors_writer import write_bytes, write_text
 from transformers_moe_offload.models.adapter_moe import AdapterMoeForCausalLM
 from transformers_moe_offload.models.adapter_moe import adapter_folders as folders
 from transformers_moe_offload.output.place import expect_place, place_for
@@ -45,6 +44,7 @@ from transformers_moe_offload.output.shards import (
     write_contents,
 )
 from transformers_moe_offload.output.text import as_json
+from transformers_moe_offload.tensor_files.writer import write_bytes, write_text
 
 logger = logging.getLogger(__name__)
 Advance = Callable[[int], None]

@@ -19,9 +19,9 @@ from transformers_moe_offload.build.layout import layout_of, on_meta
 from transformers_moe_offload.build.licences import Verdict, judged, licence_of
 from transformers_moe_offload.build.recipe import Expert, MoeRecipe
 from transformers_moe_offload.build.sources import Ancestor, Source, open_source
+from transformers_moe_offload.dtypes import torch_dtype
 from transformers_moe_offload.errors import CheckpointError, RecipeError
 from transformers_moe_offload.expert import FieldSpec
-from transformers_moe_offload.memory.record import torch_dtype
 from transformers_moe_offload.models.adapter_moe import AdapterMoeConfig
 from transformers_moe_offload.models.adapter_moe.adapter_folders import CONFIG_NAME, WEIGHTS_NAME, AdapterFolder
 from transformers_moe_offload.untrusted import one_line, quoted

@@ -25,10 +25,10 @@ from transformers_moe_offload.build.layout import experts_paths, names_in_memory
 from transformers_moe_offload.build.materials import Materials
 from transformers_moe_offload.build.sources.checkpoint import read_rows
 from transformers_moe_offload.build.targets import ROLES
-from transformers_moe_offload.memory.field_source import read_stored
-from transformers_moe_offload.memory.record import dtype_name, torch_dtype
-from transformers_moe_offload.memory.safetensors_index import StoredTensor
-from transformers_moe_offload.memory.sight import Sight
+from transformers_moe_offload.dtypes import dtype_name, torch_dtype
+from transformers_moe_offload.tensor_files.index import StoredTensor
+from transformers_moe_offload.tensor_files.mapped_tensors import MappedTensors
+from transformers_moe_offload.tensor_files.reading import read_stored
 
 NUM_TOKENS = 12
 """In each text: enough for attention to matter, few enough for the blocks not to take longer than reading them."""
@@ -99,7 +99,7 @@ def _experts(materials: Materials, stored: Mapping[str, StoredTensor], layer: in
         def forward(hidden: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
             """(B * T, H), (B * T, K) int64, (B * T, K) -> (B * T, H)."""
             texts = zip(*(one.chunk(num_experts + 1) for one in (hidden, top_k_index, top_k_weights)), strict=True)
-            answers, sight = [], Sight()
+            answers, sight = [], MappedTensors()
             for number, (states, index, weights) in enumerate(texts):
                 if number < num_experts:
                     index = torch.full_like(index[:, :1], number)
@@ -145,7 +145,7 @@ def _blocks(materials: Materials, layer: int) -> Callable[[nn.Module], Forward]:
     }
 
     def forward_of(module: nn.Module) -> Forward:
-        own, sight = module.forward, Sight()
+        own, sight = module.forward, MappedTensors()
 
         def block(states: Tensor, block: Block) -> Tensor:
             for role, name in names.items():
@@ -175,7 +175,7 @@ def _blocks(materials: Materials, layer: int) -> Callable[[nn.Module], Forward]:
 
 
 def _stored_expert(
-    materials: Materials, stored: Mapping[str, StoredTensor], layer: int, expert: int, sight: Sight
+    materials: Materials, stored: Mapping[str, StoredTensor], layer: int, expert: int, sight: MappedTensors
 ) -> dict[str, Tensor]:
     """The matrices of an expert, by role, from the files: (I, H), (I, H) and (H, I)."""
     shape, hidden_size = materials.plan.shape, materials.plan.config.hidden_size
@@ -191,7 +191,7 @@ def _stored_expert(
     return found
 
 
-def _rounded(materials: Materials, block: Block, layer: int, role: str, sight: Sight) -> Tensor:
+def _rounded(materials: Materials, block: Block, layer: int, role: str, sight: MappedTensors) -> Tensor:
     """A matrix as the mixture has it, without channels of zeros."""
     stored = materials.blocks.stored(block, layer, role)
     if stored is not None and stored.dtype == dtype_name(materials.plan.dtype):

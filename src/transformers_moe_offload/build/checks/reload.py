@@ -16,8 +16,8 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from transformers.utils import logging
 
 from transformers_moe_offload.build.checks import CheckFailedError
-from transformers_moe_offload.memory.record import torch_dtype
-from transformers_moe_offload.memory.safetensors_index import StoredTensor
+from transformers_moe_offload.dtypes import torch_dtype
+from transformers_moe_offload.tensor_files.index import StoredTensor
 
 WHOLE_UP_TO = 256 * 2**20
 """Bytes of weights up to which all of it is loaded: a build promises to need less than 1 GB."""

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, PreTrainedConfig
 
 from transformers_moe_offload.hf.upstream import initialise, tied_weights
-from transformers_moe_offload.memory.trim import trim
+from transformers_moe_offload.system.malloc_trim import trim
 
 Forward = Callable[..., Tensor]
 

@@ -17,7 +17,7 @@ from transformers.utils import CONFIG_NAME, SAFE_WEIGHTS_INDEX_NAME
 from transformers_moe_offload.build.plan import Parameters
 from transformers_moe_offload.build.targets import CONTAINERS, Container
 from transformers_moe_offload.errors import CheckpointError, UnsupportedModelError
-from transformers_moe_offload.memory.safetensors_index import StoredTensor, check_index_file, read_index
+from transformers_moe_offload.tensor_files.index import StoredTensor, check_index_file, read_index
 from transformers_moe_offload.untrusted import json_object
 
 _ONE_BY_ONE = re.compile(r"(?P<block>.+)\.experts\.(?P<expert>\d+)\.(?P<rest>.+)")

@@ -21,11 +21,10 @@ from transformers_moe_offload.build.edit.surgery import stored
 from transformers_moe_offload.build.folder import MARKS
 from transformers_moe_offload.build.layout import layout_of
 from transformers_moe_offload.build.targets import Container, Matrix
+from transformers_moe_offload.dtypes import torch_dtype
 from transformers_moe_offload.errors import RecipeError, UnsupportedModelError
 from transformers_moe_offload.expert import FieldSpec
 from transformers_moe_offload.hub.companions import companions_in, published
-from transformers_moe_offload.memory.record import torch_dtype
-from transformers_moe_offload.memory.safetensors_writer import write_bytes, write_text
 from transformers_moe_offload.output.place import place_for
 from transformers_moe_offload.output.shards import (
     Content,
@@ -38,6 +37,7 @@ from transformers_moe_offload.output.shards import (
     write_contents,
 )
 from transformers_moe_offload.output.text import as_json
+from transformers_moe_offload.tensor_files.writer import write_bytes, write_text
 
 
 def merge_to_dense(

@@ -17,8 +17,8 @@ from transformers_moe_offload.build.edit.surgery import stored
 from transformers_moe_offload.build.recipe import Expert
 from transformers_moe_offload.build.sources import Source
 from transformers_moe_offload.build.targets import Container, Matrix
+from transformers_moe_offload.dtypes import torch_dtype
 from transformers_moe_offload.errors import RecipeError, UnsupportedModelError
-from transformers_moe_offload.memory.record import torch_dtype
 
 
 class Donor(Protocol):

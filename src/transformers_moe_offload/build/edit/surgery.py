@@ -25,9 +25,6 @@ from transformers_moe_offload.build.gates.statistics import STATISTICS_NAME
 from transformers_moe_offload.build.info import INFO_NAME
 from transformers_moe_offload.expert import FieldSpec
 from transformers_moe_offload.hub.companions import companions_in, published
-from transformers_moe_offload.memory.field_source import FieldSource
-from transformers_moe_offload.memory.safetensors_index import StoredTensor
-from transformers_moe_offload.memory.safetensors_writer import write_bytes, write_text
 from transformers_moe_offload.output.place import place_for, replacing
 from transformers_moe_offload.output.shards import (
     Content,
@@ -39,6 +36,9 @@ from transformers_moe_offload.output.shards import (
     write_contents,
 )
 from transformers_moe_offload.output.text import as_json
+from transformers_moe_offload.store.field_source import FieldSource
+from transformers_moe_offload.tensor_files.index import StoredTensor
+from transformers_moe_offload.tensor_files.writer import write_bytes, write_text
 from transformers_moe_offload.untrusted import json_object
 
 CARD_NAME = "README.md"

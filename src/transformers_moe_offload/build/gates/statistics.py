@@ -20,10 +20,10 @@ from torch import Tensor
 
 from transformers_moe_offload.build.gates.sums import SAMPLE_DTYPE
 from transformers_moe_offload.build.recipe import Gate
+from transformers_moe_offload.dtypes import dtype_name
 from transformers_moe_offload.errors import CheckpointError, RecipeError
 from transformers_moe_offload.expert import FieldSpec
-from transformers_moe_offload.memory.record import dtype_name
-from transformers_moe_offload.memory.safetensors_writer import SafetensorsWriter
+from transformers_moe_offload.tensor_files.writer import SafetensorsWriter
 
 STATISTICS_NAME = "gate_statistics.safetensors"
 """What the file is called beside a model."""

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from transformers_moe_offload.errors import CheckpointError
-from transformers_moe_offload.memory.record import host_bytes
+from transformers_moe_offload.system.host_memory import host_bytes
 
 RAM_BYTES = 256 * 2**20
 """Most that is kept in RAM: 16,384 tokens of 4,096 float32 each. A build promises to stay below 1 GB."""

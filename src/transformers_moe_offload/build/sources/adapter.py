@@ -23,8 +23,8 @@ from transformers_moe_offload.build.sources.adapter_config import CONFIG_NAME, A
 from transformers_moe_offload.build.sources.base import Ancestor, Source
 from transformers_moe_offload.errors import CheckpointError
 from transformers_moe_offload.expert import FieldSpec
-from transformers_moe_offload.memory.field_source import read_stored
-from transformers_moe_offload.memory.safetensors_index import StoredTensor, read_index
+from transformers_moe_offload.tensor_files.index import StoredTensor, read_index
+from transformers_moe_offload.tensor_files.reading import read_stored
 
 _WEIGHTS = "adapter_model.safetensors"
 _CARD = "README.md"

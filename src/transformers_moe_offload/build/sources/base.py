@@ -10,7 +10,7 @@ from torch import Tensor
 from transformers import PreTrainedConfig
 
 from transformers_moe_offload.expert import FieldSpec
-from transformers_moe_offload.memory.safetensors_index import StoredTensor
+from transformers_moe_offload.tensor_files.index import StoredTensor
 
 
 class Ancestor(NamedTuple):

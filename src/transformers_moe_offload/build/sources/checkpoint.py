@@ -21,8 +21,8 @@ from transformers_moe_offload.expert import FieldSpec
 from transformers_moe_offload.hf.upstream import ignored_on_load_unexpected, tied_weights
 from transformers_moe_offload.hub.fetch import Fetched, fetch, fetch_small
 from transformers_moe_offload.hub.weights import HubWeights, shards_of, without_safetensors
-from transformers_moe_offload.memory.field_source import read_stored
-from transformers_moe_offload.memory.safetensors_index import StoredTensor, check_index_file, read_index
+from transformers_moe_offload.tensor_files.index import StoredTensor, check_index_file, read_index
+from transformers_moe_offload.tensor_files.reading import read_stored
 
 _INDEX = "model.safetensors.index.json"
 _ROWS = 4096

@@ -10,7 +10,7 @@ from huggingface_hub.errors import HfHubHTTPError
 from transformers_moe_offload.errors import CheckpointError
 from transformers_moe_offload.expert import FieldSpec
 from transformers_moe_offload.hub.weights import HubWeights
-from transformers_moe_offload.memory.safetensors_index import StoredTensor, read_index
+from transformers_moe_offload.tensor_files.index import StoredTensor, read_index
 
 
 class HubTensors(Mapping[str, StoredTensor]):

@@ -16,7 +16,7 @@ from transformers import PreTrainedConfig
 from transformers_moe_offload.build.sources.base import Ancestor, Source
 from transformers_moe_offload.errors import RecipeError
 from transformers_moe_offload.expert import FieldSpec
-from transformers_moe_offload.memory.safetensors_index import StoredTensor
+from transformers_moe_offload.tensor_files.index import StoredTensor
 
 _EXACT_UP_TO = 1024
 """Smaller dimension of a matrix up to which it is decomposed as a whole; beyond, by random projection (Halko,

@@ -12,9 +12,9 @@ from typing import Any
 import torch
 from torch import nn
 
+from transformers_moe_offload.dtypes import torch_dtype
 from transformers_moe_offload.hf.layer import OffloadedExperts, SparseLayer, layer_of
 from transformers_moe_offload.hf.layouts import ExpertField
-from transformers_moe_offload.memory.record import torch_dtype
 
 
 def offloaded_layers(model: nn.Module) -> dict[str, OffloadedExperts]:

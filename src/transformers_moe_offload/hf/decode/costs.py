@@ -20,7 +20,8 @@ from transformers_moe_offload.hf.host_sides import miss_rates, token_of
 from transformers_moe_offload.hf.layer import SparseLayer, experts_at
 from transformers_moe_offload.hf.plan import OffloadPlan, PoolPlan
 from transformers_moe_offload.hf.top_k import experts_per_token
-from transformers_moe_offload.memory.checkpoint import ExpertStore, LayerSource
+from transformers_moe_offload.store.expert_store import ExpertStore
+from transformers_moe_offload.store.layer_source import LayerSource
 
 logger = logging.getLogger(__name__)
 

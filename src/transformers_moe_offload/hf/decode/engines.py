@@ -18,9 +18,10 @@ from transformers_moe_offload.hf.decode.obstacles import record_layout
 from transformers_moe_offload.hf.layer import SparseLayer, experts_at
 from transformers_moe_offload.hf.plan import OffloadPlan, PoolPlan
 from transformers_moe_offload.hf.pools import workers_of
-from transformers_moe_offload.memory.available import available_bytes
-from transformers_moe_offload.memory.checkpoint import ExpertStore, LayerSource
 from transformers_moe_offload.policies import make_policy
+from transformers_moe_offload.store.expert_store import ExpertStore
+from transformers_moe_offload.store.layer_source import LayerSource
+from transformers_moe_offload.system.free_memory import available_bytes
 
 
 def build_engines(plan: OffloadPlan, sources: Sequence[LayerSource], config: OffloadConfig) -> dict[int, DeviceEngine]:

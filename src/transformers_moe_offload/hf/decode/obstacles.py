@@ -8,8 +8,8 @@ from collections.abc import Mapping
 from transformers_moe_offload.compute.on_device import missing_on_device
 from transformers_moe_offload.config import OffloadConfig
 from transformers_moe_offload.hf.layer import SparseLayer
-from transformers_moe_offload.memory.checkpoint import LayerSource
-from transformers_moe_offload.memory.record import RecordLayout
+from transformers_moe_offload.store.layer_source import LayerSource
+from transformers_moe_offload.store.record import RecordLayout
 
 logger = logging.getLogger(__name__)
 

@@ -7,14 +7,14 @@ from dataclasses import replace
 
 import torch
 
+from transformers_moe_offload.dtypes import torch_dtype
 from transformers_moe_offload.errors import CheckpointError, UnsupportedModelError
 from transformers_moe_offload.expert import FieldSpec
 from transformers_moe_offload.formats.by_expert import LayerCodings
 from transformers_moe_offload.formats.foreign import ForeignCoding, ForeignField
-from transformers_moe_offload.memory.checkpoint import LayerSource
-from transformers_moe_offload.memory.expert_source import ScatteredExpert
-from transformers_moe_offload.memory.field_source import FieldSource
-from transformers_moe_offload.memory.record import torch_dtype
+from transformers_moe_offload.store.expert_source import ScatteredExpert
+from transformers_moe_offload.store.field_source import FieldSource
+from transformers_moe_offload.store.layer_source import LayerSource
 
 _PLAIN = {"float64", "float32", "bfloat16", "float16"}
 """Dtypes of weights that nobody has quantized."""

@@ -12,11 +12,11 @@ from typing import Any
 
 import torch
 
+from transformers_moe_offload.dtypes import dtype_name, torch_dtype
 from transformers_moe_offload.formats.by_expert import LayerCodings
 from transformers_moe_offload.hf.upstream import AutoHfQuantizer, HfQuantizer, get_model_conversion_mapping
-from transformers_moe_offload.memory.checkpoint import LayerSource
-from transformers_moe_offload.memory.record import dtype_name, torch_dtype
-from transformers_moe_offload.memory.safetensors_index import StoredTensor
+from transformers_moe_offload.store.layer_source import LayerSource
+from transformers_moe_offload.tensor_files.index import StoredTensor
 
 _FOR_EXPERTS = "mxfp4"
 """The method that leaves everything but experts as it is."""

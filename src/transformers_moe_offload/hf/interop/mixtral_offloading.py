@@ -21,6 +21,7 @@ import torch
 from torch import Tensor
 
 from transformers_moe_offload.config import ExpertFormats, HqqFormat
+from transformers_moe_offload.dtypes import torch_dtype
 from transformers_moe_offload.errors import CheckpointError, UnsupportedModelError
 from transformers_moe_offload.expert import FieldSpec
 from transformers_moe_offload.formats.by_expert import LayerCodings
@@ -31,11 +32,11 @@ from transformers_moe_offload.hf.prebuilt.layout import LayerContent
 from transformers_moe_offload.hf.prebuilt.source import Quantization
 from transformers_moe_offload.kernels.packed import Packing
 from transformers_moe_offload.kernels.packing import pack
-from transformers_moe_offload.memory.field_source import read_stored
-from transformers_moe_offload.memory.record import RecordLayout, torch_dtype
-from transformers_moe_offload.memory.safetensors_index import StoredTensor, read_header
-from transformers_moe_offload.memory.weight_map import WeightMap
 from transformers_moe_offload.output.shards import Content
+from transformers_moe_offload.store.record import RecordLayout
+from transformers_moe_offload.tensor_files.index import StoredTensor, read_header
+from transformers_moe_offload.tensor_files.reading import read_stored
+from transformers_moe_offload.tensor_files.weight_map import WeightMap
 from transformers_moe_offload.untrusted import quoted
 
 INDEX_NAME = "model.safetensors.index.json"

@@ -17,8 +17,8 @@ import torch
 from torch import Tensor, nn
 
 from transformers_moe_offload.compute.mlp import ExpertMlp
-from transformers_moe_offload.memory.expert_source import ExpertSource
-from transformers_moe_offload.memory.safetensors_index import StoredTensor
+from transformers_moe_offload.store.expert_source import ExpertSource
+from transformers_moe_offload.tensor_files.index import StoredTensor
 
 ReadHeader = Callable[[Path], Mapping[str, StoredTensor]]
 """The tensors of one file, by name."""

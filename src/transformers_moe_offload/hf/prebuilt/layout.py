@@ -21,10 +21,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from transformers_moe_offload.dtypes import dtype_name
 from transformers_moe_offload.expert import FieldSpec
 from transformers_moe_offload.formats.by_expert import LayerCodings
 from transformers_moe_offload.hf.records import CHECKSUMS, HOT_RECORDS, RECORDS, Stack, described
-from transformers_moe_offload.memory.record import dtype_name
 from transformers_moe_offload.output.place import Marks
 from transformers_moe_offload.output.shards import MAX_SHARD_BYTES, Content, Shard, grouped, shard_names, shard_of
 

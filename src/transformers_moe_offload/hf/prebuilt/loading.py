@@ -1,6 +1,6 @@
 """Compare the dense tensors of a prebuilt checkpoint with their checksums while Transformers loads them.
 
-Experts are compared one by one when they are first used (`memory/checkpoint.py`). Dense tensors are read by
+Experts are compared one by one when they are first used (`store/expert_store.py`). Dense tensors are read by
 Transformers, which compares nothing, so that a damaged byte would only show in what the model answers. They are read a
 second time here, out of the page cache, on threads: CRC-32 takes 0.4 to 0.7 s of CPU time for each GiB (zlib 1.2.13,
 Xeon, one core), and without the GIL, so that other cores load meanwhile.
@@ -13,8 +13,8 @@ from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
 
 from transformers_moe_offload.hf.records import HOT_RECORDS, RECORDS
-from transformers_moe_offload.memory.checksum import check_tensor, checksums_of
-from transformers_moe_offload.memory.safetensors_index import StoredTensor
+from transformers_moe_offload.tensor_files.checksum import check_tensor, checksums_of
+from transformers_moe_offload.tensor_files.index import StoredTensor
 
 _MOST_THREADS = 4
 """These sum faster than most disks read."""

@@ -8,8 +8,8 @@ from pathlib import Path
 from transformers_moe_offload.errors import CheckpointError
 from transformers_moe_offload.hf.prebuilt.layout import GUARD, INDEX_NAME
 from transformers_moe_offload.hub.upload import Layout
-from transformers_moe_offload.memory.checksum import check_file
-from transformers_moe_offload.memory.safetensors_index import check_index_file, read_index
+from transformers_moe_offload.tensor_files.checksum import check_file
+from transformers_moe_offload.tensor_files.index import check_index_file, read_index
 
 LAYOUT = Layout(
     last=INDEX_NAME,

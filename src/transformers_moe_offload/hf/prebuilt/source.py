@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from transformers_moe_offload.config import ExpertFormats, HqqFormat, OffloadConfig
+from transformers_moe_offload.dtypes import dtype_name, torch_dtype
 from transformers_moe_offload.errors import CheckpointError, ConfigError
 from transformers_moe_offload.expert import FieldSpec
 from transformers_moe_offload.formats.by_expert import LayerCodings
@@ -38,12 +39,11 @@ from transformers_moe_offload.hf.upstream import (
     ignored_on_save,
     tied_weights,
 )
-from transformers_moe_offload.memory.checkpoint import LayerSource
-from transformers_moe_offload.memory.encoding import encoded_row
-from transformers_moe_offload.memory.field_source import FieldSource
-from transformers_moe_offload.memory.record import dtype_name, torch_dtype
-from transformers_moe_offload.memory.safetensors_index import StoredTensor
 from transformers_moe_offload.output.shards import Content
+from transformers_moe_offload.store.encoding import encoded_row
+from transformers_moe_offload.store.field_source import FieldSource
+from transformers_moe_offload.store.layer_source import LayerSource
+from transformers_moe_offload.tensor_files.index import StoredTensor
 
 
 @dataclass(frozen=True)

@@ -21,9 +21,6 @@ from transformers.utils.logging import tqdm
 
 from transformers_moe_offload.hf.prebuilt.layout import GUARD, INDEX_NAME, MARKS, Contents, LayerContent, shards_of
 from transformers_moe_offload.hub.companions import published
-from transformers_moe_offload.memory.checksum import checksum
-from transformers_moe_offload.memory.record import host_bytes
-from transformers_moe_offload.memory.safetensors_writer import SafetensorsWriter, write_bytes, write_text
 from transformers_moe_offload.output.place import place_for
 from transformers_moe_offload.output.shards import (
     Advance,
@@ -35,6 +32,9 @@ from transformers_moe_offload.output.shards import (
     write_contents,
 )
 from transformers_moe_offload.output.text import as_json
+from transformers_moe_offload.system.host_memory import host_bytes
+from transformers_moe_offload.tensor_files.checksum import checksum
+from transformers_moe_offload.tensor_files.writer import SafetensorsWriter, write_bytes, write_text
 
 T = TypeVar("T")
 

@@ -1,0 +1,1 @@
+"""The way of experts to a GPU."""
