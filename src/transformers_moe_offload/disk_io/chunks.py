@@ -1,6 +1,7 @@
 """Cut what has to be read of one expert into chunks, which can be read in any order and at once.
 
-Pure, but for the reads that a piece stands for: `store/record_reader.py` asks for chunks, the threads of `reader_pool.py` read them.
+Pure, but for the reads that a piece stands for. `store/record_reader.py` asks for chunks, and the threads of
+`reader_pool.py` read them.
 """
 
 from __future__ import annotations

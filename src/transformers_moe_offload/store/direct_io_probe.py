@@ -1,7 +1,7 @@
 """Try out, on the files themselves, whether experts are read faster past the page cache.
 
-Only worth asking where the page cache cannot hold them anyway (`system/free_memory.py`): otherwise what is read once is there
-the next time. Takes some hundredths of a second, and reads some MiB that are not in the page cache yet.
+Only worth asking where the page cache cannot hold them anyway (`system/free_memory.py`): otherwise what is read once is
+there the next time. Takes some hundredths of a second, and reads some MiB that are not in the page cache yet.
 """
 
 from __future__ import annotations
