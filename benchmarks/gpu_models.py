@@ -24,7 +24,7 @@ from torch import Tensor
 from transformers_moe_offload import HqqFormat, OffloadConfig
 from transformers_moe_offload.dtypes import torch_dtype
 from transformers_moe_offload.formats.coding import ExpertCoding
-from transformers_moe_offload.hf.discover import take_over
+from transformers_moe_offload.hf.loading.discover import take_over
 from transformers_moe_offload.hf.prebuilt.layout import MARKS, LayerContent, plain_config, prebuilt_config
 from transformers_moe_offload.hf.prebuilt.sizes import Sizes
 from transformers_moe_offload.hf.prebuilt.source import Quantization

@@ -14,7 +14,7 @@ import torch
 from transformers import LogitsProcessor, LogitsProcessorList
 
 from interpreted import DEVICE, IS_INTERPRETED
-from transformers_moe_offload.hf.decode.step import COMPILED_STEPS
+from transformers_moe_offload.hf.cuda_graphs.step import COMPILED_STEPS
 from transformers_moe_offload.hf.upstream import kv_cache_argument, kv_cache_of_output
 from transformers_moe_offload.routing import record_routing
 

@@ -16,9 +16,9 @@ from torch import nn
 from transformers import AutoModelForCausalLM
 
 from transformers_moe_offload import OffloadConfig
-from transformers_moe_offload.hf.discover import find_experts
 from transformers_moe_offload.hf.layouts import ExpertsLayout
-from transformers_moe_offload.hf.routers import GroupLimit, RouterProbe, find_router
+from transformers_moe_offload.hf.loading.discover import find_experts
+from transformers_moe_offload.hf.routers.find import GroupLimit, RouterProbe, find_router
 from zoo.build import build, failure_of_stock, inputs, zoo_names
 
 WITHOUT_PROBE = {

@@ -17,8 +17,8 @@ from torch import Tensor, nn
 
 from transformers_moe_offload.bench.layers import cache_of, sparse_layers
 from transformers_moe_offload.compute.forward import combine, computed
-from transformers_moe_offload.compute.routing import Grouping, group_by_expert
-from transformers_moe_offload.hf.layer import SparseLayer
+from transformers_moe_offload.compute.token_grouping import Grouping, group_by_expert
+from transformers_moe_offload.hf.model.layer import SparseLayer
 from transformers_moe_offload.hf.upstream import kv_cache_argument
 from transformers_moe_offload.slots.base import Weights
 

@@ -10,7 +10,7 @@ from torch import nn
 
 from transformers_moe_offload.cache.cache import ExpertCache
 from transformers_moe_offload.errors import UnsupportedModelError
-from transformers_moe_offload.hf.layer import OffloadedExperts, SparseLayer, layer_of
+from transformers_moe_offload.hf.model.layer import OffloadedExperts, SparseLayer, layer_of
 from transformers_moe_offload.store.expert_store import ExpertStore
 
 

@@ -18,8 +18,8 @@ from collections.abc import Callable, Container, Iterable, Mapping, Sequence, Se
 from functools import wraps
 from typing import Concatenate, ParamSpec, TypeVar
 
+from transformers_moe_offload.cache.bandwidth import Link
 from transformers_moe_offload.cache.capacity import layer_floor
-from transformers_moe_offload.cache.link import Link
 from transformers_moe_offload.cache.planner import Load, plan, plan_ahead, plan_behind
 from transformers_moe_offload.cache.residency import Residency
 from transformers_moe_offload.cache.turn import Attempt, IsTakenError

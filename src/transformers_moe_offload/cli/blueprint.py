@@ -20,12 +20,12 @@ from transformers_moe_offload.cli.stored import Stored, stored_tensors, what_is_
 from transformers_moe_offload.config import OffloadConfig
 from transformers_moe_offload.dtypes import dtype_name
 from transformers_moe_offload.expert import ExpertSpec
-from transformers_moe_offload.hf.checkpoint import Checkpoint
-from transformers_moe_offload.hf.delegates.methods import DELEGATED, refusal
-from transformers_moe_offload.hf.delegates.opening import Opener, StoredBytes
-from transformers_moe_offload.hf.discover import expert_spec, find_experts, take_over
 from transformers_moe_offload.hf.install import method_of
-from transformers_moe_offload.hf.layer import OffloadedExperts, layer_of
+from transformers_moe_offload.hf.loading.checkpoint import Checkpoint
+from transformers_moe_offload.hf.loading.discover import expert_spec, find_experts, take_over
+from transformers_moe_offload.hf.model.layer import OffloadedExperts, layer_of
+from transformers_moe_offload.hf.other_quantizers.dequantize import Opener, StoredBytes
+from transformers_moe_offload.hf.other_quantizers.methods import DELEGATED, refusal
 from transformers_moe_offload.hf.prebuilt.source import Quantization
 from transformers_moe_offload.hf.upstream import dtype_plan
 

@@ -15,7 +15,7 @@ from transformers_moe_offload.build import AdapterMoeInfo, MoeBuildInfo, assembl
 from transformers_moe_offload.build.adapters.plan import AdapterPlan
 from transformers_moe_offload.build.plan import BuildPlan
 from transformers_moe_offload.dtypes import dtype_name
-from transformers_moe_offload.hf.plan import readable
+from transformers_moe_offload.hf.model.plan import readable
 
 
 class Shown(NamedTuple):

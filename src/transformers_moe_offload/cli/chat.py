@@ -20,7 +20,7 @@ from transformers_moe_offload.cli.failures import CommandError, reading, report
 from transformers_moe_offload.cli.model_config import read_config
 from transformers_moe_offload.config import OffloadConfig
 from transformers_moe_offload.errors import MoeOffloadError
-from transformers_moe_offload.hf.plan import readable
+from transformers_moe_offload.hf.model.plan import readable
 
 INTERRUPTED = 130
 """The exit code that shells give a program which Ctrl-C has ended."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 
-from transformers_moe_offload.hf.runtime import OffloadRuntime
+from transformers_moe_offload.hf.model.handle import OffloadRuntime
 from transformers_moe_offload.stats import CacheStats
 
 

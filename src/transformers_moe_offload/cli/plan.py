@@ -17,9 +17,9 @@ from transformers_moe_offload.cli.traffic import Traffic, expect
 from transformers_moe_offload.config import Budget, OffloadConfig
 from transformers_moe_offload.dtypes import dtype_name
 from transformers_moe_offload.formats.by_expert import LayerCodings
-from transformers_moe_offload.hf.plan import OffloadPlan, Placement, make_plan, readable
+from transformers_moe_offload.hf.model.plan import OffloadPlan, Placement, make_plan, readable
 from transformers_moe_offload.hf.prebuilt.sizes import Sizes
-from transformers_moe_offload.hf.top_k import experts_per_token
+from transformers_moe_offload.hf.routers.top_k import experts_per_token
 from transformers_moe_offload.system.free_memory import HOST_SHARE, available_bytes
 
 TOLERANCE = 0.01

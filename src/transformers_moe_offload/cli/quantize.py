@@ -17,7 +17,7 @@ from transformers_moe_offload.cli.push import push_folder
 from transformers_moe_offload.cli.writing import expect_apart, progress, resumable
 from transformers_moe_offload.config import ExpertFormats, OffloadConfig
 from transformers_moe_offload.dtypes import dtype_name
-from transformers_moe_offload.hf.plan import readable
+from transformers_moe_offload.hf.model.plan import readable
 from transformers_moe_offload.hf.prebuilt.card import auto_class_of, model_card
 from transformers_moe_offload.hf.prebuilt.layout import MARKS, plain_config, prebuilt_config
 from transformers_moe_offload.hf.prebuilt.recipe import recipe_of

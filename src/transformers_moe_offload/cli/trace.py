@@ -22,7 +22,7 @@ from transformers_moe_offload.cli.interruption import Interruption
 from transformers_moe_offload.cli.model_config import read_config
 from transformers_moe_offload.cli.results import expect_file
 from transformers_moe_offload.config import OffloadConfig
-from transformers_moe_offload.hf.top_k import experts_per_token
+from transformers_moe_offload.hf.routers.top_k import experts_per_token
 from transformers_moe_offload.routing import RoutingTrace, record_routing
 from transformers_moe_offload.routing.trace_file import expect_new_folder
 from transformers_moe_offload.tracing import Trace

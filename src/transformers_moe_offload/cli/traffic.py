@@ -7,8 +7,8 @@ from dataclasses import dataclass
 from torch import nn
 
 from transformers_moe_offload.expert import ExpertSpec
-from transformers_moe_offload.hf.plan import OffloadPlan
-from transformers_moe_offload.hf.top_k import experts_per_token
+from transformers_moe_offload.hf.model.plan import OffloadPlan
+from transformers_moe_offload.hf.routers.top_k import experts_per_token
 
 
 @dataclass(frozen=True)

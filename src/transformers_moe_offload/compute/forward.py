@@ -9,20 +9,40 @@ order of its choices. So the result does not depend on the order in which expert
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 
 from transformers_moe_offload.cache.cache import ExpertCache
-from transformers_moe_offload.compute.held import are_computed_together, together
-from transformers_moe_offload.compute.host_side import HostSide
+from transformers_moe_offload.compute.grouped_resident import are_computed_together, together
 from transformers_moe_offload.compute.mlp import ExpertMlp, ExpertWeights
-from transformers_moe_offload.compute.padding import padded
-from transformers_moe_offload.compute.routing import FEW_PAIRS, Grouping, group_by_expert
+from transformers_moe_offload.compute.row_buckets import padded
+from transformers_moe_offload.compute.token_grouping import FEW_PAIRS, Grouping, group_by_expert
 from transformers_moe_offload.formats.base import Coding
 from transformers_moe_offload.formats.by_expert import AS_USED, LayerCodings
 from transformers_moe_offload.slots.base import Weights
+
+
+class HostWork(Protocol):
+    """What a host computes of some experts, meanwhile."""
+
+    def finish(self) -> dict[int, Tensor]:
+        """Wait for it: the rows of each expert, (N, H) on the accelerator."""
+
+
+class HostHelp(Protocol):
+    """A host that computes some of the experts that an accelerator lacks (`hybrid/layer.py`)."""
+
+    def share(
+        self, cache: ExpertCache, layer: int, grouping: Grouping, loads_under_way: int = 0
+    ) -> dict[int, Sequence[int]]:
+        """The experts that the host is to compute of a layer that is about to be visited, each with its tokens."""
+
+    def start(
+        self, mlp: ExpertMlp, experts: Any, hidden_states: Tensor, layer: int, share: dict[int, Sequence[int]]
+    ) -> HostWork:
+        """Begin to compute them: hidden_states (T, H) on the accelerator."""
 
 
 def sparse_forward(
@@ -37,7 +57,7 @@ def sparse_forward(
     codings: LayerCodings = AS_USED,
     cast_to: torch.dtype | None = None,
     started: Callable[[Sequence[int]], None] | None = None,
-    host: HostSide | None = None,
+    host: HostHelp | None = None,
 ) -> Tensor:
     """The experts' contribution to each token.
 

@@ -4,7 +4,7 @@ Two entries in Transformers' own tables, a few that stand in front of its own, a
 `PreTrainedModel.from_pretrained` learns the keyword `moe_offload`; the Auto classes pass unknown keywords on to it, so
 nothing else needs to be touched. This patch can go when Transformers lets a registered quantization method add keywords
 of its own. `AutoConfig.from_pretrained`, which comes before, names a config that is damaged once it has failed
-(`hf/damage.py`); this one can go when Transformers does. `PreTrainedModel.save_pretrained` writes models with quantized
+(`hf/loading/damage.py`); this one can go when Transformers does. `PreTrainedModel.save_pretrained` writes models with quantized
 weights in a format of ours, and others with the weights that it is given; this one can go when a quantization method
 may write files, and sees these weights.
 """
@@ -24,15 +24,15 @@ from transformers import AutoConfig, PretrainedConfig, PreTrainedModel
 
 from transformers_moe_offload.config import OffloadConfig
 from transformers_moe_offload.errors import CheckpointError, ConfigError
-from transformers_moe_offload.hf.adapters.register import uninstall_adapters
 from transformers_moe_offload.hf.arguments import refuse_on_load, refuse_on_save
-from transformers_moe_offload.hf.damage import HUB_OPTIONS, expect_layers, explaining
-from transformers_moe_offload.hf.delegates.methods import DELEGATED, refusal
-from transformers_moe_offload.hf.delegates.quantizer import delegating
-from transformers_moe_offload.hf.places import expect_in_place
-from transformers_moe_offload.hf.quantizer import MoeOffloadQuantizer, asked_for, to_save
-from transformers_moe_offload.hf.runtime import OffloadRuntime
-from transformers_moe_offload.hf.saving import expect_no_adapter, expect_whole, save_quantized
+from transformers_moe_offload.hf.loading.damage import HUB_OPTIONS, expect_layers, explaining
+from transformers_moe_offload.hf.loading.quantizer import MoeOffloadQuantizer, asked_for, to_save
+from transformers_moe_offload.hf.model.handle import OffloadRuntime
+from transformers_moe_offload.hf.model.places import expect_in_place
+from transformers_moe_offload.hf.model.saving import expect_no_adapter, expect_whole, save_quantized
+from transformers_moe_offload.hf.other_quantizers.methods import DELEGATED, refusal
+from transformers_moe_offload.hf.other_quantizers.quantizer import delegating
+from transformers_moe_offload.hf.peft.register import uninstall_adapters
 from transformers_moe_offload.hf.upstream import (
     AUTO_QUANTIZATION_CONFIG_MAPPING,
     AUTO_QUANTIZER_MAPPING,

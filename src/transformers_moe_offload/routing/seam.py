@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from transformers_moe_offload.errors import MoeOffloadError, UnsupportedModelError
-from transformers_moe_offload.hf.choices import is_asking
+from transformers_moe_offload.hf.routers.capture import is_asking
 from transformers_moe_offload.routing.answer import read_answer
 from transformers_moe_offload.routing.choice import Choice, RouterCall
 from transformers_moe_offload.routing.hooks import Hooks

@@ -14,8 +14,8 @@ from typing import Any
 from torch import nn
 
 from transformers_moe_offload.errors import ConfigError, UnsupportedModelError
-from transformers_moe_offload.hf.discover import experts_of
-from transformers_moe_offload.hf.top_k import experts_per_token
+from transformers_moe_offload.hf.loading.discover import experts_of
+from transformers_moe_offload.hf.routers.top_k import experts_per_token
 
 _ROUTER_NAMES = ("gate", "router")
 _ROUTER_CLASS = re.compile(r"(Router|Gating)$")

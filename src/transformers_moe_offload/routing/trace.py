@@ -18,7 +18,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from transformers_moe_offload.compute.routing import group_by_expert
+from transformers_moe_offload.compute.token_grouping import group_by_expert
 from transformers_moe_offload.disk_io.file_identity import FileIdentity
 from transformers_moe_offload.errors import ConfigError
 from transformers_moe_offload.routing import measures
@@ -203,7 +203,7 @@ class RoutingTrace:
     def to_cache_trace(self) -> Trace:
         """What these decisions ask of a cache: visits as an offloaded model makes them, for `tracing.replay`.
 
-        The order of experts within a visit is that of our own arithmetic, `compute/routing.py`. Layers that run
+        The order of experts within a visit is that of our own arithmetic, `compute/token_grouping.py`. Layers that run
         Transformers' own forward ask in ascending order instead, which a replay may show where a visit overflows the
         cache.
         """

@@ -10,7 +10,7 @@ from transformers import TrainerCallback
 from transformers.trainer_utils import SaveStrategy
 
 from transformers_moe_offload.errors import CheckpointError
-from transformers_moe_offload.hf.runtime import OffloadRuntime, runtime_of
+from transformers_moe_offload.hf.model.handle import OffloadRuntime, runtime_of
 from transformers_moe_offload.hf.upstream import ExportableState
 from transformers_moe_offload.system.host_memory import host_bytes
 from transformers_moe_offload.training.routing import RouterWatch, entropy

@@ -10,8 +10,8 @@ from collections.abc import Iterable, Mapping
 from typing import Any
 
 from transformers_moe_offload.errors import ConfigError
-from transformers_moe_offload.hf.runtime import OffloadRuntime, runtime_of
-from transformers_moe_offload.hf.unfreezing import make_own
+from transformers_moe_offload.hf.model.handle import OffloadRuntime, runtime_of
+from transformers_moe_offload.hf.model.unfreezing import make_own
 from transformers_moe_offload.tracing import CountsTokens
 
 

@@ -10,11 +10,11 @@ from typing import TYPE_CHECKING, Any
 from torch import nn
 
 from transformers_moe_offload.errors import ConfigError, UnsupportedModelError
-from transformers_moe_offload.hf.adapters.stand_ins import is_adaptable
-from transformers_moe_offload.hf.discover import find_experts
-from transformers_moe_offload.hf.layer import OffloadedExperts, layer_of
-from transformers_moe_offload.hf.runtime import runtime_of
-from transformers_moe_offload.hf.saving import expect_no_adapter
+from transformers_moe_offload.hf.loading.discover import find_experts
+from transformers_moe_offload.hf.model.handle import runtime_of
+from transformers_moe_offload.hf.model.layer import OffloadedExperts, layer_of
+from transformers_moe_offload.hf.model.saving import expect_no_adapter
+from transformers_moe_offload.hf.peft.placeholders import is_adaptable
 from transformers_moe_offload.training.parts import attention, experts_paths, router_paths
 
 if TYPE_CHECKING:

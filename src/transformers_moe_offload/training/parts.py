@@ -12,9 +12,9 @@ from typing import Any
 from torch import nn
 
 from transformers_moe_offload.errors import UnsupportedModelError
-from transformers_moe_offload.hf.discover import find_experts
-from transformers_moe_offload.hf.layer import OffloadedExperts
-from transformers_moe_offload.hf.routers import only_for_choosing, router_of
+from transformers_moe_offload.hf.loading.discover import find_experts
+from transformers_moe_offload.hf.model.layer import OffloadedExperts
+from transformers_moe_offload.hf.routers.find import only_for_choosing, router_of
 
 Parts = dict[str, nn.Parameter]
 """Parameters by their names in the model."""

@@ -1,6 +1,6 @@
 """`decode="auto"`: which pools decode on their device because that is faster than from the host, as measured here.
 
-The formulas are in `cache/decoding.py`; rates are those of a pool's first layer that can, on experts that mean nothing.
+The formulas are in `device_decode/cost_model.py`; rates are those of a pool's first layer that can, on experts that mean nothing.
 """
 
 from __future__ import annotations
@@ -11,15 +11,15 @@ from contextlib import closing
 
 from torch import nn
 
-from transformers_moe_offload.cache.decoding import DecodeRates, costs
-from transformers_moe_offload.compute.decode_rates import decode_rates
-from transformers_moe_offload.compute.host import HostCompute, is_portable
 from transformers_moe_offload.config import OffloadConfig
+from transformers_moe_offload.device_decode.cost_model import DecodeRates, costs
+from transformers_moe_offload.device_decode.profiling import decode_rates
 from transformers_moe_offload.hf.decode.obstacles import record_layout
-from transformers_moe_offload.hf.host_sides import miss_rates, token_of
-from transformers_moe_offload.hf.layer import SparseLayer, experts_at
-from transformers_moe_offload.hf.plan import OffloadPlan, PoolPlan
-from transformers_moe_offload.hf.top_k import experts_per_token
+from transformers_moe_offload.hf.model.host_sides import miss_rates, token_of
+from transformers_moe_offload.hf.model.layer import SparseLayer, experts_at
+from transformers_moe_offload.hf.model.plan import OffloadPlan, PoolPlan
+from transformers_moe_offload.hf.routers.top_k import experts_per_token
+from transformers_moe_offload.hybrid.cpu_experts import HostCompute, is_portable
 from transformers_moe_offload.store.expert_store import ExpertStore
 from transformers_moe_offload.store.layer_source import LayerSource
 

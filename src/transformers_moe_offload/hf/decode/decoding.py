@@ -16,9 +16,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from transformers_moe_offload.compute.on_device import OnDevice
-from transformers_moe_offload.engine.counters import MOST_PAIRS
-from transformers_moe_offload.engine.engine import DeviceEngine
+from transformers_moe_offload.device_decode.counters import MOST_PAIRS
+from transformers_moe_offload.device_decode.engine import DeviceEngine
+from transformers_moe_offload.device_decode.forward import OnDevice
 from transformers_moe_offload.kernels import gpu
 
 logger = logging.getLogger(__name__)

@@ -5,9 +5,9 @@ from __future__ import annotations
 import logging
 from collections.abc import Mapping
 
-from transformers_moe_offload.compute.on_device import missing_on_device
 from transformers_moe_offload.config import OffloadConfig
-from transformers_moe_offload.hf.layer import SparseLayer
+from transformers_moe_offload.device_decode.forward import missing_on_device
+from transformers_moe_offload.hf.model.layer import SparseLayer
 from transformers_moe_offload.store.layer_source import LayerSource
 from transformers_moe_offload.store.record import RecordLayout
 

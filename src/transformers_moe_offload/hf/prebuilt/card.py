@@ -9,7 +9,7 @@ from huggingface_hub import ModelCard, ModelCardData
 from yaml import YAMLError
 
 from transformers_moe_offload.config import ExpertFormats, OffloadConfig
-from transformers_moe_offload.hf.plan import readable
+from transformers_moe_offload.hf.model.plan import readable
 from transformers_moe_offload.hf.prebuilt.layout import AUTO_CLASSES
 from transformers_moe_offload.hf.prebuilt.sizes import Sizes
 from transformers_moe_offload.hf.upstream import auto_classes_of

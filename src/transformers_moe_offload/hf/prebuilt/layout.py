@@ -1,7 +1,7 @@
 """What a prebuilt checkpoint looks like: names of files and tensors, shards, and what its config says.
 
 One shard for each sparse layer with two tensors, `{module}.records`, uint8 (E, row bytes), and `{module}.checksums`,
-int64 (E,); hot experts are in a third one, `{module}.hot_records`, instead of the first (`hf/records.py` reads them).
+int64 (E,); hot experts are in a third one, `{module}.hot_records`, instead of the first (`hf/loading/records.py` reads them).
 Then shards with the dense weights; and an index, written last. Loading it without this package must fail and not make
 up experts: no file has a name that Transformers looks for, and the code that `config.json` refers to says what is
 missing.
@@ -24,7 +24,7 @@ from torch import Tensor
 from transformers_moe_offload.dtypes import dtype_name
 from transformers_moe_offload.expert import FieldSpec
 from transformers_moe_offload.formats.by_expert import LayerCodings
-from transformers_moe_offload.hf.records import CHECKSUMS, HOT_RECORDS, RECORDS, Stack, described
+from transformers_moe_offload.hf.loading.records import CHECKSUMS, HOT_RECORDS, RECORDS, Stack, described
 from transformers_moe_offload.output.place import Marks
 from transformers_moe_offload.output.shards import MAX_SHARD_BYTES, Content, Shard, grouped, shard_names, shard_of
 

@@ -12,7 +12,7 @@ import os
 from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
 
-from transformers_moe_offload.hf.records import HOT_RECORDS, RECORDS
+from transformers_moe_offload.hf.loading.records import HOT_RECORDS, RECORDS
 from transformers_moe_offload.tensor_files.checksum import check_tensor, checksums_of
 from transformers_moe_offload.tensor_files.index import StoredTensor
 

@@ -1,7 +1,7 @@
 """A checkpoint, expert by expert and dense tensor by tensor, as what a prebuilt one is written from.
 
 Nothing larger than one expert or one conversion's tensors is read at a time, and the model is never built with weights.
-What another method has quantized is opened on the way, by that method's own code (`hf/delegates/opening.py`).
+What another method has quantized is opened on the way, by that method's own code (`hf/other_quantizers/dequantize.py`).
 """
 
 from __future__ import annotations
@@ -23,14 +23,14 @@ from transformers_moe_offload.errors import CheckpointError, ConfigError
 from transformers_moe_offload.expert import FieldSpec
 from transformers_moe_offload.formats.by_expert import LayerCodings
 from transformers_moe_offload.formats.hqq import packing_of, quantize
-from transformers_moe_offload.hf.checkpoint import Checkpoint, locate
-from transformers_moe_offload.hf.codings import codings_of, plain_fields
-from transformers_moe_offload.hf.delegates.as_stored import as_stored
-from transformers_moe_offload.hf.delegates.opening import Opener, StoredBytes
-from transformers_moe_offload.hf.dense import dense_linears
-from transformers_moe_offload.hf.layer import OffloadedExperts, SparseLayer, layer_of
 from transformers_moe_offload.hf.layouts.base import parameter
-from transformers_moe_offload.hf.locate import ParameterSource, trace_parameters
+from transformers_moe_offload.hf.loading.checkpoint import Checkpoint, locate
+from transformers_moe_offload.hf.loading.codecs import codings_of, plain_fields
+from transformers_moe_offload.hf.loading.locate import ParameterSource, trace_parameters
+from transformers_moe_offload.hf.model.dense import dense_linears
+from transformers_moe_offload.hf.model.layer import OffloadedExperts, SparseLayer, layer_of
+from transformers_moe_offload.hf.other_quantizers.dequantize import Opener, StoredBytes
+from transformers_moe_offload.hf.other_quantizers.keep_encoded import as_stored
 from transformers_moe_offload.hf.prebuilt.layout import LayerContent
 from transformers_moe_offload.hf.upstream import (
     dtype_plan,

@@ -1,0 +1,87 @@
+"""Say so where something waits for a device to tell the host a value.
+
+What a CUDA graph captures must not: the host is not there when it is replayed. On a CPU nothing waits for anything, and
+nothing would be noticed; here the same calls are refused there.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.overrides import TorchFunctionMode
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from transformers_moe_offload.errors import MoeOffloadError
+
+_aten = torch.ops.aten
+
+WAITING = frozenset(
+    {
+        _aten._local_scalar_dense.default,  # item, int(), float(), bool()
+        _aten.is_nonzero.default,
+        _aten.equal.default,
+        _aten.allclose.default,
+        _aten.nonzero.default,
+        _aten.masked_select.default,
+        _aten._unique2.default,
+        _aten.unique_consecutive.default,
+        _aten.unique_dim.default,
+        _aten.bincount.default,
+        _aten.repeat_interleave.Tensor,
+    }
+)
+"""Operators whose result, or its size, the host has to know."""
+
+MASKED = frozenset(
+    {_aten.index.Tensor, _aten.index_put.default, _aten.index_put_.default, _aten._index_put_impl_.default}
+)
+"""Those that count a mask first, where their indices are masks."""
+
+HANDED_OVER = frozenset({Tensor.cpu, Tensor.numpy, Tensor.tolist, Tensor.__array__})
+"""What gives the host a tensor's values, which on a CPU no operator does."""
+
+
+class HostSyncError(MoeOffloadError, RuntimeError):
+    """Something wanted a device's value on the host where that cannot be."""
+
+
+@contextmanager
+def without_host() -> Iterator[None]:
+    """Raise `HostSyncError` wherever a GPU would have to be waited for, on whichever device this runs."""
+    with _NoValues(), _NoWaiting():
+        yield
+
+
+class _NoWaiting(TorchDispatchMode):
+    @classmethod
+    def ignore_compile_internals(cls) -> bool:
+        """`torch.compile` compiles under it, and its kernels are let through; else nothing would be compiled."""
+        return True
+
+    def __torch_dispatch__(
+        self, func: Any, types: Sequence[type], args: Sequence[Any] = (), kwargs: Mapping[str, Any] | None = None
+    ) -> Any:
+        if func in WAITING or (func in MASKED and any(_is_mask(index) for index in args[1])):
+            raise HostSyncError(f"{func} makes the host wait for a value")
+        return func(*args, **(kwargs or {}))
+
+
+class _NoValues(TorchFunctionMode):
+    def __torch_function__(
+        self,
+        func: Callable[..., Any],
+        types: Sequence[type],
+        args: Sequence[Any] = (),
+        kwargs: Mapping[str, Any] | None = None,
+    ) -> Any:
+        if func in HANDED_OVER:
+            raise HostSyncError(f"Tensor.{func.__name__} hands values over to the host")
+        return func(*args, **(kwargs or {}))
+
+
+def _is_mask(index: Any) -> bool:
+    return isinstance(index, Tensor) and index.dtype in (torch.bool, torch.uint8)

@@ -1,0 +1,1 @@
+"""An offloaded model: its sparse layers, its plan, its caches and its handle."""

@@ -1,0 +1,35 @@
+"""What adapters add to the experts in the forward that is running.
+
+The wrappers that PEFT puts around an experts module announce here what they hold while they call it, and the layer
+asks. A thread sees its own announcements only.
+"""
+
+# E experts, R rank
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from contextvars import ContextVar
+from types import MappingProxyType
+
+from transformers_moe_offload.backward.deltas import LowRank
+
+_Additions = Mapping[tuple[int, str], Sequence[LowRank]]
+
+_added: ContextVar[_Additions] = ContextVar("added", default=MappingProxyType({}))
+
+
+@contextmanager
+def adding(layer: object, field: str, additions: Sequence[LowRank]) -> Iterator[None]:
+    """While this is open, something is added to a field of a layer's experts."""
+    token = _added.set({**_added.get(), (id(layer), field): additions})
+    try:
+        yield
+    finally:
+        _added.reset(token)
+
+
+def added_to(layer: object) -> dict[str, Sequence[LowRank]]:
+    """By field, what is being added to a layer's experts."""
+    return {field: additions for (owner, field), additions in _added.get().items() if owner == id(layer) and additions}
