@@ -8,8 +8,8 @@ from typer.testing import CliRunner
 
 from dense import dense_model
 from moe_offload_cli.main import app
-from transformers_moe_offload.build import MoeRecipe, build_moe
-from transformers_moe_offload.build.publish import check_built, publish
+from transformers_moe_offload.builder import MoeRecipe, build_moe
+from transformers_moe_offload.builder.publish import check_built, publish
 from transformers_moe_offload.errors import CheckpointError
 from transformers_moe_offload.hub.upload import UploadError
 

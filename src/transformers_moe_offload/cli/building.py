@@ -11,9 +11,9 @@ from rich import box
 from rich.console import Console
 from rich.table import Table
 
-from transformers_moe_offload.build import AdapterMoeInfo, MoeBuildInfo, assembly, build_adapter_moe
-from transformers_moe_offload.build.adapters.plan import AdapterPlan
-from transformers_moe_offload.build.plan import BuildPlan
+from transformers_moe_offload.builder import AdapterMoeInfo, MoeBuildInfo, assembly, build_adapter_moe
+from transformers_moe_offload.builder.adapters.plan import AdapterPlan
+from transformers_moe_offload.builder.plan import BuildPlan
 from transformers_moe_offload.dtypes import dtype_name
 from transformers_moe_offload.hf.model.plan import readable
 

@@ -1,7 +1,7 @@
 """Decide from where a layer's decode steps are faster: from the host, or on the device. Pure.
 
-From the host: it waits for the routing, has absent experts moved or computes some of them itself (`hybrid/split.py`), and
-submits the arithmetic. On the device nobody waits, and absent experts are read in place, over the link.
+From the host: it waits for the routing, has absent experts moved or computes some of them itself (`hybrid/split.py`),
+and submits the arithmetic. On the device nothing is waited for, and absent experts are read in place, over the link.
 """
 
 from __future__ import annotations

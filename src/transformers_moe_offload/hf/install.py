@@ -4,9 +4,9 @@ Two entries in Transformers' own tables, a few that stand in front of its own, a
 `PreTrainedModel.from_pretrained` learns the keyword `moe_offload`; the Auto classes pass unknown keywords on to it, so
 nothing else needs to be touched. This patch can go when Transformers lets a registered quantization method add keywords
 of its own. `AutoConfig.from_pretrained`, which comes before, names a config that is damaged once it has failed
-(`hf/loading/damage.py`); this one can go when Transformers does. `PreTrainedModel.save_pretrained` writes models with quantized
-weights in a format of ours, and others with the weights that it is given; this one can go when a quantization method
-may write files, and sees these weights.
+(`hf/loading/damage.py`); this one can go when Transformers does. `PreTrainedModel.save_pretrained` writes models with
+quantized weights in a format of ours, and others with the weights that it is given; this one can go when a quantization
+method may write files, and sees these weights.
 """
 
 from __future__ import annotations

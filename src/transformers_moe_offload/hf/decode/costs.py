@@ -1,6 +1,7 @@
 """`decode="auto"`: which pools decode on their device because that is faster than from the host, as measured here.
 
-The formulas are in `device_decode/cost_model.py`; rates are those of a pool's first layer that can, on experts that mean nothing.
+The formulas are in `device_decode/cost_model.py`; rates are those of a pool's first layer that can,
+on experts that mean nothing.
 """
 
 from __future__ import annotations

@@ -1,7 +1,8 @@
 """What a prebuilt checkpoint looks like: names of files and tensors, shards, and what its config says.
 
 One shard for each sparse layer with two tensors, `{module}.records`, uint8 (E, row bytes), and `{module}.checksums`,
-int64 (E,); hot experts are in a third one, `{module}.hot_records`, instead of the first (`hf/loading/records.py` reads them).
+int64 (E,); hot experts are in a third one, `{module}.hot_records`, instead of the first (`hf/loading/records.py`
+reads them).
 Then shards with the dense weights; and an index, written last. Loading it without this package must fail and not make
 up experts: no file has a name that Transformers looks for, and the code that `config.json` refers to says what is
 missing.
