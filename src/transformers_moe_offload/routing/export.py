@@ -9,14 +9,14 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from transformers_moe_offload.routing import measures
-from transformers_moe_offload.routing.trace import RoutingTrace, rows_of
+from transformers_moe_offload.routing.trace_data import RecordedRouting, rows_of
 from transformers_moe_offload.tracing import TraceError
 
 if TYPE_CHECKING:
     import pyarrow
 
 
-def to_arrow(trace: RoutingTrace) -> pyarrow.Table:
+def to_arrow(trace: RecordedRouting) -> pyarrow.Table:
     """A row for every token and router, with its experts and weights.
 
     Columns: router, token_id, sequence, position, turn, domain, experts, weights and, where scores were recorded,
@@ -38,7 +38,7 @@ def to_arrow(trace: RoutingTrace) -> pyarrow.Table:
     return pyarrow.concat_tables(tables, promote_options="default")
 
 
-def _columns(trace: RoutingTrace, part: Any, router: int, arrow: Any) -> dict[str, Any]:
+def _columns(trace: RecordedRouting, part: Any, router: int, arrow: Any) -> dict[str, Any]:
     rows = rows_of(part, router)
     kept = rows.experts >= 0
     ends = np.r_[0, kept.sum(axis=1).cumsum()].astype(np.int32)

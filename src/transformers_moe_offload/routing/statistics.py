@@ -13,7 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from transformers_moe_offload.routing import measures
-from transformers_moe_offload.routing.trace import RoutingTrace, Rows, rows_of, tokens_of, turns_of
+from transformers_moe_offload.routing.trace_data import RecordedRouting, Rows, rows_of, tokens_of, turns_of
 from transformers_moe_offload.routing.trace_file import Part
 from transformers_moe_offload.tracing.trace_file import MAX_TABLE, TraceError
 
@@ -70,7 +70,7 @@ class RouterStatistics:
         }
 
 
-def statistics_of(trace: RoutingTrace, router: int) -> RouterStatistics:
+def statistics_of(trace: RecordedRouting, router: int) -> RouterStatistics:
     """Gather the statistics of one router."""
     num_experts = trace.routers[router].num_experts
     following = router + 1 if router + 1 < len(trace.routers) else None
@@ -114,7 +114,7 @@ def statistics_of(trace: RoutingTrace, router: int) -> RouterStatistics:
     )
 
 
-def token_counts_of(trace: RoutingTrace) -> dict[str, list[int]]:
+def token_counts_of(trace: RecordedRouting) -> dict[str, list[int]]:
     """How many tokens chose each expert that has weights, by the path of the experts module, in the order of layers."""
     loads = [np.zeros(facts.num_with_weights, np.int64) for facts in trace.routers]
     for part in trace.parts():
@@ -126,7 +126,7 @@ def token_counts_of(trace: RoutingTrace) -> dict[str, list[int]]:
     return {path: list(load_of[facts.router]) for _, path, facts in trace.sparse_layers()}
 
 
-def preferences_of(trace: RoutingTrace, router: int) -> NDArray[np.float64]:
+def preferences_of(trace: RecordedRouting, router: int) -> NDArray[np.float64]:
     """How often each domain chose each expert, 1 being the router's average over domains: (D, E)."""
     if not trace.domains:
         raise TraceError("the trace has no domains; set recorder.domain while recording")
@@ -142,7 +142,7 @@ def preferences_of(trace: RoutingTrace, router: int) -> NDArray[np.float64]:
     return np.where(mean > 0, shares / np.where(mean > 0, mean, 1), 1.0)
 
 
-def agreement_of(one: RoutingTrace, other: RoutingTrace) -> list[float]:
+def agreement_of(one: RecordedRouting, other: RecordedRouting) -> list[float]:
     """For each router, the mean Jaccard index of the choices of two runs."""
     if [(facts.path, facts.num_experts) for facts in one.routers] != [
         (facts.path, facts.num_experts) for facts in other.routers
