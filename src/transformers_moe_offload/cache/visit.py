@@ -10,14 +10,11 @@ from __future__ import annotations
 
 from collections.abc import Callable, Container, Iterator, Sequence
 from types import TracebackType
-from typing import TYPE_CHECKING
 
+from transformers_moe_offload.cache.core import CacheCore
 from transformers_moe_offload.cache.planner import order_of_use
 from transformers_moe_offload.expert import ExpertId
 from transformers_moe_offload.slots.base import Weights
-
-if TYPE_CHECKING:
-    from transformers_moe_offload.cache.cache import ExpertCache
 
 
 class Visit:
@@ -25,7 +22,7 @@ class Visit:
 
     def __init__(
         self,
-        cache: ExpertCache,
+        cache: CacheCore,
         layer: int,
         wanted: Sequence[ExpertId],
         started: Callable[[Sequence[int]], None] | None,
