@@ -18,7 +18,7 @@ from transformers_moe_offload.hf.cuda_graphs.step import COMPILED_STEPS
 from transformers_moe_offload.hf.upstream import kv_cache_argument, kv_cache_of_output
 from transformers_moe_offload.routing import record_routing
 
-from .decoding import NEW_TOKENS, SMALL, Pieces, generate, load, prompt, save, static
+from ..decoding import NEW_TOKENS, SMALL, Pieces, generate, load, prompt, save, static
 
 gpu = pytest.mark.gpu
 pytestmark = pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="Triton is not installed")

@@ -12,7 +12,7 @@ from transformers.quantizers import AutoQuantizationConfig
 from transformers_moe_offload import CheckpointError, ConfigError, HqqFormat, OffloadConfig, UnsupportedModelError
 from zoo.build import build, inputs, output_tensor, save
 
-from .other_methods import FP8, KINDS, as_fp8, opened_fp8, opened_mxfp4
+from .made import FP8, KINDS, as_fp8, opened_fp8, opened_mxfp4
 
 
 @pytest.fixture(scope="module")
