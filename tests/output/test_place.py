@@ -5,8 +5,11 @@ import fcntl
 import json
 import multiprocessing
 import os
+import shutil
 import signal
+from contextlib import suppress
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
@@ -79,6 +82,46 @@ def test_what_fails_a_check_is_removed(folder):
     with pytest.raises(FailedCheckError):
         write(folder, stop=FailedCheckError(), discards=(FailedCheckError,))
     assert names(folder.parent) == []
+
+
+class Killed(BaseException):
+    """In place of a signal that ends the process."""
+
+
+REMOVALS = {
+    "another recipe": lambda folder: write(folder, OTHER),
+    "not resumed": lambda folder: write(folder, resume=False),
+    "failed a check": lambda folder: write(folder, stop=FailedCheckError(), discards=(FailedCheckError,)),
+}
+
+
+@pytest.mark.parametrize("is_reversed", [False, True])
+@pytest.mark.parametrize("remove", REMOVALS.values(), ids=REMOVALS)
+def test_a_kill_while_an_attempt_is_removed_leaves_a_folder_that_is_used_again(
+    folder, remove, is_reversed, monkeypatch
+):
+    beside, unlink, entries = folder.with_name(f".{folder.name}.new"), Path.unlink, Path.iterdir
+    # Folders list their files in any order.
+    monkeypatch.setattr(Path, "iterdir", lambda path: iter(sorted(entries(path), reverse=is_reversed)))
+    for num_removed in range(5):
+        with pytest.raises(RuntimeError):
+            write(folder, stop=RuntimeError())
+        for name in ("a", "z"):
+            (beside / name).write_text(name)
+        moments = iter(range(num_removed))
+
+        def dying(path, *args, moments=moments, **options):
+            if path.parent == beside and path.exists() and next(moments, None) is None:
+                raise Killed
+            unlink(path, *args, **options)
+
+        with monkeypatch.context() as patch, suppress(Killed, FailedCheckError):
+            patch.setattr(Path, "unlink", dying)
+            remove(folder)
+        write(folder, overwrite=True, resume=False)
+        assert names(folder) == COMPLETE
+        assert names(folder.parent) == ["out"]
+        shutil.rmtree(folder)
 
 
 def test_what_fails_a_check_leaves_the_checkpoint_that_was_there(folder):

@@ -250,22 +250,28 @@ def _claimed(
         if left is _Left.EXPECTED:
             _expect(folder, recipe, marks)
         elif left is _Left.REMOVED or (left is _Left.USED and _read_recipe(folder, marks) != recipe):
-            _empty(folder)
+            _empty(folder, marks)
         for left_over in folder.glob(f"{marks.prefix if left is _Left.SHARED else ''}*{PARTIAL}"):
             left_over.unlink()
         if not (folder / marks.first).exists():
             write_text(folder / marks.first, json.dumps(recipe, indent=2, sort_keys=True) + "\n")
         yield
     except discards:
-        shutil.rmtree(folder)
+        _empty(folder, marks)
+        folder.rmdir()
         raise
     finally:
         if lock is not None:
             os.close(lock)
 
 
-def _empty(folder: Path) -> None:
-    for entry in folder.iterdir():
+def _empty(folder: Path, marks: Marks) -> None:
+    """Remove what is in a folder of ours. However far that comes, the folder is told as ours: its first mark goes last.
+
+    It is told as complete no longer than it is.
+    """
+    order = {marks.last: 0, marks.first: 2}
+    for entry in sorted(folder.iterdir(), key=lambda entry: order.get(entry.name, 1)):
         if entry.is_dir() and not entry.is_symlink():
             shutil.rmtree(entry)
         else:
