@@ -23,7 +23,7 @@ class Coding(Protocol):
         results never share memory with the arrays."""
 
     def decode_field(self, name: str, parts: Mapping[str, Tensor]) -> Tensor:
-        """One field of those that `decode` returns; may share memory with the arrays."""
+        """One of the fields that `decode` returns; may share memory with the arrays."""
 
     @property
     def is_packed(self) -> bool:

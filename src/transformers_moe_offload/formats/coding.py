@@ -1,6 +1,6 @@
 """How one expert is stored: which of its fields are quantized, and what arrays each field becomes.
 
-A record, a slot or a file then holds these arrays like any other tensors and need not know the format.
+A record, a slot or a file holds these arrays like any other tensors, so no other code depends on the format.
 """
 
 from __future__ import annotations
@@ -94,7 +94,7 @@ class FieldCoding:
 class ExpertCoding:
     """How experts of a sparse layer are stored.
 
-    Matrices are quantized; biases, norms and whatever else has not exactly two dimensions stay as they are.
+    Matrices are quantized; biases, norms and all other fields without exactly two dimensions stay as they are.
     """
 
     fields: tuple[FieldSpec, ...]
@@ -139,7 +139,7 @@ class ExpertCoding:
         return {name: field.clone() if field is parts.get(name) else field for name, field in fields.items()}
 
     def decode_field(self, name: str, parts: Mapping[str, Tensor]) -> Tensor:
-        """One field of those that `decode` returns; may share memory with the arrays."""
+        """One of the fields that `decode` returns; may share memory with the arrays."""
         return self._by_name[name].decode(parts)
 
     def packing(self, name: str) -> Packing | None:

@@ -60,7 +60,7 @@ class ForeignCoding:
         }
 
     def decode_field(self, name: str, parts: Mapping[str, Tensor]) -> Tensor:
-        """One field of those that `decode` returns; may share memory with the arrays."""
+        """One of the fields that `decode` returns; may share memory with the arrays."""
         return self._by_name[name].decode(parts, self.casts)
 
     @property

@@ -4,7 +4,7 @@ The scale comes first, for it follows from a group's range alone; then the zero 
 the codes nearest to the weights under both as stored. `kernels/solver.py` has the arithmetic, `meta.py` the storage of
 scales and zeros.
 
-hqq spans the codes from a group's smallest to its largest weight. That stores badly where 0 lies far outside the range:
+hqq spans the codes from a group's smallest to its largest weight. This is inexact where 0 lies far outside the range:
 nearly equal weights get an enormous zero, which float16 rounds coarsely, and which in 8 bits widens the steps of all
 zeros of its block. So where all weights of a group have one sign, other spans are tried as well, and the one with the
 smallest error is kept.

@@ -213,7 +213,7 @@ def _minor(version: str) -> tuple[int, int]:
     return int(major), int(minor)
 
 
-# The KV cache: the argument of a forward that is called `past_key_values` (in Mamba's kin `cache_params`) in 5.23 and
+# The KV cache: the argument of a forward that is called `past_key_values` (`cache_params` in Mamba models) in 5.23 and
 # `cache` in 5.24, where the old names still work in calls, with a FutureWarning, until 5.40. It is found by the
 # annotations of the forward's signature and by the types of arguments, so that it may be renamed again.
 

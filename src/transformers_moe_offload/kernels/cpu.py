@@ -24,7 +24,7 @@ TYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 """Dtypes of rows -> their numbers in `csrc/lowbit.h`."""
 
 BYTES_PER_THREAD = 1 << 18
-"""One more thread is used for each so many bytes of a matrix, times rows of input."""
+"""Bytes of a matrix, times rows of input, per additional thread."""
 
 
 def linear(

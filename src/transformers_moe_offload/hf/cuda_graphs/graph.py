@@ -1,7 +1,7 @@
 """Record the work that a call submits to a device, and submit it again without running the call.
 
 `CudaGraph` does that on GPUs. On other devices `RerunGraph` runs the call again, and raises for operations that a CUDA
-graph cannot capture. The caller keeps the buffers that a call reads in place.
+graph cannot capture. The caller must keep the buffers that a call reads at their addresses.
 """
 
 from __future__ import annotations

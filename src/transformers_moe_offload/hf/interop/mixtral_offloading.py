@@ -122,7 +122,7 @@ class Matrix:
     def _is_interleaved(self) -> bool:
         """Whether the codes in a word belong to neighbouring rows, as in the running model (`src/packing.py`).
 
-        In published files they are packed as hqq packs groups, (g / f, R * K), where rows of a word lie further apart.
+        In published files they are packed as hqq packs groups, (g / f, R * K), where those rows are further apart.
         """
         in_a_word = _IN_AN_INT32 if self.nbits == 3 else 8 // self.nbits
         return self.group_size != self.rows and self.tensors["W_q"].shape == (-(-self.rows // in_a_word), self.cols)

@@ -32,7 +32,7 @@ of summation differ by a few percent, while computing one step in a lower precis
 
 
 def reproduces(layer: SparseLayer, module: nn.Module, mlp: ExpertMlp) -> bool:
-    """Whether `mlp`, summed the way `compute/forward.py` does, is at least as exact as the module's eager forward."""
+    """Whether `mlp`, combined as in `compute/forward.py`, is at least as exact as the module's eager forward."""
     try:
         return all(_is_as_exact(layer, module, mlp, dtype) for dtype in (torch.float32, torch.bfloat16))
     except (RuntimeError, TypeError, AttributeError, IndexError) as error:

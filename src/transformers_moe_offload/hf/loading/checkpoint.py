@@ -54,7 +54,7 @@ class Checkpoint:
     ) -> Checkpoint:
         """Read the headers of the files and check them against each other and the index file.
 
-        `folder` is the `name_or_path` of the model; if it is a folder, all files must be inside it.
+        `folder` is the path or id that the model is loaded from; if it is a folder, all files must be inside it.
         """
         if folder.is_dir():
             _refuse_outside(folder, files)

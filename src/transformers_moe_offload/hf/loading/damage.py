@@ -1,9 +1,9 @@
 """Explain why Transformers could not load a checkpoint whose config or index is damaged.
 
-Transformers reads both before our code runs, and damage raises arbitrary Python exceptions. With `moe_offload`, such an
-exception becomes one of our errors that names the file; any other is passed on. Files are only checked after a failure,
-so loading an intact checkpoint costs nothing more, except that the config is parsed before: Transformers would spend
-minutes logging one that is nested too deeply.
+Transformers reads both before our code runs, and damage raises arbitrary Python exceptions. If offloading was
+requested, such an exception becomes one of our errors that names the file; any other is passed on. Files are only
+checked after a failure, so loading an intact checkpoint costs nothing more, except that the config is parsed before:
+Transformers would spend minutes logging one that is nested too deeply.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """Locate the experts of a checkpoint that stores them as records: one or two stacks of rows for each sparse layer.
 
 `PATH.records` is uint8 (E, row bytes), where PATH is the path of the experts module. If some experts are hot,
-`PATH.records` holds only the others, and `PATH.hot_records` the hot ones, with rows of another size; each stack is in
+`PATH.records` holds only the others, and `PATH.hot_records` the hot ones, with rows of their own size; each stack is in
 the order of the experts. `PATH.checksums`, int64, has one entry per expert, for both stacks. The metadata of the file
 lists the fields of a record under the name of the stack.
 """

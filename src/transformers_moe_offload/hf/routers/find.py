@@ -37,7 +37,7 @@ _SCORINGS: dict[str, Callable[[Tensor], Tensor]] = {
     "sqrt_softplus": lambda logits: nn.functional.softplus(logits).sqrt(),
 }
 """Functions that architectures apply to logits before they add a correction or compare groups. All of them keep the
-order of the logits, so without correction and groups the choice does not depend on them."""
+order of the logits, so without correction and groups each gives the same choice of experts."""
 
 
 class GroupLimit(NamedTuple):
