@@ -1,4 +1,4 @@
-"""One step of a model, captured: inputs are copied into its buffers, and its outputs are copied out of it."""
+"""One captured step of a model: inputs are copied into its buffers, and outputs are copied out of them."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ class CapturedStep:
         name = kv_cache_name(inputs)
         assert name is not None
         self._past_name = name
-        """Of the input that is no copy, but written to in place."""
+        """Name of the input that is not copied, but written to in place."""
         cache = inputs[name]
         self._past = StaticPast(cache)
         self._num_new = _num_new(inputs)
@@ -38,11 +38,11 @@ class CapturedStep:
             set_counts(cache, before)
 
     def serves(self, cache: StaticCache) -> bool:
-        """Whether this cache can be the step's; False while another one is."""
+        """Whether the step can use this KV cache; False while another cache uses it."""
         return self._past.serve(cache)
 
     def __call__(self, inputs: Mapping[str, Any]) -> Any:
-        """What the model returns for these inputs, whose cache has to be one that the step `serves`."""
+        """The model's outputs for these inputs, whose KV cache must be one that the step `serves`."""
         for buffer, leaf in zip(self._buffers, _pytree.tree_leaves(_others(inputs)), strict=True):
             if isinstance(leaf, Tensor):
                 buffer.copy_(leaf, non_blocking=True)
@@ -56,12 +56,12 @@ class CapturedStep:
     def _run(self, model: Callable[..., Any]) -> Any:
         inputs = _pytree.tree_unflatten(self._buffers, self._structure)
         outputs = model(**inputs, **{self._past_name: self._past.owner})
-        # The outputs are kept, and must not keep the cache.
+        # The outputs live as long as the step and must not keep the cache alive.
         return _pytree.tree_map(lambda leaf: _THE_CACHE if _is_cache(leaf) else leaf, outputs, is_leaf=_is_cache)
 
 
 def signature(inputs: Mapping[str, Any]) -> Hashable | None:
-    """What inputs have to have in common to go through one captured step; None if they cannot go through any."""
+    """A key that is equal for inputs which can share one captured step; None if they cannot be captured."""
     leaves, structure = _pytree.tree_flatten(_others(inputs))
     found: list[Hashable] = []
     for leaf in leaves:
@@ -105,7 +105,7 @@ def _others(inputs: Mapping[str, Any]) -> dict[str, Any]:
 
 
 class _TheCache:
-    """In the place of a step's cache among its outputs."""
+    """Placeholder for the KV cache among a step's outputs."""
 
 
 _THE_CACHE = _TheCache()
@@ -116,7 +116,7 @@ def _is_cache(leaf: Any) -> bool:
 
 
 def _copied(leaf: Any, cache: StaticCache) -> Any:
-    """An output as the caller may keep it."""
+    """An output that the caller may keep: tensors are cloned, the placeholder is replaced by the cache."""
     if leaf is _THE_CACHE:
         return cache
     return leaf.clone() if isinstance(leaf, Tensor) else leaf

@@ -1,7 +1,7 @@
-"""Record once what a call submits to a device, and submit it again without running the call.
+"""Record the work that a call submits to a device, and submit it again without running the call.
 
-`CudaGraph` does that on GPUs. `RerunGraph` stands in for it elsewhere: it runs the call again, and refuses what a CUDA
-graph could not have captured. Which buffers a call reads, and whether they are still those, is the caller's to know.
+`CudaGraph` does that on GPUs. On other devices `RerunGraph` runs the call again, and raises for operations that a CUDA
+graph cannot capture. The caller must keep the buffers that a call reads at their addresses.
 """
 
 from __future__ import annotations
@@ -19,32 +19,32 @@ from transformers_moe_offload.hf.cuda_graphs.no_host_sync import without_host
 
 
 class Graph(Protocol):
-    """One call, recorded."""
+    """A recorded call."""
 
     def capture(self, call: Callable[[], Any], written: Sequence[Tensor]) -> None:
-        """Record what a call submits, without computing any of it. `written` are tensors that it changes.
+        """Record the work that a call submits, without effect on `written`, the tensors that the call changes.
 
         Raises `RuntimeError` if it cannot be recorded, for instance because the call waits for a value.
         """
 
     def replay(self) -> Any:
-        """Compute it all, and give back what the call returned: tensors that the next replay writes into again."""
+        """Run the recorded work; returns the call's outputs, whose tensors the next replay overwrites."""
 
 
 def as_recorded() -> TorchFunctionMode:
-    """Around a call that is computed before it is recorded, so that nothing is new to it then.
+    """The context for warm-up calls before a capture: the same torch function mode as during the capture.
 
-    `torch.compile` compiles again where another mode is in force, which cannot be recorded.
+    Under another mode `torch.compile` would compile again during the capture, which cannot be recorded.
     """
     return _MadeOnDevice()
 
 
 class CudaGraph:
-    """A CUDA graph; what it reads and writes must stay where it is."""
+    """A CUDA graph; the tensors that it reads and writes must keep their addresses."""
 
     _called_off: ClassVar[list[torch.cuda.CUDAGraph]] = []
-    """Those whose capture has failed: torch's allocator of page-locked memory, which cannot be told, goes on asking
-    them whether it is theirs to capture."""
+    """Graphs whose capture has failed, kept alive: torch's allocator of page-locked memory keeps asking them whether
+    they are capturing, and cannot be told to stop."""
 
     def __init__(self, device: torch.device) -> None:
         self._device = device
@@ -52,14 +52,14 @@ class CudaGraph:
         self._outputs: Any = None
 
     def capture(self, call: Callable[[], Any], written: Sequence[Tensor]) -> None:
-        """Run the call while its kernels are recorded instead of computed."""
-        # Other threads, which read files into page-locked memory, may go on meanwhile.
+        """Run the call while its kernels are recorded instead of run."""
+        # Other threads, which read files into page-locked memory, may continue during the capture.
         mode = "thread_local"
         failure: BaseException | None = None
-        # The current stream is opened as well: torch (`torch/cuda/graphs.py`, 2.13) leaves it at the one it captures on
-        # where the end of a capture raises, as it does when CUDA has called the capture off.
+        # The stream context restores the current stream: torch (`torch/cuda/graphs.py`, 2.13) leaves the capture stream
+        # current if the end of a capture raises, as it does when CUDA has invalidated the capture.
         with torch.cuda.device(self._device), _MadeOnDevice(), torch.cuda.stream(torch.cuda.current_stream()):
-            # torch keeps one stream to capture on for the whole process, on the device that was the first to.
+            # By default torch uses one capture stream for the whole process, on the device that captured first.
             stream, pool = torch.cuda.Stream(self._device), torch.cuda.graph_pool_handle()
             try:
                 with torch.cuda.graph(self._graph, pool=pool, stream=stream, capture_error_mode=mode):
@@ -70,19 +70,19 @@ class CudaGraph:
                         raise
             except BaseException as end:
                 self._give_up(pool)
-                # What the call raised says more than that its capture could not be ended.
+                # The error of the call is more specific than the error at the end of the capture.
                 raise (failure or end) from None
             finally:
-                failure = None  # its traceback would keep this frame, and this frame it
+                failure = None  # breaks the reference cycle between its traceback and this frame
 
     def _give_up(self, pool: Any) -> None:
-        """Leave torch's allocators as they were before a capture that has failed.
+        """Restore torch's allocators after a failed capture.
 
-        Where CUDA has called it off, torch (`CUDAGraph::capture_end`, 2.13) does not get to telling them that it is
-        over. The one of the GPU's memory would take none back that another stream has used, and refuse to empty its
-        cache, from then on.
+        If CUDA has invalidated the capture, torch (`CUDAGraph::capture_end`, 2.13) never tells them that it is over.
+        From then on the allocator of GPU memory would not reclaim memory that another stream has used, and would refuse
+        to empty its cache.
         """
-        with suppress(RuntimeError):  # torch has told it
+        with suppress(RuntimeError):  # raised if torch has told the allocator already
             torch._C._cuda_endAllocateToPool(torch.cuda.current_device(), pool)
             torch._C._cuda_releasePool(torch.cuda.current_device(), pool)
         self._graph.reset()
@@ -95,14 +95,14 @@ class CudaGraph:
 
 
 class RerunGraph:
-    """The same on any device, by running the call again and again."""
+    """Replays a call on any device by running it again."""
 
     def __init__(self) -> None:
         self._call: Callable[[], Any] | None = None
         self._outputs: list[Any] | None = None
 
     def capture(self, call: Callable[[], Any], written: Sequence[Tensor]) -> None:
-        """Try whether a graph could have the call, `HostSyncError` if not, and take back what it has changed."""
+        """Run the call once, then restore `written`. Raises `HostSyncError` if a CUDA graph could not capture it."""
         before = [tensor.clone() for tensor in written]
         self._call = call
         try:
@@ -117,7 +117,7 @@ class RerunGraph:
             return self._call()
 
     def replay(self) -> Any:
-        """Run it, and put what it returns where it was before."""
+        """Run the call, and copy its outputs into the tensors of the first replay."""
         found, structure = _pytree.tree_flatten(self._run())
         if self._outputs is None:
             self._outputs = found
@@ -128,14 +128,14 @@ class RerunGraph:
 
 
 def graph_on(device: torch.device) -> Graph:
-    """What records calls on a device."""
+    """The kind of graph for a device."""
     return CudaGraph(device) if device.type == "cuda" else RerunGraph()
 
 
 class _MadeOnDevice(TorchFunctionMode):
-    """Small constants, `torch.tensor([-1], device=...)`, are written by the device itself.
+    """Fill small constants, `torch.tensor([-1], device=...)`, by kernels on the device.
 
-    They would be copied from the host, which no graph can record. Transformers has one in the sliding layers of its
+    torch copies them from the host, which a graph cannot record. Transformers has one in the sliding layers of its
     static cache (`StaticSlidingWindowLayer.update` in `cache_utils.py`, 5.23).
     """
 
@@ -157,7 +157,7 @@ class _MadeOnDevice(TorchFunctionMode):
 
 
 _FEW = 16
-"""Numbers: each takes a kernel, and what is longer is no constant of a step."""
+"""Most numbers in a constant: each takes a kernel, and the constants of a step are short."""
 
 
 def _is_number(value: Any) -> bool:

@@ -1,4 +1,4 @@
-"""What of a model a captured step depends on, besides its inputs."""
+"""The state of a model, besides its inputs, that a captured step depends on."""
 
 from __future__ import annotations
 
@@ -12,9 +12,9 @@ from transformers_moe_offload.hf.upstream import OWN_HOOKS, attention_implementa
 
 
 def state_of(model: Any) -> Hashable:
-    """Compares equal as long as a captured step still is what the model does.
+    """A key that is equal as long as a captured step matches the model.
 
-    Where its weights are, not what they are: a graph reads them anew each time.
+    Includes the addresses of weights, not their values: each replay reads them again.
     """
     tensors = chain(model.parameters(), model.buffers())
     return (
@@ -25,7 +25,7 @@ def state_of(model: Any) -> Hashable:
 
 
 def watched(model: Any) -> str | None:
-    """Why a replayed step of this model would leave out code that runs in Python only; None if there is none."""
+    """Why a graph replay of this model would skip Python side effects (hooks, adapters); None if it would not."""
     if model.training:
         return "the model is in training mode"
     devices = {tensor.device for tensor in chain(model.parameters(), model.buffers())}
@@ -43,7 +43,7 @@ def watched(model: Any) -> str | None:
 
 
 _TRACING = "transformers_moe_offload.hf.model.handle"
-"""The module of hooks that a trace hears forwards by; that steps are not captured meanwhile is said by its own name."""
+"""The module of the hooks that report forwards to a trace. While one records, `Decoding.obstacle` prevents captures."""
 
 
 def _hooks(module: nn.Module) -> Iterator[Any]:
@@ -52,7 +52,7 @@ def _hooks(module: nn.Module) -> Iterator[Any]:
 
 
 def _attention(config: Any) -> Iterator[tuple[str, str]]:
-    """Which attention is used: it can be changed between two generations."""
+    """The attention implementation of each part of a config: it can change between two generations."""
     yield "", str(attention_implementation(config))
     for name in getattr(config, "sub_configs", {}):
         part = getattr(config, name, None)

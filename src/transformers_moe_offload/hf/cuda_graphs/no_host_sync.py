@@ -1,7 +1,7 @@
-"""Say so where something waits for a device to tell the host a value.
+"""Raise for calls that make the host wait for a value from a device.
 
-What a CUDA graph captures must not: the host is not there when it is replayed. On a CPU nothing waits for anything, and
-nothing would be noticed; here the same calls are refused there.
+A CUDA graph cannot capture such calls, because the host takes no part in a replay. On a CPU they would go unnoticed;
+here they raise on any device.
 """
 
 from __future__ import annotations
@@ -34,24 +34,24 @@ WAITING = frozenset(
         _aten.repeat_interleave.Tensor,
     }
 )
-"""Operators whose result, or its size, the host has to know."""
+"""Operators whose result, or its size, is needed on the host."""
 
 MASKED = frozenset(
     {_aten.index.Tensor, _aten.index_put.default, _aten.index_put_.default, _aten._index_put_impl_.default}
 )
-"""Those that count a mask first, where their indices are masks."""
+"""Operators that count the entries of a mask first if an index is a mask."""
 
 HANDED_OVER = frozenset({Tensor.cpu, Tensor.numpy, Tensor.tolist, Tensor.__array__})
-"""What gives the host a tensor's values, which on a CPU no operator does."""
+"""Methods that give the host a tensor's values; for CPU tensors they dispatch no operator."""
 
 
 class HostSyncError(MoeOffloadError, RuntimeError):
-    """Something wanted a device's value on the host where that cannot be."""
+    """A call needs a value from a device on the host, which is not possible in a captured step."""
 
 
 @contextmanager
 def without_host() -> Iterator[None]:
-    """Raise `HostSyncError` wherever a GPU would have to be waited for, on whichever device this runs."""
+    """Raise `HostSyncError` for every call that would wait for a GPU, whatever device this runs on."""
     with _NoValues(), _NoWaiting():
         yield
 
@@ -59,7 +59,7 @@ def without_host() -> Iterator[None]:
 class _NoWaiting(TorchDispatchMode):
     @classmethod
     def ignore_compile_internals(cls) -> bool:
-        """`torch.compile` compiles under it, and its kernels are let through; else nothing would be compiled."""
+        """True: `torch.compile` compiles under this mode and runs its kernels; otherwise it would not compile."""
         return True
 
     def __torch_dispatch__(

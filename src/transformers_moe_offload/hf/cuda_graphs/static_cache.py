@@ -1,7 +1,7 @@
-"""What a captured step has to know of `StaticCache`: which of its tensors it writes to, and what it counts in Python.
+"""The state of a `StaticCache` that a captured step depends on: tensors that it writes to, and lengths in Python.
 
-`cache_utils.py` of Transformers, 5.23: layers write into tensors that stay where they are, at the place that the tensor
-`cumulative_length` says. Sliding ones count in Python as well, and go another way once their window is full.
+`cache_utils.py` of Transformers, 5.23: layers write into tensors with fixed addresses, at the position in the tensor
+`cumulative_length`. Sliding layers also count in Python, and take another branch once their window is full.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ def unfit(cache: Any) -> str | None:
 
 
 def shape_of(cache: StaticCache, num_new: int) -> tuple[Any, ...]:
-    """What two caches have to have in common for one captured step, with so many new tokens, to serve both."""
+    """A key that is equal for caches which can share one captured step of `num_new` tokens."""
     return tuple(
         (type(layer), layer.keys.shape, layer.values.shape, layer.keys.dtype, layer.keys.device, _phase(layer, num_new))
         for layer in cache.layers
@@ -39,28 +39,28 @@ def shape_of(cache: StaticCache, num_new: int) -> tuple[Any, ...]:
 
 
 class StaticPast:
-    """The tensors that a captured step finds the past in, whichever cache they belong to at the time."""
+    """The tensors from which a captured step reads the KV cache; one cache at a time owns them."""
 
     def __init__(self, cache: StaticCache) -> None:
         self._layers = [{name: getattr(layer, name) for name in WRITTEN} for layer in cache.layers]
         self._counts = counts(cache)
-        """When the step was captured: what is in the graph in place of them."""
+        """The counts at capture, which the graph holds as constants."""
         self._owner = weakref.ref(cache)
 
     @property
     def owner(self) -> StaticCache:
-        """The cache that has the tensors."""
+        """The cache that owns the tensors."""
         owner = self._owner()
         assert owner is not None
         return owner
 
     @property
     def tensors(self) -> list[Tensor]:
-        """Those that a step writes to."""
+        """All tensors that a step writes to."""
         return [tensor for kept in self._layers for tensor in kept.values()]
 
     def serve(self, cache: StaticCache) -> bool:
-        """Let a cache have the tensors, with its past in them; False while another cache does."""
+        """Make a cache the owner, copying its content into the tensors; False while another cache owns them."""
         owner = self._owner()
         if owner is not cache:
             if owner is not None:
@@ -73,7 +73,7 @@ class StaticPast:
         return all(getattr(layer, name) is t for kept, layer in self._pairs(cache) for name, t in kept.items())
 
     def as_captured(self) -> None:
-        """Let Python count from where it did when the step was captured, which is all that a graph knows of it."""
+        """Set the owner's counts in Python to those at capture, which the graph holds as constants."""
         set_counts(self.owner, self._counts)
 
     def _pairs(self, cache: StaticCache) -> list[tuple[dict[str, Tensor], StaticLayer]]:
@@ -81,19 +81,19 @@ class StaticPast:
 
 
 def counts(cache: StaticCache) -> list[int | None]:
-    """What each layer counts in Python; None where it counts in a tensor alone."""
+    """The length that each layer counts in Python; None for layers that only count in a tensor."""
     return [getattr(layer, "cumulative_length_int", None) for layer in cache.layers]
 
 
 def set_counts(cache: StaticCache, numbers: list[int | None], more: int = 0) -> None:
-    """Let them count from there, and so many on."""
+    """Set the lengths that layers count in Python to `numbers`, each plus `more`."""
     for layer, number in zip(cache.layers, numbers, strict=True):
         if number is not None:
             layer.cumulative_length_int = number + more
 
 
 def _phase(layer: StaticLayer, num_new: int) -> str:
-    """Which way a layer goes with so many new tokens."""
+    """The branch that a layer takes with `num_new` new tokens."""
     if not isinstance(layer, StaticSlidingWindowLayer):
         return "static"
     if layer.cumulative_length_int >= layer.max_cache_len:

@@ -1,9 +1,8 @@
-"""What `generate` calls for each token in place of the model, where whole steps are to be captured and replayed.
+"""The call that `generate` makes for each token in place of the model, to capture and replay whole steps.
 
-Transformers asks a model for its compiled call where it decodes with a static cache (`COMPILED_CALL` in
-`hf/upstream.py`); `DecodeSteps` gives it this, which captures steps as they
-are, or compiled if it was told how. What cannot be captured is computed step by step as ever, and the log says once
-why.
+Transformers asks a model for its compiled call when it decodes with a static cache (`COMPILED_CALL` in
+`hf/upstream.py`). `DecodeSteps` returns a `DecodeStep`, which captures the model's forward, compiled if there is a
+compile config. Steps that cannot be captured run eagerly, and the log says why once.
 """
 
 from __future__ import annotations
@@ -32,18 +31,18 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 MOST_STEPS = 4
-"""Captured steps that are kept, each with a cache of its own: further ones would be for lengths that come once."""
+"""Most captured steps that are kept, each with a KV cache of its own. More would be for lengths that occur once."""
 
 EAGER_STEPS = 1
-"""Computed before one is captured: kernels are compiled then, and libraries make their workspaces."""
+"""Eager steps before one is captured: they compile kernels, and libraries allocate their workspaces."""
 
 COMPILED_STEPS = 3
-"""The same where torch compiles: for the numbers that it finds, again when one of them turns out to change, and as it
-will be captured."""
+"""Steps before a capture with `torch.compile`: the first compiles for the numbers it sees, the second again with those
+that changed as symbols, the third runs the result as it will be captured."""
 
 
 class DecodeSteps:
-    """A model's steps, by how they are compiled."""
+    """A model's `DecodeStep`s, one for each set of compile options."""
 
     def __init__(self, runtime: OffloadRuntime) -> None:
         self._runtime = runtime
@@ -56,7 +55,7 @@ class DecodeSteps:
         return twin
 
     def get_compiled_call(self, compile_config: CompileConfig | None = None) -> DecodeStep:
-        """Stands in for the model's method of that name: a generation begins."""
+        """Replaces the model's method of this name, which `generate` calls when a generation begins."""
         options = None if compile_config is None else options_of(compile_config)
         with self._lock:
             step = next((step for known, step in self._steps if known == options), None)
@@ -67,16 +66,16 @@ class DecodeSteps:
         return step
 
     def forget(self) -> None:
-        """Drop what was captured."""
+        """Drop all captured steps."""
         for _, step in self._steps:
             step.forget()
 
 
 class DecodeStep:
-    """A model's forward, which replays what it has captured of it."""
+    """A model's forward that captures steps and replays them."""
 
     def __init__(self, runtime: OffloadRuntime, compile_options: Mapping[str, Any] | None = None) -> None:
-        """`compile_options` are those of `torch.compile`; None leaves the model as it is."""
+        """`compile_options` are keyword arguments for `torch.compile`; None does not compile the model."""
         self._runtime = runtime
         self._compile_options = compile_options
         self._compiled: Callable[..., Any] | None = None
@@ -85,17 +84,17 @@ class DecodeStep:
         self._num_eager: dict[Hashable, int] = {}
         self._decoding: Decoding | None = None
         self._state: Hashable = None
-        """Of the model, when steps were captured."""
+        """`state_of` the model when the steps were captured."""
         self._obstacle: str | None = None
-        """Why nothing can be captured of the generation that is running."""
+        """Why no step of the running generation can be captured; None if steps can."""
         self._refused: set[Hashable] = set()
         self._said: set[str] = set()
         self.num_captured = 0
-        """Steps that were captured so far."""
+        """Steps captured so far."""
         self.num_replayed = 0
 
     def begin(self) -> None:
-        """A generation begins: what was captured is kept if the model is what it was."""
+        """Begin a generation: keep the captured steps if the model's state has not changed."""
         with self._lock:
             model = self._runtime.model
             state = state_of(model)
@@ -105,7 +104,7 @@ class DecodeStep:
             self._obstacle = watched(model)
 
     def forget(self) -> None:
-        """Drop what was captured."""
+        """Drop all captured and compiled steps."""
         with self._lock:
             self._captured.clear()
             self._compiled = None
@@ -113,7 +112,7 @@ class DecodeStep:
             self._refused.clear()
 
     def __call__(self, *args: Any, **inputs: Any) -> Any:
-        """What the model returns."""
+        """The model's outputs."""
         with self._lock:
             decoding = self._runtime.decoding
             if decoding is not self._decoding:  # layers have moved
@@ -129,7 +128,7 @@ class DecodeStep:
             return step(*args, **inputs)
 
     def _step(self, args: tuple[Any, ...], inputs: Mapping[str, Any]) -> Callable[..., Any]:
-        """A captured step for these inputs, captured now if it is time to; where there is none, what computes it."""
+        """A captured step for these inputs, captured now if enough have run eagerly; else the callable to run."""
         plain = self._runtime.model
         obstacle = self._obstacle or self._runtime.decoding.obstacle() or _hindered(args, inputs)
         key = signature(inputs) if obstacle is None else None
@@ -148,7 +147,7 @@ class DecodeStep:
         return self._capture(key, call, inputs)
 
     def _call(self, model: Any) -> Callable[..., Any]:
-        """What is captured: the model, or what torch makes of it."""
+        """The callable to capture: the model, or its compiled call."""
         if self._compile_options is None:
             return model
         if self._compiled is None:
@@ -160,7 +159,7 @@ class DecodeStep:
         try:
             with self._runtime.decoding.capturing():
                 step = CapturedStep(call, inputs, model.device)
-        except (RuntimeError, MoeOffloadError) as error:  # torch's own for whatever a graph cannot capture, and ours
+        except (RuntimeError, MoeOffloadError) as error:  # torch's for operations that a graph cannot capture, and ours
             self._refused.add(key)
             self._say(f"steps are not captured: {type(model).__name__} does what a graph cannot: {error}")
             return model
@@ -169,14 +168,14 @@ class DecodeStep:
         return step
 
     def _say(self, what: str) -> None:
-        """Tell why, once."""
+        """Log a warning once."""
         if what not in self._said:
             self._said.add(what)
             logger.warning(what)
 
 
 def _hindered(args: tuple[Any, ...], inputs: Mapping[str, Any]) -> str | None:
-    """What about a call stands against capturing it; None if nothing does."""
+    """Why a call cannot be captured; None if it can."""
     cache = past_in(inputs)
     if args or cache is None or all(inputs.get(name) is None for name in ("input_ids", "inputs_embeds")):
         return "the model was not called with tokens and a KV cache by name"

@@ -1,7 +1,7 @@
-"""`decode="auto"`: which pools decode on their device because that is faster than from the host, as measured here.
+"""`decode="auto"`: find the pools that decode faster on their device than from the host, by measured rates.
 
-The formulas are in `device_decode/cost_model.py`; rates are those of a pool's first layer that can,
-on experts that mean nothing.
+The formulas are in `device_decode/cost_model.py`; the rates are measured on the first layer of a pool that can decode
+on the device, with meaningless weights.
 """
 
 from __future__ import annotations
@@ -34,9 +34,9 @@ def slower_on_device(
     plan: OffloadPlan,
     config: OffloadConfig,
 ) -> dict[PoolPlan, str]:
-    """The pools of a plan that could decode on their devices but are not faster there, each with why.
+    """The pools of a plan that could decode on their devices but are not faster there -> the reason.
 
-    `layers` are those that nothing else stands against.
+    `layers` are those that can decode on the device.
     """
     found = {}
     for pool in plan.pools:
@@ -51,7 +51,7 @@ def slower_on_device(
 def rates_of(
     model: nn.Module, layer: SparseLayer, sources: Mapping[int, LayerSource], pool: PoolPlan, config: OffloadConfig
 ) -> DecodeRates:
-    """What a decode step takes in a layer of a pool."""
+    """Measured times of a decode step in a layer of a pool."""
     source, module = sources[layer.index], experts_at(model, layer.name)
     assert layer.mlp is not None
     with closing(HostCompute()) as host:

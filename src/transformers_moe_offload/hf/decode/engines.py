@@ -1,4 +1,4 @@
-"""Build the engines of a plan: page-locked memory with all experts in it, and the slots in front of it."""
+"""Build the engines of a plan: pinned arenas that hold all experts, and the slots on the device."""
 
 from __future__ import annotations
 
@@ -22,9 +22,9 @@ from transformers_moe_offload.store.layer_source import LayerSource
 
 
 def build_engines(plan: OffloadPlan, sources: Sequence[LayerSource], config: OffloadConfig) -> dict[int, DeviceEngine]:
-    """By sparse layer, the engine that serves it: one for each pool that the plan has page-locked memory for.
+    """Sparse layer -> its engine; one engine for each pool that the plan has an arena for.
 
-    Raises `PageLockError` if the system does not grant that memory, and what reading experts raises.
+    Raises `PageLockError` if the system does not grant the pinned memory, and the errors of reading experts.
     """
     pools = [pool for pool in plan.pools if pool.arena_bytes]
     store = ExpertStore(sources, past_cache=plan.reads_past_cache)
@@ -54,7 +54,7 @@ def addressed_layers(
     engines: Mapping[int, DeviceEngine],
     obstacles: Mapping[str, str],
 ) -> dict[int, AddressedLayer]:
-    """The layers that decode through engines, by index."""
+    """The layers that decode on the device, by index."""
     found = {}
     for layer in layers:
         if layer.index in engines and layer.name not in obstacles:

@@ -1,4 +1,4 @@
-"""What stands against decoding on the device, layer by layer, before anything is built."""
+"""Why a layer cannot decode on the device, checked before anything is built."""
 
 from __future__ import annotations
 
@@ -26,13 +26,13 @@ def obstacle(layer: SparseLayer, source: LayerSource, config: OffloadConfig) -> 
 
 
 def record_layout(source: LayerSource) -> RecordLayout:
-    """How the usual record of a layer's experts is laid out."""
+    """The layout of the records of a layer's experts, except hot ones."""
     coding = source.codings.usual
     return RecordLayout(source.spec.fields if coding is None else coding.stored)
 
 
 def report(obstacles: Mapping[str, str], num_layers: int, config: OffloadConfig) -> None:
-    """Tell once, when a model is made ready, which layers do not decode on the device although that was asked for."""
+    """Log, once per loaded model, which layers do not decode on the device although the config asks for it."""
     if config.decode == "host" or not obstacles:
         return
     level = logging.INFO if config.decode == "auto" else logging.WARNING

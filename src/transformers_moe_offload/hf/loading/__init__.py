@@ -1,1 +1,1 @@
-"""From `from_pretrained` to a model whose experts are offloaded: what Transformers calls, and what the files hold."""
+"""Load a model with offloaded experts: the hooks that `from_pretrained` calls, and where experts are in the files."""

@@ -1,8 +1,8 @@
-"""Check on a few random numbers that our arithmetic is the arithmetic of a class of experts.
+"""Check on random numbers that our arithmetic is as exact as that of a class of experts.
 
-Transformers' experts classes are free to accumulate, gate or multiply in another precision than the flags of their
-decorator tell. So before our own forward replaces a class's eager one, both compute the same small layer; if ours is
-further from the float64 result than the class's own, the class keeps its own.
+An experts class in Transformers may accumulate, gate or multiply in another precision than the flags of its decorator
+say. So before our forward replaces a class's eager one, both compute the same small layer; if ours is further from the
+float64 result, the class keeps its eager forward.
 """
 
 # T tokens, K experts per token, E experts, S the size of everything else
@@ -27,18 +27,18 @@ logger = logging.get_logger(__name__)
 _TOKENS, _SIZE = 32, 32
 
 _SLACK = 1.05
-"""Ours may be as far off as eager and this much more: over 1024 random values the mean errors of two equally good
-orders of summation differ by a few percent, while computing one step in a lower precision at least doubles it."""
+"""Our error may exceed the eager one by this factor: over 1024 random values the mean errors of two equally good orders
+of summation differ by a few percent, while computing one step in a lower precision at least doubles the error."""
 
 
 def reproduces(layer: SparseLayer, module: nn.Module, mlp: ExpertMlp) -> bool:
-    """Whether `mlp`, summed the way `compute/forward.py` does, is at least as exact as the module's eager forward."""
+    """Whether `mlp`, combined as in `compute/forward.py`, is at least as exact as the module's eager forward."""
     try:
         return all(_is_as_exact(layer, module, mlp, dtype) for dtype in (torch.float32, torch.bfloat16))
     except (RuntimeError, TypeError, AttributeError, IndexError) as error:
         if is_out_of_memory(error):
             raise
-        # The class needs something that this small stand-in for it does not have, such as a norm of its true size.
+        # The class needs an attribute that this small copy lacks, such as a norm of its true size.
         logger.info(f"a small {layer.plain_class.__name__} could not be computed: {type(error).__name__}: {error}")
         return False
 
@@ -68,7 +68,7 @@ def _is_as_exact(layer: SparseLayer, module: nn.Module, mlp: ExpertMlp, dtype: t
 
 
 def _shape(field: str, mlp: ExpertMlp) -> tuple[int, ...]:
-    """One expert's small version of a field."""
+    """The shape of a field of one expert in the small layer."""
     out = 2 * _SIZE if field.startswith("gate_up") else _SIZE
     if field.endswith("_bias"):
         return (out,)

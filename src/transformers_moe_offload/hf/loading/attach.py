@@ -1,4 +1,4 @@
-"""Give a freshly loaded model its runtime: choose each layer's arithmetic and device, and size the caches."""
+"""Attach the runtime to a freshly loaded model: choose each layer's arithmetic and device, and size the caches."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ logger = logging.getLogger(__name__)
 
 
 def attach(model: Any, config: OffloadConfig, layers: Sequence[SparseLayer], sources: Sequence[LayerSource]) -> None:
-    """Make the model ready to run, as `model.moe_offload`."""
+    """Attach an `OffloadRuntime` to a model as `model.moe_offload`; the model is then ready to run."""
     runtime = OffloadRuntime(model, config, layers)
     _choose_arithmetic(model, config, layers)
     for layer in layers:
@@ -60,20 +60,20 @@ def _choose_arithmetic(model: nn.Module, config: OffloadConfig, layers: Sequence
 
 
 def activations_of(config: OffloadConfig) -> Activations:
-    """What the config allows products with matrices in low bits to do to their inputs."""
+    """Whether the config lets products with matrices in low bits round their inputs to int8."""
     return "int8" if config.arithmetic == "int8" else "exact"
 
 
 def _device_of(model: Any, name: str) -> torch.device:
-    """Where a module's inputs will be.
+    """The device of a module's inputs.
 
-    Modules that accelerate keeps on CPU or disk while there is a GPU are computed on the GPU that it names first.
+    Modules that accelerate keeps on CPU or disk are computed on the first GPU in the device map, if there is one.
     """
     device_map = getattr(model, "hf_device_map", None)
     if not device_map:
         return torch.device(next((p.device for p in model.parameters()), "cpu"))
     owners = [owner for owner in device_map if not owner or name == owner or name.startswith(f"{owner}.")]
-    if not owners:  # the map goes further down than the module, whose own parameters are not there any more
+    if not owners:  # the map lists submodules or parameters of the module, whose parameters were taken out
         owners = [owner for owner in device_map if owner.startswith(f"{name.rpartition('.')[0]}.")] or list(device_map)
     place = device_map[max(owners, key=len)]
     if place in ("cpu", "disk"):
@@ -83,10 +83,9 @@ def _device_of(model: Any, name: str) -> torch.device:
 
 
 def _unmark_as_quantized(model: Any) -> None:
-    """Take back what Transformers noted about a quantized model.
+    """Remove the marks by which Transformers recognises a quantized model.
 
-    The weights are as they were: the model may be cast, trained and saved like any other, and what is saved must not
-    claim to be in a format of ours.
+    The model may be cast, trained and saved like any other, and its saved config must not claim a format of ours.
     """
     model.is_quantized = False
     vars(model).pop("quantization_method", None)

@@ -1,4 +1,4 @@
-"""The checkpoint a model is loaded from, and where its experts are in it."""
+"""The checkpoint that a model is loaded from, and where its experts are in the files."""
 
 from __future__ import annotations
 
@@ -35,11 +35,11 @@ from transformers_moe_offload.tensor_files.index import StoredTensor, check_inde
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """Files, checked, and what Transformers has decided about loading them."""
+    """The tensors in checked files, and the parameters and dtypes that Transformers loads them into."""
 
     tensors: Mapping[str, StoredTensor]
     parameters: Mapping[str, Tensor]
-    """All of the model's parameters and buffers, on meta, with the experts still in."""
+    """All parameters and buffers of the model, on meta, including the experts."""
     dtype_plan: Mapping[str, torch.dtype]
     """Patterns of parameters that keep a dtype of their own."""
 
@@ -54,11 +54,11 @@ class Checkpoint:
     ) -> Checkpoint:
         """Read the headers of the files and check them against each other and the index file.
 
-        `folder` is what the model was loaded from; where that is a folder, files must lie inside of it.
+        `folder` is the path or id that the model is loaded from; if it is a folder, all files must be inside it.
         """
         if folder.is_dir():
             _refuse_outside(folder, files)
-        # First the name of what it is: files of such a format have tensors of the same names.
+        # Check for hqq before reading the index: files of that format repeat tensor names, which is an error there.
         refuse_hqq((tensor.name for tensor in read_header(files[0])), folder)
         tensors = read_index(files)
         refuse_hqq(tensors, folder)
@@ -77,7 +77,8 @@ class Checkpoint:
 
 
 def _refuse_outside(folder: Path, files: Sequence[Path]) -> None:
-    """File names come from an index that somebody else wrote. Links are followed: the Hub's cache is made of them."""
+    """Raise for files outside the folder: file names come from an untrusted index. Links are allowed: the Hub's cache
+    consists of them."""
     root = os.path.abspath(folder)
     for file in files:
         if os.path.commonpath([root, os.path.abspath(file)]) != root:
@@ -85,11 +86,11 @@ def _refuse_outside(folder: Path, files: Sequence[Path]) -> None:
 
 
 def _is_of_other_files(index_path: Path, files: Sequence[Path]) -> bool:
-    """Whether an index places tensors in none of these files: it is that of another variant in the same folder."""
+    """Whether an index names none of these files: it belongs to another variant in the same folder."""
     try:
         shards = set(json.loads(index_path.read_text())["weight_map"].values())
     except (OSError, ValueError, KeyError, TypeError, AttributeError):
-        return False  # what is wrong with it is said by `check_index_file`
+        return False  # `check_index_file` reports the fault
     return (
         bool(shards)
         and all(isinstance(shard, str) for shard in shards)
@@ -100,7 +101,7 @@ def _is_of_other_files(index_path: Path, files: Sequence[Path]) -> bool:
 def locate(
     model: Any, layers: Sequence[SparseLayer], checkpoint: Checkpoint, conversions: Sequence[Any]
 ) -> list[LayerSource]:
-    """Where the experts of every sparse layer are."""
+    """Where the experts of every sparse layer are stored."""
     read = cache(lambda path: read_index([path]))
     traced = trace_parameters(model, checkpoint.parameters, conversions, checkpoint.tensors)
     sources = []
@@ -145,6 +146,6 @@ def _source_of(model: Any, name: str, traced: Mapping[str, ParameterSource]) -> 
 
 
 def expect_unused(model: Any, keys: Iterable[str], conversions: Sequence[Any]) -> None:
-    """Tell Transformers that expert tensors, by their keys in the checkpoint, are meant to be left in the files."""
+    """Tell Transformers not to report expert tensors, given by their keys in the checkpoint, as unexpected."""
     unused = names_without_experts(model, model.state_dict(), conversions, keys)
     ignore_on_load_unexpected(model, unused)

@@ -1,4 +1,4 @@
-"""What formats come to for the experts of one layer: which of their matrices are quantized, and how each is stored."""
+"""Turn formats into codings for the experts of a layer: which matrices are quantized, and how each is stored."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ def plain_fields(layer: SparseLayer) -> tuple[FieldSpec, ...]:
 
 
 def codings_of(model: Any, layer: SparseLayer, fields: Sequence[FieldSpec], formats: ExpertFormats) -> LayerCodings:
-    """How each of a layer's experts is to be stored; every coding is an `ExpertCoding`, also of those left as they are.
+    """How to store each expert of a layer; every coding is an `ExpertCoding`, also of experts that stay unquantized.
 
     Raises `ConfigError` if a group size does not divide a matrix, with the layer's name and the sizes that do.
     """

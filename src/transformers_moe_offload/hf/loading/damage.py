@@ -1,9 +1,9 @@
-"""Why Transformers could not load a checkpoint, where its config or its index is damaged.
+"""Explain why Transformers could not load a checkpoint whose config or index is damaged.
 
-Transformers reads both before we see anything of them, and answers damage with whatever Python raises on the way. Where
-offloading was asked for, such an error becomes one of ours that names the file; any other stays as it is. Files are
-looked at once something has failed, so that loading a sound checkpoint costs nothing more; only a config that is nested
-deeply is refused before, because Transformers would write it to its log for minutes.
+Transformers reads both before our code runs, and damage raises arbitrary Python exceptions. If offloading was
+requested, such an exception becomes one of our errors that names the file; any other is passed on. Files are only
+checked after a failure, so loading an intact checkpoint costs nothing more, except that the config is parsed before:
+Transformers would spend minutes logging one that is nested too deeply.
 """
 
 from __future__ import annotations
@@ -29,14 +29,14 @@ _KINDS: Mapping[str, tuple[type, ...]] = {
     "model_type": (str,), "text_config": (dict,), "quantization_config": (dict,), "transformers_weights": (str,),
     "auto_map": (dict,), "dtype": (str, dict), "torch_dtype": (str, dict),
 }  # fmt: skip
-"""What some entries of a config are, if they are there."""
+"""Types of some optional entries of a config."""
 _COUNTS = ("num_hidden_layers", "num_layers", "n_layer", "n_layers")
 _MANY_LAYERS = 300
-"""Twice as many as any model has; beyond, a checkpoint has to prove that it has a tensor for each."""
+"""Twice as many as any model has. A config with more must belong to an index with at least one tensor per layer."""
 
 
 def explaining(load: Any) -> Any:
-    """Wrap a `from_pretrained` so that damaged files are named."""
+    """Wrap a `from_pretrained` so that its errors name damaged files."""
 
     @functools.wraps(load)
     def from_pretrained(cls: Any, pretrained_model_name_or_path: Any, *model_args: Any, **kwargs: Any) -> Any:
@@ -59,8 +59,8 @@ def explaining(load: Any) -> Any:
 
 
 def expect_layers(name_or_path: Any, kwargs: Mapping[str, Any], config: Mapping[str, Any]) -> None:
-    """Raise `CheckpointError` for a config with more layers than its index has tensors: each layer is built as a
-    module, so that Transformers would not come to an end."""
+    """Raise `CheckpointError` for a config with more layers than its index has tensors: Transformers would build a
+    module for each layer and run for a very long time."""
     parts = [config, *(part for part in config.values() if isinstance(part, Mapping))]
     counts = [(count, name) for part in parts for name in _COUNTS if type(count := part.get(name)) is int]
     count, name = max(counts, default=(0, ""))
@@ -75,7 +75,7 @@ def expect_layers(name_or_path: Any, kwargs: Mapping[str, Any], config: Mapping[
 
 
 def _expect_sound(cls: Any, name_or_path: Any, kwargs: Mapping[str, Any], error: Exception) -> None:
-    """Raise `CheckpointError` if config or index are what made Transformers fail."""
+    """Raise `CheckpointError` if a damaged config or index made Transformers fail."""
     given = kwargs.get("config")
     if isinstance(given, PretrainedConfig):
         is_of_checkpoint = given._name_or_path == str(name_or_path)
@@ -100,7 +100,7 @@ def _expect_sound(cls: Any, name_or_path: Any, kwargs: Mapping[str, Any], error:
 
 
 def _sound_config(path: Path, error: Exception) -> dict[str, Any]:
-    """The content of a config that a model can be built from; `error` is what became of it."""
+    """The content of a config; raises `CheckpointError` if it is damaged. `error` is what Transformers raised."""
     config = json_object(path)
     for name, kinds in _KINDS.items():
         is_there = config.get(name) is not None or (name == "auto_map" and name in config)
@@ -137,7 +137,7 @@ def _sound_config(path: Path, error: Exception) -> dict[str, Any]:
 
 
 def _expect_model(cls: Any, path: Path, config: Mapping[str, Any]) -> None:
-    """Raise `CheckpointError` if a class of Transformers cannot build a model from a config that can be read."""
+    """Raise `CheckpointError` if Transformers cannot build a model from a readable config."""
     build = getattr(cls, "from_config", None) or getattr(cls, "_from_config", None)
     if build is None or "auto_map" in config or config.get("model_type") not in CONFIG_MAPPING:
         return
@@ -151,7 +151,7 @@ def _expect_model(cls: Any, path: Path, config: Mapping[str, Any]) -> None:
 
 
 def _numbers(value: Any) -> Iterator[int]:
-    """All whole numbers in lists and objects."""
+    """All integers in nested lists and objects."""
     if isinstance(value, int):
         yield value
     elif isinstance(value, dict | list):
@@ -177,6 +177,6 @@ def _find(name_or_path: Any, file: str, kwargs: Mapping[str, Any]) -> Path | Non
     options = {name: kwargs[name] for name in HUB_OPTIONS if kwargs.get(name) is not None}
     try:
         found = cached_file(str(name_or_path), file, **options | {"local_files_only": True, "force_download": False})
-    except (OSError, ValueError):  # not there, or no name that a file can have
+    except (OSError, ValueError):  # missing, or an invalid file name
         return None
     return None if found is None else Path(found)

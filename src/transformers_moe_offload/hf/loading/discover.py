@@ -41,13 +41,13 @@ def experts_of(model: nn.Module) -> Iterator[tuple[str, nn.Module, int]]:
 
 
 def expert_spec(index: int, name: str, module: nn.Module, layout: ExpertsLayout) -> ExpertSpec:
-    """What the experts of a module are made of, read from its parameters' shapes."""
+    """The fields of a module's experts, from the shapes of its parameters."""
     fields = tuple(FieldSpec(f.name, f.shape, dtype_name(f.dtype)) for f in layout.fields(module))
     return ExpertSpec(index, name, layout.num_experts(module), fields)
 
 
 def take_over(model: nn.Module) -> list[SparseLayer]:
-    """Take all routed experts out of a model and put our layers in charge of their modules.
+    """Take all routed experts out of a model and bind a sparse layer to each of their modules.
 
     Raises `UnsupportedModelError` if there are none.
     """

@@ -1,8 +1,8 @@
-"""Find every expert in the checkpoint files, without reading one.
+"""Find every expert in the checkpoint files, without reading any.
 
-Transformers renames checkpoint keys and merges, splits or transposes what they hold while it loads
-(`core_model_loading.py`, 5.23: `rename_source_key`, `WeightConverter`). We replay the renaming on the names alone to
-learn which stored tensors make up each parameter, and keep the conversion to run it on one expert at a time.
+While loading, Transformers renames checkpoint keys and merges, splits or transposes their tensors
+(`core_model_loading.py`, 5.23: `rename_source_key`, `WeightConverter`). We replay the renaming on the names to learn
+which stored tensors make up each parameter, and keep the conversion to run it on one expert at a time.
 """
 
 # E experts of a module
@@ -37,7 +37,7 @@ from transformers_moe_offload.tensor_files.index import StoredTensor
 
 @dataclass
 class ParameterSource:
-    """The stored tensors that make up one parameter, by the pattern of the conversion that they match."""
+    """The stored tensors that make up one parameter, keyed by the pattern of the conversion that they match."""
 
     converter: WeightConverter | None
     """None where the parameter is stored as it is."""
@@ -47,10 +47,10 @@ class ParameterSource:
 def trace_parameters(
     model: Any, parameters: Mapping[str, Tensor], conversions: Sequence[Any], stored: Mapping[str, StoredTensor]
 ) -> dict[str, ParameterSource]:
-    """For every parameter that the checkpoint fills, what fills it: name in the model -> source.
+    """The source of every parameter that the checkpoint fills: name in the model -> source.
 
-    `parameters` are all of the model's, on meta, as they were before experts were taken out. Where one conversion
-    makes several parameters, all of them are listed.
+    `parameters` are all parameters of the model, on meta, before experts were taken out. If one conversion yields
+    several parameters, all of them are listed.
     """
     renamings, converters, by_pattern = _split(conversions)
     prefix = model.base_model_prefix
@@ -72,10 +72,10 @@ def trace_parameters(
 def names_without_experts(
     model: Any, remaining: Mapping[str, Tensor], conversions: Sequence[Any], keys: Iterable[str]
 ) -> set[str]:
-    """The names under which Transformers will report that it has no use for these checkpoint keys.
+    """The names under which Transformers will report these checkpoint keys as unexpected.
 
-    It looks whether a key belongs to the model before it settles on a prefix, and reports every parameter that the
-    key's conversion would have filled; `remaining` are the model's parameters without the experts.
+    It checks whether a key belongs to the model before it chooses a prefix, and reports every parameter that the key's
+    conversion would have filled; `remaining` are the model's parameters without the experts.
     """
     renamings, converters, by_pattern = _split(conversions)
     names = set()
@@ -88,9 +88,9 @@ def names_without_experts(
 def expert_sources(
     name: str, source: ParameterSource, field: ExpertField, casts: tuple[str, ...], config: Any
 ) -> list[FieldSource]:
-    """Where each entry of a stacked parameter comes from; `name` is the parameter's in the model.
+    """The source of each entry of a stacked parameter, which the model calls `name`.
 
-    Raises `CheckpointError` if the checkpoint does not hold all of them.
+    Raises `CheckpointError` if the checkpoint does not hold all entries.
     """
     assert field.num_entries is not None
     pieces = [_pieces_of(name, source, entry, field.num_entries) for entry in range(field.num_entries)]
@@ -102,7 +102,7 @@ def expert_sources(
 
 
 def assembled(name: str, source: ParameterSource, field: ExpertField, expert: int, dtype: str, config: Any) -> Tensor:
-    """One entry of a stacked parameter, where its pieces are tensors in memory."""
+    """One entry of a stacked parameter whose pieces are tensors in memory."""
     assert field.num_entries is not None
     if source.converter is None:
         ((stack,),) = source.stored.values()
@@ -118,7 +118,7 @@ def assembled(name: str, source: ParameterSource, field: ExpertField, expert: in
 
 
 def whole_source(name: str, source: ParameterSource, shape: tuple[int, ...], casts: tuple[str, ...]) -> FieldSource:
-    """Where a parameter that belongs to a single expert comes from."""
+    """The source of a parameter that belongs to a single expert."""
     if source.converter is not None:
         raise UnsupportedModelError(
             f"{name} is converted while it is loaded ({source.converter}), which is not supported for experts that are "
@@ -128,7 +128,7 @@ def whole_source(name: str, source: ParameterSource, shape: tuple[int, ...], cas
 
 
 def _split(conversions: Sequence[Any]) -> tuple[list[Any], list[Any], dict[str, WeightConverter]]:
-    """Renamings, converters, and converters by source pattern, as the loader has them; copies, for they keep state."""
+    """Renamings, converters, and converters by source pattern, as in the loader; copies, because they keep state."""
     conversions = deepcopy(list(conversions))
     renamings = [c for c in conversions if isinstance(c, WeightRenaming)]
     converters = [c for c in conversions if isinstance(c, WeightConverter)]
@@ -166,7 +166,7 @@ def _pick(name: str, stored: list[StoredTensor], expert: int, num_entries: int) 
 
 
 def _is_concatenation(source: ParameterSource) -> bool:
-    """Whether one expert's pieces, one after another in memory, are the expert."""
+    """Whether one expert's pieces, concatenated in memory, are its entry of the parameter."""
     if source.converter is None:
         return True
     operations = source.converter.operations
@@ -195,7 +195,7 @@ def _assemble_with(
     converter = source.converter
     assert converter is not None
     counts = {pattern: len(tensors) for pattern, tensors in pieces.items()}
-    # Operations may ask the model for the shape and dtype that a parameter should have; for them it has one expert.
+    # Operations may ask the model for the shape and dtype of a parameter; this substitute has one expert.
     one_expert = torch.empty((1, *shape), dtype=torch_dtype(dtype), device="meta")
     module = SimpleNamespace(**{name.rpartition(".")[2]: one_expert})
     model = SimpleNamespace(config=config, get_parameter=lambda _: one_expert, get_submodule=lambda _: module)

@@ -1,9 +1,9 @@
 """Take the experts' parameters out of a model, and put them back.
 
-A parameter that stays registered on `meta` breaks `model.to()`; one that is missing breaks code that looks at its
-shape or initialises it. So its place in `module.__dict__` is taken by a meta parameter that is not registered: visible
-to `getattr` and `get_parameter`, invisible to `state_dict`, `named_parameters`, `to` and accelerate. What is written to
-it would be lost, so that is an error.
+A parameter that stays registered on `meta` breaks `model.to()`; a missing one breaks code that reads its shape or
+initialises it. So an unregistered meta parameter in `module.__dict__` replaces it: visible to `getattr` and
+`get_parameter`, invisible to `state_dict`, `named_parameters`, `to` and accelerate. Values written to it would be lost,
+so writing is an error.
 """
 
 from __future__ import annotations
@@ -20,14 +20,14 @@ from transformers_moe_offload.hf.upstream import mark_initialised
 
 
 class Placeholder(nn.Parameter):
-    """Has the shape and the dtype of experts that are elsewhere. It can be looked at; to change it, or a view of it, is
-    an `UnsupportedModelError`."""
+    """Has the shape and dtype of offloaded experts' parameters. Writing to it, or to a view of it, raises
+    `UnsupportedModelError`."""
 
     @classmethod
     def __torch_function__(
         cls, func: Any, types: Sequence[type], args: Sequence[Any] = (), kwargs: Mapping[str, Any] | None = None
     ) -> Any:
-        """Called by torch for whatever is done with one."""
+        """Called by torch for every operation on a placeholder."""
         given = dict(kwargs or {})
         if _changes(func.__name__, args, given):
             raise UnsupportedModelError(
@@ -42,7 +42,7 @@ class Placeholder(nn.Parameter):
 
 
 def _changes(name: str, args: Sequence[Any], kwargs: Mapping[str, Any]) -> bool:
-    """Whether a function of torch's, by its name and arguments, writes to a placeholder."""
+    """Whether a torch function with this name and these arguments writes to a placeholder."""
     if isinstance(kwargs.get("out"), Placeholder):
         return True
     if not args or not isinstance(args[0], Placeholder):
@@ -54,7 +54,7 @@ def _changes(name: str, args: Sequence[Any], kwargs: Mapping[str, Any]) -> bool:
 
 
 def _as_guarded(result: Any, placeholder: Any) -> Any:
-    """A view of a placeholder is one itself."""
+    """A result of an operation; views of a placeholder become placeholders."""
     if not isinstance(result, Tensor) or not isinstance(placeholder, Placeholder) or not result.is_meta:
         return result
     is_view = result.untyped_storage()._cdata == placeholder.untyped_storage()._cdata
@@ -62,7 +62,7 @@ def _as_guarded(result: Any, placeholder: Any) -> Any:
 
 
 def take_out(module: nn.Module, fields: Iterable[ExpertField]) -> dict[str, tuple[str, ...]]:
-    """Replace parameters by placeholders; returns what `put_back` needs: each owner's parameters in their order."""
+    """Replace parameters by placeholders; returns the order of each owner's parameters, for `put_back`."""
     order: dict[str, tuple[str, ...]] = {}
     for field in fields:
         for path in field.paths:
@@ -72,7 +72,7 @@ def take_out(module: nn.Module, fields: Iterable[ExpertField]) -> dict[str, tupl
             taken = owner._parameters.pop(leaf)
             assert taken is not None
             placeholder = Placeholder(torch.empty_like(taken, device="meta"), requires_grad=False)
-            # Transformers initialises what no checkpoint filled; this says that there is nothing to do.
+            # Transformers initialises parameters that no checkpoint filled; this mark prevents it.
             mark_initialised(placeholder)
             vars(owner)[leaf] = placeholder
     return order

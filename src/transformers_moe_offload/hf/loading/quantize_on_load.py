@@ -21,7 +21,7 @@ from transformers_moe_offload.system.free_memory import free_ram
 def codings_to_be(
     model: nn.Module, layers: Sequence[SparseLayer], sources: Sequence[LayerSource], formats: ExpertFormats
 ) -> list[LayerCodings]:
-    """How the experts of each layer are going to be stored; raises `ConfigError` if the formats do not fit them."""
+    """How the experts of each layer will be stored; raises `ConfigError` if the formats do not fit them."""
     formats.check([layer.num_experts for layer in layers])
     return [
         codings_of(model, layer, source.spec.fields, formats) for layer, source in zip(layers, sources, strict=True)
@@ -31,9 +31,9 @@ def codings_to_be(
 def quantized(
     model: nn.Module, layers: Sequence[SparseLayer], sources: Sequence[LayerSource], formats: ExpertFormats
 ) -> list[LayerSource]:
-    """The same layers with their experts quantized, in RAM; those without a format stay where they are.
+    """The same layers with their experts quantized in RAM; experts without a format stay where they are.
 
-    Raises `ConfigError` before the first one if there is not enough of it.
+    Raises `ConfigError`, before quantizing any, if there is not enough RAM.
     """
     pairs = list(zip(sources, codings_to_be(model, layers, sources, formats), strict=True))
     needed = sum(encoded_bytes(codings, len(source.experts)) for source, codings in pairs)

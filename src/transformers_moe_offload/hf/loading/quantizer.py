@@ -1,7 +1,7 @@
-"""What Transformers calls while it loads a model with an `OffloadConfig`.
+"""The quantizer that Transformers calls while it loads a model with an `OffloadConfig`.
 
-Transformers knows one way to take part in loading: to be a quantizer. Ours changes no weight. It takes the experts
-out before the weights are loaded, learns where they are in the files, and attaches the runtime afterwards.
+In Transformers only a quantizer can take part in loading. Ours takes the experts out before the weights are loaded,
+locates them in the files, and attaches the runtime afterwards; it quantizes weights only if the config asks for it.
 """
 
 from __future__ import annotations
@@ -41,27 +41,27 @@ from transformers_moe_offload.store.encoding import num_encoded
 logger = logging.getLogger(__name__)
 
 asked_for: ContextVar[OffloadConfig | None] = ContextVar("asked_for", default=None)
-"""The config that a call of `from_pretrained` was given for a checkpoint that has a recipe of its own: Transformers
-lets no other one through to us."""
+"""The config passed to the current `from_pretrained`. For a checkpoint with its own quantization config, Transformers
+does not pass it on to the quantizer."""
 to_save: ContextVar[Mapping[str, torch.Tensor] | None] = ContextVar("to_save", default=None)
-"""The `state_dict` that a call of `save_pretrained` was given, which Transformers does not show a quantizer."""
+"""The `state_dict` passed to the current `save_pretrained`; Transformers does not pass it on to the quantizer."""
 
 
 class MoeOffloadQuantizer(HfQuantizer):
-    """Loads a model without its routed experts, and attaches their offloading to it."""
+    """Loads a model without its routed experts, and attaches the runtime that offloads them."""
 
     quantization_config: OffloadConfig
 
     def __init__(self, quantization_config: OffloadConfig, **kwargs: Any) -> None:
         super().__init__(quantization_config, **kwargs)
         self._is_prebuilt = bool(kwargs.get("pre_quantized"))
-        """Whether the checkpoint's experts are in a format of ours."""
+        """Whether the checkpoint stores experts in a format of ours."""
         if self._is_prebuilt:
             self.quantization_config = quantization_config.override(asked_for.get() or OffloadConfig())
-        # Transformers quantizes nothing on the fly, so it may load with several threads.
+        # Lets Transformers load with several threads: it quantizes nothing on the fly.
         self.pre_quantized = True
         self._device: torch.device | None = None
-        """Where all of the model is going to be; None where that is several devices, or not known."""
+        """The device of the whole model; None if there are several, or it is not known."""
         self._layers: list[SparseLayer] = []
         self._sources: list[Any] = []
         self._checkpoint: Checkpoint | None = None
@@ -70,7 +70,7 @@ class MoeOffloadQuantizer(HfQuantizer):
     # In the order in which Transformers calls them.
 
     def validate_environment(self, *args: Any, **kwargs: Any) -> None:
-        """Find out about a misspelt policy before anything is downloaded."""
+        """Raise for a misspelt policy before anything is downloaded."""
         make_policy(self.quantization_config.policy)
 
     def update_device_map(self, device_map: Any) -> Any:
@@ -81,7 +81,7 @@ class MoeOffloadQuantizer(HfQuantizer):
         return device_map
 
     def update_attn_implementation(self, config: Any) -> Any:
-        """The one hook that sees the config before the model is built: say if an option in it will have no effect."""
+        """The only hook that gets the config before the model is built: warn about options without effect."""
         refuse_splits(getattr(config, "distributed_config", None))
         implementation = experts_implementation(config)
         if implementation is not None:
@@ -116,7 +116,7 @@ class MoeOffloadQuantizer(HfQuantizer):
             prepare_dense(model, self._layers, self.quantization_config.dense)
 
     def adjust_max_memory(self, max_memory: dict[int | str, int]) -> dict[int | str, int]:
-        """Leave room for the cache on every GPU, where its size is known before the dense weights are placed."""
+        """Reserve memory for the cache on every GPU, if its size is known before the dense weights are placed."""
         budget = self.quantization_config.budget
         gpus = [device for device in max_memory if isinstance(device, int)]
         if not gpus or (budget.nbytes is None and budget.share is None):
@@ -126,7 +126,7 @@ class MoeOffloadQuantizer(HfQuantizer):
         return {d: max(0, limit - share) if d in gpus else limit for d, limit in max_memory.items()}
 
     def update_weight_conversions(self, weight_conversions: list[Any], model: Any) -> list[Any]:
-        """The final list of conversions is known: locate the experts. The list stays as it is."""
+        """Locate the experts, now that the list of conversions is final; returns the list unchanged."""
         assert self._checkpoint is not None
         if self._is_prebuilt:
             formats = self.quantization_config.formats or ExpertFormats()
@@ -138,7 +138,7 @@ class MoeOffloadQuantizer(HfQuantizer):
         return weight_conversions
 
     def _expect_enough(self, model: Any) -> None:
-        """Refuse a budget that cannot work before weights are loaded, where it is known on which device they go."""
+        """Raise for a budget that is too small, before weights are loaded, if the device is known."""
         if self._device is None:
             return
         for layer in self._layers:
@@ -168,36 +168,36 @@ class MoeOffloadQuantizer(HfQuantizer):
         if config.dense is not None:
             quantize_dense(model, self._layers, config.dense)
 
-    # What Transformers asks later.
+    # Called after loading.
 
     def get_state_dict_and_metadata(self, model: Any) -> tuple[dict[str, torch.Tensor] | None, dict[str, str]]:
-        """For `save_pretrained`: the state dict of the plain model, experts included; an adapter needs none of them."""
+        """For `save_pretrained`: the state dict of the plain model with its experts, or without for an adapter."""
         given = to_save.get()
         if has_peft_adapter(model):
             return None if given is None else dict(given), {}
         return with_experts(model, given), {}
 
     def is_serializable(self, *args: Any, **kwargs: Any) -> bool:
-        """Whether `save_pretrained` works: it writes what the plain model would."""
+        """True: `save_pretrained` writes the same weights as for the plain model."""
         return True
 
     @property
     def is_trainable(self) -> bool:
-        """Whether adapters can be trained: gradients flow through frozen experts."""
+        """True: adapters can be trained, because gradients flow through frozen experts."""
         return True
 
     @property
     def is_compileable(self) -> bool:
         """Whether `generate` may ask for a compiled call.
 
-        Elsewhere torch would capture graphs of its own, but which experts are needed is decided on the host. With
-        `decode="graph"` what `generate` is given for it replays steps that were captured (`decode/step.py`).
+        Only with `decode="graph"`, where the call replays captured steps (`cuda_graphs/step.py`). Otherwise torch would
+        capture graphs of its own, which is not possible while the host decides which experts are needed.
         """
         return bool(self.quantization_config.decode == "graph")
 
 
 def _only_device(device_map: Any) -> torch.device | None:
-    """The device that a device map, or none, puts all of a model on."""
+    """The single device of a device map, `cpu` without a map; None if there are several devices or it uses disk."""
     if device_map is None:
         return torch.device("cpu")
     places = set(device_map.values()) if isinstance(device_map, dict) else set()

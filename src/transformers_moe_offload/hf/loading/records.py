@@ -1,9 +1,9 @@
-"""Locate the experts of a checkpoint that holds them as records: a stack of rows for each sparse layer, or two.
+"""Locate the experts of a checkpoint that stores them as records: one or two stacks of rows for each sparse layer.
 
-`PATH.records` is uint8 (E, row bytes), where PATH is the experts module's. Where some experts are hot, E counts the
-others, and `PATH.hot_records` has the hot ones with rows of their own size; each stack is in the order of the experts.
-`PATH.checksums`, int64, is by expert whatever stack it is in. What the fields of a record are is in the metadata of
-the file, under the name of the stack.
+`PATH.records` is uint8 (E, row bytes), where PATH is the path of the experts module. If some experts are hot,
+`PATH.records` holds only the others, and `PATH.hot_records` the hot ones, with rows of their own size; each stack is in
+the order of the experts. `PATH.checksums`, int64, has one entry per expert, for both stacks. The metadata of the file
+lists the fields of a record under the name of the stack.
 """
 
 from __future__ import annotations
@@ -32,16 +32,16 @@ RECORDS, HOT_RECORDS, CHECKSUMS = "records", "hot_records", "checksums"
 
 @dataclass(frozen=True)
 class Stack:
-    """The records of experts that are stored alike."""
+    """The records of experts with one coding."""
 
     tensor: FieldSpec
     """uint8 (experts, row bytes)."""
     fields: tuple[FieldSpec, ...]
-    """What a record is made of."""
+    """The fields of a record."""
 
     @classmethod
     def of(cls, name: str, num_experts: int, fields: tuple[FieldSpec, ...]) -> Stack:
-        """The stack of that name of so many experts."""
+        """The stack `name` of `num_experts` experts with these fields."""
         return cls(FieldSpec(name, (num_experts, RecordLayout(fields).row_bytes), "uint8"), fields)
 
     @property
@@ -64,7 +64,7 @@ def record_keys(tensors: Mapping[str, StoredTensor]) -> list[str]:
 
 
 def described(fields: Sequence[FieldSpec]) -> str:
-    """The fields of a record as the metadata of a file has them."""
+    """The fields of a record in the form of a file's metadata, JSON."""
     return json.dumps([[field.name, list(field.shape), field.dtype] for field in fields])
 
 
@@ -94,7 +94,7 @@ def _locate(model: Any, layer: SparseLayer, checkpoint: Checkpoint, formats: Exp
 def _rows(
     stack: Stack, count: int, tensors: Mapping[str, StoredTensor], held: Mapping[str, tuple[FieldSpec, ...]]
 ) -> list[StoredTensor]:
-    """The rows of a stack, which has to be in the files as it should be."""
+    """The rows of a stack; raises `CheckpointError` if it is missing, or differs in fields, dtype or shape."""
     wanted = stack.tensor
     if wanted.name not in tensors:
         raise CheckpointError(f"the checkpoint has no {wanted.name}, the records of {count} experts; it is incomplete")
@@ -118,7 +118,7 @@ def _stacks(path: str, tensors: Mapping[str, StoredTensor]) -> dict[str, StoredT
 
 
 def _stored_path(model: Any, layer: SparseLayer, tensors: Mapping[str, StoredTensor]) -> str:
-    """The layer's path in the model that was saved, which may have been this one's base, or built upon it."""
+    """The layer's path in the saved model, which may be the base model of this one, or have this one as its base."""
     prefix = f"{model.base_model_prefix}."
     for path in (layer.name, f"{prefix}{layer.name}", layer.name.removeprefix(prefix)):
         if f"{path}.{RECORDS}" in tensors:
@@ -144,7 +144,7 @@ def _fields_of(stack: StoredTensor) -> tuple[FieldSpec, ...]:
 
 
 def _checksums(path: str, num_experts: int, tensors: Mapping[str, StoredTensor]) -> list[int] | list[None]:
-    """Of every record, by expert."""
+    """The checksum of every expert's record, by expert; None where the checkpoint has none."""
     found = tensors.get(f"{path}.{CHECKSUMS}")
     if found is None:
         return [None] * num_experts

@@ -1,1 +1,1 @@
-"""An offloaded model: its sparse layers, its plan, its caches and its handle."""
+"""An offloaded model: its sparse layers, plan, caches and handle."""

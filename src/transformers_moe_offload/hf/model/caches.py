@@ -1,7 +1,7 @@
-"""The caches of a model, and what works beside them: built when they are first needed, dropped when layers have moved.
+"""Build and drop the caches of a model with their engines, host sides and prefetcher.
 
-What was counted outlives them. `plan.py` says how large they are; `handle.py` knows when they are wanted and from
-where their experts come.
+They are built when first needed, and dropped when layers have moved; statistics outlive them. `plan.py` decides their
+sizes; `handle.py` calls this when caches are needed, and holds the sources of experts.
 """
 
 # H hidden
@@ -61,17 +61,17 @@ class LayerCaches:
         self._lookahead: Lookahead | None = None
         self._engines: dict[int, DeviceEngine] = {}
         self.decoding = Decoding({}, {})
-        """What of the model decodes on the device."""
+        """The layers that decode on the device."""
         self._recorder: TraceRecorder | None = None
         self._kept_stats: dict[int, LayerStats] = {}
         self.plan: OffloadPlan | None = None
-        """What has been built; None while nothing is, or not all of it."""
+        """The plan that has been built; None unless all of it has."""
         self._building = FORKS.with_lock(threading.RLock(), Rank.BUILDING)
         self.resizing = FORKS.with_lock(threading.Lock(), Rank.RESIZING)
-        """Held while the caches change their size, and the config with them: one thread after the other."""
+        """Held by the thread that changes the size of the caches, and the config with it."""
 
     def build(self, model: Any, by_layer: Mapping[int, LayerSource], config: OffloadConfig) -> OffloadPlan:
-        """Build caches, empty, unless another thread has; raises `CapacityError` if the budget cannot work."""
+        """Build empty caches unless another thread has; raises `CapacityError` if the budget is too small."""
         with self._building:
             if self.plan is None and (self._engines or self._host_sides):  # `drop` was interrupted
                 self.drop(keep_stats=False)
@@ -116,9 +116,9 @@ class LayerCaches:
     def expect_enough(
         self, sources: Mapping[int, LayerSource], config: OffloadConfig, coded: Mapping[int, LayerCodings]
     ) -> None:
-        """Raise `CapacityError` if the budget cannot work, before anything is built or encoded.
+        """Raise `CapacityError` if the budget is too small, before anything is built or encoded.
 
-        `coded` are the codings of layers whose experts are going to be in RAM.
+        `coded` are the codings of layers whose experts will be in RAM.
         """
         placements = [
             replace(one, codings=coded[layer], is_in_ram=True, is_mappable=one.device.type == "cpu", spare_bytes=None)
@@ -129,7 +129,7 @@ class LayerCaches:
         expect_enough(placements, config)
 
     def drop(self, *, keep_stats: bool) -> None:
-        """Free slots and threads, until caches are needed again."""
+        """Free slots and threads; `build` makes new ones."""
         self.plan = None
         if keep_stats:
             self._kept_stats |= {layer.index: self.stats_of(layer) for layer in self._layers}
@@ -142,9 +142,9 @@ class LayerCaches:
         self._lookahead = None
 
     def resize(self, sources: Mapping[int, LayerSource], config: OffloadConfig) -> None:
-        """Give the caches the budget of another config, which may differ in nothing else; to be called `resizing`.
+        """Give the caches the budget of another config that differs in nothing else; the caller holds `resizing`.
 
-        Raises `CapacityError` or `ConfigError` if that cannot work, and then nothing has changed.
+        Raises `CapacityError` or `ConfigError`, and changes nothing, if the budget does not work.
         """
         held: Counter[torch.device] = Counter()
         for pool in () if self.plan is None else self.plan.pools:
@@ -162,7 +162,7 @@ class LayerCaches:
         self.plan = replace(self.plan, pools=pools, budget_bytes=plan.budget_bytes)
 
     def _give_slots(self, pools: Iterable[PoolPlan]) -> None:
-        """Change the number of slots of some pools: those that shrink first, as others may need their memory."""
+        """Change the number of slots of pools: shrinking pools first, because growing ones may need their memory."""
 
         def growth(pool: PoolPlan) -> int:
             return pool.num_slots - self._of_layer[pool.layers[0]].residency.num_slots
@@ -172,14 +172,14 @@ class LayerCaches:
             owner.resize(pool.num_slots)
 
     def warm(self, counts: Mapping[str, Sequence[float]]) -> None:
-        """Load the experts that were used most, by the module path of their layer, as far as slots are free."""
+        """Load the most used experts into free slots. `counts`: module path of a layer -> uses of each expert."""
         for cache in self.all():
             layers = [layer for layer in self._layers if self._of_layer[layer.index] is cache]
             wanted = {layer.index: counts[layer.name] for layer in layers if layer.name in counts}
             cache.warm(most_used(wanted, cache.residency.num_slots))
 
     def all(self) -> list[ExpertCache]:
-        """Each cache once."""
+        """All caches, each once."""
         return list(dict.fromkeys(self._of_layer.values()))
 
     def of(self, layer: SparseLayer) -> ExpertCache | None:
@@ -187,22 +187,25 @@ class LayerCaches:
         return self._of_layer.get(layer.index)
 
     def host_side_of(self, layer: SparseLayer) -> HostSide | None:
-        """What the host does of a layer's misses; None where all of them are fetched."""
+        """The host's part in a layer's misses; None if all of them are fetched."""
         return self._host_sides.get(layer.index)
 
     def look_ahead_from(self, layer: SparseLayer, hidden: Tensor) -> Callable[[Sequence[int]], None] | None:
-        """What to call with the experts that a layer wants, once their loads are under way; hidden (..., H)."""
+        """The callback to call with the experts that a layer wants, once their loads are in flight; hidden (..., H).
+
+        None without prefetching.
+        """
         return None if self._lookahead is None else self._lookahead.started(layer.index, hidden)
 
     def load_ahead(self, experts: Iterable[ExpertId]) -> None:
-        """Start loads of experts that are certain to be asked for next, as far as there is room."""
+        """Start loads of experts that are certain to be needed next, until one finds no room."""
         for expert in experts:
             cache = self._of_layer.get(expert.layer)
             if cache is None or (cache.is_absent(expert) and not cache.load_ahead(expert)):
                 return
 
     def stats_of(self, layer: SparseLayer) -> LayerStats:
-        """What a layer has asked for, before and after caches were dropped."""
+        """The statistics of a layer, including those from before caches were dropped."""
         owner = self._engines.get(layer.index) or self._of_layer.get(layer.index)
         return owner.stats[layer.index] if owner else self._kept_stats.get(layer.index, LayerStats())
 
@@ -210,19 +213,19 @@ class LayerCaches:
         """Start counting from zero."""
         self._kept_stats = {}
         for layer in self._layers:
-            self.stats_of(layer)  # what a device has counted is not to come in later
+            self.stats_of(layer)  # collects the counts of a device now, so that they are not added after the reset
         for index, cache in self._of_layer.items():
             cache.stats[index] = LayerStats()
 
     def record(self, recorder: TraceRecorder | None) -> None:
-        """Tell a recorder of every visit from now on, or nobody any more."""
+        """Report every visit from now on to a recorder; None stops reporting."""
         self._recorder = recorder
         self.decoding.is_traced = recorder is not None
         for cache in self.all():
             cache.on_visit = None if recorder is None else recorder.record
 
     def _obstacles(self, sources: Mapping[int, LayerSource], config: OffloadConfig) -> dict[str, str]:
-        """By module path, why layers cannot decode on the device."""
+        """Module path of a layer -> why it cannot decode on the device."""
         found = {layer.name: obstacle(layer, sources[layer.index], config) for layer in self._layers}
         return {name: reason for name, reason in found.items() if reason is not None}
 
@@ -246,7 +249,7 @@ class LayerCaches:
 
 
 def _is_as_used(layer: SparseLayer, source: LayerSource, store: ExpertStore) -> bool:
-    """Whether a CPU can use a layer's experts as they lie in the files, with the same bits as from a record."""
+    """Whether a CPU can use a layer's experts in place in the files, with the same bits in results as from records."""
     if layer.device.type != "cpu" or not store.is_as_used(layer.index):
         return False
     if source.is_recorded:  # records begin at the same alignment everywhere

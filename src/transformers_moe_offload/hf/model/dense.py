@@ -26,21 +26,21 @@ from transformers_moe_offload.kernels.reference import dequantize
 logger = logging.getLogger(__name__)
 
 _ROUTERS = {"router", "gate"}
-"""What Transformers calls the modules that score experts."""
+"""Names of routers in Transformers."""
 
 
 class DecodedWeight(Tensor):
-    """What a packed weight decodes to, and views of it, which refuse to be written: the weight would not notice.
+    """A decoded packed weight, or a view of it. Writing to it raises, because the packed weight would not change.
 
-    So PEFT's merging, `weight.data += ...` and the like fail where they would be lost. What is computed from it is an
-    ordinary tensor.
+    So PEFT's merging, `weight.data += ...` and the like fail instead of having no effect. Results of computations with
+    it are ordinary tensors.
     """
 
     @classmethod
     def __torch_function__(
         cls, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
-        """Any function of torch with such a weight among its arguments."""
+        """Called by torch for every function that gets such a weight as an argument."""
         kwargs = kwargs or {}
         written = kwargs.get("out", args[0] if args and _writes(func.__name__) else None)
         if isinstance(written, cls):
@@ -54,7 +54,7 @@ class DecodedWeight(Tensor):
 
 
 def _writes(function: str) -> bool:
-    """Whether a function of torch of this name writes into its first argument."""
+    """Whether the torch function of this name writes to its first argument."""
     if function.startswith("__"):
         return function in ("__set__", "__setitem__", *_IN_PLACE)
     return function.endswith("_") and function != "requires_grad_"
@@ -62,11 +62,11 @@ def _writes(function: str) -> bool:
 
 _OPERATORS = ("add", "and", "div", "floordiv", "lshift", "mod", "mul", "or", "pow", "rshift", "sub", "truediv", "xor")
 _IN_PLACE = tuple(f"__i{name}__" for name in _OPERATORS)
-"""`weight += ...` and its kin, by the names of their methods."""
+"""Methods of in-place operators such as `weight += ...`."""
 
 
 def no_merge(name: str) -> ConfigError:
-    """What to raise when something is to be added to a packed weight."""
+    """The error for attempts to change a packed weight."""
     return ConfigError(
         f"the weight of {name} is in low bits (OffloadConfig.dense) and constant: nothing can be merged into it or "
         f"written to it; restore() the model first, or write a merged checkpoint with training.save_merged"
@@ -74,10 +74,10 @@ def no_merge(name: str) -> ConfigError:
 
 
 class HqqLinear(nn.Linear):
-    """A linear layer that holds a packed weight: `weight_codes`, `weight_scale` and so on, buffers of the module.
+    """A linear layer with a packed weight, stored in the buffers `weight_codes`, `weight_scale` and so on.
 
-    `weight` is the weight decoded, made anew at each access and read-only. Casting the layer changes what it decodes
-    to, not what it holds.
+    `weight` is decoded anew at each access and read-only. Casting the layer changes the dtype that it decodes to, not
+    the buffers.
     """
 
     def __init__(
@@ -97,7 +97,7 @@ class HqqLinear(nn.Linear):
 
     @classmethod
     def quantize(cls, linear: nn.Linear, format: HqqFormat) -> HqqLinear:
-        """A linear layer's packed twin, on the same device; raises `ConfigError` if groups do not fit its inputs."""
+        """A packed copy of a linear layer, on the same device; raises `ConfigError` if groups do not fit its inputs."""
         matrix = quantize(linear.weight.detach(), format)
         weight = linear.weight
         made = cls(matrix.packing, bias=linear.bias is not None, dtype=weight.dtype, device="meta")
@@ -108,14 +108,14 @@ class HqqLinear(nn.Linear):
 
     @property
     def matrix(self) -> PackedMatrix:
-        """The weight as it is held."""
+        """The packed weight."""
         return PackedMatrix(
             self.packing, {part.name: getattr(self, f"weight_{part.name}") for part in self.packing.parts}
         )
 
     @property
     def weight(self) -> Tensor:  # type: ignore[override]
-        """The weight, decoded: (N, K)."""
+        """The decoded weight, (N, K)."""
         return self._decoded().as_subclass(DecodedWeight)
 
     def _decoded(self) -> Tensor:
@@ -130,7 +130,7 @@ class HqqLinear(nn.Linear):
         return out if self.bias is None else out + self.bias
 
     def settle(self) -> None:
-        """Undo the cast to float32 of buffers whose names look like those of parameters that stay in float32."""
+        """Undo Transformers' cast to float32 of buffers whose names match parameters that stay in float32."""
         for part in self.packing.parts:
             name = f"weight_{part.name}"
             self._buffers[name] = getattr(self, name).to(torch_dtype(part.dtype))
@@ -154,14 +154,15 @@ class HqqLinear(nn.Linear):
         return self
 
     def extra_repr(self) -> str:
-        """As `nn.Linear`, and the bits."""
+        """As in `nn.Linear`, with bits and group size."""
         return f"{super().extra_repr()}, nbits={self.packing.nbits}, group_size={self.packing.group_size}"
 
 
 def dense_linears(model: Any, layers: Iterable[SparseLayer], format: HqqFormat) -> Iterator[tuple[str, nn.Linear]]:
-    """The linear layers that `dense=` is about, by path: not the output embedding, not routers, nothing in experts.
+    """The linear layers that `dense=` quantizes, with their paths.
 
-    Nor those whose weights are tied to others', or whose inputs the group size does not divide: these stay as they are.
+    Skips the output embedding, routers, layers inside experts, tied weights, and layers whose number of inputs is not
+    divisible by the group size.
     """
     head = model.get_output_embeddings()
     layers = list(layers)
@@ -181,13 +182,13 @@ def dense_linears(model: Any, layers: Iterable[SparseLayer], format: HqqFormat) 
 
 
 def quantize_dense(model: Any, layers: Iterable[SparseLayer], format: HqqFormat) -> None:
-    """Replace the weights of a loaded model's dense linear layers, one after the other."""
+    """Quantize the dense linear layers of a loaded model, one after another."""
     for name, linear in list(dense_linears(model, layers, format)):
         model.set_submodule(name, HqqLinear.quantize(linear, format))
 
 
 def prepare_dense(model: Any, layers: Iterable[SparseLayer], format: HqqFormat) -> None:
-    """Make room in a model on meta for the packed weights of a checkpoint."""
+    """Replace the dense linear layers of a model on meta by packed ones, to load a checkpoint's packed weights."""
     for name, linear in list(dense_linears(model, layers, format)):
         packing = packing_of(linear.out_features, linear.in_features, format)
         weight = linear.weight
@@ -196,14 +197,14 @@ def prepare_dense(model: Any, layers: Iterable[SparseLayer], format: HqqFormat) 
 
 
 def settle_dense(model: nn.Module) -> None:
-    """The packed weights of a checkpoint have been loaded."""
+    """Call `settle` of all packed layers, after a checkpoint's packed weights have been loaded."""
     for module in model.modules():
         if isinstance(module, HqqLinear):
             module.settle()
 
 
 def restore_dense(model: nn.Module) -> None:
-    """Put ordinary linear layers back, with decoded weights."""
+    """Replace packed layers by ordinary linear layers with decoded weights."""
     for name, module in list(model.named_modules()):
         if isinstance(module, HqqLinear):
             model.set_submodule(name, module.dequantized())

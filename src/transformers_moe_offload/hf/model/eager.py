@@ -1,8 +1,8 @@
-"""Run the forward that Transformers wrote, over weights that are fetched as it reaches for them.
+"""Run Transformers' eager forward over weights that are fetched when it indexes them.
 
-The forward gets a *twin* of its module: the same object in everything but its expert weights, whose places are taken
-by stand-ins that fetch an expert when they are indexed. That makes every kind of experts exact by construction, and
-it is what our own forward is checked against.
+The forward gets a *twin* of its module: a shallow copy in which stand-ins replace the expert weights and fetch an
+expert when they are indexed. This makes every kind of experts exact by construction, and is the reference for our own
+forward.
 """
 
 from __future__ import annotations
@@ -25,11 +25,11 @@ from transformers_moe_offload.hf.layouts import ExpertField
 def fetch_from(
     visit: Visit, spec: ExpertSpec, device: torch.device, *, codings: LayerCodings, cast_to: torch.dtype | None = None
 ) -> Fetch:
-    """Fetch wanted experts through a visit, and zeros for others.
+    """A function that fetches wanted experts through a visit, and returns zeros for others.
 
-    Some forwards index experts that no row is sent to, or only rows of weight zero: their weights never show in the
-    output, so they are not worth loading. `codings` says what the visit gives, expert by expert; `cast_to` is the dtype
-    that is wanted, where that is another one.
+    Some forwards index experts without rows, or with rows of weight zero only: their weights do not affect the output,
+    so they are not loaded. `codings` says how the visit returns each expert; `cast_to` is the dtype to return, None for
+    the experts' own.
     """
     by_name = {field.name: field for field in spec.fields}
 
@@ -54,7 +54,7 @@ def twin_of(module: nn.Module, plain_class: type, fields: tuple[ExpertField, ...
 
 
 class _Stack:
-    """Stands in for a parameter with all experts along its first dimension."""
+    """Stand-in for a parameter that stacks all experts along its first dimension."""
 
     def __init__(self, field: ExpertField, fetch: Fetch) -> None:
         self._field = field
@@ -64,7 +64,7 @@ class _Stack:
         return self._fetch(self._field.name, int(expert))
 
     def view(self, *shape: Any) -> _Stack:
-        """The same stack, where the caller spells out the shape it has anyway."""
+        """The stack itself; raises `UnsupportedModelError` if the shape differs from the shape it has."""
         sizes = tuple(shape[0]) if len(shape) == 1 and not isinstance(shape[0], int) else shape
         if tuple(sizes[1:]) != self._field.shape:
             raise UnsupportedModelError(
@@ -75,7 +75,7 @@ class _Stack:
 
 
 class _Modules(Mapping[str, nn.Module]):
-    """Stands in for the modules of a `ModuleDict` whose experts are modules."""
+    """Stand-in for the modules of a `ModuleDict` whose experts are modules."""
 
     def __init__(self, modules: Mapping[str, Any], fields: tuple[ExpertField, ...], fetch: Fetch) -> None:
         self._plain = modules
@@ -98,7 +98,7 @@ class _Modules(Mapping[str, nn.Module]):
 
 
 def with_attributes(module: nn.Module, cls: type, values: Mapping[str, Any]) -> nn.Module:
-    """A shallow copy of a module, as an instance of `cls`, with attributes set by path below it."""
+    """A shallow copy of a module, as an instance of `cls`, with attributes set: path below the module -> value."""
     twin: nn.Module = object.__new__(cls)
     vars(twin).update(vars(module))
     below: dict[str, dict[str, Any]] = {}

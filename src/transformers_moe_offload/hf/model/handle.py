@@ -1,4 +1,4 @@
-"""`model.moe_offload`: the handle on everything that was attached to a model."""
+"""`model.moe_offload`: the handle of an offloaded model."""
 
 from __future__ import annotations
 
@@ -51,32 +51,32 @@ class OffloadRuntime:
         self._sources: dict[int, LayerSource] = {}
         self._caches = LayerCaches(self._layers)
         self._lender: weakref.ref[Lender] | None = None
-        """Of the layer that was computed last."""
+        """The lender of the layer that was computed last."""
         self._recorder: TraceRecorder | None = None
         self._steps = DecodeSteps(self)
         self._is_closed = False
         for layer in self._layers:
             layer.runtime = self
 
-    # What users call.
+    # Called by users.
 
     def stats(self) -> CacheStats:
         """Counts since loading or the last `reset_stats`, in total and by layer."""
         return CacheStats.total({layer.name: self._caches.stats_of(layer) for layer in self._layers})
 
     def reset_stats(self) -> None:
-        """Start counting from zero; what is resident stays."""
+        """Start counting from zero; resident experts stay."""
         self._caches.reset_stats()
 
     @property
     def plan(self) -> OffloadPlan:
-        """Where experts are and how many slots there are; prints as a table."""
+        """Where experts are stored and how many slots there are; prints as a table."""
         return self._ensure_caches()
 
     def resize(self, cache_budget: int | str) -> None:
-        """Give the cache another budget, also while a generation runs; the experts that fit stay where they are.
+        """Give the cache another budget, also while a generation runs; experts that fit stay resident.
 
-        A budget that cannot work raises `CapacityError` or `ConfigError` and changes nothing.
+        A budget that does not work raises `CapacityError` or `ConfigError` and changes nothing.
         """
         with self._caches.resizing:
             config = OffloadConfig.from_dict(self.config.to_dict() | {"cache_budget": cache_budget})
@@ -85,9 +85,9 @@ class OffloadRuntime:
             self.config = config
 
     def warm(self, histogram: Trace | Mapping[str, Sequence[float]]) -> None:
-        """Load the experts that were used most, as far as slots are free, and wait for them.
+        """Load the most used experts into free slots, and wait for them.
 
-        `histogram` is a `Trace`, or, by the module path of a sparse layer, how often each of its experts was used.
+        `histogram` is a `Trace`, or maps the module path of a sparse layer to the number of uses of each expert.
         """
         counts = histogram.counts() if isinstance(histogram, Trace) else histogram
         self._ensure_caches()
@@ -103,7 +103,7 @@ class OffloadRuntime:
 
     @contextmanager
     def trace(self) -> Iterator[Trace]:
-        """Record, inside a `with` block, which experts each sparse layer asks for; one generation at a time."""
+        """Record, inside a `with` block, which experts each sparse layer visits; one generation at a time."""
         if self._recorder is not None:
             raise MoeOffloadError("this model is being traced already; leave the first `with` block first")
         names = [layer.name for layer in self._layers]
@@ -124,9 +124,9 @@ class OffloadRuntime:
             recorder.finish_visit()
 
     def restore(self) -> Any:
-        """Read all experts into ordinary parameters, decode what is quantized, and give the plain model back.
+        """Read all experts into ordinary parameters, decode quantized weights, and return the plain model.
 
-        Afterwards nothing of ours is left in it. Needs memory for the whole model.
+        Afterwards the model contains nothing of this package. Needs memory for the whole model.
         """
         model = self._living_model()
         loaded = [(module, layer, self._parameters(module, layer)) for module, layer in self.modules()]
@@ -149,7 +149,7 @@ class OffloadRuntime:
         self._sources.clear()
         self._is_closed = True
 
-    # What the rest of `hf` calls.
+    # Called by the rest of `hf`.
 
     @property
     def layers(self) -> tuple[SparseLayer, ...]:
@@ -163,12 +163,12 @@ class OffloadRuntime:
 
     @property
     def model(self) -> Any:
-        """The model whose handle this is."""
+        """The model that this handle belongs to."""
         return self._living_model()
 
     @property
     def decoding(self) -> Decoding:
-        """What of the model decodes on the device."""
+        """The layers that decode on the device."""
         self._ensure_caches()
         return self._caches.decoding
 
@@ -183,18 +183,18 @@ class OffloadRuntime:
             yield experts_at(model, layer.name), layer
 
     def attach(self, sources: Sequence[LayerSource]) -> None:
-        """Take over where the experts are; raises `CapacityError` if the budget cannot work."""
+        """Set the sources of the experts, and build caches; raises `CapacityError` if the budget is too small."""
         self._sources = {source.spec.layer: source for source in sources}
         self._ensure_caches()
         if self.config.decode == "graph":
             vars(self.model)[COMPILED_CALL] = self._steps.get_compiled_call
 
     def spec(self, layer: SparseLayer) -> ExpertSpec:
-        """What a layer's experts are made of now."""
+        """The fields of a layer's experts, in the current dtype."""
         return self.source(layer).spec
 
     def source(self, layer: SparseLayer) -> LayerSource:
-        """Where a layer's experts come from now."""
+        """The current source of a layer's experts."""
         self._check_open()
         return self._sources[layer.index]
 
@@ -209,29 +209,32 @@ class OffloadRuntime:
         return cache
 
     def look_ahead_from(self, layer: SparseLayer, hidden: Tensor) -> Callable[[Sequence[int]], None] | None:
-        """What to call with the experts that a layer wants, once their loads are under way; hidden (..., H)."""
+        """The callback to call with the experts that a layer wants, once their loads are in flight; hidden (..., H).
+
+        None without prefetching.
+        """
         return self._caches.look_ahead_from(layer, hidden)
 
     def lender(self, layer: SparseLayer, device: torch.device, cast_to: torch.dtype | None = None) -> Lender:
-        """Gives a layer's experts to the backward pass of the forward that begins, in another dtype if one is named."""
+        """A new lender of a layer's experts for the backward pass of this forward; casts to `cast_to`, if given."""
         before = None if self._lender is None else self._lender()
         lender = Lender(self, layer, device, before, cast_to)
         self._lender = weakref.ref(lender)
         return lender
 
     def load_ahead(self, experts: Iterable[ExpertId]) -> None:
-        """Start loads of experts that are certain to be asked for next, as far as there is room.
+        """Start loads of experts that are certain to be needed next, until one finds no room.
 
-        That is no guess, so it does not depend on `config.prefetch`.
+        These are not predictions, so this does not depend on `config.prefetch`.
         """
         self._caches.load_ahead(experts)
 
     def host_side_of(self, layer: SparseLayer) -> HostSide | None:
-        """What the host does of a layer's misses; None where all of them are fetched."""
+        """The host's part in a layer's misses; None if all of them are fetched."""
         return self._caches.host_side_of(layer)
 
     def move(self, layer: SparseLayer, device: torch.device, dtype: torch.dtype) -> None:
-        """A layer computes on another device or in another dtype from now on."""
+        """Let a layer compute on another device or in another dtype from now on."""
         source = self.source(layer)
         if device == layer.device and dtype_name(dtype) == source.spec.fields[0].dtype:
             return
@@ -240,9 +243,9 @@ class OffloadRuntime:
         self._caches.drop(keep_stats=True)
 
     def state_dict(self, without: Container[str] = ()) -> dict[str, Tensor]:
-        """All experts under the names that the plain model's `state_dict` gives them; tied ones share memory there.
+        """All experts under their names in the plain model's `state_dict`; tied ones share memory.
 
-        A layer whose names are all among `without` is not read.
+        A layer is not read if `without` contains all of its names.
         """
         tied = tied_weights(self._living_model())
         tensors: dict[str, Tensor] = {}
@@ -255,7 +258,7 @@ class OffloadRuntime:
         return tensors
 
     def _parameters(self, module: nn.Module, layer: SparseLayer) -> dict[str, Tensor]:
-        """All experts of a layer, those that the model has as its own included."""
+        """All experts of a layer, including own experts: path in the module -> tensor."""
         tensors = parameters_of(layer, self.source(layer))
         put_among_the_others(module, layer.fields, tensors)
         return tensors
@@ -297,7 +300,7 @@ class OffloadRuntime:
 
 
 def _announcing(model: nn.Module, recorder: TraceRecorder) -> list[RemovableHandle]:
-    """Hooks that tell a recorder where the model's forwards begin and end; what is compiled tells nothing."""
+    """Hooks that tell a recorder where the model's forwards begin and end; compiled forwards are not reported."""
 
     def begin(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         if not torch.compiler.is_compiling():
@@ -314,15 +317,15 @@ def _announcing(model: nn.Module, recorder: TraceRecorder) -> list[RemovableHand
 
 
 def _num_tokens(model: nn.Module, given: Mapping[str, Any]) -> int:
-    """How many tokens each sparse layer routes in a forward with these arguments; 0 where that is not known.
+    """How many tokens each sparse layer routes in a forward with these arguments; 0 if not known.
 
-    A forward that both encodes and decodes has layers with the tokens of the one and layers with those of the other.
+    In a forward that both encodes and decodes, the encoder's and decoder's layers route different numbers of tokens.
     """
     ids, embeds = given.get("input_ids"), given.get("inputs_embeds")
     decoder_ids = given.get("decoder_input_ids")
     is_encoder_decoder = getattr(getattr(model, "config", None), "is_encoder_decoder", False)
     if (ids is not None or embeds is not None) and (decoder_ids is not None or is_encoder_decoder):
-        return 0  # without decoder_input_ids the decoder has the labels, or the same tokens moved on
+        return 0  # without decoder_input_ids the decoder gets the labels, or the same tokens, shifted
     if ids is not None:
         return int(ids.numel())
     if embeds is not None:

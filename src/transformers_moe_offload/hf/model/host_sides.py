@@ -1,7 +1,7 @@
-"""Which layers of a model the host helps to compute, and how fast it is at it.
+"""Decide which layers of a model the host helps to compute, by measured rates.
 
-Only where there is an accelerator, and experts in host memory behind it. Rates are measured once for each pool, when
-its cache is built.
+Only for layers on an accelerator whose experts are in host memory. Rates are measured once for each pool, when its
+cache is built.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ logger = logging.getLogger(__name__)
 def host_sides(
     model: nn.Module, layers: Sequence[SparseLayer], plan: OffloadPlan, host: HostTier, config: OffloadConfig
 ) -> dict[int, HostSide]:
-    """By sparse layer, what the host does of its misses; empty where all of them are fetched."""
+    """Sparse layer -> the host's part in its misses; without layers whose misses are all fetched."""
     if config.misses == "fetch":
         return {}
     if all(pool.device.type == "cpu" for pool in plan.pools):
@@ -71,7 +71,7 @@ def _is_portable(model: nn.Module, layer: SparseLayer) -> bool:
 def miss_rates(
     model: nn.Module, layer: SparseLayer, pool: PoolPlan, store: ExpertStore, config: OffloadConfig, host: HostCompute
 ) -> MissRates:
-    """What it takes to serve the absent experts of one of a pool's layers, measured."""
+    """Measured times to serve absent experts of one layer of a pool."""
     module, spec = experts_at(model, layer.name), store.layers[layer.index].spec
     hot_experts = store.layers[layer.index].codings.hot_experts
     usual = spec.expert(next(expert for expert in range(spec.num_experts) if expert not in hot_experts))
@@ -88,7 +88,7 @@ def miss_rates(
 
 
 def token_of(model: nn.Module, layer: SparseLayer, spec: ExpertSpec, device: torch.device) -> Tensor:
-    """A token that means nothing, (1, H) in a layer's dtype."""
+    """A token of zeros, (1, H) in a layer's dtype, for measurements."""
     hidden_size = spec.fields[0].shape[-2 if layer.layout.is_transposed(experts_at(model, layer.name)) else -1]
     return torch.zeros(1, hidden_size, dtype=torch_dtype(spec.fields[0].dtype), device=device)
 

@@ -1,8 +1,7 @@
-"""One offloaded sparse layer: the experts module in the model, and what it does instead of computing with its own
-weights.
+"""One offloaded sparse layer: the experts module in the model, and the forward that replaces its own.
 
-The module keeps its place and its attributes; its class is swapped for a subclass of itself whose `forward` comes
-here. Putting the class back is all it takes to undo that, and `deepcopy`, hooks and `isinstance` work as before.
+The module keeps its place and its attributes; a subclass of its class, whose `forward` calls this file, replaces the
+class. Restoring the class undoes this, and `deepcopy`, hooks and `isinstance` work as before.
 """
 
 # T tokens, K experts per token, H hidden
@@ -40,7 +39,7 @@ if TYPE_CHECKING:
 
 
 class SparseLayer:
-    """What an experts module knows about its offloading."""
+    """The state of an offloaded experts module, and its forward."""
 
     def __init__(
         self,
@@ -72,22 +71,22 @@ class SparseLayer:
     def __deepcopy__(self, memo: dict[int, Any]) -> SparseLayer:
         twin = object.__new__(SparseLayer)
         memo[id(self)] = twin
-        vars(twin).update(vars(self))  # all of it is immutable but the runtime, which the copy has its own of
+        vars(twin).update(vars(self))  # all immutable, except the runtime, which is copied below
         twin.key = custom_op.key_for(twin)
         twin.runtime = deepcopy(self.runtime, memo)
         return twin
 
     @property
     def expert_bytes(self) -> int:
-        """Bytes of one expert as the model was built, before files or casts had a say."""
+        """Bytes of one expert in the dtypes that the model was built with, before loading or casts."""
         return sum(prod(field.shape) * field.dtype.itemsize for field in self.fields)
 
     def inputs(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, ...]:
-        """The arguments of the module's forward, in their order, however they were given."""
+        """The arguments of the module's forward in their order, whether passed by position or by name."""
         return args + tuple(kwargs[name] for name in self._input_names[len(args) :])
 
     def compute(self, *inputs: Tensor) -> Tensor:
-        """What `forward` computes, for whoever does not have the module."""
+        """As `forward`, for callers that do not have the module, such as compiled code."""
         assert self.runtime is not None
         module = experts_at(self.runtime.model, self.name)
         if layer_of(module) is not self:
@@ -98,7 +97,7 @@ class SparseLayer:
         return self.forward(module, inputs)
 
     def forward(self, module: nn.Module, inputs: tuple[Any, ...]) -> Tensor:
-        """Stand in for the module's forward, whatever its arguments are."""
+        """Replaces the module's forward, for any arguments."""
         assert self.runtime is not None
         adaptation = self._adaptation(module)
         needs_grad = torch.is_grad_enabled() and (
@@ -107,7 +106,7 @@ class SparseLayer:
         cache = self.runtime.cache_for(self, inputs[0].device)
         out = self._computed(module, cache, inputs, adaptation, needs_grad=needs_grad)
         if needs_grad:
-            cache.give_back()  # training is short of memory, and its steps are long beside mapping pages again
+            cache.give_back()  # training is short of memory, and mapping pages again is fast compared with its steps
         return out
 
     def _computed(
@@ -119,7 +118,7 @@ class SparseLayer:
         *,
         needs_grad: bool,
     ) -> Tensor:
-        """The layer's output, by the arithmetic that it has."""
+        """The layer's output, by our own arithmetic or the eager forward."""
         assert self.runtime is not None
         if self.mlp is None:
             return self._eager(module, cache, inputs, adaptation, needs_grad=needs_grad)
@@ -142,11 +141,11 @@ class SparseLayer:
         )
 
     def _cast_for(self, hidden: Tensor) -> torch.dtype | None:
-        """The dtype that experts are cast to for rows like these; None where they are in it, or autocast sees to it.
+        """The dtype that experts are cast to for rows like these; None if they have it, or autocast casts.
 
-        They are in another one after `parameter.data = parameter.data.float()`, as in PEFT's
-        `prepare_model_for_kbit_training`, which reaches all parameters but these. What was done to the others shows in
-        the rows: experts follow them, and stay in the cache as they are. (`model.float()` casts them in the cache.)
+        Dtypes differ after `parameter.data = parameter.data.float()`, as in PEFT's `prepare_model_for_kbit_training`,
+        which reaches all parameters but offloaded experts. The rows then have the new dtype: experts are cast to it
+        when used, and stay unchanged in the cache. (`model.float()` casts them in the cache.)
         """
         assert self.runtime is not None
         if hidden.dtype == torch_dtype(self.runtime.spec(self).fields[0].dtype):
@@ -154,12 +153,12 @@ class SparseLayer:
         return None if torch.is_autocast_enabled(hidden.device.type) else hidden.dtype
 
     def _adaptation(self, module: nn.Module) -> Adaptation:
-        """What is added to the layer's experts in this forward."""
+        """The adapters on the layer's experts in this forward, and its own experts."""
         low_rank, own = added_to(self), own_experts(module)
         return Adaptation(low_rank, own) if low_rank or own else NOTHING
 
     def moved(self, fn: Callable[[Tensor], Tensor]) -> None:
-        """The module is going through `nn.Module.to` or one of its relatives, which apply `fn` to every parameter."""
+        """Follow `nn.Module.to` or a similar method, which applies `fn` to every parameter."""
         assert self.runtime is not None
         dtype = self.runtime.spec(self).fields[0].dtype
         probe = fn(torch.empty(0, dtype=torch_dtype(dtype), device=self.device))
@@ -175,7 +174,7 @@ class SparseLayer:
         *,
         needs_grad: bool,
     ) -> Tensor:
-        """The forward that Transformers wrote, over weights that are fetched as it reaches for them."""
+        """Transformers' eager forward, over weights that are fetched when it indexes them."""
         assert self.runtime is not None
         source, device = self.runtime.source(self), inputs[0].device
         cast_to = self._cast_for(inputs[0])
@@ -199,7 +198,7 @@ class OffloadedExperts(nn.Module):
     """Mixed into the class of an experts module while it is offloaded."""
 
     def forward(self, *args: Any, **kwargs: Any) -> Tensor:
-        """Compute with experts from the cache, which `torch.compile` never looks into."""
+        """Compute with experts from the cache, by code that `torch.compile` does not trace."""
         layer = layer_of(self)
         inputs = layer.inputs(args, kwargs)
         if not torch.compiler.is_compiling():
@@ -209,7 +208,7 @@ class OffloadedExperts(nn.Module):
         return _computed_as_ever(self, inputs)
 
     def _load_from_state_dict(self, state_dict: Mapping[str, Any], prefix: str, *rest: Any) -> None:
-        """What the whole model takes of a state dict has been taken out of it: see `state_dicts.py`."""
+        """Raise for experts in the state dict: loading the whole model has removed them before (`state_dicts.py`)."""
         own = {f"{prefix}{name}" for name in nn.Module.state_dict(self)}
         other = next((name for name in state_dict if name.startswith(prefix) and name not in own), None)
         if other is not None and other.startswith(f"{prefix}{OWN_EXPERTS}."):
@@ -244,9 +243,9 @@ def _computed_as_ever(module: nn.Module, inputs: tuple[Any, ...]) -> Tensor:
 
 
 def experts_at(model: nn.Module, path: str) -> nn.Module:
-    """The experts module at a path of the model, inside of what PEFT may have wrapped around it.
+    """The experts module at a path of the model, without the wrappers that PEFT may have put around it.
 
-    Raises `UnsupportedModelError` if there is no module any more.
+    Raises `UnsupportedModelError` if the path no longer exists.
     """
     try:
         module = model.get_submodule(path)
@@ -261,20 +260,20 @@ def experts_at(model: nn.Module, path: str) -> nn.Module:
 
 
 def layer_of(module: nn.Module) -> SparseLayer:
-    """The offloading of an offloaded experts module."""
+    """The sparse layer of an offloaded experts module."""
     layer = vars(module)["_moe_offload_layer"]
     assert isinstance(layer, SparseLayer)
     return layer
 
 
 def bind(module: nn.Module, layer: SparseLayer) -> None:
-    """Let the layer compute for the module."""
+    """Replace the module's class, so that the layer computes its forward."""
     vars(module)["_moe_offload_layer"] = layer
     module.__class__ = _offloaded_class(layer.plain_class)  # type: ignore[arg-type]
 
 
 def unbind(module: nn.Module) -> None:
-    """Let the module compute for itself again."""
+    """Restore the module's class, so that it computes its own forward."""
     layer = vars(module).pop("_moe_offload_layer")
     module.__class__ = layer.plain_class
 

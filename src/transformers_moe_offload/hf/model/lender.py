@@ -1,6 +1,7 @@
-"""Open a layer's experts for the backward pass, and bring in those that it will come to next.
+"""Provide a layer's experts to the backward pass, and start loads of the experts that it needs next.
 
-What a backward pass wants is no guess: the experts of the forward pass in reverse, those of the last layer first.
+The backward pass needs the experts of the forward pass in reverse, those of the last layer first, so these loads are
+never wrong.
 """
 
 from __future__ import annotations
@@ -34,8 +35,8 @@ class Lender:
         before: Lender | None,
         cast_to: torch.dtype | None = None,
     ) -> None:
-        """`before` lends to the layer that was computed before this one, whose backward pass comes after. `cast_to` is
-        the dtype that the forward multiplied in, where that is not the experts'."""
+        """`before` is the lender of the layer computed before this one, whose backward pass comes after. `cast_to` is
+        the dtype that the forward multiplied in, None for the experts' own."""
         self._runtime = runtime
         self._layer = layer
         self._device = device
@@ -44,11 +45,11 @@ class Lender:
         self._experts: list[ExpertId] = []
 
     def used(self, experts: Sequence[int]) -> None:
-        """The forward pass needs these, and so will the backward pass."""
+        """Note the experts that the forward pass uses, and the backward pass will need."""
         self._experts = [ExpertId(self._layer.index, expert) for expert in sorted(experts, reverse=True)]
 
     def borrow(self, expert: int, use: Use) -> Tensor:
-        """What is computed with an expert's weights, which are valid only meanwhile."""
+        """The result of `use` on an expert's weights, which are valid only during that call."""
         coding = self._runtime.source(self._layer).codings.of(expert)
         return self._computed(expert, lambda held: use(opened(held, coding, self._cast_to)))
 
@@ -72,12 +73,11 @@ class Lender:
         return out
 
     def _upcoming(self, expert: int) -> Iterator[ExpertId]:
-        """Those that the backward pass comes to after an expert, in that order."""
+        """The experts that the backward pass needs after this one, in that order."""
         own = (other for other in self._experts if other.expert < expert)
         before = None if self._before is None else self._before()
         return islice(chain(own, () if before is None else before._experts), _AHEAD)
 
 
 _AHEAD = 2
-"""Experts that are on their way while one is computed with: one for the time that it takes, one more so that the link
-does not wait for the next."""
+"""Loads in flight while one expert is in use: one for the time that it takes, one more so that the link never idles."""

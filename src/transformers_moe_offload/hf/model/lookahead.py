@@ -1,4 +1,4 @@
-"""Give a model's prefetcher what it needs to know of the model: routers, and how many experts a token takes."""
+"""Build a model's prefetcher from its routers and the number of experts per token."""
 
 # T tokens, H hidden
 
@@ -48,9 +48,9 @@ class Lookahead:
         )
 
     def started(self, layer: int, hidden: Tensor) -> Callable[[Sequence[int]], None]:
-        """What to call with the experts that a layer wants, once its own loads are under way.
+        """The callback to call with the experts that a layer wants, once its own loads are in flight.
 
-        hidden (..., H) is what reached the layer's experts.
+        hidden (..., H) is the input of the layer's experts.
         """
 
         def look_ahead(wanted: Sequence[int]) -> None:
@@ -69,12 +69,12 @@ class Lookahead:
 def look_ahead_in(
     model: Any, config: PrefetchConfig | None, caches: Mapping[int, ExpertCache], specs: Mapping[int, ExpertSpec]
 ) -> Lookahead | None:
-    """Prefetching as configured; None where there is none, or nothing to look ahead to."""
+    """Prefetching as configured; None without a config, or with fewer than two sparse layers."""
     if config is None or len(specs) < 2:
         return None
     return Lookahead(model, config, caches, specs)
 
 
 def _top_k(model: Any, spec: ExpertSpec) -> int:
-    """How many experts a token takes; a guess where the model does not say."""
+    """How many experts a token takes; 2 if the model does not say."""
     return min(experts_per_token(model, spec.name) or 2, spec.num_experts)

@@ -1,7 +1,7 @@
-"""Experts that are parameters of the model although the others of their layer are offloaded.
+"""Own experts: parameters of the model, while the other experts of their layer are offloaded.
 
-They live in a child of the experts module, `own_experts.{expert}.{field}`, where optimizers and `to` find them. In what
-`save_pretrained` writes, and after `restore`, they are at their places among the others.
+They are in a child of the experts module, `own_experts.{expert}.{field}`, where optimizers and `to` find them. In saved
+checkpoints, and after `restore`, they are at their places in the stacks of all experts.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ NAME = "own_experts"
 
 
 def own_experts(module: nn.Module) -> dict[int, dict[str, Tensor]]:
-    """The experts of a module that are its own parameters, each with its fields."""
+    """The own experts of a module: expert -> field -> parameter."""
     child: Any = module._modules.get(NAME)
     if child is None:
         return {}
@@ -26,14 +26,14 @@ def own_experts(module: nn.Module) -> dict[int, dict[str, Tensor]]:
 
 
 def is_of_own_experts(name: str) -> bool:
-    """Whether a name in a state dict is that of such a parameter."""
+    """Whether a name in a state dict belongs to an own expert."""
     return f".{NAME}." in name
 
 
 def named_own_experts(names: Iterable[str], path: str) -> Iterator[tuple[str, int, str]]:
-    """Names in a state dict that are of own experts of the module at a path, each with the expert and the field.
+    """Names in a state dict that belong to own experts of the module at a path, with the expert and the field.
 
-    PEFT may have put wrappers around the module.
+    Ignores the wrappers that PEFT may have put around the module.
     """
     for name in names:
         plain = name.replace(".base_layer.", ".")
@@ -44,7 +44,7 @@ def named_own_experts(names: Iterable[str], path: str) -> Iterator[tuple[str, in
 
 @torch.no_grad()
 def put_among_the_others(module: nn.Module, fields: Iterable[ExpertField], tensors: Mapping[str, Tensor]) -> None:
-    """Write a module's own experts into the stacks of all its experts, by path in the module."""
+    """Write a module's own experts into the stacks of all its experts; `tensors`: path in the module -> stack."""
     for expert, own in own_experts(module).items():
         for field in fields:
             tensors[field.paths[0]][expert].copy_(own[field.name])

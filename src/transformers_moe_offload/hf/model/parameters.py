@@ -1,4 +1,4 @@
-"""The experts of a layer as the ordinary parameters that Transformers has for them."""
+"""The experts of a layer in the form of the plain model's parameters."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from transformers_moe_offload.store.layer_source import LayerSource
 def parameters_of(layer: SparseLayer, source: LayerSource) -> dict[str, Tensor]:
     """All experts of a layer, read and decoded: path in the module -> tensor on the layer's device.
 
-    Rows behind the last expert, which no forward looks at, are zero where the checkpoint does not store them.
+    Rows behind the last expert, which no forward reads, are zero if the checkpoint does not store them.
     """
     tensors: dict[str, Tensor] = {}
     stacks: dict[str, Tensor] = {}

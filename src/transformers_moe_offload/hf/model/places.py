@@ -1,7 +1,7 @@
-"""Whether the experts modules of a model still are where they were when it was loaded.
+"""Check that the experts modules of a model are still where they were when it was loaded.
 
-Layers of a model can be moved, copied, dropped or replaced; a forward goes on with the modules that are there. But
-experts are saved, restored and loaded by the paths of the checkpoint, which are other experts' then.
+Layers of a model can be moved, copied, dropped or replaced; a forward uses the modules that are there. But experts are
+saved, restored and loaded by their paths in the checkpoint, which then belong to other experts.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ _INSTEAD = "load the model without moe_offload to change it, save that, and load
 
 
 def is_in_place(model: nn.Module, layer: SparseLayer) -> bool:
-    """Whether a layer's module is where it was."""
+    """Whether a layer's module is still at its path."""
     try:
         module = experts_at(model, layer.name)
     except UnsupportedModelError:
@@ -26,8 +26,8 @@ def is_in_place(model: nn.Module, layer: SparseLayer) -> bool:
 
 
 def expect_in_place(model: nn.Module, layers: Sequence[SparseLayer]) -> None:
-    """Raise `UnsupportedModelError` if a layer's module is elsewhere, there are more of them, or parameters were put in
-    the places of offloaded experts."""
+    """Raise `UnsupportedModelError` if a layer's module has moved, the number of offloaded modules has changed, or
+    parameters have replaced placeholders of offloaded experts."""
     for layer in layers:
         if not is_in_place(model, layer):
             raise UnsupportedModelError(
@@ -48,7 +48,7 @@ def expect_in_place(model: nn.Module, layers: Sequence[SparseLayer]) -> None:
 
 
 def _registered(module: nn.Module, layer: SparseLayer) -> str | None:
-    """A parameter in the place of offloaded experts."""
+    """The path of a parameter that has replaced a placeholder of offloaded experts; None if there is none."""
     paths: Iterable[str] = (path for field in layer.fields for path in field.paths)
     for path in paths:
         owner, _, leaf = path.rpartition(".")

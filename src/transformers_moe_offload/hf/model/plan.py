@@ -1,4 +1,4 @@
-"""Plan how many slots each device gets, and show the plan. `hf/model/pools.py` builds what it describes."""
+"""Plan how many slots each device gets, and print the plan. `hf/model/pools.py` builds the caches that it describes."""
 
 from __future__ import annotations
 
@@ -35,22 +35,22 @@ class Placement:
     codings: LayerCodings = AS_USED
     """How its experts are quantized, if they are."""
     is_mappable: bool = False
-    """Whether its experts can be used where they lie in the checkpoint's files."""
+    """Whether its experts can be used in place in the mapped files of the checkpoint."""
     is_in_ram: bool = False
-    """Whether there are no such files, but memory of ours."""
+    """Whether its experts are in our own memory instead of files."""
     is_addressed: bool = False
-    """Whether its experts are to be read by address, where they all fit into page-locked memory."""
+    """Whether its experts should be read by address if all of them fit into page-locked memory."""
     spare_bytes: int | None = None
-    """Bytes that pages of a file have beyond an expert's own, for experts that can be used inside of them."""
+    """Bytes of whole pages beyond the expert in them; None if experts cannot be used inside whole pages of a file."""
 
     @property
     def slot_bytes(self) -> int:
-        """Bytes of one expert's record; hot ones may have others."""
+        """Bytes of one expert's record, not counting hot experts, whose records may differ."""
         return self.record_bytes[0]
 
     @property
     def record_bytes(self) -> list[int]:
-        """Bytes of an expert's record, by way of storing."""
+        """Bytes of an expert's record for each coding of the layer."""
         return [RecordLayout(self.spec.fields if c is None else c.stored).nbytes for c in self.codings.kinds]
 
 
@@ -65,12 +65,13 @@ class PoolPlan:
     is_mapped: bool = False
     """Whether slots are mapped pages of the files instead of buffers."""
     arena_bytes: int = 0
-    """Page-locked RAM for all of the pool's experts, which the device can read; 0 where decoding is on the host."""
+    """Page-locked RAM for all experts of the pool, which the device can read; 0 if it does not decode on the device."""
     is_in_ram: bool = False
-    """Whether the experts are in memory of ours instead of files: it is locked where it is, and no tier keeps them."""
+    """Whether the experts are in our own memory instead of files: it is page-locked in place, and the host tier holds
+    no copies."""
     spare_bytes: int | None = None
-    """Of every slot, what pages of the files have beyond an expert's bytes, where those are read past the page cache
-    straight into slots."""
+    """Bytes of every slot beyond the expert's own, if whole pages of files are read past the page cache into slots;
+    else None."""
 
     @property
     def cache_bytes(self) -> int:
@@ -79,13 +80,13 @@ class PoolPlan:
 
     @property
     def sizes(self) -> tuple[int, ...]:
-        """Bytes of one expert; several where they differ, the smallest first."""
+        """The different sizes of experts in bytes, ascending."""
         return tuple(sorted({self.need.slot_bytes, *(size for size, _ in self.need.others)}))
 
 
 @dataclass(frozen=True, repr=False)
 class OffloadPlan:
-    """Where a model's experts are, and how much of them fits into the cache. Notebooks show it as a table."""
+    """Where a model's experts are stored, and how many fit into the cache. Notebooks show it as a table."""
 
     pools: tuple[PoolPlan, ...]
     budget_bytes: int
@@ -93,9 +94,9 @@ class OffloadPlan:
     host_bytes: int = 0
     """RAM for experts on their way to accelerators."""
     reads_past_cache: bool = False
-    """Whether files are read without the page cache."""
+    """Whether files are read past the page cache (direct I/O)."""
     arena_refused: str | None = None
-    """Why experts that could be read by address are not."""
+    """Why there is no arena although experts could be read by address; None if there is one or none was planned."""
 
     @property
     def num_experts(self) -> int:
@@ -140,7 +141,7 @@ class OffloadPlan:
         return "\n".join([*lines, self._budgets()])
 
     def _table(self) -> list[list[str]]:
-        """The heads of columns, and a row for each pool."""
+        """The header, then a row for each pool."""
         header = ["tier", "sparse layers", "experts", "bytes per expert", "all experts", "slots", "cache"]
         rows = [
             [
@@ -182,7 +183,7 @@ class OffloadPlan:
 
 
 def readable(nbytes: float) -> str:
-    """A number of bytes for people: `6.0 GiB`."""
+    """A number of bytes with a unit: `6.0 GiB`."""
     for unit in ("B", "KiB", "MiB", "GiB"):
         if nbytes < 1024:
             return f"{nbytes:.0f} B" if unit == "B" else f"{nbytes:.1f} {unit}"
@@ -191,15 +192,15 @@ def readable(nbytes: float) -> str:
 
 
 _Groups = dict[tuple[torch.device, int, bool, bool], list[Placement]]
-"""The layers of each pool: on one device, with records of one size, all of them mappable or none, in RAM or on disk."""
+"""The layers of each pool, which share a device, a record size, whether they are mappable, and RAM or disk."""
 
 
 def make_plan(
     placements: Sequence[Placement], config: OffloadConfig, held: Mapping[torch.device, int] | None = None
 ) -> OffloadPlan:
-    """Share the budget out; `held` are bytes of devices that its caches have already, if they are there.
+    """Distribute the budget over pools; `held` are the bytes that existing caches already have on each device.
 
-    Raises `CapacityError` if the budget is too small, `ConfigError` if `mmap=True` cannot be done.
+    Raises `CapacityError` if the budget is too small, `ConfigError` if `mmap=True` is not possible.
     """
     groups = _grouped(placements, config)
     needs, spares, has_room, past_cache = _needs(groups, config)
@@ -210,8 +211,8 @@ def make_plan(
             tuple(member.spec.layer for member in members),
             need,
             num_slots,
-            # A cache that holds everything reads each expert once. In a slot it begins at a cache line, which made
-            # decoding 1.07 times as fast as where a file happened to have it.
+            # Not mapped if the cache holds all experts: each is read once, and in a slot it begins at a cache line,
+            # which made decoding 1.07 times as fast as at its offset in a file.
             is_mapped=is_mappable and (config.mmap is True or is_in_ram or (has_room and num_slots < need.num_experts)),
             is_in_ram=is_in_ram,
             spare_bytes=spare,
@@ -233,7 +234,7 @@ def make_plan(
 
 
 def expect_enough(placements: Sequence[Placement], config: OffloadConfig) -> None:
-    """Raise what `make_plan` would for a budget in bytes or a share; what "auto" comes to depends on what is loaded."""
+    """Raise as `make_plan` would for a budget in bytes or a share. An "auto" budget is not known before loading."""
     if not _is_automatic(config.budget):
         groups = _grouped(placements, config)
         _shared_out(config.budget, [device for device, *_ in groups], _needs(groups, config).of_pools, {})
@@ -254,11 +255,11 @@ def _grouped(placements: Sequence[Placement], config: OffloadConfig) -> _Groups:
 class _Needs(NamedTuple):
     of_pools: list[PoolNeed]
     spares: list[int | None]
-    """By pool, what its slots have for pages of files that are read past the page cache."""
+    """`PoolPlan.spare_bytes` of each pool."""
     has_room: bool
-    """Whether the page cache holds all experts."""
+    """Whether the page cache can hold all experts."""
     past_cache: bool
-    """Whether to read past it."""
+    """Whether to read past the page cache."""
 
 
 def _needs(groups: _Groups, config: OffloadConfig) -> _Needs:
@@ -273,7 +274,7 @@ def _needs(groups: _Groups, config: OffloadConfig) -> _Needs:
 def _shared_out(
     budget: Budget, devices: Sequence[torch.device], needs: Sequence[PoolNeed], held: Mapping[torch.device, int]
 ) -> tuple[int, list[int]]:
-    """A budget in bytes, and the slots of each pool: in proportion, or by what is free on each device."""
+    """The budget in bytes, and the slots of each pool: in proportion, or, if automatic, by free memory per device."""
     if _is_automatic(budget):
         return share_out_by_device(room_for_slots(devices, needs, held), devices, needs)
     budget_bytes = budget.resolve(sum(need.all_bytes for need in needs), 0)
@@ -283,7 +284,7 @@ def _shared_out(
 def _with_arenas(
     pools: Sequence[PoolPlan], addressed: Set[int], config: OffloadConfig
 ) -> tuple[Sequence[PoolPlan], str | None]:
-    """Pools with page-locked memory for their experts, where some of their layers read by address; or why not."""
+    """The pools, with arenas for those with layers that read by address; or unchanged, with the reason."""
     wanted = [pool for pool in pools if not addressed.isdisjoint(pool.layers)]
     needed = sum(pool.need.all_bytes for pool in wanted)
     if not needed:
@@ -300,19 +301,19 @@ def _with_arenas(
 
 
 def without_arenas(plan: OffloadPlan, config: OffloadConfig, left_out: Container[PoolPlan]) -> OffloadPlan:
-    """The same plan without page-locked memory for the experts of some pools."""
+    """The plan without the arenas of some pools."""
     pools = tuple(replace(pool, arena_bytes=0) if pool in left_out else pool for pool in plan.pools)
     return replace(plan, pools=pools, host_bytes=_host_bytes(pools, config))
 
 
 def _spare_bytes(members: Sequence[Placement]) -> int | None:
-    """What pages have beyond an expert in any of some layers; None if those of one cannot be used inside of pages."""
+    """The largest `spare_bytes` of some layers; None if one layer's experts cannot be used inside whole pages."""
     known = [member.spare_bytes for member in members if member.spare_bytes is not None]
     return max(known) if len(known) == len(members) else None
 
 
 def _need(members: Sequence[Placement], spare_bytes: int) -> PoolNeed:
-    """What a pool of some layers needs, with so many bytes to spare in every slot."""
+    """The need of a pool of these layers, with `spare_bytes` more in every slot."""
     hot: Counter[int] = Counter()
     for member in members:
         for size in member.record_bytes[1:]:
@@ -322,7 +323,7 @@ def _need(members: Sequence[Placement], spare_bytes: int) -> PoolNeed:
 
 
 def _host_bytes(pools: Sequence[PoolPlan], config: OffloadConfig) -> int:
-    """RAM for the experts of pools on accelerators that are not in page-locked memory."""
+    """RAM of the host tier, for experts on disk of pools on accelerators without an arena."""
     if all(pool.is_in_ram for pool in pools):
         return 0
     on_disk = [pool for pool in pools if pool.device.type != "cpu" and not pool.arena_bytes and not pool.is_in_ram]
@@ -340,8 +341,8 @@ def _host_bytes(pools: Sequence[PoolPlan], config: OffloadConfig) -> int:
 
 
 def _host_budget(pools: Sequence[PoolPlan], config: OffloadConfig) -> int:
-    """The host budget in bytes, for all experts of some pools. What is in RAM already is part of it, but takes nothing
-    of what is free, half of which is what "auto" may take."""
+    """The host budget in bytes, for all experts of some pools. Experts that are in RAM already count towards it, but
+    take no free RAM: "auto" is half of the free RAM, plus their bytes."""
     in_ram = sum(pool.need.all_bytes for pool in pools if pool.is_in_ram)
     return Budget.parse(config.host_budget, "host_budget").resolve(
         sum(pool.need.all_bytes for pool in pools), available_bytes(torch.device("cpu")) + in_ram
@@ -359,8 +360,7 @@ def _is_mappable(placement: Placement, config: OffloadConfig) -> bool:
 
 
 def tried_out(plan: OffloadPlan, sources: Sequence[LayerSource], config: OffloadConfig) -> OffloadPlan:
-    """The plan, after a look at whether reading past the page cache is faster, where that is planned and nobody insists
-    on it."""
+    """The plan, with direct I/O only if a measurement shows it to be faster; `direct_io` other than "auto" is kept."""
     if config.direct_io != "auto" or not plan.reads_past_cache:
         return plan
     on_disk = [source for source in sources if not source.is_in_ram]

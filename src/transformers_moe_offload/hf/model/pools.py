@@ -1,4 +1,4 @@
-"""Build the caches that a plan describes: slots, and what fills them from the tiers below."""
+"""Build the caches that a plan describes: slots, and the copiers that fill them from the tiers below."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ from transformers_moe_offload.store.record_reader import OpenFill
 
 
 class Caches(NamedTuple):
-    """What a plan describes, built."""
+    """The caches of a plan, and the host tier behind them."""
 
     of_layer: dict[int, ExpertCache]
     """One cache for each pool: layer -> the cache it uses."""
@@ -33,7 +33,7 @@ class Caches(NamedTuple):
 
 
 def build_caches(plan: OffloadPlan, sources: Sequence[LayerSource], config: OffloadConfig) -> Caches:
-    """The caches of a plan, empty; those of pools with page-locked memory are their engines' (`decode/engines.py`)."""
+    """The caches of a plan, empty, except those of pools with an arena, which `decode/engines.py` builds."""
     store = ExpertStore(sources, past_cache=plan.reads_past_cache)
     host = HostTier(store, plan.host_bytes)
     caches: dict[int, ExpertCache] = {}
@@ -56,7 +56,7 @@ def _slots(store: ExpertStore, host: HostTier, pool: PoolPlan, config: OffloadCo
 
 
 def copier_for(pool: PoolPlan, fill: OpenFill, config: OffloadConfig, small: StartHere = no_start) -> Copier:
-    """What fills the slots of a pool with records from somewhere; on a CPU `small` may begin with some at once."""
+    """The copier that fills the slots of a pool with records; on a CPU `small` may read small experts inline."""
     if pool.device.type == "cpu":
         return HostCopier(fill, workers_of(config), small)
     is_pinned = config.pin_memory is not False

@@ -1,4 +1,4 @@
-"""How much memory an automatic budget is, on each device."""
+"""How much memory an automatic budget takes on each device."""
 
 from __future__ import annotations
 
@@ -14,9 +14,9 @@ from transformers_moe_offload.system.free_memory import available_bytes
 def room_for_slots(
     devices: Sequence[torch.device], needs: Sequence[PoolNeed], held: Mapping[torch.device, int]
 ) -> dict[torch.device, int]:
-    """Bytes of slots that each device has room for, where `devices` are those of the pools in `needs`.
+    """Bytes of slots that fit on each device; `devices[i]` is the device of the pool with `needs[i]`.
 
-    `held` are bytes of the caches that are there, and will be resized. What is lost between slots is left out.
+    `held` are bytes of existing caches that will be resized. Bytes lost to alignment between slots are not counted.
     """
     shares: dict[torch.device, float] = {}
     for device, need in zip(devices, needs, strict=True):

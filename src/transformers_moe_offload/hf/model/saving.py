@@ -1,6 +1,6 @@
-"""`save_pretrained` of a model whose weights are quantized: a prebuilt checkpoint, as `moe-offload quantize` writes it.
+"""`save_pretrained` of a model with quantized weights: writes a prebuilt checkpoint, as `moe-offload quantize` does.
 
-A complete checkpoint that is already in the folder is replaced as a whole, once the new one is complete.
+A complete checkpoint in the folder is replaced as a whole, once the new one is complete.
 """
 
 from __future__ import annotations
@@ -46,11 +46,11 @@ from transformers_moe_offload.store.layer_source import LayerSource
 from transformers_moe_offload.tensor_files.writer import write_text
 
 _OTHERS = (ADAPTER_CONFIG_NAME, SAFE_WEIGHTS_NAME, SAFE_WEIGHTS_INDEX_NAME, WEIGHTS_NAME, WEIGHTS_INDEX_NAME)
-"""Files by which Transformers finds weights that are not in a prebuilt checkpoint."""
+"""Files of other checkpoints that Transformers would load instead of, or together with, a prebuilt one."""
 
 
 def expect_no_adapter(folder: Path) -> None:
-    """Raise `CheckpointError` where a model would be loaded with an adapter that was in the folder before."""
+    """Raise `CheckpointError` if the folder has an adapter, which would be loaded together with the saved model."""
     _expect_none_of(folder, (ADAPTER_CONFIG_NAME,))
 
 
@@ -64,7 +64,7 @@ def _expect_none_of(folder: Path, names: Sequence[str]) -> None:
 
 
 def expect_whole(model: nn.Module) -> None:
-    """Raise `UnsupportedModelError` for a part of an offloaded model, which does not know where experts come from."""
+    """Raise `UnsupportedModelError` for a part of an offloaded model, which has no sources of its experts."""
     offloaded = next((name for name, part in model.named_modules() if isinstance(part, OffloadedExperts)), None)
     if offloaded is not None and not has_peft_adapter(model):
         raise UnsupportedModelError(
@@ -79,11 +79,11 @@ def save_quantized(
     state_dict: Mapping[str, Tensor] | None = None,
     max_shard_size: int | str | None = None,
 ) -> None:
-    """Write the model, in the format that it is in, into a folder that may hold other files.
+    """Write the model, in its current format, into a folder that may hold other files.
 
-    `state_dict` are the weights to save in place of the model's own, under the names that they have in it; experts in
-    low bits are always its own, and the records of a layer are one tensor, whatever `max_shard_size` is. Raises
-    `ConfigError` for other names, and for a size that is none.
+    `state_dict` has weights to save in place of the model's own, under the same names; experts in low bits are always
+    the model's own. The records of a layer are one tensor, whatever `max_shard_size` is. Raises `ConfigError` for other
+    names and for an invalid size.
     """
     runtime: OffloadRuntime = model.moe_offload
     _expect_none_of(folder, _OTHERS)
@@ -110,7 +110,7 @@ def _expect_known(state_dict: Mapping[str, Tensor], own: Mapping[str, Tensor]) -
 
 
 def _bytes(max_shard_size: int | str | None) -> int:
-    """A size as `save_pretrained` takes it; never more than what the Hub recommends."""
+    """A size as `save_pretrained` takes it, in bytes; at most the size that the Hub recommends."""
     if max_shard_size is None:
         return MAX_SHARD_BYTES
     nbytes = Budget.parse(max_shard_size, "max_shard_size").nbytes
@@ -134,7 +134,7 @@ def _layers(runtime: OffloadRuntime, state_dict: Mapping[str, Tensor]) -> Iterat
 
 
 def _record(source: LayerSource, codings: LayerCodings, own: Mapping[int, Mapping[str, Tensor]], expert: int) -> Tensor:
-    """One expert as it is stored; opened, where that is not in a format of ours; of `own` experts, these weights."""
+    """One expert's record: its stored bytes, decoded if in another method's format; the given weights if in `own`."""
     if expert in own:
         return row_of(own[expert], codings.of(expert), f"expert {expert} of {source.spec.name}")
     is_ours = not isinstance(source.codings.of(expert), ForeignCoding)

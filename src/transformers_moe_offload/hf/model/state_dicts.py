@@ -1,9 +1,9 @@
-"""State dicts of the plain model: what `save_pretrained` writes, and what `load_state_dict` takes.
+"""State dicts of the plain model, for `save_pretrained` and `load_state_dict`.
 
-Saving adds the experts to what is there or is given. Loading takes what was saved, as Trainer does when it goes on from
-a checkpoint: files have the names and shapes of the architecture's authors, which Transformers converts in
-`from_pretrained`, but not here. Without this, a router or an expert that has another name in files would silently keep
-the weights that it has.
+Saving adds the experts to the model's or the given state dict. Loading accepts saved files, as when Trainer resumes
+from a checkpoint: they have the names and shapes of the architecture's authors, which Transformers only converts in
+`from_pretrained`. Without this conversion, a router or an expert with another name in files would silently keep its
+weights.
 """
 
 from __future__ import annotations
@@ -29,10 +29,10 @@ logger = logging.getLogger(__name__)
 
 
 def with_experts(model: Any, given: Mapping[str, Tensor] | None = None) -> dict[str, Tensor]:
-    """The state dict of the plain model; `given` are values that win over the model's own, experts' among them.
+    """The state dict of the plain model; `given` replaces the model's own values, also those of experts.
 
-    Experts are given under their names in the plain model, or, those that are parameters of this one, under their names
-    here. Raises `ConfigError` for other names of experts, as these would be written beside the model's.
+    Experts are given under their names in the plain model; own experts may also have their names in this model. Raises
+    `ConfigError` for other names of experts, which would be written in addition to the model's.
     """
     live = model.state_dict()
     state = dict(live if given is None else given)
@@ -66,20 +66,20 @@ _WRITERS |= {("safetensors.torch", "save_model"): "safetensors.torch.save_model"
 
 
 def install_state_dict_hooks(model: Any) -> None:
-    """Convert state dicts for this model, and for copies of it; warn where what one lacks would be missed."""
+    """Convert state dicts that this model, or a copy of it, loads; warn if one is saved without the experts."""
     model.register_load_state_dict_pre_hook(_convert)
     model.register_state_dict_post_hook(_warn_if_written)
 
 
 def remove_state_dict_hooks(model: Any) -> None:
-    """Take them out again; found by what is called, for handles that torch returns do not survive copies of a model."""
+    """Remove the hooks, found by their functions: the handles that torch returns do not work for copies of a model."""
     for hooks in (model._load_state_dict_pre_hooks, model._state_dict_hooks):
         for key in [key for key, hook in hooks.items() if getattr(hook, "hook", hook) in (_convert, _warn_if_written)]:
             del hooks[key]
 
 
 def _warn_if_written(model: Any, *_: Any) -> None:
-    """Called by torch with the state dict that a model returns."""
+    """Hook of `state_dict()`: warn if the caller writes its result as the whole model."""
     frame = sys._getframe(1)
     while frame is not None:
         writer = _WRITERS.get((frame.f_globals.get("__name__", ""), frame.f_code.co_name))
@@ -93,7 +93,7 @@ def _warn_if_written(model: Any, *_: Any) -> None:
 
 
 def _convert(model: Any, state_dict: MutableMapping[str, Any], prefix: str, *rest: Any) -> None:
-    """Called by torch with a copy of what is to be loaded, which it goes on with."""
+    """Hook of `load_state_dict`: convert `state_dict`, torch's copy of the argument, in place."""
     runtime = vars(model).get("moe_offload")
     own_names = set(model.state_dict())
     if runtime is None or prefix or own_names.issuperset(state_dict):
@@ -111,7 +111,7 @@ def _convert(model: Any, state_dict: MutableMapping[str, Any], prefix: str, *res
 
 
 def _by_parameter(model: Any, given: Mapping[str, Tensor]) -> dict[str, ParameterSource]:
-    """For every parameter of the plain model, the tensors that make it up."""
+    """Every parameter of the plain model -> the given tensors that make it up."""
     parameters = dict(model.state_dict())
     for layer in model.moe_offload.layers:
         for field in layer.fields:
@@ -121,7 +121,7 @@ def _by_parameter(model: Any, given: Mapping[str, Tensor]) -> dict[str, Paramete
 
 
 def _whole(model: Any, name: str, source: ParameterSource) -> Tensor:
-    """A parameter that is not an expert's, converted."""
+    """A whole parameter, converted."""
     if source.converter is None:
         (tensors,) = source.stored.values()
         return tensors[0]  # type: ignore[return-value]
@@ -139,7 +139,7 @@ def _load_experts(
     given: Mapping[str, Tensor],
     state_dict: MutableMapping[str, Any],
 ) -> None:
-    """Own experts are loaded; the frozen ones are compared with those that are there."""
+    """Load own experts; raise `CheckpointError` if frozen ones differ from those of this model."""
     own, source = own_experts(module), model.moe_offload.source(layer)
     frozen = [expert for expert in range(layer.num_experts) if expert not in own]
     fields = [field for field in layer.fields if f"{layer.name}.{field.paths[0]}" in found]
@@ -164,7 +164,7 @@ def _load_experts(
 def _expert(
     model: Any, layer: SparseLayer, field: ExpertField, found: Mapping[str, ParameterSource], expert: int
 ) -> Tensor:
-    """A field of an expert, as the loaded weights have it."""
+    """A field of an expert from the loaded weights."""
     spec = next(spec for spec in model.moe_offload.spec(layer).fields if spec.name == field.name)
     name = f"{layer.name}.{field.paths[0 if field.is_stacked else expert]}"
     if not field.is_stacked:

@@ -13,9 +13,9 @@ from transformers_moe_offload.hf.model.own_experts import NAME, own_experts
 
 
 def make_own(runtime: OffloadRuntime, wanted: Mapping[str, Iterable[int]]) -> list[str]:
-    """Turn experts, by their module's path, into parameters of the model; returns the parameters' names.
+    """Turn experts, given by their module's path, into parameters of the model; returns the parameters' names.
 
-    Their bytes are taken from the cache's budget. Raises before anything is changed if that cannot be.
+    Their bytes are subtracted from the cache's budget. Raises, before changing anything, if the budget is too small.
     """
     modules = {layer.name: (module, layer) for module, layer in runtime.modules()}
     new = {name: [e for e in experts if e not in own_experts(modules[name][0])] for name, experts in wanted.items()}

@@ -1,1 +1,1 @@
-"""Checkpoints that another method has quantized: experts stay in its encoding."""
+"""Load checkpoints that another method has quantized; experts stay in its encoding."""

@@ -1,6 +1,6 @@
-"""Open what another method has quantized, tensor by tensor, with that method's own code; no model is loaded.
+"""Dequantize tensors of another method with that method's own code, one at a time, without loading a model.
 
-Loading such a checkpoint is `quantizer.py`'s. This is for whoever reads it to write another one, or only looks at it.
+For code that reads such a checkpoint to write another one, or only inspects it. `quantizer.py` loads models from it.
 """
 
 from __future__ import annotations
@@ -19,18 +19,18 @@ from transformers_moe_offload.store.layer_source import LayerSource
 from transformers_moe_offload.tensor_files.index import StoredTensor
 
 _FOR_EXPERTS = "mxfp4"
-"""The method that leaves everything but experts as it is."""
+"""The method that quantizes only experts."""
 
 
 @dataclass(frozen=True)
 class Opener:
-    """A method's quantizer, set to open whatever it finds."""
+    """A method's quantizer, set to dequantize all tensors."""
 
     quantizer: HfQuantizer
     name: str
-    """The method's name, as Transformers has it."""
+    """The method's name in Transformers."""
     opens_dense: bool
-    """Whether loading opens the dense part, wherever that happens."""
+    """Whether loading dequantizes the dense part on every device."""
 
     @property
     def is_for_dense(self) -> bool:
@@ -39,7 +39,7 @@ class Opener:
 
     @classmethod
     def take_from(cls, config: Any) -> Opener | None:
-        """What opens a checkpoint with this config, which is a plain model's afterwards; None if it was before."""
+        """The opener of a checkpoint with this config, whose quantization config is removed; None if it has none."""
         holder = config if getattr(config, "quantization_config", None) else config.get_text_config(decoder=True)
         stored = getattr(holder, "quantization_config", None)
         if not stored:
@@ -54,20 +54,20 @@ class Opener:
 
     @cached_property
     def keeps_dense(self) -> bool:
-        """Whether loading here would leave the dense part as it is stored: FP8, on a GPU that computes with it."""
+        """Whether loading on this machine keeps the dense part quantized: FP8, on a GPU that computes with it."""
         method = self.quantizer.quantization_config
         method.dequantize = self.opens_dense
-        self.quantizer.validate_environment()  # may change its mind, and say so
+        self.quantizer.validate_environment()  # may set `dequantize`, with a warning
         keeps, method.dequantize = not method.dequantize, True
         return keeps
 
     def conversions(self, model: Any) -> list[Any]:
-        """What Transformers does to the checkpoint's tensors, opening included, so that they are the model's."""
+        """The conversions, including dequantization, that turn the checkpoint's tensors into the model's."""
         conversions: list[Any] = self.quantizer.update_weight_conversions(get_model_conversion_mapping(model), model)
         return conversions
 
     def dtype_of(self, tensor: StoredTensor, converter: Any, dtype: str) -> str:
-        """The dtype in which a conversion that makes something of `dtype` gets a stored tensor."""
+        """The dtype that a stored tensor is cast to before a conversion whose result has `dtype`."""
         like = torch.empty(0, dtype=torch_dtype(tensor.dtype), device="meta")
         cast = self.quantizer.get_new_dtype(converter, like, torch_dtype(dtype))
         return tensor.dtype if cast is None else dtype_name(cast)
@@ -75,16 +75,16 @@ class Opener:
 
 @dataclass(frozen=True)
 class StoredBytes:
-    """What the weights of a checkpoint take as another method has stored them."""
+    """Bytes of the weights of a checkpoint as another method has stored them."""
 
     codings: tuple[LayerCodings, ...]
-    """By sparse layer, how its experts are stored."""
+    """How the experts of each sparse layer are stored."""
     expert_bytes: int
     dense_bytes: int
 
     @classmethod
     def of(cls, layers: Sequence[LayerSource], tensors: Mapping[str, StoredTensor]) -> StoredBytes:
-        """Of all the tensors that there are, and the layers whose experts are among them."""
+        """From all tensors of a checkpoint, and the layers whose experts are among them."""
         expert_bytes = sum(piece.nbytes for layer in layers for expert in layer.experts for piece in expert.pieces)
         total = sum(tensor.nbytes for tensor in tensors.values())
         return cls(tuple(layer.codings for layer in layers), expert_bytes, total - expert_bytes)

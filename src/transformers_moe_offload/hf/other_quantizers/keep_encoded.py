@@ -1,4 +1,4 @@
-"""Leave experts that another method has quantized as they are stored, and remember how they are opened."""
+"""Keep experts that another method has quantized in their stored form, with a function that decodes them."""
 
 from __future__ import annotations
 
@@ -17,13 +17,13 @@ from transformers_moe_offload.store.field_source import FieldSource
 from transformers_moe_offload.store.layer_source import LayerSource
 
 _PLAIN = {"float64", "float32", "bfloat16", "float16"}
-"""Dtypes of weights that nobody has quantized."""
+"""Dtypes of unquantized weights."""
 
 
 def as_stored(source: LayerSource) -> LayerSource:
-    """The same layer, its experts as their checkpoint stores them: quantized fields as the arrays they are made of.
+    """The layer with its experts in their stored form: quantized fields become the arrays that store them.
 
-    A layer without such fields stays what it is. Raises `CheckpointError` if its method cannot open them.
+    A layer without quantized fields is returned unchanged. Raises `CheckpointError` if the method cannot decode them.
     """
     by_field = list(zip(*(_fields(expert) for expert in source.experts), strict=True))
     if not any(_is_quantized(entries[0]) for entries in by_field):
@@ -55,12 +55,12 @@ def _is_quantized(entry: FieldSource) -> bool:
 
 
 def _parts(entry: FieldSource) -> list[FieldSource]:
-    """The arrays of a quantized field, each as it is stored."""
+    """The arrays of a quantized field, each in its stored dtype."""
     return [FieldSource((piece,), (piece.dtype,)) for piece in entry.pieces]
 
 
 def _field(spec: FieldSpec, entries: Sequence[FieldSource], name: str) -> ForeignField:
-    """How a field is stored and opened, given where it is for each expert."""
+    """How a field is stored and decoded, given its source for each expert."""
     first = entries[0]
     if not _is_quantized(first):
         return ForeignField(spec, (spec,))
@@ -78,7 +78,7 @@ def _field(spec: FieldSpec, entries: Sequence[FieldSource], name: str) -> Foreig
 
 
 def _expect_opens(field: ForeignField, entry: FieldSource, name: str) -> None:
-    """Open the field once without its values: the method's own code then says whether its arrays belong together."""
+    """Decode the field once on meta, so that the method's own code checks whether the arrays belong together."""
     blank = [torch.empty(part.shape, dtype=torch_dtype(part.dtype), device="meta") for part in field.parts]
     try:
         opened = blank[0] if field.open is None else field.open(blank)

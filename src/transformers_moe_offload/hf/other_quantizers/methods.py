@@ -1,4 +1,4 @@
-"""Which quantization methods other than ours a checkpoint may be in, and what is said about all others."""
+"""Quantization methods of others that are supported, and the errors for all others."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from transformers_moe_offload.errors import CheckpointError, ConfigError
 from transformers_moe_offload.untrusted import quoted
 
 DELEGATED = ("fp8", "mxfp8", "mxfp4")
-"""The methods, by the names that Transformers gives them, whose experts are opened one by one with the method's own
+"""The supported methods, by their names in Transformers, whose experts are decoded one by one with the method's own
 code: block FP8, the same with scales that are powers of two, and MXFP4."""
 
 _ADVICE = {
@@ -16,11 +16,11 @@ _ADVICE = {
     "convert it with `moe-offload convert`",
 }
 _HQQ_CODES = ".W_q"
-"""What the names of codes end with in every layout of hqq."""
+"""Suffix of the names of codes in every layout of hqq."""
 
 
 def refusal(name: object, method: str) -> ConfigError:
-    """What to raise for a checkpoint, called `name`, of a method whose experts cannot be offloaded here."""
+    """The error for a checkpoint, called `name`, of a method whose experts cannot be offloaded."""
     if method in DELEGATED:
         return ConfigError(
             f"{name} is quantized with {method!r}, which this version of Transformers does not know; install one that "
@@ -34,8 +34,8 @@ def refusal(name: object, method: str) -> ConfigError:
 
 
 def refuse_hqq(names: Iterable[str], where: object) -> None:
-    """Raise `CheckpointError` if there are tensors of hqq's among these: loaded as if they were none, a model would
-    lack half of its weights."""
+    """Raise `CheckpointError` if one of these is a tensor of hqq's: loaded as a plain checkpoint, the model would lack
+    half of its weights."""
     found = next((name for name in names if name.endswith(_HQQ_CODES)), None)
     if found is not None:
         raise CheckpointError(f"{where} holds {found}, codes of the hqq package, which are not read; {_ADVICE['hqq']}")

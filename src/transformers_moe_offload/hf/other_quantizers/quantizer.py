@@ -1,7 +1,7 @@
 """Load a checkpoint that another method has quantized.
 
-The method's own quantizer does what it does without us, to a model that has no experts: so the dense part is exactly
-what Transformers makes of it. The experts stay in the files and in the cache as they are stored.
+The method's own quantizer runs unchanged on the model without its experts, so the dense part is exactly as in plain
+Transformers. The experts stay in their stored form, in the files and in the cache.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ logger = logging.getLogger(__name__)
 
 
 def delegating(plain: type[HfQuantizer]) -> Any:
-    """What stands in Transformers' table for a method's quantizer: that one, unless offloading was asked for."""
+    """A replacement for a method's quantizer in Transformers' table: the same, unless `moe_offload=` was given."""
 
     @functools.wraps(plain, updated=())
     def quantizer(quantization_config: Any, **kwargs: Any) -> HfQuantizer:
@@ -37,14 +37,14 @@ def delegating(plain: type[HfQuantizer]) -> Any:
 
 
 class DelegatingQuantizer(MoeOffloadQuantizer):
-    """Offloads experts that another quantizer's method has stored, and leaves everything else to that quantizer."""
+    """Offloads experts that another method has quantized, and leaves everything else to that method's quantizer."""
 
     def __init__(self, quantization_config: OffloadConfig, method: HfQuantizer) -> None:
         super().__init__(quantization_config, pre_quantized=False)
         self._method = method
         self._plain_conversions: list[Any] = []
         if method.quantization_config.quant_method == "mxfp4" or quantization_config.dense is not None:
-            # MXFP4 is about experts alone, and what is to be quantized anew has to be opened first.
+            # MXFP4 quantizes experts only; dense weights have to be dequantized before they are quantized again.
             method.quantization_config.dequantize = True
 
     @property
@@ -53,7 +53,7 @@ class DelegatingQuantizer(MoeOffloadQuantizer):
         return bool(self._method.quantization_config.dequantize)
 
     def validate_environment(self, *args: Any, **kwargs: Any) -> None:
-        """Ours and the method's."""
+        """Check ours and the method's."""
         super().validate_environment(*args, **kwargs)
         self._method.validate_environment(*args, **kwargs)
 
@@ -62,7 +62,7 @@ class DelegatingQuantizer(MoeOffloadQuantizer):
         return self._method.update_dtype(dtype)
 
     def update_device_map(self, device_map: Any) -> Any:
-        """The method's; ours where it has no opinion."""
+        """The method's map, or ours if it has none."""
         return super().update_device_map(self._method.update_device_map(device_map))
 
     def update_attn_implementation(self, config: Any) -> Any:
@@ -99,9 +99,9 @@ class DelegatingQuantizer(MoeOffloadQuantizer):
         return super().adjust_max_memory(self._method.adjust_max_memory(max_memory))
 
     def update_weight_conversions(self, weight_conversions: list[Any], model: Any) -> list[Any]:
-        """The method's conversions, which open experts, too; ours run on one expert, whenever it is used."""
+        """Locate the experts with the method's conversions, which then decode one expert whenever it is used."""
         assert self._checkpoint is not None
-        # Copies, for the method's own (5.23) share lists of patterns with these, and change them.
+        # Copies, because the method's conversions (5.23) share lists of patterns with these, and change them.
         self._plain_conversions = [deepcopy(c) if isinstance(c, WeightConverter) else c for c in weight_conversions]
         conversions: list[Any] = self._method.update_weight_conversions(weight_conversions, model)
         self._sources = [as_stored(source) for source in locate(model, self._layers, self._checkpoint, conversions)]
@@ -110,7 +110,7 @@ class DelegatingQuantizer(MoeOffloadQuantizer):
 
     def _process_model_after_weight_loading(self, model: Any, **kwargs: Any) -> None:
         self._method._process_model_after_weight_loading(model, **kwargs)
-        # Saving runs conversions backwards, and those of the method would quantize again what is saved as plain.
+        # Saving reverts conversions, and the method's would quantize again what is saved unquantized.
         used = {id(conversion) for conversion in model._weight_conversions}
         model._weight_conversions = [
             c for c in self._plain_conversions if isinstance(c, WeightConverter) or id(c) in used
@@ -119,7 +119,7 @@ class DelegatingQuantizer(MoeOffloadQuantizer):
         super()._process_model_after_weight_loading(model, **kwargs)
 
     def is_serializable(self, *args: Any, **kwargs: Any) -> bool:
-        """Whether `save_pretrained` works: it writes what the plain model would, if there is one."""
+        """Whether `save_pretrained` works: only if the dense part is dequantized, which gives a plain model to save."""
         if not self._opens_dense:
             logger.warning(
                 "the dense part of this model is quantized, and its experts would be saved as they are opened; "

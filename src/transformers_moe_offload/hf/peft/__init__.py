@@ -1,4 +1,4 @@
-"""LoRA on routed experts through PEFT, whose files and calls stay what they are.
+"""LoRA on routed experts through PEFT; its files and calls stay the same.
 
-PEFT is optional, and is only imported below here and in `training`.
+PEFT is optional, and is only imported in this folder and in `training`.
 """

@@ -1,7 +1,7 @@
-"""What adapters add to the experts in the forward that is running.
+"""The adapters on experts that are active in the current forward.
 
-The wrappers that PEFT puts around an experts module announce here what they hold while they call it, and the layer
-asks. A thread sees its own announcements only.
+The wrappers that PEFT puts around an experts module register their factors here while they call it, and the layer reads
+them. Each thread has its own registrations.
 """
 
 # E experts, R rank
@@ -22,7 +22,7 @@ _added: ContextVar[_Additions] = ContextVar("added", default=MappingProxyType({}
 
 @contextmanager
 def adding(layer: object, field: str, additions: Sequence[LowRank]) -> Iterator[None]:
-    """While this is open, something is added to a field of a layer's experts."""
+    """Register additions to a field of a layer's experts inside a `with` block."""
     token = _added.set({**_added.get(), (id(layer), field): additions})
     try:
         yield
@@ -31,5 +31,5 @@ def adding(layer: object, field: str, additions: Sequence[LowRank]) -> Iterator[
 
 
 def added_to(layer: object) -> dict[str, Sequence[LowRank]]:
-    """By field, what is being added to a layer's experts."""
+    """Field -> the active additions to a layer's experts."""
     return {field: additions for (owner, field), additions in _added.get().items() if owner == id(layer) and additions}

@@ -1,8 +1,8 @@
 """PEFT's LoRA, for models with offloaded experts.
 
-PEFT adds an adapter to a stack of experts by making the whole sum, every forward (`ParamWrapper` in
-`tuners/lora/layer.py`, 0.21). Here its wrappers keep their factors, names and bookkeeping, and only say what is to be
-added: the layer applies it to the experts that tokens chose. Everything else, and every other module, is PEFT's.
+PEFT adds an adapter to a stack of experts by computing the whole sum in every forward (`ParamWrapper` in
+`tuners/lora/layer.py`, 0.21). Here its wrappers keep their factors, names and bookkeeping, but only register the
+factors: the layer applies them to the experts that tokens chose. Everything else, and every other module, is PEFT's.
 """
 
 # E experts, R rank
@@ -28,10 +28,10 @@ from transformers_moe_offload.hf.upstream import ParamWrapper as PlainParamWrapp
 
 
 class ParamWrapper(PlainParamWrapper):
-    """Wraps one parameter of an experts module. PEFT knows its wrappers by the name of this class."""
+    """Wraps one parameter of an experts module. PEFT recognises its wrappers by the name of this class."""
 
     def get_param(self) -> nn.Parameter:
-        """The parameter, or while the experts are offloaded what stands for it."""
+        """The parameter, or its stand-in while the experts are offloaded."""
         experts = self.get_base_layer()
         if not isinstance(experts, OffloadedExperts):
             return super().get_param()
@@ -56,22 +56,22 @@ class ParamWrapper(PlainParamWrapper):
         up = up.unflatten(1, (-1, self.num_experts)).permute(2, 0, 1)
         is_transposed = not self._did_swap_in_out_features
         if torch.is_grad_enabled() and (down.requires_grad or up.requires_grad):
-            # One node that collects the gradients of all experts, where indexing would make as many full-sized ones.
+            # One node collects the gradients of all experts; indexing would make a full-sized gradient per expert.
             return LowRank(down.unbind(0), up.contiguous().unbind(0), self.scaling[adapter], is_transposed)
         return LowRank(down, up, self.scaling[adapter], is_transposed)
 
     def merge(self, *args: Any, **kwargs: Any) -> None:
-        """Add the adapter to the parameter, which must be there."""
+        """Add the adapter to the parameter; raises `ConfigError` while the experts are offloaded."""
         if isinstance(self.get_base_layer(), OffloadedExperts):
             raise _no_merge(layer_of(self.get_base_layer()).name)
         super().merge(*args, **kwargs)
 
 
 class LoraModel(lora.LoraModel):
-    """Injects LoRA adapters, those on offloaded experts included."""
+    """Injects LoRA adapters, also on offloaded experts."""
 
     def inject_adapter(self, model: nn.Module, adapter_name: str, *args: Any, **kwargs: Any) -> None:
-        """As PEFT does, which sees parameters in offloaded experts meanwhile."""
+        """As in PEFT, with stand-ins for the parameters of offloaded experts."""
         with stand_ins(model):
             super().inject_adapter(model, adapter_name, *args, **kwargs)
 
@@ -115,11 +115,11 @@ class LoraModel(lora.LoraModel):
 
 
 _VARIANTS = ("use_dora", "lora_bias", "fan_in_fan_out", "lora_dropout", "layer_replication", "megatron_config")
-"""Options that PEFT has no form of for parameters, or that change the model underneath."""
+"""Options that PEFT does not support for parameters, or that change the base model."""
 
 
 def _refuse(model: nn.Module, config: lora.LoraConfig) -> None:
-    """Raise for what cannot be had on offloaded experts, before anything is changed."""
+    """Raise for options that are not supported on offloaded experts, before anything is changed."""
     targets = config.target_parameters or ()
     for path, experts in offloaded_layers(model).items():
         plain_path = path.replace(".base_layer", "")

@@ -1,6 +1,6 @@
-"""Show PEFT the parameters that offloaded experts would have, for as long as it looks for what to adapt.
+"""Give offloaded experts stand-in parameters while PEFT searches for parameters to adapt.
 
-A stand-in has the shape, dtype and device of the parameter, and the memory of a single number.
+A stand-in has the shape, dtype and device of the parameter, and takes the memory of a single number.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from transformers_moe_offload.hf.model.layer import OffloadedExperts, SparseLaye
 
 
 def offloaded_layers(model: nn.Module) -> dict[str, OffloadedExperts]:
-    """The offloaded experts modules of a model, by the paths that they have now."""
+    """The offloaded experts modules of a model, by their current paths."""
     return {path: module for path, module in model.named_modules() if isinstance(module, OffloadedExperts)}
 
 
@@ -37,13 +37,13 @@ def stand_in(layer: SparseLayer, field: ExpertField) -> nn.Parameter:
 
 @contextmanager
 def stand_ins(model: Any) -> Iterator[None]:
-    """While this is open, offloaded experts have parameters to be looked at."""
+    """Give offloaded experts stand-in parameters inside a `with` block."""
     hidden = []
     try:
         for module in offloaded_layers(model).values():
             layer = layer_of(module)
             for field in filter(is_adaptable, layer.fields):
-                parameter = stand_in(layer, field)  # raises where the model was closed
+                parameter = stand_in(layer, field)  # raises if the model was closed
                 hidden.append((module, field.name, vars(module).pop(field.name)))
                 module._parameters[field.name] = parameter
         yield

@@ -1,8 +1,8 @@
-"""Enter our LoRA into PEFT's table of methods, and take it out again.
+"""Register our LoRA in PEFT's table of methods, and unregister it.
 
-`PEFT_TYPE_TO_TUNER_MAPPING` (PEFT 0.21, `mapping.py`) says which class injects the adapters of a method. Ours is PEFT's
-own but for offloaded experts, so other models do not notice. It can go when PEFT asks a module how its parameters are
-to be adapted.
+`PEFT_TYPE_TO_TUNER_MAPPING` (PEFT 0.21, `mapping.py`) says which class injects the adapters of a method. Ours only
+differs from PEFT's for offloaded experts, so other models are not affected. Not needed once PEFT asks a module how its
+parameters are adapted.
 """
 
 from __future__ import annotations
@@ -16,11 +16,11 @@ from transformers_moe_offload.hf import upstream
 logger = logging.getLogger(__name__)
 
 OLDEST = "0.21.0"
-"""The first PEFT whose wrappers of parameters are what ours builds on."""
+"""The first PEFT with the parameter wrappers that ours derives from."""
 
 
 def install_adapters() -> None:
-    """Make LoRA on offloaded experts possible, if PEFT is there; twice does no harm."""
+    """Enable LoRA on offloaded experts if PEFT is installed; idempotent."""
     if find_spec("peft") is None:
         return
     if not upstream.is_peft_greater_or_equal(OLDEST):
@@ -36,7 +36,7 @@ def install_adapters() -> None:
 
 
 def uninstall_adapters() -> None:
-    """Leave PEFT as it was."""
+    """Restore PEFT's own entry."""
     if "peft" not in sys.modules:
         return
     from peft import LoraModel as Plain

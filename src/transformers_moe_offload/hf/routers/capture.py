@@ -1,4 +1,4 @@
-"""See which experts a sparse layer chooses for some tokens, without computing any expert."""
+"""Capture which experts a sparse layer chooses for some tokens, without computing any expert."""
 
 # T tokens, H hidden
 
@@ -22,7 +22,7 @@ _is_asking: ContextVar[bool] = ContextVar("_is_asking", default=False)
 
 
 def is_asking() -> bool:
-    """Whether a router runs only to be asked here, and not because the model does: nothing of it is to be recorded."""
+    """Whether the current call of a router comes from this file and not from the model: it must not be recorded."""
     return _is_asking.get()
 
 
@@ -36,18 +36,18 @@ def _asking() -> Iterator[None]:
 
 
 class Choices(NamedTuple):
-    """What a block did with some tokens."""
+    """A block's choices for some tokens."""
 
     reached: Tensor
-    """(T, H): what reached its experts."""
+    """(T, H), the input of its experts."""
     experts: list[list[int]]
-    """Those that each token was given to."""
+    """The experts chosen for each token."""
 
 
 def choices_of_block(
     block: nn.Module, experts: nn.Module, layout: ExpertsLayout, num_experts: int, hidden: Tensor
 ) -> Choices | None:
-    """Run a block up to its experts: hidden (T, H); None where it needs more than hidden states."""
+    """Run a block up to its experts: hidden (T, H); None if it needs more than hidden states."""
     try:
         calls = _calls_by_token(block, experts, hidden)
         reached = torch.cat([inputs[0].flatten(0, -2)[:1] for inputs in calls])
@@ -58,7 +58,7 @@ def choices_of_block(
 
 
 def choices_of_router(router: nn.Module, hidden: Tensor) -> list[list[int]] | None:
-    """The experts that a router names for hidden (T, H); None where it answers in a way that we do not know."""
+    """The experts that a router returns for hidden (T, H); None if the form of its output is unknown."""
     try:
         with _asking():
             outputs = router(hidden)
@@ -72,7 +72,7 @@ def choices_of_router(router: nn.Module, hidden: Tensor) -> list[list[int]] | No
 
 
 def _calls_by_token(block: nn.Module, experts: nn.Module, hidden: Tensor) -> list[tuple[Any, ...]]:
-    """What the experts are called with for each token of hidden (T, H)."""
+    """The arguments of the experts for each token of hidden (T, H)."""
     inputs = _inputs_of_experts(block, experts, hidden[None])
     if all(isinstance(tensor, Tensor) for tensor in inputs):
         rows = [tensor if len(tensor) == len(hidden) else tensor.flatten(0, -2) for tensor in inputs]
@@ -82,11 +82,11 @@ def _calls_by_token(block: nn.Module, experts: nn.Module, hidden: Tensor) -> lis
 
 
 _CANNOT_RUN = (RuntimeError, TypeError, ValueError, AttributeError, IndexError)
-"""What a module raises that needs more than a token's hidden states, such as positions or token ids."""
+"""Errors of modules that need more than a token's hidden states, such as positions or token ids."""
 
 
 def _explain(module: nn.Module, error: Exception) -> None:
-    """Log once why a module cannot be asked; that there is no memory left is no reason of its own."""
+    """Log once why a module cannot be run on hidden states alone; raise the error again if memory ran out."""
     if is_out_of_memory(error):
         raise error
     logger.info_once(f"{type(module).__name__} cannot be asked what it chooses: {type(error).__name__}: {error}")
@@ -101,7 +101,7 @@ class _ReachedExpertsError(Exception):
 
 
 def _inputs_of_experts(block: nn.Module, experts: nn.Module, hidden: Tensor) -> tuple[Any, ...]:
-    """Run a block as far as its experts: hidden (1, N, H) -> the arguments that the experts get."""
+    """Run a block up to its experts: hidden (1, N, H) -> the arguments of the experts."""
 
     def stop(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         raise _ReachedExpertsError(args + tuple(kwargs.values()))

@@ -1,8 +1,8 @@
-"""Find each sparse layer's router, and ask it what it would choose for hidden states of an earlier layer.
+"""Find each sparse layer's router, and compute its scores for hidden states of an earlier layer.
 
-A router is read off the modules beside the experts: one matrix of (experts, hidden), perhaps with a correction that is
-added to its scores. Whether that is the whole of it is checked on a few random hidden states, through the module that
-contains router and experts: what is found either chooses as the model does, or is not offered.
+A router is found among the modules beside the experts: one matrix of (experts, hidden), perhaps with a correction that
+is added to its scores. The module that contains router and experts checks it on a few random hidden states: a probe
+that does not choose as the model does is discarded.
 """
 
 # T tokens, E experts, H hidden
@@ -28,7 +28,7 @@ _LEAST_AGREEMENT = 0.9
 Transformers 5.23, those whose routers we reproduce reach 1 in float32 and 0.96 in bfloat16; others stay below 0.5."""
 
 _WRAPPED = ".base_layer"
-"""What PEFT puts a module under when it wraps it."""
+"""Suffix of the path of a module that PEFT has wrapped."""
 
 _SCORINGS: dict[str, Callable[[Tensor], Tensor]] = {
     "logits": lambda logits: logits,
@@ -36,8 +36,8 @@ _SCORINGS: dict[str, Callable[[Tensor], Tensor]] = {
     "softmax": lambda logits: logits.softmax(-1),
     "sqrt_softplus": lambda logits: nn.functional.softplus(logits).sqrt(),
 }
-"""What architectures apply to logits before they add a correction or compare groups. All of them keep the order of the
-logits, so without either there is nothing to choose."""
+"""Functions that architectures apply to logits before they add a correction or compare groups. All of them keep the
+order of the logits, so without correction and groups each gives the same choice of experts."""
 
 
 class GroupLimit(NamedTuple):
@@ -46,7 +46,7 @@ class GroupLimit(NamedTuple):
     num_groups: int
     num_kept: int
     num_counted: int
-    """How many of a group's best experts count for it: one in DeepSeek-V2, two since V3."""
+    """How many of a group's best experts are summed for its score: one in DeepSeek-V2, two since V3."""
 
     def apply(self, scores: Tensor) -> Tensor:
         """Minus infinity for experts of other groups: scores (T, E) -> (T, E)."""
@@ -57,13 +57,13 @@ class GroupLimit(NamedTuple):
 
 
 class ParameterAt(NamedTuple):
-    """A parameter or buffer by its place, so that whatever `to` or a device map puts there is what is used."""
+    """A parameter or buffer by its owner and name, so that replacements by `to` or a device map are used."""
 
     owner: nn.Module
     name: str
 
     def __call__(self) -> Tensor:
-        """What is there now."""
+        """The current tensor."""
         tensor = getattr(self.owner, self.name)
         assert isinstance(tensor, Tensor)
         return tensor
@@ -73,7 +73,7 @@ class ParameterAt(NamedTuple):
 class RouterProbe:
     """Scores of one sparse layer's experts. Holds modules, never copies of weights.
 
-    To look ahead from layer `l`, take the residual once and hand it to each layer in question:
+    To look ahead from layer `l`, compute the residual once and pass it to each later layer:
 
         residual = probes[l].residual(hidden)
         scores = [probes[m].scores_of_residual(residual) for m in targets]
@@ -83,24 +83,24 @@ class RouterProbe:
     num_experts: int
     bias: ParameterAt | None = None
     correction: ParameterAt | None = None
-    """What the architecture adds to scores when it chooses, and only then."""
+    """Added to the scores for choosing experts, not to the routing weights."""
     scoring: str = "logits"
     limit: GroupLimit | None = None
     input_scale: ParameterAt | None = None
-    """A weight that the router applies to the residual itself, where it has a norm of its own."""
+    """A weight that the router itself applies to the residual, if it has its own norm."""
     norm: PreNorm | None = None
 
     @property
     def is_normed(self) -> bool:
-        """Whether the norm before the experts is known, and taken into account between layers."""
+        """Whether the norm before the experts is known, so that it is undone and redone between layers."""
         return self.norm is not None
 
     def residual(self, hidden: Tensor) -> Tensor:
-        """What reaches this layer's experts, hidden (T, H), without the weight of their norm -> (T, H)."""
+        """The input of this layer's experts, hidden (T, H), without the weight of their norm -> (T, H)."""
         return hidden if self.norm is None else self.norm.undo(hidden)
 
     def scores(self, hidden: Tensor) -> Tensor:
-        """Scores for what reaches this layer's own experts: hidden (T, H) -> (T, E), higher is likelier."""
+        """Scores for the input of this layer's own experts: hidden (T, H) -> (T, E), higher is likelier."""
         return self.for_choice(self.logits(self.entering(hidden)))
 
     def scores_of_residual(self, residual: Tensor) -> Tensor:
@@ -114,16 +114,16 @@ class RouterProbe:
         return self.for_choice(self.logits(residual if self.norm is None else self.norm.redo(residual)))
 
     def entering(self, hidden: Tensor) -> Tensor:
-        """What enters the router when hidden (T, H) reaches the experts -> (T, H), but for a factor."""
+        """The input of the router when the input of the experts is hidden (T, H) -> (T, H), up to a factor."""
         return hidden if self.input_scale is None else self.residual(hidden) * self.input_scale()
 
     def logits(self, hidden: Tensor) -> Tensor:
-        """The matrix applied to what enters the router: (T, H) -> (T, rows), in the router's dtype."""
+        """The router's matrix applied to its input: (T, H) -> (T, rows), in the router's dtype."""
         weight = self.weight()
         return nn.functional.linear(hidden.to(weight.dtype), weight, None if self.bias is None else self.bias())
 
     def for_choice(self, logits: Tensor) -> Tensor:
-        """What experts are ranked by: (T, rows) -> (T, E)."""
+        """The scores that experts are ranked by, from logits: (T, rows) -> (T, E)."""
         scores = logits
         if self.correction is not None:
             correction = self.correction().flatten()
@@ -136,7 +136,7 @@ class RouterProbe:
 
 
 def find_router(model: nn.Module, experts_path: str) -> RouterProbe | None:
-    """The router of an experts module, by the module's path; None where there is none that we can reproduce."""
+    """The router of an experts module, by the module's path; None if there is none that we can reproduce."""
     experts = experts_at(model, experts_path)
     layout, num_experts, fields = _experts_facts(experts)
     block_path, experts_name = _place(experts_path)
@@ -171,8 +171,7 @@ def find_router(model: nn.Module, experts_path: str) -> RouterProbe | None:
 
 
 def router_of(model: nn.Module, experts_path: str) -> str | None:
-    """The path of the module that routes to an experts module, whether or not we can reproduce it; None if none is
-    there to be seen."""
+    """The path of an experts module's router, whether or not we can reproduce it; None if none is found."""
     num_experts, fields = _experts_facts(experts_at(model, experts_path))[1:]
     block_path, experts_name = _place(experts_path)
     block = model.get_submodule(block_path)
@@ -188,7 +187,7 @@ def router_of(model: nn.Module, experts_path: str) -> str | None:
 
 
 def only_for_choosing(model: nn.Module, experts_path: str) -> Tensor | None:
-    """The correction of a layer's scores, if any: it decides who is chosen, and the loss has no gradient in it."""
+    """The correction of a layer's scores, if any. It only affects which experts are chosen, so it gets no gradient."""
     num_experts, fields = _experts_facts(experts_at(model, experts_path))[1:]
     block_path, experts_name = _place(experts_path)
     block = model.get_submodule(block_path)
@@ -202,7 +201,7 @@ def _is_named_router(name: str) -> bool:
 
 
 def _place(experts_path: str) -> tuple[str, str]:
-    """The block that an experts module is in, and its name there; PEFT wraps what it adapts, perhaps more than once."""
+    """The path of the block that contains an experts module, and the module's name there, without PEFT's wrappers."""
     while experts_path.endswith(_WRAPPED):
         experts_path = experts_path.removesuffix(_WRAPPED)
     block, _, name = experts_path.rpartition(".")
@@ -222,7 +221,7 @@ def _experts_facts(experts: nn.Module) -> tuple[ExpertsLayout, int, tuple[Expert
 def _find_matrix(
     block: nn.Module, experts_name: str, num_experts: int, field_shape: tuple[int, ...]
 ) -> tuple[str, ParameterAt] | None:
-    """The (experts, hidden) matrix, and the child of the block that it is in; one named for what it is comes first."""
+    """The (experts, hidden) matrix, and the child of the block that holds it; one named like a router comes first."""
     found = []
     for path, module in _beside(block, experts_name):
         weight = module._parameters.get("weight")
@@ -235,7 +234,7 @@ def _find_matrix(
 
 
 def _find_correction(block: nn.Module, experts_name: str, num_experts: int, weight: ParameterAt) -> ParameterAt | None:
-    """A bias with one entry an expert that is not the matrix's own; it may be a buffer."""
+    """A bias with one entry per expert that is not the bias of the matrix; it may be a buffer."""
     for _, module in _beside(block, experts_name):
         for name, tensor in {**module._parameters, **module._buffers}.items():
             if tensor is None or "bias" not in name or (module is weight.owner and name == "bias"):
@@ -253,7 +252,7 @@ def _find_input_scale(router: nn.Module, weight: ParameterAt) -> ParameterAt | N
 
 
 def _group_limits(router: nn.Module, num_rows: int) -> Iterator[GroupLimit]:
-    """What a router's numbers of groups may mean."""
+    """The possible group limits of a router with `num_group` and `topk_group`."""
     num_groups, num_kept = getattr(router, "num_group", None), getattr(router, "topk_group", None)
     if isinstance(num_groups, int) and isinstance(num_kept, int) and 0 < num_kept < num_groups <= num_rows:
         yield from (GroupLimit(num_groups, num_kept, count) for count in (2, 1) if count * num_groups <= num_rows)
@@ -275,7 +274,7 @@ def _try(
     layout: ExpertsLayout,
     stream_dtype: torch.dtype,
 ) -> Choices | None:
-    """What a block chooses for some random tokens, or, where it needs more than hidden states, its router alone."""
+    """The choices of a block for random tokens; of its router alone if the block needs more than hidden states."""
     residual = random_hidden(_TOKENS, probe.weight() if probe.norm is None else probe.norm.weight)
     hidden = residual if probe.norm is None else probe.norm.module(residual)
     # A correction weighs more against small scores than against large ones: that tells scorings apart.

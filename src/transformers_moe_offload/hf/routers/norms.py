@@ -1,4 +1,4 @@
-"""Find the norm whose output a sparse layer's experts see, and undo and redo what it does with its weight."""
+"""Find the norm before a sparse layer's experts, and undo and redo the effect of its weight."""
 
 # T tokens, N rows, H hidden
 
@@ -11,8 +11,8 @@ import torch
 from torch import Tensor, nn
 
 _NORM_TOLERANCE = 1e-4
-"""A norm undone with its own weight is parallel to its input within 1e-5 in bfloat16; with weights taken for
-deviations from one, or the other way round, it is off by their variance, 1e-3 or so."""
+"""A norm undone with its own weight is parallel to its input within 1e-5 in bfloat16; if weights are mistaken for
+deviations from one, or the other way round, the difference is their variance, about 1e-3."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -21,7 +21,7 @@ class PreNorm:
 
     module: nn.Module
     is_around_one: bool
-    """Whether the weight is kept as its deviation from one."""
+    """Whether the weight is stored as its deviation from one."""
 
     @property
     def weight(self) -> Tensor:
@@ -31,7 +31,7 @@ class PreNorm:
         return weight
 
     def undo(self, hidden: Tensor) -> Tensor:
-        """Take weight and bias back: hidden (T, H) -> (T, H), zero where the weight is."""
+        """Undo weight and bias: hidden (T, H) -> (T, H), zero where the weight is zero."""
         weight, bias = self.weight, getattr(self.module, "bias", None)
         if bias is not None:
             hidden = hidden - bias
@@ -50,8 +50,8 @@ _NORMS_BEFORE_EXPERTS = (
     r".*norm_?2",
     r"post_attention_(layer)?norm(\.0)?",
 )
-"""What the norm between attention and experts is called, surest name first. Of several that fit one name the last is
-meant: decoder layers with a dense MLP beside the experts declare the norm of that first."""
+"""Names of the norm between attention and experts, the surest first. If several norms match one pattern, the last is
+used: decoder layers with a dense MLP beside the experts declare the norm of that MLP first."""
 
 _NORM_BEFORE_ATTENTION = r"([qkv]_)?input_(layer)?norm(\.0)?"
 
@@ -90,7 +90,7 @@ def _choose_norm(names: list[str], is_attention: bool, *, may_be_only_one: bool)
         return before_attention[0] if before_attention else None
     for pattern in _NORMS_BEFORE_EXPERTS:
         fitting = [name for name in names if re.fullmatch(pattern, name)]
-        # Where nothing is normed before the attention, what comes after it norms its output, not the experts' input.
+        # Without a norm before the attention, one after it applies to its output, not to the experts' input.
         if fitting and (before_attention or not pattern.startswith("post_attention")):
             return fitting[-1]
     return names[0] if may_be_only_one and len(names) == 1 else None
@@ -98,7 +98,7 @@ def _choose_norm(names: list[str], is_attention: bool, *, may_be_only_one: bool)
 
 @torch.no_grad()
 def _pre_norm(module: nn.Module) -> PreNorm | None:
-    """How to undo a norm, found by trying; None if it does more than scale by its weight."""
+    """How to undo a norm, found by trial on random input; None if it does more than scale by its weight."""
     weight = module._parameters["weight"]
     assert weight is not None
     if weight.is_meta:
@@ -115,6 +115,6 @@ def _pre_norm(module: nn.Module) -> PreNorm | None:
 
 
 def random_hidden(num_tokens: int, like: Tensor) -> Tensor:
-    """(N, H) in the dtype and on the device of a weight, always the same."""
+    """Random numbers (N, H) in the dtype and on the device of a weight, the same at each call."""
     random = torch.Generator().manual_seed(0)
     return torch.randn(num_tokens, like.shape[-1], generator=random).to(like)

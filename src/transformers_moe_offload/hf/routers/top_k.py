@@ -1,4 +1,4 @@
-"""How many experts a token takes, as far as the model says so."""
+"""How many experts a token takes, read from the model."""
 
 from __future__ import annotations
 
@@ -8,12 +8,12 @@ from typing import Any
 from torch import nn
 
 _CONFIG_NAMES = ("num_experts_per_tok", "num_experts_per_token", "top_k_experts", "moe_topk", "moe_top_k", "moe_k")
-"""What configs call it where the router asks its config at every call (gemma4, 5.23). Everywhere else the router, the
-block around it or the experts have it as `top_k`."""
+"""Names in configs, for routers that read their config at every call (gemma4, 5.23). Otherwise the router, the block
+around it or the experts have an attribute `top_k`."""
 
 
 def experts_per_token(model: nn.Module, experts: str) -> int | None:
-    """How many experts of a module each token takes, `experts` being its path; None where the model does not say."""
+    """How many experts of the module at path `experts` each token takes; None if the model does not say."""
     module = model.get_submodule(experts)
     block = model.get_submodule(experts.rpartition(".")[0])
     around = [module, block, *(child for child in block.children() if child is not module)]
@@ -27,7 +27,7 @@ def _counts_in(config: Any) -> Iterator[int]:
     for name in _CONFIG_NAMES:
         try:
             count = getattr(config, name, None)
-        except RuntimeError:  # a config whose layers differ does not answer for all of them
+        except RuntimeError:  # raised by a config whose layers differ in this value
             continue
         if count is not None and _is_count(count):
             yield int(count)
