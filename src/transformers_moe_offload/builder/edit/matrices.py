@@ -39,11 +39,11 @@ class Copied(Donor):
     number: int
 
     def one(self, block: SparseBlock, place: str) -> Tensor:
-        """The other expert's."""
+        """The copied expert's tensor."""
         return stored(self.anatomy.tensors[place.format(self.number)])
 
     def part(self, block: SparseBlock, name: str) -> Tensor:
-        """The other expert's."""
+        """The copied expert's tensor."""
         return stored(self.anatomy.tensors[name]).select(block.stacked[name], self.number)
 
 
