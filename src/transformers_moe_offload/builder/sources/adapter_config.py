@@ -1,7 +1,7 @@
-"""What an adapter's `adapter_config.json` says, as far as merging it needs to know; the rest is refused by name.
+"""The options of an adapter's `adapter_config.json` that merging depends on; unknown ones are refused by name.
 
-PEFT has many kinds of LoRA that are merged in other ways (DoRA, aLoRA, BD-LoRA, ...). An option that is set and is
-not known to leave the merge alone is an error, so that a kind that PEFT adds later is one too.
+PEFT has many kinds of LoRA that are merged in other ways (DoRA, aLoRA, BD-LoRA, ...). An option that is set is an error
+unless it is known not to change the merge, so that kinds that PEFT adds later are refused, too.
 """
 
 from __future__ import annotations
