@@ -1,4 +1,5 @@
-"""What sort of licence each of the Hub's identifiers stands for, and what may be passed on under what."""
+"""The kind of licence behind each of the Hub's identifiers, and the licences that works under it may be passed on
+under."""
 
 from __future__ import annotations
 
@@ -52,17 +53,17 @@ _COMMUNITY = (
     "bigscience-openrail-m", "creativeml-openrail-m", "bigscience-bloom-rail-1.0", "bigcode-openrail-m",
     "grok2-community",
 )  # fmt: skip
-"""Anybody may use and change what is under them, within limits that have to be passed on."""
+"""Works under them may be used and changed freely, within limits that have to be passed on."""
 
 NOTICES = {
     "llama": "Built with Llama. The Llama licence asks for this notice, for a copy of the licence, and for a name of "
     "the model that begins with Llama.",
     "gemma": "Gemma is provided under and subject to the Gemma Terms of Use found at ai.google.dev/gemma/terms",
 }
-"""What a licence wants said, by how its identifier begins."""
+"""The notice that a licence requires, by the beginning of its identifier."""
 
 WITHOUT_APACHE = ("gpl-2.0",)
-"""Excludes Apache 2.0, whose patent clause is a further restriction to it."""
+"""Licences that exclude Apache 2.0: its patent clause counts as a further restriction."""
 
 
 def kind_of(id: str | None) -> str:
