@@ -142,7 +142,7 @@ def linked(one: Ancestor) -> str:
 
 
 def sources_table(ancestors: Sequence[Ancestor], licence: Verdict) -> str:
-    """What a mixture was made of, with commits and licences."""
+    """A table of the models that a mixture was made of, with commits and licences."""
     licences = {one.source: str(one) for one in licence.sources}
     rows = [(linked(one), f"`{one.revision}`" if one.revision else "", licences.get(one.name, "")) for one in ancestors]
     return table(("model", "commit", "licence"), rows, right=())

@@ -27,7 +27,7 @@ class Mixture:
     """By expert: the blocks of dense models whose sum a token gets if it visits this expert only, with weight 1: the
     expert's source, and the shared expert unless the source includes it."""
     base_sum: tuple[Block, ...]
-    """The same where the base model's block is the expert."""
+    """The blocks of such a sum where the base model's block is the expert."""
     is_shared_gated: bool = False
 
     def width(self, widths: Sequence[int]) -> int:

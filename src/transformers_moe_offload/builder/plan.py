@@ -54,7 +54,7 @@ class SharedGateRow(NamedTuple):
 
 
 class Zeros(NamedTuple):
-    """Nothing but zeros."""
+    """Zeros only."""
 
 
 Piece = FromStem | FromBlock | RouterRows | SharedGateRow | Zeros
@@ -87,7 +87,7 @@ class Parameters:
 
 @dataclass(frozen=True)
 class BuildPlan:
-    """What a recipe comes to."""
+    """A mixture to be built: everything that follows from a recipe and its models."""
 
     recipe: MoeRecipe
     container: Container
@@ -105,7 +105,7 @@ class BuildPlan:
     parameters: Parameters
     warnings: tuple[str, ...]
     licence: Verdict = field(default_factory=lambda: judged(()))
-    """Of the mixture, by its sources' cards."""
+    """The mixture's licence, by its sources' cards."""
 
     @property
     def base(self) -> Source:
@@ -261,7 +261,7 @@ def _tensors(
 def _block_tensors(
     container: Container, shape: MoeShape, layer: int, layout: Mapping[str, FieldSpec]
 ) -> Iterator[tuple[str, tuple[Piece, ...]]]:
-    """What a container has in place of a layer's dense block."""
+    """The tensors that a container has in place of a layer's dense block."""
     yield container.router(layer), (RouterRows(layer),)
     for name in container.zeros(layer):
         yield name, (Zeros(),)

@@ -54,7 +54,7 @@ def publish(
 
 
 def is_built(folder: Path) -> bool:
-    """Whether a folder holds what `build_moe` writes, or has begun to."""
+    """Whether a folder holds a checkpoint that `build_moe` has written or begun."""
     return (folder / RECIPE_NAME).is_file()
 
 

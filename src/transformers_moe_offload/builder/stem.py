@@ -126,7 +126,7 @@ def _descend(bits: Iterator[Tensor], shift: int, num_bins: int, k: int) -> tuple
 
 
 def _bits(base: Tensor, other: Tensor) -> Iterator[Tensor]:
-    """The magnitudes of a difference as whole numbers in their order, (n,) int32."""
+    """The magnitudes of a difference as integers in the same order, (n,) int32."""
     for _, _, difference in _blocks(base, [other]):
         yield difference[0].abs().view(torch.int32)
 

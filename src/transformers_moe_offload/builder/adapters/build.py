@@ -73,7 +73,7 @@ class AdapterMoeInfo:
     large to be compared."""
 
     def as_dict(self) -> dict[str, Any]:
-        """The same for JSON, without the folder."""
+        """The fields as JSON can hold them, without the folder."""
         return {name: value for name, value in asdict(self).items() if name != "folder"} | {"container": "adapter_moe"}
 
 
@@ -211,7 +211,7 @@ def _check(plan: AdapterPlan, place: Path) -> float | None:
 
 
 def _spread(count: int) -> Sequence[int]:
-    """Some numbers below a count, first and last among them."""
+    """Up to `NUM_CHECKED` numbers below a count, spread evenly, the first and the last among them."""
     return sorted({round(step * (count - 1) / max(1, NUM_CHECKED - 1)) for step in range(NUM_CHECKED)})
 
 

@@ -54,7 +54,7 @@ class AdapterPlan:
     adapters: tuple[Adapter, ...]
     config: AdapterMoeConfig
     tensors: tuple[FieldSpec, ...]
-    """Of the dense model and of the routers, by their names in the mixture."""
+    """Tensors of the dense model and of the routers, with their names in the mixture."""
     licence: Verdict
 
     @cached_property

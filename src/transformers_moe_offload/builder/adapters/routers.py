@@ -30,7 +30,7 @@ class RouterSite:
     """Where one router is."""
 
     name: str
-    """Of its weight in the mixture."""
+    """Name of its weight in the mixture."""
     path: str
     """The dense model's module with the router's input; on the embeddings, the first layer with adapters."""
     layer: int

@@ -44,7 +44,7 @@ def check_reload(folder: Path, stored: Mapping[str, StoredTensor], nbytes: int) 
 
 @contextmanager
 def _quiet() -> Iterator[None]:
-    """Without the bar that Transformers shows for every model that it loads."""
+    """Switches off the progress bar that Transformers shows for every model that it loads."""
     was_enabled = logging.is_progress_bar_enabled()
     logging.disable_progress_bar()
     try:

@@ -89,7 +89,7 @@ class Anatomy:
         return self.tensors[self.blocks[0].router].shape[1]
 
     def config_for(self, num_experts: int) -> dict[str, Any]:
-        """The config with another number of experts; refused if the router could not work with it."""
+        """The config with another number of experts; raises an error of ours if the router could not work with it."""
         names = [name for name in _COUNTS if self.config.get(name) == self.num_experts]
         if not names:
             raise UnsupportedModelError(

@@ -166,7 +166,7 @@ def _matrix(anatomy: Anatomy, container: Container, layer: int, wanted: Matrix) 
 
 
 def _padded(tensor: Tensor, spec: FieldSpec) -> Tensor:
-    """Widened by channels of zeros, which change nothing."""
+    """A tensor, widened by channels of zeros, which change nothing."""
     padding: list[Any] = []
     for size, wanted in zip(reversed(tensor.shape), reversed(spec.shape), strict=True):
         padding += [0, wanted - size]

@@ -1,4 +1,4 @@
-"""`add_expert`, `drop_expert`, `replace_expert`: decide what becomes of every tensor; `surgery.py` writes it.
+"""`add_expert`, `drop_expert`, `replace_expert`: decide how every tensor changes; `surgery.py` writes the result.
 
 Experts keep their order; a new one comes last, and those behind one that is dropped move up.
 """

@@ -55,7 +55,7 @@ class Written:
 
 @dataclass(frozen=True)
 class Edit:
-    """What becomes of a checkpoint."""
+    """All changes to a checkpoint."""
 
     what: str
     """The edit in a sentence, for the card."""

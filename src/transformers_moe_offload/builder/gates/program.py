@@ -121,7 +121,7 @@ def program_several(
 
 
 def statistics_of(seen: Seen, site: str) -> LayerStatistics:
-    """What ridge gates of one layer are computed from."""
+    """The statistics that ridge gates of one layer are computed from."""
     sums = seen.sums[site]
     assert sums.second_moment is not None
     return LayerStatistics(sums.second_moment, targets(sums), seen.sample, seen.home)

@@ -38,7 +38,7 @@ class LayerReport:
     entropy: float | None = None
     """Mean of the routing weights' entropy before the top k are taken, as a share of its maximum; on a sample."""
     sent_home: tuple[float, ...] | None = None
-    """By expert: the share of a sample of its own tokens for which it is the first choice."""
+    """By expert: the share of its own tokens, in a sample, for which it is the first choice."""
 
 
 @dataclass(frozen=True)

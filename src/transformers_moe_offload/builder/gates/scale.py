@@ -37,7 +37,8 @@ def entropy(logits: Tensor, scores: Scores = "softmax") -> Tensor:
 def scale_for(logits: Tensor, target: float, scores: Scores = "softmax") -> float | None:
     """The factor on logits (N, E) at which their mean entropy is `target`; None where none comes close.
 
-    The smallest such factor: softmax has one, sigmoid may have several, as it is flat again where everything is.
+    The smallest such factor: softmax has one, sigmoid may have several, as its weights are flat again where all scores
+    saturate.
     """
 
     def at(scale: float) -> float:

@@ -37,7 +37,7 @@ class About:
 
     experts: tuple[str, ...]
     tokens: tuple[int, ...]
-    """By expert."""
+    """By expert: how many of its tokens were counted."""
     sampled: int
     """N, in each layer."""
     layers: tuple[int, ...]
@@ -164,7 +164,7 @@ def _packed(symmetric: Tensor) -> Tensor:
 
 
 def _unpacked(packed: Tensor, size: int) -> Tensor:
-    """The reverse."""
+    """The reverse of `_packed`."""
     lower = torch.zeros(size, size, dtype=torch.float64)
     lower[_lower(size)] = packed.double()
     return lower + lower.tril(-1).T

@@ -23,7 +23,7 @@ from transformers_moe_offload.errors import RecipeError
 logger = logging.getLogger(__name__)
 
 MAX_WINDOW_TOKENS = 512
-"""Attention costs the square of it; prompts and paragraphs are shorter."""
+"""The cost of attention grows with the square of it; prompts and paragraphs are shorter."""
 
 BATCH_TOKENS = 4096
 """Enough rows for a matrix product to run at full speed; the activations of a 7B model's block take 250 MB with it."""
@@ -129,7 +129,7 @@ def cut(texts: Any, tokenizer: Any, length: int) -> Iterator[list[int]]:
 
 class _Window(NamedTuple):
     number: int
-    """Of its list of texts."""
+    """Number of its list of texts."""
     first: int
     """Tokens of the list that are counted before it."""
     tokens: list[int]

@@ -20,8 +20,8 @@ PERMISSIVES = (
     "cdla-permissive-2.0", "odc-by", "etalab-2.0", "ecl-2.0", "cc-by-2.0", "cc-by-2.5", "cc-by-3.0", "cc-by-4.0",
     "artistic-2.0", "apache-2.0",
 )  # fmt: skip
-"""From the one that asks for least to the one that asks for most: a mixture of two is under the later one, whose
-conditions on notices are at least those of the other."""
+"""From the least demanding to the most demanding: a mixture of two is under the later one, whose conditions on notices
+are at least those of the other."""
 
 _COPYLEFT: Mapping[str, tuple[str, ...]] = {
     "mpl-2.0": ("gpl-3.0", "lgpl-3.0", "agpl-3.0"),

@@ -39,7 +39,7 @@ class Licence:
 
     source: str
     id: str | None
-    """As the Hub writes it: `apache-2.0`; None where the card says nothing, or there is none."""
+    """As the Hub writes it: `apache-2.0`; None where there is no card, or it names no licence."""
     name: str | None = None
     """Name of a licence without an identifier on the Hub."""
     link: str | None = None
@@ -75,7 +75,7 @@ class Verdict:
 
 
 def licence_of(source: str, card: Path | None) -> Licence:
-    """What a card says; a card that is missing or cannot be read says nothing."""
+    """The licence that a card names; none if the card is missing or cannot be read."""
     if card is None:
         return Licence(source, None)
     try:
@@ -94,7 +94,7 @@ def licence_of(source: str, card: Path | None) -> Licence:
 
 
 def _front_matter(card: str) -> str:
-    """What is between the first two lines of dashes, if a card begins with one."""
+    """The text between the first two lines of dashes, if a card begins with one; else empty."""
     lines = card.lstrip().splitlines()
     if not lines or lines[0] != "---" or "---" not in lines[1:]:
         return ""

@@ -22,7 +22,7 @@ _ABOUT_TRAINING = (
     "auto_mapping", "base_model_name_or_path", "revision", "peft_version", "task_type", "inference_mode",
     "target_modules", "exclude_modules", "layers_to_transform", "layers_pattern", "modules_to_save", "lora_dropout",
     "init_lora_weights", "eva_config", "ensure_weight_tying", "runtime_config", "megatron_core", "qalora_group_size",
-    "fan_in_fan_out",  # is about Conv1D; for linear layers, of which all our containers are made, PEFT ignores it
+    "fan_in_fan_out",  # for Conv1D only; PEFT ignores it for linear layers, and all our containers have these
 )  # fmt: skip
 _INITS = (True, False, "gaussian", "eva", "orthogonal")
 """Ways of initialising that leave the base model as it is; the others store a difference to a changed one."""

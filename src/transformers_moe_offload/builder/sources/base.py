@@ -1,4 +1,4 @@
-"""What the builder needs to know of a dense model: its config, and its tensors, one at a time."""
+"""The builder's interface to a dense model: its config, and its tensors, one at a time."""
 
 from __future__ import annotations
 

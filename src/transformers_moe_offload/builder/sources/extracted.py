@@ -92,7 +92,7 @@ class ExtractedSource:
         return None if _is_linear(self._base.tensors[name]) else self._base.stored(name)
 
     def bring(self, names: Iterable[str]) -> None:
-        """Both models' files, the fine-tuned one's for linear layers only."""
+        """Download both models' files, the fine-tuned one's for linear layers only."""
         names = list(names)
         self._base.bring(names)
         self._tuned.bring(name for name in names if _is_linear(self._base.tensors[name]))

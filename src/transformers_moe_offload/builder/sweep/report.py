@@ -14,7 +14,7 @@ class SweepRow:
 
     name: str
     bits_per_byte: Mapping[str, float]
-    """By domain."""
+    """Bits per byte of text, by domain."""
     sent_home: Mapping[int, float]
     """By layer: the share of tokens whose first choice is their domain's expert, a mean over the domains that have one;
     empty if none has."""

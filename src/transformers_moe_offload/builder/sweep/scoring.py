@@ -30,7 +30,7 @@ class HeldOut:
 
 @dataclass(frozen=True)
 class Score:
-    """How well a text is predicted."""
+    """The bits that a model needs to predict a text."""
 
     bits: float
     nbytes: int

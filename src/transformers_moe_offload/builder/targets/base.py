@@ -157,7 +157,7 @@ class Container:
 
 
 class DensePrefix(Container):
-    """Containers whose layers without experts are the first ones."""
+    """Containers whose layers without experts are the first layers."""
 
     def layers_refusal(self, shape: MoeShape) -> str | None:
         """Only the first layers can be without experts."""
