@@ -90,7 +90,7 @@ def disk_bandwidth(ranges: Sequence[Range], threads: int, repeats: int) -> dict[
 
 
 def read_all(ranges: Sequence[Range], threads: int) -> float:
-    """Bytes per second over all ranges, read through the page cache by some threads into buffers that exist."""
+    """Bytes per second over all ranges, read through the page cache by some threads into existing buffers."""
     largest = max(found.nbytes for found in ranges)
     buffers = [torch.ones(largest, dtype=torch.uint8) for _ in range(threads)]  # ones: every page is touched
 
@@ -107,7 +107,7 @@ def read_all(ranges: Sequence[Range], threads: int) -> float:
 
 
 def read_all_past_cache(ranges: Sequence[Range], threads: int) -> float:
-    """The same past the page cache, in the way in which slots are filled."""
+    """The same past the page cache, with the reader that fills slots."""
     reader, memory = PageReader(threads), PageMemory()
     with _opened(ranges) as files:
         wanted = [placed([FileRange(files[one.path], one.start, one.start + one.nbytes)]) for one in ranges]
@@ -141,7 +141,7 @@ def _opened(ranges: Sequence[Range]) -> Iterator[dict[Path, File]]:
 def ram_bandwidth(dtype: torch.dtype, columns: int, repeats: int) -> dict[str, float]:
     """Bytes per second of a copy (each byte counted once), and of the weights a matvec reads.
 
-    `columns` is how wide the matrices of the model are. As many threads as torch takes.
+    `columns` is the width of the model's matrices. Runs on torch's number of threads.
     """
     source = torch.zeros(RAM_BYTES, dtype=torch.uint8) + 1
     target = torch.zeros_like(source) + 1

@@ -36,7 +36,7 @@ def conditions(files: Path | None = None, num_threads: int | None = None) -> dic
 
 
 def described(conditions: dict[str, object]) -> dict[str, str]:
-    """The facts as lines for people."""
+    """The facts as lines of text."""
     packages = conditions["packages"]
     ram_bytes = conditions["ram_bytes"]
     assert isinstance(packages, dict)

@@ -25,7 +25,7 @@ from transformers_moe_offload.slots.base import Weights
 
 @dataclass
 class _Step:
-    """One layer, its inputs, and what the parts of its forward need of each other."""
+    """One layer, its inputs, and the results that parts of its forward take from each other."""
 
     module: nn.Module
     layer: SparseLayer

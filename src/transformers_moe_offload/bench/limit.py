@@ -15,7 +15,7 @@ ROUNDING = 0.005
 
 
 class Crossing(NamedTuple):
-    """Bytes that have to pass through something, and how fast it lets them through."""
+    """Bytes that have to pass through a link or a device, and its bandwidth."""
 
     nbytes: float
     bytes_per_s: float

@@ -98,7 +98,7 @@ def facts(model: Any) -> dict[str, Any]:
 
 
 def _name(name_or_path: str) -> str:
-    """An id on the Hub, or what a folder is called: its path is not published."""
+    """An id on the Hub, or a folder's name: its path is not published."""
     return Path(name_or_path).name if Path(name_or_path).is_dir() else name_or_path
 
 

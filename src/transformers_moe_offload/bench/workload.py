@@ -49,7 +49,7 @@ class Workload:
 
 @dataclass(frozen=True)
 class Run:
-    """What one run took. Counts are those of the measured forwards."""
+    """Times and counts of one run. Counts are those of the measured forwards."""
 
     elapsed_s: float
     forward_s: list[float]

@@ -64,7 +64,7 @@ class MoeOffloadCallback(TrainerCallback, ExportableState):
     def on_log(
         self, args: Any, state: Any, control: Any, logs: dict[str, Any] | None = None, model: Any = None, **kwargs: Any
     ) -> None:
-        """Put our figures beside the loss."""
+        """Add the figures of the cache and the routers to the entry with the loss."""
         if logs is None or "loss" not in logs or self._watch is None:
             return
         runtime, steps = runtime_of(model), max(1, self._steps)

@@ -107,7 +107,7 @@ class RouterRegulariser:
 
 
 def _expect_effect(logits: list[Tensor], output: Any) -> None:
-    """Raise where training would go on as if there were no regulariser."""
+    """Raise where the regulariser would have no effect on training."""
     if getattr(output, "loss", None) is None:
         raise ConfigError(
             f"balance and z are added to output.loss, and this forward returned a {type(output).__name__} without one; "
