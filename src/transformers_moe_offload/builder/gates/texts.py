@@ -75,7 +75,7 @@ def expect_files(experts: Sequence[Expert]) -> None:
 
 
 def read_dataset(dataset: Dataset) -> Iterator[str]:
-    """The texts of a data set, one at a time."""
+    """The texts of a data set, one at a time, as many as the caller takes."""
     path = Path(dataset.path)
     if path.is_dir() or not (path.is_file() or path.suffix):
         yield from _from_datasets(dataset)
