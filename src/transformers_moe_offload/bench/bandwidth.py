@@ -1,6 +1,6 @@
 """How fast bytes can get to the arithmetic: from the disk, from the page cache, through RAM, over the link to a GPU.
 
-These figures are to be limits, so the best of several passes counts and nothing is computed that need not be.
+These figures serve as limits, so the best of several passes counts, and no unnecessary work is timed.
 """
 
 from __future__ import annotations
@@ -31,13 +31,13 @@ SAMPLE_BYTES = 2 << 30
 """Most that one pass reads: some seconds of a slow drive, and more than any drive's own buffer."""
 
 RAM_BYTES = 256 << 20
-"""Of each buffer that RAM is measured with: larger than the caches of any processor we know of."""
+"""Size of each buffer that RAM is measured with: larger than the caches of any processor we know of."""
 
 _AT_ONCE = 8
-"""Reads past the page cache that wait or are under way."""
+"""Reads past the page cache that are in flight at once."""
 
 DEVICE_COPIES = 16
-"""One after another: a GPU is done with one before the host has submitted the next."""
+"""Copies in a row: a GPU finishes one before the host has submitted the next."""
 
 
 class Range(NamedTuple):
@@ -49,7 +49,7 @@ class Range(NamedTuple):
 
 
 def expert_ranges(store: ExpertStore) -> list[Range]:
-    """What has to be read for each expert in turn; tensors that lie next to each other in a file are one range."""
+    """The ranges to read for each expert in turn; tensors that lie next to each other in a file are one range."""
     ranges: list[Range] = []
     for source in store.layers.values():
         for expert in source.experts:
@@ -90,9 +90,9 @@ def disk_bandwidth(ranges: Sequence[Range], threads: int, repeats: int) -> dict[
 
 
 def read_all(ranges: Sequence[Range], threads: int) -> float:
-    """Bytes per second over all ranges, read through the page cache by some threads into buffers that exist."""
+    """Bytes per second over all ranges, read through the page cache by some threads into existing buffers."""
     largest = max(found.nbytes for found in ranges)
-    buffers = [torch.ones(largest, dtype=torch.uint8) for _ in range(threads)]  # ones: memory that is really there
+    buffers = [torch.ones(largest, dtype=torch.uint8) for _ in range(threads)]  # ones: every page is touched
 
     def read(files: Mapping[Path, File], worker: int) -> None:
         target = host_bytes(buffers[worker])
@@ -107,7 +107,7 @@ def read_all(ranges: Sequence[Range], threads: int) -> float:
 
 
 def read_all_past_cache(ranges: Sequence[Range], threads: int) -> float:
-    """The same past the page cache, in the way in which slots are filled."""
+    """The same past the page cache, with the reader that fills slots."""
     reader, memory = PageReader(threads), PageMemory()
     with _opened(ranges) as files:
         wanted = [placed([FileRange(files[one.path], one.start, one.start + one.nbytes)]) for one in ranges]
@@ -141,7 +141,7 @@ def _opened(ranges: Sequence[Range]) -> Iterator[dict[Path, File]]:
 def ram_bandwidth(dtype: torch.dtype, columns: int, repeats: int) -> dict[str, float]:
     """Bytes per second of a copy (each byte counted once), and of the weights a matvec reads.
 
-    `columns` is how wide the matrices of the model are. As many threads as torch takes.
+    `columns` is the width of the model's matrices. Runs on torch's number of threads.
     """
     source = torch.zeros(RAM_BYTES, dtype=torch.uint8) + 1
     target = torch.zeros_like(source) + 1

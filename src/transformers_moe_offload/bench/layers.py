@@ -33,7 +33,7 @@ def cache_of(layer: SparseLayer) -> ExpertCache:
 
 
 def store_of(model: Any) -> ExpertStore:
-    """The experts' files."""
+    """The store of a model's experts."""
     return ExpertStore([layer.runtime.source(layer) for _, layer in sparse_layers(model) if layer.runtime is not None])
 
 

@@ -1,6 +1,6 @@
 """A plan becomes a checkpoint in its place, checked: the order of steps, and what goes into the folder beside weights.
 
-Where the routers' rows come from is the caller's to know.
+The caller supplies the routers' rows.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ logger = logging.getLogger(__name__)
 CARD_NAME = "README.md"
 
 Advance = Callable[[int], None]
-"""Told of the bytes that are done, as they are."""
+"""Called with the number of bytes that were written since the last call."""
 
 
 def write_mixture(
@@ -56,9 +56,9 @@ def write_mixture(
     Args:
         plan: what to write.
         folder: where it appears.
-        companions: small files that go along, by name.
-        materials: given the place, the gates and whatever is not simply read.
-        name: what the card calls it; None means as the folder.
+        companions: contents of small files to copy, by name.
+        materials: a function of the place that returns the gates, and the materials that tensors are read from.
+        name: the mixture's name on the card; None means the folder's.
         resume, overwrite, advance: as in `build_moe`.
     """
     recipe = plan.recipe
@@ -76,7 +76,7 @@ def write_mixture(
             resume=resume,
             discards=(CheckFailedError, RecipeError),
         ) as place,
-        Syncing() as syncing,  # what is checked meanwhile is read from the page cache
+        Syncing() as syncing,  # the checks read from the page cache meanwhile
     ):
         gates, ready = materials(place)
         total = sum(shard.nbytes for shard in shards)

@@ -1,8 +1,8 @@
-"""Feed-forward blocks as experts: which channels of which models one is made of, and its matrices.
+"""Feed-forward blocks as experts: the channels of some models that make up an expert, and its matrices.
 
 A gated block is a sum over its channels, y = sum_i down_i * act(gate_i . x) * (up_i . x). So blocks are added by
 putting their channels side by side, multiplied by scaling `down`, taken apart by choosing channels, and widened by
-channels of zeros, all of it exactly. Where a channel's numbers come from is all that has to be said.
+channels of zeros, all of it exactly. An expert is fully described by where its channels come from.
 """
 
 # H hidden size, I width of a block
@@ -30,17 +30,17 @@ class Part:
     source: int = 0
     """Which of the plan's sources; 0 is the base model."""
     scale: float = 1.0
-    """Factor on what they add."""
+    """Factor on the channels' contribution."""
     delta_scale: float = 1.0
-    """How far they go from the base model's to the source's."""
+    """Interpolates between the base model's weights (0) and the source's (1)."""
     noise_scale: float = 0.0
     reinitialize: float = 0.0
-    """Share of them that is drawn anew."""
+    """Share of the channels that is drawn anew."""
     seed: str = ""
-    """Of what is drawn; parts that are to differ have different ones."""
+    """Seed of what is drawn; parts that should differ have different seeds."""
     index: int = 0
     count: int = 1
-    """Which of how many parts of the source's block they are."""
+    """The channels are part `index` of `count` of the source's block."""
 
 
 @dataclass(frozen=True)
@@ -56,7 +56,7 @@ class Blocks:
     def __init__(
         self, sources: Sequence[Source], names: Callable[[int], dict[str, str]], channels: Channels | None = None
     ) -> None:
-        """`names` gives the tensors of a layer's block by role; without `channels`, parts are equal stretches."""
+        """`names` gives the tensors of a layer's block by role; without `channels`, parts are equal ranges."""
         self._sources = sources
         self._names = names
         self._channels = channels
@@ -78,7 +78,7 @@ class Blocks:
         return parts[0] if len(parts) == 1 else torch.cat(_alike(parts), dimension)
 
     def stored(self, block: Block, layer: int, role: str, width: int | None = None) -> StoredTensor | None:
-        """Where a matrix of an expert lies as `matrix` would give it; None if it is made."""
+        """The stored tensor that equals what `matrix` returns; None if that is computed."""
         part, *others = block.parts
         if others or replace(part, source=0, seed="") != Part():
             return None
@@ -133,13 +133,13 @@ def _reinitialized(tensor: Tensor, part: Part, layer: int, role: str) -> Tensor:
 
 
 def _generator(seed: str, what: str, layer: int, role: str) -> torch.Generator:
-    """Random numbers of one matrix, which do not depend on what else was drawn before."""
+    """Random numbers for one matrix, independent of any drawn before."""
     digest = hashlib.sha256(f"{seed}/{what}/{layer}/{role}".encode()).digest()
     return torch.Generator().manual_seed(int.from_bytes(digest[:8], "little") >> 1)
 
 
 def _alike(parts: list[Tensor]) -> list[Tensor]:
-    """In one dtype, the widest of theirs."""
+    """The parts in one dtype, the widest of theirs."""
     dtype = parts[0].dtype
     for part in parts[1:]:
         dtype = torch.promote_types(dtype, part.dtype)

@@ -1,6 +1,6 @@
 """`validate_recipe` and `build_moe`: from a recipe to a checkpoint.
 
-What the recipe says is opened and computed here, or by neighbours; how it gets into its place is `assembly.py`'s.
+The sources are opened and the gates computed from here; `assembly.py` writes the checkpoint and puts it into its place.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ from transformers_moe_offload.output.place import expect_place
 
 
 def validate_recipe(recipe: MoeRecipe, *, token: str | None = None, local_files_only: bool = False) -> BuildPlan:
-    """What a recipe comes to: container, tensors, bytes, and what is doubtful about it.
+    """Plan a recipe: container, tensors, bytes, and warnings about what is doubtful.
 
     Reads configs and headers only, of models on the Hub too. Raises an error of ours for what cannot be built.
     """
@@ -72,8 +72,8 @@ def build_moe(
 ) -> MoeBuildInfo:
     """Build a mixture of experts.
 
-    It appears in `folder` when it is complete and checked; until then it is beside it. A build that was killed goes on
-    where it was when it is run again; one that fails a check leaves nothing.
+    The mixture appears in `folder` when it is complete and checked; until then its files are in a folder beside it. A
+    build that was killed resumes when it is run again; one that fails a check leaves nothing.
 
     Args:
         recipe: what to build, from what.
@@ -84,7 +84,7 @@ def build_moe(
         push: upload it to this repository of the Hub when it is done, as `recipe.hub` says.
         token: as in `from_pretrained`.
         local_files_only: as in `from_pretrained`.
-        advance: told of the bytes that are written; without it there is a progress bar.
+        advance: called with the number of bytes just written; without it there is a progress bar.
     """
     folder = Path(folder)
     expect_place(folder, MARKS, overwrite=overwrite)
@@ -111,7 +111,7 @@ def build_moe(
 
 
 def _materials(plan: BuildPlan, device: str, place: Path) -> tuple[Gates, Materials]:
-    """The routers' rows, what of them is kept in a file, and everything else that is not simply read."""
+    """The gates, with a file of their statistics where possible, and the materials that tensors are read from."""
     recipe, num_experts = plan.recipe, plan.shape.num_experts
     names = plan.mixture.names
     experts = [replace(one, name=name) for one, name in zip(recipe.experts, names, strict=False)] or [

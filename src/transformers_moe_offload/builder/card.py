@@ -1,6 +1,6 @@
 """The README.md of a mixture: what it was made of and how, its licence, how large it is, how to load it.
 
-Made of what is in the files beside it, so that it can be made again.
+It is made from the files beside it alone, so that it can be made again.
 """
 
 from __future__ import annotations
@@ -115,7 +115,7 @@ def model_card(
 
 
 def _gates(info: MoeBuildInfo) -> str:
-    """How the routers got their weights, layer by layer where there is something to say."""
+    """How the routers got their weights, with figures for each layer."""
     report = info.gates
     origin = "Those of the mixture of adapters" if report.mode == BAKED else f"Programmed by `{report.mode}`"
     lines = [f"{origin}; condition numbers of the rows, without their mean, by layer:", ""]
@@ -137,19 +137,19 @@ def _gates(info: MoeBuildInfo) -> str:
 
 
 def linked(one: Ancestor) -> str:
-    """A checkpoint's name, leading to the Hub if it is from there."""
+    """A checkpoint's name, as a link if it is on the Hub."""
     return f"[{one.name}](https://huggingface.co/{one.name})" if one.revision else one.name
 
 
 def sources_table(ancestors: Sequence[Ancestor], licence: Verdict) -> str:
-    """What a mixture was made of, with commits and licences."""
+    """A table of the models that a mixture was made of, with commits and licences."""
     licences = {one.source: str(one) for one in licence.sources}
     rows = [(linked(one), f"`{one.revision}`" if one.revision else "", licences.get(one.name, "")) for one in ancestors]
     return table(("model", "commit", "licence"), rows, right=())
 
 
 def table(header: Sequence[str], rows: Sequence[Sequence[str]], right: Sequence[int] | None = None) -> str:
-    """A table in Markdown; all columns but the first are set right, unless `right` says which."""
+    """A table in Markdown; all columns but the first are right-aligned, unless `right` lists others."""
     is_right = range(1, len(header)) if right is None else right
     rule = "|".join("---:" if number in is_right else "---" for number in range(len(header)))
     return "\n".join([f"| {' | '.join(header)} |", f"|{rule}|", *(f"| {' | '.join(row)} |" for row in rows)])

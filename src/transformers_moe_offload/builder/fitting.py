@@ -1,6 +1,6 @@
-"""Do models go together? What makes a mixture impossible is an error, what makes it doubtful a warning.
+"""Do models go together? Differences that make a mixture impossible are errors, doubtful ones are warnings.
 
-Configs, headers and tokenizers only; how much the weights of experts have in common is measured in `checks`.
+Reads configs, headers and tokenizers only; `checks` compares the weights of experts.
 """
 
 from __future__ import annotations
@@ -53,7 +53,7 @@ def expect_mergeable(stems: Sequence[Source], names: Sequence[str]) -> None:
 
 
 def compare(sources: Sequence[Source], stems: Sequence[Source]) -> Iterator[str]:
-    """What is worth knowing about experts that do not quite match the model around them."""
+    """Warnings about experts that do not quite match the model around them."""
     base = stems[0]
     for source in dict.fromkeys(sources):
         for field in _SHOULD_AGREE:
@@ -96,7 +96,7 @@ def _added_tokens(base: Source, source: Source) -> list[str]:
 
 
 def _vocabulary(source: Source) -> dict[str, int] | None:
-    """Tokens and their numbers; None where there is no file that says."""
+    """Tokens and their numbers; None where no file has them."""
     path = next((file for file in source.companions if file.name == _TOKENIZER), None)
     return None if path is None else _read_vocabulary(path)
 

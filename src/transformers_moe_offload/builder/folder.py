@@ -1,4 +1,4 @@
-"""What a mixture's folder holds beside what every checkpoint has, and by which files it tells what it is."""
+"""Files of a mixture's folder that other checkpoints do not have, and the files that identify such a folder."""
 
 from __future__ import annotations
 
@@ -11,13 +11,13 @@ from transformers.utils import CONFIG_NAME
 from transformers_moe_offload.output.place import Marks
 
 RECIPE_NAME = "moe_offload_build.json"
-"""What a mixture's recipe is called beside its weights: with the sources' commits, or how their files can be told."""
+"""File name of a mixture's recipe beside its weights; it has the sources' commits, and fingerprints of their files."""
 
 MARKS = Marks(first=RECIPE_NAME, last=CONFIG_NAME, prefix="moe_offload", is_in_place=False)
 
 
 def without_places(value: Any) -> Any:
-    """A recipe in which folders and files are named without where they are on this machine."""
+    """A recipe with the names of folders and files, without their paths on this machine."""
     if isinstance(value, Mapping):
         return {key: without_places(one) for key, one in value.items()}
     if isinstance(value, list | tuple):
@@ -30,5 +30,5 @@ def without_places(value: Any) -> Any:
 def _is_path(text: str) -> bool:
     try:
         return Path(text).exists()
-    except (OSError, ValueError):  # too long for a name, or with bytes that no name has
+    except (OSError, ValueError):  # too long for a file name, or with bytes that no file name has
         return False

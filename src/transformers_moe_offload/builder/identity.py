@@ -1,4 +1,4 @@
-"""By what a build that was interrupted tells whether it may be gone on with."""
+"""The identity of a build: an interrupted build is resumed only by one with the same identity."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from transformers_moe_offload.tensor_files.fingerprint import fingerprint
 
 
 def build_identity(recipe: MoeRecipe, container: str, ancestors: Sequence[Ancestor]) -> dict[str, Any]:
-    """What a build can only go on by if it is the same; says nothing about where sources are on this machine."""
+    """Everything that has to be the same for a build to be resumed, without the sources' paths on this machine."""
     sources = [
         {
             "name": one.name,
@@ -33,7 +33,7 @@ def build_identity(recipe: MoeRecipe, container: str, ancestors: Sequence[Ancest
 
 
 def _digest(path: Path) -> str | None:
-    """Of a file with text to calibrate with; data sets on the Hub are known by their names."""
+    """SHA-256 of a file with calibration text; None for a data set on the Hub, which is known by its name."""
     if not path.is_file():
         return None
     with path.open("rb") as stream:

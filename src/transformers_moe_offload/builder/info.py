@@ -12,19 +12,20 @@ from transformers_moe_offload.builder.plan import Parameters
 from transformers_moe_offload.builder.sources import Ancestor
 
 INFO_NAME = "moe_offload_info.json"
-"""What it is called beside the weights."""
+"""Name of that file beside the weights."""
 
 
 @dataclass(frozen=True)
 class CheckReport:
-    """What was checked of a mixture, and what came of it."""
+    """Results of the checks of a mixture."""
 
     identity: float
-    """Largest difference of logits, with copies of the base model's blocks as experts, from the base model's."""
+    """Largest difference from the base model's logits, with copies of its blocks as experts."""
     forced_expert: float
-    """The same for every expert alone, from its dense model."""
+    """Largest difference of every expert alone from the logits of its dense model."""
     was_loaded: bool
-    """Whether Transformers has loaded it with its bytes; of large ones only names, shapes and conversions are tried."""
+    """Whether Transformers has loaded the bytes, too; of large mixtures only names, shapes and conversions are
+    tried."""
     similarity: Mapping[str, float]
     """Cosine of each source's blocks with the base model's, the least of three layers."""
 
@@ -38,10 +39,10 @@ class MoeBuildInfo:
     experts: tuple[str, ...]
     experts_per_token: int
     layers: tuple[int, ...]
-    """Those that have experts."""
+    """Layers with experts."""
     dtype: str
     nbytes: int
-    """Of all weights."""
+    """Bytes of all weights."""
     parameters: Parameters
     sources: tuple[Ancestor, ...]
     """Every checkpoint that it was made of, with its commit where there is one."""

@@ -1,7 +1,7 @@
 """What `save_pretrained` of a model class writes: the name, shape and dtype of every tensor.
 
-Asked of the class itself, built on the meta device, so that it is right for whatever version of Transformers is
-installed. Nothing is read.
+The class itself is built on the meta device and asked, so that the answer is right for any installed version of
+Transformers. Nothing is read.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from transformers_moe_offload.hf.upstream import dtype_plan, ignored_on_save, re
 def on_meta(config: PreTrainedConfig, dtype: torch.dtype = torch.float32) -> Any:
     """The model of this config, without memory for its weights."""
     with torch.device("meta"):
-        return AutoModelForCausalLM.from_config(deepcopy(config), dtype=dtype).eval()  # it writes the dtype into it
+        return AutoModelForCausalLM.from_config(deepcopy(config), dtype=dtype).eval()  # this sets its dtype
 
 
 def layout_of(config: PreTrainedConfig, dtype: torch.dtype = torch.float32) -> dict[str, FieldSpec]:
@@ -35,7 +35,7 @@ def layout_of(config: PreTrainedConfig, dtype: torch.dtype = torch.float32) -> d
 
 
 def names_in_memory(config: PreTrainedConfig) -> dict[str, str]:
-    """Names on disk -> names in memory, for all tensors that are stored as they are; experts may not be."""
+    """Names on disk -> names in memory, for all tensors that are stored unconverted; experts may be converted."""
     model = on_meta(config)
     state = _saved(model)
     in_memory = {id(tensor): name for name, tensor in state.items()}

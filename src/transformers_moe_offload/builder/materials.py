@@ -1,4 +1,4 @@
-"""Fetch what is planned: the numbers of every tensor, a piece at a time, in the dtype in which they are written."""
+"""Fetch planned tensors: their elements, a piece at a time, in the dtype in which they are written."""
 
 # E experts, H hidden size, I width of an expert
 
@@ -92,7 +92,7 @@ class Materials:
             yield torch.zeros(spec.shape)
 
     def _stem_values(self, name: str, spec: FieldSpec) -> Iterator[Tensor]:
-        """All of a tensor, or, of a large one that is only copied, some rows at a time."""
+        """A whole tensor, or some rows at a time if it is large and only copied."""
         if len(self.plan.stems) > 1 or spec.nbytes <= _CHUNK_BYTES or len(spec.shape) < 2:
             yield self.stem(name)
             return

@@ -16,18 +16,18 @@ from transformers_moe_offload.untrusted import quoted
 
 @dataclass(frozen=True)
 class Mixture:
-    """What a layer's router chooses from, and what every token visits."""
+    """The experts that a layer's router chooses from, and the shared block that every token visits."""
 
     experts: tuple[Block, ...]
     shared: Block | None
-    """None where there is nothing that every token visits."""
+    """None where there is no shared block."""
     names: tuple[str, ...]
-    """What the experts are called; empty where they are called what their source is."""
+    """The experts' names; an empty one stands for the name of the source."""
     sums: tuple[tuple[Block, ...], ...]
-    """What a token gets that visits one expert only, with weight 1, as blocks of dense models: the expert's source, and
-    the shared expert unless that is in it."""
+    """By expert: the blocks of dense models whose sum a token gets if it visits this expert only, with weight 1: the
+    expert's source, and the shared expert unless the source includes it."""
     base_sum: tuple[Block, ...]
-    """The same where the base model's block is the expert."""
+    """The blocks of such a sum where the base model's block is the expert."""
     is_shared_gated: bool = False
 
     def width(self, widths: Sequence[int]) -> int:
@@ -35,11 +35,11 @@ class Mixture:
         return max(block_width(block, widths) for block in self.experts)
 
     def shared_width(self, widths: Sequence[int]) -> int:
-        """The same of what every token visits."""
+        """The width of the shared block; 0 if there is none."""
         return block_width(self.shared, widths) if self.shared else 0
 
     def halved_gate(self) -> Mixture:
-        """For containers that always have a gate on their shared block: a gate of zeros lets half of it through."""
+        """The mixture with its shared block doubled, for containers that always gate it: gates of zeros halve it."""
         if self.shared is None or self.is_shared_gated:
             return self
         return replace(self, shared=Block(tuple(replace(part, scale=2 * part.scale) for part in self.shared.parts)))
@@ -57,10 +57,10 @@ def origins_of(recipe: MoeRecipe) -> tuple[Origin, ...]:
 
 
 def expect_possible(recipe: MoeRecipe, width: int) -> None:
-    """Raise `RecipeError` for more copies or parts than make sense for a block of so many channels.
+    """Raise `RecipeError` for more copies or parts than make sense for a block of `width` channels.
 
-    Copies cost nothing until they are written, so that a plan of a billion would fill the memory first. A part has a
-    channel at least, and the largest router of a container of ours chooses from some hundred experts.
+    Copies cost nothing until they are written, so a plan of a billion experts would fill the memory first. A part has
+    at least one channel, and the largest routers of our containers choose from some hundred experts.
     """
     limit = max(width, 1024)
     asked = recipe.split or recipe.upcycle
@@ -89,7 +89,7 @@ def mixture_of(recipe: MoeRecipe) -> Mixture:
         experts, names = _copies(recipe)
     else:
         parts = [_part(recipe, origins, expert, f"expert {n}") for n, expert in enumerate(recipe.experts)]
-        # The weights of a token's experts add up to 1, so that with the shared expert they add up to the sources.
+        # The weights of a token's experts add up to 1, so that experts and shared expert add up to the sources.
         taken = tuple(
             replace(part, scale=-part.scale)
             for part, expert in zip(shared, recipe.shared_experts, strict=True)
@@ -117,9 +117,9 @@ def _part(recipe: MoeRecipe, origins: Sequence[Origin], expert: Expert, seed: st
 def _copies(recipe: MoeRecipe) -> tuple[tuple[Block, ...], tuple[str, ...]]:
     """Copies of one block, each cut into parts (arXiv 2410.07524).
 
-    A token's experts have weights that add up to 1, but the parts of a block have to be added with weight 1 each;
-    times the number of parts, the sum over all experts with equal weights is the dense block. The paper takes the
-    third root on each matrix; on `down` alone it is exact, as the activation is not linear.
+    A token's experts have weights that add up to 1, but the parts of a block have to be added with weight 1 each.
+    Scaled by the number of parts, the sum over all experts with equal weights is the dense block. The paper scales each
+    matrix by the third root; scaling `down` alone is exact, as the activation is not linear.
     """
     assert recipe.upcycle is not None
     asked = recipe.upcycle

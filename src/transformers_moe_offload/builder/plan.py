@@ -54,7 +54,7 @@ class SharedGateRow(NamedTuple):
 
 
 class Zeros(NamedTuple):
-    """Nothing but zeros."""
+    """Zeros only."""
 
 
 Piece = FromStem | FromBlock | RouterRows | SharedGateRow | Zeros
@@ -77,7 +77,7 @@ class Parameters:
     routers: int
     shared: int
     active: int
-    """Those that one token meets, embeddings and head included."""
+    """Those that one token uses, embeddings and head included."""
 
     @property
     def total(self) -> int:
@@ -87,25 +87,25 @@ class Parameters:
 
 @dataclass(frozen=True)
 class BuildPlan:
-    """What a recipe comes to."""
+    """A mixture to be built: everything that follows from a recipe and its models."""
 
     recipe: MoeRecipe
     container: Container
     config: PreTrainedConfig
-    """Of what is built."""
+    """The mixture's config."""
     shape: MoeShape
     dtype: torch.dtype
     mixture: Mixture
     sources: tuple[Source, ...]
-    """What experts are made of, in the order of `mixture.origins_of`; the first is the base model."""
+    """The models that experts are made of, in the order of `mixture.origins_of`; the first is the base model."""
     stems: tuple[Source, ...]
-    """What everything else is made of: one model, or the base model and those that are merged into it."""
+    """The models that everything else is made of: one model, or the base model and those that are merged into it."""
     tensors: tuple[PlannedTensor, ...]
-    """In the order in which they are written: a layer's after another's, an expert's side by side."""
+    """In the order in which they are written: layer by layer, the matrices of an expert side by side."""
     parameters: Parameters
     warnings: tuple[str, ...]
     licence: Verdict = field(default_factory=lambda: judged(()))
-    """Of the mixture, by its sources' cards."""
+    """The mixture's licence, by its sources' cards."""
 
     @property
     def base(self) -> Source:
@@ -119,12 +119,12 @@ class BuildPlan:
 
     @property
     def stem_names(self) -> tuple[str, ...]:
-        """The tensors of the dense model that are no expert's."""
+        """Names of the dense model's tensors that belong to no expert."""
         return tuple(piece.name for tensor in self.tensors for piece in tensor.pieces if isinstance(piece, FromStem))
 
     @property
     def read_of(self) -> tuple[tuple[Source, tuple[str, ...]], ...]:
-        """What is read of each model: all of those that make the stem, and of others the blocks that become experts."""
+        """The tensors that are read of each model: all of models for the stem, else the blocks that become experts."""
         blocks = tuple(name for layer in self.shape.layers for name in self.container.dense_matrices(layer).values())
         whole = [(source, tuple(source.tensors)) for source in (self.base, *self.stems)]
         return (*whole, *((source, blocks) for source in self.sources[1:]))
@@ -136,12 +136,12 @@ class BuildPlan:
 
     @property
     def ffn(self) -> dict[int, str]:
-        """Where the dense model has the blocks that experts take the place of."""
+        """By layer, the path of the dense block that experts replace."""
         return {layer: self.container.ffn(layer) for layer in self.shape.layers}
 
 
 def plan_build(recipe: MoeRecipe, sources: Sequence[Source], stems: Sequence[Source]) -> BuildPlan:
-    """What to write for a recipe, given its models, opened."""
+    """The plan for a recipe, given its opened models."""
     base, config = sources[0], sources[0].config
     expect_possible(recipe, _widest(config))
     mixture = mixture_of(recipe)
@@ -201,7 +201,7 @@ def _widest(config: PreTrainedConfig) -> int:
 
 
 def _narrowest(base: Source) -> torch.dtype:
-    """The dtype that most models are stored in; an adapter's tensors are wider than its model's."""
+    """The narrowest dtype of the base model's tensors; those that an adapter changes are wider, in float32."""
     name = min((one.dtype for one in base.tensors.values()), key=lambda dtype: ITEMSIZE[dtype])
     dtype: torch.dtype = getattr(torch, name)
     return dtype
@@ -212,13 +212,14 @@ def _width(source: Source, names: Callable[[int], Mapping[str, str]], layers: Se
 
 
 def _names(mixture: Mixture, sources: Sequence[Source]) -> tuple[str, ...]:
-    """What experts are called: as the recipe says, or as their source is, whose place on this machine is nobody's."""
+    """The experts' names: those in the recipe, else their sources' names, which contain no paths on this machine."""
     first = (block.parts[0].source for block in mixture.experts)
     return tuple(name or sources[source].name for name, source in zip(mixture.names, first, strict=True))
 
 
 def _aligned(width: int) -> int:
-    """Transformers' grouped product of experts needs rows of whole 16 bytes, in any dtype; the dense model does not."""
+    """The next multiple of 8: Transformers' grouped product of experts needs rows of whole 16 bytes; dense models do
+    not."""
     return -(-width // 8) * 8
 
 
@@ -260,7 +261,7 @@ def _tensors(
 def _block_tensors(
     container: Container, shape: MoeShape, layer: int, layout: Mapping[str, FieldSpec]
 ) -> Iterator[tuple[str, tuple[Piece, ...]]]:
-    """What a container has in place of a layer's dense block."""
+    """The tensors that a container has in place of a layer's dense block."""
     yield container.router(layer), (RouterRows(layer),)
     for name in container.zeros(layer):
         yield name, (Zeros(),)
@@ -290,7 +291,7 @@ def _kind(tensor: PlannedTensor) -> str:
 
 
 def _layer_of(name: str) -> int:
-    """The decoder layer that a tensor belongs to; -1 for those of none, which come first."""
+    """The decoder layer that a tensor belongs to; -1 for tensors outside of layers, which come first."""
     found = re.search(r"\.layers\.(\d+)\.", name)
     return int(found[1]) if found else -1
 

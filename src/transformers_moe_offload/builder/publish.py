@@ -35,12 +35,12 @@ def publish(
 ) -> str:
     """Upload a checkpoint that was built, with its card and its recipe; returns where it is.
 
-    Every weight file is checked first. After an interruption it can be run again: what the Hub has is not sent twice.
+    Every weight file is checked first. After an interruption it can be run again: files on the Hub are not sent twice.
 
     Args:
         folder: what `build_moe` has written, or one of the functions that edit a mixture.
         repo_id: the repository; it is created where it is missing.
-        private: whether a new one is private; None means as the account has it.
+        private: whether a new one is private; None means the account's default.
         revision: branch to upload to; created where it is missing.
         create_pr: upload as a pull request.
         token: of the account; None means the one that `hf auth login` has stored.
@@ -54,15 +54,15 @@ def publish(
 
 
 def is_built(folder: Path) -> bool:
-    """Whether a folder holds what `build_moe` writes, or has begun to."""
+    """Whether a folder holds a checkpoint that `build_moe` has written or begun."""
     return (folder / RECIPE_NAME).is_file()
 
 
 def check_built(folder: Path, advance: Callable[[int], None] = lambda nbytes: None) -> None:
     """Read all of a checkpoint and compare it with its index and with the checksums of files that have them.
 
-    Raises `CheckpointError` for the first thing that is missing, or not as it was written; `advance` hears of the bytes
-    read.
+    Raises `CheckpointError` for the first thing that is missing, or not as it was written; `advance` is called with the
+    numbers of bytes read.
     """
     index = folder / SAFE_WEIGHTS_INDEX_NAME
     weights = sorted(folder.glob("model*.safetensors"))

@@ -1,8 +1,8 @@
-"""Merge what is no expert: one tensor of several models that were tuned from one base, as its average, by TIES or DARE.
+"""Merge the stem: one tensor of several models that were tuned from one base, by averaging, TIES or DARE.
 
-All of them take the differences to the base, combine them and add them to it. In float32, some elements at a time:
-beside the tensors that are given and the result, memory does not grow with them. Which models there are is in
-`plan.py`.
+Each method takes the differences to the base, combines them and adds the result to the base. It computes in float32,
+some elements at a time: beside the given tensors and the result, memory does not grow with their size. `plan.py` says
+which models are merged.
 """
 
 # M models beside the base, N elements of one tensor
@@ -94,7 +94,7 @@ _METHODS = {"average": _average, "ties": _ties, "dare": _dare}
 
 
 def _blocks(base: Tensor, others: Sequence[Tensor]) -> Iterator[tuple[slice, Tensor, Tensor]]:
-    """Where some elements are, the base's, (n,) float32, and the differences to them, (M, n) float32."""
+    """The slice of some elements, the base's values, (n,) float32, and the differences to these, (M, n) float32."""
     flat = base.reshape(-1)
     flat_others = [other.reshape(-1) for other in others]
     for start in range(0, flat.numel(), _BLOCK):
@@ -106,8 +106,8 @@ def _blocks(base: Tensor, others: Sequence[Tensor]) -> Iterator[tuple[slice, Ten
 def _kth_largest(base: Tensor, other: Tensor, k: int) -> Tensor:
     """The k-th largest magnitude of a difference, () float32; k counts from 1.
 
-    By counting: the bits of non-negative floats are in their order (IEEE 754), so a histogram of the upper half and one
-    of the lower half find it, without an index for every element as `torch.topk` makes one.
+    By counting: the bits of non-negative floats, read as integers, have the floats' order (IEEE 754), so a histogram of
+    the upper half and one of the lower half find it, without an index for every element as `torch.topk` makes one.
     """
     coarse, above = _descend(_bits(base, other), _FINE_BITS, 2**_COARSE_BITS, k)
     matching = (bits[(bits >> _FINE_BITS) == coarse] & (2**_FINE_BITS - 1) for bits in _bits(base, other))
@@ -116,7 +116,7 @@ def _kth_largest(base: Tensor, other: Tensor, k: int) -> Tensor:
 
 
 def _descend(bits: Iterator[Tensor], shift: int, num_bins: int, k: int) -> tuple[int, int]:
-    """The bin that the k-th largest is in, and how many are in those above it."""
+    """The bin of the k-th largest value, and how many values are in the bins above it."""
     counts = torch.zeros(num_bins, dtype=torch.int64)
     for block in bits:
         counts += torch.bincount(block >> shift, minlength=num_bins)
@@ -126,7 +126,7 @@ def _descend(bits: Iterator[Tensor], shift: int, num_bins: int, k: int) -> tuple
 
 
 def _bits(base: Tensor, other: Tensor) -> Iterator[Tensor]:
-    """The magnitudes of a difference as whole numbers in their order, (n,) int32."""
+    """The magnitudes of a difference as integers in the same order, (n,) int32."""
     for _, _, difference in _blocks(base, [other]):
         yield difference[0].abs().view(torch.int32)
 

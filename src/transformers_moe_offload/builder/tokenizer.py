@@ -15,7 +15,7 @@ from transformers_moe_offload.hub.companions import is_tokenizer_file
 
 
 def tokenizer_for(recipe: MoeRecipe, base: Source) -> Any:
-    """The base model's, if texts are to be read; a mixture without them can do without one, and gets None."""
+    """The base model's tokenizer if the recipe has texts to read; else None."""
     texts: list[Any] = [recipe.split.dataset] if recipe.split is not None and recipe.split.dataset is not None else []
     if recipe.gate.mode not in DRAWN:
         texts += [text for expert in recipe.experts for text in (*expert.positive_prompts, expert.dataset) if text]
@@ -28,7 +28,7 @@ def tokenizer_for(recipe: MoeRecipe, base: Source) -> Any:
 
 
 def read_tokenizer(folder: Path, name: str) -> Any:
-    """The tokenizer in a folder, or an error of ours that calls it by the name of its model."""
+    """The tokenizer in a folder; raises an error of ours that names its model."""
     try:
         return AutoTokenizer.from_pretrained(folder, local_files_only=True)
     except (OSError, ValueError) as error:

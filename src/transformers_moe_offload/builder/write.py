@@ -1,6 +1,6 @@
-"""Write the tensors of a plan, shard by shard: one piece of one tensor is in memory, and the next one being read.
+"""Write the tensors of a plan, shard by shard: one piece of a tensor is in memory while the next one is read.
 
-What is written does not depend on how it is cut into shards, nor on interruptions: finished shards stay, and the
+The tensors written do not depend on the division into shards, nor on interruptions: finished shards stay, and the
 others are written again.
 """
 
@@ -29,7 +29,7 @@ INDEX_NAME: str = SAFE_WEIGHTS_INDEX_NAME
 
 
 def weight_shards(plan: BuildPlan, max_shard_bytes: int) -> list[WeightShard]:
-    """The weight files. An expert is in one of them, its gate before its up, so that it can be mapped where it lies."""
+    """The weight files. Each expert is in one file, its gate before its up, so that it can be mapped in place."""
     groups: list[list[PlannedTensor]] = []
     room = 0
     for _, members in groupby(plan.tensors, key=_unit):
@@ -64,7 +64,7 @@ def write_weights(
 
 
 def _unit(tensor: PlannedTensor) -> Any:
-    """What stays together: an expert, or a tensor that belongs to none."""
+    """The key of tensors that stay in one file: an expert's, or one tensor that belongs to no expert."""
     piece = tensor.pieces[0]
     experts = {one.matrix.expert for one in tensor.pieces if isinstance(one, FromBlock)}
     if isinstance(piece, FromBlock) and len(experts) == 1:
@@ -87,7 +87,7 @@ def _values(materials: Materials, tensors: Iterable[PlannedTensor]) -> Iterator[
 def _ahead(
     reader: ThreadPoolExecutor, values: Iterator[tuple[PlannedTensor, Tensor]]
 ) -> Iterator[tuple[PlannedTensor, Tensor]]:
-    """The same values, the next of which is fetched while one is used."""
+    """The same values; the next one is fetched while one is used."""
     coming = reader.submit(next, values, None)
     while (found := coming.result()) is not None:
         coming = reader.submit(next, values, None)

@@ -1,1 +1,1 @@
-"""Mixtures of adapters: experts that stay what they are, LoRA adapters, around one dense model."""
+"""Mixtures of adapters: one dense model whose experts are LoRA adapters, kept unmerged."""

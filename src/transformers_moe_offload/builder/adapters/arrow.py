@@ -1,4 +1,4 @@
-"""Rows of routers that are read off the adapters themselves (Arrow, arXiv 2405.11157, section 3.2)."""
+"""Rows of routers, computed from the adapters' weights alone (Arrow, arXiv 2405.11157, section 3.2)."""
 
 # E adapters, R rank, I inputs, O outputs of a linear layer
 

@@ -1,7 +1,8 @@
 """`bake_adapters`: a mixture of adapters as a mixture of dense blocks, each with its adapter merged.
 
-Possible where the two compute the same: a router for each feed-forward block, softmax over the chosen ones, and
-adapters that add to nothing else. The routers' rows stay what they are, trained or not.
+Possible where both compute the same: a router for each feed-forward block, softmax over the chosen adapters, and
+adapters on feed-forward blocks only. The routers' rows, trained or not, are divided by the temperature and otherwise
+kept.
 """
 
 # E experts, H hidden size
@@ -83,7 +84,7 @@ def bake_adapters(
     )
     plan = plan_build(recipe, [base, *adapters], [base])
     _expect_same(plan, config, folder, routers)
-    # What all the adapters' licences come to is in the mixture's card.
+    # The mixture's card has the licence that follows from all the adapters' licences.
     verdict = judged([licence_of(base.name, base.card)], recipe.checks.licence)
     plan = replace(plan, licence=verdict, warnings=(*plan.warnings, *verdict.warnings))
     companions = {file.name: published(file) for file in base.companions}
@@ -103,10 +104,10 @@ def bake_adapters(
 
 
 def _config(folder: Path) -> AdapterMoeConfig:
-    """The mixture's; raises an error of ours for what is none, or chooses in another way than a container's routers."""
+    """The mixture's config; raises an error of ours for another kind of model, and for routers unlike a container's."""
     try:
         config = AutoConfig.from_pretrained(folder, local_files_only=True)
-    except Exception as error:  # what classes of configs make of values that they do not expect, each in its way
+    except Exception as error:  # config classes raise all kinds of errors for unexpected values
         raise CheckpointError(f"cannot read the config of {folder}: {' '.join(str(error).split())}") from error
     if not isinstance(config, AdapterMoeConfig):
         raise RecipeError(f"{folder} is a {config.model_type}; only a mixture of adapters (adapter_moe) is baked")
@@ -125,8 +126,8 @@ def _adapter(base: CheckpointSource, folder: Path, name: str) -> AdapterSource:
 
 
 def _expect_same(plan: BuildPlan, config: AdapterMoeConfig, folder: Path, routers: Mapping[str, StoredTensor]) -> None:
-    """Routers are those of feed-forward blocks and no others, so that adapters add to nothing else; and they score as
-    the container's do."""
+    """Raise unless each feed-forward block has a router, nothing else has one (adapters add to nothing else then), and
+    routers score as the container's do."""
     if plan.container.scores != "softmax":
         raise RecipeError(
             f"{plan.container.name} scores experts by {plan.container.scores}, and {folder} by softmax; set container "

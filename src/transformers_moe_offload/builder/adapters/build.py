@@ -54,7 +54,7 @@ CHECKED_UP_TO = 256 * 2**20
 TOLERANCE = 1e-4
 """Of the largest logit: in float32, rounding gives 1e-6."""
 NUM_CHECKED = 8
-"""Adapters whose logits are compared, evenly over all."""
+"""Number of adapters whose logits are compared, spread evenly over all."""
 
 
 @dataclass(frozen=True)
@@ -64,7 +64,7 @@ class AdapterMoeInfo:
     folder: Path
     adapters: tuple[str, ...]
     parameters: dict[str, int]
-    """`dense`, `routers`, and `adapters`, all of them together."""
+    """Counts of `dense`, `routers`, and `adapters` (all adapters together)."""
     sources: tuple[dict[str, str | None], ...]
     """Every checkpoint that it is made of, with its commit where there is one."""
     gates: GateReport | None
@@ -73,7 +73,7 @@ class AdapterMoeInfo:
     large to be compared."""
 
     def as_dict(self) -> dict[str, Any]:
-        """The same for JSON, without the folder."""
+        """The fields as JSON can hold them, without the folder."""
         return {name: value for name, value in asdict(self).items() if name != "folder"} | {"container": "adapter_moe"}
 
 
@@ -91,8 +91,8 @@ def build_adapter_moe(
 ) -> AdapterMoeInfo:
     """Build a mixture of adapters; the arguments are those of `build_moe`.
 
-    The adapters' files are copied as they are. Each of some adapters, alone, has to give the logits of the dense model
-    that it is merged into.
+    The adapters' files are copied unchanged. For some of the adapters, the mixture with that adapter alone must give
+    the logits of the dense model with the adapter merged into it.
     """
     folder = Path(folder)
     expect_place(folder, MARKS, overwrite=overwrite)
@@ -120,7 +120,7 @@ def build_adapter_moe(
             write_text(place / SAFE_WEIGHTS_INDEX_NAME, as_json(index_of(shards)))
         for file in plan.base.companions:
             write_bytes(place / file.name, published(file))
-        # The classes themselves, for those who do not have the package.
+        # The model classes go along, so that the mixture loads without the package.
         for own in (plan.config, on_meta(plan.config)):
             custom_object_save(own, place, config=plan.config)
         write_text(place / CONFIG_NAME, plan.config.to_json_string())
@@ -201,7 +201,7 @@ def _check(plan: AdapterPlan, place: Path) -> float | None:
             logits = model(input_ids=tokens, use_cache=False).logits
         expected = _merged_logits(plan, number, tokens)
         difference, allowed = (logits - expected).abs().max().item(), TOLERANCE * expected.abs().max().item()
-        if not difference <= allowed:  # also where it is not a number
+        if not difference <= allowed:  # also raises for NaN
             raise CheckFailedError(
                 f"forced expert: {plan.adapters[number].name} alone does not give what it gives merged into "
                 f"{plan.base.name}: logits are off by {difference:.2g}, and {allowed:.2g} can be rounding"
@@ -211,12 +211,12 @@ def _check(plan: AdapterPlan, place: Path) -> float | None:
 
 
 def _spread(count: int) -> Sequence[int]:
-    """Some numbers below a count, first and last among them."""
+    """Up to `NUM_CHECKED` numbers below a count, spread evenly, the first and the last among them."""
     return sorted({round(step * (count - 1) / max(1, NUM_CHECKED - 1)) for step in range(NUM_CHECKED)})
 
 
 def _merged_logits(plan: AdapterPlan, number: int, tokens: Tensor) -> Tensor:
-    """Of the dense model with one adapter merged into it."""
+    """Logits of the dense model with one adapter merged into it."""
     dense = AutoModelForCausalLM.from_config(plan.base.config, dtype=torch.float32).eval()
     dense.load_state_dict({name: one for name, one in _merged(plan, number)}, strict=False)
     dense.tie_weights()
@@ -228,6 +228,6 @@ def _merged(plan: AdapterPlan, number: int) -> Iterator[tuple[str, Tensor]]:
     dense = plan.adapters[number].dense
     stored = {name: torch_dtype(spec.dtype) for name, spec in plan.dense.items()}
     for name in plan.base.tensors:
-        # What the mixture rounds, the merged model rounds too: the base, not the sum.
+        # The mixture rounds the base's weights, not the sum with the adapter's; the merged model must round the same.
         delta = dense.read(name).float() - plan.base.read(name).float()
         yield name, plan.base.read(name).to(stored[name]).float() + delta

@@ -63,7 +63,7 @@ def adapters_card(
 ) -> str:
     """The card of the mixture `name`, an id on the Hub or a folder's.
 
-    The base model alone is its `base_model`: of a list the Hub would say that they were merged.
+    `base_model` names the base model alone: the Hub shows a list as a merge.
     """
     base = plan.base.ancestors[0]
     origin: dict[str, Any] = {"base_model": base.name, "base_model_relation": "adapter"} if base.revision else {}

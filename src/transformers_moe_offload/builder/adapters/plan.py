@@ -1,5 +1,5 @@
-"""What a recipe for a mixture of adapters comes to: the config, the tensors, and the adapters' folders. Reads configs
-and headers only."""
+"""Plan a mixture of adapters from its recipe: the config, the tensors, and the adapters' folders. Reads configs and
+headers only."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ from transformers_moe_offload.models.adapter_moe.adapter_folders import CONFIG_N
 from transformers_moe_offload.untrusted import one_line, quoted
 
 PREFIX = "language_model."
-"""What the dense model's names begin with in the mixture."""
+"""Prefix of the dense model's names in the mixture."""
 
 
 @dataclass(frozen=True)
@@ -38,11 +38,11 @@ class Adapter:
     folder: AdapterFolder
     ancestor: Ancestor
     dense: Source
-    """The base model with the adapter merged into it: what the mixture is when it takes nothing else."""
+    """The base model with the adapter merged into it: what the mixture computes with this adapter alone."""
     paths: Mapping[str, int]
     """The linear layers that it adds to -> its rank there."""
     own_weights: tuple[str, ...]
-    """Tensors of the base model that it has other values for."""
+    """Whole tensors in the adapter's file that the base model lacks or has with other values."""
 
 
 @dataclass(frozen=True)
@@ -54,7 +54,7 @@ class AdapterPlan:
     adapters: tuple[Adapter, ...]
     config: AdapterMoeConfig
     tensors: tuple[FieldSpec, ...]
-    """Of the dense model and of the routers, by their names in the mixture."""
+    """Tensors of the dense model and of the routers, with their names in the mixture."""
     licence: Verdict
 
     @cached_property
@@ -107,7 +107,7 @@ def plan_adapters(recipe: MoeRecipe, *, token: str | None = None, local_files_on
 
 
 def _names(experts: Sequence[Expert]) -> list[str]:
-    """What the adapters are called: by the recipe, or by their folders."""
+    """The adapters' names: from the recipe, else from their folders."""
     names = []
     for number, expert in enumerate(experts):
         _expect_plain(number, expert)
@@ -121,7 +121,7 @@ def _names(experts: Sequence[Expert]) -> list[str]:
 
 
 def _expect_plain(number: int, expert: Expert) -> None:
-    """Adapters stay as they are: what changes weights is refused, not ignored."""
+    """Refuse sources that are more than an adapter, and options that change weights: adapters are copied unchanged."""
     if expert.source is None or expert.source.adapter is None or expert.source.model is not None:
         raise RecipeError(
             f"experts.{number}: kind: adapter_moe mixes adapters of the base model; set source to "
@@ -175,7 +175,7 @@ def _config(recipe: MoeRecipe, base: Source, adapters: Sequence[Adapter]) -> Ada
             ranks[path] = max(rank, ranks.get(path, 0))
     try:
         return AdapterMoeConfig(
-            # Without the folder that it was read from, which of a config inside of another would be written.
+            # Without `_name_or_path`: for a config inside of another, that folder would be written, too.
             text_config={key: value for key, value in base.config.to_dict().items() if key != "_name_or_path"},
             adapters=[adapter.name for adapter in adapters],
             target_modules=sorted({path.rpartition(".")[2] for path in ranks}),
@@ -191,7 +191,7 @@ def _config(recipe: MoeRecipe, base: Source, adapters: Sequence[Adapter]) -> Ada
 
 
 def _stored_dtype(base: Source) -> str:
-    """The dtype of most of the base model."""
+    """The dtype of most of the base model's tensors."""
     dtypes = [one.dtype for one in base.tensors.values()]
     return max(set(dtypes), key=dtypes.count)
 

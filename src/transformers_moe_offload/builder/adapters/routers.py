@@ -1,4 +1,4 @@
-"""What every router of a mixture of adapters reads, and the rows that it gets."""
+"""The inputs and the rows of every router of a mixture of adapters."""
 
 # E adapters, I inputs of a router
 
@@ -30,12 +30,12 @@ class RouterSite:
     """Where one router is."""
 
     name: str
-    """Of its weight in the mixture."""
+    """Name of its weight in the mixture."""
     path: str
-    """The dense model's module that reads what the router reads; for a router on the embeddings its first layer."""
+    """The dense model's module with the router's input; on the embeddings, the first layer with adapters."""
     layer: int
     linears: tuple[str, ...]
-    """Paths of the linear layers with adapters that read the same, too."""
+    """Paths of the linear layers with adapters that have the same input."""
     num_inputs: int
 
 
@@ -55,9 +55,9 @@ def router_sites(plan: AdapterPlan) -> list[RouterSite]:
             found.append(RouterSite(name, path, 0, (), num_inputs))
             continue
         below = {one: size for one, size in linears.items() if one == path or one.startswith(f"{path}.")}
-        # Of a feed-forward block, those that read its input: the last one reads what is between them.
+        # The linear layers of a feed-forward block that read its input; the last one reads intermediate activations.
         same = tuple(one for one, size in below.items() if size == num_inputs and not _is_last(one, below))
-        in_layer = _LAYER.match(path)  # the head is in none; only routers that are programmed need to be
+        in_layer = _LAYER.match(path)  # the head is in no layer; only programmed routers need one
         found.append(RouterSite(name, path, int(in_layer["layer"]) if in_layer else 0, same or (path,), num_inputs))
     return found
 
@@ -65,7 +65,7 @@ def router_sites(plan: AdapterPlan) -> list[RouterSite]:
 def router_rows(
     plan: AdapterPlan, *, device: str = "cpu", advance: Callable[[int], None] | None = None
 ) -> tuple[dict[str, Tensor], GateReport | None]:
-    """The rows (E, I) float32 of every router by its name, and what is said of those that were programmed.
+    """The rows (E, I) float32 of every router by its name, and the report on those that were programmed.
 
     Routers in the same place of each decoder layer are programmed together, with one pass of the texts.
     """
@@ -94,7 +94,7 @@ def router_rows(
         )
         report = report or gates.report
         for site in group:
-            # Rows that are scaled to an entropy are so with the temperature.
+            # Logits are divided by the temperature, so rows that were scaled to an entropy are multiplied by it.
             rows[site.name] = gates.rows[site.layer] * (routing.temperature if gate.scale == "auto" else 1.0)
             if rows[site.name].shape[1] != site.num_inputs:
                 raise RecipeError(
@@ -105,7 +105,7 @@ def router_rows(
 
 
 def _drawn(plan: AdapterPlan, gate: Gate, number: int, site: RouterSite) -> Tensor:
-    """Rows that read no text; every router draws others."""
+    """Rows that are drawn without text, from another seed for every router."""
     config = plan.base.config
     spread = getattr(config, "initializer_range", 0.02)
     return drawn_rows(
@@ -128,5 +128,5 @@ def _matched(path: str) -> re.Match[str]:
 
 
 def _is_last(path: str, below: dict[str, int]) -> bool:
-    """Whether a linear layer of a block is the one that leads out of it."""
+    """Whether a linear layer is the output projection of a block of several."""
     return len(below) > 1 and path.endswith(("down_proj", "fc2", "c_proj", "w2"))

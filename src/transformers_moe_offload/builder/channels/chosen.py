@@ -22,7 +22,7 @@ from transformers_moe_offload.builder.sources.base import Source
 from transformers_moe_offload.errors import RecipeError
 
 _GATE, _DOWN = ("gate_proj", "w1"), ("down_proj", "w2")
-"""What families call these matrices."""
+"""Names of these matrices in families of models."""
 
 
 def channels_of(
@@ -36,8 +36,8 @@ def channels_of(
 ) -> Callable[[int], Parts]:
     """Layer -> the channels of each part of its block; the first `split.shared` parts are the shared ones.
 
-    `k_means` goes by the rows of the gate projection, which decide when a channel is active. For `co_activation` the
-    calibration text goes through the model here and now.
+    `k_means` clusters the rows of the gate projection, which decide when a channel is active. `co_activation` runs the
+    calibration text through the model before this function returns.
     """
     if split.method == "co_activation":
         chosen = _by_activation(split, base, tokenizer, ffn, device=device, advance=advance)
@@ -75,7 +75,7 @@ def _by_activation(
 
 
 class _Taker:
-    """Looks at what goes into the down projection: the channels' activations."""
+    """Computes parts from the inputs of the down projection: the channels' activations."""
 
     def __init__(self, split: Split, windows: Windows) -> None:
         self._split, self._windows = split, windows

@@ -1,7 +1,7 @@
 """Parts of channels that are active for the same tokens (as MoEfication does it, arXiv 2110.01786).
 
-What a channel adds is its activation times its column of the down projection. For each token the largest activations
-count as active; channels are clustered by the tokens for which they are.
+A channel adds its activation times its column of the down projection. For each token the largest activations count as
+active; channels are clustered by the tokens that they are active for.
 """
 
 # I channels, N tokens, n parts
@@ -15,7 +15,7 @@ from transformers_moe_offload.builder.channels.k_means import balanced_k_means
 from transformers_moe_offload.builder.channels.parts import Parts, parts_of, sizes_of
 
 ACTIVE_SHARE = 0.2
-"""Channels that count as active for a token; each is known then by about 100 of 512 sampled tokens."""
+"""Share of channels that count as active for a token; each channel is then active for about 100 of 512 tokens."""
 
 
 def active(activations: Tensor) -> Tensor:

@@ -1,7 +1,7 @@
 """Parts of channels that are alike: k-means in which every cluster has its given size.
 
-LLaMA-MoE (arXiv 2406.16554) clusters rows of a block's matrices so. Here a channel is assigned to the
-nearest cluster with room; where too many want one, those get it that would lose most by going elsewhere.
+LLaMA-MoE (arXiv 2406.16554) clusters rows of a block's matrices so. Here a channel is assigned to the nearest cluster
+with room; a cluster that is nearest to too many channels takes those that would lose most in another.
 """
 
 # I channels, n parts, D dimensions
@@ -48,7 +48,7 @@ def balanced_k_means(rows: Tensor, sizes: Sequence[int], *, seed: int, metric: M
 
 
 def _spread(rows: Tensor, count: int, seed: int) -> Tensor:
-    """Rows to begin with, each drawn in proportion to its squared distance to those before (k-means++)."""
+    """Initial centres: rows, each drawn in proportion to its squared distance to those before (k-means++)."""
     generator = torch.Generator().manual_seed(seed)
     chosen = [int(torch.randint(len(rows), (1,), generator=generator))]
     nearest = _distances(rows, rows[chosen]).flatten()

@@ -1,6 +1,6 @@
 """Parts of a block: how many channels each has, and parts drawn at random.
 
-A gated block is a sum over its channels, so that however they are dealt out the parts add up to the block.
+A gated block is a sum over its channels, so the parts of any partition add up to the block.
 """
 
 # I channels, n parts
@@ -15,7 +15,7 @@ from torch import Tensor
 from transformers_moe_offload.errors import RecipeError
 
 Parts = Sequence[Tensor]
-"""The channels of each part in ascending order, int64; every channel is in one."""
+"""The channels of each part in ascending order, int64; every channel is in exactly one."""
 
 
 def sizes_of(num_channels: int, num_parts: int) -> list[int]:
@@ -33,5 +33,5 @@ def random_parts(num_channels: int, num_parts: int, *, seed: int) -> Parts:
 
 
 def parts_of(labels: Tensor, num_parts: int) -> Parts:
-    """From which part each channel is in, (I,) int64, to the channels of each part."""
+    """The channels of each part, given the part of each channel, (I,) int64."""
     return [(labels == part).nonzero().flatten() for part in range(num_parts)]

@@ -1,4 +1,4 @@
-"""Is the mixture what the recipe asked for? Asked of the files that were written, before they are in their place."""
+"""Is the mixture what the recipe asked for? Checks on the written files, before they are moved into their place."""
 
 from __future__ import annotations
 
@@ -6,4 +6,4 @@ from transformers_moe_offload.errors import RecipeError
 
 
 class CheckFailedError(RecipeError):
-    """A mixture that was written and is not what it should be; its files are removed."""
+    """A mixture failed a check after it was written; its files are removed."""

@@ -1,10 +1,11 @@
 """Two comparisons of logits, in one pass through each of two models: the mixture that was written, and dense models.
 
-Identity: experts that are all the base model's block have to give what the base model's block gives, whatever the
-router says. Forced expert: all that is routed to expert e has to come out as if the dense model had e's block.
-The mixture's tensors are read from its files; the dense model's from the sources, along the same way as they were
-written but for the names. One layer, and in it one expert, are in memory at a time; matrices that are stored as they
-are needed are looked at in the page cache.
+Identity: a mixture whose experts are all copies of the base model's block must give the base model's logits, whatever
+the router chooses. Forced expert: with every token routed to expert e, the mixture must give the logits of the dense
+model with e's block.
+The mixture's tensors are read from its files; the dense model's are read from the sources by the code that also wrote
+the mixture, under other names. One layer, and in it one expert, are in memory at a time; matrices that are stored in
+the dtype they are needed in are mapped from the page cache.
 """
 
 # B texts: one for each expert, and one for the base model's block. T tokens in each, E experts, H hidden size
@@ -31,15 +32,15 @@ from transformers_moe_offload.tensor_files.mapped_tensors import MappedTensors
 from transformers_moe_offload.tensor_files.reading import read_stored
 
 NUM_TOKENS = 12
-"""In each text: enough for attention to matter, few enough for the blocks not to take longer than reading them."""
+"""In each text: enough for attention to matter, few enough that reading blocks takes longer than computing them."""
 MAX_VOCABULARY = 128
-"""Entries that are used, evenly over all: embeddings and head of a small model can be larger than all the rest."""
+"""Entries that are used, spread evenly: embeddings and head of a small model can be larger than all the rest."""
 TOLERANCE = 1e-4
-"""Of the largest logit. Rounding gives 1e-6 with small models and 1e-5 with deep ones; what is wrong gives 1e-2."""
+"""Of the largest logit. Rounding gives 1e-6 with small models and 1e-5 with deep ones; errors give 1e-2."""
 
 
 def check_logits(materials: Materials, stored: Mapping[str, StoredTensor]) -> tuple[float, float]:
-    """Compare, or raise `CheckFailedError`. The largest differences: identity's, and of all experts forced."""
+    """Compare, or raise `CheckFailedError`. Returns the largest differences: identity's, and of all forced experts."""
     plan = materials.plan
     vocabulary = _spread(plan.config.vocab_size)
     num_texts = plan.shape.num_experts + 1
@@ -51,7 +52,7 @@ def check_logits(materials: Materials, stored: Mapping[str, StoredTensor]) -> tu
     differences = (found - expected).abs().amax(dim=(1, 2))
     allowed = TOLERANCE * max(1.0, float(expected.abs().max()))
     for number, difference in reversed(list(enumerate(differences.tolist()))):  # identity first: it is about the class
-        if not difference <= allowed:  # also where it is not a number
+        if not difference <= allowed:  # also raises for NaN
             raise CheckFailedError(_message(materials, number, difference, allowed))
     return float(differences[-1]), float(differences[:-1].max())
 
@@ -122,7 +123,7 @@ def _experts(materials: Materials, stored: Mapping[str, StoredTensor], layer: in
 
 
 def _dense(materials: Materials, vocabulary: Tensor) -> Twin:
-    """The base model, whose blocks are other ones for each text."""
+    """The base model, with other blocks for each text."""
     plan = materials.plan
     dtypes = {tensor.spec.name: torch_dtype(tensor.spec.dtype) for tensor in plan.tensors}
 
@@ -200,7 +201,7 @@ def _rounded(materials: Materials, block: Block, layer: int, role: str, sight: M
 
 
 def _joined(first: Tensor, second: Tensor) -> Tensor:
-    """One matrix below another: (A, H), (B, H) -> (A + B, H); where they lie so in a file, there."""
+    """One matrix below another: (A, H), (B, H) -> (A + B, H); without a copy where they are neighbours in a file."""
     rows, width = len(first) + len(second), first.shape[1]
     are_neighbours = (
         first.untyped_storage().data_ptr() == second.untyped_storage().data_ptr()

@@ -1,7 +1,7 @@
 """Does Transformers load what was written, with nothing missing and nothing unexpected?
 
-A small mixture is loaded as a user would, and has to say something. Of a large one, names, shapes and conversions go
-through the same code without their bytes.
+A small mixture is loaded as a user would load it, and its logits must be finite. For a large one, names, shapes and
+conversions go through the same code, without the bytes.
 """
 
 from __future__ import annotations
@@ -20,13 +20,13 @@ from transformers_moe_offload.dtypes import torch_dtype
 from transformers_moe_offload.tensor_files.index import StoredTensor
 
 WHOLE_UP_TO = 256 * 2**20
-"""Bytes of weights up to which all of it is loaded: a build promises to need less than 1 GB."""
+"""Bytes of weights up to which the whole mixture is loaded: a build promises to need less than 1 GB."""
 
 _TROUBLE = ("missing_keys", "unexpected_keys", "mismatched_keys", "error_msgs", "conversion_errors")
 
 
 def check_reload(folder: Path, stored: Mapping[str, StoredTensor], nbytes: int) -> bool:
-    """Load, or raise `CheckFailedError`. Whether the bytes were loaded too."""
+    """Load the mixture, or raise `CheckFailedError`; returns whether the bytes were loaded, too."""
     is_small = nbytes <= WHOLE_UP_TO
     try:
         with _quiet():
@@ -44,7 +44,7 @@ def check_reload(folder: Path, stored: Mapping[str, StoredTensor], nbytes: int) 
 
 @contextmanager
 def _quiet() -> Iterator[None]:
-    """Without the bar that Transformers shows for every model that it loads."""
+    """Switches off the progress bar that Transformers shows for every model that it loads."""
     was_enabled = logging.is_progress_bar_enabled()
     logging.disable_progress_bar()
     try:

@@ -1,8 +1,8 @@
-"""How much experts have in common with the base model: fine-tunes of one model nearly everything, strangers nothing.
+"""How similar experts are to the base model: fine-tunes of one model are nearly parallel, unrelated ones orthogonal.
 
 The cosine of two models' matrices, seen as vectors, is above 0.9 for a fine-tune of one from the other and, within
-1/sqrt(size), 0 for models that were trained apart. The attention of one and the blocks of the other do not go
-together then.
+1/sqrt(size), 0 for models that were trained apart. In the second case the attention of one does not work with the
+blocks of the other.
 """
 
 from __future__ import annotations
@@ -14,10 +14,10 @@ from transformers_moe_offload.builder.sources import Source
 from transformers_moe_offload.errors import RecipeError
 
 RELATED = 0.5
-"""Cosine below which two models are taken for strangers: far from both of what is found."""
+"""Cosine below which two models count as unrelated: far from both 0.9 and 0."""
 
 _ROWS = 256
-_SMALLEST = 1e-30  # so that matrices of zeros are strangers, and not a division by zero
+_SMALLEST = 1e-30  # so that matrices of zeros count as unrelated, without a division by zero
 
 
 def similarities(plan: BuildPlan) -> dict[str, float]:
@@ -36,7 +36,7 @@ def similarities(plan: BuildPlan) -> dict[str, float]:
 
 
 def strangers(found: Mapping[str, float], level: str, base: str) -> Sequence[str]:
-    """What to warn of; with `level="error"` it is raised as `RecipeError`."""
+    """Warnings about unrelated sources; with `level="error"` the first is raised as `RecipeError`."""
     messages = [
         f"{name} has nothing in common with the base model {base} (cosine of their matrices {cosine:.2f}, fine-tunes "
         f"have more than 0.9); its blocks will not understand the attention around them"
@@ -49,7 +49,7 @@ def strangers(found: Mapping[str, float], level: str, base: str) -> Sequence[str
 
 
 def _cosine(base: Source, source: Source, name: str) -> float:
-    """Of one matrix; some rows of it are in float32 at a time."""
+    """Cosine of two models' versions of a matrix; only some rows are in float32 at a time."""
     product = first_norm = second_norm = 0.0
     for rows in zip(base.read(name).split(_ROWS), source.read(name).split(_ROWS), strict=True):
         first, second = (one.float().flatten() for one in rows)

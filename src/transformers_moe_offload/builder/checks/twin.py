@@ -1,7 +1,7 @@
 """A model that runs with one decoder layer's weights in memory, and with a part of its vocabulary.
 
-The class's own forward does the work. What is not in the tensors of a layer as they are, feed-forward blocks and
-experts, is computed by functions that are given here, so that these too can be read piece by piece.
+The class's own forward does the work. Feed-forward blocks and experts are computed by functions that the caller passes
+in, so that their tensors, too, can be read piece by piece.
 """
 
 # B texts, T tokens in each, V entries of the vocabulary that are used
@@ -34,8 +34,8 @@ class Twin:
     ) -> None:
         """`read` gives a tensor by its name in memory, embeddings with `vocabulary_size` rows.
 
-        `replaced` has the modules, by path, whose forward is another one, made from the module; their own tensors are
-        not read.
+        `replaced` has, by path of a module, a function that makes the module's new forward from the module; the tensors
+        of such modules are not read.
         """
         self._read = read
         self._replaced = tuple(f"{path}." for path in replaced)
@@ -54,7 +54,7 @@ class Twin:
         return logits
 
     def _filled_while(self, layer: nn.Module, prefix: str, own: Forward) -> Forward:
-        """A layer's forward, which has weights while it runs."""
+        """A layer's forward that reads the layer's weights first and drops them afterwards."""
 
         def forward(*args: Any, **kwargs: Any) -> Any:
             filled = self._fill(prefix, layer)
@@ -67,7 +67,7 @@ class Twin:
         return forward
 
     def _fill(self, prefix: str, module: nn.Module, wanted: Callable[[str], bool] = lambda _: True) -> list[str]:
-        """Read what is not there yet; the names of it."""
+        """Read the tensors that have no values yet; returns their names."""
         tied = tied_weights(self._model)
         filled = []
         for name, tensor in [*module.named_parameters(remove_duplicate=False), *module.named_buffers()]:
@@ -89,7 +89,7 @@ def put(module: nn.Module, name: str, value: Tensor) -> None:
 
 
 def _without_weights(config: PreTrainedConfig, vocabulary_size: int) -> Any:
-    """The model on the meta device, but for what no checkpoint has: rotary frequencies."""
+    """The model on the meta device, except for buffers that no checkpoint has (rotary frequencies)."""
     config = deepcopy(config)
     config.vocab_size = vocabulary_size
     config.pad_token_id = config.bos_token_id = config.eos_token_id = None

@@ -1,4 +1,4 @@
-"""What of a checkpoint with experts belongs to which of them: found by names and shapes, headers and config only."""
+"""Which tensors of a checkpoint belong to which expert: found by names and shapes, in headers and config only."""
 
 # E experts, H hidden size
 
@@ -32,11 +32,11 @@ class SparseBlock:
 
     layer: int
     experts: Mapping[str, tuple[int, str]]
-    """Tensors of one expert each: its number, and the name with `{}` in its place."""
+    """Tensors of one expert each -> the expert's number, and the name with `{}` in place of the number."""
     stacked: Mapping[str, int]
-    """Tensors that hold something of every expert: the dimension that counts them."""
+    """Tensors with a part for every expert -> the dimension that counts the experts."""
     router: str
-    """The one (E, H) among them that scores."""
+    """The one of `stacked` that is the router's weight, (E, H)."""
 
 
 @dataclass(frozen=True)
@@ -52,7 +52,7 @@ class Anatomy:
 
     @classmethod
     def of(cls, folder: Path) -> Anatomy:
-        """Raises an error of ours for what is no such checkpoint, or one whose experts cannot be told apart."""
+        """Read a folder; raises an error of ours unless its checkpoint has experts that can be told apart."""
         config = _config(folder)
         weights = sorted(folder.glob("model*.safetensors"))
         if not weights:
@@ -75,12 +75,12 @@ class Anatomy:
 
     @cached_property
     def container(self) -> Container | None:
-        """What the builder knows about its class, if it is one that it builds."""
+        """The container of its model type; None if the builder has none."""
         return _container(self.config)
 
     @property
     def experts_per_token(self) -> int:
-        """How many of them a token visits."""
+        """How many experts a token visits."""
         return next((int(self.config[name]) for name in _PER_TOKEN if isinstance(self.config.get(name), int)), 1)
 
     @property
@@ -89,7 +89,7 @@ class Anatomy:
         return self.tensors[self.blocks[0].router].shape[1]
 
     def config_for(self, num_experts: int) -> dict[str, Any]:
-        """The config with another number of experts; refused if the router could not work with it."""
+        """The config with another number of experts; raises an error of ours if the router could not work with it."""
         names = [name for name in _COUNTS if self.config.get(name) == self.num_experts]
         if not names:
             raise UnsupportedModelError(
@@ -110,7 +110,8 @@ class Anatomy:
 
 
 def blocks_of(config: Mapping[str, Any], tensors: Mapping[str, Any]) -> tuple[SparseBlock, ...]:
-    """The sparse layers, given the config and anything with shapes by name; none where experts cannot be told apart."""
+    """The sparse layers, given the config and anything with shapes by name; empty where experts cannot be told
+    apart."""
     return tuple(_one_by_one(tensors) or _by_container(_container(config), config, tensors))
 
 
@@ -169,7 +170,7 @@ def _block(path: str, experts: Mapping[str, tuple[int, str]], tensors: Mapping[s
 def _by_container(
     container: Container | None, config: Mapping[str, Any], tensors: Mapping[str, Any]
 ) -> list[SparseBlock]:
-    """The sparse layers of a class of ours that stacks a layer's experts."""
+    """The sparse layers of a checkpoint whose container stacks a layer's experts."""
     blocks = []
     for layer in range(int(config.get("num_hidden_layers", 0)) if container else 0):
         assert container is not None

@@ -45,7 +45,7 @@ def merge_to_dense(
 ) -> Path:
     """Make a dense model of a mixture; returns where it is.
 
-    Exact where the experts were alike; otherwise the average of experts' weights is a model of its own.
+    Exact where the experts are equal; otherwise the model of averaged weights differs from the mixture.
 
     Args:
         folder: a mixture of a kind that `build_moe` makes.
@@ -113,7 +113,7 @@ def _dense(
 
 
 def _lacking(anatomy: Anatomy, container: Container, layout: Mapping[str, FieldSpec]) -> list[str]:
-    """Tensors of one of them that the other has not."""
+    """Tensors that only one of the two has, the mixture or the dense model."""
     sparse = {block.layer for block in anatomy.blocks}
     made = {name for layer in sparse for name in container.dense_matrices(layer).values()}
     used = {name for block in anatomy.blocks for name in (*block.experts, *block.stacked)}
@@ -166,7 +166,7 @@ def _matrix(anatomy: Anatomy, container: Container, layer: int, wanted: Matrix) 
 
 
 def _padded(tensor: Tensor, spec: FieldSpec) -> Tensor:
-    """Widened by channels of zeros, which change nothing."""
+    """A tensor, widened by channels of zeros, which change nothing."""
     padding: list[Any] = []
     for size, wanted in zip(reversed(tensor.shape), reversed(spec.shape), strict=True):
         padding += [0, wanted - size]

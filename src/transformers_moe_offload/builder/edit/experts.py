@@ -1,4 +1,4 @@
-"""`add_expert`, `drop_expert`, `replace_expert`: decide what becomes of every tensor; `surgery.py` writes it.
+"""`add_expert`, `drop_expert`, `replace_expert`: decide how every tensor changes; `surgery.py` writes the result.
 
 Experts keep their order; a new one comes last, and those behind one that is dropped move up.
 """
@@ -46,15 +46,15 @@ def add_expert(
 ) -> Path:
     """Add an expert to a mixture; returns where the mixture is.
 
-    Files in which nothing changes are kept. The mixture that was there is whole until the new one is.
+    Files without changes are kept. The old mixture stays complete until the new one is.
 
     Args:
         folder: a checkpoint that `build_moe` has written, or another one whose experts are stored one by one.
         expert: where its weights come from, what it is called, and texts that should be routed to it.
         copy_of: start from this expert of the mixture instead of a dense model.
-        gate: its row of every router: `mean` of the others', the number of an expert whose rows it gets, or rows by
-            layer. None means computed from `expert`'s texts by ridge regression where the mixture's statistics are
-            beside it and `base` is given; else those of `copy_of`, or the mean.
+        gate: its row in every router: `mean` of the others' rows, the number of an expert to copy rows from, or rows by
+            layer. None means ridge regression on `expert`'s texts where the mixture's statistics are beside it and
+            `base` is given; otherwise the rows of `copy_of`, or the mean.
         noise_scale: of noise on rows that are copied or a mean, relative to their elements' size.
         seed: of the noise.
         base: the dense model that the mixture was made around; for ridge regression and for `expert.delta_scale`.
@@ -148,7 +148,7 @@ def drop_expert(folder: str | Path, number: int, *, out: str | Path | None = Non
     statistics = anatomy.folder / STATISTICS_NAME
     with carried_out(anatomy, edit, None if out is None else Path(out)) as place:
         if statistics.is_file():
-            with suppress(RecipeError):  # of rows that it computes and nobody asked for
+            with suppress(RecipeError):  # it may refuse the rows it computes, which are not used
                 drop_expert_gate(RidgeStatistics(statistics), number, place / STATISTICS_NAME)
     return Path(folder if out is None else out)
 
@@ -167,7 +167,7 @@ def replace_expert(
     token: str | None = None,
     local_files_only: bool = False,
 ) -> Path:
-    """Put another expert in the place of one; as `add_expert`, but without `gate` its rows of the routers stay."""
+    """Replace an expert by another; as `add_expert`, but without `gate` the routers keep their rows."""
     anatomy = Anatomy.of(Path(folder))
     expect_number(number, anatomy, "number")
     origin = base if base is None or isinstance(base, Origin) else Origin.parse(base)
@@ -236,13 +236,13 @@ def _name(expert: Expert, copy_of: int | None, number: int) -> str:
 
 
 def _places(block: SparseBlock) -> dict[str, str]:
-    """The tensors of one expert, with `{}` for its number -> a name that there is, in whose file a new one goes."""
+    """Names of one expert's tensors, with `{}` for its number -> an existing tensor, whose file takes the new one."""
     last = max((expert for expert, _ in block.experts.values()), default=0)
     return {place: name for name, (expert, place) in block.experts.items() if expert == last}
 
 
 def _spare_folder(target: Path, stack: ExitStack) -> Path:
-    """Room for a file until its place is there; on the same disk, so that it can be moved."""
+    """A temporary folder for a file until its place exists; on the same disk, so that the file can be moved."""
     parent = target.resolve().parent
     try:
         parent.mkdir(parents=True, exist_ok=True)

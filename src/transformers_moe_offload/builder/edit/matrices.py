@@ -25,10 +25,10 @@ class Donor(Protocol):
     """Gives an expert's tensors."""
 
     def one(self, block: SparseBlock, place: str) -> Tensor:
-        """What goes into a tensor of one expert; `place` is its name with `{}` for the expert's number."""
+        """The new expert's values of a tensor of one expert; `place` is its name with `{}` for the expert's number."""
 
     def part(self, block: SparseBlock, name: str) -> Tensor:
-        """What goes into a tensor that holds all experts."""
+        """The new expert's part of a tensor that holds all experts."""
 
 
 @dataclass(frozen=True)
@@ -39,11 +39,11 @@ class Copied(Donor):
     number: int
 
     def one(self, block: SparseBlock, place: str) -> Tensor:
-        """The other expert's."""
+        """The copied expert's tensor."""
         return stored(self.anatomy.tensors[place.format(self.number)])
 
     def part(self, block: SparseBlock, name: str) -> Tensor:
-        """The other expert's."""
+        """The copied expert's tensor."""
         return stored(self.anatomy.tensors[name]).select(block.stacked[name], self.number)
 
 

@@ -1,4 +1,4 @@
-"""What a router's row for a new expert is: given, another expert's with noise, the mean of all, or computed anew."""
+"""A router's row for a new expert: given, another expert's with noise, the mean of all, or computed anew."""
 
 # E experts, H hidden size
 
@@ -24,7 +24,7 @@ Row = str | int | Mapping[int, Tensor]
 
 
 def expect_row(row: Row, anatomy: Anatomy) -> None:
-    """Raise `RecipeError` for what is no row of this mixture."""
+    """Raise `RecipeError` unless `row` fits this mixture."""
     if isinstance(row, Mapping):
         for block in anatomy.blocks:
             found = row.get(block.layer)

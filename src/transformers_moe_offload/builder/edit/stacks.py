@@ -1,4 +1,4 @@
-"""What becomes of a tensor that holds all experts, or one, when an expert comes, goes, or is another one."""
+"""New values of a tensor of all experts, or of one, when an expert is added, dropped or replaced."""
 
 # E experts, H hidden size
 
@@ -22,7 +22,7 @@ def with_row(anatomy: Anatomy, row: Row, noise_scale: float, seed: int, block: S
 
 
 def grown(anatomy: Anatomy, donor: Donor, block: SparseBlock, name: str) -> Tensor:
-    """A tensor of all experts with the new one's part: a mean, where a dense model has no such thing."""
+    """A tensor of all experts with the new one's part: the others' mean, where a dense model has no such tensor."""
     old, axis = stored(anatomy.tensors[name]), block.stacked[name]
     is_matrix = len(old.shape) > 2 or isinstance(donor, Copied)
     new = donor.part(block, name) if is_matrix else old.float().mean(axis)
@@ -44,10 +44,10 @@ def exchanged(anatomy: Anatomy, name: str, axis: int, number: int, value: Callab
 
 
 def alike(read: Callable[[SparseBlock, str], Tensor], block: SparseBlock, place: str, dtype: str) -> Tensor:
-    """A tensor of one expert, of a dtype."""
+    """A tensor of one expert, cast to a dtype."""
     return with_dtype(read(block, place), dtype)
 
 
 def cast(read: Callable[[], Tensor], dtype: str) -> Tensor:
-    """The same for what is made without being told where."""
+    """A tensor that is computed without arguments, cast to a dtype."""
     return with_dtype(read(), dtype)

@@ -1,7 +1,6 @@
-"""Write a checkpoint that was edited: files in which nothing changes are kept, the others are written anew.
+"""Write an edited checkpoint: files without changes are kept, the others are written anew.
 
-The one that was there is whole until the new one is; then they change places. What is to change is decided by the
-caller.
+The old checkpoint stays complete until the new one is, and then is replaced by it. The caller decides what changes.
 """
 
 from __future__ import annotations
@@ -51,23 +50,23 @@ class Written:
     spec: FieldSpec
     read: Callable[[], Tensor]
     beside: str
-    """A tensor of the old one, in whose file it goes."""
+    """A tensor of the old checkpoint; the new one goes into the same file."""
 
 
 @dataclass(frozen=True)
 class Edit:
-    """What becomes of a checkpoint."""
+    """All changes to a checkpoint."""
 
     what: str
-    """In a sentence, for the card."""
+    """The edit in a sentence, for the card."""
     config: Mapping[str, Any]
     names: Mapping[str, str]
     """Tensors that stay as they are, by their old names -> by their new ones."""
     written: Sequence[Written]
     expert_names: Callable[[list[str]], list[str]]
-    """What the experts are called now, given what they were called."""
+    """The experts' new names, given the old ones."""
     without: tuple[str, ...] = ()
-    """Files that do not hold for it any more."""
+    """Files that are not valid for the edited checkpoint."""
 
 
 def stored(tensor: StoredTensor) -> Tensor:
@@ -77,7 +76,7 @@ def stored(tensor: StoredTensor) -> Tensor:
 
 @contextmanager
 def carried_out(anatomy: Anatomy, edit: Edit, out: Path | None) -> Iterator[Path]:
-    """The edited checkpoint, in its folder or in `out` when the block has ended; files can be added to it meanwhile."""
+    """Write the edited checkpoint; the block can add files. Afterwards it is in its folder, or in `out`."""
     shards = _shards(anatomy, edit)
     kept = {new for old, new in edit.names.items() if old == new}
     changed = [shard for shard in shards if _is_changed(shard, anatomy, kept)]
@@ -136,14 +135,14 @@ def _index(shards: Sequence[Shard[Any]]) -> dict[str, Any]:
 
 
 def _recorded(folder: Path, what: str) -> dict[str, Any]:
-    """The recipe with what was done since."""
+    """The recipe with the edits since."""
     path = folder / RECIPE_NAME
     recipe = json_object(path) if path.is_file() else {}
     return {**recipe, "edits": [*recipe.get("edits", ()), without_places(what)]}
 
 
 def _write_notes(anatomy: Anatomy, edit: Edit, shards: Sequence[Shard[Any]], place: Path) -> None:
-    """What the card and the figures say about it."""
+    """Write the card and the figures of the edited checkpoint."""
     shapes = {spec.name: spec.shape for shard in shards for spec in shard.tensors}
     blocks = blocks_of(edit.config, {spec.name: spec for shard in shards for spec in shard.tensors})
     parameters = parameters_of(shapes, blocks, anatomy.experts_per_token)
@@ -164,7 +163,7 @@ def _write_notes(anatomy: Anatomy, edit: Edit, shards: Sequence[Shard[Any]], pla
 
 
 def _copy_rest(source: Path, place: Path, weights: set[str]) -> None:
-    """What stays as it is, into another folder: files with weights, and what goes along with a model."""
+    """Copy unchanged files to another folder: weights, and the small files that go along with a model."""
     for name in weights:
         if (source / name).is_file() and not (place / name).exists():
             shutil.copyfile(source / name, place / name)

@@ -1,4 +1,4 @@
-"""Run the experts' texts through the base model, and hand on what is known of each layer once they have passed it."""
+"""Run the experts' texts through the base model, and hand on each layer's statistics once they have passed it."""
 
 # B windows, T tokens in each, H hidden, N sampled tokens
 
@@ -19,14 +19,14 @@ from transformers_moe_offload.builder.sources.base import Source
 
 @dataclass(frozen=True)
 class Seen:
-    """What is known of one layer."""
+    """Statistics of one layer."""
 
     sums: Mapping[str, Sums]
     """By the place where hidden states were read: `router_input`, `layer_input`."""
     sample: Tensor
-    """(N, H) bfloat16: what the router gets for some of the tokens, whatever the place."""
+    """(N, H) bfloat16: the router's input for some of the tokens, whatever the place."""
     home: Tensor
-    """(N,) int64: whose texts they are of."""
+    """(N,) int64: the expert whose texts each of these tokens is from."""
 
 
 def calibrate(
@@ -39,10 +39,10 @@ def calibrate(
     device: str = "cpu",
     advance: Callable[[int], None] | None = None,
 ) -> None:
-    """Call `take` with each layer of `ffn` and what is known of it, lowest first.
+    """Call `take` with each layer of `ffn` and its statistics, lowest first.
 
-    `sites` are the places that are wanted, with whether the second moment is; see `Seen.sums`. What a router gets is
-    what the dense model's feed-forward block gets: the residual stream after attention, and through the norm.
+    `sites` maps the places that are wanted (see `Seen.sums`) to whether their second moment is wanted. A router's input
+    is that of the dense model's feed-forward block: the residual stream after attention, and through the norm.
     """
     run(base, windows.batches, _paths(ffn), _Taker(windows, ffn, sites, take), device=device, advance=advance)
 
@@ -60,7 +60,7 @@ def _layer_path(layer: int, block: str) -> str:
 
 
 class _Taker:
-    """Sums of the layer that is being passed; the one before is gone."""
+    """Sums of the current layer; those of the layer before are dropped."""
 
     def __init__(
         self,

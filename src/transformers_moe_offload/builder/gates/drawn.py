@@ -1,4 +1,4 @@
-"""Gates that read no text: drawn from a seed, or all alike."""
+"""Gates that read no text: drawn from a seed, or zero for all experts."""
 
 # L layers, E experts, H hidden
 

@@ -1,4 +1,4 @@
-"""Ridge gates of a model that is there, with an expert more or one less: from the statistics that were kept."""
+"""Ridge gates of an existing model with one expert more or one less, from the statistics that were kept."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ def add_expert_gate(
     device: str = "cpu",
     advance: Advance | None = None,
 ) -> Gates:
-    """Gates for all experts and one more, of which alone text is needed: the same as from all texts at once.
+    """Gates for all experts and one more, from the new one's texts alone: the same as from all texts at once.
 
     `path` is the file for the new statistics; it must not be the one that is read.
     """
@@ -62,7 +62,7 @@ def add_expert_gate(
 
 
 def drop_expert_gate(statistics: RidgeStatistics, expert: int, path: Path | str) -> Gates:
-    """Gates for all experts but one; no text is needed, and its own goes on counting as nobody's.
+    """Gates for all experts but one. No text is needed; the dropped expert's texts remain in the second moment.
 
     `path` is the file for the new statistics; it must not be the one that is read.
     """

@@ -1,4 +1,4 @@
-"""Rows of one model's routers, as the layers come: scaled, reported, and refused where they tell nothing apart."""
+"""Rows of one model's routers, layer by layer: scaled, reported, and refused where they cannot tell experts apart."""
 
 # E experts, H hidden, N sampled tokens
 
@@ -25,7 +25,7 @@ class Gates:
     """By layer: (E, H) float32."""
     report: GateReport
     statistics: RidgeStatistics | None = None
-    """What ridge gates were computed from, if it was to be kept."""
+    """The statistics that ridge gates were computed from, if they were to be kept."""
 
 
 class Fitted:
@@ -38,7 +38,7 @@ class Fitted:
         self._off_target: list[int] = []
 
     def add(self, layer: int, rows: Tensor, sample: Tensor | None = None, home: Tensor | None = None) -> None:
-        """One layer's rows as their mode gives them, (E, H); sample (N, H) and home (N,) if there is one."""
+        """Add one layer's rows (E, H), not scaled yet; with sample (N, H) and home (N,) if there is a sample."""
         scale: float | None = 1.0
         if not isinstance(self._gate.scale, str):
             scale = float(self._gate.scale)
@@ -52,7 +52,7 @@ class Fitted:
         self._reports.append(layer_report(layer, self._rows[layer], scale, sample, home, self._scores))
 
     def gates(self, statistics: RidgeStatistics | None = None) -> Gates:
-        """All of them, or `RecipeError` for what cannot work."""
+        """The rows of all layers; raises `RecipeError` for rows that cannot work."""
         if self._gate.mode in READ and self._gate.mode != "base_first":
             expect_rows_apart(self._rows, self._names)
         if self._off_target:

@@ -39,7 +39,7 @@ def mergekit_rows(
     device: str = "cpu",
     advance: Callable[[int], None] | None = None,
 ) -> dict[int, Tensor]:
-    """By layer: (E, H) float32 that holds what mergekit has in bfloat16 or float32."""
+    """By layer: rows (E, H) in float32, with the values that mergekit has in bfloat16 or float32."""
     expect_mergekit(gate, texts)
     hidden_size, num_layers = base.config.hidden_size, base.config.num_hidden_layers
     if gate.mode in ("random", "uniform"):
@@ -58,7 +58,7 @@ def mergekit_rows(
 
 
 def expect_mergekit(gate: Gate, texts: Sequence[Texts]) -> None:
-    """Refuse what mergekit does not do."""
+    """Refuse gates and texts that mergekit does not support."""
     if gate.mode not in MODES:
         raise RecipeError(
             f"gate.scoring='mergekit' does not go with gate.mode={quoted(gate.mode)}, which mergekit lacks; it has "

@@ -1,7 +1,7 @@
-"""Program the routers of a mixture from what its experts are for: the way from texts to rows.
+"""Program the routers of a mixture: from the experts' texts to the routers' rows.
 
 The texts go through the base model layer by layer, so that neither the model nor the text need fit into memory; one
-pass serves any number of gates. What rows are computed how is `rows.py`'s, `drawn.py`'s and `mergekit.py`'s.
+pass serves any number of gates. `rows.py`, `drawn.py` and `mergekit.py` compute the rows.
 """
 
 # E experts, H hidden
@@ -33,7 +33,7 @@ from transformers_moe_offload.builder.sources.base import Source
 from transformers_moe_offload.errors import RecipeError
 
 Advance = Callable[[int], None]
-"""Told of the decoder layers that are done, as they are."""
+"""Called with the number of decoder layers done since the last call."""
 
 
 def program_gates(
@@ -51,15 +51,15 @@ def program_gates(
     """The rows of every router.
 
     Args:
-        gate: how.
+        gate: how they are computed.
         experts: in the order of their rows.
         base: the dense model whose attention, embeddings and norms the mixture has.
         tokenizer: the base model's.
         ffn: module paths of the feed-forward blocks that become experts, by layer: `model.layers.3.mlp`.
-        scores: what the container's routers make of their logits.
-        statistics: a file for what ridge gates are computed from, so that `add_expert_gate` can go on from there.
+        scores: how the container's routers turn logits into scores.
+        statistics: a file for the statistics that ridge gates are computed from; `add_expert_gate` starts from it.
         device: where the base model's layers run, one at a time.
-        advance: told of the decoder layers that are done; without it there is a progress bar.
+        advance: called with the number of decoder layers just done; without it there is a progress bar.
     """
     keep = None if statistics is None else (gate.mode, statistics)
     several = program_several(
@@ -80,7 +80,7 @@ def program_several(
     device: str = "cpu",
     advance: Advance | None = None,
 ) -> dict[str, Gates]:
-    """The same for several gates by name, with one pass of the texts through the base model for all of ours.
+    """The same for several gates by name, with one pass of the texts through the base model for all but mergekit's.
 
     `keep` names the ridge gate whose statistics are kept, and their file.
     """
@@ -121,14 +121,14 @@ def program_several(
 
 
 def statistics_of(seen: Seen, site: str) -> LayerStatistics:
-    """What ridge gates of one layer are computed from."""
+    """The statistics that ridge gates of one layer are computed from."""
     sums = seen.sums[site]
     assert sums.second_moment is not None
     return LayerStatistics(sums.second_moment, targets(sums), seen.sample, seen.home)
 
 
 class _Program:
-    """One gate, whose rows come with the layers or are known before."""
+    """One gate; its rows are computed layer by layer, or known before."""
 
     def __init__(
         self,
@@ -186,7 +186,7 @@ def _expect_possible(gate: Gate, texts: Sequence[Texts]) -> None:
 
 
 def _windows(gates: Sequence[Gate], texts: Sequence[Texts], base: Source, tokenizer: Any) -> Windows | None:
-    """The texts' tokens, if any gate needs to know what hidden states are like."""
+    """The texts' tokens, or random ones if no expert has texts; None if all gates are drawn."""
     readers = [gate for gate in gates if gate.mode not in DRAWN]
     if not readers:
         return None

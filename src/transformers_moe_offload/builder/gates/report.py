@@ -1,4 +1,4 @@
-"""What is said of programmed gates: figures by layer, and which of them are suspicious."""
+"""Report on programmed gates: figures by layer, and warnings about suspicious ones."""
 
 # E experts, H hidden, N sampled tokens
 
@@ -18,7 +18,7 @@ from transformers_moe_offload.errors import RecipeError
 logger = logging.getLogger(__name__)
 
 WORST_CONDITION = 1e6
-"""Above it, float32 rows (7 digits) say nothing about some pair of experts any more."""
+"""Above it, float32 rows (7 digits) cannot tell some pair of experts apart."""
 
 SUSPICIOUS_CONDITION = 30.0
 """Above it, some experts are told apart 30 times worse than others; texts of clearly different kinds stay below 10 (the
@@ -31,14 +31,14 @@ class LayerReport:
 
     layer: int
     condition: float
-    """How much better it tells the experts apart that it separates best than those it separates worst: the condition
-    number of its rows without their mean. Infinite where they are alike."""
+    """The condition number of its rows without their mean: how much better it separates the experts it separates best
+    than those it separates worst. Infinite where it cannot separate some."""
     scale: float
-    """Factor on the rows that their mode gives."""
+    """Factor on the rows as the mode computes them."""
     entropy: float | None = None
     """Mean of the routing weights' entropy before the top k are taken, as a share of its maximum; on a sample."""
     sent_home: tuple[float, ...] | None = None
-    """By expert: the share of a sample of its own tokens for which it is the first choice."""
+    """By expert: the share of its own tokens, in a sample, for which it is the first choice."""
 
 
 @dataclass(frozen=True)
@@ -57,7 +57,7 @@ class GateReport:
 
 
 def condition(rows: Tensor) -> float:
-    """Condition number of rows (E, H) without their mean, which no softmax sees."""
+    """Condition number of rows (E, H) without their mean, to which softmax is invariant."""
     if len(rows) < 2:
         return 1.0
     values = torch.linalg.svdvals((rows - rows.mean(0, keepdim=True)).double())[: len(rows) - 1]
@@ -89,7 +89,7 @@ def layer_report(
 
 
 def expect_rows_apart(rows: Mapping[int, Tensor], names: Sequence[str]) -> None:
-    """Refuse rows before they are scaled, (E, H), that leave an expert out, or cannot tell two apart."""
+    """Refuse rows (E, H), at any scale, that leave an expert out or cannot tell two apart."""
     for layer, of_layer in rows.items():
         lengths = of_layer.norm(dim=-1)
         if not torch.isfinite(lengths).all():

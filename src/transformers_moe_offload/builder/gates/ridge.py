@@ -1,7 +1,7 @@
 """Gates by ridge regression: the linear scores that come closest to 1 for an expert's own tokens and 0 for others'.
 
 Closed form, as in DUME (arXiv 2603.29765): rows = b (A + lambda I)^-1 with A the second moment of the hidden states and
-b their means by expert; -1 for what an expert's negative prompts say. Each expert's texts weigh the same.
+b their means by expert; -1 for an expert's negative prompts. Each expert's texts weigh the same.
 """
 
 # E experts, H hidden
@@ -15,7 +15,7 @@ from transformers_moe_offload.builder.gates.sums import Sums
 
 
 def targets(sums: Sums) -> Tensor:
-    """(E, H) float64: what the rows are to agree with, b."""
+    """(E, H) float64: b, what the rows are fitted to."""
     mean = sums.mean
     return mean[::2] - mean[1::2]
 

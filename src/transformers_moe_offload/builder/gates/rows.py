@@ -1,4 +1,4 @@
-"""From what is known of one layer's hidden states to the rows of its router. Pure; no model, no file."""
+"""The rows of a layer's router, from sums over the layer's hidden states. Pure; no model, no file."""
 
 # E experts, H hidden, N sampled tokens
 
@@ -34,7 +34,7 @@ def directions(vectors: Tensor, center: bool) -> Tensor:
 
 
 def centred(rows: Tensor, center: bool) -> Tensor:
-    """Rows without what they have in common. To a softmax that is no difference, to lengths and sigmoids it is."""
+    """Rows minus their mean, if `center`. Softmax is invariant to that; lengths and sigmoids are not."""
     return rows - rows.mean(0, keepdim=True) if center and len(rows) > 1 else rows
 
 
@@ -51,7 +51,7 @@ def base_first_rows(sums: Sums, regularization: float) -> Tensor:
 
 
 def _vectors(gate: Gate, sums: Sums) -> Tensor:
-    """One vector an expert, without what its negative prompts have: (E, H) float64."""
+    """One vector per expert, less that of its negative prompts: (E, H) float64."""
     if gate.mode == "hidden" or (gate.mode == "mean" and gate.pool == "last"):
         by_list = sums.mean_last
     elif gate.mode == "hidden_avg":

@@ -1,4 +1,4 @@
-"""How sharply routers choose: the entropy of routing weights, and the scale of the rows that brings it about.
+"""How sharply routers choose: the entropy of routing weights, and the scale of the rows that gives a wanted entropy.
 
 A router's softmax is as sharp as its rows are long. Their length says nothing by itself (hidden states differ in size
 from layer to layer and from model to model), so it is calibrated: routing weights over all experts are to have a
@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 Scores = Literal["softmax", "sigmoid"]
-"""What a router makes of its logits; weights are the scores divided by their sum."""
+"""How routers turn logits into scores; weights are the scores divided by their sum."""
 
 _OCTAVES = (-20, 40)
 """Scales that are tried, as powers of 2; the first of them makes any gate flat."""
@@ -37,7 +37,8 @@ def entropy(logits: Tensor, scores: Scores = "softmax") -> Tensor:
 def scale_for(logits: Tensor, target: float, scores: Scores = "softmax") -> float | None:
     """The factor on logits (N, E) at which their mean entropy is `target`; None where none comes close.
 
-    The smallest such factor: softmax has one, sigmoid may have several, as it is flat again where everything is.
+    The smallest such factor: softmax has one, sigmoid may have several, as its weights are flat again where all scores
+    saturate.
     """
 
     def at(scale: float) -> float:

@@ -1,7 +1,7 @@
-"""What ridge gates were computed from, in a file, so that an expert can be added with its own texts alone.
+"""The statistics behind ridge gates, in a file, so that an expert can be added with its own texts alone.
 
-By layer: the second moment of the hidden states (its lower triangle), what each expert's row is to agree with, and the
-sample that entropies are measured on. Size: about 2 H^2 bytes a layer.
+By layer: the second moment of the hidden states (its lower triangle), the target of each expert's row, and the sample
+that entropies are measured on. Size: about 2 H^2 bytes a layer.
 """
 
 # E experts, H hidden, N sampled tokens
@@ -26,18 +26,18 @@ from transformers_moe_offload.expert import FieldSpec
 from transformers_moe_offload.tensor_files.writer import SafetensorsWriter
 
 STATISTICS_NAME = "gate_statistics.safetensors"
-"""What the file is called beside a model."""
+"""Name of the file beside a model."""
 
 _METADATA_KEY = "gate_statistics"
 
 
 @dataclass(frozen=True, kw_only=True)
 class About:
-    """What the statistics are of."""
+    """The experts, layers, model and gate that the statistics are of."""
 
     experts: tuple[str, ...]
     tokens: tuple[int, ...]
-    """By expert."""
+    """By expert: how many of its tokens were counted."""
     sampled: int
     """N, in each layer."""
     layers: tuple[int, ...]
@@ -45,7 +45,7 @@ class About:
     base: str
     """The model whose hidden states they are."""
     scores: str
-    """What its routers make of their logits."""
+    """How its routers turn logits into scores."""
     gate: Gate
 
     def __post_init__(self) -> None:
@@ -55,7 +55,7 @@ class About:
 
 @dataclass(frozen=True)
 class LayerStatistics:
-    """One layer's, float64 and as they were sampled."""
+    """Statistics of one layer."""
 
     second_moment: Tensor
     """(H, H) float64."""
@@ -67,7 +67,7 @@ class LayerStatistics:
     """(N,) int64."""
 
     def with_expert(self, other: LayerStatistics) -> LayerStatistics:
-        """With the texts of one more expert, whose own statistics `other` are (E = 1)."""
+        """These statistics and those of one more expert, `other` (E = 1)."""
         return LayerStatistics(
             self.second_moment + other.second_moment,
             torch.cat([self.targets, other.targets]),
@@ -76,7 +76,7 @@ class LayerStatistics:
         )
 
     def without_expert(self, expert: int) -> LayerStatistics:
-        """Without one expert; what its texts add to the second moment stays, as nobody's."""
+        """These statistics without one expert; its texts remain in the second moment."""
         kept = self.home != expert
         home = self.home[kept]
         return LayerStatistics(
@@ -91,7 +91,7 @@ class RidgeStatistics:
     """A file of statistics, of which one layer is read at a time."""
 
     def __init__(self, path: Path | str) -> None:
-        """Opens it; what is no such file is a `CheckpointError`."""
+        """Open the file; raises `CheckpointError` if it holds no gate statistics."""
         self.path = path = Path(path).absolute()
         try:
             with safe_open(path, framework="pt") as file:
@@ -133,7 +133,7 @@ class StatisticsWriter:
         self._writer.__exit__(kind, error, traceback)
 
     def write(self, layer: int, statistics: LayerStatistics) -> None:
-        """Write one layer's."""
+        """Write the statistics of one layer."""
         for name, values in (
             ("second_moment", _packed(statistics.second_moment)),
             ("targets", statistics.targets.float()),
@@ -164,7 +164,7 @@ def _packed(symmetric: Tensor) -> Tensor:
 
 
 def _unpacked(packed: Tensor, size: int) -> Tensor:
-    """The reverse."""
+    """The reverse of `_packed`."""
     lower = torch.zeros(size, size, dtype=torch.float64)
     lower[_lower(size)] = packed.double()
     return lower + lower.tril(-1).T

@@ -1,4 +1,4 @@
-"""What is kept of the hidden states that pass one layer: sums by list of texts, and a sample.
+"""Sums over the hidden states at one layer, by list of texts, and a sample of them.
 
 Memory does not depend on how much text there is: O(H^2) where the second moment is wanted, O(E H) else.
 """
@@ -21,7 +21,7 @@ SAMPLE_DTYPE = torch.bfloat16
 class Sums:
     """Sums over the hidden states at one place of one layer.
 
-    Lists of texts are numbered as in `Batch.lists`; what an expert's texts weigh does not depend on their length.
+    Lists of texts are numbered as in `Batch.lists`; each list weighs the same, whatever its length.
     """
 
     def __init__(self, counts: Sequence[int], hidden_size: int, *, second_moment: bool) -> None:
@@ -73,6 +73,6 @@ class Sums:
 
 
 def sample(batch: Batch, hidden: Tensor) -> tuple[Tensor, Tensor]:
-    """The hidden states that are kept of a batch: (n, H) bfloat16, and whose texts they are of: (n,) int64."""
+    """The sampled hidden states of a batch, (n, H) bfloat16, and the expert whose texts each is from, (n,) int64."""
     owners = (batch.lists // 2)[:, None].expand_as(batch.sampled)
     return hidden[batch.sampled].to(SAMPLE_DTYPE), owners[batch.sampled]

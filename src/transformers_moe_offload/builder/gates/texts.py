@@ -11,7 +11,7 @@ from transformers_moe_offload.errors import RecipeError
 from transformers_moe_offload.untrusted import one_line, parse_json, quoted
 
 _PIECE_CHARACTERS = 16384
-"""A text file is handed out in pieces of about this length, so that of a long one only the beginning is read."""
+"""A text file is read in pieces of about this length, so that only the needed beginning of a long one is read."""
 
 _JSON_LINES = (".jsonl", ".ndjson")
 
@@ -24,16 +24,16 @@ class Texts:
     positive: tuple[str, ...]
     negative: tuple[str, ...] = ()
     dataset: Dataset | None = None
-    """More of the first kind."""
+    """More positive texts."""
 
     @property
     def is_empty(self) -> bool:
-        """Whether nothing says what should be routed to the expert; texts of blanks do not."""
+        """Whether the expert has neither a data set nor a text other than blanks."""
         return not any(text.strip() for text in self.positive) and self.dataset is None
 
 
 def texts_of(experts: Sequence[Expert]) -> list[Texts]:
-    """The texts of each expert, under the name that reports call it by."""
+    """The texts of each expert, under its name in reports."""
     return [
         Texts(name_of(expert, number), expert.positive_prompts, expert.negative_prompts, expert.dataset)
         for number, expert in enumerate(experts)
@@ -46,7 +46,7 @@ def name_of(expert: Expert, number: int) -> str:
 
 
 def expect_texts(texts: Sequence[Texts], mode: str) -> None:
-    """Refuse experts that no text describes, and two that the same texts do."""
+    """Refuse experts without texts, and two experts with the same texts."""
     for expert in texts:
         if expert.is_empty:
             raise RecipeError(
@@ -65,7 +65,7 @@ def expect_texts(texts: Sequence[Texts], mode: str) -> None:
 
 
 def expect_files(experts: Sequence[Expert]) -> None:
-    """Refuse a data set that is a file by its name and is not there, before anything is read."""
+    """Refuse a data set that is named like a file and does not exist, before anything is read."""
     for number, expert in enumerate(experts):
         if expert.dataset is not None and Path(expert.dataset.path).suffix and not Path(expert.dataset.path).exists():
             raise RecipeError(
@@ -75,7 +75,7 @@ def expect_files(experts: Sequence[Expert]) -> None:
 
 
 def read_dataset(dataset: Dataset) -> Iterator[str]:
-    """Its texts, as many as somebody asks for."""
+    """The texts of a data set, one at a time, as many as the caller takes."""
     path = Path(dataset.path)
     if path.is_dir() or not (path.is_file() or path.suffix):
         yield from _from_datasets(dataset)

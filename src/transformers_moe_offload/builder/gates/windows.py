@@ -1,6 +1,6 @@
-"""Text as batches of token windows, with what is counted of them.
+"""Text as batches of token windows, with masks of the tokens that are counted.
 
-Shorter windows are filled up at the end: what comes later changes no hidden state of a causal model, so no mask is
+Shorter windows are padded at the end: later tokens change no hidden state of a causal model, so no attention mask is
 needed, and pads are never counted.
 """
 
@@ -23,14 +23,14 @@ from transformers_moe_offload.errors import RecipeError
 logger = logging.getLogger(__name__)
 
 MAX_WINDOW_TOKENS = 512
-"""Attention costs the square of it; prompts and paragraphs are shorter."""
+"""The cost of attention grows with the square of it; prompts and paragraphs are shorter."""
 
 BATCH_TOKENS = 4096
 """Enough rows for a matrix product to run at full speed; the activations of a 7B model's block take 250 MB with it."""
 
 SAMPLED_TOKENS = 512
-"""Hidden states of each expert that are kept, to measure entropies with: shares vary by less than 0.5, so that the mean
-of 512 is within 0.02 of the mean of all."""
+"""Hidden states that are kept of each expert, to measure entropies with: shares of the maximal entropy deviate by less
+than 0.5, so that the mean of 512 is within 0.02 of the mean of all."""
 
 FEW_TOKENS = 1000
 """Below this, gates are worse than they could be: in a study at a small size, ridge from 160 tokens an expert lost to
@@ -44,9 +44,9 @@ class Batch:
     tokens: Tensor
     """(B, T) int64."""
     lists: Tensor
-    """(B,) int64: which text each window is of; 2 e for the texts of expert e, 2 e + 1 for those it is not for."""
+    """(B,) int64: each window's list of texts; 2 e for the texts of expert e, 2 e + 1 for its negative prompts."""
     counted: Tensor
-    """(B, T) bool: no pads, and no first token where that is left out."""
+    """(B, T) bool: False for pads, and for the first token where `skip_bos` leaves it out."""
     sampled: Tensor
     """(B, T) bool: tokens whose hidden states are kept."""
 
@@ -55,7 +55,7 @@ class Batch:
 
 @dataclass(frozen=True)
 class Windows:
-    """All batches, and how many tokens are counted in each text."""
+    """All batches, and how many tokens are counted in each list of texts."""
 
     batches: tuple[Batch, ...]
     counts: tuple[int, ...]
@@ -129,7 +129,7 @@ def cut(texts: Any, tokenizer: Any, length: int) -> Iterator[list[int]]:
 
 class _Window(NamedTuple):
     number: int
-    """Of its list of texts."""
+    """Number of its list of texts."""
     first: int
     """Tokens of the list that are counted before it."""
     tokens: list[int]
@@ -161,8 +161,8 @@ def _is_sampled(places: Tensor, count: int) -> Tensor:
 
 
 def random_windows(num_experts: int, vocab_size: int, seed: int) -> Windows:
-    """Tokens drawn at random, counted as the first expert's texts: for gates that only need to know what hidden states
-    are like, and have no text."""
+    """Tokens drawn at random, counted as the first expert's texts: for gates that need typical hidden states and have
+    no text."""
     generator = torch.Generator().manual_seed(seed)
     tokens = torch.randint(vocab_size, (8, 65), generator=generator)
     counted = torch.ones_like(tokens, dtype=torch.bool)

@@ -1,4 +1,5 @@
-"""What sort of licence each of the Hub's identifiers stands for, and what may be passed on under what."""
+"""The kind of licence behind each of the Hub's identifiers, and the licences that works under it may be passed on
+under."""
 
 from __future__ import annotations
 
@@ -19,8 +20,8 @@ PERMISSIVES = (
     "cdla-permissive-2.0", "odc-by", "etalab-2.0", "ecl-2.0", "cc-by-2.0", "cc-by-2.5", "cc-by-3.0", "cc-by-4.0",
     "artistic-2.0", "apache-2.0",
 )  # fmt: skip
-"""From the one that asks for least to the one that asks for most: a mixture of two is under the later one, whose
-conditions on notices are at least those of the other."""
+"""From the least demanding to the most demanding: a mixture of two is under the later one, whose conditions on notices
+are at least those of the other."""
 
 _COPYLEFT: Mapping[str, tuple[str, ...]] = {
     "mpl-2.0": ("gpl-3.0", "lgpl-3.0", "agpl-3.0"),
@@ -52,17 +53,17 @@ _COMMUNITY = (
     "bigscience-openrail-m", "creativeml-openrail-m", "bigscience-bloom-rail-1.0", "bigcode-openrail-m",
     "grok2-community",
 )  # fmt: skip
-"""Anybody may use and change what is under them, within limits that have to be passed on."""
+"""Works under them may be used and changed freely, within limits that have to be passed on."""
 
 NOTICES = {
     "llama": "Built with Llama. The Llama licence asks for this notice, for a copy of the licence, and for a name of "
     "the model that begins with Llama.",
     "gemma": "Gemma is provided under and subject to the Gemma Terms of Use found at ai.google.dev/gemma/terms",
 }
-"""What a licence wants said, by how its identifier begins."""
+"""The notice that a licence requires, by the beginning of its identifier."""
 
 WITHOUT_APACHE = ("gpl-2.0",)
-"""Excludes Apache 2.0, whose patent clause is a further restriction to it."""
+"""Licences that exclude Apache 2.0: its patent clause counts as a further restriction."""
 
 
 def kind_of(id: str | None) -> str:

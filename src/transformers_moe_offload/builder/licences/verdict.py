@@ -1,7 +1,7 @@
 """The licence of a mixture, from what the cards of its sources say; and whether those licences exclude each other.
 
-Decides from identifiers alone, and errs on the side of caution: what is not in `table.py` is unknown, and is said to
-be. This is bookkeeping and no legal advice; whoever publishes has the last word (`hub.license`).
+Decides from identifiers alone, and errs on the side of caution: licences that are not in `table.py` are reported as
+unknown. This is bookkeeping and no legal advice; the publisher has the last word (`hub.license`).
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ from transformers_moe_offload.errors import RecipeError
 from transformers_moe_offload.untrusted import one_line, parse_yaml
 
 _MAX_CARD = 1_000_000
-"""Characters of a card that are looked at; what it says of itself is at its beginning."""
+"""Characters of a card that are read; its metadata is at the beginning."""
 
 
 @dataclass(frozen=True)
@@ -39,9 +39,9 @@ class Licence:
 
     source: str
     id: str | None
-    """As the Hub writes it: `apache-2.0`; None where the card says nothing, or there is none."""
+    """As the Hub writes it: `apache-2.0`; None where there is no card, or it names no licence."""
     name: str | None = None
-    """Of one that the Hub has no identifier for."""
+    """Name of a licence without an identifier on the Hub."""
     link: str | None = None
 
     @property
@@ -64,9 +64,9 @@ class Verdict:
     conflicts: tuple[str, ...]
     """Pairs of licences that exclude each other, in sentences."""
     warnings: tuple[str, ...]
-    """These too, unless they were not to be looked at, and what else is worth knowing."""
+    """The conflicts, unknown licences, and limits that hold together; empty with `level="off"`."""
     notices: tuple[str, ...]
-    """What licences want said."""
+    """Notices that the licences require."""
     sources: tuple[Licence, ...]
 
     def as_dict(self) -> dict[str, Any]:
@@ -75,7 +75,7 @@ class Verdict:
 
 
 def licence_of(source: str, card: Path | None) -> Licence:
-    """What a card says; a card that is missing or cannot be read says nothing."""
+    """The licence that a card names; none if the card is missing or cannot be read."""
     if card is None:
         return Licence(source, None)
     try:
@@ -94,7 +94,7 @@ def licence_of(source: str, card: Path | None) -> Licence:
 
 
 def _front_matter(card: str) -> str:
-    """What is between the first two lines of dashes, if a card begins with one."""
+    """The text between the first two lines of dashes, if a card begins with one; else empty."""
     lines = card.lstrip().splitlines()
     if not lines or lines[0] != "---" or "---" not in lines[1:]:
         return ""
@@ -106,7 +106,7 @@ def _text(value: Any) -> str | None:
 
 
 def judged(licences: Sequence[Licence], level: str = "error", override: str | None = None) -> Verdict:
-    """The licence of what is made of all of them.
+    """The licence of a work that is made of all these sources.
 
     `level` says what becomes of conflicts: an `error` (`RecipeError`), a `warn`ing, or nothing (`off`). `override` is
     the licence that the publisher has settled on; conflicts are looked for all the same.
@@ -137,7 +137,7 @@ def _conflicts(licences: Sequence[Licence]) -> Iterable[str]:
 
 
 def _exclusion(one: Licence, other: Licence) -> str | None:
-    """Why two licences exclude each other, if it is the first that objects."""
+    """Why the first licence excludes the second; None if it does not."""
     if one.id in WITHOUT_APACHE and other.id == "apache-2.0":
         return f"{one} counts the patent clause of {other} as a further restriction"
     if one.kind != COPYLEFT or one.id is None:

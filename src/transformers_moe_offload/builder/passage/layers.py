@@ -1,6 +1,6 @@
-"""A dense model on the meta device, of which one decoder layer at a time has weights.
+"""A dense model on the meta device; one decoder layer at a time has weights.
 
-Buffers (rotary frequencies) are real, as no checkpoint has them. Which layer is read when is `passage.py`'s to say.
+Buffers (rotary frequencies) are real, as no checkpoint has them. `passage.py` decides which layer is read when.
 """
 
 from __future__ import annotations
@@ -25,13 +25,13 @@ _DECODER_LAYER = re.compile(r"(?P<stack>.+?)\.(?P<index>\d+)(\.|$)")
 class Skeleton:
     """A dense model with room for one decoder layer.
 
-    `paths` are modules inside decoder layers, by which these are found.
+    `paths` are paths of modules inside decoder layers, from which the list of layers is found.
     """
 
     def __init__(self, source: Source, paths: list[str], dtype: torch.dtype, device: str) -> None:
         self._source, self._dtype, self._device = source, dtype, device
         self.causal = _without_weights(source, dtype, device)
-        """The model with its head, which has no weights."""
+        """The model with its head, without weights."""
         self.stack = _stack_of(paths)
         """Path of the list of decoder layers."""
         found = self.causal.get_submodule(self.stack)
@@ -39,10 +39,10 @@ class Skeleton:
         self.decoder_layers = found
 
     def embedded(self, tokens: list[Tensor]) -> Iterator[Tensor]:
-        """What the token embeddings are: tokens (B, T) int64 -> (B, T, H)."""
+        """Token embeddings: tokens (B, T) int64 -> (B, T, H)."""
         embeddings = self.causal.get_input_embeddings()
         path = next(name for name, module in self.causal.named_modules() if module is embeddings)
-        # Rows are looked up as they are stored: converting the table would take a second one.
+        # Rows are looked up as they are stored: converting the table would take memory for a second one.
         table = self._source.read(_stored(self._source, f"{path}.weight"))
         for batch in tokens:
             yield nn.functional.embedding(batch, table).to(self._dtype)
@@ -91,7 +91,7 @@ def _matched(path: str) -> re.Match[str]:
 def _without_weights(source: Source, dtype: torch.dtype, device: str) -> PreTrainedModel:
     try:
         model: PreTrainedModel = on_meta(deepcopy(source.config), dtype)
-    except ValueError as error:  # what Auto classes say of a type they do not know
+    except ValueError as error:  # raised by Auto classes for an unknown type
         raise RecipeError(f"{source.name} is no causal language model: {error}") from error
     for module in model.modules():
         names = [name for name, buffer in module.named_buffers(recurse=False) if buffer.device.type == "meta"]

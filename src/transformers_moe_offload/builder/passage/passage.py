@@ -2,8 +2,8 @@
 
 Each layer's weights are read once and dropped again, so that a model of any size can be run; what is kept between two
 layers is the residual stream (`stream.py`). The model's own forward does the work, so that masks, positions and kinds
-of layers are its own: for layer n it is called with a layer n - 1 that answers with what it answered before, and is
-left as soon as layer n has answered.
+of layers are its own: for layer n it is called with the layers below replaced by the saved output of layer n - 1, and
+is left as soon as layer n has answered.
 """
 
 # B windows, T tokens in each, H hidden
@@ -33,11 +33,11 @@ class Windows(Protocol):
 
     @property
     def attention_mask(self) -> Tensor | None:
-        """(B, T) int64, or None where pads, if there are any, come last: what comes later changes nothing."""
+        """(B, T) int64, or None where pads, if there are any, come last: later tokens change no hidden state."""
 
 
 class Watcher(Protocol):
-    """What is done with hidden states as they pass."""
+    """Receives hidden states as they pass."""
 
     def seen(self, layer: int, path: str, batch: int, hidden: Tensor) -> None:
         """The input of a watched module: (B, T, H)."""
@@ -47,7 +47,7 @@ class Watcher(Protocol):
 
 
 class _AnsweredError(Exception):
-    """Leaves the model's forward; never seen outside."""
+    """Leaves the model's forward with a layer's output; always caught in this file."""
 
     def __init__(self, hidden: Tensor) -> None:
         super().__init__()
@@ -67,8 +67,8 @@ def run(
 ) -> None:
     """Show a watcher the inputs of some modules.
 
-    `watched` has module paths by decoder layer; layers above the last of them are not read. `advance` is told of the
-    layers that are done; without it there is a progress bar as Transformers has them.
+    `watched` has module paths by decoder layer; layers above the last of them are not read. `advance` is called with 1
+    after each layer; without it there is a progress bar like those of Transformers.
     """
     if not watched or not batches:
         return
@@ -105,7 +105,7 @@ class _Replay:
 
 @contextmanager
 def _replayed(layers: nn.ModuleList, index: int) -> Any:
-    """Have the layers below answer without computing: the last of them with the residual stream."""
+    """Have the layers below `index` answer with the residual stream, without computing."""
     replay = _Replay()
     skipped = list(layers)[:index]
     try:
@@ -134,7 +134,7 @@ def _watching(model: nn.Module, paths: Sequence[str], seen: Callable[[str, Tenso
 
 
 def _answer(model: nn.Module, layer: nn.Module, batch: Windows, hidden: Tensor) -> Tensor:
-    """What a layer makes of one batch."""
+    """A layer's output for one batch."""
 
     def leave(_: nn.Module, __: Any, answer: Any) -> None:
         raise _AnsweredError(answer[0] if isinstance(answer, tuple) else answer)

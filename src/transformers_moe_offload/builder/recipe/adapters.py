@@ -1,4 +1,4 @@
-"""How adapters are mixed that stay adapters."""
+"""How adapters are mixed without being merged."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What is asked of one expert; how its blocks are read and changed is up to `builder/blocks.py`."""
+"""The options of one expert; `builder/blocks.py` reads and changes its blocks."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ class Expert:
         name: what it is called in reports and on the card; by default the source's.
         positive_prompts: texts that should be routed to it.
         negative_prompts: texts that should not.
-        dataset: more text of the first kind.
+        dataset: more text that should be routed to it.
         noise_scale: standard deviation of normal noise on its weights.
         residual_scale: factor on what it adds to the residual stream.
         delta_scale: how far it goes from the base model towards its source: base + delta_scale * (source - base).

@@ -21,7 +21,7 @@ GATE_MODES = (
     "gateless",
 )
 BAKED = "baked"
-"""What recipes say whose rows are those of a mixture of adapters; nobody can ask for it."""
+"""The mode in recipes that `bake_adapters` writes: rows are those of a mixture of adapters. `build_moe` refuses it."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -35,7 +35,7 @@ class Gate:
             what `bake_adapters` has written say `baked`: rows are those of the mixture of adapters.
         site: where hidden states are read: `router_input`, or `layer_input` as mergekit does.
         pool: `mean` over tokens or the `last` one, for `mode="mean"`.
-        skip_bos: leave the first token out, whose hidden state is like no other's.
+        skip_bos: leave out the first token, whose hidden state is an outlier.
         center: take away what all experts' rows have in common.
         scale: of the rows; `auto` calibrates it to `target_entropy`.
         target_entropy: of the routing weights before the top k are taken, as a share of its maximum, 0 to 1.

@@ -16,7 +16,7 @@ from transformers_moe_offload.untrusted import quoted
 _TOP = ("base_model", "experts", "gate_mode", "dtype", "experts_per_token", "shared_experts", "architecture")
 _EXPERT = ("source_model", "positive_prompts", "negative_prompts", "noise_scale", "residual_scale")
 _GATE_MODES = {
-    "hidden": "hidden",  # which is the last token's there
+    "hidden": "hidden",  # the last token's
     "hidden_last": "hidden",
     "hidden_avg": "hidden_avg",
     "cheap_embed": "cheap_embed",
@@ -32,7 +32,7 @@ def is_mergekit(values: Mapping[str, Any]) -> bool:
 
 
 def translated(values: Mapping[str, Any]) -> dict[str, Any]:
-    """The same as a recipe of ours."""
+    """The recipe of ours with the same meaning."""
     try:
         return _translated(values)
     except RecipeError as error:
@@ -62,7 +62,7 @@ def _translated(values: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _container(architecture: Any) -> str:
-    """mergekit takes any beginning of its own names."""
+    """The container; mergekit accepts any prefix of its own names."""
     if not architecture:
         return "auto"
     words = architecture.lower().split() if isinstance(architecture, str) else ()

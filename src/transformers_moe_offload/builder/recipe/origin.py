@@ -18,8 +18,8 @@ class Origin:
         model: a folder, or an id on the Hub; None means the base model, with an adapter.
         revision: branch, tag or commit on the Hub.
         adapter: a LoRA adapter that is merged into the model, tensor by tensor; a folder, id or `id@revision`.
-        extract_rank: instead of the model itself, what a LoRA of this rank keeps of its difference to the base model
-            (truncated singular value decomposition).
+        extract_rank: instead of the model itself, the base model and an approximation, of this rank, of the difference
+            between both (truncated singular value decomposition).
     """
 
     model: str | None = None
@@ -56,12 +56,12 @@ class Origin:
 def _is_folder(text: str) -> bool:
     try:
         return Path(text).is_dir()
-    except (OSError, ValueError):  # no file can be called so
+    except (OSError, ValueError):  # not valid as a file name
         return False
 
 
 def as_origin(value: Origin | str) -> Origin:
-    """An origin, or what `Origin.parse` makes of a text."""
+    """An origin as it is, or a text parsed by `Origin.parse`."""
     if isinstance(value, str):
         return Origin.parse(value)
     if not isinstance(value, Origin):

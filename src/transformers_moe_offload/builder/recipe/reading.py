@@ -1,6 +1,6 @@
-"""Read a recipe's values, strictly: what is not known is an error with a suggestion, and every error says where.
+"""Read a recipe's values strictly: an unknown key is an error with a suggestion, and every error says where.
 
-Which values can be is up to the classes themselves; here they only come from mappings, lists and texts, and go back.
+The classes themselves check their values; this file makes them from mappings, lists and texts, and turns them back.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from transformers_moe_offload.untrusted import parse_yaml, quoted
 T = TypeVar("T")
 
 _PATHS = {"Origin": ("model", "adapter"), "Dataset": ("path",), "MoeRecipe": ("tokenizer",)}
-"""What may be the name of a folder or a file."""
+"""By class, the fields that may name a folder or a file."""
 
 
 @dataclass(frozen=True)
@@ -38,7 +38,7 @@ class Place:
         return RecipeError(f"{self.name}: {message}" if self.name else message)
 
     def resolved(self, name: str) -> str:
-        """The name of a folder or file seen from here; anything else, such as an id on the Hub, as it is."""
+        """The path of a folder or file relative to `folder`; anything else, such as an id on the Hub, as it is."""
         if self.folder is None or Path(name).is_absolute():
             return name
         path = self.folder / name
@@ -87,7 +87,7 @@ def read(cls: type[T], values: Any, place: Place) -> T:
 
 
 def as_plain(owner: Any) -> Any:
-    """A recipe's value as mappings, lists and texts, without what is as it is by default."""
+    """A recipe's value as mappings, lists and texts, without values that equal their defaults."""
     if isinstance(owner, tuple):
         return [as_plain(value) for value in owner]
     if not is_dataclass(owner):
@@ -102,7 +102,7 @@ def as_plain(owner: Any) -> Any:
 
 
 def _value(kind: Any, value: Any, place: Place) -> Any:
-    """A value as a field of this type has it."""
+    """A value, converted to the type of its field."""
     options = get_args(kind) if get_origin(kind) is UnionType else (kind,)
     if value is None and type(None) in options:
         return None
@@ -130,14 +130,14 @@ def _from_text(cls: Any, text: str, place: Place) -> Any:
 
 
 def _with_paths(cls: Any, options: dict[str, Any], place: Place) -> Any:
-    """The class with its options; the names of folders and files among them are seen from where the recipe is."""
+    """The class with its options; names of folders and files among them are relative to the recipe's folder."""
     paths = _PATHS.get(cls.__name__, ())
     resolved = {name: place.resolved(value) for name, value in options.items() if name in paths and value is not None}
     return cls(**options | resolved)
 
 
 def _checked(place: Place, make: Any, *args: Any) -> Any:
-    """Say where, if a class refuses its values."""
+    """Call `make`; a `RecipeError` that it raises says where in the file."""
     try:
         return make(*args)
     except RecipeError as error:
@@ -147,7 +147,7 @@ def _checked(place: Place, make: Any, *args: Any) -> Any:
 
 
 def _exists(path: Path) -> bool:
-    """Whether there is something; not for what no file can be called, such as a name of 300 characters."""
+    """Whether a path exists; False if it is not valid as one, such as a name of 300 characters."""
     try:
         return path.exists()
     except (OSError, ValueError):

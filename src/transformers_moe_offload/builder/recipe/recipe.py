@@ -1,5 +1,5 @@
-"""`MoeRecipe`: what to build, from what, into what. Values that cannot be are refused here; how a file is read is in
-`reading.py` and `mergekit.py`, whether the sources fit together in `builder/plan.py`."""
+"""`MoeRecipe`: what to build, from what, into what. Impossible values are refused here; `reading.py` and `mergekit.py`
+read files, `builder/plan.py` checks that the sources fit together."""
 
 from __future__ import annotations
 
@@ -46,8 +46,8 @@ class MoeRecipe:
         container: the model type to build, as `mixtral`; `auto` takes the first that fits.
         dtype: of the written weights; None means as the base model is stored.
         layers: decoder layers that get experts; the others keep the base model's block. None means all.
-        gate: see there; by default ridge regression, and noise for the kinds that have no texts to tell experts by.
-        stem: everything that is no feed-forward block.
+        gate: how routers get their weights; by default ridge regression, and noise for the kinds without texts.
+        stem: everything but the feed-forward blocks.
         upcycle: for the kind of that name.
         split: for the kind of that name.
         adapter_moe: for the kind of that name.
@@ -101,7 +101,7 @@ class MoeRecipe:
             )
 
     def _expect_kind(self) -> None:
-        """What belongs to another kind is an error, not ignored; what this kind needs is there."""
+        """Refuse options of another kind, and set this kind's options to their defaults where they are not given."""
         for kind, default in (("upcycle", Upcycle()), ("split", Split()), ("adapter_moe", AdapterRouting())):
             if getattr(self, kind) is not None and self.kind != kind:
                 raise RecipeError(
@@ -123,7 +123,7 @@ class MoeRecipe:
             )
 
     def _expect_adapters(self) -> None:
-        """What changes weights or containers has no place where adapters stay adapters."""
+        """Refuse options that change weights or containers: the adapters are not merged."""
         plain: tuple[tuple[str, object], ...] = (
             ("shared_experts", ()), ("stem", Stem()), ("layers", None), ("container", "auto"), ("tokenizer", None),
         )  # fmt: skip
@@ -140,13 +140,13 @@ class MoeRecipe:
 
     @property
     def datasets(self) -> tuple[Dataset, ...]:
-        """The texts that something is calibrated with."""
+        """All data sets that gates or parts are calibrated with."""
         owners = (*self.experts, *self.shared_experts, *((self.split,) if self.split else ()))
         return tuple(owner.dataset for owner in owners if owner.dataset is not None)
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any], *, folder: Path | None = None) -> MoeRecipe:
-        """Read what `to_dict` or a YAML file says; without `schema:` it is taken for a recipe of mergekit-moe.
+        """Read the values of `to_dict` or of a YAML file; without `schema:` they are a recipe of mergekit-moe.
 
         Raises `RecipeError` for whatever it does not know. Relative paths are relative to `folder`.
         """
@@ -167,5 +167,5 @@ class MoeRecipe:
         return cls.from_dict(load_yaml(path), folder=path.parent)
 
     def to_dict(self) -> dict[str, Any]:
-        """What `from_dict` makes this recipe of again: everything that is not as it is by default."""
+        """The values that `from_dict` reads this recipe from: all that differ from their defaults."""
         return {"schema": SCHEMA, **as_plain(self)}

@@ -1,4 +1,4 @@
-"""What becomes of the mixture: how it is checked, written and published."""
+"""How the mixture is checked, written and published."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ class Output:
 
     @property
     def max_shard_bytes(self) -> int:
-        """The same as a number."""
+        """`max_shard_size` as a number."""
         try:
             nbytes = Budget.parse(self.max_shard_size, "max_shard_size").nbytes
         except ConfigError as error:

@@ -1,4 +1,4 @@
-"""Where everything that is no feed-forward block comes from; it is merged in `builder/stem.py`."""
+"""Where everything but the feed-forward blocks comes from; `builder/stem.py` merges it."""
 
 from __future__ import annotations
 
@@ -14,13 +14,13 @@ STEM_METHODS = ("base", "average", "ties", "dare")
 
 @dataclass(frozen=True, kw_only=True)
 class Stem:
-    """Everything that is no feed-forward block: attention, embeddings, norms, head.
+    """Everything but the feed-forward blocks: attention, embeddings, norms, head.
 
     Args:
         method: the `base` model's, or the experts' sources merged: `average`, `ties` (arXiv 2306.01708) or `dare`
             (arXiv 2311.03099).
         source: another model to take it from; goes with `method="base"`.
-        density: share of each difference that TIES keeps, or that DARE does not drop.
+        density: share of each difference that TIES or DARE keeps.
         weight: factor on the merged difference.
         seed: of what DARE drops.
     """

@@ -1,4 +1,4 @@
-"""Values of a recipe that cannot be are refused where they are given."""
+"""Checks that refuse impossible values of a recipe where they are given."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from transformers_moe_offload.errors import RecipeError
 from transformers_moe_offload.untrusted import quoted
 
 MAX_NUMBER = 2.0**100
-"""Of a factor or a scale: beyond, no arithmetic of weights is left; 32-bit floats end at 2 ** 128."""
+"""Largest factor or scale: beyond it, arithmetic with weights overflows; 32-bit floats end at 2 ** 128."""
 
 
 MAX_NAME = 255
@@ -19,7 +19,7 @@ MAX_NAME = 255
 
 
 def expect_choice(owner: Any, name: str, choices: Sequence[str | None]) -> None:
-    """One of these."""
+    """Refuse a value that is not one of these."""
     value = getattr(owner, name)
     if value not in choices:
         raise RecipeError(
@@ -76,7 +76,7 @@ def freeze_texts(owner: Any, *names: str) -> None:
 
 
 def _can_be_written(text: str) -> bool:
-    """Whether a text has no halves of characters and no zero bytes, with which no file or tokenizer can do anything."""
+    """Whether a text is free of lone surrogates and zero bytes, which files and tokenizers cannot take."""
     try:
         text.encode()
     except UnicodeEncodeError:

@@ -1,4 +1,4 @@
-"""Dense weights, one tensor at a time, whatever they come from."""
+"""Dense weights, one tensor at a time, from any kind of source."""
 
 from __future__ import annotations
 

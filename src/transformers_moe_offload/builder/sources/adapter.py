@@ -1,6 +1,6 @@
-"""A dense model with a LoRA adapter, merged when a tensor is read, and that tensor alone.
+"""A dense model with a LoRA adapter; each tensor is merged when it is read.
 
-What a merge gives is in float32 whatever the base model is stored in, so that it is rounded once, at the end.
+Merged tensors are in float32 whatever the base model is stored in, so that they are rounded once, at the end.
 Layout and formula: PEFT 0.21, `tuners/lora/layer.py`; W + scale * B A (arXiv 2106.09685).
 """
 
@@ -99,7 +99,7 @@ class AdapterSource:
 
     def read(self, name: str) -> Tensor:
         """One tensor, merged."""
-        # For embeddings both are there: the whole tensor is what the pair is added to.
+        # Embeddings can have both a whole tensor and a pair: the pair is added to the whole tensor.
         tensor = read_stored(self._whole[name]).float() if name in self._whole else self._base.read(name)
         if name not in self._pairs:
             return tensor
@@ -115,11 +115,11 @@ class AdapterSource:
         return self._base.read_rows(name, start, stop)
 
     def stored(self, name: str) -> StoredTensor | None:
-        """Where a tensor lies that the adapter does not change."""
+        """The stored tensor if the adapter does not change it; else None."""
         return None if name in self._whole or name in self._pairs else self._base.stored(name)
 
     def bring(self, names: Iterable[str]) -> None:
-        """The base model's files; the adapter is here."""
+        """Download the base model's files; the adapter is on this machine."""
         self._base.bring(names)
 
     def _parts(
@@ -169,7 +169,7 @@ def _ancestor(name: str, revision: str | None, folder: Path) -> Ancestor:
 
 
 def _place(key: str) -> tuple[str, bool, bool]:
-    """The base model's module that a tensor of the adapter belongs to; is it the first of a pair, or the second?"""
+    """The base model's module that a tensor of the adapter belongs to; whether it is a pair's first, or its second."""
     module = key.removeprefix(_PREFIX)
     found = re.fullmatch(r"(.+?)\.lora_(?:embedding_)?([AB])(?:\.weight)?", module)
     if found:

@@ -1,7 +1,7 @@
-"""What an adapter's `adapter_config.json` says, as far as merging it needs to know; the rest is refused by name.
+"""The options of an adapter's `adapter_config.json` that merging depends on; unknown ones are refused by name.
 
-PEFT has many kinds of LoRA that are merged in other ways (DoRA, aLoRA, BD-LoRA, ...). An option that is set and is
-not known to leave the merge alone is an error, so that a kind that PEFT adds later is one too.
+PEFT has many kinds of LoRA that are merged in other ways (DoRA, aLoRA, BD-LoRA, ...). An option that is set is an error
+unless it is known not to change the merge, so that kinds that PEFT adds later are refused, too.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ _ABOUT_TRAINING = (
     "auto_mapping", "base_model_name_or_path", "revision", "peft_version", "task_type", "inference_mode",
     "target_modules", "exclude_modules", "layers_to_transform", "layers_pattern", "modules_to_save", "lora_dropout",
     "init_lora_weights", "eva_config", "ensure_weight_tying", "runtime_config", "megatron_core", "qalora_group_size",
-    "fan_in_fan_out",  # is about Conv1D; for linear layers, of which all our containers are made, PEFT ignores it
+    "fan_in_fan_out",  # for Conv1D only; PEFT ignores it for linear layers, and all our containers have these
 )  # fmt: skip
 _INITS = (True, False, "gaussian", "eva", "orthogonal")
 """Ways of initialising that leave the base model as it is; the others store a difference to a changed one."""

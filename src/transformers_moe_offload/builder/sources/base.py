@@ -1,4 +1,4 @@
-"""What the builder needs to know of a dense model: its config, and its tensors, one at a time."""
+"""The builder's interface to a dense model: its config, and its tensors, one at a time."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ class Ancestor(NamedTuple):
     files: tuple[Path, ...] = ()
     """Its weights."""
     card: Path | None = None
-    """What it says about itself."""
+    """Its model card."""
 
 
 class Source(Protocol):
@@ -53,17 +53,17 @@ class Source(Protocol):
         """One tensor, on the CPU and in the dtype that `tensors` says."""
 
     def read_rows(self, name: str, start: int, stop: int) -> Tensor:
-        """Some rows of a tensor, without reading the others where that can be."""
+        """Some rows of a tensor, without reading the others where possible."""
 
     def stored(self, name: str) -> StoredTensor | None:
-        """Where a tensor lies as `read` would give it; None if it is computed."""
+        """The stored tensor that equals what `read` returns; None if that is computed."""
 
     def bring(self, names: Iterable[str]) -> None:
-        """Download what these tensors are read from, if it is not on this machine; else it is when they are read."""
+        """Download the files of these tensors that are not on this machine, ahead of `read`, which does it, too."""
 
     @property
     def companions(self) -> tuple[Path, ...]:
-        """Tokenizer, chat template, generation settings, licence: what goes along whatever the weights are."""
+        """Tokenizer, chat template, generation settings, licence: files that go along with any weights."""
 
     @property
     def card(self) -> Path | None:

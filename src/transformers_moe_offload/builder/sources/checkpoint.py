@@ -89,7 +89,7 @@ class CheckpointSource:
         return read_rows(self._stored[name], start, stop)
 
     def stored(self, name: str) -> StoredTensor:
-        """Where it lies."""
+        """The stored tensor."""
         return self._stored[name]
 
     def bring(self, names: Iterable[str]) -> None:
@@ -108,7 +108,7 @@ def read_rows(stored: StoredTensor, start: int, stop: int) -> Tensor:
 def as_saved(
     name: str, config: PreTrainedConfig, specs: Mapping[str, FieldSpec], stored: Mapping[str, StoredTensor]
 ) -> dict[str, FieldSpec]:
-    """The tensors that belong to the class, or `CheckpointError` for what is missing, odd or of another shape."""
+    """The tensors of the class; raises `CheckpointError` if some are missing, unknown or of another shape."""
     expected = layout_of(config)
     for one in expected.values():
         found = specs.get(one.name)
@@ -141,7 +141,7 @@ def as_saved(
 
 
 def _are_equal(first: StoredTensor, second: StoredTensor) -> bool:
-    """Whether two tensors have the same values; some rows of them are in memory."""
+    """Whether two tensors have the same values; only some rows of them are in memory."""
     if first.shape != second.shape or first.dtype != second.dtype:
         return False
     starts = range(0, first.shape[0], _ROWS)
@@ -153,7 +153,7 @@ def _are_equal(first: StoredTensor, second: StoredTensor) -> bool:
 
 
 def specs_of(stored: Mapping[str, StoredTensor]) -> dict[str, FieldSpec]:
-    """What the tensors of files are."""
+    """Names, shapes and dtypes of stored tensors."""
     return {name: FieldSpec(name, one.shape, one.dtype) for name, one in stored.items()}
 
 

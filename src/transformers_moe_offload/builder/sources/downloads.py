@@ -14,13 +14,13 @@ from transformers_moe_offload.tensor_files.index import StoredTensor, read_index
 
 
 class HubTensors(Mapping[str, StoredTensor]):
-    """By name, where each tensor lies on this machine; asking for it brings its file here."""
+    """By name, each stored tensor on this machine; a lookup downloads its file."""
 
     def __init__(self, weights: HubWeights) -> None:
         self._weights = weights
         self._file_of: dict[str, str] = {}
         self.specs: dict[str, FieldSpec] = {}
-        """By name, what the headers say of it; nothing is downloaded."""
+        """By name, each tensor's shape and dtype, as headers have them; nothing is downloaded."""
         for file, specs in weights.headers.items():
             for spec in specs:
                 if spec.name in self.specs:

@@ -1,5 +1,5 @@
-"""A fine-tuned model as an adapter of low rank would have it: the base model and the best approximation of the
-difference, by truncated singular value decomposition (Eckart and Young, 1936).
+"""A fine-tuned model as the base model with an adapter of low rank: the best approximation of the difference, by
+truncated singular value decomposition (Eckart and Young, 1936).
 
 Linear layers only, as in LoRA: embeddings, head, norms and biases are the base model's.
 """
@@ -20,13 +20,13 @@ from transformers_moe_offload.tensor_files.index import StoredTensor
 
 _EXACT_UP_TO = 1024
 """Smaller dimension of a matrix up to which it is decomposed as a whole; beyond, by random projection (Halko,
-Martinsson and Tropp, arXiv 0909.4061), whose cost is that of the rank."""
+Martinsson and Tropp, arXiv 0909.4061), whose cost grows with the rank."""
 
 _OVERSAMPLING, _ITERATIONS = 8, 4  # as Halko et al. advise for spectra that fall slowly, as those of fine-tunes do
 
 
 class ExtractedSource:
-    """What a LoRA of some rank keeps of a fine-tuned model."""
+    """A fine-tuned model, reduced to a LoRA of some rank on the base model."""
 
     def __init__(self, tuned: Source, base: Source, rank: int) -> None:
         self._tuned, self._base, self._rank = tuned, base, rank
@@ -74,7 +74,7 @@ class ExtractedSource:
         return self._tuned.card
 
     def read(self, name: str) -> Tensor:
-        """One tensor of the base model, with what the adapter would change of it."""
+        """One tensor of the base model, plus the approximated difference."""
         tensor = self._base.read(name)
         if not _is_linear(self._base.tensors[name]):
             return tensor
@@ -82,17 +82,17 @@ class ExtractedSource:
         return tensor + _truncated(self._tuned.read(name).float() - tensor, self._rank)
 
     def read_rows(self, name: str, start: int, stop: int) -> Tensor:
-        """Some rows of it; what the adapter changes is computed as a whole."""
+        """Some rows of it; linear layers are computed as a whole."""
         if _is_linear(self._base.tensors[name]):
             return self.read(name)[start:stop]
         return self._base.read_rows(name, start, stop)
 
     def stored(self, name: str) -> StoredTensor | None:
-        """Where a tensor lies that is the base model's."""
+        """The base model's stored tensor; None for linear layers, which are computed."""
         return None if _is_linear(self._base.tensors[name]) else self._base.stored(name)
 
     def bring(self, names: Iterable[str]) -> None:
-        """Both models' files, the fine-tuned one's for linear layers only."""
+        """Download both models' files, the fine-tuned one's for linear layers only."""
         names = list(names)
         self._base.bring(names)
         self._tuned.bring(name for name in names if _is_linear(self._base.tensors[name]))

@@ -1,4 +1,4 @@
-"""The files of a tokenizer, which go along as they are: what loads and saves one changes its settings."""
+"""The files of a tokenizer, which are copied unchanged: loading and saving a tokenizer changes its settings."""
 
 from __future__ import annotations
 

@@ -14,16 +14,16 @@ class SweepRow:
 
     name: str
     bits_per_byte: Mapping[str, float]
-    """By domain."""
+    """Bits per byte of text, by domain."""
     sent_home: Mapping[int, float]
-    """By layer: the share of tokens whose first choice is their domain's expert, the mean of the domains that have one;
-    empty where none has."""
+    """By layer: the share of tokens whose first choice is their domain's expert, a mean over the domains that have one;
+    empty if none has."""
     entropy: Mapping[int, float]
-    """By layer: of the routing weights before the top k are taken, as a share of its maximum."""
+    """By layer: entropy of the routing weights before the top k are taken, as a share of its maximum."""
 
     @property
     def mean_bits_per_byte(self) -> float:
-        """Every domain counting the same."""
+        """The mean over domains, each with the same weight."""
         return fmean(self.bits_per_byte.values())
 
     @property

@@ -1,4 +1,4 @@
-"""The routers of a mixture that is loaded: their rows can be replaced, and what they choose is counted."""
+"""The routers of a loaded mixture: their rows can be replaced, and their choices counted."""
 
 # N tokens, E experts, H hidden
 
@@ -59,7 +59,7 @@ class Routers:
 
     @contextmanager
     def counting(self, home: int | None) -> Iterator[Counts]:
-        """Count what is chosen; `home` is the expert that the tokens belong to, if any."""
+        """Count the routers' choices; `home` is the expert that the tokens belong to, if any."""
         counts = Counts(self._scores, home)
         handles = [
             module.register_forward_pre_hook(counts.hook(layer), with_kwargs=True)
@@ -82,7 +82,7 @@ class Counts:
         self._entropy: dict[int, float] = {}
 
     def hook(self, layer: int) -> Callable[..., None]:
-        """What to call with a router's input."""
+        """A hook that counts a router's choices from its input."""
 
         def look(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
             hidden = args[0] if args else next(iter(kwargs.values()))

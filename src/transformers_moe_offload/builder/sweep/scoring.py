@@ -23,14 +23,14 @@ class HeldOut:
     batches: tuple[Tensor, ...]
     """(B, T) int64; the first token of a window is context only."""
     nbytes: int
-    """Of the text that is predicted."""
+    """Bytes of the predicted text."""
     tokens: int
-    """That are predicted."""
+    """Number of predicted tokens."""
 
 
 @dataclass(frozen=True)
 class Score:
-    """How well a text is predicted."""
+    """The bits that a model needs to predict a text."""
 
     bits: float
     nbytes: int
@@ -38,7 +38,7 @@ class Score:
 
     @property
     def bits_per_byte(self) -> float:
-        """The measure that does not depend on the tokenizer."""
+        """Bits per byte of text, which do not depend on the tokenizer."""
         return self.bits / self.nbytes
 
 

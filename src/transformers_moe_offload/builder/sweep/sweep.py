@@ -1,7 +1,7 @@
 """`sweep_gates`: build a mixture once, program its routers in several ways, and score each on held-out text.
 
-Which gate is best depends on models and texts, and is not to be known beforehand (arXiv 2408.17280 recommends a
-validation of this kind). The texts pass the base model once for all gates; the mixture stays loaded between them.
+Which gate is best depends on models and texts, and cannot be known beforehand (arXiv 2408.17280 recommends a validation
+of this kind). The texts pass the base model once for all gates; the mixture stays loaded between them.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ from transformers_moe_offload.errors import CheckpointError, MoeOffloadError, Re
 from transformers_moe_offload.untrusted import json_object
 
 Advance = Callable[[int], None]
-"""Told of the gates that are scored, as they are."""
+"""Called with the number of gates that were scored since the last call."""
 
 
 def sweep_gates(
@@ -49,20 +49,21 @@ def sweep_gates(
     """Score gates for a mixture on held-out text.
 
     Args:
-        mixture: a recipe, or the folder of a mixture that was built by one. Such a folder calls models by their ids on
-            the Hub, and folders by their names alone; where there are such, give the recipe, and the folder as `built`.
-        built: where the mixture of this recipe is; it is left as it is. Without, one is built in a temporary folder.
-        gates: by the name that the report calls them by, or modes, with the other options of the recipe's gate.
-        texts: held-out texts by domain. A domain that is called like an expert is that expert's: how many of its
-            tokens get there is counted.
+        mixture: a recipe, or the folder of a mixture that was built by one. The recipe in such a folder has the ids of
+            models on the Hub, but of local folders the names without paths; with local models, give the recipe, and the
+            folder as `built`.
+        built: the folder of this recipe's mixture, which is not changed; None builds one in a temporary folder.
+        gates: gates by their names in the report; or modes, with the other options of the recipe's gate.
+        texts: held-out texts by domain. A domain with the name of an expert belongs to that expert: the share of its
+            tokens that are sent there is counted.
         device: where the mixture runs, and the base model's layers while gates are computed.
         dtype: of the mixture.
-        prepare: called with the mixture when its routers have a gate's rows and take as many experts as it is scored
-            with, before it is; for instance to train its routers. Whatever else it changes stays so for the gates that
-            follow.
+        prepare: called with the mixture before each gate is scored, when the routers have the gate's rows and choose
+            its number of experts; for instance to train the routers. Anything else it changes stays changed for the
+            gates that follow.
         token: as in `from_pretrained`.
         local_files_only: as in `from_pretrained`.
-        advance: told of the gates that are scored.
+        advance: called with 1 after each gate that is scored.
     """
     hub = {"token": token, "local_files_only": local_files_only}
     with tempfile.TemporaryDirectory(prefix="moe-offload-sweep-") as scratch:
@@ -124,7 +125,7 @@ def _swept(
     rows = []
     for name, gate in gates.items():
         routers.set_rows(programmed[name].rows)
-        every = gate.mode == "gateless"  # all experts at equal weight is what the mode is
+        every = gate.mode == "gateless"  # the mode means all experts at equal weight
         with routers.choosing(len(experts) if every else plan.recipe.experts_per_token):
             if prepare is not None:
                 prepare(model)

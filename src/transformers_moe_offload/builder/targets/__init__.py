@@ -1,4 +1,4 @@
-"""The containers, and which of them holds a dense model."""
+"""The containers, and the ones that can hold a given dense model."""
 
 from __future__ import annotations
 
@@ -55,7 +55,7 @@ def candidates(name: str, config: PreTrainedConfig) -> tuple[Container, ...]:
 
 
 def container_for(config: PreTrainedConfig) -> tuple[Container, ...]:
-    """Those that may hold a dense model of this kind."""
+    """The containers that may hold a dense model of this kind."""
     return tuple(one for one in CONTAINERS if config.model_type in one.dense)
 
 

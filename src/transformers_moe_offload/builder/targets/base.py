@@ -1,8 +1,8 @@
-"""What every container answers: which dense models it can hold, with which config, and under which names on disk.
+"""The interface of containers: which dense models one can hold, with which config, and under which names on disk.
 
 A container is a mixture-of-experts class of Transformers whose layers are, but for the feed-forward block, those of a
-dense class. Whether they really are is not believed: names and shapes are compared with what the class itself would
-save, in `builder/plan.py`, and logits with the dense model's, in `builder/checks`.
+dense class. This is checked: `builder/plan.py` compares names and shapes with those that the class itself would save,
+`builder/checks` compares logits with the dense model's.
 """
 
 # E experts, H hidden size, I width of an expert, S width of the shared block
@@ -34,14 +34,14 @@ class MoeShape:
     """Channels of the base model's blocks, which layers without experts keep."""
     num_layers: int
     layers: tuple[int, ...]
-    """Those that have experts."""
+    """Layers with experts."""
     shared_width: int = 0
     """Channels of the block that every token visits; 0 where there is none."""
     is_shared_gated: bool = False
 
     @property
     def dense_layers(self) -> tuple[int, ...]:
-        """Those that have none."""
+        """Layers without experts."""
         return tuple(layer for layer in range(self.num_layers) if layer not in self.layers)
 
 
@@ -63,7 +63,7 @@ class Container:
     ffn_path = "model.layers.{layer}.mlp"
     """Where the dense class has its block."""
     ffn_names: tuple[str, str, str] = ("gate_proj", "up_proj", "down_proj")
-    """What the dense class calls its matrices, by role; layers without experts are the same in the container."""
+    """The dense class's names of its matrices, by role; the container's layers without experts have the same."""
     block_path = "model.layers.{layer}.mlp"
     """Where a checkpoint of the container has its block."""
     expert_names: tuple[str, str, str] = ("gate_proj", "up_proj", "down_proj")
@@ -72,9 +72,9 @@ class Container:
     """The block that every token visits; None where the class has none."""
     shared_gate_name: str | None = None
     scores: Literal["softmax", "sigmoid"] = "softmax"
-    """What its routers make of their logits."""
+    """How its routers turn logits into scores."""
     zero_names: tuple[str, ...] = ()
-    """Tensors of the block that have to be there and to be zero: corrections to the router's choice."""
+    """Tensors of the block that must exist and be zero: corrections to the router's choice."""
 
     def refusal(self, config: PreTrainedConfig) -> str | None:
         """Why a dense model does not fit; None if it may."""
@@ -107,7 +107,7 @@ class Container:
     def config(self, dense: PreTrainedConfig, shape: MoeShape) -> PreTrainedConfig:
         """The container's config: the dense model's, as far as the class knows its fields, and the mixture's.
 
-        Starts from the dense model's because the classes' defaults differ, in `rope_theta` and `rms_norm_eps` even.
+        Starts from the dense model's because the classes' defaults differ, even in `rope_theta` and `rms_norm_eps`.
         """
         cls = CONFIG_MAPPING[self.name]
         known = {*cls().to_dict(), "head_dim"} - {*_OWN}
@@ -157,7 +157,7 @@ class Container:
 
 
 class DensePrefix(Container):
-    """Containers whose layers without experts are the first ones."""
+    """Containers whose layers without experts are the first layers."""
 
     def layers_refusal(self, shape: MoeShape) -> str | None:
         """Only the first layers can be without experts."""

@@ -1,4 +1,4 @@
-"""Containers that were made for one dense family, by the same people: OLMo, ERNIE, Hunyuan, Cohere, LFM."""
+"""Containers that were made for one dense family, by its own developers: OLMo, ERNIE, Hunyuan, Cohere, LFM."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ class FlexOlmo(Container):
 
 
 class Ernie45Moe(SharedMultiple):
-    """For ERNIE 4.5, whose rotary embedding turns neighbours."""
+    """For ERNIE 4.5, whose rotary embedding rotates neighbouring channels."""
 
     name = "ernie4_5_moe"
     dense = ("ernie4_5",)
@@ -35,13 +35,13 @@ class Ernie45Moe(SharedMultiple):
     zero_names = ("moe_statics.e_score_correction_bias",)
 
     def refusal(self, config: PreTrainedConfig) -> str | None:
-        """Experts have no biases, and one option is for all."""
+        """Experts have no biases, and `use_bias` sets biases everywhere."""
         if config.use_bias:
             return "it has biases everywhere (use_bias), which experts have no place for"
         return super().refusal(config)
 
     def layers_refusal(self, shape: MoeShape) -> str | None:
-        """Layers with experts are neighbours."""
+        """Layers with experts must be contiguous."""
         first, last = shape.layers[0], shape.layers[-1]
         if shape.layers != tuple(range(first, last + 1)):
             return f"{self.name} has experts in all layers from a first to a last one, and some between are left out"
@@ -91,7 +91,7 @@ class Cohere2Moe(SharedMultiple):
     shared_name = "shared_experts"
 
     def layers_refusal(self, shape: MoeShape) -> str | None:
-        """Any layer can be without."""
+        """Any layer can be without experts."""
         return None
 
     def fields(self, dense: PreTrainedConfig, shape: MoeShape) -> dict[str, Any]:
@@ -121,7 +121,7 @@ class Lfm2Moe(DensePrefix):
     scores = "sigmoid"
 
     def fields(self, dense: PreTrainedConfig, shape: MoeShape) -> dict[str, Any]:
-        """Sizes; the dense class may round its width, so that what is stored counts.
+        """Sizes; the dense class may round its width, so the width of the stored tensors counts.
 
         The weights of a token's experts add up to s / (s + 1e-6), where s is the sum of their scores: to 1, but for
         routers whose scores are all tiny.

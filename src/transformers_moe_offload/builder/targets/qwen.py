@@ -1,4 +1,4 @@
-"""Qwen's mixtures: routed experts and, but for Qwen3, a shared one with a gate of its own."""
+"""Qwen's mixtures: routed experts and, except in Qwen3, a shared one with a gate of its own."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from transformers_moe_offload.builder.targets.base import Container, MoeShape
 
 
 class _Qwen(Container):
-    """Softmax over all experts, of which the chosen ones' weights are made to add up to 1."""
+    """Softmax over all experts; the weights of the chosen ones are normalised to add up to 1."""
 
     def fields(self, dense: PreTrainedConfig, shape: MoeShape) -> dict[str, Any]:
         """Sizes, and layers without experts by number."""
@@ -25,7 +25,7 @@ class _Qwen(Container):
         }
 
     def layers_refusal(self, shape: MoeShape) -> str | None:
-        """Any layer can be without."""
+        """Any layer can be without experts."""
         return None
 
 
@@ -36,19 +36,19 @@ class Qwen3Moe(_Qwen):
     dense = ("qwen3",)
 
     def refusal(self, config: PreTrainedConfig) -> str | None:
-        """A window of attention is there for all layers or for none."""
+        """Either all layers or none have sliding-window attention."""
         if "sliding_attention" in (config.layer_types or ()):
             return "some of its layers attend to a window (use_sliding_window); qwen3_moe has one for all or for none"
         return super().refusal(config)
 
     def fields(self, dense: PreTrainedConfig, shape: MoeShape) -> dict[str, Any]:
-        """As all of them, by the name that this one has for the number of experts."""
+        """As in all of Qwen's, with this class's name for the number of experts."""
         fields = super().fields(dense, shape)
         return {"num_local_experts": fields.pop("num_experts"), **fields}
 
 
 class Qwen2Moe(_Qwen):
-    """For Qwen2 and Seed-OSS, whose queries, keys and values have biases, and for Llama, where nothing has."""
+    """For Qwen2 and Seed-OSS, whose queries, keys and values have biases, and for Llama without biases."""
 
     name = "qwen2_moe"
     dense = ("qwen2", "seed_oss", "llama")
@@ -64,7 +64,7 @@ class Qwen2Moe(_Qwen):
         return super().refusal(config)
 
     def fields(self, dense: PreTrainedConfig, shape: MoeShape) -> dict[str, Any]:
-        """As all of them; Qwen2 always has biases and no option for them."""
+        """As in all of Qwen's; Qwen2 always has biases and no option for them."""
         has_biases = dense.model_type == "qwen2" or dense.attention_bias
         return {
             **super().fields(dense, shape),

@@ -1,4 +1,4 @@
-"""Pairs of a dense model and a container that look alike and are not: why each is refused.
+"""Pairs of a dense model and a container that look equivalent and are not, and why each is refused.
 
 Found by comparing logits: n copies of the dense model's blocks as experts have to give the dense model's logits, and
 with these pairs they do not.

@@ -1,6 +1,6 @@
 """Containers of the DeepSeek kind: sigmoid scores, a correction of the router's choice, shared experts without a gate.
 
-The correction has to be there and is zero; scores are made to add up to 1 and are not scaled; there is one group.
+The correction must exist and is zero; scores are normalised to add up to 1 and are not scaled; there is one group.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from transformers_moe_offload.builder.targets.base import Container, DensePrefix
 
 
 class _Sigmoid(SharedMultiple):
-    """What they have in common."""
+    """The common part of these containers."""
 
     shared_name = "shared_experts"
     scores = "sigmoid"
@@ -26,7 +26,7 @@ class _Sigmoid(SharedMultiple):
         return super().refusal(config)
 
     def shape_refusal(self, shape: MoeShape) -> str | None:
-        """The router looks for its groups' two best experts, so there have to be two."""
+        """The router looks for the two best experts of each group, so there must be at least two."""
         if shape.num_experts < 2:
             return f"{self.name} needs at least 2 experts"
         return super().shape_refusal(shape)
@@ -48,7 +48,7 @@ class _Sigmoid(SharedMultiple):
 
 class _WithPrefix(DensePrefix, _Sigmoid):
     def fields(self, dense: PreTrainedConfig, shape: MoeShape) -> dict[str, Any]:
-        """As all of them, and how many layers come first that have no experts."""
+        """As in all of these, and the number of layers without experts, which come first."""
         return {**super().fields(dense, shape), "first_k_dense_replace": len(shape.dense_layers)}
 
 
@@ -74,7 +74,7 @@ class Glm4Moe(_WithPrefix):
         return super().refusal(config)
 
     def fields(self, dense: PreTrainedConfig, shape: MoeShape) -> dict[str, Any]:
-        """As all of them; by default this class turns only half of each head."""
+        """As in all of these; by default this class rotates only half of each head."""
         return {
             **super().fields(dense, shape),
             "use_qk_norm": dense.model_type == "qwen3",
@@ -90,6 +90,6 @@ class SolarOpen(_Sigmoid, Container):
     dense = ("llama",)
 
     def fields(self, dense: PreTrainedConfig, shape: MoeShape) -> dict[str, Any]:
-        """As all of them; there are no dense layers to have a width."""
+        """As in all of these, but without a width of dense layers: the class has none."""
         fields = super().fields(dense, shape)
         return {name: value for name, value in fields.items() if name != "intermediate_size"}
