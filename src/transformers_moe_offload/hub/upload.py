@@ -29,7 +29,7 @@ _ADVICE = {
     401: "log in with `hf auth login`, or pass a token",
     403: "does the token allow to write there, and is there storage left?",
     404: "is it spelt right, and does the token see it?",
-    409: "somebody else is writing to it; run it again",
+    409: "another commit is being written to it; run it again",
 }
 
 

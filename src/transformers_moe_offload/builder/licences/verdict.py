@@ -183,7 +183,9 @@ def _unknown(licences: Sequence[Licence]) -> Iterable[str]:
 def _mixed(licences: Sequence[Licence]) -> Iterable[str]:
     limited = [one for one in _distinct(licences) if one.kind in (COMMUNITY, NON_COMMERCIAL)]
     if len({_family(one) for one in limited}) > 1:
-        yield (f"{' and '.join(map(str, limited))} all hold for the mixture at once; whoever uses it is bound by each")
+        yield (
+            f"{' and '.join(map(str, limited))} all hold for the mixture at once; its users are bound by each of them"
+        )
 
 
 def _family(licence: Licence) -> str:
