@@ -17,7 +17,7 @@ def placed(
     """The matrix of a field, with its bias.
 
     `arrays` are those of a record by name, `places` the bytes into it at which they begin, and `coding` says how
-    matrices are packed; None that they are not.
+    matrices are packed; None if they are not.
     """
     bias = f"{name}_bias"
     own_places = {"bias": places[bias]} if mlp.has_bias else {}
