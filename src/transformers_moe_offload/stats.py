@@ -19,7 +19,7 @@ class LayerStats:
     hits: int = 0
     """Experts that were resident when the layer asked."""
     late_hits: int = 0
-    """Experts whose load was already under way when the layer asked."""
+    """Experts whose load was already in flight when the layer asked."""
     misses: int = 0
     """Experts whose load started because the layer asked."""
     computed: int = 0

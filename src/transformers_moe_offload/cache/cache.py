@@ -30,7 +30,7 @@ class ExpertCache(CacheCore):
         """Ask for experts of a layer, each named once; the last ones are those most worth keeping for later. Open the
         visit with the turn held.
 
-        `started` is called with the wanted experts once the visit's own loads are under way, but not in a visit that
+        `started` is called with the wanted experts once the visit's own loads are in flight, but not in a visit that
         goes in waves, which leaves no slot for other loads. Experts that are `computed` by the host are wanted like the
         others, but neither loaded nor given to the caller.
         """

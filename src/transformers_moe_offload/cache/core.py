@@ -77,7 +77,7 @@ class CacheCore:
         return self._num_experts[layer]
 
     def holds_all(self, layer: int) -> bool:
-        """Whether every expert of a layer is resident or on its way."""
+        """Whether every expert of a layer is resident or loading."""
         return self.residency.count(layer) == self._num_experts[layer]
 
     def is_absent(self, expert: ExpertId) -> bool:
@@ -86,7 +86,7 @@ class CacheCore:
 
     @property
     def num_loading(self) -> int:
-        """Loads under way."""
+        """Loads in flight."""
         return len(self._in_flight)
 
     def repair(self) -> None:
@@ -213,7 +213,7 @@ class CacheCore:
         self._start(load, len(self._in_flight))
 
     def settle(self) -> None:
-        """Wait for every load under way; those that fail leave their experts absent."""
+        """Wait for every load in flight; those that fail leave their experts absent."""
         for expert in list(self._in_flight):
             try:
                 self.finish_load(expert)

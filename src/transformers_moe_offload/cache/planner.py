@@ -15,7 +15,7 @@ from transformers_moe_offload.expert import ExpertId
 
 @dataclass(frozen=True)
 class Load:
-    """Bring `expert` in; `victim` leaves for it, or None where a slot is free."""
+    """Load `expert`; `victim` is evicted for it, None if a slot is free."""
 
     expert: ExpertId
     victim: ExpertId | None

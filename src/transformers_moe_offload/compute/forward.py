@@ -64,7 +64,7 @@ def sparse_forward(
     hidden_states (T, H), top_k_index (T, K) int64, top_k_weights (T, K) -> (T, H) in the dtype of hidden_states.
     `experts` is the module whose activation is used. `codings` says what the slots hold, expert by expert;
     `cast_to` is the dtype to multiply in, where that is another one.
-    `started` is called with the wanted experts once their loads are under way. `host` may compute some of those that
+    `started` is called with the wanted experts once their loads are in flight. `host` may compute some of those that
     are absent, meanwhile.
     """
     grouping = group_by_expert(top_k_index, top_k_weights, cache.num_experts(layer))

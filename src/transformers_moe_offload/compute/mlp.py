@@ -66,7 +66,7 @@ class ExpertMlp:
     def several(
         self, experts: Any, rows: Tensor, counts: Sequence[int], weights: Sequence[ExpertWeights]
     ) -> Sequence[Tensor]:
-        """rows (N, H), as many as `counts` says for each of some experts -> those of each, (n, H), as on its own.
+        """rows (N, H), as many as `counts` says for each of some experts -> those of each, (n, H), as if alone.
 
         In few large steps, which cost less than many small ones.
         """

@@ -1,4 +1,4 @@
-"""Where the matrices of experts lie in their records, as the kernels that compute by address want to know it."""
+"""Where the matrices of experts lie in their records, in the form that kernels that compute by address take."""
 
 from __future__ import annotations
 

@@ -131,7 +131,7 @@ class OffloadConfig(dict[str, Any]):
     update = setdefault = popitem = clear = _is_frozen
 
     def pop(self, key: str, *default: Any) -> Any:
-        """As of a dictionary for a key that is not there: Transformers pops many of those."""
+        """As of a dictionary for a missing key with a default, which Transformers pops a lot; else an error."""
         return self._is_frozen() if key in self or not default else default[0]
 
     @property
@@ -145,7 +145,7 @@ class OffloadConfig(dict[str, Any]):
         return Budget.parse(self.cache_budget, "cache_budget")
 
     def recipe(self) -> dict[str, Any]:
-        """What `config.json` of a checkpoint says that was quantized by this config."""
+        """The entry in `config.json` of a checkpoint that was quantized by this config."""
         return {
             "quant_method": self.quant_method,
             "version": RECIPE_VERSION,

@@ -1,8 +1,8 @@
 """Slots of a device whose experts are read through a table of addresses, filled from the arena by a copy stream.
 
 An expert that leaves is read in the arena again by every kernel submitted later, and its slot is not written to before
-those submitted earlier are done. An expert that has come in is read in its slot by kernels submitted after the table
-has been published. In between both places hold its bytes, so which of them a kernel reads makes no difference.
+those submitted earlier are done. An expert that has landed is read in its slot by kernels submitted after the table has
+been published. In between both places hold its bytes, so which of them a kernel reads makes no difference.
 
 A prompt uses the same slots through an ordinary `ExpertCache`, which marks the end of its own kernels (`retire`).
 Kernels of the device's own forwards read the table, and each of them is assumed to read every slot that is in it.
@@ -43,7 +43,7 @@ class AddressedSlots:
         """The end of all kernels that read the table before the latest change; None if there are later ones."""
 
     def add(self, slot: int) -> None:
-        """Allocate a buffer; its memory may have been another tensor's, which kernels under way still read."""
+        """Allocate a buffer; its memory may have been another tensor's, which kernels in flight still read."""
         self.pool.add(slot)
         self._last_use[slot] = self._streams.mark()
 

@@ -1,4 +1,4 @@
-"""Decide how many experts may be brought in between two forwards, behind a device that does not wait for them. Pure.
+"""Decide how many experts may be loaded between two forwards, behind a device that does not wait for them. Pure.
 
 Absent experts are read over the same link meanwhile, and copies must not slow that down. So copies get the time of the
 link that demand leaves, and a little more: without it, a link that is always busy would stay so, because no expert

@@ -39,7 +39,7 @@ AT_ONCE = 3
 
 
 def _in_turn(method: Callable[Concatenate[AioQueue, P], T]) -> Callable[Concatenate[AioQueue, P], T]:
-    """A method that one thread at a time runs. Ctrl-C may come between any two lines, so the queue starts over then; if
+    """Let one thread at a time run a method. Ctrl-C may come between any two lines, so the queue starts over then; if
     that is interrupted, too, it does so at the next call."""
 
     @wraps(method)

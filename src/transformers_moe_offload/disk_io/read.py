@@ -1,4 +1,4 @@
-"""One expert on its way through reader threads.
+"""One expert in flight through reader threads.
 
 An expert that is read in several chunks takes several threads at once. It is there when its last chunk is; if one
 fails, chunks that have not begun are dropped, and the error is raised once no thread writes into its memory any more.

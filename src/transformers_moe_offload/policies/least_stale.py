@@ -1,4 +1,4 @@
-"""Least-Stale (Hoang et al., "SpecMD", arXiv 2602.03921): layers take turns, so an expert's layer tells its next use.
+"""Least-Stale (Hoang et al., "SpecMD", arXiv 2602.03921): layers take turns, so it is known which come next.
 
 Plain recency evicts the experts of the layers that come next, because their last turn was longest ago.
 """

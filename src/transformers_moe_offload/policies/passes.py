@@ -42,5 +42,5 @@ class Passes:
         return is_new
 
     def is_over(self, layer: int) -> bool:
-        """Whether a layer has had as many turns in this pass as in the latest complete one."""
+        """Whether a layer has had as many turns in this pass as in the latest complete one that came to it, or one."""
         return self._turns[layer] >= self._usual_turns.get(layer, 1)

@@ -105,7 +105,7 @@ class Prefetcher:
                 return
 
     def _measure(self, layer: int, num_tokens: int) -> None:
-        """Time between a layer and the next one, and from step to step."""
+        """Measure the time between a layer and the next one, and from step to step."""
         now, place = self._clock(), self._place[layer]
         if self._route.visit(place):
             self._step_is_over(now, num_tokens)

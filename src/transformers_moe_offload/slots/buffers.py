@@ -103,7 +103,7 @@ class CopiedSlots:
         return self._copier.num_lanes
 
     def add(self, slot: int) -> None:
-        """Allocate a buffer; its memory may have been another tensor's, which kernels under way still read."""
+        """Allocate a buffer; its memory may have been another tensor's, which kernels in flight still read."""
         self.pool.add(slot)
         self._copier.retire(self.pool.record(slot))
 

@@ -109,7 +109,7 @@ class ExpertStore:
         return bool(runs) and all(run.file.announce(run.offset, run.nbytes) for run in runs)
 
     def check(self, expert: ExpertId, record: Tensor) -> None:
-        """Compare an expert's checksum, if there is one, the first time it is brought in: record (nbytes,) uint8."""
+        """Compare an expert's checksum, if there is one, the first time it is loaded: record (nbytes,) uint8."""
         if self.has_to_check(expert):
             self._source(expert).check(host_bytes(record))
             self._checked.add(expert)

@@ -5,8 +5,8 @@ holds would stay locked in the child, its reads would never arrive there, and da
 memory during a fork may end up in the other process (open(2), about `O_DIRECT`). Therefore a fork waits until the reads
 in flight have ended and takes all locks meanwhile, outer ones first.
 
-A fork that a C library makes by itself is not noticed. One that only starts another program, as `subprocess` does, need
-not be.
+A fork that a C library makes by itself is not noticed. A fork that only starts another program, as `subprocess` does,
+need not be noticed.
 """
 
 from __future__ import annotations
@@ -26,10 +26,10 @@ class Lock(Protocol):
     """A lock of `threading`."""
 
     def acquire(self) -> bool:
-        """Wait for it."""
+        """Wait until the lock is free, and take it."""
 
     def release(self) -> None:
-        """Let it go."""
+        """Release the lock."""
 
 
 class Forkable(Protocol):
@@ -43,7 +43,7 @@ class Forkable(Protocol):
 
 
 class Rank(IntEnum):
-    """A thread that holds a lock may wait for one of a higher rank, and for those that forkables have."""
+    """A thread that holds a lock may wait for one of a higher rank, and for the locks of forkables."""
 
     RESIZING = 0
     BUILDING = 1

@@ -62,7 +62,7 @@ class SafetensorsWriter:
         self._starts = _starts(tensors, _data_start(tensors, self._metadata))
         self._written = dict.fromkeys(self._tensors, 0)
         self._checksums = dict.fromkeys(self._tensors, 0)
-        # Sums run beside writing: they take as long as copying into the page cache, and neither holds Python's lock.
+        # Checksums run beside writes: they take as long as copying into the page cache, and neither holds the GIL.
         self._summing = ThreadPoolExecutor(1, thread_name_prefix="moe-offload-checksum")
         self.nbytes = file_bytes(tensors, self._metadata)
         """Size of the complete file."""

@@ -14,7 +14,7 @@ from transformers_moe_offload.tracing.trace import RecordedVisit, Trace
 class TraceRecorder:
     """Appends every visit to `trace`.
 
-    A step is one forward: between `begin_forward` and `end_forward` layers may take as many turns as they like.
+    A step is one forward: between `begin_forward` and `end_forward` layers may take any number of turns.
     Forwards that are not announced are recognised by the order of layers. `stall_ms`, if given, returns how long all
     layers have waited for loads so far; then the trace has each visit's share of it.
     """

@@ -31,7 +31,7 @@ class CudaCopier:
         self._lanes = ReaderPool(workers)
         self._ring = StagingRing(ring_shape(record_bytes, workers), pin_memory)
         self._stream = torch.cuda.Stream(device)
-        # The slots' memory may have been another tensor's, which kernels under way still read.
+        # The slots' memory may have been another tensor's, which kernels in flight still read.
         self._stream.wait_stream(torch.cuda.current_stream(device))
         self._last_use: dict[int, torch.cuda.Event] = {}
 
