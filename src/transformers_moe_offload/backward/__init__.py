@@ -1,1 +1,1 @@
-"""Gradients through experts that are brought in again for the backward pass, and what is added to experts."""
+"""Gradients through experts that are fetched again for the backward pass, and additions to experts."""

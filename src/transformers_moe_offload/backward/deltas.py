@@ -1,7 +1,6 @@
-"""What is added to frozen experts while they are trained or used with adapters: low-rank factors, and experts of one's
-own.
+"""Additions to frozen experts in training or with adapters: low-rank factors, and experts with weights of their own.
 
-Values of one forward; who keeps the tensors and names them is `hf`'s to say.
+Values of one forward; `hf` keeps the tensors and their names.
 """
 
 # N rows of one expert, R rank; in and out are those of the product, whatever way round the weight is stored
@@ -58,7 +57,7 @@ class Adaptation:
         return bool(self.low_rank or self.own)
 
     def _trainable(self) -> Iterator[Tensor]:
-        """What may have a gradient; factors of one expert stand for those of all."""
+        """The tensors that may have a gradient; the factors of the first expert stand for those of all."""
         for additions in self.low_rank.values():
             for one in additions:
                 yield from (one.down[0], one.up[0])

@@ -1,8 +1,8 @@
 """One sparse layer whose experts are adapted or whose gradient is wanted, expert by expert.
 
-What `forward.py` does, on a tape: rows are gathered once, every expert's products are differentiable, and weights are
-borrowed again in the backward pass. Experts are computed in ascending order when there will be one, so that gradients
-are summed in an order that does not depend on what is resident.
+As `compute/forward.py`, but recorded by autograd: rows are gathered once, every expert's products are differentiable,
+and weights are fetched again in the backward pass. If there will be one, experts are computed in ascending order, so
+that gradients are summed in an order that does not depend on what is resident.
 """
 
 # T tokens, K experts per token, H hidden, P pairs that need an expert, N rows of one expert
@@ -30,7 +30,7 @@ class Lender(Protocol):
     """Where the backward pass gets a layer's experts."""
 
     def used(self, experts: Sequence[int]) -> None:
-        """The forward pass needs these."""
+        """The forward pass needs these experts."""
 
     def borrow(self, expert: int, use: Use) -> Tensor:
         """Fetches an expert and returns what is computed with it; its weights are valid only meanwhile."""
@@ -82,7 +82,7 @@ def adapted_forward(
 
 
 def rows_by_expert(hidden_states: Tensor, grouping: Grouping) -> dict[int, Tensor]:
-    """hidden_states (T, H) -> each needed expert's rows, (N, H), and as many more as padding asks for.
+    """hidden_states (T, H) -> each needed expert's rows, (N, H), and the rows that padding adds.
 
     The rows of the last expert come first: gradients of one token are then added up in the order in which autograd
     comes to the experts of Transformers' loop over them (`eager` experts, 5.23), from the last to the first.

@@ -1,8 +1,8 @@
-"""Products with weights that do not stay.
+"""Products whose weights are fetched again for the backward pass.
 
 Autograd would keep every expert's weights until the backward pass, and they are views of slots that other experts will
-have overwritten by then. So what it keeps of a product is how to get the weights again: the backward pass borrows one
-expert after the other, in the order in which autograd comes to them, and nothing is computed twice.
+have overwritten by then. So it keeps a callback that fetches them again: the backward pass borrows one expert after the
+other, in the order in which autograd comes to them, and nothing is computed twice.
 """
 
 # N rows

@@ -1,8 +1,8 @@
 """Lend experts' weights to a forward that is not ours, and that autograd records, without autograd keeping them.
 
-What such a forward does with a weight cannot be known, but what autograd saves of it goes through hooks. A saved tensor
-that lies inside a weight that was lent is replaced by a note: whose weight, which field, where in it. When the backward
-pass comes to it, the weight is had again. So the graph is the one that a plain model has, and so are its gradients.
+What such a forward does with a weight is unknown, but the tensors that autograd saves go through hooks. A saved tensor
+that lies inside a lent weight is replaced by a note of the expert, the field and the place in it. When the backward
+pass comes to it, the weight is fetched again. So the graph is the one that a plain model has, and so are its gradients.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ class _Note:
 
 
 class Lending:
-    """Gives out weights during one forward, and knows its own when it sees them again."""
+    """Lends weights during one forward, and recognises them among the tensors that autograd saves."""
 
     def __init__(self, fetch: Fetch, again: Fetch, adaptation: Adaptation = NOTHING) -> None:
         """`again` is `fetch` for the backward pass; what it returns is in memory of its own."""
@@ -57,11 +57,11 @@ class Lending:
         return weight
 
     def recorded(self) -> AbstractContextManager[object]:
-        """While this is open, autograd gets notes of what is lent."""
+        """While this is open, autograd saves notes in place of lent weights."""
         return torch.autograd.graph.saved_tensors_hooks(self._noted, self._had_again)
 
     def end(self) -> None:
-        """The forward is over: nothing that was lent can be used any more."""
+        """The forward is over: lent weights are not valid any more."""
         self._lent, self._expert = {}, None
 
     def _noted(self, tensor: Tensor) -> Tensor | _Note:
@@ -83,7 +83,7 @@ class Lending:
 
 
 def _autocast_dtype(weight: Tensor) -> torch.dtype:
-    """What autocast would multiply a matrix in; anything else stays as it is."""
+    """The dtype in which autocast would multiply a matrix; any other tensor keeps its own."""
     device = weight.device.type
     if weight.dim() != 2 or weight.dtype != torch.float32 or not torch.is_autocast_enabled(device):
         return weight.dtype

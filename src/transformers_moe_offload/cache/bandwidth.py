@@ -1,4 +1,4 @@
-"""Measure how busy the way into the slots is, to know what could be carried besides."""
+"""Measure how busy the link into the slots is, and so how many more loads it could carry."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ class Link:
         self._demand = 0.0
 
     def loaded(self, seconds: float) -> None:
-        """A load was carried, in so much time."""
+        """A load took so much time."""
         self._load = seconds if self._load == 0.0 else self._load + _SMOOTHING * (seconds - self._load)
 
     def asked(self, num_loads: int) -> None:
@@ -27,5 +27,5 @@ class Link:
         return self._load / self._num_lanes
 
     def idle_seconds(self, period: float) -> float:
-        """What demand leaves of the time between two visits."""
+        """The part of `period`, the time between two visits, that demand leaves to other loads."""
         return max(0.0, period - self._demand * self.seconds_per_load)

@@ -1,4 +1,4 @@
-"""Keep experts resident and hand them to whoever computes: the face of a cache. Its steps are in `core.py`."""
+"""Keep experts resident and give layers their weights: the interface of a cache. Its steps are in `core.py`."""
 
 from __future__ import annotations
 
@@ -15,9 +15,9 @@ from transformers_moe_offload.expert import ExpertId
 class ExpertCache(CacheCore):
     """The resident experts of some sparse layers on one device.
 
-    One visit at a time: threads that share a model take turns layer by layer. The caller of a visit takes it,
-    `with cache.turn, cache.visit(...) as visit`: what `with` does with a lock, Ctrl-C cannot come in between; a turn
-    that some method of ours took or gave back would at times not be given back.
+    One visit at a time: threads that share a model take turns layer by layer. The caller takes the turn,
+    `with cache.turn, cache.visit(...) as visit`: Ctrl-C cannot interrupt what `with` does with a lock, but it could
+    interrupt a method of ours that takes or releases the turn, and leave it locked.
     """
 
     def visit(
@@ -27,19 +27,20 @@ class ExpertCache(CacheCore):
         started: Callable[[Sequence[int]], None] | None = None,
         computed: Container[int] = (),
     ) -> Visit:
-        """Ask for experts of a layer, each named once; the last ones are those most worth keeping for later. To be
-        opened with the turn.
+        """Ask for experts of a layer, each named once; the last ones are those most worth keeping for later. Open the
+        visit with the turn held.
 
-        `started` is called with the wanted experts once the visit's own loads are under way; not in a visit that has
-        to go in waves, which leaves no room for anything else. Those `computed` by the host are wanted like the others,
-        but neither loaded nor given to the caller.
+        `started` is called with the wanted experts once the visit's own loads are in flight, but not in a visit that
+        goes in waves, which leaves no slot for other loads. Experts that are `computed` by the host are wanted like the
+        others, but neither loaded nor given to the caller.
         """
         return Visit(self, layer, [ExpertId(layer, expert) for expert in wanted], started, computed)
 
     def load_ahead(self, expert: ExpertId, spared: Set[ExpertId] = frozenset()) -> bool:
-        """Start to bring in an expert that nobody has asked for yet; returns whether there was a slot to spare.
+        """Start to load an expert ahead of demand; returns whether the load was started.
 
-        Nobody who is `spared`, wanted or on the way has to leave for it.
+        It is not started while another thread has the turn, or if there is no slot to spare: experts that are `spared`,
+        wanted by the latest visit, or loaded ahead of demand themselves are not evicted for it.
         """
         try:
             with Attempt(self.turn):
@@ -49,7 +50,7 @@ class ExpertCache(CacheCore):
             return False
 
     def warm(self, experts: Iterable[ExpertId]) -> None:
-        """Bring experts into free slots before anybody asks for them, and wait until they are there."""
+        """Load experts into free slots ahead of demand, and wait until they are resident."""
         with self.turn:
             self.repair()
             coming = []
@@ -64,9 +65,9 @@ class ExpertCache(CacheCore):
                 self.settle()
 
     def resize(self, num_slots: int) -> None:
-        """Change the number of slots between two visits. Who can stay stays; the policy says who leaves.
+        """Change the number of slots between two visits. Residents stay as far as they fit; the policy picks victims.
 
-        If there is no memory for more of them, that is raised and there are as many as before.
+        If there is no memory for more slots, the error is raised and their number is what it was before.
         """
         with self.turn:
             self.repair()
@@ -80,7 +81,7 @@ class ExpertCache(CacheCore):
             self._shrink(num_slots)
 
     def give_back(self) -> None:
-        """Give back memory that experts take although they have left, in case they return."""
+        """Give back memory that evicted experts still take in case they return."""
         with self.turn:
             self.repair()
             self.slots.give_back()

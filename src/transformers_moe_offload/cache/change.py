@@ -1,4 +1,4 @@
-"""Notice it when a change of what is resident is broken off in the middle."""
+"""Detect changes of what is resident that were interrupted in the middle."""
 
 from __future__ import annotations
 
@@ -8,10 +8,10 @@ from typing import Concatenate, ParamSpec, Protocol, TypeVar
 
 
 class Changed(Protocol):
-    """What changes step by step."""
+    """An object that changes step by step."""
 
     is_whole: bool
-    """Whether no change is going on, or was broken off in the middle."""
+    """False while a change is going on, and after one was interrupted in the middle."""
 
 
 class NotStartedError(Exception):
@@ -28,7 +28,7 @@ C = TypeVar("C", bound=Changed)
 
 
 def change(method: Callable[Concatenate[C, P], T]) -> Callable[Concatenate[C, P], T]:
-    """A method of which an end in the middle, by whatever is raised, leaves `is_whole` False."""
+    """A method that leaves `is_whole` False if any exception but `NotStartedError` ends it in the middle."""
 
     @wraps(method)
     def changed(self: C, /, *arguments: P.args, **named: P.kwargs) -> T:

@@ -1,12 +1,12 @@
-"""What is resident, and every step that changes it. The only code that does.
+"""What is resident, and every step that changes it; no other code changes it.
 
-What is resident after a visit does not depend on what arrived first: victims are chosen when the visit begins, and the
-policy hears of all the experts of a visit at its end, in the order in which they were asked for. Only where experts
-pass in waves it hears of each wave before the next one, and there the order of use is fixed.
+The residents after a visit do not depend on the order in which loads land: victims are chosen when the visit begins,
+and the policy is told of all the experts of a visit at its end, in the order in which they were asked for. If experts
+pass in waves, the policy is told of each wave before the next one; the order of use is fixed there.
 
-Ctrl-C can break off whatever the main thread does, between any two lines. So methods that change what is resident note
-when they begin and when they have ended, and the next visit repairs what was broken off: residents stay, loads under
-way are given up, and the policy learns of the residents afresh.
+Ctrl-C can interrupt the main thread between any two lines. So methods that change what is resident record when they
+begin and end, and the next visit repairs what an interrupt left: residents stay, loads in flight are given up, and a
+new policy is told of the residents.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ logger = logging.getLogger(__name__)
 class CacheCore:
     """The resident experts of some sparse layers on one device, and what happens to them within a turn.
 
-    Its methods are called by whoever holds the turn: `Visit`, the cache itself, and the follower of a device.
+    Its methods are called with the turn held: by `Visit`, `ExpertCache`, and the `Follower` of a device.
     """
 
     def __init__(
@@ -60,15 +60,15 @@ class CacheCore:
         self._new_policy = new_policy or type(policy)
         self._in_flight: dict[ExpertId, Transfer] = {}
         self._unannounced: set[ExpertId] = set()
-        """Residents that the policy has not heard of, because the visit that brought them in goes on."""
+        """Residents that the policy has not been told of yet, because the visit that loaded them is still open."""
         self._ahead: set[ExpertId] = set()
-        """Experts on their way or resident that nobody has asked for yet."""
+        """Experts loaded ahead of demand, in flight or resident, that no visit has asked for yet."""
         self._asked: frozenset[ExpertId] = frozenset()
-        """What the latest visit wants."""
+        """The experts that the latest visit wants."""
         self.turn = FORKS.with_lock(threading.RLock(), Rank.TURN)
         """Held during a visit."""
         self.is_whole = True
-        """Whether no change is going on, or was broken off in the middle."""
+        """False while a change is going on, and after one was interrupted in the middle."""
         for slot in range(num_slots):
             slots.add(slot)
 
@@ -77,7 +77,7 @@ class CacheCore:
         return self._num_experts[layer]
 
     def holds_all(self, layer: int) -> bool:
-        """Whether every expert of a layer is resident or on its way."""
+        """Whether every expert of a layer is resident or loading."""
         return self.residency.count(layer) == self._num_experts[layer]
 
     def is_absent(self, expert: ExpertId) -> bool:
@@ -86,11 +86,11 @@ class CacheCore:
 
     @property
     def num_loading(self) -> int:
-        """Loads under way."""
+        """Loads in flight."""
         return len(self._in_flight)
 
     def repair(self) -> None:
-        """Put in order what a change that was broken off has left. To be called before anything else is done."""
+        """Restore a consistent state after an interrupted change. Call it before any other step."""
         if self.is_whole:
             return
         self._asked = frozenset()
@@ -111,7 +111,7 @@ class CacheCore:
 
     @change
     def begin(self, layer: int, wanted: Sequence[ExpertId], computed: Container[int]) -> None:
-        """Count and announce what a layer is about to use, or has the host compute."""
+        """Count the experts that a layer is about to use or has the host compute, and tell the policy of them."""
         stats = self.stats[layer]
         self._asked = frozenset(wanted)
         self._receive_ahead()
@@ -140,7 +140,7 @@ class CacheCore:
 
     @change
     def start_loads(self, upcoming: Sequence[ExpertId]) -> bool:
-        """Start as many loads as there is room for; returns whether some had to be left for later."""
+        """Start as many loads as there is room for; returns whether some are deferred."""
         planned = plan(upcoming, self.residency, self._policy.candidates(), self._floor)
         alongside = len(self._in_flight) + len(planned.loads) - 1
         for load in planned.loads:
@@ -157,7 +157,7 @@ class CacheCore:
         except Exception:
             self._fail(expert)
             raise
-        finally:  # a wait broken off by Ctrl-C leaves the load in flight: somebody may still be writing into the slot
+        finally:  # a wait interrupted by Ctrl-C leaves the load in flight: the slot may still be written to
             stats.stall_ms += (time.perf_counter() - started) * 1e3
         stats.disk_bytes += from_files
         self._land(expert, transfer.seconds)
@@ -177,7 +177,7 @@ class CacheCore:
 
     @change
     def announce(self, used: Iterable[ExpertId]) -> None:
-        """Tell the policy who has been used, and who has come in without being used."""
+        """Tell the policy which experts were used, and which became resident without being used."""
         for expert in used:
             self._admit(expert)
             self._policy.use(expert)
@@ -204,7 +204,7 @@ class CacheCore:
         self.announce(expert for expert in experts if self.residency.is_resident(expert))
 
     def plan_behind(self, absent: Sequence[ExpertId], spared: Container[ExpertId]) -> list[Load]:
-        """Slots for absent experts that have been used where they were; nobody `spared` has to leave for them."""
+        """Slots for absent experts that a device has used in place; `spared` experts are not evicted for them."""
         return plan_behind(absent, self.residency, self._policy.candidates(), spared, self._floor)
 
     @change
@@ -213,7 +213,7 @@ class CacheCore:
         self._start(load, len(self._in_flight))
 
     def settle(self) -> None:
-        """Wait for every load under way; those that fail leave their experts absent."""
+        """Wait for every load in flight; those that fail leave their experts absent."""
         for expert in list(self._in_flight):
             try:
                 self.finish_load(expert)
@@ -249,7 +249,7 @@ class CacheCore:
         self.residency.fail(expert)
 
     def _receive_ahead(self) -> None:
-        """Experts that have arrived ahead of demand are resident from now on."""
+        """Make experts resident whose loads ahead of demand have landed."""
         landed = [expert for expert in self._ahead if expert in self._in_flight and self.has_landed(expert)]
         for expert in sorted(landed):
             try:
@@ -260,7 +260,7 @@ class CacheCore:
             self.announce(())
 
     def _cancel_ahead(self) -> None:
-        """Demand needs the link: what was to come ahead of it and has not set out does not come."""
+        """Cancel loads ahead of demand that have not begun: demand needs the link."""
         for expert in [expert for expert in self._ahead if expert in self._in_flight]:
             if expert not in self._asked and self._in_flight[expert].cancel():
                 del self._in_flight[expert]

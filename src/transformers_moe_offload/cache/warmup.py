@@ -1,4 +1,4 @@
-"""Choose who is worth having before anybody has asked. Pure."""
+"""Choose the experts to load before the first visit. Pure."""
 
 from __future__ import annotations
 
@@ -11,8 +11,8 @@ from transformers_moe_offload.expert import ExpertId
 def most_used(counts: Mapping[int, Sequence[float]], num_slots: int) -> list[ExpertId]:
     """The experts with the highest counts, `counts[layer][expert]`, for so many slots; the highest first.
 
-    Each layer gets its floor first, as it would when everybody has asked; what is left goes to the highest counts of
-    all. Experts that were never used are not worth a slot.
+    Each layer gets its floor first, as it would once all layers have asked; the slots that are left go to the highest
+    counts of all. Experts that were never used get no slot.
     """
     ranked = sorted(
         (ExpertId(layer, expert) for layer, uses in counts.items() for expert, count in enumerate(uses) if count > 0),

@@ -17,7 +17,7 @@ from torch import Tensor
 
 
 class Operand(Protocol):
-    """What the operator computes with."""
+    """Computes the operator's result."""
 
     def compute(self, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
         """What `experts` returns."""
@@ -28,14 +28,14 @@ _operands: WeakValueDictionary[str, Operand] = WeakValueDictionary()
 
 
 def key_for(operand: Operand) -> str:
-    """What the operator finds it by, as long as it lives. A number might be taken for one that changes."""
+    """The key of a (weakly held) operand. A string: torch.compile would guard on an int, or generalise it."""
     key = str(next(_numbers))
     _operands[key] = operand
     return key
 
 
 def fits(device: torch.device) -> bool:
-    """Whether what is being compiled can have the operator, which knows no gradients and no autocast."""
+    """Whether code that is being compiled can use the operator, which supports neither gradients nor autocast."""
     return not torch.is_grad_enabled() and not torch.is_autocast_enabled(device.type)
 
 

@@ -25,7 +25,7 @@ from transformers_moe_offload.slots.base import Weights
 
 
 class HostWork(Protocol):
-    """What a host computes of some experts, meanwhile."""
+    """Experts that a host is computing meanwhile."""
 
     def finish(self) -> dict[int, Tensor]:
         """Wait for it: the rows of each expert, (N, H) on the accelerator."""
@@ -37,7 +37,7 @@ class HostHelp(Protocol):
     def share(
         self, cache: ExpertCache, layer: int, grouping: Grouping, loads_under_way: int = 0
     ) -> dict[int, Sequence[int]]:
-        """The experts that the host is to compute of a layer that is about to be visited, each with its tokens."""
+        """The experts that the host is to compute in a layer that is about to be visited, each with its tokens."""
 
     def start(
         self, mlp: ExpertMlp, experts: Any, hidden_states: Tensor, layer: int, share: dict[int, Sequence[int]]
@@ -64,11 +64,11 @@ def sparse_forward(
     hidden_states (T, H), top_k_index (T, K) int64, top_k_weights (T, K) -> (T, H) in the dtype of hidden_states.
     `experts` is the module whose activation is used. `codings` says what the slots hold, expert by expert;
     `cast_to` is the dtype to multiply in, where that is another one.
-    `started` is called with the wanted experts once their loads are under way. `host` may compute some of those that
+    `started` is called with the wanted experts once their loads are in flight. `host` may compute some of those that
     are absent, meanwhile.
     """
     grouping = group_by_expert(top_k_index, top_k_weights, cache.num_experts(layer))
-    is_ordered = experts.training  # random numbers are drawn in the order of computation, which must not be chance
+    is_ordered = experts.training  # random numbers are drawn in the order of computation, which must be fixed
     outputs, share, computing = {}, {}, None
     if host is not None and not is_ordered and not torch.is_autocast_enabled(hidden_states.device.type):
         share = host.share(cache, layer, grouping, cache.num_loading)
@@ -97,7 +97,7 @@ def computed(
 ) -> dict[int, Tensor]:
     """The rows of some experts that are held: together where kernels can, on a CPU if they are few, else one by one.
 
-    It makes no difference to the rows of each.
+    The rows of each expert are the same in all three cases.
     """
     if are_computed_together(mlp, hidden_states, codings):
         return together(mlp, experts, hidden_states, grouping, held, codings)
@@ -122,14 +122,14 @@ def rows_of(hidden_states: Tensor, tokens: Tensor | list[int]) -> Tensor:
 
 
 def _stacked(hidden_states: Tensor, wanting: list[Tensor | list[int]]) -> Tensor:
-    """hidden_states (T, H) of some tokens, and of some more, and so on: (N, H)."""
+    """hidden_states (T, H) of several lists of tokens, one list after the other, (N, H)."""
     if hidden_states.shape[0] == 1:
         return hidden_states.expand(sum(map(len, wanting)), -1)
     return hidden_states[[int(token) for tokens in wanting for token in tokens]]
 
 
 def opened(weights: Weights, coding: Coding | None, cast_to: torch.dtype | None = None) -> ExpertWeights:
-    """What a slot holds, as matrices that can be multiplied with: those in low bits with rows of any dtype."""
+    """The weights in a slot as matrices that can be multiplied with: those in low bits with rows of any dtype."""
     matrices = weights if coding is None else coding.matrices(weights)
     if cast_to is None:
         return matrices

@@ -1,6 +1,7 @@
-"""The arithmetic of all experts that some pairs need, by their records' addresses: two products and what is between.
+"""The arithmetic of all experts that some pairs need, by their records' addresses: two products, and an activation
+between them.
 
-What one expert computes is said in `mlp.py`; here every step is one launch for all of them.
+`mlp.py` says what one expert computes; here every step is one launch for all of them.
 """
 
 # T tokens, K experts per token, P pairs, H hidden
@@ -19,14 +20,14 @@ if TYPE_CHECKING:
 
 
 class ByAddress:
-    """How the experts of a layer compute when they are multiplied with where they lie."""
+    """Computes with the experts of a layer where their records lie."""
 
     def __init__(
         self, mlp: ExpertMlp, first: PlacedMatrix, second: PlacedMatrix, activation: Activation | None = None
     ) -> None:
         """The matrices are those of `gate_up_proj` or `up_proj`, and of `down_proj`.
 
-        `activation` is what the module does between them. Where no kernel can do it, as with None, the module does.
+        `activation` is what the module does between them. If it is None, or no kernel can do it, the module does it.
         """
         self._mlp = mlp
         self._first = first

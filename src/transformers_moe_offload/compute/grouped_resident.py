@@ -1,8 +1,8 @@
 """Experts that are held in slots of a GPU, computed together by their slots' addresses.
 
 For layers whose routing the host has seen (`forward.py`): one launch for a product of all of them instead of one each,
-and no weight is copied. Whether a layer is computed like this, and how its work is cut, depends on nothing that is
-resident: so the rows of an expert have the same bits in whatever company it is computed.
+and no weight is copied. Whether a layer is computed like this, and how its work is cut, does not depend on what is
+resident: so the rows of an expert have the same bits whichever experts it is computed with.
 """
 
 # T tokens, K experts per token, N rows of one expert, P rows of all, H hidden
@@ -30,7 +30,7 @@ from transformers_moe_offload.kernels.grouped import Pairs
 from transformers_moe_offload.slots.base import Weights
 
 FEW_TOKENS = 16
-"""Up to so many dense experts are computed together: with more rows each, torch's own matmul is the better kernel."""
+"""Dense experts are computed together for up to so many tokens: with more rows, torch's own matmul is better."""
 
 
 def are_computed_together(mlp: ExpertMlp, hidden_states: Tensor, codings: LayerCodings) -> bool:

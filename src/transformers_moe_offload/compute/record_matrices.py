@@ -1,4 +1,4 @@
-"""Where the matrices of experts lie in their records, as the kernels that compute by address want to know it."""
+"""Where the matrices of experts lie in their records, in the form that kernels that compute by address take."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ def placed(
     """The matrix of a field, with its bias.
 
     `arrays` are those of a record by name, `places` the bytes into it at which they begin, and `coding` says how
-    matrices are packed; None that they are not.
+    matrices are packed; None if they are not.
     """
     bias = f"{name}_bias"
     own_places = {"bias": places[bias]} if mlp.has_bias else {}

@@ -1,4 +1,4 @@
-"""Who wants what: group the (token, choice) pairs of one layer by expert."""
+"""Group the (token, choice) pairs of one layer by expert."""
 
 # T tokens, K experts per token, E experts, P = T * K pairs
 
@@ -28,8 +28,8 @@ class Grouping:
     share one row more, at the end. A list where there are few pairs."""
     has_idle: bool
     by_last_use: list[int]
-    """The needed experts, those that only earlier tokens want first: the last ones are what the next token is likely to
-    want, too."""
+    """The needed experts by the last token that wants them, the earliest first: the next token is likely to want the
+    last ones, too."""
 
     @property
     def experts(self) -> list[int]:
@@ -80,7 +80,7 @@ def group_by_expert(
 
 
 def _is_on_host(tensor: Tensor) -> bool:
-    """Whether the host may look at a tensor as often as it likes."""
+    """Whether the host can read a tensor without waiting for a device."""
     return tensor.device.type == "cpu"
 
 

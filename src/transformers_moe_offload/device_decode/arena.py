@@ -1,8 +1,8 @@
-"""All experts of some layers in host memory that the device reads where it is; filled once, and never changed.
+"""All experts of some layers in host memory, for zero-copy reads of the device; filled once, and never changed.
 
-On a GPU it is page-locked, so it is asked for in blocks: a refusal comes before anything is read, and says how far the
-system went. On a CPU it is memory like any other. Experts that were quantized while the model was loaded are in RAM
-already, and read where they are there.
+For a GPU it is page-locked, so it is asked for in blocks: a refusal comes before anything is read, and the error says
+how many bytes were granted. For a CPU it is pageable. Experts that were quantized while the model was loaded are in RAM
+already, and are read there.
 """
 
 from __future__ import annotations
@@ -23,8 +23,8 @@ from transformers_moe_offload.store.ram_file import RamFile
 from transformers_moe_offload.store.record import RecordLayout
 
 BLOCK_BYTES = 1 << 30
-"""Of one block, unless a record is larger. The system has to find every page that it locks, and can only be interrupted
-between two blocks."""
+"""Bytes of one block, unless a record is larger. The system has to find every page that it locks, and can only be
+interrupted between two blocks."""
 
 
 class Arena:
@@ -91,7 +91,7 @@ class Arena:
             self._locks.pop().free()
 
     def _take(self, experts: Sequence[ExpertId]) -> None:
-        """Memory for all records, before any is read."""
+        """Allocate memory for all records, before any is read."""
         granted = 0
         for memory, starts in self._blocks(experts):
             try:
@@ -104,7 +104,7 @@ class Arena:
                 granted += self.layout(expert).nbytes
 
     def _blocks(self, experts: Sequence[ExpertId]) -> Iterator[tuple[Tensor, dict[ExpertId, int]]]:
-        """Pieces of memory, and where in it records begin: that which records are in already, else blocks of it."""
+        """Pieces of memory, and where records begin in each: new blocks, then `RamFile`s that hold records already."""
         in_files: dict[RamFile, dict[ExpertId, int]] = {}
         block: dict[ExpertId, int] = {}
         end = 0
@@ -132,7 +132,7 @@ class Arena:
         )
 
     def _read(self, experts: Sequence[ExpertId], workers: int, advance: Callable[[int], object]) -> None:
-        """Fill the records, a few at a time; when one fails, nobody writes into the memory any more."""
+        """Fill the records, a few at a time. If one fails, its error is raised once no thread writes to the memory."""
         copier = HostCopier(self._store.fill, workers)
         under_way: deque[tuple[ExpertId, Transfer]] = deque()
 

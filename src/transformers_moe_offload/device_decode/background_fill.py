@@ -1,7 +1,7 @@
-"""Keep a cache behind a device that uses experts wherever they are, and waits for none.
+"""Fill a cache behind a device that uses experts wherever they are, and waits for none.
 
-The device says afterwards whom its layers used and who of them was resident. The policy hears of that as it does of
-visits, layer by layer; absent experts are brought in for the next time, as far as the link has time for it.
+The device reports afterwards which experts its layers used, and which of them were resident. The policy is told of that
+layer by layer, as of visits; absent experts are loaded for the next time, as far as the link has time for it.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ class Use:
 
 
 class Follower:
-    """Brings into a cache what was absent when it was used."""
+    """Loads experts into a cache that were absent when they were used."""
 
     def __init__(self, cache: ExpertCache, clock: Callable[[], float] = time.perf_counter) -> None:
         self._cache = cache
@@ -39,11 +39,11 @@ class Follower:
         self._under_way: dict[ExpertId, None] = {}
 
     def receive(self) -> None:
-        """Those that have arrived are resident from now on, and were used last by what they were brought in for."""
+        """Make experts resident whose loads have landed, and record the use that caused each load."""
         with self._cache.turn:
             self._cache.repair()
             for expert in list(self._under_way):
-                if not self._cache.residency.is_loading(expert):  # a visit took it, or could not have it
+                if not self._cache.residency.is_loading(expert):  # a visit finished the load, or the load failed
                     del self._under_way[expert]
                 elif self._cache.has_landed(expert):
                     self._cache.finish_load(expert)
@@ -51,7 +51,7 @@ class Follower:
                     del self._under_way[expert]
 
     def follow(self, forwards: Iterable[Sequence[Use]]) -> None:
-        """Take note of some forwards, the latest one last, and start to bring in who was absent."""
+        """Record the uses of some forwards, the latest one last, and start to load experts that were absent."""
         with self._cache.turn:
             self._cache.repair()
             absent: set[ExpertId] = set()
@@ -71,7 +71,7 @@ class Follower:
         if not absent or not most:
             return
         for load in self._cache.plan_behind(self._urgency.first(absent)[:most], spared):
-            self._under_way[load.expert] = None  # first: one that was not started is found out by `receive`
+            self._under_way[load.expert] = None  # first: `receive` removes it if the load was not started
             self._cache.start(load)
             self._pace.started()
             self._urgency.started(load.expert)

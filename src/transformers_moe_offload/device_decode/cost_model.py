@@ -15,18 +15,18 @@ from transformers_moe_offload.hybrid.split import MissRates, split
 
 @dataclass(frozen=True)
 class DecodeRates:
-    """What a decode step of one token takes in one sparse layer, as it was measured."""
+    """Measured times of a decode step of one token in one sparse layer."""
 
     misses: MissRates
-    """Of experts that are moved or computed by the host."""
+    """Rates for experts that are moved or computed by the host."""
     resident_s: float
     """Seconds that the device takes for each expert in a slot."""
     read_s: float
-    """The same for one that it reads in place."""
+    """The same for an expert that it reads in place."""
     host_s: float
     """Seconds of a layer from the host beyond the device's arithmetic: waiting, planning, submitting."""
     submit_s: float
-    """Seconds for which a layer on the device keeps the host busy: it cannot be done in less, layer after layer."""
+    """Seconds for which a layer on the device keeps the host busy: no layer can take less, one after another."""
 
     def from_host_s(self, num_wanted: int, num_absent: int, *, computes: bool) -> float:
         """A layer from the host, which `computes` absent experts where that is faster, or has all of them moved."""
@@ -36,7 +36,7 @@ class DecodeRates:
         else:
             served_s = num_absent * self.misses.fetch_s
         hits_s = (num_wanted - num_absent) * self.resident_s
-        last_s = self.resident_s if num_absent else 0.0  # the one that comes last is computed when it has come
+        last_s = self.resident_s if num_absent else 0.0  # the last expert to land is computed after that
         return self.host_s + max(hits_s, served_s) + last_s
 
     def on_device_s(self, num_wanted: int, num_absent: int) -> float:
@@ -47,7 +47,7 @@ class DecodeRates:
 
 @dataclass(frozen=True)
 class DecodeCosts:
-    """What is to be expected of a layer, in seconds."""
+    """The expected times of a layer, in seconds."""
 
     from_host_s: float
     on_device_s: float
@@ -59,9 +59,9 @@ class DecodeCosts:
 
 
 def costs(rates: DecodeRates, num_wanted: int, resident_share: float, *, computes: bool) -> DecodeCosts:
-    """What a token takes that asks for so many experts of a layer, of which such a share has slots.
+    """The expected times of a token that asks for so many experts of a layer, `resident_share` of which has slots.
 
-    Each is taken to be resident as often as any expert is: routing that prefers some does better, both ways.
+    Every expert is assumed to be resident equally often: routing that prefers some experts does better, both ways.
     """
 
     def expected(cost: Callable[[int], float]) -> float:

@@ -1,7 +1,7 @@
-"""Count on the device who was asked for, and whether it was resident; the host reads it when it has arrived.
+"""Count on the device which experts were asked for, and whether they were resident; the host reads the counts later.
 
-While a forward is submitted each layer leaves its routing behind, by one operation, in memory that is always the same.
-Between two forwards this is compared with the table of addresses as it was for that forward, and sent to the host.
+While a forward is submitted, each layer stores its routing, by one operation, at a fixed place in memory. Between two
+forwards the routing is compared with the address table as it was for that forward, and the counts are sent to the host.
 """
 
 # L layers, E experts of the layer that has most, T tokens, K experts per token
@@ -23,7 +23,7 @@ MOST_PAIRS = 512
 """(token, choice) pairs of a layer in one forward: 16 tokens, as many as decode on the device takes, of 32 choices."""
 
 ABSENT, RESIDENT = 1, 2
-"""What the device says of an expert that was asked for; 0 of the others."""
+"""The device's count for an expert that was asked for; 0 for the others."""
 
 
 class Counters:
@@ -38,18 +38,18 @@ class Counters:
         device = table.homes.device
         with torch.inference_mode(False):
             self._routed = torch.full((num_layers, MOST_PAIRS), self._width, dtype=torch.int64, device=device)
-            """(L, pairs) int64: experts asked for; E, or more, where nobody is."""
+            """(L, pairs) int64: experts asked for; E, or more, in places without one."""
             self._asked = torch.zeros((num_layers, self._width + 1), dtype=torch.uint8, device=device)
-            """(L, E + 1): 1 for those among them; the last column is of nobody."""
+            """(L, E + 1): 1 for experts asked for; the last column collects the places without one."""
             self._exists = (table.homes != NOBODY).to(torch.uint8)
         self._places: dict[tuple[int, int], Tensor] = {}
-        """Parts of `routed`, by layer and number of pairs."""
+        """Parts of `_routed`, by layer and number of pairs."""
         self._noted: set[int] = set()
         self._on_the_way: deque[tuple[Tensor, Mark]] = deque()
         self._spare: list[Tensor] = []
 
     def note(self, layer: int, top_k_index: Tensor) -> None:
-        """A layer asks for experts: top_k_index (T, K) int64, on the device. Those of no number of its own are nobody.
+        """A layer asks for experts: top_k_index (T, K) int64, on the device. Indices of no expert are ignored.
 
         One operation on the device, of fixed shape and place, that a graph can capture.
         """
@@ -73,23 +73,23 @@ class Counters:
 
     @property
     def has_notes(self) -> bool:
-        """Whether a layer has left something behind since `close`; of what a graph did it says nothing."""
+        """Whether a layer has called `note` since `close`; replayed graphs do not count."""
         return bool(self._noted)
 
     def close(self) -> None:
-        """A forward is over: what was asked for is compared with the table, and sent off."""
+        """A forward is over: compare the experts asked for with the table, and send the counts to the host."""
         self._noted.clear()
         reading = self._spare.pop() if self._spare else self._new_reading()
         self._streams.compute(lambda: self._compare_into(reading))
         self._on_the_way.append((reading, self._streams.mark()))
 
     def forget(self) -> None:
-        """What was left behind since `close` was only captured, and has not been asked for."""
+        """Drop the notes since `close`: they were only captured, and nothing was computed."""
         self._noted.clear()
         self._streams.compute(lambda: self._routed.fill_(self._width))
 
     def arrived(self, *, wait: bool = False) -> Iterator[list[Use]]:
-        """What layers asked for in the forwards of which the host has heard by now, one after the other."""
+        """The uses in each forward whose counts have reached the host, one forward after the other."""
         while self._on_the_way:
             reading, mark = self._on_the_way[0]
             if wait:
@@ -102,13 +102,13 @@ class Counters:
             yield uses
 
     def _new_reading(self) -> Tensor:
-        """Memory of the host for one more forward; as many as the device is behind, which is few."""
+        """Host memory for one more forward's counts, one for each forward that the device is behind, which are few."""
         with torch.inference_mode(False):
             return self._streams.host_memory((len(self._row), self._width), torch.uint8)
 
     def _compare_into(self, reading: Tensor) -> None:
         """reading (L, E) uint8 gets `ABSENT` or `RESIDENT` for those asked for, else 0."""
-        self._routed.clamp_(-1, self._width).remainder_(self._width + 1)  # -1 becomes E: nobody, either way
+        self._routed.clamp_(-1, self._width).remainder_(self._width + 1)  # -1 becomes E, too: no expert
         self._asked.zero_()
         self._asked.scatter_(1, self._routed, 1)
         self._routed.fill_(self._width)
@@ -117,7 +117,7 @@ class Counters:
         reading.copy_(asked * (ABSENT + is_resident.to(torch.uint8)), non_blocking=True)  # copy: device -> host, async
 
     def _uses(self, reading: Tensor) -> list[Use]:
-        """reading (L, E) uint8 -> who was asked for, layer by layer."""
+        """reading (L, E) uint8 -> the experts asked for, layer by layer."""
         states = reading.numpy()
         rows, experts = states.nonzero()
         wanted: dict[int, list[int]] = {}

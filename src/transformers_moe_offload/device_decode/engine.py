@@ -1,12 +1,12 @@
 """The engine of one pool of slots on one device: kernels read experts through its table, and its cache follows.
 
-During a forward nothing comes to the host: a layer takes `addresses`, leaves its routing behind with `note`, and
-multiplies. Between two forwards, `between_steps` hears what has arrived of earlier ones, plans, starts copies, and lets
-kernels know of experts that have come in. The host waits for none of it.
+During a forward the host receives nothing: a layer takes `addresses`, stores its routing with `note`, and multiplies.
+Between two forwards, `between_steps` processes the counts of earlier ones that have arrived, plans, starts copies, and
+publishes the addresses of experts that have landed. The host waits for none of it.
 
-Prompts, and layers that are computed on the host's terms, use the same slots through `cache`, an `ExpertCache` like any
-other: whoever it evicts is read in the arena again, and whoever it loads is read in a slot from the next `note` on. So
-there is one account of who is where, one planner, and one policy that hears of everything.
+Prompts, and layers that the host drives, use the same slots through `cache`, an ordinary `ExpertCache`: experts that it
+evicts are read in the arena again, and experts that it loads are read in a slot from the next `note` on. So there is
+one record of what is resident, one planner, and one policy that is told of every use.
 """
 
 from __future__ import annotations
@@ -50,7 +50,7 @@ class DeviceEngine:
         self._counters = Counters(self._table, self._streams)
         self._slots = AddressedSlots(arena, SlotPool(arena.smallest, device), self._table, self._streams)
         self.cache = ExpertCache(self._slots, num_slots, num_experts, policy)
-        """Who is resident, for prompts and whoever else wants to hold experts."""
+        """The resident experts, for prompts and all other code that holds experts."""
         self._follower = Follower(self.cache, clock)
         self.turn = self.cache.turn
         """To be held, where several threads share a model, from `note` until the kernels are submitted."""
@@ -66,25 +66,25 @@ class DeviceEngine:
     def note(self, layer: int, top_k_index: Tensor) -> None:
         """A layer is about to read these experts by address: top_k_index (T, K) int64, on the device.
 
-        One operation on the device, which a graph can capture. Indices that are no expert's are nobody.
+        One operation on the device, which a graph can capture. Indices of no expert are ignored.
         """
         self._publish()
         self._slots.table_is_read()
         self._counters.note(layer, top_k_index)
 
     def forget_notes(self) -> None:
-        """What layers have noted since the last step was part of a capture, and nothing of it has been computed."""
+        """Drop the notes since the last step: they were part of a capture, and nothing was computed."""
         self._counters.forget()
 
     def before_replay(self) -> None:
-        """A captured forward is about to be replayed: let it find those that a prompt has loaded."""
+        """A captured forward is about to be replayed: publish the addresses of experts that a prompt has loaded."""
         with self.turn:
             self._publish()
 
     def between_steps(self) -> None:
-        """One forward has been submitted and the next has not: follow what has become known, wait for nothing.
+        """One forward has been submitted and the next has not: process the counts that have arrived, without waiting.
 
-        Called as soon as a forward, or the replay of one, is submitted, it does its work while the device does its own.
+        Called as soon as a forward, or the replay of one, is submitted, it works while the device does.
         """
         with self.turn:
             self._slots.table_is_read()
@@ -95,13 +95,14 @@ class DeviceEngine:
 
     @property
     def stats(self) -> Mapping[int, LayerStats]:
-        """What each layer has asked for until now. The host waits for the device to know all of it."""
+        """The counts of each layer until now. The host waits for the device, so that they are complete."""
         with self.turn:
             self._catch_up()
             return self.cache.stats
 
     def resize(self, num_slots: int) -> None:
-        """Change the number of slots between two forwards; who can stay stays. The addresses' tensors stay the same."""
+        """Change the number of slots between two forwards. Residents stay as far as they fit; the tensors of addresses
+        stay the same."""
         with self.turn:
             self._slots.table_is_read()
             self.cache.resize(num_slots)
@@ -116,14 +117,14 @@ class DeviceEngine:
             self._arena.close()
 
     def _publish(self) -> None:
-        """Let kernels find who has arrived; those that were submitted before are counted by what they found."""
+        """Publish the addresses of experts that have arrived; kernels submitted before are counted by the old table."""
         if self._table.has_news and not self._streams.is_capturing():
             if self._counters.has_notes:
                 self._counters.close()
             self._table.publish()
 
     def _catch_up(self) -> None:
-        """Count what is known to the device alone."""
+        """Count the uses that only the device knows of; waits for them."""
         if self._counters.has_notes:
             self._slots.table_is_read()
             self._counters.close()

@@ -1,8 +1,8 @@
-"""One sparse layer computed where its routing is: on the device, without the host ever seeing which experts are meant.
+"""One sparse layer computed on the device, without the host ever seeing its routing.
 
-Experts are found by an address table, so it makes no difference to a bit whether a record lies in a slot or in pinned
-host memory. Shapes are all that decides what is launched: a layer can be captured in a CUDA graph and replayed.
-What is in the table is the engine's to say; layers that cannot be computed like this are `forward.py`'s.
+Experts are found by an address table, so results have the same bits whether a record lies in a slot or in pinned host
+memory. Launches depend on shapes only: a layer can be captured in a CUDA graph and replayed. `engine.py` fills the
+table; `compute/forward.py` computes layers that cannot be computed like this.
 """
 
 # T tokens, K experts per token, E experts, P = T * K pairs, H hidden
@@ -57,8 +57,8 @@ class OnDevice:
         num_experts: int,
         experts: nn.Module | None = None,
     ) -> None:
-        """For layers that nothing is `missing_on_device` for. The module `experts` is looked at for an activation that
-        kernels can do; without it, or where they cannot, the module does its own at each call."""
+        """For layers for which `missing_on_device` is None. If kernels have the activation of the module `experts`,
+        they compute it; if not, or without that module, the module of each call does."""
         assert coding is None or isinstance(coding, ExpertCoding)
         arrays = {field.name: field for field in layout.fields}
         first, second = (placed(mlp, arrays, layout.offsets, coding, name) for name in mlp.matrices)
@@ -85,7 +85,7 @@ class OnDevice:
             num_tokens * choices,
             addresses,
             choices,
-            chosen=top_k_index.contiguous().view(-1),  # reshape alone keeps the steps of a column, or of an expansion
+            chosen=top_k_index.contiguous().view(-1),  # reshape alone keeps the strides of a column or an expansion
             weights=top_k_weights.contiguous().view(-1),
             rows_per_expert=min(num_tokens, -(-num_tokens * choices // self._num_experts)),
         )

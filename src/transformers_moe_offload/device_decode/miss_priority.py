@@ -1,7 +1,7 @@
-"""Decide who is brought in first behind a device that does not wait, where there is not time for everybody. Pure.
+"""Decide which absent experts are loaded first behind a device that does not wait, if time is short. Pure.
 
-Those missed most often lately. In the order in which layers miss them, the first layers would have all the copies, and
-the last ones none. Simulated hit rates of 24 layers of 64 experts, 6 chosen, slots for 40 % and LRU, drawn routing (an
+Those missed most often lately come first. In the order of layers, the first layers would get all the copies, and the
+last ones none. Simulated hit rates of 24 layers of 64 experts, 6 chosen, slots for 40 % and LRU, drawn routing (an
 expert's chance falls with the 0.8th power of its rank, and 4 of 10 choices are the token's before): with 4 copies a
 step, in order of layers 45 %, in turn 61 %, those missed most often first 65 %; with 16 copies 61, 68 and 68 %.
 """
@@ -16,7 +16,7 @@ HALF_LIFE = 16
 """Forwards after which a miss counts half, as a use does in `policies/lfru.py`."""
 
 LEAST = 0.3
-"""What counts less is forgotten: one miss, after two half-lives."""
+"""Smaller counts are dropped: one miss is, after two half-lives."""
 
 
 class Urgency:
@@ -36,10 +36,10 @@ class Urgency:
             self._missed = {expert: count / 2 for expert, count in self._missed.items() if count / 2 >= LEAST}
 
     def first(self, absent: Iterable[ExpertId]) -> list[ExpertId]:
-        """Absent experts in the order in which they should be brought in; equals take turns."""
+        """Absent experts in the order in which they should be loaded; experts with equal counts take turns."""
         return sorted(absent, key=lambda one: (-self._missed.get(one, 0.0), one <= self._latest, one))
 
     def started(self, expert: ExpertId) -> None:
-        """An expert is on its way, and its misses have done what they could."""
+        """An expert's load has started: its count of misses is reset."""
         self._missed.pop(expert, None)
         self._latest = expert

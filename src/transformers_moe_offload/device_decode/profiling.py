@@ -1,6 +1,6 @@
-"""Measure what a sparse layer of a decode step takes from the host and on the device, on experts that mean nothing.
+"""Measure how long a sparse layer of a decode step takes from the host and on the device, with made-up experts.
 
-Beside `rates.py`, which measures what it takes to move experts or to compute them on the host.
+`hybrid/profiling.py` measures how long it takes to move experts or to compute them on the host.
 """
 
 # K experts per token, H hidden
@@ -29,8 +29,8 @@ from transformers_moe_offload.slots.transfer import Transfer
 from transformers_moe_offload.store.record import RecordLayout
 
 LAYERS = 16
-"""That are submitted one after another before anybody waits, as in a forward. Without a GPU one after the other is
-done, in Triton's interpreter, which takes a thousand times as long: there it is one, with two experts."""
+"""Layers that are submitted one after another before the host waits, as in a forward. Without a GPU each is computed in
+Triton's interpreter, which takes a thousand times as long: there it is one layer, with two experts."""
 
 
 def decode_rates(
@@ -79,7 +79,7 @@ def _routing(num_wanted: int, token: Tensor) -> tuple[Tensor, Tensor]:
 
 @torch.no_grad()
 def _seconds(layer: Callable[[], object], device: torch.device) -> float:
-    """Of one of some layers that follow each other."""
+    """Seconds of one layer, as the mean of some that follow each other."""
 
     num_layers = _num_layers(device)
 
@@ -93,7 +93,7 @@ def _seconds(layer: Callable[[], object], device: torch.device) -> float:
 
 @torch.no_grad()
 def _submit_seconds(layer: Callable[[], object], device: torch.device) -> float:
-    """For which one of them keeps the host busy."""
+    """Seconds for which one of them keeps the host busy."""
     num_layers = _num_layers(device)
     layer()
     _wait_for(device)
@@ -115,7 +115,7 @@ def _wait_for(device: torch.device) -> None:
 
 
 class _MadeSlots:
-    """Slots that have had made experts in them all along."""
+    """Slots that hold made-up experts from the beginning."""
 
     num_lanes = 1
 
@@ -123,39 +123,39 @@ class _MadeSlots:
         self._views = [layout.views(record) for record in records]
 
     def add(self, slot: int) -> None:
-        """It is there."""
+        """Nothing to do: the slot exists."""
 
     def remove(self, slot: int) -> None:
-        """It stays."""
+        """Nothing to do: the slot stays."""
 
     def start(self, expert: ExpertId, slot: int, alongside: int = 0) -> Transfer:
-        """All made experts are alike."""
+        """Nothing to load: all made-up experts are alike."""
         return _There()
 
     def retire(self, slot: int) -> None:
         """Nothing is ever copied."""
 
     def give_back(self) -> None:
-        """There is nothing but what is resident."""
+        """Nothing to do: evicted experts take no memory."""
 
     def start_over(self, held: Mapping[int, ExpertId]) -> None:
-        """Nothing is ever under way."""
+        """Nothing to do: no load is ever in flight."""
 
     def weights(self, expert: ExpertId, slot: int) -> Weights:
-        """The expert."""
+        """The weights of the made-up expert in the slot."""
         return self._views[slot]
 
     def holds(self, slot: int) -> bool:
-        """Always."""
+        """Always True."""
         return True
 
     def device_bytes(self, expert: ExpertId) -> int:
-        """Nothing crosses."""
+        """Always 0: nothing is copied."""
         return 0
 
 
 class _There:
-    """A transfer of an expert that is there."""
+    """A transfer that was over when it began."""
 
     seconds = 0.0
 

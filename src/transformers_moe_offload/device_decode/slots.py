@@ -1,11 +1,11 @@
 """Slots of a device whose experts are read through a table of addresses, filled from the arena by a copy stream.
 
 An expert that leaves is read in the arena again by every kernel submitted later, and its slot is not written to before
-those submitted earlier are done. An expert that has come in is read in its slot by kernels submitted after the table
-has been published. In between both places hold its bytes, so which of them a kernel reads makes no difference.
+those submitted earlier are done. An expert that has landed is read in its slot by kernels submitted after the table has
+been published. In between both places hold its bytes, so which of them a kernel reads makes no difference.
 
-A prompt uses the same slots through an `ExpertCache` like any other. Of its own kernels it says so itself (`retire`);
-only those of the device's own forwards, which read the table, are all taken to read every slot that is in it.
+A prompt uses the same slots through an ordinary `ExpertCache`, which marks the end of its own kernels (`retire`).
+Kernels of the device's own forwards read the table, and each of them is assumed to read every slot that is in it.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from transformers_moe_offload.slots.transfer import Transfer
 
 
 class AddressedSlots:
-    """Numbered places for experts, and who is in them by the table."""
+    """Numbered places for experts, kept in agreement with the address table."""
 
     num_lanes = 1
     """One stream copies."""
@@ -32,18 +32,18 @@ class AddressedSlots:
     def __init__(self, arena: Arena, pool: SlotPool, table: AddressTable, streams: Streams) -> None:
         self.pool = pool
         self.copy_seconds = 0.0
-        """What the latest copy whose end was seen took."""
+        """Seconds of the latest copy that is known to have ended."""
         self._arena = arena
         self._table = table
         self._streams = streams
         self._occupant: dict[int, ExpertId] = {}
         self._last_use: dict[int, Mark] = {}
-        """By slot, the end of what a cache's visits had to do with it."""
+        """By slot, a mark behind the latest work of a cache's visits that uses it."""
         self._table_read: Mark | None = None
         """The end of all kernels that read the table before the latest change; None if there are later ones."""
 
     def add(self, slot: int) -> None:
-        """Allocate a buffer; its memory may have been another tensor's, which kernels under way still read."""
+        """Allocate a buffer; its memory may have been another tensor's, which kernels in flight still read."""
         self.pool.add(slot)
         self._last_use[slot] = self._streams.mark()
 
@@ -64,7 +64,7 @@ class AddressedSlots:
         if self.pool.record(slot).nbytes != source.nbytes:
             self.pool.fit(slot, source.nbytes)
             self._last_use[slot] = self._streams.mark()
-        if self._table_read is None:  # after the change: whoever submits a kernel now finds the slot no more
+        if self._table_read is None:  # after the change: kernels submitted from now on do not find the slot
             self._table_read = self._streams.mark()
         target = self.pool.record(slot)
         copy = self._streams.copy(target, source, (self._table_read, self._last_use[slot]))
@@ -84,10 +84,10 @@ class AddressedSlots:
         return True
 
     def give_back(self) -> None:
-        """Nothing to do: who leaves is overwritten."""
+        """Nothing to do: evicted experts are overwritten."""
 
     def start_over(self, held: Mapping[int, ExpertId]) -> None:
-        """Wait for the device, and write the table again: those held are news."""
+        """Wait for the device, and rewrite the table: addresses of experts that are held are yet to be published."""
         self._streams.synchronize()
         self._table_read = None
         self._table.start_over()
@@ -96,13 +96,13 @@ class AddressedSlots:
             self._table.arrive(expert, self.pool.record(slot).data_ptr())
 
     def device_bytes(self, expert: ExpertId) -> int:
-        """The record, where the device's memory is not the host's."""
+        """Bytes of the record, unless the device's memory is the host's."""
         return 0 if self.pool.device.type == "cpu" else self._arena.layout(expert).nbytes
 
-    # What follows is for the arrivals.
+    # What follows is for `_Arrival`.
 
     def arrive(self, expert: ExpertId, target: Tensor, copy: Copy) -> None:
-        """What is queued on the compute stream from now on may read an expert in its slot."""
+        """Work queued on the compute stream from now on may read an expert in its slot."""
         self._streams.join(copy)
         self._table.arrive(expert, target.data_ptr())
 
@@ -113,7 +113,7 @@ class AddressedSlots:
 
 
 class _Arrival:
-    """One expert on its way from the arena into a slot."""
+    """One expert in flight from the arena into a slot."""
 
     def __init__(self, slots: AddressedSlots, expert: ExpertId, target: Tensor, copy: Copy) -> None:
         self._slots = slots
@@ -123,7 +123,7 @@ class _Arrival:
 
     @property
     def seconds(self) -> float:
-        """What the copy took, or, while nobody can know, what the one before it did."""
+        """Seconds of the copy, or, while that is unknown, of the latest copy that is known to have ended."""
         seconds = self._copy.seconds
         if seconds is not None:
             self._slots.copy_seconds = seconds

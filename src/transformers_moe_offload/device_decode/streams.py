@@ -3,8 +3,7 @@
 `HostStreams` are those of a CPU, where everything has happened when the call returns. Tests have streams of their own,
 that do what is queued as late and in as odd an order as the marks allow (`tests/device_decode/streams.py`).
 
-The compute stream is torch's current one. Threads that share a model have to share it, as they do unless they were
-told otherwise.
+The compute stream is torch's current one. Threads that share a model have to share it, as they do by default.
 """
 
 from __future__ import annotations
@@ -21,10 +20,10 @@ class Mark(Protocol):
     """A point in the work of a stream."""
 
     def is_done(self) -> bool:
-        """Whether the stream has got there."""
+        """Whether the stream has reached it."""
 
     def wait(self) -> None:
-        """Hold the host up until it has."""
+        """Block the host until the stream has reached it."""
 
 
 class Copy(Mark, Protocol):
@@ -48,23 +47,23 @@ class Streams(Protocol):
         """Queue a copy on the other stream, for when these marks have been reached."""
 
     def join(self, copy: Copy) -> None:
-        """What is queued on the compute stream from now on comes after the copy."""
+        """Work queued on the compute stream from now on comes after the copy."""
 
     def host_memory(self, shape: Sequence[int], dtype: torch.dtype) -> Tensor:
         """Memory of the host that the device can write to while the host does other things."""
 
     def is_capturing(self) -> bool:
-        """Whether what is queued is written down, to be repeated as it is, rather than done."""
+        """Whether queued work is captured in a graph, to be replayed later, and not done."""
 
     def synchronize(self) -> None:
-        """Hold the host up until everything is done."""
+        """Block the host until everything is done."""
 
 
 class HostStreams:
-    """Of a CPU: what is queued is done at once."""
+    """Streams of a CPU: queued work is done at once."""
 
     def compute(self, work: Callable[[], Any]) -> None:
-        """Do it."""
+        """Do the work."""
         work()
 
     def mark(self) -> Mark:
@@ -78,18 +77,18 @@ class HostStreams:
         return _Done(time.perf_counter() - began)
 
     def join(self, copy: Copy) -> None:
-        """It is done."""
+        """Nothing to do: the copy is done."""
 
     def host_memory(self, shape: Sequence[int], dtype: torch.dtype) -> Tensor:
-        """Memory like any other."""
+        """Pageable memory."""
         return torch.empty(tuple(shape), dtype=dtype)
 
     def is_capturing(self) -> bool:
-        """Nothing is queued that could be."""
+        """Always False: a CPU has no graphs."""
         return False
 
     def synchronize(self) -> None:
-        """Everything is done."""
+        """Nothing to do: everything is done."""
 
 
 class _Done:
@@ -104,7 +103,7 @@ class _Done:
 
 
 class CudaStreams:
-    """Of a GPU."""
+    """Streams of a GPU."""
 
     def __init__(self, device: torch.device) -> None:
         self._device = device
@@ -129,7 +128,7 @@ class CudaStreams:
                 self._copies.wait_event(mark.event)
             began.record(self._copies)
             target.copy_(source, non_blocking=True)  # copy: host -> device, async
-            target.record_stream(self._copies)  # whoever drops the target now, its memory waits for the copy
+            target.record_stream(self._copies)  # if the target is freed now, its memory waits for the copy
             ended.record(self._copies)
         return _CudaCopy(began, ended)
 

@@ -1,7 +1,8 @@
 """Where on a device each expert can be read: its slot if it is resident, else its place in the arena.
 
-One tensor for all layers, the same for as long as the engine lives, so that kernels and captured graphs can keep to it.
-It changes on the compute stream only, between kernels that read it. So the host knows what any of them finds.
+One tensor for all layers, the same for as long as the engine lives, so that kernels and captured graphs can rely on it.
+It changes on the compute stream only, between kernels that read it. So the host knows which addresses each of them
+reads.
 """
 
 # L layers, E experts of the layer that has most
@@ -24,11 +25,11 @@ class AddressTable:
     """The addresses of all experts of some layers."""
 
     def __init__(self, homes: Mapping[int, Sequence[int]], device: torch.device, streams: Streams) -> None:
-        """`homes` are addresses in the arena, by layer and expert; everybody is there at first."""
+        """`homes` are addresses in the arena, by layer and expert; all experts are read there at first."""
         self._streams = streams
         width = max(map(len, homes.values()))
         rows = [[*home, *[NOBODY] * (width - len(home))] for home in homes.values()]
-        with torch.inference_mode(False):  # the table outlives the block that happens to be open
+        with torch.inference_mode(False):  # the table outlives an inference-mode block that may be open
             self.homes = torch.tensor(rows, dtype=torch.int64, device=device)
             """(L, E) int64, addresses in the arena; `NOBODY` behind the last expert of a layer."""
             self.addresses = self.homes.clone()
@@ -38,9 +39,9 @@ class AddressTable:
         self._home = {ExpertId(layer, e): at for layer, home in homes.items() for e, at in enumerate(home)}
         self._place = {ExpertId(layer, e): i * width + e for i, layer in enumerate(homes) for e in range(width)}
         self._in_slots: dict[ExpertId, int] = {}
-        """What kernels submitted from now on find elsewhere than in the arena."""
+        """Addresses in slots, of the experts that kernels submitted from now on read there."""
         self._arriving: dict[ExpertId, int] = {}
-        """In slots, which no kernel knows yet."""
+        """Addresses in slots that are not published yet."""
 
     @property
     def layers(self) -> tuple[int, ...]:
@@ -56,18 +57,18 @@ class AddressTable:
         return self._in_slots.get(expert, self._home[expert])
 
     def arrive(self, expert: ExpertId, address: int) -> None:
-        """An expert can be read in a slot by whatever is queued on the compute stream after this; see `publish`."""
+        """An expert can be read in a slot by work queued on the compute stream after this; see `publish`."""
         self._arriving[expert] = address
 
     @property
     def has_news(self) -> bool:
-        """Whether somebody has arrived since `publish`."""
+        """Whether an expert has arrived since `publish`."""
         return bool(self._arriving)
 
     def publish(self) -> None:
-        """Let kernels submitted from now on find those that have arrived."""
+        """Let kernels submitted from now on read the experts that have arrived in their slots."""
         if self._arriving:
-            self._in_slots |= self._arriving  # before kernels know: who leaves after an interrupt here is taken out
+            self._in_slots |= self._arriving  # before the table: after an interrupt here, `leave` resets the table
             self._write(self._arriving)
             self._arriving = {}
 

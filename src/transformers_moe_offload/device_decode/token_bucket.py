@@ -1,8 +1,8 @@
-"""Decide how many experts may be brought in between two forwards, behind a device that does not wait for them. Pure.
+"""Decide how many experts may be loaded between two forwards, behind a device that does not wait for them. Pure.
 
-Absent experts are read over the same link meanwhile, and that must not take longer because of it. So copies get what
-demand leaves of the link's time; and a little more, for a link that is busy all the time is busy because nothing comes
-in that would be there next time.
+Absent experts are read over the same link meanwhile, and copies must not slow that down. So copies get the time of the
+link that demand leaves, and a little more: without it, a link that is always busy would stay so, because no expert
+would become resident for the next time.
 """
 
 from __future__ import annotations
@@ -13,18 +13,19 @@ from statistics import median
 from transformers_moe_offload.cache.bandwidth import Link
 
 LEAST_SHARE = 1 / 8
-"""Of the time, for copies, however busy the link is: what a step may lose for the sake of those after it. An expert
-that is used again within eight steps has then paid for itself."""
+"""Least share of the time for copies, however busy the link is: a step may lose so much to make later ones faster. An
+expert that is used again within eight steps has then paid for itself."""
 
 MOST_WAITING = 2
-"""Copies under way until it is known how long one takes."""
+"""Most copies in flight until it is known how long one takes."""
 
 RECENT = 8
-"""Forwards whose median is what one takes: after a prompt, or a pause, there is not suddenly time for hundreds."""
+"""Forwards whose median time is taken for the time of one, so that a prompt or a pause gives no time for hundreds of
+copies."""
 
 
 class Pace:
-    """Time that copies may take, saved up from forward to forward."""
+    """A token bucket of time that copies may take, filled up at every forward."""
 
     def __init__(self, link: Link) -> None:
         self._link = link

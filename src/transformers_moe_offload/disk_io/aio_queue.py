@@ -1,7 +1,7 @@
-"""Experts that the kernel reads on its own, past the page cache: no thread waits for them, and no core copies.
+"""Experts that the kernel reads asynchronously, past the page cache: no thread waits for them, and no core copies.
 
-A thread that reads takes 50 to 100 us to be woken and to tell that it has read, on cores that compute meanwhile. To
-submit a read takes some 20 us, and to look for those that have ended 2 us.
+On cores that compute meanwhile, waking a reader thread and getting its result takes 50 to 100 us. Submitting a read to
+the kernel takes some 20 us, and polling for completed ones 2 us.
 """
 
 from __future__ import annotations
@@ -27,19 +27,20 @@ P = ParamSpec("P")
 T = TypeVar("T")
 
 MOST_READS = 128
-"""That the kernel is told of at once."""
+"""Most reads in flight at once."""
 
 MOST_BYTES = 7 << 20
-"""The same. It keeps disks busy, and what is told later can still be given up. Reads that a disk does at the same time
-end at the same time: with up to 16 MiB all of a layer's experts did, and there was nothing to compute until then."""
+"""Most bytes in flight at once. They keep disks busy, and reads that are not submitted yet can still be cancelled.
+Reads that a disk does at the same time end at the same time: with up to 16 MiB all of a layer's experts did, and there
+was nothing to compute until then."""
 
 AT_ONCE = 3
-"""Reads in a row that have ended when they were just submitted: the system reads while it is told to."""
+"""So many reads in a row that have ended right after submission show that the system reads synchronously."""
 
 
 def _in_turn(method: Callable[Concatenate[AioQueue, P], T]) -> Callable[Concatenate[AioQueue, P], T]:
-    """One thread at a time. Ctrl-C may come between any two lines, so the queue starts over then; and if that is broken
-    off, too, at the next call."""
+    """Let one thread at a time run a method. Ctrl-C may come between any two lines, so the queue starts over then; if
+    that is interrupted, too, it does so at the next call."""
 
     @wraps(method)
     def in_turn(queue: AioQueue, /, *arguments: P.args, **named: P.kwargs) -> T:
@@ -59,7 +60,7 @@ def _in_turn(method: Callable[Concatenate[AioQueue, P], T]) -> Callable[Concaten
 
 
 class AioQueue:
-    """What the kernel is told to read, in this order. Raises `OSError` where the system offers no such thing.
+    """Reads that are submitted to the kernel in order. Raises `OSError` where the system has no asynchronous reads.
 
     Safe to use from several threads.
     """
@@ -67,7 +68,7 @@ class AioQueue:
     def __init__(self) -> None:
         self.lock = threading.RLock()
         self.is_whole = True
-        """Whether nothing was broken off in the middle."""
+        """False while a method runs, and after one was interrupted in the middle."""
         self._system = AsyncReads(MOST_READS)
         self._unfinished: set[QueuedExpert] = set()
         self._waiting: deque[tuple[QueuedExpert, PageRead]] = deque()
@@ -75,24 +76,24 @@ class AioQueue:
         self._reading_bytes = 0
         self._keys = count(1)
         self._busy_since = 0.0
-        """When what is being read began, at the earliest: the latest end of a read that is known of."""
+        """When the reads in flight began, at the earliest: the latest known end of a read, or the first submission."""
         self._at_once: int | None = 0
-        """Reads that had ended when they were just submitted; None once there was one that had not."""
+        """Reads in a row that had ended right after submission; None once one had not."""
         self.seconds_per_byte = 0.0
-        """Of reads, one after another, when somebody waited last."""
+        """Time that the disk took for a byte, measured at the latest wait."""
         FORKS.enter(self)
 
     @property
     def is_synchronous(self) -> bool:
-        """Whether the system reads while it is told to: a thread should be told to instead."""
+        """Whether the system reads synchronously, during submission: reader threads should be used instead."""
         return self._at_once == AT_ONCE
 
     @_in_turn
     def start(self, reads: Sequence[PageRead], slot: Tensor, complete: Callable[[], int]) -> QueuedExpert:
         """Begin to read an expert into a slot, (nbytes,) uint8, that begins at a page.
 
-        `complete` is called by whoever waits for it, when all of it is there, and returns the bytes that came from
-        files.
+        `complete` is called on the thread that waits in `finish`, when all of it is there, and returns the bytes that
+        came from files.
         """
         expert = QueuedExpert(self, reads, slot, complete)
         self._unfinished.add(expert)
@@ -101,7 +102,7 @@ class AioQueue:
         return expert
 
     def start_over(self) -> None:
-        """Forget everything, once the kernel writes nowhere any more; whoever waits for an expert reads it."""
+        """Drop all reads, once the kernel writes nowhere any more; `finish` of their experts reads them instead."""
         with self.lock:
             self.is_whole = False
             self._system.close()
@@ -115,7 +116,7 @@ class AioQueue:
             self.is_whole = True
 
     def before_fork(self) -> None:
-        """Wait until the kernel writes nowhere, and tell it of nothing more."""
+        """Wait until the kernel writes nowhere, and submit nothing more."""
         self.lock.acquire()
         try:
             self._rest()
@@ -124,27 +125,27 @@ class AioQueue:
             raise
 
     def after_fork(self, *, is_child: bool) -> None:
-        """Go on; a child has to ask for reads of its own."""
+        """Go on; a child needs a context of its own."""
         try:
             if is_child:
                 self._system.close()
-                with suppress(OSError):  # whoever waits will read what the kernel does not
+                with suppress(OSError):  # without a context, submissions fail and `finish` reads
                     self._system = AsyncReads(MOST_READS)
             self._submit()
         finally:
             self.lock.release()
 
-    # What follows is for the experts.
+    # What follows is for `QueuedExpert`.
 
     @_in_turn
     def look(self) -> None:
-        """Note what has ended."""
+        """Process reads that have ended."""
         if self._note(0):
             self._busy_since = time.perf_counter()
 
     @_in_turn
     def wait(self) -> None:
-        """Wait until something has ended."""
+        """Wait until a read in flight has ended."""
         nbytes = self._note(1 if self._reading else 0)
         now = time.perf_counter()
         if nbytes:
@@ -153,7 +154,7 @@ class AioQueue:
 
     @_in_turn
     def withdraw(self, expert: QueuedExpert) -> bool:
-        """Forget an expert of which the kernel has not been told; returns whether it had not."""
+        """Drop an expert if none of its reads was submitted; returns whether it was dropped."""
         others = deque(one for one in self._waiting if one[0] is not expert)
         if len(self._waiting) - len(others) < expert.num_reads:
             return False
@@ -163,7 +164,7 @@ class AioQueue:
 
     @_in_turn
     def _rest(self) -> None:
-        """Wait for all that the kernel reads, and tell it of nothing more."""
+        """Wait for all reads in flight, and submit nothing more."""
         try:
             for key, result in self._system.ended(len(self._reading)):
                 self._has_ended(key, result)
@@ -171,10 +172,10 @@ class AioQueue:
             self.start_over()
 
     def _note(self, at_least: int) -> int:
-        """Note what has ended, once it is so much, and tell the kernel of more; returns the bytes that have come."""
+        """Wait until `at_least` reads have ended, process them, and submit more; returns the bytes of their pages."""
         try:
             ended = self._system.ended(at_least)
-        except OSError:  # a process that was forked from the one that asked for the reads
+        except OSError:  # this process was forked from the one that submitted the reads
             self.start_over()
             return 0
         nbytes = sum(self._has_ended(key, result) for key, result in ended)
@@ -182,7 +183,7 @@ class AioQueue:
         return nbytes
 
     def _has_ended(self, key: int, result: int) -> int:
-        """A read is over, with so many bytes or an error below zero; returns the bytes that it was to bring."""
+        """A read has ended, with `result` bytes or an error below zero; returns the bytes that it was for."""
         expert, read = self._reading.pop(key)
         self._reading_bytes -= read.nbytes
         if expert.has_ended(read, result >= read.needed):
@@ -190,7 +191,7 @@ class AioQueue:
         return read.nbytes
 
     def _submit(self) -> None:
-        """Tell the kernel of what waits, as far as it is to know of so much at once."""
+        """Submit waiting reads, up to `MOST_READS` and `MOST_BYTES` in flight."""
         while self._waiting and len(self._reading) < MOST_READS and self._reading_bytes < MOST_BYTES:
             expert, read = self._waiting.popleft()
             if not self._reading:
@@ -204,7 +205,7 @@ class AioQueue:
                 self._has_ended(key, -1)
 
     def _is_told(self, key: int, read: PageRead, address: int) -> bool:
-        """Tell the kernel; False if it refuses. Why, will be told when it is read once more."""
+        """Submit a read; False if the kernel rejects it. The cause surfaces when `finish` repeats the read."""
         try:
             reader = read.file.directly()
             if reader is not None:
@@ -214,7 +215,7 @@ class AioQueue:
         return reader is not None
 
     def _try_out(self) -> None:
-        """See whether the only read that was submitted has ended already, a few times."""
+        """Check for the first few reads that are alone in flight whether they have ended right after submission."""
         if self._at_once is None or self.is_synchronous or len(self._reading) > 1:
             return
         ended = self._system.ended(0)
@@ -224,7 +225,7 @@ class AioQueue:
 
 
 class QueuedExpert:
-    """One expert on its way."""
+    """One expert in flight."""
 
     def __init__(self, queue: AioQueue, reads: Sequence[PageRead], slot: Tensor, complete: Callable[[], int]) -> None:
         self.num_reads = len(reads)
@@ -248,7 +249,7 @@ class QueuedExpert:
         return not self._left
 
     def finish(self) -> int:
-        """Wait for all of it; what the kernel could not read is read once more, by whoever waits.
+        """Wait for all of it; reads that failed in the kernel are repeated on the calling thread.
 
         Returns the bytes that came from files, or raises `CheckpointError`.
         """
@@ -262,10 +263,10 @@ class QueuedExpert:
         return self._complete()
 
     def cancel(self) -> bool:
-        """Give it up, unless the kernel has been told of it; returns whether it had not."""
+        """Drop it if none of its reads was submitted; returns whether it was dropped."""
         return self._queue.withdraw(self)
 
-    # What follows is for the queue.
+    # What follows is for `AioQueue`.
 
     def has_ended(self, read: PageRead, is_there: bool) -> bool:
         """One of its reads is over; returns whether all of them are."""
@@ -275,6 +276,6 @@ class QueuedExpert:
         return not self._left
 
     def give_up(self) -> None:
-        """The kernel will not read what is left."""
+        """Count the reads that have not ended as failed: the kernel will not do them."""
         self._failed += self._left
         self._left.clear()

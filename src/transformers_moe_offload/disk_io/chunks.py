@@ -1,4 +1,4 @@
-"""Cut what has to be read of one expert into chunks, which can be read in any order and at once.
+"""Cut the reads of one expert into chunks, which can be done in any order and in parallel.
 
 Pure, but for the reads that a piece stands for. `store/record_reader.py` asks for chunks, and the threads of
 `reader_pool.py` read them.
@@ -23,7 +23,7 @@ class Segment(NamedTuple):
 
     @property
     def nbytes(self) -> int:
-        """How many."""
+        """Number of bytes."""
         return self.stop - self.start
 
     def parts(self, most_bytes: int) -> list[Segment]:
@@ -37,7 +37,7 @@ class Piece(Protocol):
 
     @property
     def segments(self) -> tuple[Segment, ...]:
-        """What of the record it fills, in the order in which its bytes come."""
+        """The parts of the record that it fills, in the order of its bytes."""
 
     @property
     def is_verbatim(self) -> bool:
@@ -47,8 +47,8 @@ class Piece(Protocol):
         """Fill memory for each of the segments, or raise `CheckpointError`."""
 
     def split(self, nbytes: int, *, anywhere: bool) -> tuple[Piece, Piece] | None:
-        """The same as two pieces, the first of at most `nbytes`; None if it is not to be taken apart there. `anywhere`
-        allows a cut where it costs something."""
+        """Two pieces with the same bytes, the first of at most `nbytes`; None if it must not be cut there. `anywhere`
+        allows a cut that makes reads more expensive."""
 
 
 @dataclass(frozen=True)
@@ -76,7 +76,7 @@ class Run:
         self.file.scatter_into(targets, self.offset, past_cache=past_cache)
 
     def split(self, nbytes: int, *, anywhere: bool) -> tuple[Run, Run] | None:
-        """Where a page of the file begins: reads past the page cache would read a page that is cut twice."""
+        """Cut at a page boundary of the file: reads past the page cache would read a page with a cut inside twice."""
         end = (self.offset + nbytes) // PAGE_BYTES * PAGE_BYTES
         if end > self.offset:
             nbytes = end - self.offset
@@ -113,7 +113,7 @@ class Chunk:
 
     @cached_property
     def segments(self) -> tuple[Segment, ...]:
-        """What of the record it fills, in the order in which its bytes come."""
+        """The parts of the record that it fills, in the order of its bytes."""
         return tuple(segment for piece in self.pieces for segment in piece.segments)
 
     @cached_property
@@ -174,8 +174,8 @@ def cut(pieces: Sequence[Piece], chunk_bytes: int | None = None) -> list[Chunk]:
 
 
 def _even_share(nbytes: int, chunk_bytes: int | None) -> int:
-    """Bytes for each chunk. A page more than an even share where there is room for it: cuts are moved to where a page
-    begins, and no crumb is to be left over at the end."""
+    """Bytes for each chunk. A page more than an even share where there is room for it: cuts move to page boundaries,
+    which must not leave a small rest at the end."""
     if chunk_bytes is None or nbytes <= chunk_bytes:
         return nbytes
     number = -(-nbytes // chunk_bytes)

@@ -1,9 +1,9 @@
-"""Read a file past the page cache.
+"""Read a file past the page cache (direct I/O).
 
-Where the experts do not fit into free RAM, the page cache can hold few of them, and at every read costs a copy and a
-search for victims: 4.5 MiB pieces of a cold file came at 1.0 GiB/s through it and at 1.3 to 2.0 past it (ext4 on a
-virtual disk, 1 to 4 threads). Disks want offsets, lengths and addresses in whole blocks then, so reads go through an
-aligned buffer, one for each thread.
+If the experts do not fit into free RAM, the page cache can hold few of them, and costs a copy and an eviction at every
+read: 4.5 MiB pieces of a cold file came at 1.0 GiB/s through it and at 1.3 to 2.0 past it (ext4 on a virtual disk, 1 to
+4 threads). Offsets, lengths and addresses of direct reads have to be whole blocks, so reads go through an aligned
+buffer, one for each thread.
 """
 
 from __future__ import annotations
@@ -56,9 +56,9 @@ _THREAD = threading.local()
 
 
 def _buffer(nbytes: int) -> memoryview:
-    """This thread's buffer, at the beginning of a page; grown where it is too small.
+    """This thread's buffer, at the beginning of a page; grown if it is too small.
 
-    It is this process's as well: a child that is forked from it must not read into the same memory.
+    Its memory is private to this process: a forked child must not read into the same memory.
     """
     buffer = getattr(_THREAD, "buffer", None)
     if buffer is None or len(buffer) < nbytes:

@@ -1,11 +1,11 @@
 """Read byte ranges of checkpoint files into memory that is already there.
 
-`pread` with the GIL released, from any number of threads: no page faults in the middle of a matmul, no readahead that
-nobody asked for, and no shared file position. Files are opened on first use and must be what they were when the
-checkpoint was indexed, which is compared whenever one is opened or mapped (`file_identity.py`); a file that vanished,
-shrank, was replaced or written to is an error at the read that needs it, and is looked for again at the next read.
-What is open stays open until it fails or too many files are: as long as it is, the file is opened in other ways
-through it, and may have moved or been replaced meanwhile.
+`pread` with the GIL released, from any number of threads: no page faults in the middle of a matmul, no unwanted
+readahead, and no shared file position. Files are opened on first use and must be what they were when the checkpoint was
+indexed, which is compared whenever one is opened or mapped (`file_identity.py`); a file that vanished, shrank, was
+replaced or written to is an error at the read that needs it, and the next read opens its path again. A file stays open
+until a read of it fails or too many files are open. While it is open, it is mapped and opened past the page cache
+through its descriptor, so its path may be moved or replaced meanwhile.
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ class File:
 
     @classmethod
     def now(cls, path: Path) -> File:
-        """What a path leads to at present; raises `OSError` if it cannot be opened."""
+        """The file that a path leads to now; raises `OSError` if it cannot be opened."""
         with path.open("rb") as stream:
             return cls(path, FileIdentity.of(stream.fileno()))
 
@@ -64,7 +64,7 @@ class File:
     def scatter_cached_into(self, targets: Sequence[memoryview], offset: int) -> bool:
         """The same from the page cache, without waiting for the disk; returns whether all bytes were there.
 
-        Where the system cannot be asked for that, none are. What cannot be read is told to whoever waits for it.
+        Always False where the system has no such read. Errors give False, too; a read that waits raises them.
         """
         try:
             return self._open().read_cached(targets, offset) == sum(map(len, targets))
@@ -74,7 +74,7 @@ class File:
     def announce(self, offset: int, nbytes: int) -> bool:
         """Have the system fetch bytes into the page cache, without waiting; returns whether it can be asked to.
 
-        What cannot be read is told to whoever reads it.
+        Errors give False; the read that follows raises them.
         """
         try:
             return self._open().announce(offset, nbytes)
@@ -84,7 +84,7 @@ class File:
     def read_pages_into(self, target: memoryview, offset: int, needed: int) -> None:
         """Fill memory that begins at a page with whole pages of the file, past the page cache where that can be done.
 
-        At the file's end not all of them are whole: `needed` bytes have to be there.
+        The last page of a file may be partial: `needed` bytes have to be there.
         """
         with self._closed_if_it_fails():
             direct = self._opened_directly()
@@ -97,7 +97,7 @@ class File:
             return self._opened_directly()
 
     def mapped(self) -> MappedFile:
-        """The whole file, mapped; a file that was cut short since is looked for again."""
+        """The whole file, mapped; mapped anew if the file has changed since."""
         with self._closed_if_it_fails():
             opened = self._open()
             with self._lock:
@@ -112,7 +112,7 @@ class File:
 
     @contextmanager
     def _closed_if_it_fails(self) -> Iterator[None]:
-        """What goes wrong is a `CheckpointError`, and the file is looked for again at the next read."""
+        """Raise failures as `CheckpointError`, and close the file, so that the next read opens its path again."""
         try:
             yield
         except OSError as error:
@@ -184,7 +184,7 @@ class File:
         return True
 
     def _has_refused(self, error: OSError) -> bool:
-        """An error of a direct read: remembers that they are refused and returns False, if that is what it says."""
+        """For an error of a direct read: False, and remembered, if they are refused; other errors are raised."""
         if error.errno != errno.EINVAL:
             raise error
         self._refuses_direct = True
@@ -215,7 +215,7 @@ class File:
 
 
 def _without_first(targets: list[memoryview], count: int) -> list[memoryview]:
-    """What is left to fill once the first `count` bytes are there."""
+    """The targets that are left to fill once the first `count` bytes are there."""
     while targets and count >= len(targets[0]):
         count -= len(targets[0])
         targets = targets[1:]

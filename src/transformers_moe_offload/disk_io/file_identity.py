@@ -1,10 +1,10 @@
-"""By what a file is known again that is opened later than it was found.
+"""Recognise a file that is opened later than its header was read.
 
 Two fine-tunes of one model have files of equal names and sizes, so neither tells whether a path still leads to the file
-whose header was read. A file is the same as long as it is the same inode, as long, and not written to since.
+whose header was read. A file counts as the same if its inode, its length and its time of modification are the same.
 
-On a filesystem that gives one file several inode numbers (some that run in user space do), that is an error: nothing
-there tells a file from its replacement.
+On a filesystem that gives one file several inode numbers (some that run in user space do), opening it again is an
+error: nothing there tells a file from its replacement.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ class FileIdentity:
 
     @classmethod
     def of(cls, descriptor: int) -> FileIdentity:
-        """What is open."""
+        """The identity of an open file."""
         found = os.fstat(descriptor)
         return cls(nbytes=found.st_size, device=found.st_dev, inode=found.st_ino, modified_ns=found.st_mtime_ns)
 
@@ -38,11 +38,11 @@ class FileIdentity:
         return replace(self, modified_ns=None)
 
     def is_of(self, descriptor: int) -> bool:
-        """Whether what is open is the same file, and was not written to since."""
+        """Whether an open file is the same, and was not written to since."""
         return self._found(descriptor) == self
 
     def expect(self, descriptor: int, path: Path) -> None:
-        """Raise `CheckpointError` if what was opened as `path` is another file, or was written to since."""
+        """Raise `CheckpointError` if the file that was opened as `path` is another one, or was written to since."""
         found = self._found(descriptor)
         if found == self:
             return

@@ -20,10 +20,10 @@ CALLS = {"x86_64": (206, 207, 209, 208), "aarch64": (0, 1, 2, 4), "riscv64": (0,
 
 
 class AsyncReads:
-    """A context that reads are submitted to. Raises `OSError` where the system has none to give."""
+    """A context that reads are submitted to. Raises `OSError` where the system does not grant one."""
 
     def __init__(self, most: int) -> None:
-        """For so many reads at once."""
+        """`most` reads may be in flight at once."""
         if sys.platform != "linux" or platform.machine() not in CALLS or sys.maxsize < 1 << 32:
             raise OSError(f"no system calls are known for {sys.platform} on {platform.machine()}")
         setup, destroy, self._submit, self._get_events = CALLS[platform.machine()]
@@ -31,7 +31,7 @@ class AsyncReads:
         self._context = ctypes.c_ulong(0)
         _call(setup, ctypes.c_long(most), ctypes.byref(self._context))
         self.close: Callable[[], object] = weakref.finalize(self, _destroy, destroy, self._context)
-        """Wait for what is under way, and take no more. By itself when nobody refers to this any more."""
+        """Wait for reads in flight, and end the context. Also called when the last reference to this object is gone."""
         self._read = _Read(operation=0)
         self._batch = (ctypes.c_void_p * 1)(ctypes.addressof(self._read))
         self._ended = (_Ended * most)()
@@ -43,9 +43,9 @@ class AsyncReads:
         _call(self._submit, self._context, ctypes.c_long(1), self._batch)
 
     def ended(self, at_least: int) -> list[tuple[int, int]]:
-        """Reads that have ended, once there are so many: their keys, and how many bytes came, or an error below zero.
+        """Wait until `at_least` reads have ended; return their keys, and the bytes read or an error below zero.
 
-        They are told once.
+        Each read is returned once.
         """
         timeout = None if at_least else ctypes.byref(_AT_ONCE)
         least, most = ctypes.c_long(at_least), ctypes.c_long(self._most)

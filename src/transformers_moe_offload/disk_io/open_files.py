@@ -19,14 +19,14 @@ except ImportError:  # Windows
     resource = None  # type: ignore[assignment]
 
 _HANDLES_PER_FILE = 3
-"""Read, mapped, and opened past the page cache."""
+"""One for reads, one for the mapping, and one for reads past the page cache."""
 
 _LIMIT_WITHOUT_LIMITS = 512
 
 
 class _Closable(Protocol):
     def close(self) -> None:
-        """Let go of whatever is open."""
+        """Close all handles."""
 
 
 class OpenFiles:
@@ -52,7 +52,7 @@ class OpenFiles:
 
 
 def default_limit() -> int:
-    """Half of what the system lets this process have, the rest of which is for others."""
+    """Files that half of this process's handles are enough for; the other half is left to other code."""
     if resource is None:
         return _LIMIT_WITHOUT_LIMITS // _HANDLES_PER_FILE
     handles = resource.getrlimit(resource.RLIMIT_NOFILE)[0]
@@ -62,4 +62,4 @@ def default_limit() -> int:
 
 
 OPEN_FILES = OpenFiles(default_limit())
-"""Of this process, whose limit it is."""
+"""The open files of this process, which the limit applies to."""

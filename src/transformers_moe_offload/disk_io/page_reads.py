@@ -1,7 +1,7 @@
-"""Where an expert lies in memory that whole pages of its files are read into, as they are. Pure.
+"""Plan zero-copy reads of an expert in whole pages of its files, and where its fields are in memory then. Pure.
 
-Disks write into memory themselves if a read begins and ends where a page does, in the file and in memory. So an
-expert's stretches begin as far behind a page as they do in the file, and are used where they are: nothing is copied.
+Direct I/O writes into memory without a copy if a read begins and ends at page boundaries, in the file and in memory. So
+an expert's file ranges begin as far behind a page boundary in memory as in the file, and are used where they are.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ class PageRead(NamedTuple):
     offset: int
     nbytes: int
     needed: int
-    """Of these bytes, those up to the end of what is wanted: the last page of a file is not whole."""
+    """The bytes up to the end of the wanted ones, which have to be there: the last page of a file may be partial."""
     start: int
     """Where in the memory they go, in bytes; a multiple of a page, like `offset` and `nbytes`."""
 
@@ -38,12 +38,12 @@ class Placed:
 
     @cached_property
     def nbytes(self) -> int:
-        """How much memory it takes."""
+        """Bytes of memory that it takes."""
         return sum(read.nbytes for read in self.reads)
 
 
 def placed(stretches: Sequence[FileRange]) -> Placed:
-    """Place an expert whose fields lie in these stretches, one for each field."""
+    """Place an expert, given the file range of each of its fields."""
     reads: list[PageRead] = []
     begins: list[tuple[FileRange, int]] = []
     room = 0
@@ -59,7 +59,7 @@ def placed(stretches: Sequence[FileRange]) -> Placed:
 
 
 def most_spare_bytes(stretches: Sequence[FileRange]) -> int:
-    """How much more memory than its own bytes an expert takes that lies like this, wherever in a page it begins."""
+    """The most bytes of memory that whole pages add to an expert with these ranges, wherever in a page they begin."""
     return sum(PAGE_BYTES * (1 if (one.stop - one.start) % PAGE_BYTES == 0 else 2) for one in joined(stretches))
 
 
@@ -74,7 +74,7 @@ def parts(read: PageRead, most_bytes: int) -> list[PageRead]:
 
 
 def _shift_of(field: FileRange, begins: Iterable[tuple[FileRange, int]]) -> int:
-    """From a field's place in its file to the one in memory."""
+    """The difference between a field's place in memory and its place in its file."""
     return next(
         shift
         for whole, shift in begins

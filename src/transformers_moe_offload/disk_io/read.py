@@ -1,12 +1,12 @@
-"""One expert on its way through reader threads.
+"""One expert in flight through reader threads.
 
-An expert that is read in several chunks takes several threads at once. It has arrived when its last chunk has; if one
-fails, those that have not begun are dropped, and the failure is told when nobody writes into its memory any more.
+An expert that is read in several chunks takes several threads at once. It is there when its last chunk is; if one
+fails, chunks that have not begun are dropped, and the error is raised once no thread writes into its memory any more.
 
 Ctrl-C can end the main thread's work between any two lines, so nothing here depends on a line that comes later: each
-step of a read is claimed, and later noted, by one operation that is done or not done, a step can be done again, and
-no lock is held. Python's own executors, events and conditions do not promise that: a main thread that is interrupted
-inside of one of them can leave its lock locked, and every lane waiting for it. ReaderPool are never interrupted.
+step of a read is claimed, and later marked as ended, by one atomic operation, a step can be repeated, and no lock is
+held. Python's own executors, events and conditions do not promise that: a main thread that is interrupted inside of one
+of them can leave its lock locked, and every reader thread waiting for it. Reader threads are never interrupted.
 """
 
 from __future__ import annotations
@@ -18,28 +18,28 @@ from typing import NamedTuple, Protocol
 
 
 class Work(NamedTuple):
-    """What it takes to read an expert. Every part of it may be done twice."""
+    """The steps of reading an expert. Each of them may be done twice."""
 
     chunks: Sequence[Callable[[], None]]
-    """In any order and at once."""
+    """Called first, in any order and in parallel."""
     complete: Callable[[], int]
-    """After them; returns the bytes that came from files."""
+    """Called after the chunks; returns the bytes that came from files."""
     give_up: Callable[[], None] = lambda: None
-    """Instead of that, if it is not to be."""
+    """Called instead of `complete` if a chunk failed or the read was cancelled."""
 
 
 class Crew(Protocol):
-    """Threads that do what is left of reads."""
+    """Threads that do the remaining steps of reads."""
 
     def is_here(self) -> bool:
         """Whether they were started in this process."""
 
     def call(self, read: Read) -> None:
-        """Have one more thread do what is left of a read."""
+        """Have one more thread do the remaining steps of a read."""
 
 
 class Read:
-    """One expert on its way. ReaderPool read its chunks, and so does whoever waits for it, one thread at a time."""
+    """One expert in flight. Reader threads read its chunks, and so does the thread that waits for it, one at a time."""
 
     def __init__(
         self,
@@ -56,11 +56,11 @@ class Read:
         self._crew = crew
         self._unfinished = set() if unfinished is None else unfinished
         self._is_for_all = True
-        """Whether it may be read by whoever waits, and not only by lanes."""
+        """Whether a waiting thread may do its steps, or only reader threads."""
         self._fate: dict[None, str] = {}
         """Begun or cancelled, whichever comes first."""
         self._claims: dict[int, _Claim] = {}
-        """Who does which step; the last one is `_LAST`."""
+        """The claim on each step, by its number; the concluding step is `_LAST`."""
         self._ended: set[int] = set()
         self._error: BaseException | None = None
         self._from_files = 0
@@ -80,7 +80,7 @@ class Read:
         return sum(self._seconds)
 
     def opens(self, opened: Callable[[], Work]) -> None:
-        """Let its first step, which a lane does, find out what the others are."""
+        """Make `opened` its first step, which a reader thread does and which returns the other steps."""
 
         def opening() -> None:
             work = opened()
@@ -92,13 +92,13 @@ class Read:
         self._steps.append(opening)
 
     def call(self, number: int) -> None:
-        """Have so many lanes help."""
+        """Have so many reader threads help."""
         if self._crew is not None:
             for _ in range(number):
                 self._crew.call(self)
 
     def belongs_to(self, crew: Crew) -> None:
-        """In a process that was forked: have other lanes do what is left of it."""
+        """In a forked process: have its own reader threads do the remaining steps."""
         self._drop_stale_claims()
         self._crew = crew
         self.call(self.num_steps)
@@ -108,9 +108,9 @@ class Read:
         return self._is_over
 
     def finish(self) -> int:
-        """Read what nobody has begun to read (waiting for a thread to do it would take longer), wait for the rest, and
-        return the bytes that came from files, or raise what went wrong."""
-        if self._fate.get(None) == _CANCELLED:  # by somebody who was interrupted meanwhile
+        """Read the chunks that no thread has begun (waiting for one to do so would take longer), wait for the rest, and
+        return the bytes that came from files, or raise the first error."""
+        if self._fate.get(None) == _CANCELLED:  # by a `cancel` that was interrupted
             self.cancel()
         if not self._is_over:
             self._drop_stale_claims()
@@ -123,7 +123,7 @@ class Read:
         return self._from_files
 
     def cancel(self) -> bool:
-        """Give it up if nobody has begun; returns whether nobody had."""
+        """Cancel it if no thread has begun; returns whether it is cancelled."""
         if self._fate.setdefault(None, _CANCELLED) != _CANCELLED:
             return False
         if not self._is_over:
@@ -133,7 +133,7 @@ class Read:
         return True
 
     def help(self) -> None:
-        """Do unclaimed steps as long as there are any: for lanes."""
+        """Do unclaimed steps as long as there are any; called on reader threads."""
         self._do_steps(is_lane=True)
 
     def _do_steps(self, *, is_lane: bool) -> None:
@@ -145,7 +145,7 @@ class Read:
             try:
                 self._steps[number]()
             except BaseException as error:
-                # Ctrl-C while somebody waits: the read is not over, and may be waited for again.
+                # Ctrl-C on a waiting thread: the read is not over, and may be waited for again.
                 if not is_lane and not isinstance(error, Exception):
                     raise
                 self._error = self._error or error
@@ -159,11 +159,11 @@ class Read:
             if self._error is None and number not in self._claims and self._claims.setdefault(number, claim) is claim:
                 if self._error is None:
                     return number
-                self._ended.add(number)  # one failed meanwhile, and may not have seen this claim
+                self._ended.add(number)  # a step failed meanwhile, on a thread that may not have seen this claim
         return None
 
     def _conclude(self, claim: _Claim) -> None:
-        """Complete it, or give it up, if all is done that will be and nobody else sees to that."""
+        """Complete it, or give it up, if no further step will be done and no other thread concludes it."""
         claimed = set(self._claims) - {_LAST}
         is_time = claimed <= self._ended and (self._error is not None or len(claimed) == len(self._steps))
         if not is_time or self._claims.setdefault(_LAST, claim) is not claim:
@@ -186,8 +186,8 @@ class Read:
         self._bell.put(None)
 
     def _drop_stale_claims(self) -> None:
-        """What a thread has claimed that waited before this one, and was interrupted, is nobody's; and what was claimed
-        in a process that this one was forked from."""
+        """Drop claims on unfinished steps that were made by a waiting thread that was interrupted, or in the process
+        that this one was forked from."""
         is_ours = self._crew is None or self._crew.is_here()
         for number, claim in list(self._claims.items()):
             if number not in self._ended and not (claim.is_lane and is_ours):
@@ -195,7 +195,7 @@ class Read:
 
 
 class _Claim:
-    """A thread that does steps of a read."""
+    """One thread's claim on steps of a read."""
 
     def __init__(self, is_lane: bool) -> None:
         self.is_lane = is_lane

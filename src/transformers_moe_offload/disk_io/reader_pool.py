@@ -1,12 +1,7 @@
-"""Threads that read, and one expert on its way through them.
+"""Reader threads: how many there are, how large their chunks are, and how they outlive forks.
 
-An expert that is read in several chunks takes several lanes at once. It has arrived when its last chunk has; if one
-fails, those that have not begun are dropped, and the failure is told when nobody writes into its memory any more.
-
-Ctrl-C can end the main thread's work between any two lines, so nothing here depends on a line that comes later: each
-step of a read is claimed, and later noted, by one operation that is done or not done, a step can be done again, and
-no lock is held. Python's own executors, events and conditions do not promise that: a main thread that is interrupted
-inside of one of them can leave its lock locked, and every lane waiting for it. ReaderPool are never interrupted.
+They do the steps of reads, which `read.py` describes. Ctrl-C can end the main thread's work between any two lines, but
+never interrupts a reader thread.
 """
 
 from __future__ import annotations
@@ -28,8 +23,8 @@ MOST_LANES = 4
 """Four saturate what one NVMe drive gives to reads of several MiB; Transformers' own loader settled on the same."""
 
 LEAST_CHUNK = 1 << 20
-"""Bytes; an expert is not divided into smaller chunks for the sake of idle lanes. One of 4.5 MiB, alone on its way past
-the page cache of a virtual disk: 3.7 ms whole, 3.5 in two, and no faster in chunks of 512 KiB (two lanes)."""
+"""Bytes; an expert is not divided into smaller chunks for the sake of idle threads. One of 4.5 MiB, alone in flight
+past the page cache of a virtual disk: 3.7 ms whole, 3.5 in two, and no faster in chunks of 512 KiB (two threads)."""
 
 
 def default_workers() -> int:
@@ -39,20 +34,20 @@ def default_workers() -> int:
 
 
 def chunk_bytes(nbytes: int, num_lanes: int, alongside: int) -> int | None:
-    """How large a chunk of an expert should be that `alongside` others are on their way with; None: read it whole.
+    """Bytes of a chunk of an expert while `alongside` other experts are in flight; None: read it whole.
 
-    So large that all lanes, and whoever waits, get something to do. That is worth something when few experts are
+    So large that all reader threads and the waiting thread get something to do. That helps when few experts are
     missing: decoding from a cold disk past the page cache (experts of 4.5 MiB, medians of 40 tokens in turns) took 0.90
-    to 0.96 of the time of whole reads at 1.8 misses per layer, with two lanes and with four; at 2.9 misses 0.92 with
-    four lanes and 1.02 with two: single comparisons on a virtual disk. Dividing every expert in two was within 1 to 2
-    ms of that, and from the page cache none of it matters.
+    to 0.96 of the time of whole reads at 1.8 misses per layer, with two reader threads and with four; at 2.9 misses
+    0.92 with four and 1.02 with two: single comparisons on a virtual disk. Dividing every expert in two was within 1 to
+    2 ms of that, and from the page cache it makes no difference.
     """
     number = min(-(-(num_lanes + 1) // (1 + alongside)), nbytes // LEAST_CHUNK)
     return -(-nbytes // number) if number > 1 else None
 
 
 class ReaderPool:
-    """Reader threads. They take what was started first, first, and end when nobody refers to them."""
+    """Reader threads. They take reads in the order of their start, and end with the last reference to the pool."""
 
     def __init__(self, number: int) -> None:
         self.number = number
@@ -66,21 +61,22 @@ class ReaderPool:
         give_up: Callable[[], None] = lambda: None,
     ) -> Read:
         """Begin to read an expert: `chunks` in any order and at once, then `complete`, which returns the bytes that
-        came from files. `give_up` is called instead, if that is not to be. All of it may be done twice."""
+        came from files. `give_up` is called instead if a chunk fails or the read is cancelled. Each may be called
+        twice."""
         return self._started(Read(chunks, complete, give_up, crew=self._living_crew(), unfinished=self._unfinished))
 
     def open(self, opened: Callable[[], Work]) -> Read:
-        """Begin to read an expert in a way that Ctrl-C must never end in the middle: a lane finds out what it takes,
-        and only lanes do it."""
+        """Begin to read an expert that Ctrl-C must never interrupt in the middle: a reader thread calls `opened`, which
+        returns the steps, and only reader threads do them."""
         read = Read((), _nothing, crew=self._living_crew(), unfinished=self._unfinished)
         read.opens(opened)
         return self._started(read)
 
     def drain(self) -> None:
-        """Wait until no thread writes into the memory of any expert that was started; those not begun are given up."""
+        """Cancel reads that have not begun, and wait until no thread writes into the memory of the others."""
         for read in list(self._unfinished):
             if not read.cancel():
-                with suppress(Exception):  # told to whoever asked for it, if it still matters
+                with suppress(Exception):  # `finish` raises it again for a caller that still waits
                     read.finish()
 
     def _started(self, read: Read) -> Read:
@@ -89,7 +85,7 @@ class ReaderPool:
         return read
 
     def _living_crew(self) -> _Crew:
-        """The threads; others, in a process that was forked from the one that started them."""
+        """The threads; new ones in a process that was forked from the one that started them."""
         if self._crew is None or not self._crew.is_here():
             self._crew = crew = _Crew(self.number, self._unfinished)
             weakref.finalize(self, crew.dismiss).atexit = False
@@ -97,7 +93,7 @@ class ReaderPool:
 
 
 class _Crew:
-    """The threads of some lanes, in the process that started them."""
+    """The threads of a pool, in the process that started them."""
 
     def __init__(self, number: int, unfinished: set[Read]) -> None:
         self._number = number
@@ -106,12 +102,12 @@ class _Crew:
         self._process = os.getpid()
         self._threads: list[threading.Thread] = []
         self._working: list[threading.Lock] = []
-        """Of each thread, held while it does something."""
+        """A lock for each thread, held while the thread works."""
         self._resting: list[threading.Lock] = []
-        """Those of them that a fork has taken."""
+        """The locks of `_working` while a fork holds them."""
         self._num_ends = 0
-        """How often threads were told to end; that stays among the calls, for the next thread."""
-        # By a thread that Ctrl-C does not reach: `Thread.start` is one of the things that must not be interrupted.
+        """How often threads were told to end; each such None stays among the calls, for the next thread."""
+        # On a thread that Ctrl-C does not reach: `Thread.start` must not be interrupted.
         start_new_thread(self._begin, (number,))
         FORKS.enter(self)
 
@@ -120,13 +116,13 @@ class _Crew:
         return self._process == os.getpid()
 
     def call(self, read: Read) -> None:
-        """Have one more thread do what is left of a read."""
+        """Have one more thread do the remaining steps of a read."""
         self._calls.put(read)
 
     def before_fork(self) -> None:
-        """Wait until all that was called for is done, and let nothing begin until `after_fork`.
+        """Wait until all calls are done, and let no step begin until `after_fork`.
 
-        No lock is held while a thread works: what it does may wait for what another one has yet to do.
+        No lock is held here while a thread works: its step may wait for a step of another thread.
         """
         while self.is_here():
             taken = [lock for lock in self._working if lock.acquire(blocking=False)]
@@ -138,7 +134,7 @@ class _Crew:
             time.sleep(_LOOK_AGAIN_S)
 
     def after_fork(self, *, is_child: bool) -> None:
-        """Go on. In a child others do what was not begun, as these threads are not there."""
+        """Go on. A child has none of these threads: new ones do its unfinished reads."""
         taken, self._resting = self._resting, []
         for lock in taken:
             lock.release()
@@ -149,7 +145,7 @@ class _Crew:
             crew.dismiss()
 
     def dismiss(self) -> None:
-        """Threads end after what they are doing."""
+        """Have the threads end after the calls made so far."""
         atexit.unregister(self._end)
         self._num_ends += 1
         self._calls.put(None)
@@ -170,7 +166,7 @@ class _Crew:
                 _serve(calls, self._working[0])
 
     def _end(self) -> None:
-        """Before the interpreter goes: no thread may be reading into memory that goes with it."""
+        """End the threads before the interpreter does: none may read into memory that is freed then."""
         self._num_ends += 1
         self._calls.put(None)
         for thread in self._threads:
@@ -182,11 +178,11 @@ def _serve(calls: SimpleQueue[Read | None], working: threading.Lock) -> None:
         with working:
             read.help()
         del read  # and with it the memory that it was read into
-    calls.put(None)  # for the next one
+    calls.put(None)  # for the next thread
 
 
 _LOOK_AGAIN_S = 0.0005
-"""A fork looks so often whether lanes have done what they were called for; a chunk takes as long, or longer."""
+"""Seconds between a fork's checks whether reader threads are idle; a chunk takes as long, or longer."""
 
 
 def _nothing() -> int:

@@ -1,7 +1,7 @@
 """Compute experts on the host while the accelerator and the link are busy with others.
 
-Tokens come down from the device and rows go back up; the weights stay in host memory. What it computes is what
-`ExpertMlp` does on a CPU, which is not bit for bit what it does on an accelerator.
+Tokens come down from the device and rows go back up; the weights stay in host memory. The results are those of
+`ExpertMlp` on a CPU, which are not bit for bit those on an accelerator.
 """
 
 # T tokens, N rows of one expert, H hidden
@@ -22,7 +22,7 @@ Hold = Callable[[int], AbstractContextManager[ExpertWeights]]
 
 
 def is_portable(mlp: ExpertMlp, experts: nn.Module) -> bool:
-    """Whether the host can compute a module's experts: nothing that is called on the module is on its device."""
+    """Whether the host can compute a module's experts: the parts of the module that it calls have no tensors."""
     has_tensors = next(experts.parameters(), None) is not None or next(experts.buffers(), None) is not None
     return not mlp.has_post_expert_norm and not has_tensors
 
@@ -76,7 +76,7 @@ class HostRows:
 
 
 class _Landing:
-    """A tensor on its way to the host. From a GPU the copy is queued behind what computes the tensor."""
+    """A tensor that is being copied to the host. From a GPU the copy is queued behind the kernels that compute it."""
 
     def __init__(self, tensor: Tensor) -> None:
         self._landed: torch.cuda.Event | None = None
@@ -89,13 +89,13 @@ class _Landing:
         self._landed.record(torch.cuda.current_stream(tensor.device))
 
     def wait(self) -> Tensor:
-        """The tensor in host memory; not on the thread that feeds the GPU, which would fall idle."""
+        """The tensor in host memory. Not to be called on the thread that feeds the GPU, which would fall idle."""
         if self._landed is not None:
             self._landed.synchronize()  # sync: device -> host
         return self._host
 
 
 def _pinned(outputs: dict[int, Tensor], device: torch.device) -> dict[int, Tensor]:
-    """Rows in page-locked memory, from which they go up without a stop. torch keeps it until their copies are over."""
+    """Rows in page-locked memory, for asynchronous copies to the device. torch keeps it until they are over."""
     with torch.cuda.device(device):
         return {expert: rows.pin_memory() for expert, rows in outputs.items()}

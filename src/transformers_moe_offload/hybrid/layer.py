@@ -33,8 +33,8 @@ class HostSide:
     """Opens an expert in host memory; its weights are valid until it is closed."""
 
     def share(self, cache: ExpertCache, layer: int, grouping: Grouping, loads_under_way: int = 0) -> Share:
-        """What the host should compute of a layer that is about to be visited. Another thread's visit may come between;
-        an expert that it brings in is then computed here for nothing."""
+        """The experts that the host should compute in a layer that is about to be visited. Another thread's visit may
+        come between; experts that it loads are then computed here for nothing."""
         absent = [expert for expert in grouping.by_last_use if cache.is_absent(ExpertId(layer, expert))]
         tokens = {expert: len(grouping.tokens[expert]) for expert in absent}
         at_hand = {expert for expert in absent if self.is_at_hand(ExpertId(layer, expert))}

@@ -1,7 +1,6 @@
 """Measure how fast absent experts can be moved, and how fast the host could compute them instead.
 
-On experts that mean nothing, before any real one is there: what counts is only how many bytes they have. All of it
-takes some tenths of a second.
+On made-up experts, before any real one is loaded: only their size matters. All of it takes some tenths of a second.
 """
 
 # N rows, H hidden
@@ -23,27 +22,28 @@ from transformers_moe_offload.slots.transfer import Copier
 from transformers_moe_offload.store.record_reader import ReadInto
 
 COLD_BYTES = 128 << 20
-"""Of experts that are computed one after another, so that each one's weights come from memory: more than the caches
-of nearly all processors."""
+"""Bytes of the experts that are computed one after another, so that each one's weights come from memory: more than the
+caches of nearly all processors."""
 
 MOST_EXPERTS = 64
-"""That are made for measuring; smaller ones than this needs for `COLD_BYTES` take microseconds anyway."""
+"""Most experts made for measuring; if more were needed for `COLD_BYTES`, they are so small that they take microseconds
+anyway."""
 
 FILLING = 0x3C
-"""What each byte of a made expert is. As bfloat16, float16 and float32 that is a number around 0.01 or 1: zeros would
-not take real memory, and numbers near zero would take processors longer than others."""
+"""The value of each byte of a made-up expert. As bfloat16, float16 and float32 that is a number around 0.01 or 1: zeros
+would not take real memory, and numbers near zero would take processors longer than others."""
 
 MANY_ROWS = 8
 """Rows with which the cost of each further row is measured."""
 
 PASSES = 3
-"""The fastest counts: nothing makes a machine faster than it is."""
+"""Passes, of which the fastest counts: disturbances only make a machine slower."""
 
 MOVED = 8
 """Experts that are moved at once, as many as a token of most models asks for."""
 
 MOVED_BYTES = 256 << 20
-"""Of all of them, unless one alone takes more: where the cache is there already, it has left little memory."""
+"""Most bytes of all of them, unless one alone takes more: a cache that is there already leaves little memory."""
 
 
 def measured_rates(
@@ -57,8 +57,8 @@ def measured_rates(
 ) -> MissRates:
     """The rates of one layer, from experts that are made for it.
 
-    token (1, H) is on the layer's device, in its dtype. `opened` sees an expert in a record, uint8 (record_bytes,), and
-    `copier` makes what fills slots on the device, with records that are read as it is told.
+    token (1, H) is on the layer's device, in its dtype. `opened` views a record, uint8 (record_bytes,), as an expert,
+    and `copier` makes a copier that fills slots on the device from records that the given function reads.
     """
     records = made_records(record_bytes)
 
@@ -113,7 +113,7 @@ def host_seconds(
 
 
 def made_records(record_bytes: int) -> list[Tensor]:
-    """Experts that mean nothing, uint8 (record_bytes,) each, in host memory."""
+    """Made-up experts, uint8 (record_bytes,) each, in host memory."""
     number = min(max(2, COLD_BYTES // record_bytes), MOST_EXPERTS)
     return [torch.full((record_bytes,), FILLING, dtype=torch.uint8) for _ in range(number)]
 

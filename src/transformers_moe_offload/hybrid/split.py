@@ -9,24 +9,24 @@ from collections.abc import Container, Mapping
 from dataclasses import dataclass
 
 MOST_PAIRS = 64
-"""(token, choice) pairs that may ask for absent experts: a decode step of a small batch. More are a prompt, for which
-an expert that has been moved computes many tokens at once, and fast."""
+"""(token, choice) pairs that may ask for absent experts: a decode step of a small batch. More pairs are a prompt, for
+which the accelerator computes many tokens at once with an expert that was moved, and fast."""
 
 WORTHWHILE = 0.2
-"""Part of the time of fetching that the host must save before it is used unasked: its results are not bit for bit
+"""Part of the time of fetching that the host must save before it is used by default: its results are not bit for bit
 those of the accelerator."""
 
 
 @dataclass(frozen=True)
 class MissRates:
-    """What it takes to serve the absent experts of one sparse layer, as it was measured."""
+    """Measured times of serving the absent experts of one sparse layer."""
 
     fetch_s: float
     """Seconds for which each expert that is moved keeps the link busy."""
     expert_s: float
     """Seconds that the host takes for an expert and one token: as a rule, to read the weights."""
     row_s: float
-    """Seconds that each further token of the same expert takes it."""
+    """Seconds that the host takes for each further token of the same expert."""
     trip_s: float
     """Seconds for the tokens to the host and back, whatever it computes."""
 
@@ -37,7 +37,7 @@ class MissRates:
 
 @dataclass(frozen=True)
 class Split:
-    """Who serves which of a layer's absent experts."""
+    """Which of a layer's absent experts are moved, and which the host computes."""
 
     fetched: tuple[int, ...]
     """Those that are moved, in the order in which they were asked for."""
@@ -51,17 +51,17 @@ def split(tokens: Mapping[int, int], rates: MissRates, at_hand: Container[int], 
     """The fastest split of absent experts, each with the number of tokens that want it, those worth keeping last.
 
     Only experts `at_hand`, in host memory, can be computed there; the others have to be read from disk first, which
-    takes so long that where they go then makes no difference. `loads_under_way` keep the link busy already.
+    takes so long that it makes no difference where they go then. `loads_under_way` keep the link busy already.
 
-    Of equally fast splits the one that moves most is taken, for what is moved may be there next time. What is moved is
-    what costs the host most, and of that what is most worth keeping.
+    Of equally fast splits the one that moves most is taken, because moved experts may be resident next time. The
+    experts that cost the host most are moved, and of equal ones those most worth keeping.
     """
     movable = [expert for expert in tokens if expert in at_hand]
     if sum(tokens.values()) > MOST_PAIRS:
         movable = []
     link_s = (loads_under_way + len(tokens) - len(movable)) * rates.fetch_s
     place = {expert: number for number, expert in enumerate(tokens)}
-    movable.sort(key=lambda expert: (tokens[expert], place[expert]))  # who stays with the host longest comes first
+    movable.sort(key=lambda expert: (tokens[expert], place[expert]))  # the host computes the first ones
     best, num_computed, work_s = link_s + len(movable) * rates.fetch_s, 0, 0.0
     for number, expert in enumerate(movable, start=1):
         work_s += rates.host_s(tokens[expert])
@@ -77,6 +77,6 @@ def split(tokens: Mapping[int, int], rates: MissRates, at_hand: Container[int], 
 
 
 def pays(rates: MissRates, num_absent: int) -> bool:
-    """Whether the host is worth using unasked, where a token finds so many experts absent."""
+    """Whether to use the host by default, where a token finds so many experts absent."""
     asked = dict.fromkeys(range(num_absent), 1)
     return split(asked, rates, asked).seconds < (1 - WORTHWHILE) * num_absent * rates.fetch_s

@@ -1,8 +1,8 @@
-"""The fast tier: places that hold one expert each, and what brings experts into them.
+"""The fast tier: places that hold one expert each, and how experts are loaded into them.
 
-The cache knows slots by number. What a number stands for is a buffer on a device that experts are copied into
-(`CopiedSlots`), pages that a disk writes into (`DirectSlots`), or the right to have one expert's pages of the
-checkpoint mapped (`MappedSlots`).
+The cache knows slots by number. A number stands for a buffer on a device that experts are copied into (`CopiedSlots`),
+pages that a disk writes into (`DirectSlots`), or the right to have one expert's pages of the checkpoint mapped
+(`MappedSlots`).
 """
 
 from __future__ import annotations
@@ -24,37 +24,37 @@ class Slots(Protocol):
 
     @property
     def num_lanes(self) -> int:
-        """Experts that can be on their way at once."""
+        """Experts that can be in flight at once."""
 
     def add(self, slot: int) -> None:
         """Make a place under a new number."""
 
     def remove(self, slot: int) -> None:
-        """Give up a place that nobody uses."""
+        """Give up a place that is not in use."""
 
     def start(self, expert: ExpertId, slot: int, alongside: int = 0) -> Transfer:
-        """Begin to bring an expert in, in place of whoever was there. What used that one must have been retired.
+        """Begin to load an expert into a slot, in place of the one that was there; uses of that must be retired.
 
-        So many others are on their way `alongside`.
+        `alongside` is the number of other experts in flight.
         """
 
     def retire(self, slot: int) -> None:
-        """Everything that reads this slot has been submitted; whatever is brought in next comes after that."""
+        """Everything that reads this slot has been submitted; the next load into it comes after that."""
 
     def weights(self, expert: ExpertId, slot: int) -> Weights:
-        """The expert that was brought in, for as long as the slot is not given to another one."""
+        """The weights of the expert in a slot, valid until the slot is given to another one."""
 
     def holds(self, slot: int) -> bool:
-        """Whether the expert that was brought in is still there: the system can take back what is its own."""
+        """Whether the expert that was loaded is still there: the kernel can take back pages of the page cache."""
 
     def give_back(self) -> None:
-        """Give back memory that experts take although they have left, in case they return."""
+        """Give back memory that evicted experts still take in case they return."""
 
     def start_over(self, held: Mapping[int, ExpertId]) -> None:
-        """Wait until nothing is brought in any more; from then on nobody is anywhere but those `held`, by slot.
+        """Wait until no load is in flight; from then on only the experts `held` are in slots, by slot.
 
-        For after an interrupt, which may have left anything half done that was begun.
+        Called after an interrupt, which may have left any step half done.
         """
 
     def device_bytes(self, expert: ExpertId) -> int:
-        """Bytes that cross to an accelerator when the expert is brought in."""
+        """Bytes that cross to an accelerator when the expert is loaded."""

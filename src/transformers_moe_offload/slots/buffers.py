@@ -16,10 +16,10 @@ from transformers_moe_offload.store.record import RecordLayout
 
 
 def allocated_bytes(slot_bytes: int, device: torch.device) -> float:
-    """What a device's memory loses to each of many slots of a size.
+    """Bytes of a device's memory that each of many slots of a size takes, with what the allocator wastes.
 
     torch's allocator of GPU memory (`c10/core/AllocatorConfig.h`, 2.13) asks for segments of 2 MiB for tensors of up to
-    1 MiB, and of 20 MiB for those below 10 MiB. So of seven MiB there are two in a segment, and 6 MiB are left over.
+    1 MiB, and of 20 MiB for those below 10 MiB. So two tensors of 7 MiB fit into a segment, and 6 MiB are left over.
     Larger ones have segments of their own, a multiple of 2 MiB.
     """
     if device.type != "cuda":
@@ -56,8 +56,8 @@ class SlotPool:
         self._allocate(slot, self.slot_bytes)
 
     def fit(self, slot: int, nbytes: int) -> None:
-        """Replace a buffer by one of another size. The old one's memory is free before the new one's is taken; if that
-        cannot be had, the slot has none."""
+        """Replace a buffer by one of another size. The old one's memory is freed before the new one's is allocated; if
+        that fails, the slot has no memory."""
         self._allocate(slot, 0)
         self._allocate(slot, nbytes)
 
@@ -66,7 +66,7 @@ class SlotPool:
         del self._slots[slot]
 
     def _allocate(self, slot: int, nbytes: int) -> None:
-        with torch.inference_mode(False):  # slots outlive the block that happens to be open while they are made
+        with torch.inference_mode(False):  # slots outlive an inference-mode block that may be open
             self._slots[slot] = _Buffer(torch.empty(nbytes, dtype=torch.uint8, device=self.device), {})
 
     def record(self, slot: int) -> Tensor:
@@ -86,7 +86,7 @@ class SlotPool:
 class _Buffer(NamedTuple):
     memory: Tensor
     views: dict[RecordLayout, Weights]
-    """How it has been looked at."""
+    """The views that were made so far."""
 
 
 class CopiedSlots:
@@ -103,7 +103,7 @@ class CopiedSlots:
         return self._copier.num_lanes
 
     def add(self, slot: int) -> None:
-        """Allocate a buffer; its memory may have been another tensor's, which kernels under way still read."""
+        """Allocate a buffer; its memory may have been another tensor's, which kernels in flight still read."""
         self.pool.add(slot)
         self._copier.retire(self.pool.record(slot))
 
@@ -117,11 +117,11 @@ class CopiedSlots:
         nbytes = self._store.layout(*expert).nbytes
         if self.pool.record(slot).nbytes != nbytes:
             self.pool.fit(slot, nbytes)
-            self._copier.retire(self.pool.record(slot))  # its memory may be what something under way has just used
+            self._copier.retire(self.pool.record(slot))  # its memory may be another tensor's that kernels still read
         return self._copier.start(expert, self.pool.record(slot), alongside)
 
     def retire(self, slot: int) -> None:
-        """Whatever is copied into this buffer next comes after what reads it now."""
+        """The next copy into this buffer comes after the kernels that read it now."""
         self._copier.retire(self.pool.record(slot))
 
     def weights(self, expert: ExpertId, slot: int) -> Weights:
@@ -133,10 +133,10 @@ class CopiedSlots:
         return True
 
     def give_back(self) -> None:
-        """Nothing to do: who leaves is overwritten."""
+        """Nothing to do: evicted experts are overwritten."""
 
     def start_over(self, held: Mapping[int, ExpertId]) -> None:
-        """Wait for the copier; who is where, only the cache knows."""
+        """Wait for the copier; only the cache knows which expert is in which slot."""
         self._copier.drain()
 
     def device_bytes(self, expert: ExpertId) -> int:

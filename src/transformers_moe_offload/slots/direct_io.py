@@ -1,7 +1,7 @@
-"""Slots that disks write into themselves: whole pages of the files, past the page cache.
+"""Slots for zero-copy reads: disks write whole pages of the files into them, past the page cache.
 
-An expert is used where it comes to lie, as far behind the beginning of a page as it is in its file. One that does not
-lie in the files as it should lie in memory is read into a record instead, like everywhere else.
+An expert is used where its bytes land, as far behind the beginning of a page as in its file. An expert that is not
+stored as it is used is read into a record instead.
 """
 
 from __future__ import annotations
@@ -24,14 +24,14 @@ from transformers_moe_offload.system.host_memory import host_bytes
 from transformers_moe_offload.system.page_memory import PageMemory
 
 _Lie = tuple[RecordLayout, tuple[int, ...] | None]
-"""What an expert is made of, and where its fields begin; None where they are where a record has them."""
+"""An expert's record layout, and where its fields begin; None if they begin where they do in a record."""
 
 
 class DirectSlots:
     """Slots in host memory that begin at pages, equal unless they hold records of another size."""
 
     def __init__(self, store: ExpertStore, slot_bytes: int, spare_bytes: int, workers: int) -> None:
-        """Of the `slot_bytes` as many are spare as pages take that an expert does not fill."""
+        """`spare_bytes` of the `slot_bytes` are for the parts of pages that an expert does not fill."""
         self.reader = PageReader(workers)
         self._store = store
         self._slot_bytes = slot_bytes
@@ -41,12 +41,12 @@ class DirectSlots:
         self._slots: dict[int, Tensor] = {}
         self._places: dict[ExpertId, Placed | None] = {}
         self._seen: dict[int, tuple[_Lie, Weights]] = {}
-        """By slot, how the expert lay that was looked at there last, and what was seen: experts of one file lie alike,
-        as a rule."""
+        """By slot, the placement of the expert whose weights were viewed last, and the views: experts of one file are
+        placed alike, as a rule."""
 
     @property
     def num_lanes(self) -> int:
-        """What loads share the disk's time between."""
+        """Loads that share the disk's time."""
         return self.reader.num_lanes
 
     def add(self, slot: int) -> None:
@@ -84,10 +84,10 @@ class DirectSlots:
         return True
 
     def give_back(self) -> None:
-        """Nothing to do: who leaves is overwritten."""
+        """Nothing to do: evicted experts are overwritten."""
 
     def start_over(self, held: Mapping[int, ExpertId]) -> None:
-        """Wait for the disk; who is where, only the cache knows."""
+        """Wait for the disk; only the cache knows which expert is in which slot."""
         self.reader.drain()
         self._copier.drain()
 
@@ -102,11 +102,11 @@ class DirectSlots:
         return self._places[expert]
 
     def _fitting(self, slot: int, nbytes: int) -> Tensor:
-        """A slot's memory, which holds so many bytes, and no more than belong to a record of that size."""
+        """A slot's memory, replaced if it is too small for `nbytes`, or larger than a record of that size needs."""
         old = self._slots[slot]
         if nbytes <= old.nbytes <= nbytes + self._spare_bytes:
             return old
-        new = self._memory.take(nbytes)  # nothing is taken yet but addresses
+        new = self._memory.take(nbytes)  # takes only addresses until it is written to
         self._seen.pop(slot, None)
         self._slots[slot] = new
         self._memory.give_back(old)
@@ -120,7 +120,7 @@ class DirectSlots:
 
 
 class PageReader:
-    """Reads pages: has the kernel do it, or threads where it will not."""
+    """Reads pages by the kernel's asynchronous I/O, or by reader threads where there is none."""
 
     def __init__(self, workers: int) -> None:
         self._workers = workers
@@ -133,14 +133,14 @@ class PageReader:
 
     @property
     def num_lanes(self) -> int:
-        """Reads whose times are counted one beside another."""
+        """Reads whose measured times overlap; `AioQueue` measures times as if reads were done one after another."""
         return self._workers if self._queue is None else 1
 
     def start(
         self, reads: Sequence[PageRead], memory: Tensor, complete: Callable[[], int], alongside: int = 0
     ) -> Transfer:
         """Begin to read pages into memory, uint8, that begins at a page; `complete` returns the bytes that came from
-        files, once all are there. So many other experts are on their way."""
+        files, once all are there. `alongside` other experts are in flight."""
         if self._queue is not None and not self._queue.is_synchronous:
             return self._queue.start(reads, memory, complete)
         most, raw = chunk_bytes(memory.nbytes, self._workers, alongside), host_bytes(memory)

@@ -1,9 +1,9 @@
-"""Small experts: no other thread is asked to read them.
+"""Small experts, which are read without another thread.
 
 Two threads on two busy cores take 50 to 100 us to hand a read over and to hand its end back, as long as it takes to
 read an expert of 100 KiB from the disk, and ten times as long as to copy it from the page cache. So an expert that is
-in the page cache is copied on the spot; one that is not is announced to the system, which fetches it meanwhile, and
-copied by whoever waits for it.
+in the page cache is copied at once. Any other is announced to the system, which fetches it meanwhile, and copied by the
+thread that waits for it.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from transformers_moe_offload.slots.transfer import Landed, Transfer
 from transformers_moe_offload.store.expert_store import ExpertStore
 
 SMALL_BYTES = 256 << 10
-"""Of a record: it is copied in 20 to 60 us, and computing with it takes less than that."""
+"""Most bytes of a small record: it is copied in 20 to 60 us, and computing with it takes less than that."""
 
 
 class InlineReads:
@@ -27,8 +27,8 @@ class InlineReads:
         self._store = store
 
     def start(self, expert: ExpertId, slot: Tensor) -> Transfer | None:
-        """Begin to fill a slot, (nbytes,) uint8; None where it takes a thread: the expert is large, or it is not read
-        as it is stored and through the page cache, or the system cannot be asked for that."""
+        """Begin to fill a slot, (nbytes,) uint8; None if a reader thread is needed: the expert is large, or not read as
+        it is stored and through the page cache, or the system cannot be asked to fetch it."""
         if slot.numel() > SMALL_BYTES:
             return None
         if self._store.read_cached_into(expert, slot):
@@ -37,7 +37,7 @@ class InlineReads:
 
 
 class Announced:
-    """An expert that the system fetches into the page cache."""
+    """An expert that the system is fetching into the page cache."""
 
     def __init__(self, store: ExpertStore, expert: ExpertId, slot: Tensor) -> None:
         self.seconds = 0.0
@@ -47,7 +47,7 @@ class Announced:
         self._is_read = False
 
     def is_done(self) -> bool:
-        """Whether it is there by now; then it is copied."""
+        """Whether it is in the page cache by now; if so, it is copied."""
         self._is_read = self._is_read or self._store.read_cached_into(self._expert, self._slot)
         return self._is_read
 

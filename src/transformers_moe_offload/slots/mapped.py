@@ -17,16 +17,16 @@ from transformers_moe_offload.slots.transfer import Landed, Transfer
 from transformers_moe_offload.store.expert_store import ExpertStore
 
 _LOOK_EVERY = 0.05
-"""Seconds between two looks at an expert's pages. A look takes 5 to 7 us for each expert of each layer, and pages that
-were used so shortly before are the last ones that the kernel takes."""
+"""Seconds between two checks of an expert's pages. A check takes 5 to 7 us for each expert of each layer, and pages
+that were used so shortly before are the last ones that the kernel takes."""
 
 
 class MappedSlots:
-    """Slots that stand for mapped pages: bringing an expert in maps its pages and reads those that are not cached.
+    """Slots that stand for mapped pages: loading an expert maps its pages and reads those that are not cached.
 
-    What leaves stays mapped until its slot is given up or somebody asks to give back: the memory is the page cache's,
-    and the kernel takes it back when it is needed. So an expert that comes back is there at once, as a rule. One that
-    does not lie in the files as it should lie in memory is copied instead.
+    An evicted expert stays mapped until its slot is removed or `give_back` is called: the memory is the page cache's,
+    and the kernel takes it back when it is needed. So an expert that is loaded again is there at once, as a rule. An
+    expert that is not stored as it is used is copied instead.
     """
 
     def __init__(self, store: ExpertStore, workers: int) -> None:
@@ -36,13 +36,13 @@ class MappedSlots:
         self._experts: dict[ExpertId, _MappedExpert] = {}
         self._inside: dict[int, _MappedExpert] = {}
         self._left: set[_MappedExpert] = set()
-        """Who has been replaced since memory was given back; some may have returned."""
+        """Experts that were replaced since the last `give_back`; some may have been loaded again."""
 
     def add(self, slot: int) -> None:
         """Nothing is allocated."""
 
     def remove(self, slot: int) -> None:
-        """Unmap whoever is there."""
+        """Unmap the expert in the slot."""
         left = self._inside.pop(slot, None)
         if left is not None and left not in self._inside.values():
             left.let_go()
@@ -67,7 +67,7 @@ class MappedSlots:
         return self._inside[slot].weights
 
     def holds(self, slot: int) -> bool:
-        """Whether the kernel has not taken pages back meanwhile, and nobody has changed the file."""
+        """Whether the expert's pages are still in memory, and its files unchanged."""
         return self._inside[slot].is_there()
 
     def start_over(self, held: Mapping[int, ExpertId]) -> None:
@@ -75,7 +75,7 @@ class MappedSlots:
         self._lanes.drain()
 
     def give_back(self) -> None:
-        """Unmap whoever has left."""
+        """Unmap evicted experts."""
         for expert in self._left.difference(self._inside.values()):
             expert.let_go()
         self._left.clear()
@@ -94,14 +94,15 @@ class _MappedExpert:
         self._store = store
         self._expert = expert
         self._pages: list[tuple[MappedFile, FileRange]] = []
-        """Where it is mapped; nothing, where it is a copy."""
+        """Where it is mapped; empty if it is a copy."""
         self._was_cached = False
         self._look_again = 0.0
 
     def is_there(self) -> bool:
-        """Whether it has come in, its pages were in memory when last looked at, and the files are as they were.
+        """Whether it has been loaded, its pages were in memory at the last check, and its files are unchanged.
 
-        Touching what a file has lost would end the process; a page that was taken back only takes its time.
+        Touching a mapped page that its file has lost would end the process; a page that the kernel took back is only
+        read again.
         """
         if not self.weights or not all(map.is_unchanged() for map, _ in self._pages):
             return False
@@ -117,7 +118,7 @@ class _MappedExpert:
         """Map the expert's pages, or read a copy of it; returns the bytes of the files that are used."""
         self.weights = {}
         layout, stretches = self._store.layout(*self._expert), self._store.stretches(self._expert)
-        with torch.inference_mode(False):  # kept for later, whatever block happens to be open
+        with torch.inference_mode(False):  # the weights outlive an inference-mode block that may be open
             if stretches is None:
                 record = torch.empty(layout.nbytes, dtype=torch.uint8)
                 self._store.read_into(self._expert, record)
@@ -141,7 +142,7 @@ class _MappedExpert:
 
     @property
     def is_copy(self) -> bool:
-        """Whether it takes memory of ours, and not pages that are the kernel's to take."""
+        """Whether it takes memory of its own, not pages that the kernel can take back."""
         return not self._pages
 
     def leave(self) -> None:

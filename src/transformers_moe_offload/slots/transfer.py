@@ -19,11 +19,11 @@ from transformers_moe_offload.system.host_memory import host_bytes
 
 
 class Transfer(Protocol):
-    """One expert on its way into one slot."""
+    """One expert in flight into one slot."""
 
     @property
     def seconds(self) -> float:
-        """How long lanes were busy with it, all of them together, without the time in the queue."""
+        """How long reader threads were busy with it, all of them together, without the time in the queue."""
 
     def is_done(self) -> bool:
         """Whether `finish` would return at once."""
@@ -33,23 +33,23 @@ class Transfer(Protocol):
         what went wrong on the way."""
 
     def cancel(self) -> bool:
-        """Give up a transfer that has not begun; returns whether it had not."""
+        """Cancel a transfer that has not begun; returns whether it was cancelled."""
 
 
 class Copier(Protocol):
     """Moves experts into slots."""
 
     num_lanes: int
-    """Experts that can be on their way at once."""
+    """Experts that can be in flight at once."""
 
     def start(self, expert: ExpertId, slot: Tensor, alongside: int = 0) -> Transfer:
         """Begin to fill a slot, (nbytes,) uint8. Its previous content may be in use until `retire` was called.
 
-        So many others are on their way `alongside`; the fewer, the more lanes are free for each.
+        `alongside` other experts are in flight; the fewer, the more reader threads are free for each.
         """
 
     def retire(self, slot: Tensor) -> None:
-        """Everything that reads this slot has been submitted; whatever is copied into it next comes after that."""
+        """Everything that reads this slot has been submitted; the next copy into it comes after that."""
 
     def drain(self) -> None:
         """Wait until nothing writes into any slot; a transfer that has not begun is given up."""
@@ -64,7 +64,7 @@ class Landed:
         self._from_files = from_files
 
     def is_done(self) -> bool:
-        """It is."""
+        """Always True."""
         return True
 
     def finish(self) -> int:
@@ -72,16 +72,16 @@ class Landed:
         return self._from_files
 
     def cancel(self) -> bool:
-        """Too late."""
+        """Always False: the transfer is over."""
         return False
 
 
 StartHere = Callable[[ExpertId, Tensor], Transfer | None]
-"""Begins to fill a slot, (nbytes,) uint8, without another thread; None where that is not worth it."""
+"""Begins to fill a slot, (nbytes,) uint8, without another thread; None if reader threads should do it."""
 
 
 def no_start(expert: ExpertId, slot: Tensor) -> None:
-    """It never is."""
+    """Leave every expert to reader threads."""
 
 
 class HostCopier:
@@ -110,12 +110,12 @@ class HostCopier:
         """Nothing to do: CPU kernels have finished when they return."""
 
     def drain(self) -> None:
-        """Wait for the lanes."""
+        """Wait for the reader threads."""
         self._lanes.drain()
 
 
 class FakeCopier:
-    """Moves nothing and remembers what it was asked; a transfer is finished when somebody waits for it."""
+    """Moves nothing and records the requests; its transfers are finished at once."""
 
     num_lanes = 1
 

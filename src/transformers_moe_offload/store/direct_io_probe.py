@@ -1,7 +1,7 @@
 """Try out, on the files themselves, whether experts are read faster past the page cache.
 
-Only worth asking where the page cache cannot hold them anyway (`system/free_memory.py`): otherwise what is read once is
-there the next time. Takes some hundredths of a second, and reads some MiB that are not in the page cache yet.
+Only useful if the page cache cannot hold them anyway (`system/free_memory.py`): otherwise experts that were read once
+are cached. Takes some hundredths of a second, and reads some MiB that are not in the page cache yet.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from transformers_moe_offload.system.host_memory import PAGE_BYTES, host_bytes
 from transformers_moe_offload.system.page_memory import PageMemory
 
 READ_BYTES = 1 << 20
-"""Of each read: enough for the disk's speed to count, and not its latency."""
+"""Bytes of each read: enough to measure the disk's speed, and not its latency."""
 
 LEAST_BYTES = 64 << 10
 """Shorter pieces of experts tell about latency only."""
@@ -29,22 +29,22 @@ MOST_PAIRS = 8
 """One read each way is a pair; what counts is the median of them."""
 
 MOST_SECONDS = 0.04
-"""After which no further pair begins: a hard disk gets through two or three."""
+"""Seconds after which no further pair begins: a hard disk gets through two or three."""
 
 MOST_LOOKED_AT = 64
-"""Pieces, to find some that are not in the page cache."""
+"""Pieces that are checked to find some that are not in the page cache."""
 
 CLEARLY = 1.1
-"""Times as fast as past it reading through the page cache has to be, to be chosen: it takes the processor's time as
-well, which the arithmetic lacks, and drives out what others have in the page cache."""
+"""Reading through the page cache is chosen if it is faster by this factor: it also takes processor time from the
+arithmetic, and evicts pages of other programs."""
 
 
 def is_faster_past_cache(store: ExpertStore) -> bool:
-    """Whether to read past the page cache. False where system or filesystem refuse to; True where everything that
-    could be tried is in the page cache at the moment, which it will not be for long."""
+    """Whether to read past the page cache. False if system or filesystem refuse to; True if all pieces that could be
+    tried are in the page cache now, because they will not stay there."""
     past: list[float] = []
     through: list[float] = []
-    memory = PageMemory().take(READ_BYTES + 2 * PAGE_BYTES).fill_(1)  # which is really there
+    memory = PageMemory().take(READ_BYTES + 2 * PAGE_BYTES).fill_(1)  # no page faults during the timed reads
     buffer = host_bytes(memory)
     runs = (
         run for run in islice(_runs(store), MOST_LOOKED_AT) if run.file.mapped().is_all_on_disk(run.offset, run.end)
@@ -71,7 +71,7 @@ def _runs(store: ExpertStore) -> Iterator[Run]:
 
 def _seconds(read: Callable[[Run, memoryview], None], run: Run, buffer: memoryview) -> float:
     """Seconds for each byte."""
-    run.file.read_into(buffer[:1], 0)  # opens the file, and so does what follows
+    run.file.read_into(buffer[:1], 0)  # opens the file; the next line opens it past the page cache
     run.file.directly()
     began = time.perf_counter()
     read(run, buffer)

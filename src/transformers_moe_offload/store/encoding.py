@@ -30,7 +30,7 @@ def encoded_row(source: LayerSource, codings: LayerCodings, expert: int) -> Tens
 
 
 def row_of(weights: Mapping[str, Tensor], coding: Coding | None, name: str) -> Tensor:
-    """The same of weights that are in memory; `name` is what errors call them."""
+    """The same for weights that are in memory; errors call them `name`."""
     assert isinstance(coding, ExpertCoding)
     layout = RecordLayout(coding.stored)
     row = torch.zeros(layout.row_bytes, dtype=torch.uint8)
@@ -74,7 +74,7 @@ def encoded_bytes(codings: LayerCodings, num_experts: int) -> int:
 
 
 def num_encoded(codings: LayerCodings, num_experts: int) -> int:
-    """How many rows these are."""
+    """The number of these rows."""
     return len(_rows(codings, num_experts))
 
 

@@ -19,21 +19,21 @@ class ExpertSource(Protocol):
 
     @property
     def pieces(self) -> tuple[StoredTensor, ...]:
-        """What has to be read."""
+        """The stored tensors that it is read from."""
 
     def stretches(self, layout: RecordLayout) -> tuple[FileRange, ...] | None:
-        """Where each field of a record lies as it should lie in memory, what follows it up to the next field
-        included; None if one of them does not."""
+        """The file range of each field of a record, padding up to the next field included; None if a field is not
+        stored as it is used."""
 
     def reads(self, layout: RecordLayout) -> list[Piece]:
-        """What fills a record, in the order of the files."""
+        """The pieces that fill a record, in the order of the files."""
 
     @property
     def has_checksum(self) -> bool:
-        """Whether `check` can tell anything."""
+        """Whether `check` has a checksum to compare."""
 
     def check(self, record: memoryview) -> None:
-        """Raise `CheckpointError` if a record is not what was written, where that can be told."""
+        """Raise `CheckpointError` if there is a checksum and a record does not match it."""
 
     def then_cast(self, dtype: str) -> ExpertSource:
         """The same expert with its fields cast once more."""
@@ -52,7 +52,7 @@ class ScatteredExpert:
         return tuple(piece for field in self.fields for piece in field.pieces)
 
     def stretches(self, layout: RecordLayout) -> tuple[FileRange, ...] | None:
-        """Each field's, if it lies in one piece."""
+        """The file range of each field, if all fields lie in one piece."""
         found = [field.stretch for field in self.fields]
         return None if None in found else tuple(stretch for stretch in found if stretch is not None)
 

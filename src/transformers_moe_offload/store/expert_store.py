@@ -47,34 +47,34 @@ class ExpertStore:
         return sum(piece.nbytes for piece in self._source(expert).pieces)
 
     def can_be_mapped(self) -> bool:
-        """Whether no more files hold experts than can be open at once: a mapped file stays open."""
+        """Whether all files that hold experts can be open at once: a mapped file stays open."""
         return len(self._files) <= OPEN_FILES.limit
 
     def is_as_used(self, layer: int) -> bool:
-        """Whether the layer's experts lie in the files as they should lie in memory.
+        """Whether most of a layer's experts are stored as they are used.
 
-        A few may not: of the expert at the end of a file, one part lies in the next one.
+        A few may not be: the expert at the end of a file has one part in the next file.
         """
         experts = range(len(self.layers[layer].experts))
         return 2 * sum(self.stretches(ExpertId(layer, expert)) is not None for expert in experts) > len(experts)
 
     def spare_bytes(self, layer: int) -> int | None:
-        """How much more memory than its record an expert of a layer takes in whole pages of its files, at most, as a
-        rule; None for experts that are in memory of ours."""
+        """The most bytes of memory that whole pages of files add to the record of a layer's expert, as a rule; None if
+        the layer's experts are in a `RamFile`, or are not stored as they are used."""
         if self.layers[layer].is_in_ram:
             return None
         found = (self.stretches(ExpertId(layer, expert)) for expert in range(len(self.layers[layer].experts)))
         return next((most_spare_bytes(stretches) for stretches in found if stretches is not None), None)
 
     def in_ram(self, expert: ExpertId) -> tuple[RamFile, int] | None:
-        """Where an expert's record lies in memory of ours, if it does: the file, and the first byte."""
+        """The `RamFile` that an expert's record lies in, and its first byte there; None if it lies elsewhere."""
         source = self._source(expert)
         if isinstance(source, RecordedExpert) and isinstance(source.row.file, RamFile):
             return source.row.file, source.row.offset
         return None
 
     def stretches(self, expert: ExpertId) -> tuple[FileRange, ...] | None:
-        """Where each field of an expert lies in one piece; None if one of them does not."""
+        """The file range of each field of an expert; None if a field is not stored as it is used."""
         return self._source(expert).stretches(self.layout(*expert))
 
     def read_into(self, expert: ExpertId, record: Tensor) -> int:
@@ -88,13 +88,13 @@ class ExpertStore:
         return fill.finish(record)
 
     def fill(self, expert: ExpertId, chunk_bytes: int | None = None) -> Fill:
-        """What has to be read of an expert, in chunks of at most so many bytes, or in one."""
+        """Begin to fill a record with an expert, in chunks of at most so many bytes, or in one."""
         return _Fill(self, expert, cut(self._pieces(expert), chunk_bytes))
 
     def read_cached_into(self, expert: ExpertId, record: Tensor) -> bool:
         """Fill a record from the page cache, without waiting for the disk; returns whether all of it was there.
 
-        Experts that have yet to be checked, or are not stored as they are used, have to be waited for.
+        False for experts that have yet to be checked, or are not stored as they are used.
         """
         runs, raw = self._verbatim(expert), host_bytes(record)
         if not runs or self.has_to_check(expert):
@@ -109,7 +109,7 @@ class ExpertStore:
         return bool(runs) and all(run.file.announce(run.offset, run.nbytes) for run in runs)
 
     def check(self, expert: ExpertId, record: Tensor) -> None:
-        """Compare an expert's checksum, if there is one, the first time it is brought in: record (nbytes,) uint8."""
+        """Compare an expert's checksum, if there is one, the first time it is loaded: record (nbytes,) uint8."""
         if self.has_to_check(expert):
             self._source(expert).check(host_bytes(record))
             self._checked.add(expert)
@@ -119,13 +119,13 @@ class ExpertStore:
         return expert not in self._checked and self._source(expert).has_checksum
 
     def _verbatim(self, expert: ExpertId) -> Sequence[Run]:
-        """What is read of an expert, as it is stored and through the page cache; nothing, if not all of it is."""
+        """The reads of an expert that is read as it is stored and through the page cache; empty for other experts."""
         pieces = () if self.past_cache else self._pieces(expert)
         runs = [piece for piece in pieces if isinstance(piece, Run)]
         return runs if len(runs) == len(pieces) else ()
 
     def _pieces(self, expert: ExpertId) -> Sequence[Piece]:
-        """What has to be read of an expert. Kept: of a small one it takes longer to work out than to read."""
+        """The pieces that an expert is read from. Cached: for a small expert, planning takes longer than reading."""
         if expert not in self._reads:
             self._reads[expert] = self._source(expert).reads(self.layout(*expert))
         return self._reads[expert]
@@ -138,14 +138,14 @@ class ExpertStore:
 
 
 def _layouts(source: LayerSource) -> tuple[RecordLayout, ...]:
-    """By expert; one for each way in which experts of the layer are stored."""
+    """The record layout of each expert; one object for each way in which experts of the layer are stored."""
     codings = source.codings
     of_kind = {id(kind): RecordLayout(source.spec.fields if kind is None else kind.stored) for kind in codings.kinds}
     return tuple(of_kind[id(codings.of(expert))] for expert in range(len(source.experts)))
 
 
 class _Fill:
-    """What has to be read of one expert of a store."""
+    """The reads of one expert of a store."""
 
     def __init__(self, store: ExpertStore, expert: ExpertId, chunks: Sequence[Chunk]) -> None:
         self.chunks = chunks

@@ -1,7 +1,7 @@
 """Where one field of one expert is in the checkpoint's own files, and how it becomes what the model expects.
 
-Where the bytes of a field lie in the files as they should lie in memory they go straight into the record. Otherwise
-(another dtype, a transposed or interleaved layout) the pieces are read into scratch memory and assembled from there.
+If the bytes of a field are stored as they are used, they go straight into the record. Otherwise (another dtype, a
+transposed or interleaved layout) the pieces are read into scratch memory and assembled from there.
 """
 
 from __future__ import annotations
@@ -48,7 +48,7 @@ class FieldSource:
 
     @cached_property
     def stretch(self) -> FileRange | None:
-        """Where the field lies as it should lie in memory, aligned to its elements; None if it does not."""
+        """The file range of a field that is verbatim, in one piece, and aligned to its elements; else None."""
         if not self.is_verbatim or self.pieces[0].offset % ITEMSIZE[self.pieces[0].dtype]:
             return None
         first = self.pieces[0]
@@ -98,7 +98,7 @@ class FieldSource:
 
 @dataclass(frozen=True)
 class AssembledField:
-    """A field that is not verbatim, as a piece of what has to be read of an expert."""
+    """A field that is not verbatim, as one of the pieces that an expert is read from."""
 
     source: FieldSource
     field: FieldSpec
@@ -113,5 +113,5 @@ class AssembledField:
         self.source.assemble_into(raw.view(torch_dtype(self.field.dtype)).view(self.field.shape))
 
     def split(self, nbytes: int, *, anywhere: bool) -> None:
-        """Never: it is made as a whole."""
+        """Always None: it is assembled as a whole."""
         return

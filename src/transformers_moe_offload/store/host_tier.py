@@ -20,8 +20,8 @@ from transformers_moe_offload.system.host_memory import copy_bytes, host_bytes
 class HostTier:
     """Keeps the records that were used last, as far as a budget goes; the others are read from disk again.
 
-    In ordinary, pageable memory, so that the system is not starved; page-locked are only the staging buffers that
-    copies to the accelerator start from. Safe to use from several threads: two that want one expert read it once.
+    In pageable memory, so that the system is not starved; only the staging buffers that copies to the accelerator start
+    from are page-locked. Safe to use from several threads: two that want one expert read it once.
     """
 
     def __init__(self, store: ExpertStore, budget_bytes: int) -> None:
@@ -46,14 +46,14 @@ class HostTier:
         return _Filling(self, expert, entry, fill) if is_new else _Kept(self, entry, fill)
 
     def has(self, expert: ExpertId) -> bool:
-        """Whether an expert could be had without reading a file."""
+        """Whether an expert can be loaded without reading a file."""
         with self._lock:
             entry = self._entries.get(expert)
             return entry is not None and entry.is_ready.is_set() and not entry.has_failed
 
     @contextmanager
     def hold(self, expert: ExpertId) -> Iterator[Tensor]:
-        """An expert's record, uint8 (nbytes,), which stays what it is until the block ends."""
+        """An expert's record, uint8 (nbytes,), valid until the block ends."""
         entry, is_new = self._enter(expert)
         if entry is None:
             yield self._read(expert)
@@ -94,10 +94,10 @@ class HostTier:
             raise
         entry.is_ready.set()
 
-    # What follows is for the fills.
+    # What follows is for `_Filling` and `_Kept`.
 
     def drop(self, expert: ExpertId, entry: _Entry) -> None:
-        """An entry will not be filled: whoever waits for it has to read for itself."""
+        """Remove an entry that will not be filled: threads that wait for it read the file themselves."""
         entry.has_failed = True
         with self._lock:
             if self._entries.get(expert) is entry:
@@ -106,12 +106,12 @@ class HostTier:
         entry.is_ready.set()
 
     def let_go(self, entry: _Entry) -> None:
-        """One user less."""
+        """An entry has one user less."""
         with self._lock:
             entry.num_users -= 1
 
     def _make_room(self, nbytes: int) -> Tensor | None:
-        """Memory for a record: spare, new within the budget, or that of the longest unused that nobody is using."""
+        """Memory for a record: spare, new within the budget, or of evicted entries: longest unused, without users."""
         while self._nbytes + nbytes > self.budget_bytes:
             victim = next((expert for expert, entry in self._entries.items() if not entry.num_users), None)
             if victim is None:
@@ -130,7 +130,7 @@ class HostTier:
 
 
 class _Entry:
-    """One record, and who is using it."""
+    """One record, and the number of its users."""
 
     def __init__(self, record: Tensor) -> None:
         self.record = record
@@ -140,7 +140,7 @@ class _Entry:
 
 
 class _Filling:
-    """A record that is read into the tier, and on from there."""
+    """A record that is read into the tier, and copied on from there."""
 
     is_checked = False
 
@@ -168,14 +168,14 @@ class _Filling:
 
 
 class _Kept:
-    """A record that the tier has, or that somebody is reading into it."""
+    """A record that the tier has, or that another thread is reading into it."""
 
     def __init__(self, tier: HostTier, entry: _Entry, fill: Fill) -> None:
         self.chunks = fill.chunks
         self._tier = tier
         self._entry = entry
         self._fill = fill
-        """In case that it cannot be had from the tier."""
+        """Disk fallback if filling the entry failed."""
 
     @property
     def is_checked(self) -> bool:
@@ -183,7 +183,7 @@ class _Kept:
 
     def read(self, chunk: Chunk, targets: Sequence[memoryview]) -> None:
         self._entry.is_ready.wait()
-        if self._entry.has_failed:  # for somebody else; the file may be back
+        if self._entry.has_failed:  # on another thread; the file may be back
             self._fill.read(chunk, targets)
         else:
             _copy_all(targets, chunk.inside(host_bytes(self._entry.record)))

@@ -28,14 +28,14 @@ class LayerSource:
     """What the layer's module computes with."""
     experts: tuple[ExpertSource, ...]
     spare: Mapping[str, tuple[FieldSource, ...]] = field(default_factory=dict)
-    """By field, what the checkpoint stores behind the last expert and no expert uses: only of interest to whoever
-    writes the checkpoint again."""
+    """By field, the parts that the checkpoint stores behind the last expert and that no expert uses; needed only to
+    write the checkpoint again."""
     codings: LayerCodings = AS_USED
     """How records stand for the fields of `spec`, expert by expert."""
 
     @property
     def is_in_ram(self) -> bool:
-        """Whether experts are in memory of ours, not in files."""
+        """Whether experts are in a `RamFile`, not in the checkpoint's files."""
         return any(isinstance(piece.file, RamFile) for expert in self.experts for piece in expert.pieces)
 
     @property

@@ -22,11 +22,11 @@ from transformers_moe_offload.errors import MoeOffloadError
 
 
 class NotPicklableError(MoeOffloadError, TypeError):
-    """Something that is only in this process; also the `TypeError` that `pickle` and `copy` answer with."""
+    """An object that exists only in this process; also a `TypeError`, as `pickle` and `copy` raise it."""
 
 
 class RamFile(File):
-    """So many bytes of RAM; it goes with the last object that refers to it.
+    """`nbytes` of RAM, freed with the last reference to it.
 
     Where the system has no anonymous memory files (Linux has), it is a temporary file, which the page cache holds as
     long as there is room.
@@ -54,7 +54,7 @@ class RamFile(File):
             content, offset = content[written:], offset + written
 
     def shared(self) -> Tensor:
-        """All of it, uint8 (nbytes,), from the beginning of a page: no copy, and there as long as the tensor is."""
+        """All of it, uint8 (nbytes,), from the beginning of a page: no copy, and valid as long as the tensor lives."""
         return torch.frombuffer(mmap.mmap(self._fd, self.nbytes), dtype=torch.uint8)
 
     def _write_once(self, content: memoryview, offset: int) -> int:
@@ -73,7 +73,7 @@ class RamFile(File):
 
 
 def _remove(fd: int, path: Path, owner: int) -> None:
-    """The process that made it does; one that was forked from it may end before it."""
+    """Close and remove a temporary file; only `owner` removes it, because a forked child may end earlier."""
     os.close(fd)
     if os.getpid() == owner:
         path.unlink(missing_ok=True)

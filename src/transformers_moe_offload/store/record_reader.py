@@ -1,6 +1,6 @@
-"""One expert's record on its way into host memory: chunks that can be read in any order and at once.
+"""One expert's record in flight into host memory: chunks that can be read in any order and in parallel.
 
-An expert is whole when all its chunks have been read and `finish` has said so; never before.
+An expert is whole when all its chunks have been read and `finish` has returned; never before.
 """
 
 from __future__ import annotations
@@ -20,11 +20,11 @@ ReadInto = Callable[[ExpertId, Tensor], int]
 
 
 class Fill(Protocol):
-    """What has to be read of one expert."""
+    """The reads that fill a record with one expert."""
 
     @property
     def chunks(self) -> Sequence[Chunk]:
-        """Everything that a record is filled with."""
+        """The chunks that fill the whole record."""
 
     @property
     def is_checked(self) -> bool:

@@ -1,4 +1,4 @@
-"""How much memory the control groups of this process leave it. Reads what Linux tells, and changes nothing."""
+"""How much memory the control groups of this process leave it. Only reads Linux' files, and changes nothing."""
 
 from __future__ import annotations
 
@@ -60,7 +60,7 @@ def _own_groups(membership: Path) -> dict[str, str]:
 
 
 def _left(group: Path, version: _Version) -> float:
-    """What one group leaves; infinity if it has no limit, or no files that say so."""
+    """Bytes that one group leaves; infinity if it has no limit, or no files that tell one."""
     try:
         limit = (group / version.limit).read_text().strip()
         used = int((group / version.used).read_text())

@@ -1,12 +1,12 @@
 """A process may fork at any time, as the workers of a `DataLoader` do, and it and its child both go on.
 
-Of the threads, a child has the one that forked. So none of ours may be in the middle of something then: a lock that
-another thread holds would stay locked in the child, what it reads would never arrive there, and what a disk writes into
-private memory while a process forks may come to lie in the other process (open(2), about `O_DIRECT`). Therefore a fork
-waits until the reads under way have ended and takes all locks meanwhile, outer ones first.
+A child has only the thread that forked. So no other thread of ours may be in the middle of a step then: a lock that it
+holds would stay locked in the child, its reads would never arrive there, and data that a disk writes into private
+memory during a fork may end up in the other process (open(2), about `O_DIRECT`). Therefore a fork waits until the reads
+in flight have ended and takes all locks meanwhile, outer ones first.
 
-A fork that a C library makes by itself is not noticed. One that only starts another program, as `subprocess` does, need
-not be.
+A fork that a C library makes by itself is not noticed. A fork that only starts another program, as `subprocess` does,
+need not be noticed.
 """
 
 from __future__ import annotations
@@ -23,13 +23,13 @@ from weakref import WeakSet
 
 
 class Lock(Protocol):
-    """Of `threading`."""
+    """A lock of `threading`."""
 
     def acquire(self) -> bool:
-        """Wait for it."""
+        """Wait until the lock is free, and take it."""
 
     def release(self) -> None:
-        """Let it go."""
+        """Release the lock."""
 
 
 class Forkable(Protocol):
@@ -43,7 +43,7 @@ class Forkable(Protocol):
 
 
 class Rank(IntEnum):
-    """A thread that holds a lock may wait for one of a higher rank, and for those that forkables have."""
+    """A thread that holds a lock may wait for one of a higher rank, and for the locks of forkables."""
 
     RESIZING = 0
     BUILDING = 1
@@ -56,27 +56,27 @@ L = TypeVar("L", bound=Lock)
 
 
 class HeldInterrupts:
-    """Ctrl-C while the main thread forks comes afterwards.
+    """Delays a Ctrl-C that comes while the main thread forks.
 
-    Python drops what is raised in the functions that it calls at a fork, and forks all the same: without half the
-    locks, or leaving them locked.
+    Python drops exceptions raised in the functions that it calls at a fork, and forks all the same: with half of the
+    locks not taken, or with locks left locked.
     """
 
     DELAY_S = 0.01
-    """Until Python has left those functions."""
+    """Time for Python to leave those functions."""
 
     def __init__(self) -> None:
         self._handler: Any = None
         self._has_come = False
 
     def hold(self) -> None:
-        """From now on."""
+        """Begin to delay Ctrl-C."""
         if threading.current_thread() is threading.main_thread() and callable(signal.getsignal(signal.SIGINT)):
             self._has_come = False
             self._handler = signal.signal(signal.SIGINT, self._note)
 
     def let_go(self, is_child: bool) -> None:
-        """Until now; a child has nothing to do with what came before it was there."""
+        """Stop delaying, and deliver a Ctrl-C that came meanwhile; not in a child, which did not exist then."""
         if self._handler is None or threading.current_thread() is not threading.main_thread():
             return
         handler, self._handler = self._handler, None
@@ -126,7 +126,7 @@ class Forks:
         self._take(self._entering)
 
     def after(self, *, is_child: bool) -> None:
-        """It has."""
+        """The calling thread has forked: undo the steps of `before`, the latest first."""
         steps, self._let_go = self._let_go, []  # with the first of them undone, another thread may fork
         for undo in reversed(steps):
             undo(is_child)
@@ -148,7 +148,7 @@ def _after_fork(forkable: Forkable, is_child: bool) -> None:
 
 
 FORKS = Forks()
-"""Of this process."""
+"""The forks of this process."""
 
 if hasattr(os, "register_at_fork"):  # not on Windows, which knows no forks
     os.register_at_fork(

@@ -10,20 +10,20 @@ import torch
 from transformers_moe_offload.system.cgroup import memory_left
 
 HOST_SHARE = 0.5
-"""Of the RAM that is free: the rest is left to activations, other programs, and the page cache that serves misses."""
+"""Share of the free RAM; the rest is left to activations, other programs, and the page cache that serves misses."""
 
 DEVICE_RESERVE = 1 << 30
 """Bytes of free GPU memory left to activations, the KV cache and library workspaces."""
 
 MAPPED_SHARE = 0.8
-"""Of the RAM that is free: experts that take no more of it stay in the page cache once they have been read. Beyond that
+"""Share of the free RAM. Experts that take no more than this stay in the page cache once they have been read. Beyond it
 mapped pages would be dropped and read again in the middle of a layer, where explicit reads are several times faster."""
 
 
 def available_bytes(device: torch.device, held_bytes: int = 0) -> int:
     """Bytes that experts may take on a device when the user leaves it to us; `held_bytes` they have already."""
     if device.type == "cuda":
-        torch.cuda.empty_cache()  # of a cache that was dropped, or of loading: CUDA counts it as taken
+        torch.cuda.empty_cache()  # torch's freed memory, from a dropped cache or loading: CUDA counts it as taken
         free, _ = torch.cuda.mem_get_info(device)
         return max(0, free + held_bytes - DEVICE_RESERVE)
     return int((free_ram() + held_bytes) * HOST_SHARE)

@@ -6,8 +6,8 @@ import numpy as np
 from torch import Tensor
 
 PAGE_BYTES = 4096
-"""Bytes that reads past the page cache have to begin at a multiple of, on every disk that we know, and that memory is
-mapped in."""
+"""Size of a page: memory is mapped in multiples of it, and reads past the page cache have to begin at one on every disk
+that we know."""
 
 
 def host_bytes(tensor: Tensor) -> memoryview:

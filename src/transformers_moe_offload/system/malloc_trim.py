@@ -8,7 +8,7 @@ import sys
 
 
 def trim() -> None:
-    """Where the system's allocator can be asked to; elsewhere nothing."""
+    """Release freed memory where the allocator has `malloc_trim`; elsewhere do nothing."""
     if sys.platform != "linux":
         return
     release = getattr(ctypes.CDLL(None), "malloc_trim", None)

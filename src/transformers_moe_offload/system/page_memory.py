@@ -1,8 +1,9 @@
-"""Memory that begins at pages, in pieces as large as the system has them.
+"""Page-aligned memory, in huge pages where the system has them.
 
-A disk that writes into memory itself is told every physical piece of it. A read of 3 MiB past the page cache took 2.0
-ms into ordinary pages, which lie apart from each other, and 0.15 ms of a core; into huge pages 0.8 to 1.2 ms, and 0.02
-ms of a core (Linux 6.18, ext4 on a virtual disk). Few slots are a multiple of one, so they are cut from large areas.
+A disk that writes into memory by direct I/O is given every physically contiguous piece of it. A read of 3 MiB past the
+page cache took 2.0 ms into ordinary pages, which lie apart from each other, and 0.15 ms of a core; into huge pages 0.8
+to 1.2 ms, and 0.02 ms of a core (Linux 6.18, ext4 on a virtual disk). Few slots are a multiple of a huge page, so they
+are cut from large areas.
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ _PRIVATE = {"flags": mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS} if hasattr(mmap, "MA
 """Memory of this process alone, not to be shared: Linux has huge pages for that. Windows knows no other kind."""
 
 AREA_BYTES = 64 << 20
-"""Of addresses that are asked for at once. Memory is taken where something is written, a huge page at a time."""
+"""Address space asked for at once. Memory is taken only where it is written to, a huge page at a time."""
 
 
 class PageMemory:
@@ -29,13 +30,13 @@ class PageMemory:
     def __init__(self) -> None:
         self._rest = _Rest(0, torch.empty(0, dtype=torch.uint8))
         self._areas: dict[int, mmap.mmap] = {}
-        """By the address at which they begin."""
+        """Areas by the address at which they begin."""
         self._owners: dict[int, int] = {}
-        """By the address of what was handed out, that of its area."""
+        """By the address of memory that was handed out, the address of its area."""
         self._spare: dict[int, list[Tensor]] = {}
-        """What was taken back, by its size."""
+        """Memory that was given back, by its size."""
 
-    @torch.inference_mode(False)  # what is taken outlives the block that happens to be open meanwhile
+    @torch.inference_mode(False)  # the memory outlives an inference-mode block that may be open
     def take(self, nbytes: int) -> Tensor:
         """Memory that begins at a page, uint8 (nbytes,)."""
         room = _whole_pages(nbytes)
@@ -50,7 +51,7 @@ class PageMemory:
 
     @torch.inference_mode(False)
     def give_back(self, memory: Tensor) -> None:
-        """Nobody reads or writes this memory any more: the system gets its pages, the next taker the addresses."""
+        """Return memory that is not read or written any more: its pages to the system, its addresses to later calls."""
         room, address = _whole_pages(memory.nbytes), memory.data_ptr()
         if hasattr(mmap, "MADV_DONTNEED"):
             begins = self._owners[address]
@@ -65,7 +66,7 @@ class PageMemory:
 
 
 class _Rest(NamedTuple):
-    """What of the latest area was never handed out."""
+    """The part of the latest area that was never handed out."""
 
     area: int
     """The address at which the area begins."""
@@ -73,7 +74,7 @@ class _Rest(NamedTuple):
 
 
 def new_area(nbytes: int) -> mmap.mmap:
-    """Zeros, in huge pages where the system has them; it takes no memory for what is not written to."""
+    """Zeros, in huge pages where the system has them; pages take memory only once they are written to."""
     area = mmap.mmap(-1, nbytes, **_PRIVATE)
     if hasattr(mmap, "MADV_HUGEPAGE"):
         with contextlib.suppress(OSError):  # a kernel that was built without them

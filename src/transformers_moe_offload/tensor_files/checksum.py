@@ -1,7 +1,6 @@
 """Notice when stored bytes are not what was written: CRC-32 of an expert's record, and of every tensor in a file.
 
-A checksum finds bytes that a disk or a download damaged; it does not protect against somebody who changes them on
-purpose.
+A checksum finds bytes that a disk or a download damaged; it does not protect against deliberate changes.
 """
 
 from __future__ import annotations
@@ -20,12 +19,12 @@ _CHUNK_BYTES = 8 * 2**20  # reads of this size run at the disk's full speed
 
 
 def checksum(data: memoryview | bytes, before: int = 0) -> int:
-    """The CRC-32 of some bytes, or, given that of what came before, of all until here; releases the GIL."""
+    """The CRC-32 of some bytes, continued from `before`, the CRC-32 of the bytes in front of them; releases the GIL."""
     return zlib.crc32(data, before)
 
 
 def as_metadata(checksums: Iterable[int]) -> str:
-    """Checksums as the header of a file keeps them; as long for any values."""
+    """Checksums as the header of a file keeps them; the length does not depend on their values."""
     return " ".join(f"{value:08x}" for value in checksums)
 
 

@@ -26,7 +26,7 @@ DTYPES = {
     "I64": "int64", "I32": "int32", "I16": "int16", "I8": "int8",
     "U64": "uint64", "U32": "uint32", "U16": "uint16", "U8": "uint8", "BOOL": "bool", "C64": "complex64",
 }  # fmt: skip
-"""What a header calls each dtype -> what torch calls it."""
+"""torch's names of dtypes, by their names in a header."""
 
 _MAX_HEADER_BYTES = 100_000_000  # the limit of the safetensors library itself
 _MAX_DIMENSIONS = 64  # of torch's tensors
@@ -70,7 +70,7 @@ def read_index(paths: Iterable[Path]) -> dict[str, StoredTensor]:
 
 
 def read_metadata(path: Path) -> dict[str, str]:
-    """What the header of one file says beside its tensors."""
+    """The metadata in the header of one file."""
     metadata = _read_json(path)[0].get("__metadata__")
     return {str(key): str(value) for key, value in metadata.items()} if isinstance(metadata, dict) else {}
 
@@ -92,7 +92,7 @@ def read_header(path: Path) -> list[StoredTensor]:
 
 
 def _read_json(path: Path) -> tuple[dict[str, Any], int, FileIdentity]:
-    """A file's header, where its data begin, and what is read here."""
+    """A file's header, the byte at which its data begin, and its identity."""
     if path.suffix != ".safetensors":
         raise CheckpointError(
             f"{one_line(path)} is not a safetensors file; experts are read in place from safetensors only, "

@@ -1,6 +1,6 @@
-"""Stored tensors where they lie, in the page cache, for whoever passes over them once: nothing is copied.
+"""Stored tensors, mapped from the page cache for a single pass over them: nothing is copied.
 
-What has to outlive the pass, or is to be changed, is read with `reading.read_stored` instead.
+Tensors that outlive the pass, or are changed, are read with `reading.read_stored` instead.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from transformers_moe_offload.tensor_files.reading import read_stored
 
 
 class MappedTensors:
-    """Tensors that are looked at together, until they are let go."""
+    """Tensors that are mapped together, until `let_go`."""
 
     def __init__(self) -> None:
         self._mapped: list[tuple[MappedFile, int, int]] = []

@@ -28,9 +28,9 @@ class WeightMap:
 
     @classmethod
     def read(cls, path: Path, *, needs_metadata: bool = False) -> WeightMap:
-        """Read an index; raises `CheckpointError` for what is none, or leads out of its folder.
+        """Read an index; raises `CheckpointError` if the file is not one, or names files outside of its folder.
 
-        With `needs_metadata` also where there are none, for Transformers does not read such an index.
+        With `needs_metadata` also if it has no metadata: Transformers does not read such an index.
         """
         try:
             index = json_object(path)

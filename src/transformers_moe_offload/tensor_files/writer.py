@@ -1,7 +1,7 @@
 """Write a safetensors file piece by piece: tensors are never in memory together, and it appears whole or not at all.
 
-The data begin at a multiple of `PAGE_BYTES`, so that what is page-aligned among them is so in the file; the spaces at
-the end of the header that this takes are part of the format. Tensors lie in the order in which they are declared.
+The data begin at a multiple of `PAGE_BYTES`, so that tensors that are page-aligned among them are so in the file; the
+spaces that this adds at the end of the header are part of the format. Tensors lie in the order of their declaration.
 The same input gives the same bytes.
 """
 
@@ -29,7 +29,7 @@ from transformers_moe_offload.tensor_files.checksum import METADATA_KEY, as_meta
 from transformers_moe_offload.tensor_files.index import DTYPES
 
 PARTIAL = ".partial"
-"""What the name of a file that is being written ends with."""
+"""Suffix of the name of a file that is being written."""
 
 _CODES = {dtype: code for code, dtype in DTYPES.items()}
 
@@ -49,7 +49,7 @@ class SafetensorsWriter:
         *,
         syncs: bool = True,
     ) -> None:
-        """Declare the tensors by name, shape and dtype, and what else the header is to say.
+        """Declare the tensors by name, shape and dtype, and further metadata for the header.
 
         Each tensor must come out aligned to its elements. Without `syncs` the caller brings the file to disk.
         """
@@ -62,7 +62,7 @@ class SafetensorsWriter:
         self._starts = _starts(tensors, _data_start(tensors, self._metadata))
         self._written = dict.fromkeys(self._tensors, 0)
         self._checksums = dict.fromkeys(self._tensors, 0)
-        # Sums run beside writing: they take as long as copying into the page cache, and neither holds Python's lock.
+        # Checksums run beside writes: they take as long as copying into the page cache, and neither holds the GIL.
         self._summing = ThreadPoolExecutor(1, thread_name_prefix="moe-offload-checksum")
         self.nbytes = file_bytes(tensors, self._metadata)
         """Size of the complete file."""
@@ -221,7 +221,7 @@ def _reserve(descriptor: int, nbytes: int) -> None:
         try:
             os.posix_fallocate(descriptor, 0, nbytes)
         except OSError as error:
-            if error.errno not in (errno.EOPNOTSUPP, errno.EINVAL):  # what filesystems say that cannot do it
+            if error.errno not in (errno.EOPNOTSUPP, errno.EINVAL):  # errors of filesystems without support for it
                 raise
 
 

@@ -42,7 +42,7 @@ class Section:
     title: str
     text: str = ""
     figure: Any = None
-    """Of matplotlib."""
+    """A figure of matplotlib."""
     rows: Sequence[Mapping[str, Any]] = ()
     """With the same keys, which become the heads of columns."""
 

@@ -31,7 +31,7 @@ class CudaCopier:
         self._lanes = ReaderPool(workers)
         self._ring = StagingRing(ring_shape(record_bytes, workers), pin_memory)
         self._stream = torch.cuda.Stream(device)
-        # The slots' memory may have been another tensor's, which kernels under way still read.
+        # The slots' memory may have been another tensor's, which kernels in flight still read.
         self._stream.wait_stream(torch.cuda.current_stream(device))
         self._last_use: dict[int, torch.cuda.Event] = {}
 
@@ -72,7 +72,7 @@ class CudaCopier:
 
 
 class _Upload:
-    """One expert on its way through a ring into a slot."""
+    """One expert in flight through a ring into a slot."""
 
     def __init__(
         self, fill: Fill, slot: Tensor, last_use: torch.cuda.Event | None, stream: torch.cuda.Stream, ring: StagingRing
@@ -103,7 +103,7 @@ class _Upload:
                     self._send(buffer, (part,))
 
     def finish(self) -> int:
-        """All chunks are on their way: returns the bytes that came from files, or raises what is wrong with them."""
+        """All copies are queued: returns the bytes that came from files, or raises what is wrong with them."""
         return self._fill.finish(self._record)
 
     def _send(self, buffer: Buffer, segments: Sequence[Segment]) -> None:
@@ -116,7 +116,7 @@ class _Upload:
                 end = begin + stop - start
                 self._slot[start:stop].copy_(buffer.memory[begin:end], non_blocking=True)  # copy: host -> device, async
                 begin = end
-            self._slot.record_stream(self.stream)  # whoever drops the slot now, its memory waits for the copy
+            self._slot.record_stream(self.stream)  # if the slot is freed now, its memory waits for the copy
             buffer.drained.record(self.stream)
 
 

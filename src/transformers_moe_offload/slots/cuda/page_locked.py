@@ -1,7 +1,7 @@
-"""Host memory that an accelerator reads where it is: page-locked, and at the address that the host knows it by.
+"""Host memory for zero-copy reads of an accelerator: page-locked, and read at the host's address.
 
 torch's own page-locked memory comes in powers of two and is kept when it is freed, which is right for small buffers and
-wrong for all experts of a model. So memory is had from elsewhere, as much as it takes, and registered with CUDA.
+wrong for all experts of a model. So memory is allocated elsewhere, as much as is needed, and registered with CUDA.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ kernels are for and Windows may not have."""
 
 
 class PageLock:
-    """Keeps memory where it is, until `free`, or until nobody refers to the lock any more."""
+    """Keeps memory page-locked until `free`, or until the last reference to the lock is gone."""
 
     def __init__(self, memory: Tensor, device: torch.device) -> None:
         """memory uint8 (nbytes,), from the beginning of a page. Raises `OSError` where it is not granted."""
@@ -36,7 +36,7 @@ class PageLock:
             _forget_error(device)
             raise OSError(f"CUDA would not lock {memory.nbytes:,} bytes in memory: {why}")
         self.free: Callable[[], object] = weakref.finalize(self, _unlock, memory, device)
-        """Give it up, when the device has done what it was told so far; a second time does nothing."""
+        """Unlock the memory, once the device has done all submitted work; a second call does nothing."""
 
 
 def _forget_error(device: torch.device) -> None:
@@ -52,7 +52,7 @@ def _unlock(memory: Tensor, device: torch.device) -> None:
 
 
 def pageable(nbytes: int) -> Tensor:
-    """Zeros, uint8 (nbytes,), that begin at a page; locking finds fewer of them where they are huge."""
+    """Zeros, uint8 (nbytes,), that begin at a page; with huge pages there are fewer to lock."""
     return torch.frombuffer(new_area(nbytes), dtype=torch.uint8)
 
 

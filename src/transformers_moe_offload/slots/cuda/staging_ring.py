@@ -1,8 +1,8 @@
 """The buffers that copies to a GPU start from: a ring of few, page-locked and capped.
 
 A GPU reads page-locked memory at the full speed of the link while the host does other things; from pageable memory each
-copy is made twice, and the host waits for it. But the system can neither swap page-locked memory nor give it to anybody
-else, so there is never more of it than `RING_BYTES`, however large an expert is: what is larger than a buffer passes
+copy is made twice, and the host waits for it. But the system can neither swap page-locked memory nor give it to other
+programs, so there is never more of it than `RING_BYTES`, however large an expert is: records larger than a buffer pass
 through in chunks.
 """
 
@@ -23,8 +23,8 @@ RING_BYTES = 64 << 20
 """Page-locked memory for each GPU, at most. Not measured on a GPU: by arithmetic, see `BUFFER_BYTES`."""
 
 BUFFER_BYTES = 4 << 20
-"""Of the largest buffer. At 25 GB/s of a link it takes 0.17 ms to drain, next to which the 0.01 ms that it takes to
-launch a copy are little; eight of them, two for each of four readers, are half of what the ring may have."""
+"""Bytes of the largest buffer. At 25 GB/s of a link it takes 0.17 ms to drain, next to which the 0.01 ms that it takes
+to launch a copy are little; eight of them, two for each of four readers, are half of what the ring may have."""
 
 LEAST_BYTES = 256 << 10
 """Smaller buffers would spend more time on launching than on copying; with very many readers, some wait instead."""
@@ -40,7 +40,7 @@ class RingShape:
 
     @property
     def nbytes(self) -> int:
-        """Of all of them."""
+        """Bytes of all buffers."""
         return self.count * self.buffer_bytes
 
 
@@ -71,7 +71,7 @@ class StagingRing:
 
     @contextmanager
     def buffer(self) -> Iterator[Buffer]:
-        """A buffer that nothing is copied out of any more; who has it records in `drained` what is copied out of it."""
+        """A buffer whose copies have ended; the caller records in `drained` the copies that it starts from it."""
         buffer = self._free.get()
         try:
             buffer.drained.synchronize()
