@@ -3,7 +3,7 @@
 import torch
 
 from transformers_moe_offload.device_decode.streams import HostStreams
-from transformers_moe_offload.device_decode.table import NOBODY, AddressTable
+from transformers_moe_offload.device_decode.table import NO_EXPERT, AddressTable
 from transformers_moe_offload.expert import ExpertId
 
 HOMES = {3: [100, 200], 7: [300, 400, 500]}
@@ -27,7 +27,7 @@ def test_everybody_is_at_home_at_first():
 
 
 def test_layers_with_fewer_experts_than_others_have_nobody_behind_their_last():
-    assert table().homes.tolist() == [[100, 200, NOBODY], [300, 400, 500]]
+    assert table().homes.tolist() == [[100, 200, NO_EXPERT], [300, 400, 500]]
 
 
 def test_who_has_arrived_is_found_there_once_that_is_published():

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from transformers_moe_offload.device_decode.background_fill import Use
 from transformers_moe_offload.device_decode.streams import Mark, Streams
-from transformers_moe_offload.device_decode.table import NOBODY, AddressTable
+from transformers_moe_offload.device_decode.table import NO_EXPERT, AddressTable
 from transformers_moe_offload.errors import MoeOffloadError
 
 MOST_PAIRS = 512
@@ -41,7 +41,7 @@ class Counters:
             """(L, pairs) int64: experts asked for; E, or more, in places without one."""
             self._asked = torch.zeros((num_layers, self._width + 1), dtype=torch.uint8, device=device)
             """(L, E + 1): 1 for experts asked for; the last column collects the places without one."""
-            self._exists = (table.homes != NOBODY).to(torch.uint8)
+            self._exists = (table.homes != NO_EXPERT).to(torch.uint8)
         self._places: dict[tuple[int, int], Tensor] = {}
         """Parts of `_routed`, by layer and number of pairs."""
         self._noted: set[int] = set()

@@ -17,7 +17,7 @@ from torch import Tensor
 from transformers_moe_offload.device_decode.streams import Streams
 from transformers_moe_offload.expert import ExpertId
 
-NOBODY = 0
+NO_EXPERT = 0
 """The address in places of the table that belong to no expert."""
 
 
@@ -28,10 +28,10 @@ class AddressTable:
         """`homes` are addresses in the arena, by layer and expert; all experts are read there at first."""
         self._streams = streams
         width = max(map(len, homes.values()))
-        rows = [[*home, *[NOBODY] * (width - len(home))] for home in homes.values()]
+        rows = [[*home, *[NO_EXPERT] * (width - len(home))] for home in homes.values()]
         with torch.inference_mode(False):  # the table outlives an inference-mode block that may be open
             self.homes = torch.tensor(rows, dtype=torch.int64, device=device)
-            """(L, E) int64, addresses in the arena; `NOBODY` behind the last expert of a layer."""
+            """(L, E) int64, addresses in the arena; `NO_EXPERT` behind the last expert of a layer."""
             self.addresses = self.homes.clone()
             """(L, E) int64, where experts are to be read now."""
             self._flat = self.addresses.view(-1)

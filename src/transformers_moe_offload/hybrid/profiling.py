@@ -74,7 +74,7 @@ def measured_rates(
         fetch_s=fetch_seconds(copier(read), slots),
         expert_s=expert_s,
         row_s=row_s,
-        trip_s=fastest(lambda: host.start(mlp, experts, token, {}, _nobody).finish()),
+        trip_s=fastest(lambda: host.start(mlp, experts, token, {}, _no_expert).finish()),
     )
 
 
@@ -118,8 +118,8 @@ def made_records(record_bytes: int) -> list[Tensor]:
     return [torch.full((record_bytes,), FILLING, dtype=torch.uint8) for _ in range(number)]
 
 
-def _nobody(expert: int) -> AbstractContextManager[ExpertWeights]:
-    raise AssertionError(f"nobody asked for expert {expert}")
+def _no_expert(expert: int) -> AbstractContextManager[ExpertWeights]:
+    raise AssertionError(f"expert {expert} was opened, but there is none to compute")
 
 
 def fastest(work: Callable[[], object]) -> float:
