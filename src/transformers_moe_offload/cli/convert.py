@@ -71,7 +71,7 @@ def convert(
         copies=fetched.companions,
     )
     recipe = recipe_of(fetched.name, fetched.revision, fetched.weights, "float16", config)
-    torch.set_num_threads(1)  # the workers are the parallel ones
+    torch.set_num_threads(1)  # the workers already use all cores
     nbytes = sum(shard.nbytes for shard in content.shards())
     with resumable(folder, MARKS), progress("converting", nbytes) as advance:
         write_prebuilt(folder, content, recipe, overwrite=overwrite, workers=workers, advance=advance)
