@@ -38,7 +38,7 @@ class Stored:
     nbytes: int | None
     """Bytes of all tensors."""
     dtype: torch.dtype | None
-    """Dtype of the first floating-point tensor that is not quantized: what Transformers loads a model in if its config
+    """Dtype of the first floating-point tensor that is not quantized; Transformers loads a model in it if its config
     names none."""
 
 
