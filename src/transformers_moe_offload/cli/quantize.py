@@ -50,7 +50,7 @@ def quantize(
     token: str | None,
     local_files_only: bool,
 ) -> None:
-    """Show what becomes of the weights, write the checkpoint, and upload it if asked to."""
+    """Show the formats and sizes of the weights, write the checkpoint, and upload it if asked to."""
     config = OffloadConfig(
         experts=formats.parse_formats(experts, layers, hot, trace, hot_share, optimize=not no_optimize),
         dense=formats.parse_format("--dense", dense, optimize=not no_optimize),
@@ -100,7 +100,7 @@ def quantize(
         },
         copies=fetched.companions,
     )
-    torch.set_num_threads(1)  # the workers are the parallel ones
+    torch.set_num_threads(1)  # the workers already use all cores
     nbytes = sum(shard.nbytes for shard in content.shards())
     with resumable(folder, MARKS), progress("quantizing", nbytes) as advance:
         write_prebuilt(folder, content, recipe, overwrite=overwrite, workers=workers, advance=advance)

@@ -1,4 +1,4 @@
-"""A trace as a table for pandas and whatever reads Arrow. The only file that knows pyarrow, of the extra `research`."""
+"""A trace as a table for pandas and other readers of Arrow. The only file that imports pyarrow (extra `research`)."""
 
 # N tokens at one router, K experts per token
 
@@ -20,7 +20,7 @@ def to_arrow(trace: RecordedRouting) -> pyarrow.Table:
     """A row for every token and router, with its experts and weights.
 
     Columns: router, token_id, sequence, position, turn, domain, experts, weights and, where scores were recorded,
-    entropy, margin and confidence. `turn` is 0, and more where a forward comes to the router again with the same token.
+    entropy, margin and confidence. `turn` counts the router's earlier calls with the same token in the same forward.
     """
     try:
         import pyarrow

@@ -1,4 +1,4 @@
-"""`RoutingTrace`: a recording of the routing, and what can be asked of it."""
+"""`RoutingTrace`: a recording of the routing, with its statistics, tables and cache trace."""
 
 # N tokens at one router, E experts
 
@@ -28,10 +28,10 @@ if TYPE_CHECKING:
 
 
 class RoutingTrace(RecordedRouting):
-    """What routers decided for every token of some forwards."""
+    """Routers' decisions for every token of some forwards."""
 
     def statistics(self, router: int) -> RouterStatistics:
-        """How sure a router is, how it uses its experts, and what follows what."""
+        """A router's entropy, margin and confidence, the load of its experts, and transitions between them."""
         self._check_router(router)
         return statistics_of(self, router)
 
@@ -54,8 +54,8 @@ class RoutingTrace(RecordedRouting):
     def token_counts(self) -> dict[str, list[int]]:
         """How many tokens chose each expert, by the path of the experts module; padding is left out.
 
-        So are experts without weights and choices of weight zero. A token counts as often as its forward came to the
-        router with it.
+        So are experts without weights and choices of weight zero. A token counts once for each call of the router in
+        its forward.
         """
         return token_counts_of(self)
 
@@ -73,11 +73,11 @@ class RoutingTrace(RecordedRouting):
         return to_arrow(self)
 
     def to_cache_trace(self) -> Trace:
-        """What these decisions ask of a cache: visits as an offloaded model makes them, for `tracing.replay`.
+        """The visits that an offloaded model would make for these decisions, for `tracing.replay`.
 
         The order of experts within a visit is that of our own arithmetic, `compute/token_grouping.py`. Layers that run
-        Transformers' own forward ask in ascending order instead, which a replay may show where a visit overflows the
-        cache.
+        Transformers' own forward ask in ascending order instead; their hits may differ where a visit wants more experts
+        than there are slots.
         """
         layers = self.sparse_layers()
         place = {layer: number for number, (layer, _, _) in enumerate(layers)}

@@ -1,6 +1,6 @@
-"""What routers decided for every token of some forwards, read part by part.
+"""Routers' decisions for every token of some forwards, read part by part.
 
-So a recording larger than memory can be worked with. Statistics are in `statistics.py`, tables in `export.py`.
+So a recording may be larger than memory. Statistics are in `statistics.py`, tables in `export.py`.
 """
 
 # N tokens at one router, M tokens, K experts per token, E experts, H hidden
@@ -35,7 +35,7 @@ class Rows(NamedTuple):
     """What one router did with the tokens of one part."""
 
     experts: NDArray[np.int16]
-    """(N, K), -1 fills up."""
+    """(N, K), filled up with -1."""
     weights: NDArray[np.float32]
     """(N, K)."""
     scores: NDArray[Any] | None
@@ -43,14 +43,14 @@ class Rows(NamedTuple):
     hidden: NDArray[np.float32] | None
     """(N, H), None where it was not recorded."""
     token_ids: NDArray[np.int32]
-    """(N,), -1 where the rows are no tokens of text; the same holds for what follows."""
+    """(N,), -1 where the rows are not tokens of text, as in `sequence`, `position` and `domain`."""
     sequence: NDArray[np.int32]
     position: NDArray[np.int32]
     domain: NDArray[np.int16]
     is_padding: NDArray[np.bool_]
     turn: NDArray[np.int16]
-    """(N,): how often the router had these tokens before in the same forward: 0, and more where layers run several
-    times in one."""
+    """(N,): how many earlier calls of the router in the same forward had these tokens: above 0 only where layers run
+    several times in a forward."""
 
 
 class RecordedRouting:
@@ -59,7 +59,7 @@ class RecordedRouting:
     def __init__(
         self, index: TraceIndex, source: Path | list[Part], files: Mapping[str, FileIdentity] | None = None
     ) -> None:
-        """`files` are what the parts' files were when a recording was loaded."""
+        """`files` are the identities of the parts' files when a recording was loaded."""
         self._index = index
         self._source = source
         self._files = files or {}
@@ -86,7 +86,7 @@ class RecordedRouting:
 
     @property
     def routers(self) -> Sequence[RouterFacts]:
-        """Of each router: path, number of experts and so on."""
+        """Facts about each router: path, number of experts and so on."""
         return tuple(self._index.routers)
 
     @property
@@ -181,17 +181,17 @@ def rows_of(part: Part, router: int, *, padding: bool = False) -> Rows:
 
 
 def tokens_of(part: Part, router: int) -> NDArray[np.int64]:
-    """(N,): the index of each row's token in the part, -1 where the rows are no tokens of text."""
+    """(N,): the index of each row's token in the part, -1 where the rows are not tokens of text."""
     calls = part["calls"]
     own = calls[calls[:, 0] == router]
-    # Rows of a call are neighbours, and so are its tokens.
+    # The rows of a call are contiguous, and so are its tokens.
     starts = np.repeat(own[:, 4] - own[:, 1], own[:, 2])
     is_text = np.repeat(own[:, 4] >= 0, own[:, 2])
     return np.where(is_text, starts + np.arange(len(starts)), -1)
 
 
 def turns_of(part: Part, router: int) -> NDArray[np.int16]:
-    """(N,): of each row, how many calls of the router in the same forward had the same tokens before."""
+    """(N,): for each row, how many earlier calls of the router in the same forward had the same tokens."""
     calls = part["calls"]
     own = calls[calls[:, 0] == router]
     seen: Counter[tuple[int, int]] = Counter()
