@@ -39,7 +39,7 @@ def domains():
     package = REPOSITORY / "src" / "transformers_moe_offload"
     files = {
         "prose": REPOSITORY / "docs" / "limits.md",
-        "python": package / "hf" / "runtime.py",
+        "python": package / "hf" / "model" / "handle.py",
         "c": max((package / "kernels" / "csrc").glob("*.c"), key=lambda file: file.stat().st_size),
     }
     return {name: file.read_text(encoding="utf-8")[:8000] for name, file in files.items()}
