@@ -13,7 +13,7 @@ from transformers import AutoModelForCausalLM
 from transformers_moe_offload import OffloadConfig
 from transformers_moe_offload.bench.bandwidth import disk_bandwidth, expert_ranges
 from transformers_moe_offload.bench.layers import store_of
-from transformers_moe_offload.memory.lanes import default_workers
+from transformers_moe_offload.disk_io.reader_pool import default_workers
 
 
 def measure_bandwidth(folder: str, repeats: int) -> dict[str, Any]:

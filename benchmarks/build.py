@@ -128,7 +128,7 @@ def built(sources: list[Path], target: Path, num_experts: int) -> dict[str, floa
 
 def build(sources: list[str], target: str, num_experts: int) -> dict[str, float]:
     """The other process."""
-    from transformers_moe_offload.build import MoeRecipe, build_moe
+    from transformers_moe_offload.builder import MoeRecipe, build_moe
 
     experts = [{"source": sources[number % len(sources)], "name": f"e{number}"} for number in range(num_experts)]
     recipe = MoeRecipe.from_dict(

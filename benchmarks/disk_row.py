@@ -19,7 +19,7 @@ from transformers_moe_offload.bench.passage import passage_for
 from transformers_moe_offload.bench.protocol import max_positions
 from transformers_moe_offload.bench.session import facts, repeated, unmap_dense
 from transformers_moe_offload.bench.workload import Workload, run, seconds_per_forward
-from transformers_moe_offload.memory.lanes import default_workers
+from transformers_moe_offload.disk_io.reader_pool import default_workers
 
 SAMPLE_BYTES = 512 << 20
 """Of one look at the disk: half a second of most."""

@@ -31,10 +31,10 @@ from transformers.utils import logging
 
 from transformers_moe_offload.bench.conditions import conditions
 from transformers_moe_offload.bench.tables import Table
-from transformers_moe_offload.build import MoeRecipe
-from transformers_moe_offload.build.recipe import Expert, Gate, Origin
-from transformers_moe_offload.build.sweep import sweep_gates
-from transformers_moe_offload.build.sweep.scoring import HeldOut, held_out, score
+from transformers_moe_offload.builder import MoeRecipe
+from transformers_moe_offload.builder.recipe import Expert, Gate, Origin
+from transformers_moe_offload.builder.sweep import sweep_gates
+from transformers_moe_offload.builder.sweep.scoring import HeldOut, held_out, score
 
 BASE = TINY_MOE.parent / "tiny-dense"
 PIECE_CHARACTERS = 1000

@@ -21,7 +21,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, LogitsProcessorList
 
 from transformers_moe_offload.bench.clock import StepClock, laid_down
 from transformers_moe_offload.bench.passage import random_passage
-from transformers_moe_offload.hf.discover import find_experts
+from transformers_moe_offload.hf.loading.discover import find_experts
 
 IMPLEMENTATION = "grouped_mm"
 """Of Transformers' experts; the one that stock models take by default."""

@@ -22,16 +22,17 @@ from make_model import BIAS
 from torch import Tensor
 
 from transformers_moe_offload import HqqFormat, OffloadConfig
+from transformers_moe_offload.dtypes import torch_dtype
 from transformers_moe_offload.formats.coding import ExpertCoding
-from transformers_moe_offload.hf.discover import take_over
+from transformers_moe_offload.hf.loading.discover import take_over
 from transformers_moe_offload.hf.prebuilt.layout import MARKS, LayerContent, plain_config, prebuilt_config
 from transformers_moe_offload.hf.prebuilt.sizes import Sizes
 from transformers_moe_offload.hf.prebuilt.source import Quantization
 from transformers_moe_offload.hf.prebuilt.writer import Prebuilt, write_prebuilt
-from transformers_moe_offload.memory.record import RecordLayout, torch_dtype
 from transformers_moe_offload.output.place import is_complete
 from transformers_moe_offload.output.shards import Advance, Content
 from transformers_moe_offload.output.text import as_json
+from transformers_moe_offload.store.record import RecordLayout
 
 POPULARITY = 0.7
 """Spread of a bias of the routers' logits over that of the logits themselves: see `Shape.popularity` in `shape.py`,

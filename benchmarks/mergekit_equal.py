@@ -27,8 +27,8 @@ from transformers import CONFIG_MAPPING, AutoModelForCausalLM, AutoTokenizer
 
 from transformers_moe_offload.bench.conditions import conditions
 from transformers_moe_offload.bench.tables import Table
-from transformers_moe_offload.build import MoeRecipe, validate_recipe
-from transformers_moe_offload.build.gates import program_gates
+from transformers_moe_offload.builder import MoeRecipe, validate_recipe
+from transformers_moe_offload.builder.gates import program_gates
 
 FAMILIES = ("llama", "mistral", "qwen3")
 MODES = ("hidden", "hidden_avg", "cheap_embed", "random", "uniform_random")

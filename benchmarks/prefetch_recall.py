@@ -27,8 +27,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, set_seed
 
 from transformers_moe_offload.bench.conditions import conditions, described
 from transformers_moe_offload.expert import ExpertId
-from transformers_moe_offload.hf.discover import find_experts
-from transformers_moe_offload.hf.routers import RouterProbe, find_router
+from transformers_moe_offload.hf.loading.discover import find_experts
+from transformers_moe_offload.hf.routers.find import RouterProbe, find_router
 from transformers_moe_offload.policies import LRU
 from transformers_moe_offload.prefetch.predictors import LayerShape, Predictor, make_predictor
 

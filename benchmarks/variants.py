@@ -18,9 +18,10 @@ import transformers_moe_offload
 from transformers_moe_offload import OffloadConfig
 from transformers_moe_offload.bench.layers import cache_of, sparse_layers
 from transformers_moe_offload.expert import ExpertId
-from transformers_moe_offload.hf.layer import SparseLayer
-from transformers_moe_offload.memory.slots import CopiedSlots, Slots
-from transformers_moe_offload.memory.transfer import Transfer
+from transformers_moe_offload.hf.model.layer import SparseLayer
+from transformers_moe_offload.slots.base import Slots
+from transformers_moe_offload.slots.buffers import CopiedSlots
+from transformers_moe_offload.slots.transfer import Transfer
 
 STATES = ("warm", "cold")
 """Of the page cache."""

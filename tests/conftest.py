@@ -7,9 +7,10 @@ from hypothesis import settings
 from interpreted import IS_INTERPRETED
 from kernels.interpreter import mend
 
-# How long an example takes says how busy the machine is.
-settings.register_profile("patient", deadline=None)
-settings.load_profile("patient")
+# How long an example takes says how busy the machine is. Fewer of them keep the suite short; `tox -e newest` takes more.
+settings.register_profile("quick", deadline=None, max_examples=50)
+settings.register_profile("thorough", deadline=None, max_examples=500)
+settings.load_profile("quick")
 
 # Tests run side by side; kernels whose threads wait for each other's cores take up to ten times as long.
 torch.set_num_threads(1)

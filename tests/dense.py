@@ -9,9 +9,9 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
-from transformers_moe_offload.build.sources import Ancestor
+from transformers_moe_offload.builder.sources import Ancestor
+from transformers_moe_offload.dtypes import dtype_name
 from transformers_moe_offload.expert import FieldSpec
-from transformers_moe_offload.memory.record import dtype_name
 from zoo.weights import randomise
 
 FFN = {"lfm2": "feed_forward"}

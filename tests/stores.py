@@ -11,13 +11,14 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
+from transformers_moe_offload.disk_io.file import File
+from transformers_moe_offload.disk_io.file_identity import FileIdentity
 from transformers_moe_offload.expert import ExpertId, ExpertSpec, FieldSpec
-from transformers_moe_offload.memory.checkpoint import ExpertStore, LayerSource
-from transformers_moe_offload.memory.disk import File
-from transformers_moe_offload.memory.expert_source import ScatteredExpert
-from transformers_moe_offload.memory.field_source import FieldSource
-from transformers_moe_offload.memory.file_identity import FileIdentity
-from transformers_moe_offload.memory.safetensors_index import StoredTensor, read_index
+from transformers_moe_offload.store.expert_source import ScatteredExpert
+from transformers_moe_offload.store.expert_store import ExpertStore
+from transformers_moe_offload.store.field_source import FieldSource
+from transformers_moe_offload.store.layer_source import LayerSource
+from transformers_moe_offload.tensor_files.index import StoredTensor, read_index
 
 WIDTH = 3
 

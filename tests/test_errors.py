@@ -42,7 +42,7 @@ STAYS_INSIDE = {
     "MemoryError",
 }
 
-CAUGHT = {("hf/choices.py", "RuntimeError")}
+CAUGHT = {("hf/routers/capture.py", "RuntimeError")}
 """By the caller in the same file."""
 
 PROTOCOLS = {("hf/prebuilt/moe_offload_required.py", "ImportError"), ("hf/upstream.py", "AttributeError")}

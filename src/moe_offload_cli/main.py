@@ -1,4 +1,4 @@
-"""`moe-offload`: where the subcommands meet."""
+"""`moe-offload`: the application with all its subcommands."""
 
 from __future__ import annotations
 

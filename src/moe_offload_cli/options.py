@@ -28,7 +28,7 @@ TrustRemoteCode = Annotated[
     bool, typer.Option("--trust-remote-code", help="Run model code that comes with the checkpoint.")
 ]
 
-# In how many bits experts are, by layer and by how much they are used.
+# Formats of experts, by layer and by use.
 Experts = Annotated[str | None, typer.Option(help="Format of experts, bits x group size: '4x64', '3x64', '2x16'.")]
 Layers = Annotated[
     list[str] | None,

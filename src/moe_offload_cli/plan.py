@@ -1,4 +1,4 @@
-"""`moe-offload plan`: what offloading a model would put where, before anything is downloaded."""
+"""`moe-offload plan`: where the weights of an offloaded model would be, before anything is downloaded."""
 
 from __future__ import annotations
 

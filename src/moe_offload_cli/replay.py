@@ -1,4 +1,4 @@
-"""`moe-offload replay`: what other policies and sizes would have made of a trace."""
+"""`moe-offload replay`: hit rates of other policies and sizes on a trace."""
 
 from __future__ import annotations
 

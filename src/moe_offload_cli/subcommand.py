@@ -1,4 +1,4 @@
-"""From what was typed to what is done: the one place that imports the package, once the command line is understood."""
+"""Run a subcommand: the one place that imports the package, once the command line has been parsed."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ class Subcommand(TyperCommand):
     """A command whose errors are one line each."""
 
     def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
-        """Understand what was typed; what is wrong with a value is said without the words of Typer's validator."""
+        """Parse the arguments; errors about values are shown without the prefix of Typer's validator."""
         try:
             return super().parse_args(ctx, args)
         except typer.BadParameter as error:
@@ -26,7 +26,7 @@ class Subcommand(TyperCommand):
             raise
 
     def invoke(self, ctx: Any) -> Any:
-        """Do it; its arguments have been parsed and checked."""
+        """Run the command; its arguments have been parsed and checked."""
         failures = importlib.import_module(f"{WORK}.failures")
         with failures.one_line_errors(self):
             return super().invoke(ctx)

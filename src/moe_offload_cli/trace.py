@@ -1,4 +1,4 @@
-"""`moe-offload trace`: write down which experts real generations ask for."""
+"""`moe-offload trace`: record which experts real generations ask for."""
 
 from __future__ import annotations
 

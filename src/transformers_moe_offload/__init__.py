@@ -18,7 +18,7 @@ from transformers_moe_offload.errors import (
     UnsupportedModelError,
 )
 from transformers_moe_offload.hf.install import install, uninstall
-from transformers_moe_offload.hf.runtime import OffloadRuntime, cache_stats, restore
+from transformers_moe_offload.hf.model.handle import OffloadRuntime, cache_stats, restore
 from transformers_moe_offload.policies import register_policy
 from transformers_moe_offload.prefetch.predictors import register_predictor
 from transformers_moe_offload.stats import CacheStats, LayerStats

@@ -1,12 +1,12 @@
 """What can go wrong, as one small tree.
 
     MoeOffloadError
-    ├── ConfigError            an option that cannot be, or cannot be yet
+    ├── ConfigError            an option that is invalid, or not supported yet
     │   └── PageLockError      the system does not grant the page-locked memory that an option needs
     ├── CapacityError          a budget too small to run the model at all
     ├── CheckpointError        files that are missing, short, replaced, changed, or not what they say
     ├── UnsupportedModelError  a model without routed experts, or with experts we cannot offload
-    ├── UpstreamError          a version of another library that lacks what we need of it
+    ├── UpstreamError          a version of another library that lacks a part that we need
     └── RecipeError            a mixture of experts that cannot be built
 
 Every message names what was wrong, the two things that disagree, and what to change.

@@ -1,4 +1,4 @@
-"""Tables as HTML, for pages and for what notebooks show of an object (`_repr_html_`)."""
+"""Tables as HTML, for pages and for objects that notebooks show (`_repr_html_`)."""
 
 from __future__ import annotations
 

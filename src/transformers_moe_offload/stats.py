@@ -19,11 +19,11 @@ class LayerStats:
     hits: int = 0
     """Experts that were resident when the layer asked."""
     late_hits: int = 0
-    """Experts whose load was already under way when the layer asked."""
+    """Experts whose load was already in flight when the layer asked."""
     misses: int = 0
     """Experts whose load started because the layer asked."""
     computed: int = 0
-    """Of the misses, experts that the host computed where they were, instead of their being loaded."""
+    """Of the misses, experts that the host computed in its memory, without a load."""
     in_place: int = 0
     """Of the misses, experts that an accelerator read where they were, in host memory, without waiting for a load."""
     prefetch_used: int = 0

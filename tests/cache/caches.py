@@ -3,9 +3,9 @@
 import torch
 
 from transformers_moe_offload.cache.cache import ExpertCache
-from transformers_moe_offload.memory.slots import CopiedSlots, SlotPool
-from transformers_moe_offload.memory.transfer import FakeCopier, HostCopier
 from transformers_moe_offload.policies import LRU
+from transformers_moe_offload.slots.buffers import CopiedSlots, SlotPool
+from transformers_moe_offload.slots.transfer import FakeCopier, HostCopier
 
 NUM_LAYERS, NUM_EXPERTS = 3, 8
 CPU = torch.device("cpu")

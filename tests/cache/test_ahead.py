@@ -10,10 +10,10 @@ from hypothesis import strategies as st
 from stores import number
 from transformers_moe_offload.cache.cache import ExpertCache
 from transformers_moe_offload.expert import ExpertId
-from transformers_moe_offload.memory.slots import CopiedSlots, SlotPool
-from transformers_moe_offload.memory.small import Announced, SmallReads
-from transformers_moe_offload.memory.transfer import FakeCopier, HostCopier
 from transformers_moe_offload.policies import LRU
+from transformers_moe_offload.slots.buffers import CopiedSlots, SlotPool
+from transformers_moe_offload.slots.inline_reads import Announced, InlineReads
+from transformers_moe_offload.slots.transfer import FakeCopier, HostCopier
 
 from .caches import NUM_EXPERTS, NUM_LAYERS, visit_all
 
@@ -162,7 +162,7 @@ steps = st.one_of(
 )
 
 
-class Cold(SmallReads):
+class Cold(InlineReads):
     """The page cache has nothing when experts set out."""
 
     def start(self, expert, slot):
@@ -173,7 +173,7 @@ class Cold(SmallReads):
 @given(
     steps=st.lists(steps, max_size=20),
     num_slots=st.integers(1, 12),
-    small=st.sampled_from([None, SmallReads, Cold]),
+    small=st.sampled_from([None, InlineReads, Cold]),
 )
 def test_whatever_comes_ahead_an_expert_asked_for_is_the_expert_handed_out(store, steps, num_slots, small):
     """Over real files, with reader threads and without; an expert that came ahead is used, wasted, or still there."""

@@ -5,9 +5,9 @@ from hypothesis import strategies as st
 
 from stores import number
 from transformers_moe_offload.expert import ExpertId
-from transformers_moe_offload.memory.fill import whole
-from transformers_moe_offload.memory.transfer import FakeCopier, HostCopier
+from transformers_moe_offload.slots.transfer import FakeCopier, HostCopier
 from transformers_moe_offload.stats import LayerStats
+from transformers_moe_offload.store.record_reader import whole
 
 from .caches import NUM_EXPERTS, NUM_LAYERS, cache_of, counts, numbers_in, reading_cache_of, residents, visit_all
 

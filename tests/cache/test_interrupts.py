@@ -9,17 +9,17 @@ from ctrl_c import Interrupts, a_hang_is_a_failure, in_another_thread
 from stores import number, numbered_store
 from transformers_moe_offload.cache.cache import ExpertCache
 from transformers_moe_offload.expert import ExpertId
-from transformers_moe_offload.memory.mapped import MappedSlots
-from transformers_moe_offload.memory.paged_slots import PagedSlots
-from transformers_moe_offload.memory.slots import CopiedSlots, SlotPool
-from transformers_moe_offload.memory.small import SmallReads
-from transformers_moe_offload.memory.transfer import HostCopier
 from transformers_moe_offload.policies import LFRU, LRU
+from transformers_moe_offload.slots.buffers import CopiedSlots, SlotPool
+from transformers_moe_offload.slots.direct_io import DirectSlots
+from transformers_moe_offload.slots.inline_reads import InlineReads
+from transformers_moe_offload.slots.mapped import MappedSlots
+from transformers_moe_offload.slots.transfer import HostCopier
 
 from .caches import numbers_in
 
 NUM_LAYERS, NUM_EXPERTS, NUM_SLOTS = 2, 6, 4
-FOLDERS = ("cache", "memory", "policies")
+FOLDERS = ("cache", "disk_io", "policies", "slots", "store", "system")
 CPU = torch.device("cpu")
 
 EVERY = int(os.environ.get("MOE_OFFLOAD_INTERRUPT_EVERY", "127"))
@@ -36,7 +36,7 @@ def copied(store):
 
 
 def small(store):
-    copier = HostCopier(store.fill, 2, SmallReads(store).start)
+    copier = HostCopier(store.fill, 2, InlineReads(store).start)
     return CopiedSlots(store, SlotPool(store.layout(0, 0).nbytes, CPU), copier)
 
 
@@ -46,7 +46,7 @@ def mapped(store):
 
 def paged(store):
     spare = store.spare_bytes(0)
-    return PagedSlots(store, store.layout(0, 0).nbytes + spare, spare, 2)
+    return DirectSlots(store, store.layout(0, 0).nbytes + spare, spare, 2)
 
 
 def paged_by_threads(store):

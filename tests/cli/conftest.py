@@ -8,7 +8,7 @@ import pytest
 import torch
 from typer.testing import CliRunner
 
-from hf.other_methods import as_fp8
+from hf.other_quantizers.made import as_fp8
 from moe_offload_cli.main import app
 from zoo.build import build, save
 

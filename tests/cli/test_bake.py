@@ -15,7 +15,7 @@ EXAMPLES = Path(__file__).parents[2] / "examples"
 @pytest.fixture(scope="module")
 def mixtures(tmp_path_factory):
     """Two mixtures of the adapters that ship with the project: one that can be baked, and one that cannot."""
-    from transformers_moe_offload.build import MoeRecipe, build_adapter_moe
+    from transformers_moe_offload.builder import MoeRecipe, build_adapter_moe
 
     folder = tmp_path_factory.mktemp("mixtures")
     recipe = yaml.safe_load((EXAMPLES / "adapters.yaml").read_text())

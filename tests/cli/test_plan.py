@@ -12,9 +12,9 @@ from transformers_moe_offload import OffloadConfig
 from transformers_moe_offload.cli.blueprint import draw
 from transformers_moe_offload.cli.options import Origin
 from transformers_moe_offload.cli.stored import stored_tensors
-from transformers_moe_offload.hf.discover import find_experts
-from transformers_moe_offload.hf.top_k import experts_per_token
-from transformers_moe_offload.memory.safetensors_index import read_index
+from transformers_moe_offload.hf.loading.discover import find_experts
+from transformers_moe_offload.hf.routers.top_k import experts_per_token
+from transformers_moe_offload.tensor_files.index import read_index
 from zoo.build import build
 
 from .conftest import TINY_MOE, the_error

@@ -5,6 +5,7 @@
 
 import sys
 
+import huggingface_hub
 import pytest
 from typer.testing import CliRunner
 
@@ -22,8 +23,9 @@ def test_a_wrong_input_is_one_clear_error(command, message, tmp_path, monkeypatc
     monkeypatch.chdir(tmp_path)
     for extra in EXTRAS:
         monkeypatch.setitem(sys.modules, extra, None)
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
     there = sorted(tmp_path.rglob("*"))
-    done = CliRunner().invoke(app, command.split(), env={"COLUMNS": "400", "HF_HUB_OFFLINE": "1"})
+    done = CliRunner().invoke(app, command.split(), env={"COLUMNS": "400"})
     expect_refusal(done.exit_code, done.stderr, message)
     assert sorted(tmp_path.rglob("*")) == there, "it has written something"
 

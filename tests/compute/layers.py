@@ -10,10 +10,10 @@ from stores import stacked_store
 from transformers_moe_offload.cache.cache import ExpertCache
 from transformers_moe_offload.compute.forward import combine
 from transformers_moe_offload.compute.mlp import ExpertMlp
-from transformers_moe_offload.compute.routing import group_by_expert
-from transformers_moe_offload.memory.slots import CopiedSlots, SlotPool
-from transformers_moe_offload.memory.transfer import HostCopier
+from transformers_moe_offload.compute.token_grouping import group_by_expert
 from transformers_moe_offload.policies import LRU
+from transformers_moe_offload.slots.buffers import CopiedSlots, SlotPool
+from transformers_moe_offload.slots.transfer import HostCopier
 
 E, H, I = 8, 16, 24  # noqa: E741 - the letters of the legend
 

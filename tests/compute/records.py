@@ -11,7 +11,7 @@ from transformers_moe_offload.compute.mlp import ExpertMlp
 from transformers_moe_offload.expert import FieldSpec
 from transformers_moe_offload.formats.by_expert import LayerCodings
 from transformers_moe_offload.formats.coding import ExpertCoding
-from transformers_moe_offload.memory.record import RecordLayout
+from transformers_moe_offload.store.record import RecordLayout
 
 
 def swiglu(gate_up):

@@ -8,7 +8,7 @@ from typing import ClassVar
 import pytest
 import torch
 
-from transformers_moe_offload.compute import routing
+from transformers_moe_offload.compute import token_grouping
 from transformers_moe_offload.compute.forward import sparse_forward
 
 from .layers import EXPERTS, MLP, E, Layer, inputs
@@ -38,7 +38,7 @@ def layer(tmp_path):
 @pytest.mark.parametrize("num_tokens", [1, 8, 100])
 def test_a_layer_waits_for_the_device_once(layer, num_tokens, num_slots, monkeypatch):
     """For a token, a small batch and a prompt; experts in waves or all resident."""
-    monkeypatch.setattr(routing, "_is_on_host", lambda tensor: not isinstance(tensor, OnDevice))
+    monkeypatch.setattr(token_grouping, "_is_on_host", lambda tensor: not isinstance(tensor, OnDevice))
     cache = layer.cache(num_slots)
     hidden, index, weights = inputs(num_tokens, 2, torch.float32)
     expected = sparse_forward(cache, 0, MLP, EXPERTS, hidden, index, weights)

@@ -12,7 +12,7 @@ from transformers_moe_offload.formats.coding import ExpertCoding, FieldCoding
 from transformers_moe_offload.formats.hqq import quantize
 from transformers_moe_offload.kernels.packed import PackedMatrix
 from transformers_moe_offload.kernels.reference import dequantize
-from transformers_moe_offload.memory.record import RecordLayout
+from transformers_moe_offload.store.record import RecordLayout
 
 FORMAT = HqqFormat(nbits=4, group_size=16)
 FIELDS = (

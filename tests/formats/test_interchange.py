@@ -10,8 +10,9 @@ from formats.weights import made, relative_error
 from transformers_moe_offload.config.formats import GROUP_SIZES, NBITS, HqqFormat
 from transformers_moe_offload.errors import CheckpointError, ConfigError
 from transformers_moe_offload.formats.hqq import quantize
-from transformers_moe_offload.formats.interchange import from_hqq, to_hqq
 from transformers_moe_offload.kernels.reference import dequantize, unpack
+
+from .interchange import from_hqq, to_hqq
 
 FORMATS = list(itertools.product(NBITS, GROUP_SIZES))
 

@@ -13,8 +13,8 @@ import yaml
 
 from fuzz.fuzzing import expect_no_faults
 from fuzz.mutations import damaged, mutated
-from transformers_moe_offload.build.licences import judged, licence_of
-from transformers_moe_offload.build.sources.adapter_config import AdapterConfig
+from transformers_moe_offload.builder.licences import judged, licence_of
+from transformers_moe_offload.builder.sources.adapter_config import AdapterConfig
 
 _CONFIG = {
     "peft_type": "LORA", "r": 8, "lora_alpha": 16, "rank_pattern": {"q_proj": 4, r"layers\.\d+\.up": 2}, "bias": "none",

@@ -12,7 +12,7 @@ from pathlib import Path
 
 from fuzz.fuzzing import expect_no_faults
 from fuzz.mutations import damaged, mutated
-from transformers_moe_offload.memory.safetensors_index import read_header, read_metadata
+from transformers_moe_offload.tensor_files.index import read_header, read_metadata
 
 _HEADER = {
     "__metadata__": {"format": "pt"},

@@ -13,8 +13,8 @@ from pathlib import Path
 from fuzz.fuzzing import expect_no_faults
 from fuzz.mutations import damaged, mutated
 from transformers_moe_offload import CheckpointError
-from transformers_moe_offload.memory.safetensors_index import check_index_file
-from transformers_moe_offload.memory.weight_map import WeightMap
+from transformers_moe_offload.tensor_files.index import check_index_file
+from transformers_moe_offload.tensor_files.weight_map import WeightMap
 
 _INDEX = {
     "metadata": {"total_size": 1024, "total_parameters": 256},

@@ -11,9 +11,9 @@ import torch
 
 from interpreted import DEVICE
 from transformers_moe_offload import ExpertFormats, HqqFormat
-from transformers_moe_offload.cache.decoding import DecodeRates
-from transformers_moe_offload.cache.misses import MissRates
+from transformers_moe_offload.device_decode.cost_model import DecodeRates
 from transformers_moe_offload.hf.decode import costs
+from transformers_moe_offload.hybrid.split import MissRates
 
 from .decoding import generate, load, prompt
 

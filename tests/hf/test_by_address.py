@@ -14,11 +14,12 @@ import torch
 from interpreted import DEVICE
 from transformers_moe_offload.compute.activation import activate, recognised
 from transformers_moe_offload.compute.mlp import ExpertMlp
-from transformers_moe_offload.compute.on_device import OnDevice, missing_on_device
+from transformers_moe_offload.device_decode.forward import OnDevice, missing_on_device
+from transformers_moe_offload.dtypes import dtype_name
 from transformers_moe_offload.expert import FieldSpec
 from transformers_moe_offload.formats.by_expert import AS_USED
 from transformers_moe_offload.hf.layouts.stacked import StackedLayout
-from transformers_moe_offload.memory.record import RecordLayout, dtype_name
+from transformers_moe_offload.store.record import RecordLayout
 from zoo.build import build
 
 gpu = pytest.mark.gpu

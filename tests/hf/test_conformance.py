@@ -14,11 +14,11 @@ import torch
 from torch import nn
 
 from transformers_moe_offload import OffloadConfig
-from transformers_moe_offload.hf.layer import OffloadedExperts, layer_of
+from transformers_moe_offload.hf.model.layer import OffloadedExperts, layer_of
 from zoo.build import build, failure_of_stock, inputs, load, output_tensor, save, zoo_names
 
 AS_STORED = {"fp32": (torch.float32, "fused"), "bf16": (torch.bfloat16, "per-expert")}
-"""Each dtype with one layout: what depends on both at once is how experts are read, which tests/memory is about."""
+"""Each dtype with one layout: what depends on both at once is how experts are read, which tests/store is about."""
 
 FAST = [(name, torch.bfloat16) for name in zoo_names()] + [(name, torch.float32) for name in zoo_names()[::4]]
 """Kernels know dtypes and no architectures: float32 is tried with some."""

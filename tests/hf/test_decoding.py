@@ -17,7 +17,7 @@ from transformers import LogitsProcessor
 
 from interpreted import DEVICE, IS_INTERPRETED
 from transformers_moe_offload import ExpertFormats, HqqFormat, MoeOffloadError, OffloadConfig
-from transformers_moe_offload.compute.without_host import HostSyncError, without_host
+from transformers_moe_offload.hf.cuda_graphs.no_host_sync import HostSyncError, without_host
 from transformers_moe_offload.kernels.gpu import missing
 from transformers_moe_offload.routing import record_routing, set_routing
 

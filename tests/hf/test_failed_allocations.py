@@ -8,13 +8,13 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-from memory.test_page_locked import Runtime
 from scarcity import Scarce
+from slots.test_page_locked import Runtime
 from stores import numbered_store
 from transformers_moe_offload import OffloadConfig
-from transformers_moe_offload.engine import arena
+from transformers_moe_offload.device_decode import arena
 from transformers_moe_offload.hf.decode.engines import build_engines
-from transformers_moe_offload.hf.plan import Placement, make_plan
+from transformers_moe_offload.hf.model.plan import Placement, make_plan
 
 ERRORS = [MemoryError("no memory"), torch.OutOfMemoryError("no memory"), RuntimeError("no memory"), OSError(12, "none")]
 

@@ -10,9 +10,9 @@ from transformers import AutoModelForCausalLM
 
 from transformers_moe_offload import CheckpointError, ConfigError, ExpertFormats, HqqFormat, OffloadConfig
 from transformers_moe_offload.hf.prebuilt.layout import INDEX_NAME
-from transformers_moe_offload.memory.checksum import METADATA_KEY
-from transformers_moe_offload.memory.record import PAGE_BYTES
-from transformers_moe_offload.memory.safetensors_index import read_index, read_metadata
+from transformers_moe_offload.system.host_memory import PAGE_BYTES
+from transformers_moe_offload.tensor_files.checksum import METADATA_KEY
+from transformers_moe_offload.tensor_files.index import read_index, read_metadata
 from zoo.build import build, inputs, output_tensor, save
 
 TWO, FOUR = HqqFormat(nbits=2, group_size=16), HqqFormat(nbits=4, group_size=32)

@@ -15,7 +15,8 @@ from transformers.quantizers.auto import AUTO_QUANTIZATION_CONFIG_MAPPING, AUTO_
 import transformers_moe_offload as tmo
 from hurried import run_at_once
 from transformers_moe_offload import CapacityError, ConfigError, MoeOffloadError, OffloadConfig
-from transformers_moe_offload.memory import available, small
+from transformers_moe_offload.slots import inline_reads
+from transformers_moe_offload.system import free_memory
 from zoo.build import build, save
 
 from .conftest import TINY_MOE
@@ -127,7 +128,7 @@ def test_threads_that_find_no_cache_build_one_together(checkpoint, token_ids):
 
 
 def test_a_deleted_model_frees_its_slots_threads_and_files(checkpoint, token_ids, monkeypatch):
-    monkeypatch.setattr(small, "SMALL_BYTES", 0)  # or no thread would read
+    monkeypatch.setattr(inline_reads, "SMALL_BYTES", 0)  # or no thread would read
 
     def open_files():
         names = [
@@ -248,7 +249,7 @@ class TestResize:
 
     def test_an_automatic_budget_takes_the_memory_that_the_cache_has_for_its_own(self, monkeypatch, token_ids):
         free = 2 * 3_000_000
-        monkeypatch.setattr(available, "free_ram", lambda: free)
+        monkeypatch.setattr(free_memory, "free_ram", lambda: free)
         model = AutoModelForCausalLM.from_pretrained(TINY_MOE, moe_offload=OffloadConfig(mmap=False))
         before = model.moe_offload.plan
         assert 0 < before.num_slots < before.num_experts

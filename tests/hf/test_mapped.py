@@ -12,10 +12,11 @@ from transformers import AutoModelForCausalLM
 
 from stores import cut_short, put_back
 from transformers_moe_offload import ConfigError, OffloadConfig
+from transformers_moe_offload.disk_io import reader_pool
+from transformers_moe_offload.disk_io.mapped_file import MappedFile
 from transformers_moe_offload.errors import CheckpointError
-from transformers_moe_offload.hf import plan as planning
-from transformers_moe_offload.memory import lanes, small
-from transformers_moe_offload.memory.mapping import FileMap
+from transformers_moe_offload.hf.model import plan as planning
+from transformers_moe_offload.slots import inline_reads
 
 from .conftest import TINY_MOE
 
@@ -68,8 +69,8 @@ def test_where_ram_is_short_a_trial_decides_what_files_are_read_past(is_faster, 
 @pytest.mark.parametrize(("workers", "past_cache"), [(1, False), (2, True), (4, False), (4, True)])
 def test_experts_read_in_chunks_give_the_same_bits(workers, past_cache, token_ids, monkeypatch):
     expected = logits(load(TINY_MOE, cache_budget="100%", mmap=False, direct_io=False), token_ids)
-    monkeypatch.setattr(lanes, "LEAST_CHUNK", 5000)  # a record has 108 KiB
-    monkeypatch.setattr(small, "SMALL_BYTES", 0)
+    monkeypatch.setattr(reader_pool, "LEAST_CHUNK", 5000)  # a record has 108 KiB
+    monkeypatch.setattr(inline_reads, "SMALL_BYTES", 0)
     for budget in ("2%", "25%"):
         model = load(TINY_MOE, cache_budget=budget, mmap=False, direct_io=past_cache, io_workers=workers)
         assert torch.equal(logits(model, token_ids), expected)
@@ -125,13 +126,13 @@ def test_gradients_are_those_of_copied_experts(token_ids):
 
 @pytest.mark.parametrize("arithmetic", ["fast", "exact"])
 def test_who_leaves_the_cache_is_unmapped_in_training_and_stays_mapped_otherwise(arithmetic, token_ids, monkeypatch):
-    unmapped, let_go = [], FileMap.let_go
+    unmapped, let_go = [], MappedFile.let_go
 
     def counted(self, start, stop):
         unmapped.append(stop - start)
         let_go(self, start, stop)
 
-    monkeypatch.setattr(FileMap, "let_go", counted)
+    monkeypatch.setattr(MappedFile, "let_go", counted)
     model = load(TINY_MOE, cache_budget="25%", mmap=True, arithmetic=arithmetic)
     logits(model, token_ids)
     assert not unmapped

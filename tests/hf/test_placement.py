@@ -8,15 +8,15 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-from memory.streams import Event, Machine
+from slots.cuda_streams import Event, Machine
 from stores import number, numbered_store
 from transformers_moe_offload import CapacityError, OffloadConfig
 from transformers_moe_offload.expert import ExpertId, ExpertSpec, FieldSpec
-from transformers_moe_offload.hf import plan as planning
-from transformers_moe_offload.hf import room
-from transformers_moe_offload.hf.plan import Placement, make_plan, without_arenas
-from transformers_moe_offload.hf.pools import build_caches
-from transformers_moe_offload.hf.quantizer import MoeOffloadQuantizer
+from transformers_moe_offload.hf.loading.quantizer import MoeOffloadQuantizer
+from transformers_moe_offload.hf.model import plan as planning
+from transformers_moe_offload.hf.model import room
+from transformers_moe_offload.hf.model.plan import Placement, make_plan, without_arenas
+from transformers_moe_offload.hf.model.pools import build_caches
 
 EXACT = OffloadConfig(cache_budget="30%", arithmetic="exact")
 
@@ -207,7 +207,7 @@ def test_without_an_accelerator_there_is_nothing_for_the_host_to_take_over(check
 
 
 class TestSeveralGpus:
-    """Fake ones, whose memory is host memory (`tests/memory/streams.py`)."""
+    """Fake ones, whose memory is host memory (`tests/slots/cuda_streams.py`)."""
 
     @pytest.fixture
     def machines(self, monkeypatch):

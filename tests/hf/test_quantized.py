@@ -8,8 +8,8 @@ from torch import nn
 from transformers import AutoModelForCausalLM
 
 from transformers_moe_offload import ConfigError, ExpertFormats, HqqFormat, OffloadConfig, kernels
-from transformers_moe_offload.hf.dense import HqqLinear
-from transformers_moe_offload.memory import available
+from transformers_moe_offload.hf.model.dense import HqqLinear
+from transformers_moe_offload.system import free_memory
 from zoo.build import build, inputs, output_tensor, save
 
 KINDS = {
@@ -229,6 +229,6 @@ def test_experts_quantized_while_loading_are_said_to_be_in_ram(tmp_path):
 def test_experts_that_a_container_has_no_ram_for_are_refused_whatever_the_machine_has(tmp_path, monkeypatch):
     plain = build("qwen3_moe", torch.bfloat16)
     save(plain, tmp_path, "fused")
-    monkeypatch.setattr(available, "memory_left", lambda: 1000)
+    monkeypatch.setattr(free_memory, "memory_left", lambda: 1000)
     with pytest.raises(ConfigError, match=r"quantized experts take [\d,]+ bytes of RAM, of which 1,000 are free"):
         load(tmp_path, plain, experts=HqqFormat(nbits=4, **SMALL_GROUPS), cache_budget="25%")

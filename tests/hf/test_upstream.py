@@ -18,7 +18,7 @@ import transformers_moe_offload
 from forked import forget_the_package, in_a_child
 from transformers_moe_offload import UnsupportedModelError
 from transformers_moe_offload.hf import upstream
-from transformers_moe_offload.hf.delegates.methods import DELEGATED
+from transformers_moe_offload.hf.other_quantizers.methods import DELEGATED
 from zoo.build import build, zoo_model, zoo_names
 
 SRC = Path(transformers_moe_offload.__file__).parent

@@ -10,8 +10,8 @@ from transformers.quantizers.base import HfQuantizer
 from transformers_moe_offload import ConfigError, install, uninstall
 from transformers_moe_offload.errors import UpstreamError
 from transformers_moe_offload.hf import upstream
-from transformers_moe_offload.hf.delegates.quantizer import DelegatingQuantizer
-from transformers_moe_offload.hf.quantizer import MoeOffloadQuantizer
+from transformers_moe_offload.hf.loading.quantizer import MoeOffloadQuantizer
+from transformers_moe_offload.hf.other_quantizers.quantizer import DelegatingQuantizer
 
 
 def test_check_hooks_finds_the_installed_version_complete():

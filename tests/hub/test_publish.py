@@ -8,8 +8,8 @@ from typer.testing import CliRunner
 
 from dense import dense_model
 from moe_offload_cli.main import app
-from transformers_moe_offload.build import MoeRecipe, build_moe
-from transformers_moe_offload.build.publish import check_built, publish
+from transformers_moe_offload.builder import MoeRecipe, build_moe
+from transformers_moe_offload.builder.publish import check_built, publish
 from transformers_moe_offload.errors import CheckpointError
 from transformers_moe_offload.hub.upload import UploadError
 
@@ -104,7 +104,9 @@ def test_no_commit_in_between_can_be_loaded(hub, built):
     assert all("config.json" not in tree or contents(built).items() <= tree.items() for tree in commits)
 
 
-@pytest.mark.parametrize(("status", "advice"), [(403, "does the token allow"), (409, "somebody else is writing")])
+@pytest.mark.parametrize(
+    ("status", "advice"), [(403, "does the token allow"), (409, "another commit is being written")]
+)
 def test_whatever_the_hub_refuses_the_mixture_stays_here(hub, built, status, advice):
     before = contents(built)
     hub.refuses = lambda method, path: status if "/commit/" in path else False

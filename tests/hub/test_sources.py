@@ -8,16 +8,16 @@ import sys
 import peft
 import pytest
 
-from build.made import dense_model, save_dense
+from builder.made import dense_model, save_dense
 from programs import TORCH, run_program
 
 from .server import TOKEN, Hub, Repo
 
 BUILD = """
 import json, sys
-from transformers_moe_offload.build import MoeRecipe, build_moe
-from transformers_moe_offload.build.recipe import Origin
-from transformers_moe_offload.build.sources import open_source
+from transformers_moe_offload.builder import MoeRecipe, build_moe
+from transformers_moe_offload.builder.recipe import Origin
+from transformers_moe_offload.builder.sources import open_source
 from transformers_moe_offload.errors import CheckpointError
 
 folder = sys.argv[1]
@@ -37,7 +37,7 @@ except CheckpointError as error:
 LAZY = """
 import sys
 import torch
-from transformers_moe_offload.build import MoeRecipe, build_moe, validate_recipe
+from transformers_moe_offload.builder import MoeRecipe, build_moe, validate_recipe
 from transformers_moe_offload.errors import CheckpointError
 
 base, folder = sys.argv[1:]

@@ -95,7 +95,7 @@ def test_without_write_access_it_says_so(hub, api, folder):
 
 
 @pytest.mark.parametrize(
-    ("status", "advice"), [(404, "does the token see it"), (409, "somebody else is writing to it; run it again")]
+    ("status", "advice"), [(404, "does the token see it"), (409, "another commit is being written to it; run it again")]
 )
 def test_what_the_hub_refuses_is_one_error_with_what_to_do(hub, api, folder, waits, status, advice):
     hub.refuses = lambda method, path: status if "/commit/" in path else False

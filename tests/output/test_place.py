@@ -16,8 +16,8 @@ import torch
 
 from transformers_moe_offload.errors import CheckpointError
 from transformers_moe_offload.expert import FieldSpec
-from transformers_moe_offload.memory.safetensors_writer import PARTIAL, SafetensorsWriter, write_text
 from transformers_moe_offload.output.place import Marks, expect_place, place_for, recover, replacing
+from transformers_moe_offload.tensor_files.writer import PARTIAL, SafetensorsWriter, write_text
 
 MARKS = Marks(first="made_by.json", last="config.json", is_in_place=False)
 RECIPE = {"experts": 4, "source": {"revision": "a"}}

@@ -10,7 +10,6 @@ from safetensors.torch import load_file
 
 from transformers_moe_offload.errors import CheckpointError
 from transformers_moe_offload.expert import FieldSpec
-from transformers_moe_offload.memory.checksum import check_file
 from transformers_moe_offload.output.shards import (
     Content,
     expect_room,
@@ -22,6 +21,7 @@ from transformers_moe_offload.output.shards import (
     shard_of,
     write_contents,
 )
+from transformers_moe_offload.tensor_files.checksum import check_file
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "int64": torch.int64, "uint8": torch.uint8}
 SPECS = st.lists(

@@ -10,8 +10,8 @@ from transformers_moe_offload.cache.cache import ExpertCache
 from transformers_moe_offload.cache.capacity import layer_floor
 from transformers_moe_offload.cache.planner import plan
 from transformers_moe_offload.expert import ExpertId
-from transformers_moe_offload.memory.transfer import Landed
 from transformers_moe_offload.policies import Belady, make_policy, policy_names
+from transformers_moe_offload.slots.transfer import Landed
 from transformers_moe_offload.tracing.replay import NoSlots
 
 NUM_LAYERS, NUM_EXPERTS = 3, 6

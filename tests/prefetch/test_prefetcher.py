@@ -3,12 +3,12 @@ import torch
 from stores import numbered_store
 from transformers_moe_offload.cache.cache import ExpertCache
 from transformers_moe_offload.expert import ExpertId
-from transformers_moe_offload.memory.slots import CopiedSlots, SlotPool
-from transformers_moe_offload.memory.transfer import FakeCopier
 from transformers_moe_offload.policies import LRU
 from transformers_moe_offload.prefetch.controller import Controller
 from transformers_moe_offload.prefetch.predictors import Prediction
 from transformers_moe_offload.prefetch.prefetcher import Prefetcher
+from transformers_moe_offload.slots.buffers import CopiedSlots, SlotPool
+from transformers_moe_offload.slots.transfer import FakeCopier
 
 NUM_LAYERS, NUM_EXPERTS = 4, 8
 RECORD_BYTES = 128

@@ -81,7 +81,7 @@ NEEDS = {
     ),
     "datasets": (
         "python", "-c",
-        "import pathlib\nfrom transformers_moe_offload.build import MoeRecipe, build_moe\n"
+        "import pathlib\nfrom transformers_moe_offload.builder import MoeRecipe, build_moe\n"
         "pathlib.Path('passages').mkdir(exist_ok=True)\n"
         "pathlib.Path('passages/train.jsonl').write_text('{\"text\": \"it is a truth\"}\\n' * 400)\n"
         "pathlib.Path('c.txt').write_text('int main(void);\\n' * 400)\n"

@@ -1,6 +1,6 @@
 """How fast bytes can get to the arithmetic: from the disk, from the page cache, through RAM, over the link to a GPU.
 
-These figures are to be limits, so the best of several passes counts and nothing is computed that need not be.
+These figures serve as limits, so the best of several passes counts, and no unnecessary work is timed.
 """
 
 from __future__ import annotations
@@ -18,26 +18,26 @@ import torch
 from torch import Tensor
 
 from transformers_moe_offload.bench.page_cache import can_drop, drop, resident_share
-from transformers_moe_offload.memory.checkpoint import ExpertStore
-from transformers_moe_offload.memory.disk import File
-from transformers_moe_offload.memory.field_source import Stretch, joined
-from transformers_moe_offload.memory.page_reads import placed
-from transformers_moe_offload.memory.paged_slots import PageReader
-from transformers_moe_offload.memory.pages import PageMemory
-from transformers_moe_offload.memory.record import host_bytes
-from transformers_moe_offload.memory.transfer import Transfer
+from transformers_moe_offload.disk_io.file import File
+from transformers_moe_offload.disk_io.file_range import FileRange, joined
+from transformers_moe_offload.disk_io.page_reads import placed
+from transformers_moe_offload.slots.direct_io import PageReader
+from transformers_moe_offload.slots.transfer import Transfer
+from transformers_moe_offload.store.expert_store import ExpertStore
+from transformers_moe_offload.system.host_memory import host_bytes
+from transformers_moe_offload.system.page_memory import PageMemory
 
 SAMPLE_BYTES = 2 << 30
 """Most that one pass reads: some seconds of a slow drive, and more than any drive's own buffer."""
 
 RAM_BYTES = 256 << 20
-"""Of each buffer that RAM is measured with: larger than the caches of any processor we know of."""
+"""Size of each buffer that RAM is measured with: larger than the caches of any processor we know of."""
 
 _AT_ONCE = 8
-"""Reads past the page cache that wait or are under way."""
+"""Reads past the page cache that are in flight at once."""
 
 DEVICE_COPIES = 16
-"""One after another: a GPU is done with one before the host has submitted the next."""
+"""Copies in a row: a GPU finishes one before the host has submitted the next."""
 
 
 class Range(NamedTuple):
@@ -49,11 +49,11 @@ class Range(NamedTuple):
 
 
 def expert_ranges(store: ExpertStore) -> list[Range]:
-    """What has to be read for each expert in turn; tensors that lie next to each other in a file are one range."""
+    """The ranges to read for each expert in turn; tensors that lie next to each other in a file are one range."""
     ranges: list[Range] = []
     for source in store.layers.values():
         for expert in source.experts:
-            stored = [Stretch(p.file, p.offset, p.offset + p.nbytes) for p in expert.pieces]
+            stored = [FileRange(p.file, p.offset, p.offset + p.nbytes) for p in expert.pieces]
             ranges += [Range(found.file.path, found.start, found.stop - found.start) for found in joined(stored)]
     return ranges
 
@@ -90,9 +90,9 @@ def disk_bandwidth(ranges: Sequence[Range], threads: int, repeats: int) -> dict[
 
 
 def read_all(ranges: Sequence[Range], threads: int) -> float:
-    """Bytes per second over all ranges, read through the page cache by some threads into buffers that exist."""
+    """Bytes per second over all ranges, read through the page cache by some threads into existing buffers."""
     largest = max(found.nbytes for found in ranges)
-    buffers = [torch.ones(largest, dtype=torch.uint8) for _ in range(threads)]  # ones: memory that is really there
+    buffers = [torch.ones(largest, dtype=torch.uint8) for _ in range(threads)]  # ones: every page is touched
 
     def read(files: Mapping[Path, File], worker: int) -> None:
         target = host_bytes(buffers[worker])
@@ -107,10 +107,10 @@ def read_all(ranges: Sequence[Range], threads: int) -> float:
 
 
 def read_all_past_cache(ranges: Sequence[Range], threads: int) -> float:
-    """The same past the page cache, in the way in which slots are filled."""
+    """The same past the page cache, with the reader that fills slots."""
     reader, memory = PageReader(threads), PageMemory()
     with _opened(ranges) as files:
-        wanted = [placed([Stretch(files[one.path], one.start, one.start + one.nbytes)]) for one in ranges]
+        wanted = [placed([FileRange(files[one.path], one.start, one.start + one.nbytes)]) for one in ranges]
         largest = max(place.nbytes for place in wanted)
         spare = deque(memory.take(largest).fill_(1) for _ in range(_AT_ONCE))
         coming: deque[tuple[Transfer, Tensor]] = deque()
@@ -141,7 +141,7 @@ def _opened(ranges: Sequence[Range]) -> Iterator[dict[Path, File]]:
 def ram_bandwidth(dtype: torch.dtype, columns: int, repeats: int) -> dict[str, float]:
     """Bytes per second of a copy (each byte counted once), and of the weights a matvec reads.
 
-    `columns` is how wide the matrices of the model are. As many threads as torch takes.
+    `columns` is the width of the model's matrices. Runs on torch's number of threads.
     """
     source = torch.zeros(RAM_BYTES, dtype=torch.uint8) + 1
     target = torch.zeros_like(source) + 1

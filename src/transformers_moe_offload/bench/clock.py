@@ -29,7 +29,7 @@ class StepClock(LogitsProcessor):
         self.first_s = 0.0
         """From `start` to the scores of the first new token: reading the prompt."""
         self.step_s: list[float] = []
-        """Of each token after the first."""
+        """Seconds of each token after the first."""
         self._restrict = restrict
         self._between = between
         self._step = 0
@@ -56,7 +56,7 @@ class StepClock(LogitsProcessor):
 
 
 def laid_down(tokens: Tensor) -> Restrict:
-    """Only the token that was laid down can be chosen: tokens (B, S) int64."""
+    """Only the given token of each step can be chosen: tokens (B, S) int64."""
 
     def restrict(step: int, scores: Tensor) -> Tensor:
         forced = torch.full_like(scores, -torch.inf)

@@ -1,4 +1,4 @@
-"""On what machine, with what software: without these a number is not a number."""
+"""The machine and the software of a measurement, without which its figures mean nothing."""
 
 from __future__ import annotations
 
@@ -17,8 +17,8 @@ PACKAGES = ("torch", "transformers", "accelerate", "safetensors", "numpy", "tran
 def conditions(files: Path | None = None, num_threads: int | None = None) -> dict[str, object]:
     """Facts about this machine and this tree.
 
-    `files` is where the model's files are. `num_threads` is the OMP_NUM_THREADS of what is measured, where it is not
-    this process's own.
+    `files` is where the model's files are. `num_threads` is the OMP_NUM_THREADS of the measured process, if that is
+    another one.
     """
     return {
         "cpu": _cpu_model(),
@@ -36,7 +36,7 @@ def conditions(files: Path | None = None, num_threads: int | None = None) -> dic
 
 
 def described(conditions: dict[str, object]) -> dict[str, str]:
-    """The facts as lines for people."""
+    """The facts as lines of text."""
     packages = conditions["packages"]
     ram_bytes = conditions["ram_bytes"]
     assert isinstance(packages, dict)

@@ -17,15 +17,15 @@ from torch import Tensor, nn
 
 from transformers_moe_offload.bench.layers import cache_of, sparse_layers
 from transformers_moe_offload.compute.forward import combine, computed
-from transformers_moe_offload.compute.routing import Grouping, group_by_expert
-from transformers_moe_offload.hf.layer import SparseLayer
+from transformers_moe_offload.compute.token_grouping import Grouping, group_by_expert
+from transformers_moe_offload.hf.model.layer import SparseLayer
 from transformers_moe_offload.hf.upstream import kv_cache_argument
-from transformers_moe_offload.memory.slots import Weights
+from transformers_moe_offload.slots.base import Weights
 
 
 @dataclass
 class _Step:
-    """One layer, its inputs, and what the parts of its forward need of each other."""
+    """One layer, its inputs, and the results that parts of its forward take from each other."""
 
     module: nn.Module
     layer: SparseLayer
@@ -93,8 +93,8 @@ def _whole(step: _Step) -> object:
 def _prepare(steps: list[_Step], *, is_resident: bool) -> None:
     """Take each forward apart once.
 
-    Weights are used where they are if all experts stay there, so that memory is as fast for the arithmetic alone as it
-    is for the whole; and copied otherwise, for a view of a slot does not outlive the expert's stay in it.
+    If all experts are resident, weights are used in their slots, so that memory is as fast for the arithmetic alone as
+    it is for the whole; otherwise they are copied, as a view of a slot is invalid once the expert is evicted.
     """
     for step in steps:
         if step.layer.mlp is None:
@@ -111,7 +111,7 @@ def _prepare(steps: list[_Step], *, is_resident: bool) -> None:
 
 
 def _parts(steps: list[_Step]) -> dict[str, Callable[[_Step], object]]:
-    """Each part as something to do with one layer; none where a layer has no parts."""
+    """Each part as a function of one layer; empty where a layer cannot be taken apart."""
     if any(step.layer.mlp is None for step in steps):
         return {}
 

@@ -28,14 +28,14 @@ from transformers_moe_offload.kernels import PackedMatrix, Packing, reference
 
 @dataclass(frozen=True)
 class KernelProtocol:
-    """What is multiplied how often."""
+    """Shapes of matrices, numbers of input rows, and repetitions."""
 
     shapes: tuple[tuple[int, int], ...] = ((14336, 4096), (768, 2048))
     """Rows and columns: an expert's up projection in Mixtral 8x7B, and in Qwen3 30B-A3B."""
     inputs: tuple[int, ...] = (1, 8, 64)
     rounds: int = 5
     cold_bytes: int = 512 << 20
-    """Of all methods' matrices together."""
+    """Bytes of all methods' matrices together."""
 
 
 QUICK = KernelProtocol(shapes=((768, 2048),), inputs=(1, 8), rounds=1, cold_bytes=16 << 20)
@@ -57,7 +57,7 @@ class Method(NamedTuple):
 
 
 def measure_kernels(protocol: KernelProtocol, begin: Callable[[str], None]) -> dict[str, Any]:
-    """All figures, on one core and on all of torch's threads; `begin` is told what comes next."""
+    """All figures, on one core and on all of torch's threads; `begin` is called with what comes next."""
     all_threads = torch.get_num_threads()
     result: dict[str, Any] = {
         "conditions": conditions(),
@@ -120,7 +120,7 @@ def _measure(rows: int, cols: int, protocol: KernelProtocol, threads: int) -> li
 
 
 def _clock(threads: int) -> Callable[[], float]:
-    """One thread is timed by what it uses of the processor, which others' work on the machine disturbs less."""
+    """CPU time for one thread, which other work on the machine disturbs less; wall time for several."""
     return time.process_time if threads == 1 else time.perf_counter
 
 
@@ -137,7 +137,7 @@ def _memory_speed(protocol: KernelProtocol, clock: Callable[[], float]) -> float
 
 
 def _methods(rows: int, cols: int, cold_bytes: int) -> list[Method]:
-    """Ours by bits, the torch reference, and dense ones in torch."""
+    """Our products by bits, the torch reference, and dense products in torch."""
     packed = {nbits: _packed(rows, cols, nbits) for nbits in NBITS}
     dense = {dtype: torch.ones((rows, cols), dtype=dtype) for dtype in (torch.float32, torch.bfloat16)}
     together = sum(matrix.packing.nbytes for matrix in packed.values()) + sum(m.nbytes for m in dense.values())

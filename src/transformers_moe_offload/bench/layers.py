@@ -10,8 +10,8 @@ from torch import nn
 
 from transformers_moe_offload.cache.cache import ExpertCache
 from transformers_moe_offload.errors import UnsupportedModelError
-from transformers_moe_offload.hf.layer import OffloadedExperts, SparseLayer, layer_of
-from transformers_moe_offload.memory.checkpoint import ExpertStore
+from transformers_moe_offload.hf.model.layer import OffloadedExperts, SparseLayer, layer_of
+from transformers_moe_offload.store.expert_store import ExpertStore
 
 
 def sparse_layers(model: Any) -> list[tuple[nn.Module, SparseLayer]]:
@@ -33,7 +33,7 @@ def cache_of(layer: SparseLayer) -> ExpertCache:
 
 
 def store_of(model: Any) -> ExpertStore:
-    """The experts' files."""
+    """The store of a model's experts."""
     return ExpertStore([layer.runtime.source(layer) for _, layer in sparse_layers(model) if layer.runtime is not None])
 
 

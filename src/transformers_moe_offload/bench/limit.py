@@ -1,7 +1,7 @@
 """How fast a model could be at best. Pure arithmetic.
 
-With m experts missed per token, S bytes each, no reader can need less than `m * S / bandwidth` for a token, and no
-arithmetic less than what it takes with every expert in the cache. Both can go on at once, so the limit is the larger.
+With m experts missed per token, S bytes each, reading takes at least `m * S / bandwidth` for a token, and arithmetic at
+least as long as with every expert in the cache. Both can overlap, so the limit is the larger time.
 Work that is faster than its limit refutes the limit: a bandwidth or a resident time was measured slower than it is.
 """
 
@@ -11,11 +11,11 @@ from collections.abc import Iterable
 from typing import NamedTuple
 
 ROUNDING = 0.005
-"""Of shares in whole per cent."""
+"""Rounding error of shares in whole per cent."""
 
 
 class Crossing(NamedTuple):
-    """Bytes that have to pass through something, and how fast it lets them through."""
+    """Bytes that have to pass through a link or a device, and its bandwidth."""
 
     nbytes: float
     bytes_per_s: float
@@ -37,5 +37,5 @@ def is_possible(share: float) -> bool:
 
 
 def as_share(share: float, of: str = "limit") -> str:
-    """A share of a limit in per cent, for people; where it cannot be, that what it is a share of was measured wrong."""
+    """A share of a limit in per cent, as text; for an impossible share, that the limit was measured wrong."""
     return f"{min(share, 1):.0%}" if is_possible(share) else f"{of} measured wrong"

@@ -18,7 +18,7 @@ _PAGEOUT = 21  # MADV_PAGEOUT, Linux 5.4, not in Python's mmap module
 
 
 def can_drop() -> bool:
-    """Whether this system can be asked to forget files."""
+    """Whether this system can drop files from the page cache."""
     return sys.platform == "linux"
 
 
@@ -32,10 +32,10 @@ def warm(files: Iterable[Path]) -> None:
 
 
 def drop(files: Iterable[Path]) -> None:
-    """Ask the kernel to forget what it holds of the files.
+    """Ask the kernel to drop the files from the page cache.
 
-    Pages that this process has mapped are not forgotten for `posix_fadvise(DONTNEED)` alone, so the mappings are asked
-    to give them up first. Dirty pages stay: call `os.sync()` after writing.
+    `posix_fadvise(DONTNEED)` alone does not drop pages that this process has mapped, so the mappings are paged out
+    first. Dirty pages stay: call `os.sync()` after writing.
     """
     files = list(files)
     _page_out_mappings({str(file.resolve()) for file in files})

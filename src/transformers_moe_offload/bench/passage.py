@@ -1,7 +1,7 @@
-"""The tokens a model is measured with: laid down beforehand, so that every run and every setting sees the same ones.
+"""The tokens a model is measured with: fixed beforehand, so that every run and every setting sees the same ones.
 
-A model left to itself may repeat one token for ever, which would flatter every cache; and rounding would send two
-settings different ways.
+A model that generates freely may repeat one token for ever, which would raise every hit rate; and rounding would make
+two settings generate different tokens.
 """
 
 # N tokens of the passage, B sequences, S positions
@@ -21,7 +21,7 @@ from transformers_moe_offload.errors import ConfigError
 
 RANDOM_TOKENS = 16_384
 HOUSE_CHARACTERS = 200_000
-"""Some 70,000 tokens, more than is measured with; to split all sources takes seconds."""
+"""Some 70,000 tokens, more than is measured with; tokenizing all sources takes seconds."""
 
 OFFSET = 997
 """Tokens between the beginnings of two sequences of a batch. A prime, so that text of regular structure is met in

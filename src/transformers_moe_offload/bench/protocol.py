@@ -1,4 +1,4 @@
-"""How much is measured: lengths, repetitions, and what a model's positions leave of them."""
+"""How much is measured: lengths, repetitions, and how these are shortened for models with few positions."""
 
 from __future__ import annotations
 
@@ -29,11 +29,11 @@ class Protocol:
 
 
 QUICK = Protocol(decode_tokens=4, prefill_tokens=(128,), runs=1, dispatch_passes=3, bandwidth_repeats=1)
-"""Every line of it once; the figures mean little."""
+"""Every measurement once; the figures mean little."""
 
 
 def workloads(protocol: Protocol, max_positions: int | None) -> tuple[list[Workload], list[str]]:
-    """What to measure, and in words what had to be made shorter for a model with so many positions."""
+    """What to measure, and notes on what is shortened because the model has no more positions."""
     decoding = protocol.prompt_tokens + protocol.decode_tokens + 1
     if max_positions is not None and max_positions < decoding:
         raise ConfigError(

@@ -11,7 +11,7 @@ from transformers_moe_offload.bench.tables import Table, mib
 
 
 def facts(result: dict[str, Any]) -> dict[str, str]:
-    """What the figures hold for."""
+    """The conditions that the figures hold for."""
     model, protocol = result["model"], result["protocol"]
     return described(result["conditions"]) | {
         "torch threads": str(result["conditions"]["torch_threads"]),
@@ -28,7 +28,7 @@ def facts(result: dict[str, Any]) -> dict[str, str]:
 
 
 def tables(result: dict[str, Any]) -> list[Table]:
-    """Every table there is something to put into."""
+    """Every table that has figures."""
     found = [_bandwidths(result["bandwidth"]), _dispatch(result["dispatch"], result["dispatch_resident"])]
     some = next(iter(result["workloads"].values()))
     return found + [_workloads(result, state) for state in STATES if state in some]

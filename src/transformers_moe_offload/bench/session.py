@@ -26,11 +26,11 @@ from transformers_moe_offload.bench.page_cache import can_drop, drop, warm
 from transformers_moe_offload.bench.passage import Passage
 from transformers_moe_offload.bench.protocol import Protocol, max_positions, workloads
 from transformers_moe_offload.bench.workload import Run, Workload, run, seconds_per_forward
-from transformers_moe_offload.memory.available import available_bytes
-from transformers_moe_offload.memory.lanes import default_workers
+from transformers_moe_offload.disk_io.reader_pool import default_workers
+from transformers_moe_offload.system.free_memory import available_bytes
 
 Progress = Callable[[str], None]
-"""Told what comes next."""
+"""Called with a description of what comes next."""
 
 STATES = ("warm", "cold")
 
@@ -98,7 +98,7 @@ def facts(model: Any) -> dict[str, Any]:
 
 
 def _name(name_or_path: str) -> str:
-    """An id on the Hub, or what a folder is called: its path is not published."""
+    """An id on the Hub, or a folder's name: its path is not published."""
     return Path(name_or_path).name if Path(name_or_path).is_dir() else name_or_path
 
 
@@ -138,7 +138,7 @@ def repeated(
 def summary(runs: list[Run], work: Workload, resident_s: float, speeds: dict[str, float]) -> dict[str, Any]:
     """Medians of some runs, the limit and what sets it, and how much of it was reached.
 
-    `speeds` are the bytes per second at which bytes can be brought in, by the counter of a run that counts them.
+    `speeds` are bandwidths in bytes per second, by the field of `Run` that counts the bytes they apply to.
     """
     forward_s = seconds_per_forward(runs)
     crossings = {
@@ -167,7 +167,7 @@ def summary(runs: list[Run], work: Workload, resident_s: float, speeds: dict[str
 
 
 def _speeds(state: str, bandwidth: dict[str, Any], *, is_mapped: bool) -> dict[str, float]:
-    """What limits a run. Experts that are used where the page cache has them need not be brought in at all."""
+    """The bandwidths that limit a run. Mapped experts that are in the page cache are not read from the disk."""
     speeds = {}
     if state == "cold" or not is_mapped:
         speeds["disk_bytes"] = bandwidth["disk"][f"{state}_bytes_per_s"]
@@ -177,10 +177,10 @@ def _speeds(state: str, bandwidth: dict[str, Any], *, is_mapped: bool) -> dict[s
 
 
 class _Resident(NamedTuple):
-    """What the work and a layer take with every expert in the cache; empty where there is no room for all of them."""
+    """Times of the workloads and of a layer with every expert in the cache; empty where there is no room for all."""
 
     seconds: dict[str, float]
-    """Of a forward, by workload."""
+    """Seconds of a forward, by workload."""
     dispatch: dict[str, Any] | None
 
 
@@ -227,7 +227,7 @@ def _is_possible(state: str, model: Any, notes: list[str]) -> bool:
 
 
 def unmap_dense(model: Any) -> None:
-    """Copy parameters that are still where the files are mapped: what is dropped is to be experts only."""
+    """Copy parameters that are still mapped from the files, so that dropping the files affects experts only."""
     for parameter in model.parameters():
         if parameter.device.type == "cpu":
             parameter.data = parameter.data.clone()

@@ -1,4 +1,4 @@
-"""What a model is asked to do while it is measured, and one run of it."""
+"""The work that a model does while it is measured, and one run of it."""
 
 from __future__ import annotations
 
@@ -18,12 +18,12 @@ from transformers_moe_offload.bench.passage import Passage
 from transformers_moe_offload.expert import ExpertId
 
 CANDIDATES_PER_BEAM = 4
-"""Tokens a model that has learned nothing may choose among; twice the beams are needed by beam search itself."""
+"""Tokens per beam that an untrained model may choose among; beam search itself needs two."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Workload:
-    """One kind of work. `steps` is 0 where reading the prompt is what is measured."""
+    """One kind of work. `steps` is 0 where the prefill is measured."""
 
     name: str
     prompt_tokens: int
@@ -49,7 +49,7 @@ class Workload:
 
 @dataclass(frozen=True)
 class Run:
-    """What one run took. Counts are those of the measured forwards."""
+    """Times and counts of one run. Counts are those of the measured forwards."""
 
     elapsed_s: float
     forward_s: list[float]
@@ -63,7 +63,7 @@ class Run:
     device_bytes: int
     stall_ms: float
     needed_bytes: int
-    """Of the experts that were asked for and had to be brought in, ahead of time or not."""
+    """Bytes of the experts that were asked for and had to be loaded, ahead of time or not."""
     layer_misses: list[int] = field(default_factory=list)
 
 
@@ -116,8 +116,8 @@ def seconds_per_forward(runs: list[Run]) -> float:
 
 
 def _restriction(workload: Workload, passage: Passage, following: Tensor) -> Restrict:
-    """The text goes on as it does. Beams choose for themselves, among few tokens where the model has learned nothing:
-    left alone it would repeat one of them."""
+    """A single sequence follows the text. Beams choose freely, but among few tokens where the model is untrained:
+    otherwise it would repeat one of them."""
     if workload.beams == 1:
         return laid_down(following)
     if passage.is_text:

@@ -1,115 +1,24 @@
-"""Keep experts resident and hand them to whoever computes. The only code that changes what is resident.
-
-What is resident after a visit does not depend on what arrived first: victims are chosen when the visit begins, and the
-policy hears of all the experts of a visit at its end, in the order in which they were asked for. Only where experts
-pass in waves it hears of each wave before the next one, and there the order of use is fixed.
-
-Ctrl-C can break off whatever the main thread does, between any two lines. So methods that change what is resident note
-when they begin and when they have ended, and the next visit repairs what was broken off: residents stay, loads under
-way are given up, and the policy learns of the residents afresh.
-"""
+"""Keep experts resident and give layers their weights: the interface of a cache. Its steps are in `core.py`."""
 
 from __future__ import annotations
 
-import logging
-import threading
-import time
-from collections.abc import Callable, Container, Iterable, Mapping, Sequence, Set
-from functools import wraps
-from typing import Concatenate, ParamSpec, TypeVar
+from collections.abc import Callable, Container, Iterable, Sequence, Set
 
-from transformers_moe_offload.cache.capacity import layer_floor
-from transformers_moe_offload.cache.link import Link
-from transformers_moe_offload.cache.planner import Load, plan, plan_ahead, plan_behind
-from transformers_moe_offload.cache.residency import Residency
+from transformers_moe_offload.cache.change import change
+from transformers_moe_offload.cache.core import CacheCore
+from transformers_moe_offload.cache.planner import Load, plan_ahead
 from transformers_moe_offload.cache.turn import Attempt, IsTakenError
 from transformers_moe_offload.cache.visit import Visit
 from transformers_moe_offload.expert import ExpertId
-from transformers_moe_offload.memory.forks import FORKS, Rank
-from transformers_moe_offload.memory.slots import Slots, Weights
-from transformers_moe_offload.memory.transfer import Transfer
-from transformers_moe_offload.policies import EvictionPolicy
-from transformers_moe_offload.stats import LayerStats
-
-logger = logging.getLogger(__name__)
-
-P = ParamSpec("P")
-T = TypeVar("T")
 
 
-def _change(method: Callable[Concatenate[ExpertCache, P], T]) -> Callable[Concatenate[ExpertCache, P], T]:
-    """A method of which an end in the middle, by whatever is raised, is noticed and repaired."""
-
-    @wraps(method)
-    def change(cache: ExpertCache, /, *arguments: P.args, **named: P.kwargs) -> T:
-        was_whole, cache.is_whole = cache.is_whole, False
-        try:
-            result = method(cache, *arguments, **named)
-        except _NotStartedError as failed:
-            error = failed.error
-        else:
-            cache.is_whole = was_whole
-            return result
-        cache.is_whole = was_whole
-        raise error
-
-    return change
-
-
-class _NotStartedError(Exception):
-    """A load could not be started; what is resident is in order."""
-
-    def __init__(self, error: Exception) -> None:
-        super().__init__()
-        self.error = error
-
-
-class ExpertCache:
+class ExpertCache(CacheCore):
     """The resident experts of some sparse layers on one device.
 
-    One visit at a time: threads that share a model take turns layer by layer. The caller of a visit takes it,
-    `with cache.turn, cache.visit(...) as visit`: what `with` does with a lock, Ctrl-C cannot come in between; a turn
-    that some method of ours took or gave back would at times not be given back.
+    One visit at a time: threads that share a model take turns layer by layer. The caller takes the turn,
+    `with cache.turn, cache.visit(...) as visit`: Ctrl-C cannot interrupt what `with` does with a lock, but it could
+    interrupt a method of ours that takes or releases the turn, and leave it locked.
     """
-
-    def __init__(
-        self,
-        slots: Slots,
-        num_slots: int,
-        num_experts: Mapping[int, int],
-        policy: EvictionPolicy,
-        new_policy: Callable[[], EvictionPolicy] | None = None,
-    ) -> None:
-        """`num_experts` of each sparse layer that the cache serves, by the layer's index.
-
-        `new_policy` makes a policy that takes over after an interrupt; by default another one of the same class.
-        """
-        self.slots = slots
-        self.residency = Residency(num_slots)
-        self.link = Link(slots.num_lanes)
-        self.stats = {layer: LayerStats() for layer in num_experts}
-        self.on_visit: Callable[[int, Sequence[int]], None] | None = None
-        """Called at the beginning of each visit with the layer and the experts it wants."""
-        self._num_experts = dict(num_experts)
-        self._policy = policy
-        self._new_policy = new_policy or type(policy)
-        self._in_flight: dict[ExpertId, Transfer] = {}
-        self._unannounced: set[ExpertId] = set()
-        """Residents that the policy has not heard of, because the visit that brought them in goes on."""
-        self._ahead: set[ExpertId] = set()
-        """Experts on their way or resident that nobody has asked for yet."""
-        self._asked: frozenset[ExpertId] = frozenset()
-        """What the latest visit wants."""
-        self.turn = FORKS.with_lock(threading.RLock(), Rank.TURN)
-        """Held during a visit."""
-        self.is_whole = True
-        """Whether no change is going on, or was broken off in the middle."""
-        for slot in range(num_slots):
-            slots.add(slot)
-
-    def num_experts(self, layer: int) -> int:
-        """Experts of a sparse layer."""
-        return self._num_experts[layer]
 
     def visit(
         self,
@@ -118,32 +27,20 @@ class ExpertCache:
         started: Callable[[Sequence[int]], None] | None = None,
         computed: Container[int] = (),
     ) -> Visit:
-        """Ask for experts of a layer, each named once; the last ones are those most worth keeping for later. To be
-        opened with the turn.
+        """Ask for experts of a layer, each named once; the last ones are those most worth keeping for later. Open the
+        visit with the turn held.
 
-        `started` is called with the wanted experts once the visit's own loads are under way; not in a visit that has
-        to go in waves, which leaves no room for anything else. Those `computed` by the host are wanted like the others,
-        but neither loaded nor given to the caller.
+        `started` is called with the wanted experts once the visit's own loads are in flight, but not in a visit that
+        goes in waves, which leaves no slot for other loads. Experts that are `computed` by the host are wanted like the
+        others, but neither loaded nor given to the caller.
         """
         return Visit(self, layer, [ExpertId(layer, expert) for expert in wanted], started, computed)
 
-    def holds_all(self, layer: int) -> bool:
-        """Whether every expert of a layer is resident or on its way."""
-        return self.residency.count(layer) == self._num_experts[layer]
-
-    def is_absent(self, expert: ExpertId) -> bool:
-        """Whether an expert would have to be loaded."""
-        return self.residency.is_absent(expert)
-
-    @property
-    def num_loading(self) -> int:
-        """Loads under way."""
-        return len(self._in_flight)
-
     def load_ahead(self, expert: ExpertId, spared: Set[ExpertId] = frozenset()) -> bool:
-        """Start to bring in an expert that nobody has asked for yet; returns whether there was a slot to spare.
+        """Start to load an expert ahead of demand; returns whether the load was started.
 
-        Nobody who is `spared`, wanted or on the way has to leave for it.
+        It is not started while another thread has the turn, or if there is no slot to spare: experts that are `spared`,
+        wanted by the latest visit, or loaded ahead of demand themselves are not evicted for it.
         """
         try:
             with Attempt(self.turn):
@@ -153,7 +50,7 @@ class ExpertCache:
             return False
 
     def warm(self, experts: Iterable[ExpertId]) -> None:
-        """Bring experts into free slots before anybody asks for them, and wait until they are there."""
+        """Load experts into free slots ahead of demand, and wait until they are resident."""
         with self.turn:
             self.repair()
             coming = []
@@ -168,9 +65,9 @@ class ExpertCache:
                 self.settle()
 
     def resize(self, num_slots: int) -> None:
-        """Change the number of slots between two visits. Who can stay stays; the policy says who leaves.
+        """Change the number of slots between two visits. Residents stay as far as they fit; the policy picks victims.
 
-        If there is no memory for more of them, that is raised and there are as many as before.
+        If there is no memory for more slots, the error is raised and their number is what it was before.
         """
         with self.turn:
             self.repair()
@@ -184,150 +81,12 @@ class ExpertCache:
             self._shrink(num_slots)
 
     def give_back(self) -> None:
-        """Give back memory that experts take although they have left, in case they return."""
+        """Give back memory that evicted experts still take in case they return."""
         with self.turn:
             self.repair()
             self.slots.give_back()
 
-    # What follows is for `Visit` and `Follower`, which hold the turn.
-
-    def repair(self) -> None:
-        """Put in order what a change that was broken off has left. To be called before anything else is done."""
-        if self.is_whole:
-            return
-        self._asked = frozenset()
-        held = self.residency.start_over()
-        self.slots.start_over(held)
-        self._in_flight.clear()
-        self._unannounced.clear()
-        self._ahead.intersection_update(held.values())
-        self._policy = self._new_policy()
-        for layer in sorted({expert.layer for expert in held.values()}):
-            experts = sorted(expert for expert in held.values() if expert.layer == layer)
-            self._policy.begin(layer, experts)
-            for expert in experts:
-                self._policy.admit(expert)
-                if expert not in self._ahead:
-                    self._policy.use(expert)
-        self.is_whole = True
-
-    @_change
-    def begin(self, layer: int, wanted: Sequence[ExpertId], computed: Container[int]) -> None:
-        """Count and announce what a layer is about to use, or has the host compute."""
-        stats = self.stats[layer]
-        self._asked = frozenset(wanted)
-        self._receive_ahead()
-        misses_before, num_computed = stats.misses, 0
-        for expert in wanted:
-            if self.residency.is_resident(expert) and not self.slots.holds(self.residency.slot(expert)):
-                self._evict(expert)
-            if expert in self._ahead:
-                self._ahead.remove(expert)
-                stats.prefetch_used += 1
-            if self.residency.is_resident(expert):
-                stats.hits += 1
-            elif self.residency.is_loading(expert):
-                stats.late_hits += 1
-            else:
-                stats.misses += 1
-                num_computed += expert.expert in computed
-        stats.computed += num_computed
-        num_loads = stats.misses - misses_before - num_computed
-        if num_loads:
-            self._cancel_ahead()
-        self.link.asked(num_loads)
-        self._policy.begin(layer, wanted)
-        if self.on_visit is not None:
-            self.on_visit(layer, [expert.expert for expert in wanted])
-
-    @_change
-    def start_loads(self, upcoming: Sequence[ExpertId]) -> bool:
-        """Start as many loads as there is room for; returns whether some had to be left for later."""
-        planned = plan(upcoming, self.residency, self._policy.candidates(), self._floor)
-        alongside = len(self._in_flight) + len(planned.loads) - 1
-        for load in planned.loads:
-            self._start(load, alongside)
-        return bool(planned.deferred)
-
-    def finish_load(self, expert: ExpertId) -> None:
-        """Wait until an expert that is loading is resident; if its load fails it is absent again."""
-        transfer = self._in_flight[expert]
-        stats = self.stats[expert.layer]
-        started = time.perf_counter()
-        try:
-            from_files = transfer.finish()
-        except Exception:
-            self._fail(expert)
-            raise
-        finally:  # a wait broken off by Ctrl-C leaves the load in flight: somebody may still be writing into the slot
-            stats.stall_ms += (time.perf_counter() - started) * 1e3
-        stats.disk_bytes += from_files
-        self._land(expert, transfer.seconds)
-        stats.device_bytes += self.slots.device_bytes(expert)
-
-    def has_landed(self, expert: ExpertId) -> bool:
-        """Whether an expert that is loading could be used without waiting."""
-        return self._in_flight[expert].is_done()
-
-    def weights(self, expert: ExpertId) -> Weights:
-        """The weights of a resident."""
-        return self.slots.weights(expert, self.residency.slot(expert))
-
-    def retire(self, expert: ExpertId) -> None:
-        """The work that reads a resident's weights has been submitted."""
-        self.slots.retire(self.residency.slot(expert))
-
-    @_change
-    def announce(self, used: Iterable[ExpertId]) -> None:
-        """Tell the policy who has been used, and who has come in without being used."""
-        for expert in used:
-            self._admit(expert)
-            self._policy.use(expert)
-        for expert in sorted(self._unannounced):
-            self._admit(expert)
-
-    @_change
-    def used_in_place(self, layer: int, wanted: Sequence[int], hits: Container[int]) -> None:
-        """A device has used experts of a layer wherever they were: `hits` in slots, the others over the link."""
-        stats, experts = self.stats[layer], [ExpertId(layer, expert) for expert in wanted]
-        for expert in experts:
-            if expert.expert in hits:
-                stats.hits += 1
-                if expert in self._ahead:
-                    self._ahead.remove(expert)
-                    stats.prefetch_used += 1
-            else:
-                stats.misses += 1
-                stats.in_place += 1
-                stats.device_bytes += self.slots.device_bytes(expert)
-        self._policy.begin(layer, experts)
-        if self.on_visit is not None:
-            self.on_visit(layer, wanted)
-        self.announce(expert for expert in experts if self.residency.is_resident(expert))
-
-    def plan_behind(self, absent: Sequence[ExpertId], spared: Container[ExpertId]) -> list[Load]:
-        """Slots for absent experts that have been used where they were; nobody `spared` has to leave for them."""
-        return plan_behind(absent, self.residency, self._policy.candidates(), spared, self._floor)
-
-    @_change
-    def start(self, load: Load) -> None:
-        """Start one load of a plan; if it cannot be started, its expert is absent and the slot free."""
-        self._start(load, len(self._in_flight))
-
-    def settle(self) -> None:
-        """Wait for every load under way; those that fail leave their experts absent."""
-        for expert in list(self._in_flight):
-            try:
-                self.finish_load(expert)
-            except Exception:
-                continue  # the visit that asked for it raises already, or no longer wants it
-        self.announce(())
-
-    @property
-    def _floor(self) -> int:
-        return layer_floor(self.residency.num_slots, len(self._num_experts))
-
-    @_change
+    @change
     def _start_ahead(self, expert: ExpertId, spared: Set[ExpertId]) -> bool:
         spared = self._asked | self._ahead | spared
         load = plan_ahead(expert, self.residency, self._policy.candidates(), spared, self._floor)
@@ -336,72 +95,18 @@ class ExpertCache:
             self._ahead.add(expert)
         return load is not None
 
-    def _start(self, load: Load, alongside: int) -> None:
-        if load.victim is not None:
-            self._evict(load.victim)
-        slot = self.residency.start(load.expert)
-        try:
-            self._in_flight[load.expert] = self.slots.start(load.expert, slot, alongside)
-        except Exception as error:
-            self.residency.fail(load.expert)
-            raise _NotStartedError(error) from error
-
-    @_change
-    def _land(self, expert: ExpertId, seconds: float) -> None:
-        del self._in_flight[expert]
-        self.link.loaded(seconds)
-        self.residency.land(expert)
-        self._unannounced.add(expert)
-
-    @_change
-    def _fail(self, expert: ExpertId) -> None:
-        del self._in_flight[expert]
-        self._ahead.discard(expert)
-        self.residency.fail(expert)
-
     def _grow(self, num_slots: int) -> None:
         while self.residency.num_slots < num_slots:
             self.slots.add(self.residency.next_slot())
             self._add_slot()
 
-    @_change
+    @change
     def _add_slot(self) -> None:
         self.residency.add_slot()
 
-    @_change
+    @change
     def _shrink(self, num_slots: int) -> None:
         while self.residency.num_slots > num_slots:
             if not self.residency.num_free:
                 self._evict(next(iter(self._policy.candidates())))
             self.slots.remove(self.residency.remove_slot())
-
-    def _receive_ahead(self) -> None:
-        """Experts that have arrived ahead of demand are resident from now on."""
-        landed = [expert for expert in self._ahead if expert in self._in_flight and self.has_landed(expert)]
-        for expert in sorted(landed):
-            try:
-                self.finish_load(expert)
-            except Exception:
-                logger.debug(f"{expert} could not be loaded ahead of demand", exc_info=True)
-        if landed:
-            self.announce(())
-
-    def _cancel_ahead(self) -> None:
-        """Demand needs the link: what was to come ahead of it and has not set out does not come."""
-        for expert in [expert for expert in self._ahead if expert in self._in_flight]:
-            if expert not in self._asked and self._in_flight[expert].cancel():
-                del self._in_flight[expert]
-                self.residency.fail(expert)
-                self._ahead.remove(expert)
-
-    def _admit(self, expert: ExpertId) -> None:
-        if expert in self._unannounced:
-            self._unannounced.remove(expert)
-            self._policy.admit(expert)
-
-    def _evict(self, expert: ExpertId) -> None:
-        if expert in self._ahead:
-            self._ahead.remove(expert)
-            self.stats[expert.layer].prefetch_wasted += 1
-        self._policy.forget(expert)
-        self.residency.evict(expert)

@@ -2,7 +2,8 @@
 
 Layers whose experts live on one device and have records of one size share a pool of slots; the budget is shared out
 among the pools in proportion to the bytes of their experts. Single experts of a pool may have records of another size:
-a slot is then as large as who is in it, and so many slots are had as fit when the largest are in them. Pure arithmetic.
+a slot is then as large as the record in it, and the number of slots is what fits with the largest records in them.
+Pure arithmetic.
 """
 
 from __future__ import annotations
@@ -34,9 +35,9 @@ class PoolNeed:
     num_experts: int
     """Experts of all the pool's layers together."""
     slot_bytes: int
-    """Of an expert's record."""
+    """Bytes of an expert's record."""
     others: tuple[tuple[int, int], ...] = ()
-    """Of experts whose records have another size: that size, and how many they are."""
+    """Other sizes of records, each with the number of experts that have it."""
 
     @property
     def all_bytes(self) -> int:
@@ -68,7 +69,7 @@ def share_out(budget_bytes: int, needs: Sequence[PoolNeed]) -> list[int]:
     """Slots for each pool; together they take at most `budget_bytes`.
 
     Every pool gets one slot; then slots go one by one to the pool with the smallest part of its experts covered, until
-    the next one does not fit. So a larger budget never means fewer slots anywhere.
+    the next one does not fit. So a larger budget gives every pool at least as many slots.
     Raises `CapacityError` if not even the first slots fit.
     """
     smallest = smallest_budget(needs)
@@ -93,9 +94,9 @@ def share_out(budget_bytes: int, needs: Sequence[PoolNeed]) -> list[int]:
 def share_out_by_device(
     available: Mapping[D, int], devices: Sequence[D], needs: Sequence[PoolNeed]
 ) -> tuple[int, list[int]]:
-    """Slots for each pool, of what is available on its own device, and the bytes that this comes to.
+    """The bytes that all pools may use, and slots for each pool within what is available on its own device.
 
-    `devices` are those of the pools. Raises `CapacityError` where one has no room for the first slots.
+    `devices` are those of the pools. Raises `CapacityError` if one of them has no room for the first slots.
     """
     slots, budget_bytes = [0] * len(needs), 0
     for device in dict.fromkeys(devices):

@@ -1,6 +1,6 @@
 """Decide which residents make room for the experts a layer is about to use.
 
-Pure: reads a snapshot and returns a plan. `cache.py` carries the plan out.
+Pure: reads a snapshot and returns a plan. `core.py` carries the plan out.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from transformers_moe_offload.expert import ExpertId
 
 @dataclass(frozen=True)
 class Load:
-    """Bring `expert` in; `victim` leaves for it, or None where a slot is free."""
+    """Load `expert`; `victim` is evicted for it, None if a slot is free."""
 
     expert: ExpertId
     victim: ExpertId | None
@@ -30,11 +30,11 @@ class Plan:
 
 
 def order_of_use(wanted: Sequence[ExpertId], residency: Residency, num_slots: int | None = None) -> list[ExpertId]:
-    """Who is used when: residents first, then those on their way, then the absent.
+    """The wanted experts in order of use: residents first, then loading ones, then absent ones.
 
-    Where the wanted pass through `num_slots` in waves, residents among the last ones wanted are used last instead:
-    they are worth keeping, and would have to leave if they were used first. Two slots stay free of them, one to
-    compute from while the other is filled.
+    If they pass through `num_slots` in waves, residents among the last ones wanted are used last instead: they are
+    worth keeping, and would be evicted if they were used first. Two slots are left to the others, one to compute from
+    while the other is filled.
     """
     kept: set[ExpertId] = set()
     if num_slots is not None:
@@ -53,12 +53,12 @@ def plan(upcoming: Sequence[ExpertId], residency: Residency, candidates: Iterabl
     """Find slots for the absent ones among `upcoming`, which are in the order in which they will be used.
 
     Promises:
-    - nobody in `upcoming` is a victim, except that when the very first one finds no room the upcoming resident that is
-      needed last gives way (so that even one slot is enough to get through a layer);
+    - no expert in `upcoming` is a victim, with one exception: if there is no slot for the very first one, the upcoming
+      resident that is needed last is evicted (so that even one slot is enough to get through a layer);
     - no load takes another layer below `floor` slots;
     - each victim is resident and leaves once; loads never exceed the free slots plus victims.
 
-    `candidates` are residents in the order in which the policy would let them go.
+    `candidates` are residents in the policy's eviction order.
     """
     absent = [expert for expert in upcoming if residency.is_absent(expert)]
     if not absent:
@@ -89,7 +89,7 @@ def plan(upcoming: Sequence[ExpertId], residency: Residency, candidates: Iterabl
 def plan_ahead(
     expert: ExpertId, residency: Residency, candidates: Iterable[ExpertId], spared: Container[ExpertId], floor: int
 ) -> Load | None:
-    """Find a slot for an absent expert that nobody has asked for yet; None if it would cost a spared one or a floor."""
+    """Find a slot for an absent expert ahead of demand; None if that would evict a spared one or break a floor."""
     if residency.num_free:
         return Load(expert, None)
     counts = Counter({expert.layer: residency.count(expert.layer)})
@@ -104,11 +104,11 @@ def plan_behind(
     spared: Container[ExpertId],
     floor: int,
 ) -> list[Load]:
-    """Find slots for absent experts of any layers, the first ones first; those that would cost a spared expert or
-    another layer's floor are left out.
+    """Find slots for absent experts of any layers, the first ones first; experts whose load would evict a spared one or
+    break another layer's floor are left out.
 
-    The candidates are gone through once. Who may not leave because of its layer's floor may for an expert of that layer
-    later on, before anybody who follows.
+    The candidates are iterated once. A candidate that its layer's floor protects is set aside, and is the first victim
+    for a later expert of that layer.
     """
     counts: Counter[int] = Counter()
     free = residency.num_free

@@ -13,7 +13,7 @@ from transformers_moe_offload.expert import ExpertId
 
 
 class Residency:
-    """Slots and who is in them. Every slot is free, or belongs to exactly one loading or resident expert."""
+    """Slots and their experts. Every slot is free, or belongs to exactly one loading or resident expert."""
 
     def __init__(self, num_slots: int) -> None:
         self._numbers = set(range(num_slots))
@@ -25,12 +25,12 @@ class Residency:
 
     @property
     def num_slots(self) -> int:
-        """Slots there are."""
+        """All slots."""
         return len(self._numbers)
 
     @property
     def num_free(self) -> int:
-        """Slots that belong to nobody."""
+        """Slots without an expert."""
         return len(self._free)
 
     def next_slot(self) -> int:
@@ -80,7 +80,7 @@ class Residency:
         """Give an absent expert a free slot to be loaded into."""
         assert expert not in self._slot_of, f"{expert} already has a slot"
         slot = self._free.pop()
-        self._loading.add(expert)  # first: at no time is it taken for a resident
+        self._loading.add(expert)  # first, so that it never counts as resident
         self._slot_of[expert] = slot
         self._per_layer[expert.layer] += 1
         return slot
@@ -100,10 +100,11 @@ class Residency:
         self._release(expert)
 
     def start_over(self) -> dict[int, ExpertId]:
-        """After an interrupt in any of these methods: what was not resident is absent. Returns residents by slot.
+        """After an interrupt in any of these methods: experts that were not resident become absent. Returns residents
+        by slot.
 
-        Which slots there are, who is in which, and who is loading: each is changed by one operation that is done or not
-        done, in an order in which every slot that is marked resident holds its expert. The rest is derived.
+        The set of slots, the slots of experts, and the set of loading experts are each changed by one atomic operation,
+        in an order in which every slot that is marked resident holds its expert. The rest is derived.
         """
         self._slot_of = {expert: slot for expert, slot in self._slot_of.items() if expert not in self._loading}
         self._loading = set()

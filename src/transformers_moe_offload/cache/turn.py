@@ -2,8 +2,8 @@
 
 Between `lock.acquire(blocking=False)` and the `try` behind it the main thread may be interrupted, and the lock stays
 locked then. A `with` statement has no such gap as long as what it calls is not written in Python: the interpreter looks
-for signals when a Python function begins, and when a call in Python code returns (`Python/ceval.c`, 3.11). So what
-`with` calls here to take the lock, and to give it back, is made of builtins; what is written in Python comes before.
+for signals when a Python function begins, and when a call in Python code returns (`Python/ceval.c`, 3.11). So `with`
+takes and releases the lock here by calling builtins only; the code in Python runs before that.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ class Attempt:
     def __init__(self, lock: threading.Lock | threading.RLock) -> None:
         self._lock = lock
 
-    # `with` calls what these two return; by then nothing has been taken, and all of it is builtins.
+    # `with` calls the objects that these two return. They are builtins, and the lock is not taken before.
 
     @property
     def __enter__(self) -> Callable[[], Any]:

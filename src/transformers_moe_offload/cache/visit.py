@@ -10,14 +10,11 @@ from __future__ import annotations
 
 from collections.abc import Callable, Container, Iterator, Sequence
 from types import TracebackType
-from typing import TYPE_CHECKING
 
+from transformers_moe_offload.cache.core import CacheCore
 from transformers_moe_offload.cache.planner import order_of_use
 from transformers_moe_offload.expert import ExpertId
-from transformers_moe_offload.memory.slots import Weights
-
-if TYPE_CHECKING:
-    from transformers_moe_offload.cache.cache import ExpertCache
+from transformers_moe_offload.slots.base import Weights
 
 
 class Visit:
@@ -25,7 +22,7 @@ class Visit:
 
     def __init__(
         self,
-        cache: ExpertCache,
+        cache: CacheCore,
         layer: int,
         wanted: Sequence[ExpertId],
         started: Callable[[Sequence[int]], None] | None,
@@ -37,7 +34,7 @@ class Visit:
         self._computed = computed
         self._upcoming: dict[ExpertId, None] = dict.fromkeys(one for one in wanted if one.expert not in computed)
         self._used: dict[ExpertId, None] = {}
-        """Taken since the policy last heard of this visit."""
+        """Experts taken since the policy was last told of this visit."""
         self._started = started
         self._has_deferred = False
         self._in_waves = False
@@ -53,7 +50,7 @@ class Visit:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> None:
-        if not self._cache.is_whole:  # broken off in the middle of a change: for the next visit to repair
+        if not self._cache.is_whole:  # a change was interrupted in the middle: the next visit repairs it
             return
         self._let_go()
         if kind is not None:
@@ -93,8 +90,8 @@ class Visit:
             self._let_go()
 
     def _begin_loads(self) -> None:
-        """Start as many loads as there is room for, and settle in which order experts are used."""
-        self._let_go()  # one taken before may have to make room
+        """Start as many loads as there is room for, and fix the order in which experts are used."""
+        self._let_go()  # an expert taken before may have to be evicted
         residency = self._cache.residency
         # Residents first: the loads started here overlap with computing them.
         wanted = list(self._upcoming)
@@ -113,8 +110,8 @@ class Visit:
     def take(self, expert: int) -> Weights:
         """The weights of one wanted expert, held until the next one is taken or the visit ends.
 
-        Taking the one that is held again costs nothing; any other may be taken again, too, and is loaded again if it
-        had to make room meanwhile.
+        Taking the held expert again costs nothing. Any other may be taken again, too, and is loaded again if it was
+        evicted meanwhile.
         """
         wanted = ExpertId(self._layer, expert)
         if wanted == self._held:
@@ -125,7 +122,7 @@ class Visit:
         if self._has_deferred or residency.is_absent(wanted):
             self._upcoming.pop(wanted, None)
             self._start_loads([wanted, *self._upcoming])
-            if residency.is_absent(wanted):  # visits that ended early left slots loading, and nobody else may leave
+            if residency.is_absent(wanted):  # visits that ended early left slots loading; no other resident may leave
                 self._cache.settle()
                 self._start_loads([wanted, *self._upcoming])
         self._tell_started()
@@ -158,7 +155,7 @@ class Visit:
         return residency.is_resident(expert) or (residency.is_loading(expert) and self._cache.has_landed(expert))
 
     def _start_loads(self, upcoming: Sequence[ExpertId]) -> None:
-        """The policy hears of those who have been used before it says who may leave."""
+        """Start loads, after the policy is told which experts were used: its choice of victims depends on that."""
         self._cache.announce(self._used)
         self._used = {}
         self._has_deferred = self._cache.start_loads(upcoming)

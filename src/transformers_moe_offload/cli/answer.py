@@ -15,7 +15,7 @@ from transformers_moe_offload.cli.meter import Meter
 
 @dataclass(frozen=True)
 class Sampling:
-    """How the next token is chosen. What is None is left to the model's generation config."""
+    """How the next token is chosen. None leaves a value to the model's generation config."""
 
     max_new_tokens: int
     temperature: float | None
@@ -33,7 +33,7 @@ class Sampling:
 
 @dataclass(frozen=True)
 class Answer:
-    """What came of a prompt."""
+    """The answer to a prompt."""
 
     text: str
     was_stopped: bool
@@ -41,7 +41,7 @@ class Answer:
 
 
 def answer(model: Any, tokenizer: Any, inputs: dict[str, Any], sampling: Sampling) -> Answer:
-    """Put the inputs to the model and show what it says."""
+    """Generate an answer to the inputs, and show it meanwhile."""
     inputs = {name: value.to(model.device) for name, value in inputs.items()}
     meter, display = Meter(model.moe_offload), make_display()
     try:
@@ -76,5 +76,5 @@ class _Streamer(TextStreamer):
             self._display.status(self._meter.summary())
 
     def on_finalized_text(self, text: str, stream_end: bool = False) -> None:
-        """Show what has become of the tokens."""
+        """Show decoded text."""
         self._display.write(text)

@@ -6,8 +6,8 @@ from pathlib import Path
 
 from rich.console import Console
 
-from transformers_moe_offload.build import bake_adapters
-from transformers_moe_offload.build.folder import MARKS
+from transformers_moe_offload.builder import bake_adapters
+from transformers_moe_offload.builder.folder import MARKS
 from transformers_moe_offload.cli.building import outcome
 from transformers_moe_offload.cli.failures import CommandError
 from transformers_moe_offload.cli.writing import expect_apart, resumable

@@ -103,7 +103,7 @@ def _progress() -> Iterator[Callable[[str], None]]:
 
 
 def _passage(name: str, model: Any, text: str | None, origin: options.Origin, path: Path | None) -> Passage:
-    """The user's text, or what is at hand."""
+    """The user's text, or the default of `passage_for`."""
     if text is None:
         return passage_for(model, name, **origin.for_classes())
     with reading(f"--text needs a tokenizer, which cannot be read from {name!r}"):

@@ -1,6 +1,6 @@
 """A model without its weights: built on meta from its config, as loading would build it.
 
-Asks for `config.json` and nothing else; what the checkpoint's index says about it is `stored.py`'s.
+Reads `config.json` only; `stored.py` reads the checkpoint's index and headers.
 """
 
 from __future__ import annotations
@@ -18,21 +18,21 @@ from transformers_moe_offload.cli.model_config import read_config
 from transformers_moe_offload.cli.options import Origin
 from transformers_moe_offload.cli.stored import Stored, stored_tensors, what_is_stored
 from transformers_moe_offload.config import OffloadConfig
+from transformers_moe_offload.dtypes import dtype_name
 from transformers_moe_offload.expert import ExpertSpec
-from transformers_moe_offload.hf.checkpoint import Checkpoint
-from transformers_moe_offload.hf.delegates.methods import DELEGATED, refusal
-from transformers_moe_offload.hf.delegates.opening import Opener, StoredBytes
-from transformers_moe_offload.hf.discover import expert_spec, find_experts, take_over
 from transformers_moe_offload.hf.install import method_of
-from transformers_moe_offload.hf.layer import OffloadedExperts, layer_of
+from transformers_moe_offload.hf.loading.checkpoint import Checkpoint
+from transformers_moe_offload.hf.loading.discover import expert_spec, find_experts, take_over
+from transformers_moe_offload.hf.model.layer import OffloadedExperts, layer_of
+from transformers_moe_offload.hf.other_quantizers.dequantize import Opener, StoredBytes
+from transformers_moe_offload.hf.other_quantizers.methods import DELEGATED, refusal
 from transformers_moe_offload.hf.prebuilt.source import Quantization
 from transformers_moe_offload.hf.upstream import dtype_plan
-from transformers_moe_offload.memory.record import dtype_name
 
 
 @dataclass(frozen=True)
 class Blueprint:
-    """What loading a model with its experts offloaded would make of it."""
+    """A model as loading it with offloaded experts would build it."""
 
     name: str
     model: Any
@@ -43,15 +43,15 @@ class Blueprint:
     dense_bytes: int
     """Bytes of everything but the routed experts: it stays in memory."""
     total_bytes: int
-    """Bytes of everything that a checkpoint's own files hold, once where weights are tied."""
+    """Bytes of all weights in a checkpoint's own files; tied weights count once."""
     stored: Stored
-    """What the checkpoint says of itself, its dtype filled in from the config where it says none."""
+    """The size and dtype that the checkpoint states; the dtype is the config's where it states none."""
     opener: Opener | None = None
-    """What opens the weights, where another method has quantized them."""
+    """Dequantizes the weights, where another method has quantized them."""
 
     @property
     def title(self) -> str:
-        """What it is, in a line."""
+        """Name, class and dtype in one line."""
         return f"{self.name}: {type(self.model).__name__}, {dtype_name(self.dtype)}"
 
     @property
@@ -73,11 +73,11 @@ class Blueprint:
         return self.opener is not None and self.opener.keeps_dense
 
     def quantization(self, config: OffloadConfig) -> Quantization:
-        """What a config makes of the weights."""
+        """The weights, quantized as a config says."""
         return Quantization.of(self.model, config, self.dtype, self.opener)
 
     def stored_bytes(self, quantization: Quantization, origin: Origin) -> StoredBytes | None:
-        """What weights that another method has quantized take, by the headers of their files; None for others."""
+        """Bytes of weights that another method has quantized, from the headers of their files; None for others."""
         if self.opener is None:
             return None
         with reading(f"{self.name!r} is quantized with {self.opener.name!r}, and the headers of its files say how"):
@@ -87,7 +87,7 @@ class Blueprint:
 def draw(name: str, origin: Origin, dtype: torch.dtype | None) -> Blueprint:
     """The model that `from_pretrained(name, dtype=dtype)` would load; `dtype` None means as stored.
 
-    Raises `UnsupportedModelError` if it has no routed experts, `ConfigError` if another method has quantized them.
+    Raises `UnsupportedModelError` if it has no routed experts, `ConfigError` if their quantization is not supported.
     """
     what = f"{name!r} is neither a folder with a model nor one that can be read from the Hub"
     config = read_config(name, origin, what)
@@ -108,7 +108,7 @@ def draw(name: str, origin: Origin, dtype: torch.dtype | None) -> Blueprint:
 
 
 def _opener(name: str, config: PretrainedConfig) -> Opener | None:
-    """What opens the weights of another method, whose name is taken out of the config."""
+    """The opener of weights that another method has quantized; takes that method out of the config."""
     method = method_of(name, {"config": config})
     if method in (None, OffloadConfig.quant_method):
         return None

@@ -1,4 +1,4 @@
-"""What the commands that build say: the plan before, and what was checked after."""
+"""Output of the commands that build: the plan before, and the results of the checks after."""
 
 from __future__ import annotations
 
@@ -11,11 +11,11 @@ from rich import box
 from rich.console import Console
 from rich.table import Table
 
-from transformers_moe_offload.build import AdapterMoeInfo, MoeBuildInfo, assembly, build_adapter_moe
-from transformers_moe_offload.build.adapters.plan import AdapterPlan
-from transformers_moe_offload.build.plan import BuildPlan
-from transformers_moe_offload.hf.plan import readable
-from transformers_moe_offload.memory.record import dtype_name
+from transformers_moe_offload.builder import AdapterMoeInfo, MoeBuildInfo, assembly, build_adapter_moe
+from transformers_moe_offload.builder.adapters.plan import AdapterPlan
+from transformers_moe_offload.builder.plan import BuildPlan
+from transformers_moe_offload.dtypes import dtype_name
+from transformers_moe_offload.hf.model.plan import readable
 
 
 class Shown(NamedTuple):
@@ -26,7 +26,7 @@ class Shown(NamedTuple):
     warnings: Sequence[str]
 
     def print(self, console: Console) -> None:
-        """On the console."""
+        """Print it to the console."""
         console.print(self.title, style="bold", soft_wrap=True)
         console.print(self.table)
         for warning in self.warnings:
@@ -35,7 +35,7 @@ class Shown(NamedTuple):
 
 @contextmanager
 def said_once(warnings: Sequence[str]) -> Iterator[None]:
-    """Keep a build, which logs its warnings, from saying again those that were shown with the plan."""
+    """Drop from a build's log the warnings that were shown with the plan."""
 
     def is_news(record: logging.LogRecord) -> bool:
         return record.getMessage() not in warnings
@@ -51,7 +51,7 @@ def said_once(warnings: Sequence[str]) -> Iterator[None]:
 
 
 def mixture_shown(plan: BuildPlan) -> Shown:
-    """Of experts that are feed-forward blocks: where they come from, and how many numbers they have."""
+    """The plan of a mixture of feed-forward blocks: where they come from, and how many parameters they have."""
     shape, parameters = plan.shape, plan.parameters
     title = (
         f"{plan.container.name}: {shape.num_experts} experts, {shape.experts_per_token} a token, in "
@@ -71,7 +71,7 @@ def mixture_shown(plan: BuildPlan) -> Shown:
 
 
 def adapters_shown(plan: AdapterPlan) -> Shown:
-    """Of experts that are adapters: where they come from, and how many bytes they have."""
+    """The plan of a mixture of adapters: where they come from, and how many bytes they have."""
     config, routing = plan.config, plan.recipe.adapter_moe
     assert routing is not None
     title = (
@@ -88,7 +88,7 @@ def adapters_shown(plan: AdapterPlan) -> Shown:
 
 
 def outcome(info: MoeBuildInfo | AdapterMoeInfo) -> str:
-    """What was written, and what is known of it."""
+    """What was written, and the results of its checks."""
     if isinstance(info, AdapterMoeInfo):
         was_loaded = info.forced_expert is not None
         compared = f", adapters alone {info.forced_expert:.1e}" if was_loaded else ""

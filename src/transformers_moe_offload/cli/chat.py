@@ -20,7 +20,7 @@ from transformers_moe_offload.cli.failures import CommandError, reading, report
 from transformers_moe_offload.cli.model_config import read_config
 from transformers_moe_offload.config import OffloadConfig
 from transformers_moe_offload.errors import MoeOffloadError
-from transformers_moe_offload.hf.plan import readable
+from transformers_moe_offload.hf.model.plan import readable
 
 INTERRUPTED = 130
 """The exit code that shells give a program which Ctrl-C has ended."""
@@ -84,9 +84,9 @@ def chat(
 def _talk(
     model: Any, tokenizer: Any, conversation: Conversation, prompt: str | None, sampling: Sampling, command: Any
 ) -> None:
-    """Answer the one prompt there is, or every line of stdin, or what is typed.
+    """Answer `prompt`, or every line of stdin, or what is typed.
 
-    At a terminal one can go on after an error or a stopped answer; otherwise either one ends the command.
+    At a terminal the conversation goes on after an error or a stopped answer; otherwise either one ends the command.
     """
     is_interactive = prompt is None and sys.stdin.isatty()
     if is_interactive:

@@ -1,4 +1,4 @@
-"""Turn what the user types into what the model reads: a chat where the tokenizer has a template, else plain text."""
+"""Turn prompts into inputs of the model: a chat where the tokenizer has a template, plain text otherwise."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ class Conversation:
         return "chat" if self._has_template else "plain continuation, for there is no chat template"
 
     def ask(self, prompt: str) -> dict[str, Any]:
-        """The inputs for `generate` that put this prompt to the model."""
+        """The inputs for `generate` that end with this prompt."""
         expect_utf8(prompt, "the prompt")
         inputs = self._in_template(prompt) if self._has_template else dict(self._tokenizer(prompt, return_tensors="pt"))
         if inputs["input_ids"].numel() == 0:  # Transformers makes an empty tokenizer where its files are missing
@@ -44,7 +44,7 @@ class Conversation:
             inputs = self._tokenizer.apply_chat_template(
                 self._messages, add_generation_prompt=True, return_tensors="pt", return_dict=True
             )
-        except Exception as error:  # a template is a program of its authors and may refuse, e.g. a system message
+        except Exception as error:  # a template may raise anything, for example for a system message
             self._messages.pop()
             raise CommandError(f"the model's chat template refuses the conversation: {error}") from error
         return dict(inputs)

@@ -38,7 +38,7 @@ def convert(
     """Write the checkpoint, its codes as they were."""
     origin = options.Origin(revision, token, local_files_only, trust_remote_code=False)
     expect_apart(source, folder)
-    dtype = torch.float16  # what mixtral-offloading computes in, whatever the config says
+    dtype = torch.float16  # the dtype that mixtral-offloading computes in, also if the config names another
     blueprint = draw(source, origin, dtype)
     expect_place(folder, MARKS, overwrite=overwrite)
     with reading(f"cannot read the weights of {source!r}"):
@@ -71,7 +71,7 @@ def convert(
         copies=fetched.companions,
     )
     recipe = recipe_of(fetched.name, fetched.revision, fetched.weights, "float16", config)
-    torch.set_num_threads(1)  # the workers are the parallel ones
+    torch.set_num_threads(1)  # the workers already use all cores
     nbytes = sum(shard.nbytes for shard in content.shards())
     with resumable(folder, MARKS), progress("converting", nbytes) as advance:
         write_prebuilt(folder, content, recipe, overwrite=overwrite, workers=workers, advance=advance)

@@ -15,20 +15,20 @@ from rich.text import Text
 
 
 class Display(Protocol):
-    """Where one answer goes."""
+    """Shows one answer."""
 
     def write(self, text: str) -> None:
         """More of the answer. A `status` follows soon."""
 
     def status(self, line: str) -> None:
-        """How it is going."""
+        """Show speed and hit rate so far."""
 
     def close(self, summary: str) -> None:
         """The answer is complete, or has been stopped."""
 
 
 def make_display() -> Display:
-    """The display for the stdout there is."""
+    """The display for a terminal, or for any other stdout."""
     console = Console(highlight=False)
     return LiveDisplay(console) if console.is_terminal else PlainDisplay()
 
@@ -47,7 +47,7 @@ class PlainDisplay:
             self._ends_a_line = text.endswith("\n")
 
     def status(self, line: str) -> None:
-        """Nothing: there is no line that could be written over."""
+        """Do nothing: lines that are written cannot be redrawn."""
 
     def close(self, summary: str) -> None:
         """End the last line, and sum up."""
@@ -85,7 +85,7 @@ class LiveDisplay:
         self._live.update(Group(Text(self._line), status), refresh=True)
 
     def close(self, summary: str) -> None:
-        """Leave the answer and a summary standing."""
+        """Print the end of the answer and the summary for good."""
         self._live.stop()
         if self._line:
             self._console.print(Text(self._line))

@@ -1,6 +1,6 @@
-"""Say what went wrong in one line on stderr and leave with exit code 2, the code that also a misspelt option has.
+"""Report an error in one line on stderr and exit with code 2, the code of a misspelt option.
 
-Only errors that are meant for the user are treated so, and what the system refuses: a full disk, a name too long.
+Only for errors that are meant for the user, and errors of the operating system (a full disk, a name that is too long).
 Anything else is a bug of ours and keeps its traceback.
 """
 
@@ -25,18 +25,18 @@ _ARGUMENT = re.compile(
 )
 
 _OF_AN_OPTION = {"predictor": "prefetch"}
-"""Fields that an option of another name is for."""
+"""Fields of configs whose option has another name."""
 
 
 class CommandError(MoeOffloadError):
-    """What the command line asks for cannot be done, with the reason."""
+    """The command cannot do what its arguments ask for; the message says why."""
 
 
 @contextmanager
 def one_line_errors(command: Any) -> Iterator[None]:
-    """End the command with one line when an error of ours comes out of the block, or a refusal of the system.
+    """End the command with one line when the block raises an error of ours or of the operating system.
 
-    Meanwhile the Hub's client says nothing of what it tries again; what comes of it is the error.
+    Inside the block the Hub's client does not log its retries; if they all fail, the last failure is the error.
     """
     hub = logging.getLogger("huggingface_hub")
     level = hub.level
@@ -55,9 +55,9 @@ def one_line_errors(command: Any) -> Iterator[None]:
 
 @contextmanager
 def reading(what: str) -> Iterator[None]:
-    """Make the errors with which Transformers answers a bad id, a bad file or a bad option ours; `what` begins them.
+    """Turn the errors of Transformers for a bad id, file or option into `CommandError`; `what` begins the message.
 
-    It answers a config that no model can be built from with whatever Python raises on the way.
+    This covers every exception, because a config that no model can be built from may raise anything.
     """
     try:
         yield
@@ -72,7 +72,7 @@ def reading(what: str) -> Iterator[None]:
 
 
 def system_words(error: OSError, before: str) -> str:
-    """What the system refused, with the file's name unless that is in what is said `before`; others' errors as is."""
+    """The system's message, with the file's name unless `before` contains it; unchanged without `strerror`."""
     if error.strerror is None:
         return str(error)
     is_named = error.filename is None or str(error.filename) in before
@@ -80,7 +80,7 @@ def system_words(error: OSError, before: str) -> str:
 
 
 def expect_utf8(text: str | None, what: str) -> None:
-    """Raise `CommandError` for text that came in bytes which are no UTF-8; no tokenizer takes it."""
+    """Raise `CommandError` for text from bytes that are not valid UTF-8; tokenizers do not take it."""
     try:
         (text or "").encode()
     except UnicodeEncodeError as error:
@@ -88,17 +88,17 @@ def expect_utf8(text: str | None, what: str) -> None:
 
 
 def report(error: MoeOffloadError | OSError, command: Any) -> None:
-    """Print an error as one line on stderr, in the words of the command (Typer's) that it ended."""
+    """Print an error as one line on stderr, with the option names of the command (Typer's) that it ended."""
     said = system_words(error, "") if isinstance(error, OSError) else str(error)
     typer.echo(f"error: {in_option_names(' '.join(said.split()), command)}", err=True)
 
 
 def in_option_names(message: str, command: Any) -> str:
-    """The message to a caller from Python, for a caller of this command.
+    """An error message for Python, rewritten for the command line.
 
-    What it writes as an argument or as a field of a config is written as the option that the command has for
-    it: `overwrite=True` as `--overwrite`, `resume=False` as `--no-resume`, `OffloadConfig.cache_budget` as
-    `--cache-budget`. What the command has no option for stays as it is, and what only Python can do is left out.
+    An argument or a field of a config becomes the command's option for it: `overwrite=True` becomes `--overwrite`,
+    `resume=False` becomes `--no-resume`, `OffloadConfig.cache_budget` becomes `--cache-budget`. Those without an option
+    stay as they are; advice that applies in Python only is left out.
     """
     options = {option.name: option for option in command.params if option.param_type_name == "option"}
 

@@ -1,4 +1,4 @@
-"""What is meant by the options that say in how many bits experts are, by layer and by how much they are used."""
+"""Parse the options for the formats of experts: of all, by layer, and of those that are used most."""
 
 from __future__ import annotations
 
@@ -60,7 +60,7 @@ def _hottest(trace: Path, share: str) -> dict[str, list[int]]:
 
 @contextmanager
 def _named(option: str) -> Iterator[None]:
-    """Begin an error of ours, which quotes what was typed, with the option that it was typed for."""
+    """Begin an error of ours about a typed value with the option that it was typed for."""
     try:
         yield
     except MoeOffloadError as error:

@@ -1,8 +1,8 @@
 """Ctrl-C while an answer is being generated: finish the token, then stop.
 
-A `KeyboardInterrupt` could strike between any two lines, also inside the cache's bookkeeping. So the first Ctrl-C only
-leaves word, which `generate` looks at after each token. The second one is an ordinary interrupt, for those who cannot
-wait for the token.
+A `KeyboardInterrupt` can occur between any two lines, also inside the cache's bookkeeping. So the first Ctrl-C only
+sets a flag, which `generate` checks after each token. The second one is an ordinary interrupt, which does not wait for
+the token.
 """
 
 from __future__ import annotations

@@ -1,15 +1,15 @@
-"""Measure one answer as it is made: speed, and what it asked of the cache."""
+"""Measure one answer while it is generated: speed and use of the cache."""
 
 from __future__ import annotations
 
 import time
 
-from transformers_moe_offload.hf.runtime import OffloadRuntime
+from transformers_moe_offload.hf.model.handle import OffloadRuntime
 from transformers_moe_offload.stats import CacheStats
 
 
 class Meter:
-    """Counts from the moment it is made until it is read."""
+    """Measures from its creation to each call of `summary`."""
 
     def __init__(self, runtime: OffloadRuntime) -> None:
         self._runtime = runtime

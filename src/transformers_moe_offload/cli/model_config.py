@@ -1,7 +1,7 @@
-"""The config of the MODEL that was named, which tells early and in plain words that there is no model of that name.
+"""Read the config of the named MODEL first: if there is no such model, the error is early and plain.
 
-Read before tokenizers and weights are, so that a misspelt folder is not asked for at the Hub, and a Hub that is out of
-reach is waited for once.
+A misspelt folder is not looked up on the Hub, and the command waits for an unreachable Hub only once, not again for
+tokenizer and weights.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ def read_config(name: str, origin: Origin, what: str) -> PretrainedConfig:
             config: PretrainedConfig = AutoConfig.from_pretrained(name, **origin.for_classes())
         except (OSError, ValueError, ImportError):
             raise
-        except Exception as error:  # what classes of configs make of values that they do not expect, each in its way
+        except Exception as error:  # classes of configs raise various errors for values that they do not expect
             raise CommandError(f"{what}: its config is not what such a model's is: {error}") from error
         return config
 

@@ -1,4 +1,4 @@
-"""What is meant by options that several subcommands take, and how they reach `from_pretrained`."""
+"""Parse options that several subcommands take, and pass them to `from_pretrained`."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ def parse_dtype(name: str) -> torch.dtype | None:
 
 
 def parse_device_map(name: str | None) -> str | None:
-    """The same, once it is known that a device named so can be used; what is no device, Transformers reads."""
+    """The name, after a check that it can be used if it is a device; Transformers reads other names."""
     try:
         torch.device(name or "cpu")
     except RuntimeError:  # 'auto', or misspelt
@@ -59,7 +59,7 @@ def expect_device(option: str, name: str) -> None:
     except RuntimeError as error:
         raise CommandError(f"{option} {name!r} is no device; this machine has {_devices()}") from error
     try:
-        torch.zeros(1, device=name).tolist()  # "meta" has none to give
+        torch.zeros(1, device=name).tolist()  # raises for "meta", whose tensors have no data
     except (RuntimeError, AssertionError, NotImplementedError) as error:  # torch without CUDA asserts that it has it
         reason = str(error).partition("\n")[0].rstrip(".")
         raise CommandError(f"{option} {name} cannot be used here: {reason}; this machine has {_devices()}") from error

@@ -1,4 +1,4 @@
-"""`moe-offload plan`: what offloading a model would put where, before anything is downloaded."""
+"""`moe-offload plan`: where offloading would put a model's weights, before they are downloaded."""
 
 from __future__ import annotations
 
@@ -15,12 +15,12 @@ from transformers_moe_offload.cli import formats, options
 from transformers_moe_offload.cli.blueprint import Blueprint, draw
 from transformers_moe_offload.cli.traffic import Traffic, expect
 from transformers_moe_offload.config import Budget, OffloadConfig
+from transformers_moe_offload.dtypes import dtype_name
 from transformers_moe_offload.formats.by_expert import LayerCodings
-from transformers_moe_offload.hf.plan import OffloadPlan, Placement, make_plan, readable
+from transformers_moe_offload.hf.model.plan import OffloadPlan, Placement, make_plan, readable
 from transformers_moe_offload.hf.prebuilt.sizes import Sizes
-from transformers_moe_offload.hf.top_k import experts_per_token
-from transformers_moe_offload.memory.available import HOST_SHARE, available_bytes
-from transformers_moe_offload.memory.record import dtype_name
+from transformers_moe_offload.hf.routers.top_k import experts_per_token
+from transformers_moe_offload.system.free_memory import HOST_SHARE, available_bytes
 
 TOLERANCE = 0.01
 """Sizes that differ by less than this agree: checkpoints carry small extras, such as buffers that are not loaded."""
@@ -67,7 +67,7 @@ class _Weights:
     blueprint: Blueprint
     codings: tuple[LayerCodings, ...]
     formats: str
-    """How experts are stored, for people."""
+    """How experts are stored, as printed."""
     dense_bytes: int
     bits_per_weight: float | None
     """Of experts, on average; None where they are not quantized."""
@@ -76,7 +76,7 @@ class _Weights:
 
     @classmethod
     def of(cls, blueprint: Blueprint, config: OffloadConfig, origin: options.Origin) -> _Weights:
-        """What a config makes of a model's weights."""
+        """A model's weights, quantized as a config says."""
         quantization = blueprint.quantization(config)
         stored = blueprint.stored_bytes(quantization, origin)
         sizes = Sizes.of(quantization, stored)
@@ -104,7 +104,7 @@ class _Weights:
 
 
 def _settled(config: OffloadConfig, weights: _Weights, device: torch.device) -> OffloadConfig:
-    """The config with `auto` replaced by what it will come to once the dense weights have taken their room."""
+    """The config with the budget `auto` replaced by the bytes that the dense weights will leave."""
     if config.budget != Budget():
         return config
     share = HOST_SHARE if device.type == "cpu" else 1.0

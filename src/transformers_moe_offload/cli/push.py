@@ -7,7 +7,7 @@ from pathlib import Path
 import typer
 from huggingface_hub import HfApi
 
-from transformers_moe_offload.build.publish import is_built, publish
+from transformers_moe_offload.builder.publish import is_built, publish
 from transformers_moe_offload.hf.prebuilt.publish import LAYOUT, check_prebuilt, expect_complete
 from transformers_moe_offload.hub.upload import expect_pushable, upload
 

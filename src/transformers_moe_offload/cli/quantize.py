@@ -16,7 +16,8 @@ from transformers_moe_offload.cli.failures import CommandError, reading
 from transformers_moe_offload.cli.push import push_folder
 from transformers_moe_offload.cli.writing import expect_apart, progress, resumable
 from transformers_moe_offload.config import ExpertFormats, OffloadConfig
-from transformers_moe_offload.hf.plan import readable
+from transformers_moe_offload.dtypes import dtype_name
+from transformers_moe_offload.hf.model.plan import readable
 from transformers_moe_offload.hf.prebuilt.card import auto_class_of, model_card
 from transformers_moe_offload.hf.prebuilt.layout import MARKS, plain_config, prebuilt_config
 from transformers_moe_offload.hf.prebuilt.recipe import recipe_of
@@ -25,7 +26,6 @@ from transformers_moe_offload.hf.prebuilt.source import Quantization, contents
 from transformers_moe_offload.hf.prebuilt.writer import Prebuilt, write_prebuilt
 from transformers_moe_offload.hub.fetch import fetch
 from transformers_moe_offload.hub.upload import expect_pushable
-from transformers_moe_offload.memory.record import dtype_name
 from transformers_moe_offload.output.place import expect_place
 from transformers_moe_offload.output.text import as_json
 
@@ -50,7 +50,7 @@ def quantize(
     token: str | None,
     local_files_only: bool,
 ) -> None:
-    """Show what becomes of the weights, write the checkpoint, and upload it if asked to."""
+    """Show the formats and sizes of the weights, write the checkpoint, and upload it if asked to."""
     config = OffloadConfig(
         experts=formats.parse_formats(experts, layers, hot, trace, hot_share, optimize=not no_optimize),
         dense=formats.parse_format("--dense", dense, optimize=not no_optimize),
@@ -100,7 +100,7 @@ def quantize(
         },
         copies=fetched.companions,
     )
-    torch.set_num_threads(1)  # the workers are the parallel ones
+    torch.set_num_threads(1)  # the workers already use all cores
     nbytes = sum(shard.nbytes for shard in content.shards())
     with resumable(folder, MARKS), progress("quantizing", nbytes) as advance:
         write_prebuilt(folder, content, recipe, overwrite=overwrite, workers=workers, advance=advance)

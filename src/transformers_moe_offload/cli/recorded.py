@@ -9,7 +9,7 @@ from transformers_moe_offload.tracing import Trace, TraceError
 
 
 def load_trace(path: Path) -> tuple[Trace, RoutingTrace | None]:
-    """What caches were asked for, and the recording of the routing that says so, where the path is its folder."""
+    """The visits as a trace, and the recording of the routing that they are from, if the path is its folder."""
     found = load_either(path)
     recorded = found if isinstance(found, Trace) else found.to_cache_trace()
     if not recorded.num_asked:
@@ -18,7 +18,7 @@ def load_trace(path: Path) -> tuple[Trace, RoutingTrace | None]:
 
 
 def load_either(path: Path) -> Trace | RoutingTrace:
-    """What the path names, as it is: a recording counts tokens by itself."""
+    """The trace or the recording at a path, not converted: a recording has token counts of its own."""
     return RoutingTrace.load(path) if path.is_dir() else Trace.load(path)
 
 

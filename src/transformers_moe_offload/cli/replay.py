@@ -1,4 +1,4 @@
-"""`moe-offload replay`: what other policies and sizes would have made of a trace."""
+"""`moe-offload replay`: hit rates of a trace under other policies and cache sizes."""
 
 from __future__ import annotations
 

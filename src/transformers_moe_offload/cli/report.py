@@ -30,7 +30,7 @@ def report(
 ) -> None:
     """Draw the trace into a folder of plots, or one page."""
     recorded, routed = load_trace(trace)
-    make_figure()  # after what is wrong with the input was said, and before the replays, which take a while
+    make_figure()  # raises without matplotlib: after errors in the input, and before the replays, which take a while
     sizes = _ten_sizes(recorded.total_experts) if slots is None else parse_sizes(slots, recorded.total_experts)
     replays = play(recorded, policy, sizes)
     figures = {
@@ -56,7 +56,7 @@ def report(
 def _sections(
     figures: dict[str, Any], replays: list[Replay], total_experts: int, *, has_routing: bool
 ) -> list[Section]:
-    """What a cache made, or would make, of the trace."""
+    """Hit rates of replays, use of experts, and the recorded stalls."""
     sections = [
         Section(
             "Hit rates",

@@ -1,4 +1,4 @@
-"""Write results to a file, which is there whole or as it was before."""
+"""Write results to a file: it is complete afterwards, or as it was before."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from transformers_moe_offload.cli.failures import CommandError
 
 
 def expect_file(option: str, path: Path | None) -> None:
-    """Raise `CommandError` if a file cannot be written there, before hours of work for what would be in it."""
+    """Raise `CommandError` if the file cannot be written; called before the work whose result it is to hold."""
     if path is None:
         return
     if path.is_dir() or not path.parent.is_dir():

@@ -1,7 +1,8 @@
-"""What a checkpoint says about itself without its weights being downloaded.
+"""Sizes and dtypes in a checkpoint, without downloading its weights.
 
-Asks for `model.safetensors.index.json`; of weight files that are on this machine already the headers are read. Only
-where the config cannot tell what weights take, another method having quantized them, is the Hub asked for headers, too.
+Reads `model.safetensors.index.json`, and the headers of weight files that are on this machine already. Headers are
+requested from the Hub only if another method has quantized the weights, because the config does not tell their size
+then.
 """
 
 from __future__ import annotations
@@ -17,27 +18,27 @@ from huggingface_hub.errors import SafetensorsParsingError
 from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME, cached_file
 
 from transformers_moe_offload.cli.options import Origin
+from transformers_moe_offload.disk_io.file import File
+from transformers_moe_offload.disk_io.file_identity import FileIdentity
+from transformers_moe_offload.dtypes import torch_dtype
 from transformers_moe_offload.errors import CheckpointError
 from transformers_moe_offload.hub.fetch import fetch
-from transformers_moe_offload.memory.disk import File
-from transformers_moe_offload.memory.file_identity import FileIdentity
-from transformers_moe_offload.memory.record import torch_dtype
-from transformers_moe_offload.memory.safetensors_index import DTYPES, StoredTensor, read_header, read_index
-from transformers_moe_offload.memory.weight_map import WeightMap
+from transformers_moe_offload.tensor_files.index import DTYPES, StoredTensor, read_header, read_index
+from transformers_moe_offload.tensor_files.weight_map import WeightMap
 from transformers_moe_offload.untrusted import quoted
 
 _NOWHERE = FileIdentity(nbytes=0, device=0, inode=0, modified_ns=None)
-"""Of files that are on the Hub and are not opened."""
+"""Identity of files on the Hub, which are not opened."""
 
 
 @dataclass(frozen=True)
 class Stored:
-    """Each fact is None where neither an index nor a header is at hand."""
+    """Each fact is None where neither index nor header is available."""
 
     nbytes: int | None
     """Bytes of all tensors."""
     dtype: torch.dtype | None
-    """Dtype of the first floating-point tensor that is not quantized: what Transformers loads a model in if its config
+    """Dtype of the first floating-point tensor that is not quantized; Transformers loads a model in it if its config
     names none."""
 
 
@@ -52,7 +53,7 @@ def what_is_stored(name: str, origin: Origin) -> Stored:
 
 
 def stored_tensors(name: str, config: Any, origin: Origin) -> Mapping[str, StoredTensor]:
-    """All tensors of a checkpoint by name: those of the Hub to be looked at only, for they are in no file here."""
+    """All tensors of a checkpoint by name; those on the Hub have shapes and sizes, but cannot be read."""
     if Path(name).is_dir() or origin.local_files_only:
         return read_index(fetch(name, config, origin.for_files()).weights)
     try:

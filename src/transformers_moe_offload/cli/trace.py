@@ -1,4 +1,4 @@
-"""`moe-offload trace`: write down which experts real generations ask for."""
+"""`moe-offload trace`: record which experts real generations ask for."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from transformers_moe_offload.cli.interruption import Interruption
 from transformers_moe_offload.cli.model_config import read_config
 from transformers_moe_offload.cli.results import expect_file
 from transformers_moe_offload.config import OffloadConfig
-from transformers_moe_offload.hf.top_k import experts_per_token
+from transformers_moe_offload.hf.routers.top_k import experts_per_token
 from transformers_moe_offload.routing import RoutingTrace, record_routing
 from transformers_moe_offload.routing.trace_file import expect_new_folder
 from transformers_moe_offload.tracing import Trace
@@ -48,7 +48,7 @@ def trace(
     local_files_only: bool,
     trust_remote_code: bool,
 ) -> None:
-    """Generate from each prompt and write down what the layers wanted."""
+    """Generate from each prompt and record the experts that the layers wanted."""
     config = OffloadConfig(cache_budget=cache_budget, policy=policy)
     sampling = Sampling(max_new_tokens, temperature, top_p)
     origin = options.Origin(revision, token, local_files_only, trust_remote_code)
@@ -77,7 +77,7 @@ def trace(
 
 
 def _texts(prompt: list[str] | None, prompts: Path | None) -> list[str]:
-    """The prompts that were asked for, one way or the other."""
+    """The prompts of `--prompt`, or the lines of `--prompts`."""
     if (prompt is None) == (prompts is None):
         raise CommandError("give prompts either with --prompt, as often as you like, or as the lines of --prompts FILE")
     texts = prompt or []
@@ -119,7 +119,7 @@ def _record(model: Any, tokenizer: Any, inputs: list[dict[str, Any]], sampling: 
 
 
 class _Ticks(StoppingCriteria):
-    """Stops nothing; moves the progress bar on by a token."""
+    """Never stops; moves the progress bar on by a token."""
 
     def __init__(self, progress: Progress, task: Any) -> None:
         self._progress = progress

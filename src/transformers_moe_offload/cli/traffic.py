@@ -1,4 +1,4 @@
-"""Expect how many bytes a token will read: which experts it takes is up to the router, how many is known beforehand."""
+"""Estimate how many bytes a token will read: the number of its experts is known beforehand, which ones is not."""
 
 from __future__ import annotations
 
@@ -7,13 +7,13 @@ from dataclasses import dataclass
 from torch import nn
 
 from transformers_moe_offload.expert import ExpertSpec
-from transformers_moe_offload.hf.plan import OffloadPlan
-from transformers_moe_offload.hf.top_k import experts_per_token
+from transformers_moe_offload.hf.model.plan import OffloadPlan
+from transformers_moe_offload.hf.routers.top_k import experts_per_token
 
 
 @dataclass(frozen=True)
 class Traffic:
-    """Expected reads of one decoded token, routing being uniform and the cache full."""
+    """Expected reads of one decoded token, with uniform routing and a full cache."""
 
     experts_per_token: int
     """Over all sparse layers."""

@@ -1,4 +1,4 @@
-"""What the subcommands that write checkpoints have in common."""
+"""Shared by the subcommands that write checkpoints: checks, interruption, progress."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from transformers_moe_offload.output.place import Marks, unfinished
 
 
 def expect_apart(source: str, folder: Path) -> None:
-    """Reading from and writing to one folder would end badly."""
+    """Raise `CommandError` if source and target folder lie inside one another."""
     if not Path(source).is_dir():
         return
     source_path, target = Path(source).resolve(), folder.resolve()

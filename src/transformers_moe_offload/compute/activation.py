@@ -1,8 +1,8 @@
 """Find out by trying whether kernels can do what a module does between its two products.
 
 A module's gate is code of its own. But most of them are one of a few formulas, with numbers that the module keeps as
-attributes; so those are tried on values of all sizes, and what gives the same everywhere is the same. Whatever is not
-recognised is left to the module.
+attributes. So these formulas are tried on values of all sizes, and one that always gives the module's results is taken.
+If none does, the module computes its activation itself.
 """
 
 # S values tried
@@ -21,14 +21,14 @@ from transformers_moe_offload.kernels.grouped import Activation, Function
 
 _SIZES = torch.logspace(-2, 4, 13, dtype=torch.float64)
 _VALUES = torch.cat([-_SIZES.flip(0), torch.zeros(1, dtype=torch.float64), _SIZES])
-"""Up to 10,000, so that a limit that a product could ever meet is met."""
+"""Up to 10,000, so that every limit that products could ever reach has an effect."""
 
 _RTOL, _ATOL = 1e-5, 1e-6
 """Modules may compute in float32, whatever they are given."""
 
 
 def recognised(mlp: ExpertMlp, experts: Any) -> Activation | None:
-    """What the module does with products, in words of the kernels; None if that is none of theirs."""
+    """The module's activation in terms of the kernels; None if they do not have it."""
     gate, up = torch.meshgrid(_VALUES, _VALUES, indexing="ij")
     gate, up = gate.reshape(1, -1), up.reshape(1, -1)
     layouts: list[tuple[bool, Tensor]] = [(False, torch.cat([gate, up], -1))]
@@ -75,7 +75,7 @@ def _function(activation: Activation, x: Tensor) -> Tensor:
 
 
 def _candidates(mlp: ExpertMlp, experts: Any, is_interleaved: bool) -> Iterator[Activation]:
-    """What is tried, with the numbers that the module has for such things."""
+    """The activations that are tried, with the module's own limits and slopes."""
     numbers = [
         float(value)
         for name, value in vars(experts).items()

@@ -2,7 +2,7 @@
 
 A tensor in a slot begins at a cache line. One that is used where it lies in a checkpoint begins where the file has
 it, at a multiple of 8 bytes as a rule. Kernels may take another path then, with another order of summation; libraries
-do not promise that they do not (see "conditional numerical reproducibility" in Intel's guide to MKL). So it is tried.
+leave that open (see "conditional numerical reproducibility" in Intel's guide to MKL). So it is tested.
 """
 
 # N rows, O out, I in
@@ -16,11 +16,12 @@ from torch import Tensor
 from torch.nn import functional
 
 from transformers_moe_offload import kernels
-from transformers_moe_offload.memory.record import ALIGNMENT, torch_dtype
+from transformers_moe_offload.dtypes import torch_dtype
+from transformers_moe_offload.store.record import ALIGNMENT
 
 _ROWS = (1, 2, 17)
 _MOST_OUTPUTS = 256
-"""Outputs are summed apart from each other, so some of them stand for all."""
+"""Outputs are summed independently of each other, so some of them stand for all."""
 
 
 @cache

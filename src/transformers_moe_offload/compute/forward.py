@@ -9,20 +9,40 @@ order of its choices. So the result does not depend on the order in which expert
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 
 from transformers_moe_offload.cache.cache import ExpertCache
-from transformers_moe_offload.compute.held import are_computed_together, together
-from transformers_moe_offload.compute.host_side import HostSide
+from transformers_moe_offload.compute.grouped_resident import are_computed_together, together
 from transformers_moe_offload.compute.mlp import ExpertMlp, ExpertWeights
-from transformers_moe_offload.compute.padding import padded
-from transformers_moe_offload.compute.routing import FEW_PAIRS, Grouping, group_by_expert
+from transformers_moe_offload.compute.row_buckets import padded
+from transformers_moe_offload.compute.token_grouping import FEW_PAIRS, Grouping, group_by_expert
 from transformers_moe_offload.formats.base import Coding
 from transformers_moe_offload.formats.by_expert import AS_USED, LayerCodings
-from transformers_moe_offload.memory.slots import Weights
+from transformers_moe_offload.slots.base import Weights
+
+
+class HostWork(Protocol):
+    """Experts that a host is computing meanwhile."""
+
+    def finish(self) -> dict[int, Tensor]:
+        """Wait for it: the rows of each expert, (N, H) on the accelerator."""
+
+
+class HostHelp(Protocol):
+    """A host that computes some of the experts that an accelerator lacks (`hybrid/layer.py`)."""
+
+    def share(
+        self, cache: ExpertCache, layer: int, grouping: Grouping, loads_under_way: int = 0
+    ) -> dict[int, Sequence[int]]:
+        """The experts that the host is to compute in a layer that is about to be visited, each with its tokens."""
+
+    def start(
+        self, mlp: ExpertMlp, experts: Any, hidden_states: Tensor, layer: int, share: dict[int, Sequence[int]]
+    ) -> HostWork:
+        """Begin to compute them: hidden_states (T, H) on the accelerator."""
 
 
 def sparse_forward(
@@ -37,18 +57,18 @@ def sparse_forward(
     codings: LayerCodings = AS_USED,
     cast_to: torch.dtype | None = None,
     started: Callable[[Sequence[int]], None] | None = None,
-    host: HostSide | None = None,
+    host: HostHelp | None = None,
 ) -> Tensor:
     """The experts' contribution to each token.
 
     hidden_states (T, H), top_k_index (T, K) int64, top_k_weights (T, K) -> (T, H) in the dtype of hidden_states.
     `experts` is the module whose activation is used. `codings` says what the slots hold, expert by expert;
     `cast_to` is the dtype to multiply in, where that is another one.
-    `started` is called with the wanted experts once their loads are under way. `host` may compute some of those that
+    `started` is called with the wanted experts once their loads are in flight. `host` may compute some of those that
     are absent, meanwhile.
     """
     grouping = group_by_expert(top_k_index, top_k_weights, cache.num_experts(layer))
-    is_ordered = experts.training  # random numbers are drawn in the order of computation, which must not be chance
+    is_ordered = experts.training  # random numbers are drawn in the order of computation, which must be fixed
     outputs, share, computing = {}, {}, None
     if host is not None and not is_ordered and not torch.is_autocast_enabled(hidden_states.device.type):
         share = host.share(cache, layer, grouping, cache.num_loading)
@@ -77,7 +97,7 @@ def computed(
 ) -> dict[int, Tensor]:
     """The rows of some experts that are held: together where kernels can, on a CPU if they are few, else one by one.
 
-    It makes no difference to the rows of each.
+    The rows of each expert are the same in all three cases.
     """
     if are_computed_together(mlp, hidden_states, codings):
         return together(mlp, experts, hidden_states, grouping, held, codings)
@@ -102,14 +122,14 @@ def rows_of(hidden_states: Tensor, tokens: Tensor | list[int]) -> Tensor:
 
 
 def _stacked(hidden_states: Tensor, wanting: list[Tensor | list[int]]) -> Tensor:
-    """hidden_states (T, H) of some tokens, and of some more, and so on: (N, H)."""
+    """hidden_states (T, H) of several lists of tokens, one list after the other, (N, H)."""
     if hidden_states.shape[0] == 1:
         return hidden_states.expand(sum(map(len, wanting)), -1)
     return hidden_states[[int(token) for tokens in wanting for token in tokens]]
 
 
 def opened(weights: Weights, coding: Coding | None, cast_to: torch.dtype | None = None) -> ExpertWeights:
-    """What a slot holds, as matrices that can be multiplied with: those in low bits with rows of any dtype."""
+    """The weights in a slot as matrices that can be multiplied with: those in low bits with rows of any dtype."""
     matrices = weights if coding is None else coding.matrices(weights)
     if cast_to is None:
         return matrices

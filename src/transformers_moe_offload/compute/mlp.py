@@ -66,7 +66,7 @@ class ExpertMlp:
     def several(
         self, experts: Any, rows: Tensor, counts: Sequence[int], weights: Sequence[ExpertWeights]
     ) -> Sequence[Tensor]:
-        """rows (N, H), as many as `counts` says for each of some experts -> those of each, (n, H), as on its own.
+        """rows (N, H), as many as `counts` says for each of some experts -> those of each, (n, H), as if alone.
 
         In few large steps, which cost less than many small ones.
         """
@@ -95,7 +95,7 @@ class ExpertMlp:
         return kernels.linear_each(rows, counts, matrices, activations=self.activations)
 
     def gradient(self, gradient: Tensor, weights: ExpertWeights, name: str) -> Tensor:
-        """That of a product, (N, out), to that of its rows, (N, in), in the same dtype."""
+        """The gradient of a product, (N, out) -> that of its rows, (N, in), in the same dtype."""
         matrix = weights[name]
         if isinstance(matrix, PackedMatrix):
             return kernels.linear_transposed(gradient, matrix)

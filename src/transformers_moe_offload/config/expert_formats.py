@@ -1,7 +1,7 @@
 """`ExpertFormats`: which experts are quantized how, by sparse layer and one by one.
 
-Everything is named by number, so that a recipe says it all: who is hot was read from a trace beforehand
-(`Trace.hottest`, `RoutingTrace.hottest`), and whoever loads the result needs no trace.
+Layers and experts are named by number, so that a recipe is complete: hot experts were read from a trace beforehand
+(`Trace.hottest`, `RoutingTrace.hottest`), and no trace is needed to load the result.
 """
 
 from __future__ import annotations
@@ -116,7 +116,7 @@ class ExpertFormats:
                 )
 
     def plain(self) -> dict[str, Any]:
-        """As JSON knows it; without hot experts, only what there is to say."""
+        """The fields as JSON values, `hot` and `hot_experts` only if there are hot experts."""
         hot = {key: list(experts) for key, experts in self.hot_experts.items()}
         return {
             "default": plain_format(self.default),
@@ -125,7 +125,8 @@ class ExpertFormats:
 
     @classmethod
     def make(cls, value: object) -> ExpertFormats | None:
-        """What `experts=` stands for: one format for all, a dictionary of either class's fields, or None."""
+        """The formats that `experts=` stands for, given one format for all, a dictionary of either class's fields, or
+        None."""
         if value is None or isinstance(value, cls):
             return value
         if isinstance(value, HqqFormat):

@@ -46,7 +46,7 @@ class HqqFormat:
         for name, choices in (
             ("nbits", NBITS), ("group_size", GROUP_SIZES), ("meta_nbits", META_NBITS), ("axis", (1, 0)),
         ):  # fmt: skip
-            if type(getattr(self, name)) is not int:  # True and 4.0 equal integers, and are none
+            if type(getattr(self, name)) is not int:  # True and 4.0 equal integers, but are not integers
                 raise ConfigError(f"{name}={quoted(getattr(self, name))} is not one of {list(choices)}")
             choose(name, getattr(self, name), choices)
         if not isinstance(self.optimize, bool):
@@ -63,7 +63,7 @@ class HqqFormat:
         return f"{self.nbits}-bit, groups of {self.group_size}{'' if self.axis else ' along the outputs'}{meta}"
 
     def as_stored(self) -> HqqFormat:
-        """The same but for `optimize`, which nobody can tell from what is stored."""
+        """The same with `optimize` at its default, because stored weights do not tell its value."""
         return replace(self, optimize=True)
 
     @classmethod
@@ -83,12 +83,12 @@ class HqqFormat:
 
 
 def plain_format(value: HqqFormat | None) -> dict[str, Any] | None:
-    """A format as JSON knows it."""
+    """A format as JSON values."""
     return None if value is None else asdict(value)
 
 
 def make_format(option: str, value: object) -> HqqFormat | None:
-    """What an option that takes a format stands for: a format, a dictionary of its fields, or None."""
+    """The format that an option stands for, given a format, a dictionary of its fields, or None."""
     if value is None or isinstance(value, HqqFormat):
         return value
     if isinstance(value, Mapping):

@@ -25,7 +25,7 @@ Misses = Literal["auto", "fetch", "compute"]
 Decode = Literal["host", "device", "graph", "auto"]
 
 RECIPE_VERSION = 1
-"""Of what `config.json` of a checkpoint with quantized experts says about them."""
+"""Version of the recipe in `config.json` of a checkpoint with quantized experts."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -47,13 +47,13 @@ class OffloadConfig(dict[str, Any]):
             better kernels and orders of summation and is at least as close to exact arithmetic; `"int8"` is `"fast"`
             with the inputs of products with quantized weights rounded to 8 bits, which is faster yet and about 1 %
             off.
-        decode: who has to know which experts a token wants. `"host"`: it asks the cache layer by layer, and fetches.
+        decode: where the routing has to be known. `"host"`: the host asks the cache layer by layer, and fetches.
             `"device"`, on a machine with GPU: kernels read experts by address, in slots or, where they are not
             resident, in page-locked host memory, and the cache follows behind. That takes page-locked memory for all
             experts, within `host_budget`. `"graph"` besides captures whole steps of
             `generate(cache_implementation="static")` in CUDA graphs. `"auto"` is `"device"` where that is possible
-            and, by rates that are measured when the model is loaded, faster. Prompts, training, and what else cannot do
-            without the host, are computed as with `"host"`, and the log says so. No GPU has run this so far.
+            and, by rates that are measured when the model is loaded, faster. Prompts, training, and all else that needs
+            the host are computed as with `"host"`, and the log says so. No GPU has run this so far.
         mmap: on a CPU machine, use experts where they lie in the page cache instead of copying them into slots; the
             pages stay the system's, which takes them back when it needs them. `"auto"` does so where all experts fit
             into free RAM but not into the cache, and can be used as they are stored; False copies, so that
@@ -131,7 +131,7 @@ class OffloadConfig(dict[str, Any]):
     update = setdefault = popitem = clear = _is_frozen
 
     def pop(self, key: str, *default: Any) -> Any:
-        """What a dictionary's does for a key that is not there, of which Transformers asks for many."""
+        """As of a dictionary for a missing key with a default, which Transformers pops a lot; else an error."""
         return self._is_frozen() if key in self or not default else default[0]
 
     @property
@@ -145,7 +145,7 @@ class OffloadConfig(dict[str, Any]):
         return Budget.parse(self.cache_budget, "cache_budget")
 
     def recipe(self) -> dict[str, Any]:
-        """What a checkpoint of a model that was quantized by this config has to say about it in `config.json`."""
+        """The entry in `config.json` of a checkpoint that was quantized by this config."""
         return {
             "quant_method": self.quant_method,
             "version": RECIPE_VERSION,
@@ -215,7 +215,7 @@ class OffloadConfig(dict[str, Any]):
         return {"quant_method": self.quant_method} | changed
 
     def _plain(self, name: str) -> Any:
-        """A field as JSON knows it."""
+        """A field as JSON values."""
         value = getattr(self, name)
         if isinstance(value, ExpertFormats):
             return value.plain()

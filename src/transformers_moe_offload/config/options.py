@@ -1,4 +1,4 @@
-"""What configs of all kinds do with what people pass them."""
+"""Checks of options that all configs share."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ def refuse_unknown(owner: str, options: Iterable[str], known: list[str]) -> None
 
 
 def parsed(option: str, text: str) -> Any:
-    """What a command line meant by a string: a JSON object, true, false or none in any case; else the string itself."""
+    """The value of a string of a command line: a JSON object, true, false or none in any case; else the string."""
     stripped = text.strip()
     words = {"true": True, "false": False, "none": None, "null": None}
     if stripped.lower() in words:

@@ -14,11 +14,11 @@ class PrefetchConfig:
     """How to load experts before a layer asks for them.
 
     Args:
-        predictor: who guesses: `"next_router"` asks the routers of the layers ahead about the hidden states of this
+        predictor: how to guess: `"next_router"` asks the routers of the layers ahead about the hidden states of this
             one, `"last_token"` expects what the layer wanted at the last token, `"transition"` learns which expert
             follows which; or a name given to `register_predictor`.
-        lookahead: how many sparse layers ahead to guess, 1 to 4: the slower experts arrive, the earlier they must set
-            out, and the less sure the guesses are.
+        lookahead: how many sparse layers ahead to guess, 1 to 4: the slower experts load, the earlier their loads must
+            begin, and the less certain the guesses are.
         min_confidence: guesses that come true less often than this are not acted upon, 0 to 1.
         max_bytes: most bytes to start loading ahead during one sparse layer; None means what the measured bandwidth
             can carry in the time that demand leaves.

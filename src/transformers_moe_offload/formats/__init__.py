@@ -1,1 +1,1 @@
-"""What one expert is made of when it is stored: dense, or quantized."""
+"""The arrays that store one expert, dense or quantized."""

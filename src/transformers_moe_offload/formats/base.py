@@ -1,4 +1,4 @@
-"""What everything that stores experts in another form than they are used in has to answer."""
+"""The interface of every coding: a form in which experts are stored that differs from the form they are used in."""
 
 from __future__ import annotations
 
@@ -19,18 +19,18 @@ class Coding(Protocol):
         """All arrays of an expert, in the order in which they are stored."""
 
     def decode(self, parts: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """The fields of an expert from the arrays of `stored`, in their shapes and the dtype they are loaded in, all in
-        memory of their own."""
+        """The fields of an expert from the arrays of `stored`, in their shapes and the dtype they are loaded in. The
+        results never share memory with the arrays."""
 
     def decode_field(self, name: str, parts: Mapping[str, Tensor]) -> Tensor:
-        """One of these fields."""
+        """One of the fields that `decode` returns; may share memory with the arrays."""
 
     @property
     def is_packed(self) -> bool:
-        """Whether all matrices are in low bits that there is arithmetic for."""
+        """Whether all matrices are in low bits that the kernels can multiply with."""
 
     def matrices(self, parts: Mapping[str, Tensor]) -> Mapping[str, Tensor | PackedMatrix]:
-        """What to compute with: matrices in low bits where there is arithmetic for them, decoded fields elsewhere."""
+        """The operands to compute with: packed matrices where there are kernels for them, decoded fields elsewhere."""
 
     def cast(self, dtype: str) -> Coding:
-        """The same for a model in another dtype: what is stored stays, and is decoded to that."""
+        """This coding for a model in another dtype: the stored arrays stay, and are decoded to `dtype`."""

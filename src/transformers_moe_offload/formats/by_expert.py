@@ -1,4 +1,4 @@
-"""Which expert of a sparse layer is stored how: all alike, but for those that are hot."""
+"""How each expert of a sparse layer is stored: hot experts in one way, all others in another."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ class LayerCodings:
     """How each expert of one sparse layer is stored."""
 
     usual: Coding | None = None
-    """How all experts are that are not hot; None where they are stored as they are used."""
+    """How all experts that are not hot are stored; None where they are stored as they are used."""
     hot: Coding | None = None
     hot_experts: frozenset[int] = frozenset()
 
@@ -22,11 +22,11 @@ class LayerCodings:
 
     @property
     def kinds(self) -> tuple[Coding | None, ...]:
-        """The ways in which experts of the layer are stored."""
+        """The distinct codings of the layer: one, or two if some experts are hot."""
         return (self.usual, self.hot) if self.hot_experts else (self.usual,)
 
     def cast(self, dtype: str) -> LayerCodings:
-        """The same for a model in another dtype: what is coded stays, and is decoded to that."""
+        """These codings for a model in another dtype: the stored arrays stay, and are decoded to `dtype`."""
         usual, hot = (None if coding is None else coding.cast(dtype) for coding in (self.usual, self.hot))
         return LayerCodings(usual, hot, self.hot_experts)
 

@@ -1,6 +1,6 @@
 """How one expert is stored: which of its fields are quantized, and what arrays each field becomes.
 
-A record, a slot or a file then holds these arrays like any other tensors; nobody else needs to know a format.
+A record, a slot or a file holds these arrays like any other tensors, so no other code depends on the format.
 """
 
 from __future__ import annotations
@@ -33,10 +33,10 @@ class FieldCoding:
     format: HqqFormat | None = None
     is_transposed: bool = False
     loaded_dtype: str | None = None
-    """What the field is decoded to; None for the dtype that it has in `field`."""
+    """Dtype that the field is decoded to; None for the dtype in `field`."""
 
     def __post_init__(self) -> None:
-        _ = self.packing  # a format that does not fit is an error here, not when the first expert is encoded
+        _ = self.packing  # raises here for a format that does not fit, not when the first expert is encoded
 
     @cached_property
     def packing(self) -> Packing | None:
@@ -57,7 +57,7 @@ class FieldCoding:
 
     @cached_property
     def _part_names(self) -> tuple[tuple[str, str], ...]:
-        """Names of the arrays in the matrix, and in the expert."""
+        """Pairs of names of each array: in the matrix, and in the expert."""
         assert self.packing is not None
         return tuple((own.name, part.name) for own, part in zip(self.packing.parts, self.parts, strict=True))
 
@@ -67,7 +67,7 @@ class FieldCoding:
         return self.format is not None and self.format.axis == 1
 
     def encode(self, tensor: Tensor, name: str | None = None) -> dict[str, Tensor]:
-        """The arrays that store a tensor of the field's shape; `name` is what an error calls it."""
+        """The arrays that store a tensor of the field's shape; errors call it `name`."""
         assert tensor.shape == self.field.shape
         if self.format is None:
             return {self.field.name: tensor.to(getattr(torch, self.field.dtype))}
@@ -75,7 +75,7 @@ class FieldCoding:
         return {part: matrix.parts[own] for own, part in self._part_names}
 
     def decode(self, parts: Mapping[str, Tensor]) -> Tensor:
-        """The tensor that these arrays stand for, in the field's shape and the dtype it is loaded in."""
+        """The tensor that these arrays store, in the field's shape and the dtype it is loaded in."""
         dtype = getattr(torch, self.loaded_dtype or self.field.dtype)
         if self.format is None:
             return parts[self.field.name].to(dtype)
@@ -85,7 +85,7 @@ class FieldCoding:
         return weight.t().contiguous() if self.is_transposed else weight
 
     def matrix(self, parts: Mapping[str, Tensor]) -> PackedMatrix:
-        """The matrix (out, in) of a quantized field, made of the arrays as they are; with axis 0, what is packed."""
+        """The packed matrix of a quantized field, sharing the arrays: (out, in), or as in `columns.py` for axis 0."""
         assert self.packing is not None
         return PackedMatrix(self.packing, {own: parts[part] for own, part in self._part_names})
 
@@ -94,7 +94,7 @@ class FieldCoding:
 class ExpertCoding:
     """How experts of a sparse layer are stored.
 
-    Matrices are quantized; biases, norms and whatever else has not exactly two dimensions stay as they are.
+    Matrices are quantized; biases, norms and all other fields without exactly two dimensions stay as they are.
     """
 
     fields: tuple[FieldSpec, ...]
@@ -102,7 +102,7 @@ class ExpertCoding:
     """None where all fields are stored as they are."""
     is_transposed: bool = False
     loaded_dtype: str | None = None
-    """What fields are decoded to; None for the dtype that each of them has in `fields`."""
+    """Dtype that all fields are decoded to; None for the dtype that each has in `fields`."""
 
     def __post_init__(self) -> None:
         _ = self.codings
@@ -123,7 +123,7 @@ class ExpertCoding:
         return tuple(part for coding in self.codings for part in coding.parts)
 
     def encode(self, tensors: Mapping[str, Tensor], name: str = "the expert") -> dict[str, Tensor]:
-        """Quantize an expert: its fields -> the arrays of `stored`. An error calls it `name`."""
+        """Quantize an expert: its fields -> the arrays of `stored`. Errors call it `name`."""
         parts: dict[str, Tensor] = {}
         for coding in self.codings:
             field = coding.field.name
@@ -133,17 +133,17 @@ class ExpertCoding:
     def decode(self, parts: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """The fields of an expert from the arrays of `stored`, in their shapes and the dtype they are loaded in.
 
-        All in memory of their own.
+        The results never share memory with the arrays.
         """
         fields = {coding.field.name: coding.decode(parts) for coding in self.codings}
         return {name: field.clone() if field is parts.get(name) else field for name, field in fields.items()}
 
     def decode_field(self, name: str, parts: Mapping[str, Tensor]) -> Tensor:
-        """One of these fields."""
+        """One of the fields that `decode` returns; may share memory with the arrays."""
         return self._by_name[name].decode(parts)
 
     def packing(self, name: str) -> Packing | None:
-        """How the matrix of a field is packed, as `matrices` gives it; None for a field that it decodes."""
+        """How the matrix that `matrices` returns for a field is packed; None for a field that it decodes."""
         coding = self._by_name[name]
         return coding.packing if coding.has_arithmetic else None
 
@@ -157,13 +157,13 @@ class ExpertCoding:
         return self.format is not None and self.format.axis == 1
 
     def matrices(self, parts: Mapping[str, Tensor]) -> dict[str, Tensor | PackedMatrix]:
-        """What to compute with: packed matrices where there are kernels for them, which copies nothing, and dense
-        fields."""
+        """The operands to compute with: packed matrices where there are kernels for them, without a copy, and decoded
+        fields elsewhere."""
         return {
             coding.field.name: coding.matrix(parts) if coding.has_arithmetic else coding.decode(parts)
             for coding in self.codings
         }
 
     def cast(self, dtype: str) -> ExpertCoding:
-        """The same for a model in another dtype: what is stored stays, and is decoded to that."""
+        """This coding for a model in another dtype: the stored arrays stay, and are decoded to `dtype`."""
         return replace(self, loaded_dtype=dtype)

@@ -1,7 +1,7 @@
-"""Groups along the outputs of a matrix, hqq's axis 0: such matrices are read, but none is quantized so.
+"""Groups along the outputs of a matrix, hqq's axis 0: such matrices can be read, but not quantized.
 
-There a group is g weights of one column, N / g rows apart. Brought together, column after column, they are the rows of
-another matrix whose groups lie as ours do, so that is what is packed.
+Such a group is g weights of one column, N / g rows apart. With each group brought together, column after column, the
+weights form a (K, N) matrix whose groups lie along its rows, as with axis 1; that matrix is packed.
 """
 
 # N rows (outputs), K columns (inputs), S matrices stacked along the rows, g group size
@@ -11,11 +11,11 @@ from __future__ import annotations
 from torch import Tensor
 
 _STACKED = {"gate_up_proj": 2}
-"""Fields that are several matrices, each with groups of its own."""
+"""Fields that stack several matrices, each with groups of its own."""
 
 
 def num_stacked(field: str) -> int:
-    """How many matrices, S, a field of an expert is."""
+    """How many matrices, S, a field of an expert stacks."""
     return _STACKED.get(field.rpartition(".")[2], 1)
 
 
@@ -26,6 +26,6 @@ def brought_together(weights: Tensor, group_size: int) -> Tensor:
 
 
 def put_back(weights: Tensor, group_size: int, stacked: int = 1) -> Tensor:
-    """The reverse for S matrices that were brought together one after another: (K, N) -> (N, K)."""
+    """Undo `brought_together` for S matrices, each brought together on its own: (K, N) -> (N, K)."""
     cols, rows = weights.shape
     return weights.view(cols, stacked, -1, group_size).permute(1, 3, 2, 0).reshape(rows, cols)

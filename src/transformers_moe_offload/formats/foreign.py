@@ -1,7 +1,6 @@
-"""Experts that another method has quantized: a record holds the arrays as its checkpoint has them.
+"""Experts that another method has quantized: a record holds the arrays as the checkpoint stores them.
 
-What they stand for is the method's to say. Its own arithmetic, given as a function, opens one expert's arrays each time
-the expert is used.
+A function of that method dequantizes one expert's arrays each time the expert is used.
 """
 
 from __future__ import annotations
@@ -24,7 +23,7 @@ class ForeignField:
     """One field of an expert and the arrays that store it."""
 
     field: FieldSpec
-    """As the method opens it."""
+    """The field as the method dequantizes it."""
     parts: tuple[FieldSpec, ...]
     open: Open | None = None
     """None where the field is stored as it is, in one array."""
@@ -45,8 +44,8 @@ class ForeignCoding:
 
     fields: tuple[ForeignField, ...]
     casts: tuple[str, ...] = ()
-    """Dtypes that the model was cast to since it was loaded: opened weights take the same way as those of a plain
-    model."""
+    """Dtypes that the model was cast to since it was loaded: opened weights are cast to each in turn, as those of a
+    plain model were."""
 
     @cached_property
     def stored(self) -> tuple[FieldSpec, ...]:
@@ -54,14 +53,14 @@ class ForeignCoding:
         return tuple(part for field in self.fields for part in field.parts)
 
     def decode(self, parts: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """The fields of an expert, in memory of their own."""
+        """The fields of an expert; the results never share memory with the arrays."""
         return {
             name: tensor.clone() if any(tensor is part for part in parts.values()) else tensor
             for name, tensor in self.matrices(parts).items()
         }
 
     def decode_field(self, name: str, parts: Mapping[str, Tensor]) -> Tensor:
-        """One of these fields."""
+        """One of the fields that `decode` returns; may share memory with the arrays."""
         return self._by_name[name].decode(parts, self.casts)
 
     @property
@@ -70,11 +69,11 @@ class ForeignCoding:
         return False
 
     def matrices(self, parts: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """All fields, opened; those that are stored as they are used are not copied."""
+        """All fields, decoded; fields that are stored as they are used are not copied."""
         return {field.field.name: field.decode(parts, self.casts) for field in self.fields}
 
     def cast(self, dtype: str) -> ForeignCoding:
-        """The same experts, cast once more after they are opened."""
+        """This coding with one more cast after opening."""
         return replace(self, casts=(*self.casts, dtype))
 
     @cached_property

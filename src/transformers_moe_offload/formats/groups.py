@@ -1,16 +1,16 @@
-"""Code groups of weights: which scale and zero each one gets, as they are stored, and which codes.
+"""Quantize groups of weights: choose each group's scale and zero, as they are stored, and its codes.
 
 The scale comes first, for it follows from a group's range alone; then the zero that suits the scale as stored; then
-the codes nearest to the weights under both as stored. `kernels/solver.py` has the arithmetic, `meta.py` the way of
-storing.
+the codes nearest to the weights under both as stored. `kernels/solver.py` has the arithmetic, `meta.py` the storage of
+scales and zeros.
 
-hqq spans the codes from a group's smallest to its largest weight. That is hard to store where 0 lies far outside:
-nearly equal weights get an enormous zero, of which float16 has few, and which takes the 8-bit steps from all others of
-its block. So where a group's weights all have one sign other spans are tried as well, and what comes nearest to the
-weights is kept.
+hqq spans the codes from a group's smallest to its largest weight. This is inexact where 0 lies far outside the range:
+nearly equal weights get an enormous zero, which float16 rounds coarsely, and which in 8 bits widens the steps of all
+zeros of its block. So where all weights of a group have one sign, other spans are tried as well, and the one with the
+smallest error is kept.
 """
 
-# M groups, g weights in a group, U units: what is stored together, single groups or blocks of META_BLOCK groups
+# M groups, g weights in a group, U units: groups stored together, each single or META_BLOCK of them
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ from transformers_moe_offload.kernels.packed import META_BLOCK
 from transformers_moe_offload.kernels.solver import Solver
 
 FARTHEST = LARGEST * LARGEST
-"""What a zero and a scale in float16 can express."""
+"""Largest weight that a zero and a scale in float16 can express."""
 
 
 @dataclass(frozen=True)
@@ -38,23 +38,23 @@ class CodedGroups:
     codes: Tensor
     """(M, g) uint8."""
     meta: dict[str, Tensor]
-    """Scales and zeros under the names of `Packing.parts`, M of them; of those that belong to blocks, U."""
+    """Scales and zeros under the names of `Packing.parts`: M entries each, or U for the ranges of blocks."""
     scale: Tensor
     """(M,) float32, like `zero`."""
     zero: Tensor
 
 
 class _Span(NamedTuple):
-    """What the codes of each group are to reach: code 0 means `base`, and the next ones `scale` more each; (M,)."""
+    """The range that the codes of each group span: code c means `base + c * scale`; both (M,)."""
 
     base: Tensor
     scale: Tensor
 
 
 def code_groups(groups: Tensor, format: HqqFormat, solver: Solver, name: str) -> CodedGroups:
-    """Code groups (M, g) float32 that begin with a block.
+    """Quantize groups (M, g) float32, the first of which begins a block.
 
-    Raises `CheckpointError`, in which they are called `name`, if a weight is infinite or not a number.
+    Raises `CheckpointError`, which calls them `name`, if a weight is infinite or not a number.
     """
     low, high = solver.ranges(groups)
     if not (torch.isfinite(low) & torch.isfinite(high)).all():  # sync: device -> host
@@ -74,10 +74,11 @@ def code_groups(groups: Tensor, format: HqqFormat, solver: Solver, name: str) ->
 
 
 def _spans(low: Tensor, high: Tensor, max_code: int) -> list[_Span]:
-    """low, high (M,) -> spans from low to high; and for groups of one sign, from 0, and in steps as large as they.
+    """low, high (M,) -> three spans: from low to high; for groups of one sign also from 0, and with a scale of the
+    largest weight.
 
-    Where 0 lies outside, the first one is widened by what float16 may round the zero by, 2^-11 of the weights, and the
-    zero kept below 2^15. Where no scale is large enough, it lies in the middle.
+    Where 0 lies outside the range, the first span is widened by the rounding of the zero to float16, 2^-11 of the
+    weights, and keeps the zero below 2^15. Where no scale in float16 is large enough, the span is centred on 0.
     """
     is_one_sided = (low > 0) | (high < 0)
     peak = torch.maximum(-low, high)
@@ -103,7 +104,7 @@ def _coded(groups: Tensor, span: _Span, format: HqqFormat, solver: Solver) -> Co
 
 
 def _stored_scale(scale: Tensor, format: HqqFormat) -> tuple[dict[str, Tensor], Tensor]:
-    """As `stored`, but in 8 bits no scale is rounded down by so much that the codes miss the ends of the range.
+    """As `stored`, but in 8 bits a scale is not rounded down so far that the codes miss the ends of the range.
 
     A tenth is allowed, and a quarter of a code: with 8-bit codes of weights with outliers, in groups of 16, rounding
     to the nearest step was a tenth worse (error 0.0043 against 0.0039), and with 4 bits no better than this.
@@ -118,7 +119,7 @@ def _stored_scale(scale: Tensor, format: HqqFormat) -> tuple[dict[str, Tensor], 
 def _keep_better(
     coded: CodedGroups, groups: Tensor, is_one_sided: Tensor, span: _Span, format: HqqFormat, solver: Solver
 ) -> None:
-    """Code units that have one-sided groups again, with other spans; those that come nearer replace what they were."""
+    """Quantize units with one-sided groups again, with another span; a smaller error replaces the result so far."""
     unit = 1 if format.meta_nbits == 16 else META_BLOCK
     tried_units = _by_unit(is_one_sided, unit).any(1)
     tried = tried_units.repeat_interleave(unit)[: len(groups)]

@@ -1,4 +1,4 @@
-"""Quantize a matrix: its groups are coded a cache's worth at a time, then the codes packed."""
+"""Quantize a matrix: code its groups in chunks that fit a CPU cache, then pack the codes."""
 
 # N rows (outputs), K columns (inputs), g group size, G = K / g groups in a row, M = N * G groups
 
@@ -16,7 +16,7 @@ from transformers_moe_offload.kernels.solver import Solver, solver_for
 
 
 def packing_of(rows: int, cols: int, format: HqqFormat, *, name: str = "the matrix") -> Packing:
-    """How a format packs a matrix (rows, cols), which an error calls `name`."""
+    """How a format packs a matrix (rows, cols); errors call it `name`."""
     if cols % format.group_size:
         raise ConfigError(
             f"group_size={format.group_size} does not divide the {cols} inputs of {name}, {rows} x {cols}; "
@@ -29,10 +29,10 @@ def packing_of(rows: int, cols: int, format: HqqFormat, *, name: str = "the matr
 def quantize(
     weight: Tensor, format: HqqFormat, *, name: str = "the matrix", solver: Solver | None = None
 ) -> PackedMatrix:
-    """weight (N, K) of any float dtype, on any device -> the matrix that comes near it, on the same device.
+    """weight (N, K) of any float dtype, on any device -> the quantized matrix, on the same device.
 
-    The same weights give the same bytes, whatever else the process does. A weight that is infinite or not a number is
-    a `CheckpointError`, in which the matrix is called `name`.
+    The same weights always give the same bytes. A weight that is infinite or not a number is a `CheckpointError`, which
+    calls the matrix `name`.
     """
     if format.axis != 1:
         raise ConfigError(f"{name} cannot be quantized with axis={format.axis}, which is only read; choose axis=1")

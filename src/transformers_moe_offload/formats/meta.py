@@ -1,6 +1,6 @@
 """How scales and zeros are stored: as float16, or in 8 bits with a minimum and a step for each `META_BLOCK` of them.
 
-Everything returns what is stored *and* what it is read as, because the rest of a matrix is fitted to the latter.
+`stored` returns the arrays *and* the values read back from them, because the rest of a matrix is fitted to the latter.
 """
 
 # M values, B = ceil(M / META_BLOCK) blocks
@@ -13,9 +13,9 @@ from torch import Tensor
 from transformers_moe_offload.kernels.packed import META_BLOCK
 
 LARGEST = 65504.0
-"""Of float16."""
+"""Largest finite float16."""
 SMALLEST = 2.0**-24
-"""Of float16, subnormal."""
+"""Smallest positive float16, subnormal."""
 
 
 def stored(values: Tensor, meta_nbits: int, name: str) -> tuple[dict[str, Tensor], Tensor]:
@@ -35,7 +35,8 @@ def in_half(values: Tensor) -> Tensor:
 def in_eight_bits(values: Tensor) -> tuple[Tensor, Tensor]:
     """values (M,) float32 -> steps (M,) uint8, and minimum and step of each block (B, 2) float16.
 
-    The minimum is rounded down and the step up, so that every value that float16 can hold is met to within half a step.
+    The minimum is rounded down and the step up, so that every value within float16's range is stored to within half a
+    step.
     """
     finite = values.clamp(-LARGEST, LARGEST)
     blocks = _in_blocks(finite)
@@ -48,7 +49,7 @@ def in_eight_bits(values: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def from_eight_bits(codes: Tensor, ranges: Tensor) -> Tensor:
-    """What `in_eight_bits` stored, (M,) float32."""
+    """The values that `in_eight_bits` stored, (M,) float32."""
     minimum, step = ranges.float().unbind(1)
     values = _in_blocks(codes.float()).mul(step[:, None]).add_(minimum[:, None])
     return values.view(-1)[: len(codes)]

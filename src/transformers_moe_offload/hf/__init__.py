@@ -1,1 +1,1 @@
-"""The only code that knows Transformers at run time."""
+"""Integration with Transformers; no layer below imports it at run time."""

@@ -1,7 +1,7 @@
-"""Which arguments of Transformers' own methods an offloaded model cannot honour: they are refused at the door.
+"""Reject arguments of Transformers' own methods that an offloaded model does not support, before anything is done.
 
-All others mean what they mean without us. `tests/hf/test_arguments.py` lists every argument of the methods that
-`install.py` wraps, with what becomes of it.
+All other arguments keep their meaning. `tests/hf/test_arguments.py` lists every argument of the methods that
+`install.py` wraps, and how it is handled.
 """
 
 from __future__ import annotations
@@ -12,20 +12,21 @@ from typing import Any
 from torch import nn
 
 from transformers_moe_offload.errors import ConfigError, UnsupportedModelError
-from transformers_moe_offload.hf.layer import OffloadedExperts
+from transformers_moe_offload.hf.model.layer import OffloadedExperts
 
 _SPLITS = {
     "tp_size": "tensor parallelism",
     "ep_size": "expert parallelism",
     "pp_size": "pipeline parallelism",
 }
-"""Sizes in a `DistributedConfig` (5.23, 5.24) that give each process a part of what a sparse layer or model is. With
+"""Sizes in a `DistributedConfig` (5.23, 5.24) that give each process a part of a sparse layer or of the model. With
 tensor parallelism the plans reduce the output of every experts module over all processes, each of which would have
-computed all of it; with expert parallelism every process keeps all experts. FSDP splits dense weights alone: it may."""
+computed all of it; with expert parallelism every process keeps all experts. FSDP, which only splits dense weights, is
+allowed."""
 
 
 def refuse_on_load(arguments: Mapping[str, Any]) -> None:
-    """Raise for keyword arguments of `from_pretrained` that cannot be had together with offloading."""
+    """Raise for keyword arguments of `from_pretrained` that offloading does not support."""
     if arguments.get("gguf_file") is not None:
         raise ConfigError(
             f"gguf_file={arguments['gguf_file']!r} cannot be had with moe_offload, which reads experts from "
@@ -47,7 +48,7 @@ def refuse_splits(distributed: Any) -> None:
 
 
 def refuse_kernels(model: nn.Module) -> None:
-    """Raise if `use_kernels` could put a kernel of the Hub in place of a block with offloaded experts."""
+    """Raise if `use_kernels` could replace a block with offloaded experts by a kernel from the Hub."""
     for name, module in model.named_modules():
         kernel = getattr(module, "kernel_layer_name", None)
         if kernel is not None and any(isinstance(part, OffloadedExperts) for part in module.modules()):
@@ -58,7 +59,7 @@ def refuse_kernels(model: nn.Module) -> None:
 
 
 def refuse_on_save(arguments: Mapping[str, Any], *, is_quantized: bool) -> None:
-    """Raise for arguments of `save_pretrained` that an offloaded model cannot honour."""
+    """Raise for arguments of `save_pretrained` that an offloaded model does not support."""
     kind = "quantized" if is_quantized else "offloaded"
     for name in ("variant", "distributed_checkpoint") if is_quantized else ("distributed_checkpoint",):
         if arguments.get(name):

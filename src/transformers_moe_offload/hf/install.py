@@ -1,12 +1,12 @@
-"""Register with Transformers, and take it back.
+"""Register with Transformers, and unregister.
 
-Two entries in Transformers' own tables, a few that stand in front of its own, and three patches.
-`PreTrainedModel.from_pretrained` learns the keyword `moe_offload`; the Auto classes pass unknown keywords on to it, so
-nothing else needs to be touched. This patch can go when Transformers lets a registered quantization method add keywords
-of its own. `AutoConfig.from_pretrained`, which comes before, names a config that is damaged once it has failed
-(`hf/damage.py`); this one can go when Transformers does. `PreTrainedModel.save_pretrained` writes models with quantized
-weights in a format of ours, and others with the weights that it is given; this one can go when a quantization method
-may write files, and sees these weights.
+Two new entries in Transformers' tables, wrappers of a few of its own entries, and three patches.
+- `PreTrainedModel.from_pretrained` accepts the keyword `moe_offload`; the Auto classes pass unknown keywords on to it.
+  Not needed once Transformers lets a registered quantization method add keywords.
+- `AutoConfig.from_pretrained`, which runs before, names a damaged config in its error (`hf/loading/damage.py`). Not
+  needed once Transformers does.
+- `PreTrainedModel.save_pretrained` writes models with quantized weights in a format of ours, and other models with the
+  `state_dict` that it is given. Not needed once a quantization method may write files and sees that argument.
 """
 
 from __future__ import annotations
@@ -24,15 +24,15 @@ from transformers import AutoConfig, PretrainedConfig, PreTrainedModel
 
 from transformers_moe_offload.config import OffloadConfig
 from transformers_moe_offload.errors import CheckpointError, ConfigError
-from transformers_moe_offload.hf.adapters.register import uninstall_adapters
 from transformers_moe_offload.hf.arguments import refuse_on_load, refuse_on_save
-from transformers_moe_offload.hf.damage import HUB_OPTIONS, expect_layers, explaining
-from transformers_moe_offload.hf.delegates.methods import DELEGATED, refusal
-from transformers_moe_offload.hf.delegates.quantizer import delegating
-from transformers_moe_offload.hf.places import expect_in_place
-from transformers_moe_offload.hf.quantizer import MoeOffloadQuantizer, asked_for, to_save
-from transformers_moe_offload.hf.runtime import OffloadRuntime
-from transformers_moe_offload.hf.saving import expect_no_adapter, expect_whole, save_quantized
+from transformers_moe_offload.hf.loading.damage import HUB_OPTIONS, expect_layers, explaining
+from transformers_moe_offload.hf.loading.quantizer import MoeOffloadQuantizer, asked_for, to_save
+from transformers_moe_offload.hf.model.handle import OffloadRuntime
+from transformers_moe_offload.hf.model.places import expect_in_place
+from transformers_moe_offload.hf.model.saving import expect_no_adapter, expect_whole, save_quantized
+from transformers_moe_offload.hf.other_quantizers.methods import DELEGATED, refusal
+from transformers_moe_offload.hf.other_quantizers.quantizer import delegating
+from transformers_moe_offload.hf.peft.register import uninstall_adapters
 from transformers_moe_offload.hf.upstream import (
     AUTO_QUANTIZATION_CONFIG_MAPPING,
     AUTO_QUANTIZER_MAPPING,
@@ -45,9 +45,9 @@ from transformers_moe_offload.hf.upstream import (
 
 
 def install() -> None:
-    """Make `moe_offload=` known to every `from_pretrained`. Importing the package does it; twice does no harm.
+    """Make every `from_pretrained` accept `moe_offload=`. Runs when the package is imported; idempotent.
 
-    Raises `UpstreamError`, and changes nothing, if Transformers lacks something that is needed for it.
+    Raises `UpstreamError`, and changes nothing, if Transformers lacks a class or function that we need.
     """
     check_hooks()
     warn_if_untested()
@@ -62,7 +62,7 @@ def install() -> None:
 
 
 def uninstall() -> None:
-    """Leave Transformers as it was before `install`. Models that are loaded keep working."""
+    """Restore Transformers to its state before `install`. Loaded models keep working."""
     AUTO_QUANTIZER_MAPPING.pop(OffloadConfig.quant_method, None)
     AUTO_QUANTIZATION_CONFIG_MAPPING.pop(OffloadConfig.quant_method, None)
     for method in _delegated():
@@ -75,7 +75,7 @@ def uninstall() -> None:
 
 
 def _wrapped_methods() -> tuple[tuple[type, str, Callable[[Any], Any]], ...]:
-    """The class and the name of each method that is wrapped, and what wraps it."""
+    """The class and the name of each method that is wrapped, and the function that wraps it."""
     return (
         (AutoConfig, "from_pretrained", _naming_damage),
         (PreTrainedModel, "from_pretrained", _accepting_moe_offload),
@@ -84,13 +84,13 @@ def _wrapped_methods() -> tuple[tuple[type, str, Callable[[Any], Any]], ...]:
 
 
 def _replace(owner: type, name: str, change: Callable[[Any], Any]) -> None:
-    """Put what `change` makes of a method, or of a class method's function, in its place."""
+    """Replace a method by `change(method)`; for a class method `change` gets its function."""
     found = vars(owner)[name]
     setattr(owner, name, classmethod(change(found.__func__)) if isinstance(found, classmethod) else change(found))
 
 
 def _delegated() -> list[str]:
-    """The methods whose experts can be offloaded, as far as this version of Transformers has them."""
+    """Quantization methods whose experts can be offloaded and that this version of Transformers has."""
     return [method for method in DELEGATED if method in AUTO_QUANTIZER_MAPPING]
 
 
@@ -99,7 +99,7 @@ def _is_ours(method: Any) -> bool:
 
 
 def _naming_damage(plain: Any) -> Any:
-    """Wrap `AutoConfig.from_pretrained`, to which the Auto classes hand the keywords they were given."""
+    """Wrap `AutoConfig.from_pretrained`, to which the Auto classes pass their keywords, so that damage is named."""
     from_pretrained = explaining(plain)
     from_pretrained._is_of_moe_offload = True
     return from_pretrained
@@ -116,7 +116,7 @@ def _accepting_moe_offload(plain: Any) -> Any:
         if isinstance(given, dict) and given.get("quant_method") == OffloadConfig.quant_method:
             given = OffloadConfig.from_dict(given)
         if config is not None and given is not None and _is_of_checkpoint(given, pretrained_model_name_or_path, kwargs):
-            # lm-evaluation-harness (0.4.13) reads it from the checkpoint and hands it over beside what it was told.
+            # lm-evaluation-harness (0.4.13) reads it from the checkpoint and passes it beside the user's arguments.
             given = None
         if config is not None and given is not None:
             raise ConfigError(
@@ -147,7 +147,7 @@ def _accepting_moe_offload(plain: Any) -> Any:
 
 
 def _take_out_of_config(kwargs: dict[str, Any]) -> OffloadConfig | None:
-    """The `OffloadConfig` that was set on a config object, as if it had been given beside it."""
+    """The `OffloadConfig` that is set on a config object; `kwargs` get a copy of that object without it."""
     config = kwargs.get("config")
     found = getattr(config, "quantization_config", None)
     if not isinstance(found, OffloadConfig):
@@ -158,8 +158,8 @@ def _take_out_of_config(kwargs: dict[str, Any]) -> OffloadConfig | None:
 
 
 def _saving_offloaded(plain: Any) -> Any:
-    """Wrap `save_pretrained` so that quantized weights are saved as they are, others with those that are given, and
-    neither beside an adapter."""
+    """Wrap `save_pretrained`: quantized weights are saved as they are, other models with the given `state_dict`, and
+    neither into a folder with an adapter."""
 
     @functools.wraps(plain)
     def save_pretrained(self: Any, save_directory: Any, *args: Any, **kwargs: Any) -> Any:
@@ -193,9 +193,9 @@ def _saving_offloaded(plain: Any) -> Any:
 
 
 def method_of(name_or_path: Any, kwargs: dict[str, Any]) -> str | None:
-    """The method that a checkpoint is quantized with, by the name that its config gives; None if there is none.
+    """The name of the method that a checkpoint is quantized with, from its config; None if it is not quantized.
 
-    Asks for the config as `from_pretrained` with these keywords would.
+    Finds the config as `from_pretrained` with these keywords would.
     """
     found = _stored_quantization(name_or_path, kwargs)
     if found is None:
@@ -205,7 +205,7 @@ def method_of(name_or_path: Any, kwargs: dict[str, Any]) -> str | None:
 
 
 def _stored_quantization(name_or_path: Any, kwargs: dict[str, Any]) -> dict[str, Any] | None:
-    """What a checkpoint's config says about how it is quantized."""
+    """The `quantization_config` of a checkpoint's config, or of its text config; None if there is none."""
     config = kwargs.get("config")
     if isinstance(config, PretrainedConfig):
         config = config.to_dict()
@@ -220,7 +220,7 @@ def _stored_quantization(name_or_path: Any, kwargs: dict[str, Any]) -> dict[str,
 
 
 def _is_of_checkpoint(given: Any, name_or_path: Any, kwargs: dict[str, Any]) -> bool:
-    """Whether a quantization config says what the checkpoint says of itself."""
+    """Whether a quantization config equals the one in the checkpoint's config."""
     stored = _stored_quantization(name_or_path, kwargs)
     if stored is None or not AutoHfQuantizer.supports_quant_method(stored):
         return False

@@ -1,10 +1,10 @@
-"""What this package takes from Transformers, accelerate and PEFT that they do not promise to keep.
+"""Names of Transformers, accelerate and PEFT that this package uses although they are not stable API.
 
-Public names are imported where they are used. Private names, modules without documentation, and whatever differs from
-one version to the next stand here, each with the versions that it was checked with, so that a new version breaks one
-file. `tests/hf/test_upstream.py` has a contract for every entry, and fails by the entry's name when upstream moves.
+Public names are imported where they are used. Private names, undocumented modules, and everything that differs between
+versions are here, each with the versions that it was checked with, so that a new version breaks one file.
+`tests/hf/test_upstream.py` has a contract for every entry, and fails by the entry's name when upstream changes.
 
-Imports nothing of the package but its errors, so `hub` and `build`, which know nothing else of `hf`, may import it.
+Imports nothing of the package but its errors, so `hub`, which imports nothing else of `hf`, may import it.
 """
 
 from __future__ import annotations
@@ -42,11 +42,11 @@ try:
         revert_weight_conversion,
     )
 
-    # What `from_pretrained` reads of a folder or a repository, and what `save_pretrained` leaves out.
+    # The files that `from_pretrained` reads, and the tied weights that `save_pretrained` leaves out.
     from transformers.modeling_utils import _get_resolved_checkpoint_files as resolved_checkpoint_files
     from transformers.modeling_utils import remove_tied_weights_from_state_dict
 
-    # The tables of quantization methods, where ours is entered.
+    # The tables of quantization methods, in which ours is registered.
     from transformers.quantizers.auto import (
         AUTO_QUANTIZATION_CONFIG_MAPPING,
         AUTO_QUANTIZER_MAPPING,
@@ -118,15 +118,15 @@ __all__ = [
 ]
 
 COMPILED_CALL = "get_compiled_call"
-"""5.23, 5.24: the method that `generate` asks a model for what it calls in place of the model, with a static cache
-(`PreTrainedModel.get_compiled_call`, called by `generation/utils.py`)."""
+"""5.23, 5.24: the method of a model that returns the callable which `generate` calls in place of the model, with a
+static cache (`PreTrainedModel.get_compiled_call`, called by `generation/utils.py`)."""
 
 
 MOVE_ROWS = ("reorder_cache", "batch_select_indices", "batch_repeat_interleave")
-"""5.23, 5.24: the methods of a KV cache that move its rows, by their places or by how often each is repeated."""
+"""5.23, 5.24: the methods of a KV cache that reorder or repeat its rows."""
 
 FORGET_TOKENS = ("crop", "reset")
-"""5.23, 5.24: the methods of a KV cache that leave fewer tokens of each text in it."""
+"""5.23, 5.24: the methods of a KV cache that drop tokens of each text."""
 
 HOOKS = {
     transformers.AutoConfig: ("from_pretrained",),
@@ -149,8 +149,8 @@ HOOKS = {
         "is_compileable",
     ),
 }
-"""What is wrapped, and what Transformers calls of a quantizer (5.23, 5.24): one that is not there any more would not be
-called, and the experts would be loaded or saved as if this package were not there."""
+"""Methods that are wrapped, and methods of a quantizer that Transformers calls (5.23, 5.24). If one no longer existed,
+it would not be called, and experts would be loaded or saved as if this package were not installed."""
 
 
 def check_hooks() -> None:
@@ -178,9 +178,9 @@ _LATER = {
     "LoraLayer": "peft.tuners.lora.layer",
     "ParamWrapper": "peft.tuners.lora.layer",
 }
-"""Names that are imported when they are first asked for, since what they are in is optional or takes long: what Trainer
-keeps of a callback in a checkpoint, and what writes the source of a model class beside its weights (5.23, 5.24); PEFT's
-table of methods, and what it wraps modules and parameters in (0.21)."""
+"""Names imported at first use, because their modules are optional or slow to import: the state of a callback that
+Trainer keeps in a checkpoint, and the function that writes the source of a model class beside its weights (5.23, 5.24);
+PEFT's table of methods, and its wrappers of modules and parameters (0.21)."""
 
 
 def __getattr__(name: str) -> Any:
@@ -213,12 +213,12 @@ def _minor(version: str) -> tuple[int, int]:
     return int(major), int(minor)
 
 
-# The KV cache: the argument of a forward that is called `past_key_values` (in Mamba's kin `cache_params`) in 5.23 and
-# `cache` in 5.24, where the old names still work in calls, with a FutureWarning, until 5.40. It is found by what the
-# forward's signature says of it and by what is passed, so that it may be renamed again.
+# The KV cache: the argument of a forward that is called `past_key_values` (`cache_params` in Mamba models) in 5.23 and
+# `cache` in 5.24, where the old names still work in calls, with a FutureWarning, until 5.40. It is found by the
+# annotations of the forward's signature and by the types of arguments, so that it may be renamed again.
 
 _FORMER_NAMES = ("cache", "past_key_values", "cache_params")
-"""Of parameters whose signature does not say what they take; only used to refuse what is not understood."""
+"""Names of the parameter if signatures are not annotated; also used to reject caches of unknown types."""
 
 
 def kv_cache_parameter(forward: Callable[..., Any]) -> str | None:
@@ -227,9 +227,9 @@ def kv_cache_parameter(forward: Callable[..., Any]) -> str | None:
 
 
 def kv_cache(module: torch.nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Cache | None:
-    """The KV cache that a call of this module was given, by whichever name or position; None if it was given none.
+    """The KV cache among the arguments of a call of this module, by any name or position; None if there is none.
 
-    Raises `UnsupportedModelError` if it was given something in that place that is not a `Cache` of Transformers.
+    Raises `UnsupportedModelError` if the argument for it is not a `Cache` of Transformers.
     """
     found = next((value for value in (*args, *kwargs.values()) if isinstance(value, Cache)), None)
     if found is not None:
@@ -247,13 +247,13 @@ def kv_cache(module: torch.nn.Module, args: tuple[Any, ...], kwargs: Mapping[str
 
 
 def arguments(module: torch.nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> dict[str, Any]:
-    """What a call of this module was given, by the names of its forward's parameters."""
+    """The arguments of a call of this module, by the names of its forward's parameters."""
     parameters = _parameters(inspect.unwrap(type(module).forward))[1:]
     return {one.name: value for one, value in zip(parameters, args, strict=False)} | dict(kwargs)
 
 
 def kv_cache_argument(model: Any, outputs: Any) -> dict[str, Any]:
-    """The argument with which a forward goes on from a model's outputs; empty if they hold no cache."""
+    """The keyword argument that passes the KV cache in a model's outputs to the next forward; empty without a cache."""
     name, cache = kv_cache_parameter(type(model).forward), kv_cache_of_output(outputs)
     return {} if name is None or cache is None else {name: cache}
 
@@ -266,7 +266,7 @@ def kv_cache_name(inputs: Mapping[str, Any]) -> str | None:
 def num_tokens_in(cache: Cache) -> int:
     """How many tokens of each text a KV cache holds.
 
-    Raises `UnsupportedModelError` if it does not tell, as a cache without attention layers.
+    Raises `UnsupportedModelError` if the cache does not know, for instance without attention layers.
     """
     try:
         return int(cache.get_seq_length())  # sync: device -> host, for a static cache
@@ -310,12 +310,12 @@ def has_peft_adapter(model: Any) -> bool:
 
 
 def dtype_plan(model: Any, dtype: torch.dtype | None) -> dict[str, torch.dtype]:
-    """5.23, 5.24: the parameters that keep a dtype of their own when a model is loaded in `dtype`, by pattern."""
+    """5.23, 5.24: pattern of parameters -> the dtype that they keep when a model is loaded in `dtype`."""
     return dict(model._get_dtype_plan(dtype) or {})
 
 
 def tied_weights(model: Any) -> dict[str, str]:
-    """5.23, 5.24: parameters that are others by another name; name -> the name that it is kept under."""
+    """5.23, 5.24: tied parameters: name -> the name of the parameter that it shares memory with."""
     return dict(getattr(model, "all_tied_weights_keys", None) or {})
 
 
@@ -330,7 +330,7 @@ def ignored_on_load_unexpected(model: Any) -> tuple[str, ...]:
 
 
 def ignore_on_load_unexpected(model: Any, names: set[str]) -> None:
-    """5.23, 5.24: let a checkpoint have these tensors as well, for the load that is running."""
+    """5.23, 5.24: do not report these tensors as unexpected in the current load."""
     patterns = {*ignored_on_load_unexpected(model), *(f"^{re.escape(name)}$" for name in names)}
     model._keys_to_ignore_on_load_unexpected = patterns
 
@@ -346,27 +346,27 @@ def ignored_on_load_missing(model: Any) -> tuple[str, ...]:
 
 
 def attention_implementation(config: Any) -> str | None:
-    """5.23, 5.24: which attention a model of this config uses; it can be changed between two forwards."""
+    """5.23, 5.24: the attention implementation of a model with this config; it can change between two forwards."""
     return getattr(config, "_attn_implementation", None)
 
 
 def experts_implementation(config: Any) -> str | None:
-    """5.23, 5.24: what `from_pretrained(experts_implementation=...)` has asked for."""
+    """5.23, 5.24: the value of `from_pretrained(experts_implementation=...)`."""
     return getattr(config, "_experts_implementation", None)
 
 
 def initialise(model: Any, module: torch.nn.Module) -> None:
-    """5.23, 5.24: fill a module as `from_pretrained` fills what no checkpoint holds, its buffers among them."""
+    """5.23, 5.24: initialise a module, including buffers, as `from_pretrained` does for missing tensors."""
     model._init_weights(module)
 
 
 def mark_initialised(parameter: torch.nn.Parameter) -> None:
-    """5.23, 5.24: say that `from_pretrained` has nothing to fill a parameter with that no checkpoint holds."""
+    """5.23, 5.24: keep `from_pretrained` from initialising a parameter that is missing in the checkpoint."""
     parameter._is_hf_initialized = True  # type: ignore[attr-defined]
 
 
 def is_hooked_by_accelerate(module: torch.nn.Module) -> bool:
-    """accelerate 1: whether it has replaced a module's forward by one that moves weights or inputs."""
+    """accelerate 1: whether it has replaced a module's forward to move weights or inputs."""
     return vars(module).get("_hf_hook") is not None
 
 
@@ -378,6 +378,6 @@ def undecorated_forward(module: torch.nn.Module) -> Callable[..., Any]:
 
 
 def auto_classes_of(config: Any, names: tuple[str, ...]) -> list[tuple[str, Any]]:
-    """5.23, 5.24: those of these Auto classes that know a model for this config, and the class or classes they know."""
+    """5.23, 5.24: those of these Auto classes that have models for this config, each with its class or classes."""
     found = [(name, getattr(transformers, name)._model_mapping.get(type(config), ())) for name in names]
     return [(name, classes) for name, classes in found if classes]

@@ -1,1 +1,1 @@
-"""Checkpoints on the Hub: from there to here, and from here to there."""
+"""Download checkpoints from the Hub and upload them to it."""

@@ -1,7 +1,7 @@
 """The small files that go along with a model's weights: tokenizer, processors, generation settings, licence.
 
-Whatever else is in a folder stays there, and a link that leads out of it is not followed: what is written from these
-files is made to be published. `fetch.py` finds the weights beside them.
+Other files in the folder are ignored, and a link that leads out of it is an error: copies of these files are meant to
+be published. `fetch.py` finds the weights.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ _PLACES = (
     "name_or_path", "_name_or_path", "base_model_name_or_path", "tokenizer_file", "vocab_file", "merges_file",
     "special_tokens_map_file",
 )  # fmt: skip
-"""Settings in which libraries leave the place that something was loaded from."""
+"""Settings in which libraries record where a model or a tokenizer was loaded from: a path, or an id on the Hub."""
 
 
 def is_tokenizer_file(name: str) -> bool:
@@ -47,34 +47,35 @@ def is_tokenizer_file(name: str) -> bool:
 
 
 def companions_in(folder: Path) -> list[Path]:
-    """The files of a folder that go along, its card not among them; raises as `files_in` does."""
+    """The companion files in a folder, without its card; raises as `files_in` does."""
     return files_in(folder, COMPANIONS)
 
 
 def files_in(folder: Path, patterns: Iterable[str]) -> list[Path]:
-    """The files of a folder with such names, in their order.
+    """The files of a folder whose names match one of the patterns, sorted by name.
 
-    Raises `CheckpointError` for a link that leads out of the folder, or of the Hub's cache if that is where it is.
+    Raises `CheckpointError` for a link that leads out of the folder, or, for a snapshot in the Hub's cache, out of its
+    repository there.
     """
     return [file for file in sorted(folder.iterdir()) if _matches(file.name, patterns) and _is_inside(file)]
 
 
 def published(file: Path) -> bytes:
-    """What of such a file can be published: everything but code to run and places on this machine."""
+    """The content of a file to publish: settings without references to code (`auto_map`) or paths on this machine."""
     content = file.read_bytes()
     if not file.name.endswith("config.json"):
         return content
     try:
         settings = json.loads(content)
     except ValueError:
-        return content  # what reads it will say what is wrong with it
+        return content  # copied as it is: loading it reports what is wrong
     kept = dict(_publishable(settings)) if isinstance(settings, dict) else settings
     return content if kept == settings else (json.dumps(kept, indent=2, ensure_ascii=False) + "\n").encode()
 
 
 def _publishable(settings: dict[str, Any]) -> Iterator[tuple[str, Any]]:
     for key, value in settings.items():
-        # The code is not copied; with the entry, trust_remote_code=True would run whatever is elsewhere by then.
+        # The code is not copied; with this entry trust_remote_code=True would run what another repository then holds.
         is_code = key == "auto_map"
         is_place = key in _PLACES and isinstance(value, str) and _HUB_ID.fullmatch(value) is None
         if not is_code and not is_place:
@@ -86,7 +87,7 @@ def _matches(name: str, patterns: Iterable[str]) -> bool:
 
 
 def _is_inside(file: Path) -> bool:
-    """Whether it is a file; raises `CheckpointError` if that lies outside of what the folder may hold."""
+    """Whether this is a file; raises `CheckpointError` for a link to a file outside `_root`."""
     if not file.is_file():
         return False
     root = _root(file.parent.resolve())
@@ -99,7 +100,7 @@ def _is_inside(file: Path) -> bool:
 
 
 def _root(folder: Path) -> Path:
-    """What links in a folder may lead to: the folder, or the repository's part of the Hub's cache.
+    """The folder that links must stay in: the folder itself, or its repository's folder in the Hub's cache.
 
     Files of a snapshot, `models--org--name/snapshots/COMMIT`, are links to `models--org--name/blobs`.
     """

@@ -25,13 +25,13 @@ class Fetched:
     folder: Path
     weights: tuple[Path, ...]
     companions: tuple[Path, ...]
-    """Tokenizer, generation settings, licence: what goes with the model whatever its weights are stored as, see
-    `companions.py`; copied by `published`."""
+    """Tokenizer, generation settings, licence: the files that do not depend on how the weights are stored, see
+    `companions.py`. `published` gives the content to copy."""
     card: Path | None
 
 
 def fetch(name: str, config: Any, options: Mapping[str, Any]) -> Fetched:
-    """Find a checkpoint, and download what is not there; `options` are `revision`, `token` and `local_files_only`."""
+    """Find a checkpoint and download missing files; `options` are `revision`, `token` and `local_files_only`."""
     files, _ = resolved_checkpoint_files(
         name,
         variant=None,
@@ -48,9 +48,9 @@ def fetch(name: str, config: Any, options: Mapping[str, Any]) -> Fetched:
 
 
 def fetch_small(name: str, options: Mapping[str, Any]) -> Fetched:
-    """The same without weights."""
+    """As `fetch`, but without the weights."""
     is_local = Path(name).is_dir()
-    patterns = [*COMPANIONS, CARD, "*.index.json"]  # which files hold the weights is seen from an index
+    patterns = [*COMPANIONS, CARD, "*.index.json"]  # an index names the files that hold the weights
     folder = Path(name) if is_local else Path(snapshot_download(name, allow_patterns=patterns, **options))
     return Fetched(
         folder.resolve().name if is_local else name,

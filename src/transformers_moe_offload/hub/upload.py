@@ -1,6 +1,6 @@
-"""Upload a folder with a checkpoint to the Hub so that no commit in between can be loaded, and again after a failure.
+"""Upload a checkpoint folder to the Hub: no intermediate commit can be loaded, and a failed upload can be repeated.
 
-What is in the folder is its writer's business, see `Layout`; whether it is whole has been checked before.
+The code that wrote the folder describes it (`Layout`); the caller has checked that it is complete.
 """
 
 from __future__ import annotations
@@ -16,20 +16,20 @@ from huggingface_hub import HfApi
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalTokenNotFoundError
 
 from transformers_moe_offload.errors import MoeOffloadError
-from transformers_moe_offload.memory.safetensors_writer import PARTIAL
+from transformers_moe_offload.tensor_files.writer import PARTIAL
 
 T = TypeVar("T")
 logger = logging.getLogger(__name__)
 
 _WAITS = (1.0, 2.0, 4.0, 8.0)
-"""Seconds between attempts while the Hub is in trouble; huggingface_hub (2.4) repeats uploads of files by itself, but
-not requests that create or commit something."""
+"""Seconds between attempts while the Hub fails. huggingface_hub (2.4) retries uploads of files itself, but not requests
+that create a repository or a commit."""
 
 _ADVICE = {
     401: "log in with `hf auth login`, or pass a token",
     403: "does the token allow to write there, and is there storage left?",
     404: "is it spelt right, and does the token see it?",
-    409: "somebody else is writing to it; run it again",
+    409: "another commit is being written to it; run it again",
 }
 
 
@@ -40,19 +40,19 @@ _Failures: Any = (HfHubHTTPError, HFValidationError, LocalTokenNotFoundError, _C
 
 
 class UploadError(MoeOffloadError):
-    """A checkpoint that could not be uploaded, with the reason; the folder is as it was."""
+    """A checkpoint could not be uploaded; the message says why. The folder is unchanged."""
 
 
 @dataclass(frozen=True)
 class Layout:
-    """What an uploader has to know of a folder."""
+    """What the upload needs to know about a folder."""
 
     last: str
-    """The file without which nothing of it can be loaded: it is removed first, and comes last."""
+    """The file without which the checkpoint cannot be loaded: removed first and uploaded last."""
     replaced: tuple[str, ...]
-    """Patterns of files that belong to such a checkpoint alone: those on the Hub that are not in the folder go."""
+    """Patterns of files that only such a checkpoint has: those on the Hub that are not in the folder are deleted."""
     message: str
-    """Of the commit."""
+    """Message of the commit."""
 
 
 def upload(
@@ -65,10 +65,10 @@ def upload(
     revision: str | None = None,
     create_pr: bool = False,
 ) -> str:
-    """Create the repository where it is missing, and upload the folder; returns its address, or the pull request's.
+    """Create the repository if it is missing, and upload the folder; returns its URL, or the pull request's.
 
-    The Hub may take a large folder in several commits. After an interruption it can be run again: what the Hub has is
-    not sent twice. Raises `UploadError` for what the Hub refuses.
+    A large folder may take several commits. An interrupted upload can be run again: files that the Hub already has are
+    not sent twice. Raises `UploadError` if the Hub refuses a request.
     """
     if create_pr and revision not in (None, "main"):
         raise UploadError(
@@ -106,7 +106,7 @@ def upload(
 
 
 def expect_pushable(api: HfApi, repo: str) -> None:
-    """Raise `UploadError` for a repository that cannot be, or a token that the Hub does not know; before the work."""
+    """Raise `UploadError` for an invalid repository name or a token that the Hub rejects; called before the work."""
     try:
         api.repo_exists(repo)
         api.whoami()
@@ -115,7 +115,7 @@ def expect_pushable(api: HfApi, repo: str) -> None:
 
 
 def _patiently(call: Callable[[], T], folder: Path, repo: str) -> T:
-    """What a request to the Hub gives, repeated while it is the Hub that fails."""
+    """The result of a request to the Hub, retried while the connection or the Hub itself fails."""
     for wait in (*_WAITS, None):
         try:
             return call()
@@ -133,12 +133,12 @@ def _patiently(call: Callable[[], T], folder: Path, repo: str) -> T:
 
 
 def _passes(status: int | None) -> bool:
-    """Whether it is trouble that may pass."""
+    """Whether the error is temporary: too many requests, or a failure of the server."""
     return status is not None and (status == 429 or status >= 500)
 
 
 def _status(error: BaseException | None) -> int | None:
-    """The HTTP status that an error is about; huggingface_hub wraps those of single files."""
+    """The HTTP status of an error or its causes, or None; huggingface_hub wraps errors of single files in others."""
     while error is not None:
         response = getattr(error, "response", None)
         if response is not None:

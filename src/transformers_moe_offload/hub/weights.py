@@ -1,7 +1,7 @@
-"""The weight files of a checkpoint on the Hub: which there are and what is in them, before any of them is downloaded.
+"""The weight files of a checkpoint on the Hub: their names and the tensors in them, before any file is downloaded.
 
-A header is a few kilobytes at the beginning of a file, and the Hub sends parts of files. So what would be built can be
-said after seconds, and of a model whose blocks alone are wanted the other files stay where they are.
+A header is a few kilobytes at the beginning of a file, and the Hub serves byte ranges. So a build can be planned within
+seconds, and only files with needed tensors are downloaded.
 """
 
 from __future__ import annotations
@@ -19,14 +19,14 @@ from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME
 
 from transformers_moe_offload.errors import CheckpointError
 from transformers_moe_offload.expert import FieldSpec
-from transformers_moe_offload.memory.safetensors_index import DTYPES, read_header
-from transformers_moe_offload.memory.weight_map import WeightMap
+from transformers_moe_offload.tensor_files.index import DTYPES, read_header
+from transformers_moe_offload.tensor_files.weight_map import WeightMap
 
 _PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt")
 _CONNECTION_FAILED: Any = HfHubHTTPError.__bases__[0]
-"""What the HTTP client of huggingface_hub raises, which is another one in other versions of it."""
+"""What the HTTP client of huggingface_hub raises; which client that is depends on the version."""
 _AT_ONCE = 8
-"""Headers that are asked for at a time, as many as huggingface_hub downloads files."""
+"""Headers requested concurrently; huggingface_hub downloads as many files at a time."""
 
 
 @dataclass(frozen=True)
@@ -35,22 +35,22 @@ class HubWeights:
 
     repo: str
     folder: Path
-    """Where its files are on this machine, once they are downloaded."""
+    """Where the files of this commit are on this machine once they are downloaded."""
     options: Mapping[str, Any]
     """`token` and `local_files_only`."""
     headers: Mapping[str, tuple[FieldSpec, ...]] = field(default_factory=dict)
-    """By file, the tensors in it."""
+    """File name -> the tensors in it."""
 
     @classmethod
     def look_up(cls, repo: str, folder: Path, options: Mapping[str, Any], *, file: str | None = None) -> HubWeights:
         """Find a repository's weight files and read their headers.
 
         `folder` holds the commit's small files; `file` is the weight file, or the index, if the config names one.
-        Raises `CheckpointError` where there are no safetensors, or an index points elsewhere.
+        Raises `CheckpointError` if there are no safetensors files, or an index names files outside the folder.
         """
         wanted = {name: options.get(name) for name in ("token", "local_files_only")}
         found = cls(repo, folder, wanted)
-        index = folder / Path(file or SAFE_WEIGHTS_INDEX_NAME).name  # whatever the config says, in this folder
+        index = folder / Path(file or SAFE_WEIGHTS_INDEX_NAME).name  # a config must not lead out of it
         if index.suffix == ".json":
             names = shards_of(index) if index.is_file() else [SAFE_WEIGHTS_NAME]
         else:
@@ -60,7 +60,7 @@ class HubWeights:
         return cls(repo, folder, wanted, headers)
 
     def download(self, files: Iterable[str]) -> list[Path]:
-        """Bring files to this machine that are not there yet."""
+        """Download the files that are not on this machine yet; returns the paths of all."""
         return [Path(hf_hub_download(self.repo, name, revision=self.folder.name, **self.options)) for name in files]
 
     def _header(self, name: str) -> tuple[FieldSpec, ...]:
@@ -94,12 +94,12 @@ class HubWeights:
 
 
 def shards_of(index: Path) -> list[str]:
-    """The files that an index names; it was written by somebody else, so none of them may lead out of the folder."""
+    """The files that an index names. The index is untrusted: a file outside its folder is an error."""
     return sorted(set(WeightMap.read(index).files.values()))
 
 
 def without_safetensors(name: str, files: Iterable[str]) -> CheckpointError:
-    """Why there are no weights that can be read."""
+    """The error for a checkpoint without safetensors files; names its pickles, if it has any."""
     pickles = sorted(file for file in files if any(fnmatch(file, pattern) for pattern in _PICKLES))
     if pickles:
         return CheckpointError(

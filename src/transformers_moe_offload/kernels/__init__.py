@@ -1,7 +1,7 @@
-"""Arithmetic with matrices in low bits, and with few rows and bfloat16 ones.
+"""Products with matrices in low bits, and with bfloat16 matrices for few rows.
 
-`linear` is what the rest of the package calls. It uses the compiled kernels on CPUs where they were built, Triton's on
-GPUs, else torch; `available` says which, and why not the others.
+The rest of the package calls `linear`. It uses the compiled kernels on CPUs where they were built, Triton's on GPUs,
+else torch; `available` says which of them can be used, and why the others cannot.
 """
 
 from __future__ import annotations
@@ -64,9 +64,9 @@ def linear_each(
     *,
     activations: Activations = "exact",
 ) -> Tensor:
-    """rows (T, K), as many as `counts` says for each of some matrices of one shape -> (T, N), all at once.
+    """rows (T, K), the next `counts[i]` of them times `matrices[i]`, all of one shape -> (T, N), in one call.
 
-    Only for rows that `can_multiply_each`; where the matrices are plain bfloat16 ones, that `dense.reads_fast`.
+    Rows must satisfy `can_multiply_each`, or, for plain bfloat16 matrices, `dense.reads_fast`.
     """
     return cpu.linear_each(rows, counts, matrices, activations)
 
@@ -77,7 +77,7 @@ def linear_transposed(rows: Tensor, matrix: PackedMatrix) -> Tensor:
 
 
 def available() -> dict[str, str]:
-    """Each kind of kernel there could be, and its variant, or why it is not there."""
+    """Each kind of kernels -> the variant in use, or why they are not available."""
     found = native.native()
     missing = gpu.missing()
     return {

@@ -1,7 +1,7 @@
 """Products with packed and with plain bfloat16 matrices on the CPU, by the compiled kernels of `csrc`.
 
-Exact products add up float32 weights, rounded as the reference rounds them; each one in an order that depends on
-nothing but the instruction set, so that results are the same bits for any number of threads and of rows.
+Exact products use float32 weights, rounded as in the reference, and add up in float32. The order of additions depends
+only on the instruction set, so results have the same bits for any number of threads and rows.
 """
 
 # T rows of input, N rows and K columns of the matrix
@@ -21,10 +21,10 @@ from transformers_moe_offload.kernels.packed import PackedMatrix
 Activations = Literal["exact", "int8"]
 
 TYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
-"""Of the rows, by the numbers of `csrc/lowbit.h`."""
+"""Dtypes of rows -> their numbers in `csrc/lowbit.h`."""
 
 BYTES_PER_THREAD = 1 << 18
-"""Bytes of a matrix, times rows of input, that are worth another thread."""
+"""Bytes of a matrix, times rows of input, per additional thread."""
 
 
 def linear(
@@ -32,9 +32,8 @@ def linear(
 ) -> Tensor:
     """rows (T, K) float32, bfloat16 or float16 -> their products with the rows of the matrix, (T, N).
 
-    The matrix is packed, or bfloat16 (N, K) and contiguous. `int8` rounds each group of a row of input to integers of
-    8 bits, where the matrix is packed: faster, and about 1 % off. `threads` are as many as torch has in this thread,
-    unless given.
+    The matrix is packed, or bfloat16 (N, K) and contiguous. For packed matrices `int8` rounds each group of a row of
+    input to 8-bit integers: faster, and about 1 % off. `threads` defaults to at most `torch.get_num_threads()`.
     """
     return linear_each(rows, [len(rows)], [matrix], activations, threads)
 
@@ -46,9 +45,9 @@ def linear_each(
     activations: Activations = "exact",
     threads: int | None = None,
 ) -> Tensor:
-    """rows (T, K) -> (T, N): as many as `counts` says are multiplied by each matrix in turn, all of one shape and kind.
+    """rows (T, K) -> (T, N): the next `counts[i]` rows times `matrices[i]`; all matrices have one shape and kind.
 
-    All products are done together, so that threads are shared out once. Each row's has the same bits as on its own.
+    One call computes all products, so threads are distributed once. Each row's product has the same bits as on its own.
     """
     library = native.library()
     assert library is not None
@@ -56,7 +55,7 @@ def linear_each(
     num_rows, num_cols, nbits, *_ = described[0]
     num_inputs, dtype, itemsize = rows.shape[0], rows.dtype, rows.dtype.itemsize
     assert rows.shape == (sum(counts), num_cols)
-    is_one_row = rows.stride(0) == 0 and set(counts) == {1}  # a token's, shown to each of its experts
+    is_one_row = rows.stride(0) == 0 and set(counts) == {1}  # one token's row, expanded over its experts
     rows = rows if is_one_row and rows.stride(1) == 1 else rows.contiguous()
     row_bytes = rows.stride(0) * itemsize if num_inputs > 1 else 0
     out = torch.empty((num_inputs, num_rows), dtype=dtype)
@@ -76,7 +75,7 @@ def linear_each(
 
 
 def _described(matrix: PackedMatrix | Tensor) -> tuple[int, ...]:
-    """A matrix in the numbers that `csrc/product.c` takes: shape, format, and where its arrays are."""
+    """A matrix as the numbers that `csrc/product.c` takes: shape, format, and addresses of its arrays."""
     if isinstance(matrix, Tensor):
         assert matrix.dtype == torch.bfloat16
         assert matrix.is_contiguous()

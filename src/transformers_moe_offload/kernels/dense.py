@@ -1,14 +1,14 @@
 """Products with ordinary bfloat16 matrices, where torch's own are slow.
 
-- A few rows of input are bound by reading the matrix, and torch's kernels do not read as fast as memory delivers. The
-  compiled ones do: one row, and matrices of 1024 x 1024 that come from memory, at 38 GB/s where torch's `mv` does 15;
-  five rows at 31 where its `linear` does 23 (torch 2.13, two cores of an EPYC with AVX-512 and bfloat16 units).
+- A few rows of input are bound by reading the matrix, and torch's kernels do not reach memory bandwidth. The compiled
+  ones do: with one row, and 1024 x 1024 matrices that come from memory, they read 38 GB/s, torch's `mv` 15; with five
+  rows 31, torch's `linear` 23 (torch 2.13, two cores of an EPYC with AVX-512 and bfloat16 units).
 - One row of another dtype, or without those kernels, goes through `mv`: for bfloat16 it reads weights 1.35 times as
   fast as `linear`, whose matmul reorders them first (torch 2.13, 1536 x 1024, one Xeon core with AMX: 10.2 against
-  7.4 GB/s), and its error against float64 is the same. Autocast knows `linear` but not `mv`.
-- Several rows, on processors that cannot multiply bfloat16, take torch almost as long as one after another (4096 x
-  14336, 64 rows, one Zen 3 core: 707 ms, and 155 ms in float32). A few rows of the matrix at a time, cast to float32
-  in a buffer that stays in the cache, are multiplied in 152 ms, and more exactly.
+  7.4 GB/s), and its error against float64 is the same. Autocast casts for `linear` but not for `mv`.
+- Several rows, on processors that cannot multiply bfloat16, take torch almost as long together as one by one (4096 x
+  14336, 64 rows, one Zen 3 core: 707 ms, and 155 ms in float32). Casting a few rows of the matrix at a time to float32,
+  in a buffer that stays in the cache, takes 152 ms, and is more exact.
 """
 
 # T rows of input, N rows and K columns of the matrix
@@ -26,17 +26,17 @@ from transformers_moe_offload.kernels import cpu, native
 from transformers_moe_offload.kernels.scratch import scratch
 
 TILE_ROWS = 512
-"""Rows of a matrix that are cast at a time, as in that measurement."""
+"""Rows of a matrix that are cast at a time, as in the 152 ms measurement above."""
 
 FEW_ROWS = 8
-"""Up to so many the compiled kernels are at least as fast as torch with bfloat16 units: 22 against 21 GB/s with 8 rows
-in the first measurement above, 19 against 20 with 12."""
+"""Up to this many rows the compiled kernels are at least as fast as torch with bfloat16 units: 22 against 21 GB/s with
+8 rows in the first measurement above; with 12 they are slower, 19 against 20."""
 
 
 def linear(rows: Tensor, weight: Tensor) -> Tensor:
-    """rows (T, K), weight (N, K) -> (T, N), as `torch.nn.functional.linear`, in the fastest way there is here.
+    """rows (T, K), weight (N, K) -> (T, N), as `torch.nn.functional.linear`, by the fastest kernel available.
 
-    Which one that is depends on the number of rows, never on where the weight is.
+    The choice of kernel depends on the number of rows, never on where the weight is in memory.
     """
     num_rows, dtype = rows.shape[0], rows.dtype
     if not _is_plain(rows, weight):
@@ -92,7 +92,7 @@ def linear_transposed_in_tiles(rows: Tensor, weight: Tensor) -> Tensor:
 
 @functools.cache
 def has_bfloat16_units() -> bool:
-    """Whether this processor multiplies bfloat16 itself (AVX512-BF16 or AMX); true of those we know nothing about."""
+    """Whether this processor has instructions to multiply bfloat16 (AVX512-BF16 or AMX); True if unknown."""
     if platform.machine() not in ("x86_64", "AMD64"):
         return True
     known = [getattr(torch.cpu, f"_is_{name}_supported", None) for name in ("avx512_bf16", "amx_tile")]
@@ -100,7 +100,7 @@ def has_bfloat16_units() -> bool:
 
 
 def _is_plain(*tensors: Tensor) -> bool:
-    """Whether nobody wants gradients of a product, or another dtype for it, and it is computed on a CPU."""
+    """Whether a product runs on a CPU, without gradients and without autocast."""
     if tensors[0].device.type != "cpu" or torch.is_autocast_enabled("cpu"):
         return False
     return not torch.is_grad_enabled() or not any(one.requires_grad for one in tensors)

@@ -1,7 +1,7 @@
-"""Products with a matrix that is dequantized first, for GPUs without Triton: the stock matmul does the rest.
+"""Products on GPUs without Triton: the matrix is dequantized, then multiplied by torch's matmul.
 
-Weights are computed in float32 and rounded to the rows' dtype, some millions at a time, in memory that torch's own
-allocator hands out again and again.
+Weights are computed in float32 and rounded to the rows' dtype, some millions at a time, in memory that torch's
+allocator reuses.
 """
 
 # T rows of input, N rows and K columns of the matrix
@@ -16,7 +16,7 @@ from transformers_moe_offload.kernels.packing import unpack_rows
 from transformers_moe_offload.kernels.reference import scales_and_zeros
 
 WEIGHTS = 1 << 22
-"""Dequantized at a time: enough to keep a GPU busy for longer than it takes to launch the next step, and 16 MiB."""
+"""Weights dequantized at a time: enough to keep a GPU busy while the next step is launched; 16 MiB in float32."""
 
 
 def linear(rows: Tensor, matrix: PackedMatrix, weights: int = WEIGHTS) -> Tensor:

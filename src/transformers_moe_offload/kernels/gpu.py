@@ -1,6 +1,6 @@
 """Which kernels a GPU can run, and products by the best of them.
 
-Triton is part of torch's builds for GPUs, yet optional, and imported when it is first needed: that takes a second.
+Triton comes with torch's builds for GPUs but is optional. It is imported when first needed, which takes a second.
 """
 
 # T rows of input, N rows and K columns of the matrix
@@ -18,10 +18,10 @@ from transformers_moe_offload.kernels import dequantized
 from transformers_moe_offload.kernels.packed import PackedMatrix
 
 TYPES = (torch.float32, torch.bfloat16, torch.float16)
-"""Of the rows that the kernels take."""
+"""Dtypes of rows that the Triton kernels accept."""
 
 CAPABILITY = (8, 0)
-"""The least that the kernels are for: tensor cores that multiply bfloat16."""
+"""Lowest compute capability for the Triton kernels: tensor cores that multiply bfloat16."""
 
 
 def linear(rows: Tensor, matrix: PackedMatrix) -> Tensor:
@@ -37,8 +37,8 @@ def linear(rows: Tensor, matrix: PackedMatrix) -> Tensor:
 def missing(device: torch.device | None = None) -> str | None:
     """Why the Triton kernels cannot be used, on this device or at all; None if they can.
 
-    In Triton's interpreter (`TRITON_INTERPRET=1`) they can be used on a CPU that is asked for by name, however slowly:
-    so all that is built on them can be tested without a GPU.
+    In Triton's interpreter (`TRITON_INTERPRET=1`) they can be used, slowly, on the device `cpu` if it is passed
+    explicitly, so that code built on them can be tested without a GPU.
     """
     is_interpreted = device is not None and device.type == "cpu" and os.environ.get("TRITON_INTERPRET") == "1"
     if not is_interpreted and not torch.cuda.is_available():

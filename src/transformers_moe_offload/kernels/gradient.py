@@ -18,7 +18,7 @@ from transformers_moe_offload.kernels.packed import PackedMatrix
 class Linear(torch.autograd.Function):
     """`linear(rows, matrix, activations)`, differentiable in the rows.
 
-    Keeps the matrix, not a copy of it: its bytes must be the same when the product is differentiated.
+    Keeps a reference to the matrix: its bytes must not change before the backward pass.
     """
 
     @staticmethod

@@ -1,7 +1,7 @@
-"""What a launch for many experts at once needs to know: how a matrix lies in their records, who wants whom, and what is
-done to products before they are stored.
+"""The arguments of a launch for many experts at once: where a matrix lies in their records, which token goes to which
+expert, and the activation of the products.
 
-Values only, so that they can be made where Triton is not installed; `kernels/triton/grouped.py` computes with them.
+Values only, so that they can be built without Triton; `kernels/triton/grouped.py` computes with them.
 """
 
 # T tokens, K experts per token, E experts, P = T * K pairs, N rows (outputs) and C columns (inputs) of a matrix,
@@ -24,39 +24,39 @@ Function = Literal["silu", "gelu", "gelu_tanh", "relu", "relu2"]
 
 @dataclass(frozen=True)
 class Activation:
-    """What becomes of products (P, N): an activation of each, or of gates that are multiplied with their `up` (P, I).
+    """The activation of products (P, N): of each product, or of gates that are multiplied with their ups -> (P, I).
 
-    `function(min(gate, limit)) * (clamp(up, -limit, limit) + shift)`; clamped only where there is a limit.
+    `function(min(gate, limit)) * (clamp(up, -limit, limit) + shift)`; without a limit nothing is clamped.
     """
 
     function: Function
     has_gate: bool = False
-    """Whether rows of the matrix are gates and ups, I = N / 2 of each."""
+    """Whether the rows of the matrix are gates and ups, I = N / 2 of each."""
     is_interleaved: bool = False
-    """Whether a gate's up is the next row, instead of that I further down."""
+    """Whether the up of a gate is the next row; if not, it is the row I further down."""
     limit: float | None = None
     slope: float = 1.0
     shift: float = 0.0
 
     def outputs(self, rows: int) -> int:
-        """How many of them there are for so many rows of the matrix."""
+        """Number of outputs for a matrix with `rows` rows."""
         return rows // 2 if self.has_gate else rows
 
 
 @dataclass(frozen=True)
 class PlacedMatrix:
-    """A matrix with a place in every expert's record, the same in each."""
+    """A matrix that every expert's record holds at the same place."""
 
     rows: int
     """N, outputs."""
     cols: int
     """C, inputs."""
     places: Mapping[str, int]
-    """Bytes into a record at which its arrays begin, multiples of 16: those of `packing.parts`, or `weight`; `bias`."""
+    """Offsets of its arrays in a record, in bytes, multiples of 16: of `packing.parts`, or `weight`; and of `bias`."""
     packing: Packing | None = None
     """None where the matrix is dense."""
     dtype: torch.dtype | None = None
-    """Of a dense matrix."""
+    """Dtype of a dense matrix."""
     is_transposed: bool = False
     """Whether a dense matrix is stored (C, N) instead of (N, C)."""
     bias_dtype: torch.dtype | None = None
@@ -68,7 +68,7 @@ class PlacedMatrix:
         assert self.packing is None or (self.packing.rows, self.packing.cols) == (self.rows, self.cols)
 
     def can_activate(self, activation: Activation) -> bool:
-        """Whether whoever computes a gate of this matrix has its up at hand, too."""
+        """Whether the program that computes a gate of this matrix also computes its up."""
         if not activation.has_gate:
             return True
         fields = 1 if self.packing is None else self.packing.fields
@@ -76,34 +76,34 @@ class PlacedMatrix:
             return False
         if activation.is_interleaved:
             return fields == 1 or -(-self.rows // fields) % 2 == 0
-        return self.rows % fields == 0  # both are in one byte then, if there are several codes in it
+        return self.rows % fields == 0  # with several codes in a byte, a gate and its up then share one
 
 
 class Pairs(NamedTuple):
     """The (token, choice) pairs of a layer, on the device.
 
-    A pair is idle if its index is no expert's or its weight is zero. What is launched depends on the shapes and on
-    `num_tokens` only; what is in the tensors counts when it runs.
+    A pair is idle if its index is out of range or its weight is zero. A launch depends on the shapes and the plain
+    numbers only; the kernels read the tensors when they run.
     """
 
     num_pairs: int
     """P."""
     addresses: Tensor
-    """(E,) int64, of the experts' records: multiples of 16, in memory that the device can read. Those of experts that
-    nobody wants are not looked at."""
+    """(E,) int64, addresses of the experts' records: multiples of 16, in memory that the device can read. Addresses of
+    experts without pairs are never read."""
     choices: int
-    """K: pair p is token p // K's."""
+    """K: pair p belongs to token p // K."""
     chosen: Tensor | None = None
-    """(P,) int64 or int32, the expert of each pair; None if `offsets` tell all."""
+    """(P,) int64 or int32, the expert of each pair; None if `offsets` suffice."""
     weights: Tensor | None = None
-    """(P,) routing weights; None if no pair is idle on account of its weight."""
+    """(P,) routing weights; None if no pair is idle because of its weight."""
     offsets: Tensor | None = None
-    """(E + 1,) int32 or int64: the pairs of expert e are at `offsets[e]` to `offsets[e + 1]` of `order`, those beyond
-    the last one are idle. None if each pair is computed on its own."""
+    """(E + 1,) int32 or int64: the pairs of expert e are `order[offsets[e] : offsets[e + 1]]`; pairs beyond the last
+    offset are idle. None if each pair is computed on its own."""
     order: Tensor | None = None
-    """(P,) int32, the pairs sorted by expert; None if they are."""
+    """(P,) int32, the pairs sorted by expert; None if the pairs already are in that order."""
     rows_per_expert: int = 1
-    """About how many there are. Decides how the work is cut, and so must not depend on what is resident."""
+    """Approximate. Decides how the work is cut, and so must not depend on which experts are resident."""
 
     @property
     def num_experts(self) -> int:

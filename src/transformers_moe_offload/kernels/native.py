@@ -1,7 +1,7 @@
-"""The compiled kernels: where the library is that `csrc` was built into, and why there is none.
+"""The compiled kernels: find and open the library built from `csrc`, or say why it cannot be used.
 
-A plain C library, called through ctypes, which gives up the interpreter's lock for every call. It is optional: without
-a compiler the package installs without it, and everything it does is done in torch.
+A plain C library, called through ctypes, which releases the GIL during every call. It is optional: without a compiler
+the package installs without it, and torch does the same work.
 """
 
 from __future__ import annotations
@@ -14,11 +14,11 @@ from pathlib import Path
 from typing import NamedTuple
 
 ABI = 3
-"""As in `csrc/product.c`: a library with another number takes other arguments."""
+"""Must equal the number in `csrc/product.c`: a library with another number takes other arguments."""
 
 
 class Native(NamedTuple):
-    """The library and which of its kernels are used, or why there is none."""
+    """The library and the name of the kernels in use, or why it is missing."""
 
     library: ctypes.CDLL | None
     kernels: str | None = None
@@ -32,7 +32,7 @@ def library() -> ctypes.CDLL | None:
 
 @functools.cache
 def native() -> Native:
-    """The library this package was built with, looked for once."""
+    """The library this package was built with, or why it is missing; the result is cached."""
     spec = importlib.util.find_spec("transformers_moe_offload.kernels._cpu")
     if spec is None or spec.origin is None:
         return Native(
@@ -42,7 +42,7 @@ def native() -> Native:
 
 
 def opened(path: Path) -> Native:
-    """A library, with the best kernels this processor can run, or why it cannot be used."""
+    """Open a library with the best kernels this processor can run, or say why it cannot be used."""
     try:
         found = ctypes.CDLL(str(path))
         abi = found.moe_abi()
@@ -56,7 +56,7 @@ def opened(path: Path) -> Native:
 
 
 def choose(found: ctypes.CDLL, name: str | None = None) -> str | None:
-    """Use the kernels `avx512`, `avx2` or `portable`, or the best there are; their name, None if they cannot run."""
+    """Select the kernels `avx512`, `avx2` or `portable`, by default the best; returns the name, None if unsupported."""
     chosen = found.moe_choose(None if name is None else name.encode())
     return None if chosen is None else chosen.decode()
 
@@ -71,7 +71,7 @@ def _declare(found: ctypes.CDLL) -> None:
 
 
 def _share_threads(found: ctypes.CDLL) -> None:
-    """Let the library work on the threads of torch's own OpenMP runtime, which torch has put among global symbols."""
+    """Let the library use the threads of torch's OpenMP runtime, which torch has loaded with global symbols."""
     if platform.system() != "Linux":
         return
     parallel = getattr(ctypes.CDLL(None), "GOMP_parallel", None)

@@ -1,6 +1,6 @@
-"""The product with a packed matrix as one operator, for `torch.compile`, which could not look into its kernels.
+"""The product with a packed matrix as one custom operator, because `torch.compile` cannot trace its kernels.
 
-They are called through ctypes on a CPU, and under another current device on a GPU: each would end what is compiled.
+They are called through ctypes on a CPU, and under another current device on a GPU: either would be a graph break.
 """
 
 # T rows of input, N rows and K columns of the matrix
@@ -16,7 +16,7 @@ from transformers_moe_offload.kernels.packed import PackedMatrix, Packing
 
 
 def best_linear(rows: Tensor, matrix: PackedMatrix, activations: Activations) -> Tensor:
-    """rows (T, K) -> (T, N), by the best kernel there is for them."""
+    """rows (T, K) -> (T, N), by the best kernel available for their device and dtype."""
     if rows.device.type == "cpu" and rows.dtype in cpu.TYPES and native.library() is not None:
         return cpu.linear(rows, matrix, activations)
     if rows.device.type == "cuda":
@@ -25,7 +25,7 @@ def best_linear(rows: Tensor, matrix: PackedMatrix, activations: Activations) ->
 
 
 def compiled_linear(rows: Tensor, matrix: PackedMatrix, activations: Activations) -> Tensor:
-    """The same while something is being compiled that needs no gradients."""
+    """As `best_linear`, as an operator that `torch.compile` can capture; without gradients."""
     packing = matrix.packing
     parts = [matrix.parts[part.name] for part in packing.parts]
     numbers = [packing.rows, packing.cols, packing.nbits, packing.group_size, packing.meta_nbits]

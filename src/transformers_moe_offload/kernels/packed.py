@@ -19,7 +19,7 @@ from torch import Tensor
 from transformers_moe_offload.expert import FieldSpec
 
 META_BLOCK = 128
-"""Scales, or zeros, that share a minimum and a step where they have 8 bits: 128 of them in the order of (N, G)."""
+"""Scales, or zeros, in 8 bits that share a minimum and a step: consecutive ones in the order of (N, G)."""
 
 
 @dataclass(frozen=True)
@@ -50,7 +50,7 @@ class Packing:
         """The arrays of a packed matrix.
 
         `codes` uint8 (R, K), with 3 bits `high` uint8 (ceil(N / 8), K); `scale` and `zero` (N, G), either float16, or
-        uint8 of which one is `minimum + step * value`, with `scale_range` and `zero_range` float16
+        uint8 values that mean `minimum + step * value`, with `scale_range` and `zero_range` float16
         (ceil(N * G / META_BLOCK), 2), minimum and step of each block.
         """
         plane = 2 if self.nbits == 3 else self.nbits

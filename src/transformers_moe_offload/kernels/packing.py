@@ -1,7 +1,7 @@
-"""Pack codes into bytes, and take them out again.
+"""Pack codes into bytes, and unpack them.
 
 With n bits a code, byte (r, k) of a plane holds, the highest bits first, column k of the rows r, r + R, r + 2R, ...,
-where R is the number of rows of bytes; `packed.py` says which planes a matrix has.
+where R is the number of rows of bytes; `packed.py` lists the planes of a matrix.
 """
 
 # N rows, K columns, R rows of bytes
@@ -16,9 +16,9 @@ from transformers_moe_offload.kernels.packed import PackedMatrix, Packing
 
 
 def pack(codes: Tensor, packing: Packing) -> dict[str, Tensor]:
-    """The arrays of codes of a packed matrix: codes (N, K) uint8, each below `2 ** nbits`.
+    """codes (N, K) uint8, each below `2 ** nbits` -> the arrays of a packed matrix that hold them.
 
-    Rows that fill up the last bits of a byte are zero.
+    Bits of a byte without a row are zero.
     """
     assert codes.shape == (packing.rows, packing.cols)
     assert codes.dtype == torch.uint8
@@ -36,9 +36,9 @@ def unpack(matrix: PackedMatrix) -> Tensor:
 
 
 def unpack_rows(matrix: PackedMatrix, start: int, codes: Tensor, scratch: Tensor | None) -> None:
-    """Write the codes of consecutive rows, from `start`, to `codes` (rows, K) uint8.
+    """Write the codes of consecutive rows, from row `start` on, to `codes` (rows, K) uint8.
 
-    3-bit codes also need a `scratch` like `codes`.
+    3-bit codes also need a buffer `scratch` of the same shape and dtype.
     """
     parts, nbits = matrix.parts, matrix.packing.nbits
     if nbits != 3:

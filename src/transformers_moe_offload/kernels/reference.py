@@ -1,7 +1,7 @@
-"""Arithmetic with packed matrices in torch, on any device: what every other kernel is checked against.
+"""Arithmetic with packed matrices in torch, on any device: the reference for every other kernel.
 
-A matrix is dequantized a few rows at a time into buffers that are used again, so that nothing of its size is ever
-allocated: on CPUs, fresh pages cost more than the arithmetic (4096 x 14336, one Zen 3 core: 600 ms whole, 50 ms so).
+A matrix is dequantized a few rows at a time into reused buffers, never into memory of its full size: on CPUs, fresh
+pages cost more than the arithmetic (4096 x 14336, one Zen 3 core: 600 ms at once, 50 ms by rows).
 """
 
 # T rows of input, N rows and K columns of the matrix, g group size, G = K / g groups in a row
@@ -68,7 +68,7 @@ def _meta(matrix: PackedMatrix, name: str) -> Tensor:
 
 
 def _tiles(matrix: PackedMatrix) -> Iterator[tuple[int, Tensor]]:
-    """First row and float32 weights (rows, K) of a few rows after another. The next tile overwrites the last one."""
+    """Yield the first row and the float32 weights (rows, K) of each tile. The next tile overwrites the last one."""
     packing = matrix.packing
     scale, zero = (meta.unsqueeze(-1) for meta in scales_and_zeros(matrix))
     shape, device = (TILE_ROWS, packing.cols), matrix.parts["codes"].device

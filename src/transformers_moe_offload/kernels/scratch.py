@@ -1,4 +1,4 @@
-"""Buffers that a thread uses again and again: fresh pages cost more than the arithmetic done in them."""
+"""Reusable buffers, one set per thread: fresh pages cost more than the arithmetic done in them."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from torch import Tensor
 
 
 class _Buffers(threading.local):
-    """Of each thread, the largest buffer it has needed for each purpose."""
+    """Per thread, the largest buffer requested so far for each purpose."""
 
     def __init__(self) -> None:
         self.largest: dict[tuple[str, torch.dtype, torch.device], Tensor] = {}
@@ -20,7 +20,7 @@ _BUFFERS = _Buffers()
 
 
 def scratch(purpose: str, shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
-    """A buffer of this thread, with anything in it; it stays as it is until the thread asks for the same purpose."""
+    """An uninitialised buffer of this thread, valid until the thread requests one for the same purpose again."""
     key, size = (purpose, dtype, device), prod(shape)
     found = _BUFFERS.largest.get(key)
     if found is None or found.numel() < size:

@@ -1,13 +1,13 @@
 """The arithmetic of quantizing, group by group: find the range, fit the zero, choose the codes.
 
 The zero is fitted by the half-quadratic solver of HQQ (Badri and Shaji, 2023), with the defaults of hqq 0.2.8
-(`optimize_weights_proximal_legacy` in `hqq/core/optimize.py`, whose `kappa` is never applied): in turns, codes are
-rounded for the zero there is, residuals are split into the part that a p-norm of 0.7 would shrink away and the rest,
-and the zero becomes the mean that explains the rest.
+(`optimize_weights_proximal_legacy` in `hqq/core/optimize.py`, whose `kappa` is never applied). Each iteration rounds
+the codes for the current zero, splits the residuals into the part that a p-norm of 0.7 would shrink away and the rest,
+and sets the zero to the mean that explains the rest.
 
 Two differences. hqq stops when the mean error of all groups no longer falls; here a group is finished when its zero
-no longer changes, so that it comes out the same whichever other groups are with it. And hqq fits to a scale that is
-rounded afterwards; here the scale is the one that is stored.
+no longer changes, so that its result does not depend on the other groups. And hqq fits to a scale that is rounded
+afterwards; here the scale is the one that is stored.
 """
 
 # M groups, g weights in a group
@@ -25,20 +25,20 @@ from transformers_moe_offload.kernels import native
 ITERATIONS = 20
 BETA, LP_NORM = 10.0, 0.7
 SHRUNK_AWAY = BETA ** (-1 / (2 - LP_NORM))
-"""Residuals up to this one, 0.17, shrink to nothing: there |r| <= |r|^(p - 1) / beta."""
+"""Residuals up to this size, 0.17, shrink to zero: there |r| <= |r|^(p - 1) / beta."""
 
 
 class Solver(Protocol):
-    """Works on groups (M, g) float32, contiguous, on any scale (M,) and zero (M,) float32."""
+    """The steps of quantizing groups (M, g) float32, contiguous, with scale (M,) and zero (M,) float32."""
 
     def chunk_of(self, groups: Tensor) -> int:
-        """How many weights to hand over at a time."""
+        """How many weights to pass at a time."""
 
     def ranges(self, groups: Tensor) -> tuple[Tensor, Tensor]:
         """The smallest and the largest weight of each group, (M,) each; not finite where a weight is not."""
 
     def fit_zeros(self, groups: Tensor, scale: Tensor, start: Tensor, max_code: int) -> Tensor:
-        """The zeros that suit the scales, (M,), looked for from `start` (M,)."""
+        """The zeros that fit the scales, (M,), searched for from `start` (M,)."""
 
     def nearest_codes(self, groups: Tensor, scale: Tensor, zero: Tensor, max_code: int) -> Tensor:
         """The codes of which `(code - zero) * scale` is nearest to the weights, (M, g) uint8; 0 where scale is 0."""
@@ -48,8 +48,8 @@ class TorchSolver:
     """The solver in torch, on any device."""
 
     def chunk_of(self, groups: Tensor) -> int:
-        """On a CPU 128 KiB, in one core's cache; and torch never splits so few among threads, on whose number the
-        rounding of powers would then depend. Elsewhere, everything."""
+        """On a CPU 128 KiB, which fits one core's cache. torch also never splits so few weights among threads, which
+        would let the rounding of powers depend on the number of threads. Elsewhere, all weights."""
         return 1 << 15 if groups.device.type == "cpu" else groups.numel()
 
     def ranges(self, groups: Tensor) -> tuple[Tensor, Tensor]:
@@ -81,10 +81,10 @@ class TorchSolver:
 
 
 class FusedSolver:
-    """The solver in C (`csrc/hqq_solver.c`), on the CPU, in the calling thread, which gives up the interpreter's lock.
+    """The solver in C (`csrc/hqq_solver.c`), on the CPU, in the calling thread, which releases the GIL.
 
-    Its zeros are those of `TorchSolver` but for rounding, and the same on every processor. It finds them eight times as
-    fast, and matrices are quantized four times as fast in all (2048 x 1024, 4 bits, groups of 64, one Xeon core: 100
+    Its zeros are those of `TorchSolver` except for rounding, and the same on every processor. It finds them eight times
+    as fast, and quantizes matrices four times as fast in all (2048 x 1024, 4 bits, groups of 64, one Xeon core: 100
     million weights a second against 24).
     """
 
@@ -92,7 +92,7 @@ class FusedSolver:
         self._library = library
 
     def chunk_of(self, groups: Tensor) -> int:
-        """512 KiB, in the second cache of one core."""
+        """512 KiB, which fits the L2 cache of one core."""
         return 1 << 17
 
     def ranges(self, groups: Tensor) -> tuple[Tensor, Tensor]:
@@ -117,13 +117,13 @@ class FusedSolver:
 
 
 def solver_for(weight: Tensor) -> Solver:
-    """The fastest solver there is for a matrix."""
+    """The fastest solver available for a matrix."""
     library = native.library() if weight.device.type == "cpu" else None
     return TorchSolver() if library is None else FusedSolver(library)
 
 
 def _described(groups: Tensor) -> tuple[ctypes.c_void_p, ctypes.c_int64, ctypes.c_int]:
-    """What the C functions want to know of groups (M, g)."""
+    """The arguments that describe groups (M, g) to the C functions: address, M, g."""
     return _address(groups), ctypes.c_int64(groups.shape[0]), ctypes.c_int(groups.shape[1])
 
 
@@ -133,6 +133,6 @@ def _address(values: Tensor) -> ctypes.c_void_p:
 
 
 def _shrunk(residuals: Tensor) -> Tensor:
-    """What a p-norm leaves of residuals, which is nothing where they are small."""
+    """Residuals after shrinking by a p-norm: zero where they are small."""
     size = residuals.abs()
     return (size - size.pow(LP_NORM - 1) / BETA).clamp_(min=0).mul_(residuals.sign())

@@ -1,1 +1,1 @@
-"""Model types of our own: they need Transformers and nothing else of this package."""
+"""Model types of our own; they import Transformers and nothing else of this package."""

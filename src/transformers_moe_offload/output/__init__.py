@@ -1,1 +1,1 @@
-"""Folders with checkpoints that are being written: claimed, resumed after a kill, whole or not there."""
+"""Write checkpoints to folders: one process at a time, resumable after a kill, and complete or absent."""

@@ -1,10 +1,10 @@
 """Where a checkpoint is written, so that it can be killed at any moment and resumed.
 
-One file is the first in the folder and says by which recipe it is written, another is the last (`Marks`), so that a
-folder tells what it is: nothing of ours, a checkpoint in the making, or a complete one. A complete one is only ever
-replaced as a whole: the new one is written beside it, in `.NAME.new`, and the two change places at the end, the old
-one waiting in `.NAME.old` for its removal. Both carry a mark; what stands there without one, or is a link, is not ours
-and is never changed. Which weight files an earlier attempt has finished is in `shards.py`.
+Two files (`Marks`) tell whether a folder holds nothing of ours, an unfinished checkpoint or a complete one: the file
+that is written first holds the recipe, and the file that is written last completes the checkpoint. A complete one is
+only replaced as a whole: the new one is written to `.NAME.new` beside it, then moved into its place, while the old one
+moves to `.NAME.old` and is removed. Both folders carry a mark; a folder or link of that name without one is not ours
+and is never changed. `shards.py` checks which weight files an earlier attempt has finished.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from pathlib import Path
 from typing import Any
 
 from transformers_moe_offload.errors import CheckpointError
-from transformers_moe_offload.memory.safetensors_writer import PARTIAL, sync_folder, write_text
+from transformers_moe_offload.tensor_files.writer import PARTIAL, sync_folder, write_text
 from transformers_moe_offload.untrusted import json_file, one_line, quoted
 
 try:
@@ -33,37 +33,37 @@ except ImportError:  # Windows
 logger = logging.getLogger(__name__)
 
 _REPLACED = "moe_offload.replaced"
-"""The file that says of a folder `.NAME.old` that it is ours."""
+"""The file that marks a folder `.NAME.old` as ours."""
 _CONTENT = "checkpoint"
-"""What the checkpoint in there is called."""
+"""Name of the replaced checkpoint inside `.NAME.old`."""
 _NO_LOCKS = {errno.EBADF, errno.EINVAL, errno.ENOLCK, errno.ENOSYS, errno.ENOTSUP, errno.EOPNOTSUPP}
-"""What systems of files without locks on folders answer; EBADF is Linux's NFS, which locks what is open for writing."""
+"""Errors of file systems that cannot lock folders; EBADF is Linux's NFS, which locks only files open for writing."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Marks:
-    """The files by which a folder tells what it is."""
+    """The files that tell what a folder holds."""
 
     first: str
-    """Holds the recipe; the first file that is written."""
+    """The file that is written first; holds the recipe."""
     last: str
-    """The file that makes a checkpoint of the folder; the last that is written."""
+    """The file that is written last; a folder with it is a complete checkpoint."""
     prefix: str = ""
-    """What the names of all files begin with that belong to such a checkpoint alone; for `replacing`."""
+    """Prefix of the names of all files that only such a checkpoint has; for `replacing`."""
     is_in_place: bool = True
-    """Whether a new one is written where it is to be; otherwise it appears there when it is complete."""
+    """Whether a new checkpoint is written to its final folder directly; if not, it is moved there when complete."""
 
 
 class _Left(Enum):
-    """What becomes of what is in a folder when it is claimed."""
+    """What happens to the content of a folder when it is claimed."""
 
     EXPECTED = auto()
-    """It comes from an attempt by the same recipe, and is gone on with; anything else is refused."""
+    """Left by an attempt with the same recipe: resumed. Any other content is an error."""
     USED = auto()
-    """The same, but anything else is removed."""
+    """Left by an attempt with the same recipe: resumed. Any other content is removed."""
     REMOVED = auto()
     SHARED = auto()
-    """It is none of our business."""
+    """Left alone: the folder also holds files of others."""
 
 
 def is_complete(folder: Path, marks: Marks) -> bool:
@@ -81,12 +81,12 @@ def place_for(
     resume: bool = True,
     discards: tuple[type[Exception], ...] = (),
 ) -> Iterator[Path]:
-    """Where to write a checkpoint, which is in `folder` once the block has ended.
+    """The folder to write a checkpoint to; after the block the checkpoint is in `folder`.
 
-    What was written stays for the next attempt if an exception leaves the block, unless it is one of `discards`;
-    without `resume` the attempt before is removed.
-    Raises `CheckpointError` and changes nothing if the folder holds something else, a checkpoint by another recipe, or
-    a complete one that is not to be overwritten.
+    After an exception the files that were written stay for the next attempt, unless it is one of `discards`. Without
+    `resume` the files of an earlier attempt are removed.
+    Raises `CheckpointError` and changes nothing if the folder holds other files, an unfinished checkpoint by another
+    recipe, or a complete one and `overwrite` is False.
     """
     folder = Path(os.path.realpath(folder))
     expect_place(folder, marks, overwrite=overwrite)
@@ -105,17 +105,17 @@ def place_for(
 def replacing(
     folder: Path, recipe: Mapping[str, Any], marks: Marks, *, without: Collection[str] = ()
 ) -> Iterator[Path]:
-    """Where to write a checkpoint, which is in `folder` once the block has ended, instead of one that was there.
+    """The folder to write a checkpoint to that replaces one in `folder`; after the block it is in `folder`.
 
-    Files that belong to no such checkpoint stay, a tokenizer's for instance, and those of it that are not written anew
-    and do not begin as `marks.prefix` says; but not those that it is to be `without`.
+    Other files of the folder stay, for instance a tokenizer's, unless the new checkpoint has a file of that name; files
+    whose names begin with `marks.prefix` or are in `without` are removed.
     """
     folder = Path(os.path.realpath(folder))
     recover(folder, marks)
     if is_complete(folder, marks):
         _expect_no_strangers_beside(folder, marks)
     else:
-        (folder / marks.first).unlink(missing_ok=True)  # of an attempt that left nothing of use
+        (folder / marks.first).unlink(missing_ok=True)  # its attempt is not resumed
         with _claimed(folder, recipe, marks, _Left.SHARED):
             yield folder
         return
@@ -127,7 +127,7 @@ def replacing(
 
 
 def _change_places(folder: Path) -> None:
-    """Put the checkpoint that was written beside the folder in its place, and remove what was there."""
+    """Move the checkpoint from beside the folder into its place, and remove the old one."""
     try:
         if folder.exists():
             before = _before(folder)
@@ -144,7 +144,7 @@ def _change_places(folder: Path) -> None:
 
 
 def _bring_along(folder: Path, beside: Path, prefix: str, without: Collection[str]) -> None:
-    """What somebody else has put into the folder."""
+    """Link the files of the folder that are not part of a checkpoint into the new one beside it."""
     for file in folder.iterdir():
         target = beside / file.name
         if file.name.startswith(prefix) or file.name in without or target.exists():
@@ -156,7 +156,7 @@ def _bring_along(folder: Path, beside: Path, prefix: str, without: Collection[st
 
 
 def _link(file: Path | str, target: Path | str) -> None:
-    """The same file under a second name, or a copy of it where the filesystem has no such thing."""
+    """A hard link, or a copy where the filesystem has no hard links."""
     try:
         os.link(file, target, follow_symlinks=False)
     except OSError:
@@ -164,7 +164,7 @@ def _link(file: Path | str, target: Path | str) -> None:
 
 
 def expect_place(folder: Path, marks: Marks, *, overwrite: bool = False) -> None:
-    """Raise `CheckpointError` where `place_for` would, whatever the recipe; asks before anything is downloaded."""
+    """Raise `CheckpointError` where `place_for` would for any recipe; called before anything is downloaded."""
     folder = Path(os.path.realpath(folder))
     recover(folder, marks)
     if folder.exists() and not folder.is_dir():
@@ -181,14 +181,14 @@ def expect_place(folder: Path, marks: Marks, *, overwrite: bool = False) -> None
 
 
 def unfinished(folder: Path, marks: Marks) -> Path | None:
-    """Where an interrupted attempt has left what the next one goes on with; None if it has left nothing."""
+    """The folder with an unfinished checkpoint that the next attempt would resume; None if there is none."""
     folder = Path(os.path.realpath(folder))
     in_place = [folder] if marks.is_in_place and not is_complete(folder, marks) else []
     return next((place for place in (_beside(folder), *in_place) if (place / marks.first).is_file()), None)
 
 
 def recover(folder: Path, marks: Marks) -> None:
-    """Finish or take back a change of places that was interrupted."""
+    """Finish or undo a `_change_places` that was interrupted."""
     beside, before = _beside(folder), _before(folder)
     if not (before.exists() and _is_ours(before, _REPLACED)):
         return
@@ -199,7 +199,7 @@ def recover(folder: Path, marks: Marks) -> None:
 
 
 def _remove_replaced(folder: Path) -> None:
-    """Remove the checkpoint that was replaced, its mark last; what cannot be removed now is by the next attempt."""
+    """Remove the replaced checkpoint, its mark last; the next attempt removes what cannot be removed now."""
     before = _before(folder)
     shutil.rmtree(before / _CONTENT, ignore_errors=True)
     if not (before / _CONTENT).exists():
@@ -207,7 +207,7 @@ def _remove_replaced(folder: Path) -> None:
 
 
 def _is_ours(neighbour: Path, mark: str) -> bool:
-    """Whether a folder beside the place is one that this module has made: it carries our mark, or nothing yet."""
+    """Whether this module made a folder beside the place: it holds our mark, or nothing but an unfinished one."""
     if neighbour.is_symlink() or not neighbour.is_dir():
         return False
     names = {entry.name for entry in neighbour.iterdir()}
@@ -215,7 +215,7 @@ def _is_ours(neighbour: Path, mark: str) -> bool:
 
 
 def _expect_no_strangers_beside(folder: Path, marks: Marks) -> None:
-    """Raise `CheckpointError` if what stands where we write beside the folder is not ours."""
+    """Raise `CheckpointError` if `.NAME.new` or `.NAME.old` exists and is not ours."""
     for neighbour, mark in ((_beside(folder), marks.first), (_before(folder), _REPLACED)):
         if os.path.lexists(neighbour) and not _is_ours(neighbour, mark):
             raise CheckpointError(
@@ -240,7 +240,7 @@ def _claimed(
     left: _Left,
     discards: tuple[type[Exception], ...] = (),
 ) -> Iterator[None]:
-    """A folder that is ours to write to, by this recipe and by no other process."""
+    """Lock a folder for this process, and prepare it to be written by this recipe."""
     try:
         folder.mkdir(parents=True, exist_ok=True)
         lock = _lock(folder)
@@ -279,7 +279,7 @@ def _empty(folder: Path, marks: Marks) -> None:
 
 
 def _lock(folder: Path) -> int | None:
-    """Keep other processes out until what is returned is closed, or this process dies; None where the system cannot."""
+    """Lock a folder until the returned descriptor is closed or this process ends; None where locks are unsupported."""
     if fcntl is None:
         return None
     lock = os.open(folder, os.O_RDONLY)
@@ -300,7 +300,7 @@ def _lock(folder: Path) -> int | None:
 
 
 def _expect(folder: Path, recipe: Mapping[str, Any], marks: Marks) -> None:
-    """Raise `CheckpointError` unless the folder is empty or holds what an earlier attempt by this recipe has left."""
+    """Raise `CheckpointError` unless the folder is empty or holds an unfinished checkpoint by this recipe."""
     found = _read_recipe(folder, marks)
     if found is None:
         _expect_empty(folder, marks)
@@ -313,7 +313,7 @@ def _expect(folder: Path, recipe: Mapping[str, Any], marks: Marks) -> None:
 
 
 def _expect_empty(folder: Path, marks: Marks) -> None:
-    """Nothing may be there but files of ours that are half written."""
+    """Raise `CheckpointError` if the folder holds anything but partially written files of ours."""
     start = marks.prefix or marks.first
     names = sorted(file.name for file in folder.iterdir())
     others = [name for name in names if not (name.startswith(start) and name.endswith(PARTIAL))]
@@ -325,7 +325,7 @@ def _expect_empty(folder: Path, marks: Marks) -> None:
 
 
 def _read_recipe(folder: Path, marks: Marks) -> Any:
-    """What the folder is being written by; None if it does not say."""
+    """The recipe that a folder is written by; None if it has no such file."""
     if not (folder / marks.first).exists():
         return None
     try:
@@ -335,7 +335,7 @@ def _read_recipe(folder: Path, marks: Marks) -> Any:
 
 
 def _difference(old: Any, new: Any, name: str = "") -> tuple[str, str, str]:
-    """Where two recipes differ first, and how."""
+    """The first setting in which two recipes differ: its name, the old value and the new one."""
     if isinstance(old, Mapping) and isinstance(new, Mapping):
         for key in sorted({*old, *new}, key=str):
             if old.get(key) != new.get(key):

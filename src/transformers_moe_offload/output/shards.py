@@ -1,6 +1,6 @@
-"""Weight files, planned from shapes: which tensor goes into which, how large they are, which of them are finished.
+"""Weight files, planned from shapes: which tensor goes into which file, how large each is, which are finished.
 
-Names are the caller's. What fills a file with bytes is the caller's, too, or `write_contents`.
+The caller names the tensors and files, and passes the function that fills a file, for instance `write_contents`.
 """
 
 from __future__ import annotations
@@ -16,23 +16,23 @@ from torch import Tensor
 
 from transformers_moe_offload.errors import CheckpointError
 from transformers_moe_offload.expert import ITEMSIZE, FieldSpec
-from transformers_moe_offload.memory.checksum import check_file
-from transformers_moe_offload.memory.safetensors_index import read_metadata
-from transformers_moe_offload.memory.safetensors_writer import SafetensorsWriter, file_bytes
 from transformers_moe_offload.output.syncing import Syncing
+from transformers_moe_offload.tensor_files.checksum import check_file
+from transformers_moe_offload.tensor_files.index import read_metadata
+from transformers_moe_offload.tensor_files.writer import SafetensorsWriter, file_bytes
 
 C = TypeVar("C")
 Advance = Callable[[int], None]
-"""Told of the bytes that are done, as they are."""
+"""Called with the number of bytes just written."""
 MAX_SHARD_BYTES = 5 * 10**9
-"""Of a shard, unless one tensor is larger: the size that the Hub recommends."""
+"""Largest shard, unless one tensor is larger: the size that the Hub recommends."""
 
 logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
 class Content:
-    """Tensors that come from one computation, to be written: a weight, or the parts of a quantized one."""
+    """Tensors to write that one computation yields: a weight, or the parts of a quantized one."""
 
     tensors: tuple[FieldSpec, ...]
     read: Callable[[], Mapping[str, Tensor]]
@@ -53,7 +53,7 @@ class Shard(Generic[C]):
     """In the order of the file."""
     content: C
     metadata: Mapping[str, str] = field(default_factory=dict)
-    """What the file says beside its tensors."""
+    """The file's metadata."""
 
     @property
     def nbytes(self) -> int:
@@ -62,12 +62,12 @@ class Shard(Generic[C]):
 
 
 def shard_names(stem: str, count: int) -> list[str]:
-    """Names of `count` files, as Transformers and the Hub know them."""
+    """Names of `count` files in the form that Transformers and the Hub expect."""
     return [f"{stem}-{number:05d}-of-{count:05d}.safetensors" for number in range(1, count + 1)]
 
 
 def grouped(contents: Sequence[Content], max_shard_bytes: int = MAX_SHARD_BYTES) -> list[tuple[Content, ...]]:
-    """What goes into one file together, in the given order."""
+    """Split contents into files of at most `max_shard_bytes`, in the given order."""
     groups: list[list[Content]] = []
     room = 0
     for content in contents:
@@ -82,12 +82,12 @@ def grouped(contents: Sequence[Content], max_shard_bytes: int = MAX_SHARD_BYTES)
 def shard_of(name: str, group: Sequence[Content]) -> Shard[Any]:
     """The file with these tensors."""
     tensors = [tensor for content in group for tensor in content.tensors]
-    # Wide elements first, as safetensors does: so all of them are aligned, in a file that may have no gaps.
+    # Wide elements first, as safetensors does: all tensors are aligned, although the file may have no gaps.
     return Shard(name, tuple(sorted(tensors, key=lambda tensor: -ITEMSIZE[tensor.dtype])), tuple(group))
 
 
 def index_of(shards: Sequence[Shard[Any]]) -> dict[str, Any]:
-    """What the index file says: which shard holds what."""
+    """The content of the index file: which shard holds which tensor."""
     return {
         "metadata": {"total_size": sum(tensor.nbytes for shard in shards for tensor in shard.tensors)},
         "weight_map": {tensor.name: shard.name for shard in shards for tensor in shard.tensors},
@@ -103,10 +103,10 @@ def fill_shards(
     resumes: bool = False,
     syncing: Syncing | None = None,
 ) -> None:
-    """Write all shards; with `resumes` only those that are not there, or are not what was written.
+    """Write all shards; with `resumes` only those that are missing or damaged.
 
-    `fill` writes the tensors of one of them and tells what it is given of their bytes; all bytes of all files are told.
-    Each is on disk before the next is begun, or, with `syncing`, when that block ends.
+    `fill` writes the tensors of one shard and reports their bytes to the function it is given; `done` adds up to the
+    size of all files. Each shard is on disk before the next is begun, or, with `syncing`, when that block ends.
     """
     for shard in shards:
         path = folder / shard.name
@@ -116,12 +116,12 @@ def fill_shards(
             with SafetensorsWriter(path, shard.tensors, shard.metadata, syncs=syncing is None) as writer:
                 fill(writer, shard.content, done)
             done(shard.nbytes - sum(tensor.nbytes for tensor in shard.tensors))
-        if syncing is not None:  # the finished ones too: whoever wrote them may have been killed before that
+        if syncing is not None:  # finished ones too: an attempt may have been killed before the disk had them
             syncing.file(path)
 
 
 def write_contents(writer: SafetensorsWriter, contents: Sequence[Content], done: Advance) -> None:
-    """Compute and write tensors, those of one computation after another's."""
+    """Compute and write tensors, one content after another."""
     for content in contents:
         tensors = content.read()
         for spec in content.tensors:
@@ -130,7 +130,7 @@ def write_contents(writer: SafetensorsWriter, contents: Sequence[Content], done:
 
 
 def is_finished(shard: Shard[Any], folder: Path) -> bool:
-    """Whether a shard is there and is what was written, by the checksums in it; a damaged one is reported."""
+    """Whether a shard exists and matches its checksums, tensors and metadata; a damaged one is logged."""
     path = folder / shard.name
     if not path.exists():
         return False
@@ -144,7 +144,7 @@ def is_finished(shard: Shard[Any], folder: Path) -> bool:
 
 
 def expect_room(folder: Path, shards: Sequence[Shard[Any]], advice: str) -> None:
-    """Raise `CheckpointError`, before anything is written, if the disk has no room for what is not there yet."""
+    """Raise `CheckpointError`, before anything is written, if the disk has no room for the missing shards."""
     needed = sum(shard.nbytes for shard in shards if not (folder / shard.name).exists())
     free = shutil.disk_usage(folder).free
     if needed > free:

@@ -1,8 +1,8 @@
-"""Files that were written go to disk while other work is done, and are all there before that work counts as done.
+"""Sync written files to disk on a thread while other work goes on; all are on disk when the block ends.
 
-Without it, whoever writes large files waits for the disk, and then the disk for whoever checks them. Until the block
-ends a power failure may leave a file that has its name and not its bytes, so this is for places that are not in use yet
-and where an unfinished file is told from a finished one by its checksums (`shards.is_finished`).
+Without it, writing waits for the disk, and then the disk idles while files are checked. Until the block ends, a power
+failure may leave a file with its name but not its bytes, so this is for folders that are not in use yet and whose
+checksums tell unfinished files from finished ones (`shards.is_finished`).
 """
 
 from __future__ import annotations
@@ -13,11 +13,11 @@ from pathlib import Path
 from types import TracebackType
 
 from transformers_moe_offload.errors import CheckpointError
-from transformers_moe_offload.memory.safetensors_writer import sync_folder
+from transformers_moe_offload.tensor_files.writer import sync_folder
 
 
 class Syncing:
-    """A block at whose end all files that were given to it are on disk."""
+    """A context manager: when it exits, all files passed to `file` are on disk."""
 
     def __init__(self) -> None:
         self._started: list[Future[None]] = []
@@ -27,7 +27,7 @@ class Syncing:
         return self
 
     def file(self, path: Path) -> None:
-        """Begin to bring a file to disk."""
+        """Start syncing a file to disk."""
         self._started.append(self._thread.submit(_sync, path))
 
     def __exit__(
@@ -41,7 +41,7 @@ class Syncing:
 
 def _sync(path: Path) -> None:
     try:
-        descriptor = os.open(path, os.O_RDWR)  # Windows syncs nothing that was opened to be read
+        descriptor = os.open(path, os.O_RDWR)  # Windows only syncs files that are open for writing
         try:
             os.fsync(descriptor)
         finally:

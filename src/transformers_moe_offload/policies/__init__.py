@@ -1,4 +1,4 @@
-"""Who leaves when somebody needs room. Plain Python: no tensors, no clock."""
+"""Eviction policies: which residents leave first when a load needs a slot. Plain Python: no tensors, no clock."""
 
 from transformers_moe_offload.policies.base import ORACLE, EvictionPolicy, make_policy, policy_names, register_policy
 from transformers_moe_offload.policies.belady import Belady

@@ -21,9 +21,9 @@ class EvictionPolicy(Protocol):
 
     All experts that a layer wants are one request: the cache calls `begin`, asks for `candidates` if it needs room, and
     then calls, in ascending order of experts, `admit` for those that have become resident and `use` for all that were
-    wanted. The order in which they arrived is not told. Only when they do not fit in together, and pass through the
-    slots in waves, are `admit`, `use` and `forget` called as they happen. An expert that was loaded ahead of demand is
-    admitted without being used; until it is used, it should leave before any that has been.
+    wanted. The order of arrival is not passed on. Only if they do not fit in together and pass through the slots in
+    waves, `admit`, `use` and `forget` are called as they happen. An expert that was loaded ahead of demand is admitted
+    without being used; until it is used, it should leave before every expert that has been used.
     """
 
     def begin(self, layer: int, wanted: Sequence[ExpertId]) -> None:
@@ -39,9 +39,9 @@ class EvictionPolicy(Protocol):
         """A resident has left."""
 
     def candidates(self) -> Iterator[ExpertId]:
-        """All residents, the one that should leave first at the front. The residents do not change meanwhile.
+        """All residents in eviction order, the first to leave at the front. They do not change during the iteration.
 
-        Few of them are taken, so they are worked out one at a time. Asking changes nothing.
+        Lazy, because few of them are taken. Iterating changes no state.
         """
 
 

@@ -1,4 +1,4 @@
-"""Belady's oracle (1966): the resident leaves first that will be wanted last. For replays, which know what comes."""
+"""Belady's oracle (1966): evict the resident whose next use is furthest ahead. For replays, whose trace holds it."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ class Belady:
         self._ranking = Ranking()
 
     def begin(self, layer: int, wanted: Sequence[ExpertId]) -> None:
-        """A layer is about to use experts: the future has come one visit nearer."""
+        """A layer is about to use experts: the next visit of the trace begins."""
         self._now += 1
 
     def admit(self, expert: ExpertId) -> None:
@@ -34,7 +34,7 @@ class Belady:
         self._rank(expert)
 
     def use(self, expert: ExpertId) -> None:
-        """A resident is being used: what counts is the time after this one."""
+        """A resident is being used: it is ranked by its next use after this one."""
         self._rank(expert)
 
     def forget(self, expert: ExpertId) -> None:
@@ -42,7 +42,7 @@ class Belady:
         self._ranking.remove(expert)
 
     def candidates(self) -> Iterator[ExpertId]:
-        """Residents, those never wanted again at the front, then the one wanted last."""
+        """Residents: those never wanted again at the front, then the others, the furthest next use first."""
         return iter(self._ranking)
 
     def _rank(self, expert: ExpertId) -> None:

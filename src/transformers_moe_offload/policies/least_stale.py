@@ -1,6 +1,6 @@
-"""Least-Stale (Hoang et al., "SpecMD", arXiv 2602.03921): layers take turns, so who is needed soon is known by layer.
+"""Least-Stale (Hoang et al., "SpecMD", arXiv 2602.03921): layers take turns, so it is known which come next.
 
-Plain recency evicts what the next layers are about to ask for, because they are the ones whose turn was longest ago.
+Plain recency evicts the experts of the layers that come next, because their last turn was longest ago.
 """
 
 from __future__ import annotations
@@ -22,9 +22,9 @@ class LeastStale:
     2. current: used in this pass, so not needed before the next one;
     3. ahead: their layer's turn is still to come in this pass, and the last layer's leave first.
 
-    A layer that a forward comes to several times has had its turn with the last of them. Within a layer, the longest
-    unused leave first. Every call takes O(1); finding the first candidate looks at each layer at most twice, however
-    many residents there are.
+    For a layer that runs several times in a forward, its last run is its turn. Within a layer, the longest unused leave
+    first. Every call takes O(1); finding the first candidate looks at each layer at most twice, however many residents
+    there are.
     """
 
     def __init__(self) -> None:
@@ -38,7 +38,7 @@ class LeastStale:
         """Layers that have had their turn in this pass, in order."""
 
     def begin(self, layer: int, wanted: Sequence[ExpertId]) -> None:
-        """A layer's turn: what its last visit used is an older use now."""
+        """A layer's turn begins: the experts that its last visit used are older uses now."""
         if self._passes.begin(layer):
             self._passed = {}
         if self._passes.is_over(layer):

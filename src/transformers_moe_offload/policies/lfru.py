@@ -1,5 +1,4 @@
-"""Least frequently and recently used: the resident leaves first that has gone unused for longest for how often it was
-used."""
+"""Least frequently and recently used: the resident leaves first whose age divided by its number of uses is largest."""
 
 from __future__ import annotations
 
@@ -26,9 +25,9 @@ NUM_CLASSES = 8
 class LFRU:
     """Age divided by frequency, with frequency rounded to a power of two.
 
-    The quotient changes with time for everybody, so it cannot be kept sorted; but among experts of one class of
+    The quotient of every resident changes with time, so it cannot be kept sorted; but among experts of one class of
     frequency the order is that of recency. Each class is an ordered dictionary, and the candidates are the classes
-    merged. A use is O(1), a candidate O(log NUM_CLASSES). Uses are remembered when an expert leaves.
+    merged. A use is O(1), a candidate O(log NUM_CLASSES). Numbers of uses are kept when experts are evicted.
     """
 
     def __init__(self) -> None:
@@ -42,7 +41,7 @@ class LFRU:
         """By recency, with the visit of the last use."""
 
     def begin(self, layer: int, wanted: Sequence[ExpertId]) -> None:
-        """A layer is about to use experts: everybody ages."""
+        """A layer is about to use experts: all residents age by one visit."""
         self._passes.begin(layer)
         self._num_visits += 1
 
@@ -73,6 +72,6 @@ class LFRU:
         return chain(self._unused, (expert for _, expert in heapq.merge(*by_class, key=itemgetter(0))))
 
     def _aged(self, number: int) -> Iterator[tuple[float, ExpertId]]:
-        """A class from its oldest on, with minus age by frequency."""
+        """The experts of a class, oldest first, each with its negative age divided by the class's frequency."""
         for expert, visit in self._classes[number].items():
             yield (visit - self._num_visits) / 2**number, expert

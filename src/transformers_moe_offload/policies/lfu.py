@@ -25,9 +25,9 @@ without decay 12, 65, 86 %.
 class LFU:
     """A ranking by decayed number of uses; a use takes O(log n).
 
-    All numbers decay at one rate, so their order changes only where there is a use. A use at pass t is therefore
-    counted as 2^(t / HALF_LIFE) and nothing is ever scaled down; what is kept is the logarithm of the sum. Uses are
-    remembered when an expert leaves: one that comes back does not start from nothing.
+    All numbers decay at one rate, so their order changes only at uses. A use at pass t is therefore counted as
+    2^(t / HALF_LIFE) and nothing is ever scaled down; the logarithm of the sum is stored. It is kept when an expert is
+    evicted, so an expert that is loaded again starts from its old number.
     """
 
     def __init__(self) -> None:
@@ -38,7 +38,7 @@ class LFU:
         self._ranking = Ranking()
 
     def begin(self, layer: int, wanted: Sequence[ExpertId]) -> None:
-        """A layer is about to use experts: time goes on."""
+        """A layer is about to use experts: a new pass may begin."""
         self._passes.begin(layer)
 
     def admit(self, expert: ExpertId) -> None:

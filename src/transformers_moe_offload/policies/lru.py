@@ -14,7 +14,7 @@ from transformers_moe_offload.policies.base import register_policy
 class LRU:
     """Recency order in one ordered dictionary; every operation is O(1).
 
-    An `OrderedDict`, because a plain dictionary finds its first entry only after passing over those that have left.
+    An `OrderedDict`, because a plain dictionary finds its first entry only after skipping removed ones.
     """
 
     def __init__(self) -> None:
@@ -22,7 +22,7 @@ class LRU:
         self._by_recency: OrderedDict[ExpertId, None] = OrderedDict()
 
     def begin(self, layer: int, wanted: Sequence[ExpertId]) -> None:
-        """A layer is about to use experts: the uses will tell."""
+        """A layer is about to use experts: nothing to do before `use`."""
 
     def admit(self, expert: ExpertId) -> None:
         """An expert has become resident."""

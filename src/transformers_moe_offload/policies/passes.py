@@ -1,4 +1,4 @@
-"""Count forward passes from the order in which layers ask, which is all that a policy gets to see of them.
+"""Count forward passes from the order in which layers ask for experts; policies see nothing else of a pass.
 
 Most models run each layer once in a forward. Some run a few layers in the middle several times before they go on to the
 next (`inkling2_loop`), so a layer that asks again need not mean that a new forward has begun.
@@ -42,5 +42,5 @@ class Passes:
         return is_new
 
     def is_over(self, layer: int) -> bool:
-        """Whether a layer has had all its turns of this pass, if this one is like the last."""
+        """Whether a layer has had as many turns in this pass as in the latest complete one that came to it, or one."""
         return self._turns[layer] >= self._usual_turns.get(layer, 1)

@@ -1,4 +1,4 @@
-"""Anybody leaves, by lot: what a policy must beat to be worth its name."""
+"""Evict residents at random: the baseline that every other policy must beat."""
 
 from __future__ import annotations
 
@@ -15,9 +15,9 @@ SEED = 0
 
 @register_policy("random")
 class Random:
-    """Residents in a list that is shuffled as far as somebody looks; every operation is O(1).
+    """Residents in a list that is shuffled lazily, as far as the candidates are iterated; every operation is O(1).
 
-    The lot is drawn anew after each eviction, from a seed, so a run can be repeated.
+    A new order is drawn after each eviction, from a fixed seed, so a run can be repeated.
     """
 
     def __init__(self) -> None:
@@ -28,14 +28,14 @@ class Random:
         self._lot = self._lots.getrandbits(32)
 
     def begin(self, layer: int, wanted: Sequence[ExpertId]) -> None:
-        """A layer is about to use experts: it makes no difference."""
+        """A layer is about to use experts: no effect."""
 
     def admit(self, expert: ExpertId) -> None:
         """An expert has become resident."""
         self._unused[expert] = None
 
     def use(self, expert: ExpertId) -> None:
-        """A resident is being used: after the first time it makes no difference."""
+        """A resident is being used: only the first use has an effect."""
         if expert in self._unused:
             del self._unused[expert]
             self._place[expert] = len(self._experts)
@@ -53,11 +53,11 @@ class Random:
         self._lot = self._lots.getrandbits(32)
 
     def candidates(self) -> Iterator[ExpertId]:
-        """Those never used, then the others as the lot decides."""
+        """Those never used, then the others in random order."""
         return chain(self._unused, self._shuffled())
 
     def _shuffled(self) -> Iterator[ExpertId]:
-        """The shuffle of Fisher and Yates, one step at a time and beside the list."""
+        """The shuffle of Fisher and Yates, one step at a time; it leaves the list unchanged."""
         lots, count = random.Random(self._lot), len(self._experts)
         moved: dict[int, int] = {}
         for place in range(count):

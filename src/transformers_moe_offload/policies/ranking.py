@@ -1,4 +1,4 @@
-"""Keep experts sorted by a number that changes: a binary heap that knows where in it everyone is."""
+"""Keep experts sorted by a number that changes: a binary heap with the position of every expert in it."""
 
 from __future__ import annotations
 
@@ -8,14 +8,14 @@ from collections.abc import Iterator
 from transformers_moe_offload.expert import ExpertId
 
 Key = tuple[float, int]
-"""What decides, and a number of its own for each change, which decides between equals."""
+"""The rank, and a number that decides between equal ranks."""
 
 
 class Ranking:
     """Experts, smallest key first.
 
-    Putting and removing take O(log n), and so does each further step of the iteration. Nothing is left behind for later
-    steps to pass over, as with the usual lazy deletion, and iterating changes nothing.
+    Putting and removing take O(log n), and so does each further step of the iteration. Unlike with the usual lazy
+    deletion, no stale entries are left for later steps to skip. Iterating changes nothing.
     """
 
     def __init__(self) -> None:
@@ -40,14 +40,14 @@ class Ranking:
             self._settle(self._place[expert], (key, expert))
 
     def remove(self, expert: ExpertId) -> None:
-        """Rank an expert no more."""
+        """Remove an expert from the ranking."""
         place = self._place.pop(expert)
         last = self._heap.pop()
         if place < len(self._heap):
             self._settle(place, last)
 
     def _settle(self, place: int, entry: tuple[Key, ExpertId]) -> None:
-        """Put an entry where another one was, and then where it belongs."""
+        """Put an entry in the place of another one, and move it up or down to where it belongs."""
         if place and entry < self._heap[(place - 1) // 2]:
             self._rise(place, entry)
         else:

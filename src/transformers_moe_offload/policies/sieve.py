@@ -1,4 +1,4 @@
-"""SIEVE (Zhang et al., NSDI 2024): first in, first out, but who was used since the hand last came by stays a round."""
+"""SIEVE (Zhang et al., NSDI 2024): first in, first out, but experts used since the hand last passed stay a round."""
 
 from __future__ import annotations
 
@@ -15,8 +15,8 @@ class Sieve:
     """A queue by age with a mark on those used again, and a hand that goes from old to new and takes marks away.
 
     The queue is cut where the hand is. A use is O(1). An eviction moves the hand past the experts that were passed over
-    for it: past a marked one once for each time it was marked, past others only where the planner could not let them
-    go and had to look at them as well.
+    for it: past a marked one once for each time it was marked, past an unmarked one only if the planner could not evict
+    it.
     """
 
     def __init__(self) -> None:
@@ -27,7 +27,7 @@ class Sieve:
         """From the hand to the newest."""
 
     def begin(self, layer: int, wanted: Sequence[ExpertId]) -> None:
-        """A layer is about to use experts: the uses will tell."""
+        """A layer is about to use experts: nothing to do before `use`."""
 
     def admit(self, expert: ExpertId) -> None:
         """An expert has become resident."""
@@ -44,7 +44,7 @@ class Sieve:
             self._behind[expert] = True
 
     def forget(self, expert: ExpertId) -> None:
-        """A resident has left: the hand has moved to where it was."""
+        """A resident has left: the hand moves to its place."""
         if expert in self._unused:
             del self._unused[expert]
             return
@@ -54,7 +54,7 @@ class Sieve:
             has_left = first == expert and not is_marked
             if not has_left:
                 self._behind[first] = False
-            if not self._ahead:  # past the newest, the hand is at the oldest again, before anybody else joins
+            if not self._ahead:  # past the newest, the hand is at the oldest again, before another expert joins
                 self._ahead, self._behind = self._behind, self._ahead
 
     def candidates(self) -> Iterator[ExpertId]:

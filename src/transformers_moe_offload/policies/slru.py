@@ -28,7 +28,7 @@ class SLRU:
         self._protected: OrderedDict[ExpertId, None] = OrderedDict()
 
     def begin(self, layer: int, wanted: Sequence[ExpertId]) -> None:
-        """A layer is about to use experts: the uses will tell."""
+        """A layer is about to use experts: nothing to do before `use`."""
 
     def admit(self, expert: ExpertId) -> None:
         """An expert has become resident."""

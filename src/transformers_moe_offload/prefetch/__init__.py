@@ -1,1 +1,1 @@
-"""Which experts come next, and loading them before they are asked for."""
+"""Predict which experts come next, and load them before they are asked for."""

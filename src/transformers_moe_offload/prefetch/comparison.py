@@ -1,7 +1,7 @@
-"""Compare two ways by how long they took in turns, and tell how much chance there is in the comparison.
+"""Compare the times of two ways that were tried in turns, and tell a difference from chance.
 
-By pairs of neighbouring blocks, one of each way: what slows the machine down for a while slows both of a pair down, and
-where it hits only one of them, that pair stands out from the others instead of passing for a difference.
+It compares pairs of neighbouring blocks, one of each way: a temporary slowdown of the machine slows both blocks of a
+pair down, and if it hits only one of them, that pair stands out from the others instead of passing for a difference.
 """
 
 from __future__ import annotations
@@ -12,8 +12,8 @@ from math import exp, inf, log, sqrt
 from statistics import median, stdev
 
 CLEAR = 4.0
-"""Standard errors, which are estimated from four pairs or more: as pairs are added they are looked at several times,
-and each time chance may win."""
+"""Standard errors that a clear difference exceeds. They are estimated from four pairs or more, and compared again each
+time pairs are added, each time with another chance of a false result."""
 
 _SHORTEST = 1e-9
 """Seconds: times that are no longer than this are taken for this, so that they have a logarithm."""
@@ -40,7 +40,7 @@ class Comparison:
         return 1 - exp(-self.saved)
 
     def is_clear(self, least_gain: float) -> bool:
-        """Whether it is more than chance that the gain is above, or below, `least_gain`."""
+        """Whether the gain is above, or below, `least_gain` by more than chance explains."""
         return abs(self.saved + log(1 - least_gain)) > CLEAR * self.error
 
 

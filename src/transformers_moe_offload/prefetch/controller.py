@@ -1,9 +1,9 @@
 """Find out by trying whether prefetching pays, and leave it off while it does not.
 
-Loads that nobody asked for take time from the link, from slots and from the processor, so whether they help depends on
-the machine, the model and the text. In a trial, steps with and without them take turns until it is clear which are
-faster; then that way is kept until the next trial. Prefetching is kept no longer than it is seen to pay: once steps
-with it take longer than those without it did in the trial, things have changed, and it is tried again.
+Loads ahead of demand take slots, and time of the link and the processor, so whether they help depends on the machine,
+the model and the text. In a trial, steps with and without them take turns until it is clear which are faster; then that
+way is kept until the next trial. Prefetching is kept only while it pays: once steps with it take longer than those
+without it did in the trial, the next trial begins.
 """
 
 from __future__ import annotations
@@ -27,8 +27,8 @@ ROUND = (False, True, True, False)
 that fills up, favours neither way."""
 
 MOST_ROUNDS = 8
-"""Of a trial. Differences that are not clear by then are worth less than a longer trial would cost: with steps that
-vary by a tenth, a twentieth of a step."""
+"""Most rounds of a trial. Differences that are not clear by then are worth less than a longer trial would cost: with
+steps that vary by a tenth, a twentieth of a step."""
 
 TRIAL_COST = 0.01
 """Part of the time until the next trial that a trial may have cost, by the steps that it did the slower way."""
@@ -37,15 +37,15 @@ SHORTEST_HOLD, LONGEST_HOLD = 300, 3000
 """Steps between two trials."""
 
 WATCHED_STEPS = 50
-"""Whose typical time is compared with that of steps without prefetching: what holds the machine up for thirty steps
-(`with_hold_ups` in the tests) decides nothing."""
+"""Latest steps, whose median time is compared with that of steps without prefetching: a slowdown of the machine for
+thirty steps (`with_hold_ups` in the tests) decides nothing."""
 
 LEAST_GAIN = 0.01
 """Part of a step that prefetching must save to be kept."""
 
 
 class Controller:
-    """Told how long each step took, says how the next one is to be done."""
+    """Gets the time of each step, and decides whether the next one is done with prefetching."""
 
     def __init__(self) -> None:
         self._steps = _steps()

@@ -1,4 +1,4 @@
-"""Load experts before a layer asks for them, in the time in which the link would have nothing to do."""
+"""Load experts before a layer asks for them, while the link would be idle."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from transformers_moe_offload.prefetch.route import Route
 class Prefetcher:
     """Watches a model's sparse layers and keeps some loads ahead of them. Serves one thread at a time.
 
-    Only for forwards of few tokens: a prompt wants most of a layer's experts, which nobody needs to guess.
+    Only for forwards of few tokens: a prompt wants most of a layer's experts, so there is nothing to predict.
     """
 
     def __init__(
@@ -37,8 +37,8 @@ class Prefetcher:
         """`caches` by sparse layer, in the order in which a token passes them; `record_bytes` of one expert of each.
 
         `max_bytes` bounds what is started for one layer; None leaves it to the link's idle time. `controller` makes one
-        for every number of tokens that steps have, as what pays for one need not pay for another; without it
-        prefetching is always on.
+        for every number of tokens that steps have, because prefetching may pay for one number and not for another;
+        without it prefetching is always on.
         """
         self._predictor = predictor
         self._caches = dict(caches)
@@ -79,11 +79,12 @@ class Prefetcher:
         self._start(ahead, self._predictor.predict(layer, targets, hidden))
 
     def _start(self, ahead: Mapping[int, int], predictions: Sequence[Prediction]) -> None:
-        """Start loads, the likeliest first, that set out before their layer is reached, until the link's spare time is
-        spent.
+        """Start predicted loads, the most confident first, that can begin before their layer is reached, until the
+        link's idle time is spent.
 
-        A guess that comes true takes none of it, for it spares demand the same load; so each takes as much as it is
-        likely to be wrong. Nobody leaves who was guessed, too, however unlikely: demand would not have let them go.
+        A correct prediction costs no idle time, because it replaces the same load on demand; so each prediction is
+        charged (1 - confidence) of a load. Predicted experts are never evicted for other predictions, whatever their
+        confidence: demand would not have evicted them.
 
         `ahead` is the number of visits until each layer's.
         """
@@ -104,7 +105,7 @@ class Prefetcher:
                 return
 
     def _measure(self, layer: int, num_tokens: int) -> None:
-        """Time between a layer and the next one, and from step to step."""
+        """Measure the time between a layer and the next one, and from step to step."""
         now, place = self._clock(), self._place[layer]
         if self._route.visit(place):
             self._step_is_over(now, num_tokens)
@@ -113,9 +114,10 @@ class Prefetcher:
         self._last = (now, place)
 
     def _step_is_over(self, now: float, num_tokens: int) -> None:
-        """Tell the controller of the step before how long that took, unless a prompt comes next: who asks may think.
+        """Tell the controller of the step before how long it took, unless a prompt comes next: the time before a prompt
+        may be a pause of the user.
 
-        The next step need not have as many tokens: in assisted decoding it seldom has.
+        The next step may have another number of tokens: in assisted decoding it often has.
         """
         if self._step_began is not None and num_tokens <= _FEW_TOKENS:
             began, tokens_before = self._step_began
@@ -125,7 +127,7 @@ class Prefetcher:
         self._step_began = (now, num_tokens)
 
     def _controller(self, num_tokens: int) -> Controller | None:
-        """Who decides about steps of so many tokens; nobody about prompts, or if it is decided already."""
+        """The controller for steps of so many tokens; None for prompts, or if prefetching is always on."""
         if self._new_controller is None or num_tokens > _FEW_TOKENS:
             return None
         if num_tokens not in self._controllers:

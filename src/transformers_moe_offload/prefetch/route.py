@@ -1,4 +1,4 @@
-"""Which layers a forward comes to, in what order: as the last one did.
+"""Predict which layers a forward comes to next, and in what order: that of the last forward.
 
 Most models run their sparse layers in order and once in a forward. Some run a few of them several times, and the steps
 of a decoder leave its encoder out.
@@ -32,8 +32,8 @@ class Route:
     def ahead(self, most: int) -> dict[int, int]:
         """The next few places after the one that is visited, each once, with the number of visits until then.
 
-        Those of the next forward follow the last of this one. Where this forward is not like the last, and where the
-        last was broken off, layers are expected in the order of the model.
+        The places of the next forward follow the last of this one. If this forward differs from the last, or the last
+        was interrupted, layers are expected in the order of the model.
         """
         place, num_visits = self._now[-1], len(self._now)
         is_like_the_last = self._before[:num_visits] == self._now

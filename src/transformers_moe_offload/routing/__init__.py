@@ -1,4 +1,4 @@
-"""Instruments for research on routing: let another strategy choose the experts, and record what was chosen.
+"""Tools for research on routing: let another strategy choose the experts, and record the routers' decisions.
 
 from transformers_moe_offload import routing
 

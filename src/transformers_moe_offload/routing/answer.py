@@ -1,9 +1,9 @@
-"""Read and correct what a router answers, whatever form it has, and make sure that a choice of ours came out of it.
+"""Read a router's output in any of its forms, correct it, and check that it contains a strategy's choice.
 
 Four forms of Transformers 5.23: experts and weights for each token (nearly all); a row of scores that is zero for all
 experts but the chosen ones (Llama 4); a one-hot row for one expert (Switch Transformers); and pairs sorted by expert
-(JetMoE). An answer in another form, or with another choice than ours in it, is refused: a strategy that a model does
-not follow must not go unnoticed.
+(JetMoE). An output in another form, or with another choice than the strategy's, raises an error; otherwise a model
+could ignore a strategy silently.
 """
 
 # B sequences, S their length, T = B * S tokens, K experts per token, E experts, P = T * K pairs
@@ -20,20 +20,20 @@ from transformers_moe_offload.routing.interception import Interception
 
 
 class Answer(NamedTuple):
-    """What a router answered, read."""
+    """A router's output, read."""
 
     outputs: tuple[Any, ...]
-    """The answer itself, with what had to be corrected."""
+    """The output itself, corrected."""
     experts: Tensor
-    """(T, K) int64: what was chosen. An answer may name others where an expert has no weights to run."""
+    """(T, K) int64: the chosen experts. The output may name others in place of experts without weights."""
     weights: Tensor
     """(T, K), zero for entries that only fill up a row."""
     places: tuple[int, int] | None = None
-    """Of experts and weights among the outputs, where they are there as they are."""
+    """Indices of experts and weights among the outputs; None where the output has neither as they are."""
 
 
 def read_answer(outputs: tuple[Any, ...], seen: Interception) -> Answer:
-    """Read what came out of a router while `seen` watched it; raises `UnsupportedModelError` if it cannot be read."""
+    """Read the output of a router that `seen` has watched; raises `UnsupportedModelError` if it cannot be read."""
     if seen.choice is None:
         raise UnsupportedModelError(
             "the router chose its experts in a way that cannot be watched: neither by topk or max over all experts nor "
@@ -88,7 +88,7 @@ def _one_hot(outputs: tuple[Any, ...], seen: Interception) -> Answer | None:
     weights = next((out for out in outputs if _is_later(out, seen) and out.shape[-1] == 1), None)
     if hot is None or hot.dim() != 3 or weights is None or seen.choice.experts.shape[-1] != 1:
         return None
-    # Tokens beyond an expert's capacity go nowhere: their row is all zeros.
+    # Tokens beyond an expert's capacity are dropped: their row is all zeros.
     is_routed = hot.reshape(seen.scores.shape).gather(1, seen.choice.experts)
     return Answer(outputs, seen.choice.experts, weights.detach().reshape(-1, 1) * is_routed)
 

@@ -1,7 +1,7 @@
-"""Gather what routers decided into arrays, until they are worth a part of a trace.
+"""Collect routers' decisions in arrays, until they are enough for a part of a trace.
 
-Steps are kept as they come, tensors and all, and copied some dozens at a time: while a model decodes, a step is a few
-small tensors for each router, and copying each by itself would cost more than the routing.
+Steps wait as tensors and are copied some dozens at a time: while a model decodes, a step is a few small tensors for
+each router, and copying each by itself would cost more than the routing.
 """
 
 # B sequences, S their length, N tokens at one router, K experts per token, E experts, H hidden
@@ -36,9 +36,9 @@ class CallRecord(NamedTuple):
     hidden: Tensor | None
     token_ids: Tensor | None
     is_padding: Tensor | None
-    """(B, S) bool, like `token_ids`; None where none is."""
+    """(B, S) bool, like `token_ids`; None where there is no padding."""
     is_encoding: bool = False
-    """Whether the tokens are an encoder's, and not of the texts that the step goes on with."""
+    """Whether the tokens are an encoder's: they begin new texts instead of continuing those of the step."""
 
 
 class StepRecord(NamedTuple):
@@ -46,13 +46,13 @@ class StepRecord(NamedTuple):
 
     calls: list[CallRecord]
     past: Past
-    """The texts that it goes on with."""
+    """The texts that it continues."""
     moves: tuple[Move, ...]
-    """How their rows have been moved since they were read last."""
+    """How the rows of those texts have been moved since the last forward that read them."""
     before: int
-    """Tokens of the same texts that earlier forwards have read."""
+    """Tokens of each text that earlier forwards have read."""
     num_kept: int
-    """How many of these the KV cache has held ever since the last forward; others were forgotten and read anew."""
+    """How many of these have stayed in the KV cache since the last forward; the others were dropped and read again."""
     domain: int
 
 
@@ -60,9 +60,9 @@ class _Texts(NamedTuple):
     """Rows of one KV cache."""
 
     numbers: tuple[int, ...]
-    """Of each, over the whole trace."""
+    """Number of each row's text in the whole trace."""
     num_tokens: int
-    """That have been read of each."""
+    """Tokens read so far of each."""
 
 
 class RoutingBuffer:
@@ -70,13 +70,13 @@ class RoutingBuffer:
 
     def __init__(self, num_routers: int, scores: torch.dtype | None) -> None:
         self.num_steps = 0
-        """Of the whole trace, as the following."""
+        """Steps of the whole trace, like the counts below."""
         self.num_tokens = 0
         self._num_routers = num_routers
         self._scores = scores
         self._num_sequences = 0
         self._texts_of: weakref.WeakKeyDictionary[Past, _Texts] = weakref.WeakKeyDictionary()
-        """Those that can be gone on with."""
+        """Texts that a later step may continue."""
         self._waiting: list[StepRecord] = []
         self._waiting_rows = self._waiting_bytes = 0
         self._clear()
@@ -95,7 +95,7 @@ class RoutingBuffer:
         return self._nbytes + self._waiting_bytes
 
     def take(self) -> Part | None:
-        """What was gathered, as a part; None if there is nothing."""
+        """Empty the buffer into a part; None if there is nothing in it."""
         self._settle()
         if not self._calls:
             return None
@@ -112,7 +112,7 @@ class RoutingBuffer:
         self._tokens: dict[str, list[NDArray[Any]]] = {name: [] for name in _TOKEN_DTYPES}
 
     def _settle(self) -> None:
-        """Copy what waits."""
+        """Copy the waiting steps into arrays."""
         calls = [call for step in self._waiting for call in step.calls]
         columns = {
             "experts": _arrays([call.experts for call in calls], torch.int16),
@@ -143,7 +143,7 @@ class RoutingBuffer:
         self._waiting_rows = self._waiting_bytes = 0
 
     def _first_token(self, call: CallRecord, step: StepRecord, texts: dict[int, int]) -> int:
-        """Where the call's tokens are among those of the part; -1 where its rows are no tokens of text."""
+        """Index of the call's first token in the part; -1 where its rows are not tokens of text."""
         ids = call.token_ids
         if ids is None or not _is_of_text(call):
             return -1
@@ -153,7 +153,7 @@ class RoutingBuffer:
         return texts[id(ids)]
 
     def _place(self, ids: Tensor, step: StepRecord, *, is_encoding: bool) -> tuple[tuple[int, ...], int]:
-        """The numbers of the texts that tokens (B, S) belong to, and the position of the first ones."""
+        """The numbers of the texts of tokens (B, S), and the position of the first token of each."""
         batch, length = ids.shape
         if is_encoding:
             return self._new_numbers(batch), 0
@@ -164,19 +164,19 @@ class RoutingBuffer:
         return numbers, step.before
 
     def _pass_by(self, step: StepRecord) -> None:
-        """Follow the texts of a step that has read no tokens of them, but embeddings."""
+        """Keep track of the texts of a step that has read embeddings instead of tokens."""
         self._texts_of[step.past] = self._texts_before(step)
 
     def _texts_before(self, step: StepRecord) -> _Texts:
-        """The texts that a step goes on with, none where they are not known."""
+        """The texts that a step continues; empty where they are not known."""
         numbers, num_tokens = self._texts_of.get(step.past, _Texts((), 0))
-        # A cache that has forgotten tokens, as it does with drafts that were rejected, goes on with another text.
+        # A cache that has dropped tokens, such as rejected drafts, continues with another text.
         if step.before == 0 or step.num_kept < num_tokens or not numbers:
             return _Texts((), 0)
         return _Texts(self._moved(numbers, step.moves), num_tokens)
 
     def _moved(self, numbers: tuple[int, ...], moves: tuple[Move, ...]) -> tuple[int, ...]:
-        """The texts of rows that have been moved. Of several rows that go on with one text the first one keeps it."""
+        """The texts of rows after moves. Of several rows that continue one text, the first keeps its number."""
         rows: Sequence[int] = numbers
         try:
             for move in moves:
@@ -232,7 +232,7 @@ _TOKEN_DTYPES: dict[str, np.dtype[Any]] = {
 
 
 def _arrays(tensors: Sequence[Tensor | None], dtype: torch.dtype | None) -> list[NDArray[Any] | None]:
-    """Tensors as arrays; those that are alike are copied together."""
+    """Tensors as arrays; those of the same shape, device and dtype are copied together."""
     arrays: list[NDArray[Any] | None] = [None] * len(tensors)
     if dtype is None:
         return arrays
@@ -265,7 +265,7 @@ def _joined(
 
 
 def _widened(many: list[NDArray[Any]], filling: int) -> list[NDArray[Any]]:
-    """(N, K) each, with K as large as the largest, filled up with what is no expert."""
+    """Arrays (N, K), all filled up with `filling` to the largest K."""
     width = max(array.shape[1] for array in many)
     if all(array.shape[1] == width for array in many):
         return many

@@ -1,7 +1,7 @@
-"""Is a router right to be sure? Its confidence, against what it costs to choose other experts.
+"""Calibration of routers: their confidence, compared with the loss that other experts cause.
 
-Each router in turn is perturbed while the others choose for themselves, and every token's loss is compared with the
-loss without. If its confidence means something, the loss rises more where the router was sure.
+One router at a time is perturbed while the others choose for themselves, and every token's loss is compared with the
+loss without perturbation. If confidence means something, the loss rises more where the router was sure.
 """
 
 # B sequences, S their length, N predicted tokens, V tokens of the vocabulary
@@ -37,13 +37,13 @@ class RouterCalibration:
 
     router: int
     sureness: NDArray[np.float64] = field(repr=False)
-    """(N,): margin, share of the chosen, or negative entropy in bits."""
+    """(N,): margin, probability of the chosen experts, or negative entropy in bits."""
     change: NDArray[np.float64] = field(repr=False)
-    """(N,): nats lost by choosing otherwise; negative where it helped."""
+    """(N,): by how many nats the loss rises with the other experts; negative where it falls."""
 
     @property
     def correlation(self) -> float:
-        """Spearman's, of sureness and change: above zero, the router is right to be sure."""
+        """Spearman's rank correlation of sureness and change: above zero, the router is right to be sure."""
         return measures.rank_correlation(self.sureness, self.change)
 
     def bins(self, count: int = 10) -> list[tuple[float, float, int]]:
@@ -65,7 +65,7 @@ def calibration(
     """Compare routers' sureness with the change in loss when a strategy chooses in their place.
 
     `batches` are input_ids (B, S) without padding. Takes a forward for each router and one more, per batch. A token's
-    change includes what the tokens before it have changed, so figures are means, not verdicts on single tokens.
+    change includes the effect of the perturbed tokens before it, so read means, not values of single tokens.
     """
     choose("measure", measure, get_args(Measure))
     made = make_strategy(strategy, options)

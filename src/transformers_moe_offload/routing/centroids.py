@@ -16,8 +16,8 @@ from transformers_moe_offload.routing.trace import RoutingTrace
 def fit_centroids(trace: RoutingTrace, *, rounds: int = 20, seed: int = 0) -> dict[int, Tensor]:
     """Centroids (E, H) for each router of a trace that was recorded with `hidden_states=True`.
 
-    The trace must be of the routers' own choice, or of one that means something: a cluster starts from the tokens that
-    its expert was given. Holds all hidden states of one router at a time.
+    The trace must hold the routers' own choices, or other meaningful ones: a cluster starts from the tokens that its
+    expert was given. Holds all hidden states of one router at a time.
     """
     centroids = {}
     for router, facts in enumerate(trace.routers):

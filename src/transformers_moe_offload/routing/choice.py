@@ -1,4 +1,4 @@
-"""What a routing strategy is asked, and what it answers: tensors in, a choice out. Nothing here knows a model."""
+"""Input and output of a routing strategy: a `RouterCall` in, a `Choice` out, both of tensors. Independent of models."""
 
 # T tokens, K experts per token, E experts, H hidden
 
@@ -27,8 +27,8 @@ class RouterCall:
     """One call of one router, as a strategy sees it."""
 
     scores: Tensor
-    """(T, E) float: what the architecture ranks experts by; minus infinity for those that it rules out, as a limit to
-    groups of experts does."""
+    """(T, E) float: the values that the architecture ranks experts by; minus infinity for experts that it rules out,
+    for example by a limit to groups of experts."""
     top_k: int
     """How many experts the architecture would take."""
     has_affinities: bool
@@ -38,9 +38,9 @@ class RouterCall:
     forward: int = 0
     """How many forwards of the model came before this one since the strategy was set."""
     hidden: Tensor | None = None
-    """(T, H): what the router was given."""
+    """(T, H): the router's input."""
     token_ids: Tensor | None = None
-    """(T,) int64, where the model reads tokens."""
+    """(T,) int64; None where the router's rows are not the model's tokens."""
 
     @property
     def num_tokens(self) -> int:
@@ -54,11 +54,11 @@ class RouterCall:
 
     @cached_property
     def logits(self) -> Tensor:
-        """(T, E) float32, whose softmax is `probabilities`, and which rank experts as `scores` do."""
+        """(T, E) float32: their softmax is `probabilities`, and they rank experts in the order of `scores`."""
         scores = self.scores.detach().float()
         if not self.has_affinities:
             return scores
-        # A correction that is added to affinities can take them below zero: such an expert is as good as impossible.
+        # A correction that is added to affinities can make them negative: the clamp leaves them next to no probability.
         positive = scores.clamp(min=torch.finfo(torch.float32).tiny).log()
         return torch.where(scores.isneginf(), scores, positive)
 
@@ -68,10 +68,10 @@ class RouterCall:
         return self.logits.softmax(-1)
 
     def generator(self, seed: int) -> torch.Generator:
-        """Random numbers that depend on the seed, the layer and the forward, and on nothing that was drawn before.
+        """A generator whose numbers depend on the seed, the layer and the forward only, not on earlier draws.
 
-        So a layer that is computed again for its gradients (gradient checkpointing) chooses the same experts again; and
-        one that runs several times in a forward draws the same numbers each time.
+        So a layer that is recomputed for its gradients (gradient checkpointing) chooses the same experts again, and a
+        layer that runs several times in a forward draws the same numbers each time.
         """
         mixed = (
             seed * 0x9E3779B97F4A7C15 + self.layer * 0xBF58476D1CE4E5B9 + self.forward * 0x94D049BB133111EB
@@ -80,9 +80,9 @@ class RouterCall:
 
 
 def best(ranking: Tensor, k: int) -> Choice:
-    """The k experts that rank highest: ranking (T, E), where minus infinity means never -> (T, K).
+    """The k experts that rank highest: ranking (T, E), minus infinity for excluded experts -> (T, K).
 
-    K is k, or E where there are fewer. A token that may take fewer than k experts takes those.
+    K is min(k, E). A token with fewer than k experts that are not excluded takes those; `is_kept` marks them.
     """
     values, experts = ranking.topk(min(k, ranking.shape[-1]), dim=-1)
     is_kept = ~values.isneginf()
@@ -90,6 +90,6 @@ def best(ranking: Tensor, k: int) -> Choice:
 
 
 def packed(is_chosen: Tensor, ranking: Tensor) -> Choice:
-    """A choice of differing numbers of experts, is_chosen (T, E) bool, each token's by its ranking (T, E)."""
+    """A choice with a number of experts for each token: is_chosen (T, E) bool, sorted by ranking (T, E)."""
     width = max(1, int(is_chosen.sum(-1).max())) if len(is_chosen) else 1  # sync: device -> host
     return best(ranking.float().masked_fill(~is_chosen, -torch.inf), width)

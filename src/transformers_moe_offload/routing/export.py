@@ -1,4 +1,4 @@
-"""A trace as a table for pandas and whatever reads Arrow. The only file that knows pyarrow, of the extra `research`."""
+"""A trace as a table for pandas and other readers of Arrow. The only file that imports pyarrow (extra `research`)."""
 
 # N tokens at one router, K experts per token
 
@@ -9,18 +9,18 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from transformers_moe_offload.routing import measures
-from transformers_moe_offload.routing.trace import RoutingTrace, rows_of
+from transformers_moe_offload.routing.trace_data import RecordedRouting, rows_of
 from transformers_moe_offload.tracing import TraceError
 
 if TYPE_CHECKING:
     import pyarrow
 
 
-def to_arrow(trace: RoutingTrace) -> pyarrow.Table:
+def to_arrow(trace: RecordedRouting) -> pyarrow.Table:
     """A row for every token and router, with its experts and weights.
 
     Columns: router, token_id, sequence, position, turn, domain, experts, weights and, where scores were recorded,
-    entropy, margin and confidence. `turn` is 0, and more where a forward comes to the router again with the same token.
+    entropy, margin and confidence. `turn` counts the router's earlier calls with the same token in the same forward.
     """
     try:
         import pyarrow
@@ -38,7 +38,7 @@ def to_arrow(trace: RoutingTrace) -> pyarrow.Table:
     return pyarrow.concat_tables(tables, promote_options="default")
 
 
-def _columns(trace: RoutingTrace, part: Any, router: int, arrow: Any) -> dict[str, Any]:
+def _columns(trace: RecordedRouting, part: Any, router: int, arrow: Any) -> dict[str, Any]:
     rows = rows_of(part, router)
     kept = rows.experts >= 0
     ends = np.r_[0, kept.sum(axis=1).cumsum()].astype(np.int32)

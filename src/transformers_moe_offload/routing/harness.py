@@ -1,7 +1,7 @@
-"""lm-evaluation-harness with its requests in an order in which the cache serves more; the answers are its own.
+"""lm-evaluation-harness with requests reordered for more cache hits; answers are computed by `HFLM`.
 
-Started by `python -m transformers_moe_offload`, the harness knows it as `--model hf-reuse`. Everything else is `HFLM`'s
-(0.4.13).
+`--model hf-reuse` when the harness is started by `python -m transformers_moe_offload`. Everything else is inherited
+from `HFLM` (0.4.13).
 """
 
 from __future__ import annotations
@@ -16,14 +16,14 @@ from transformers_moe_offload.routing.order import token_order
 
 T = TypeVar("T")
 Request = tuple[Any, list[int], list[int]]
-"""What is asked, for the harness's own notes; the tokens of the context, and those that are scored."""
+"""The request as the harness's cache of answers keys it, the tokens of the context, and the tokens that are scored."""
 
 
 class ReuseOrderedLM(HFLM):  # type: ignore[misc]  # the harness has no types
-    """`HFLM`, but requests that have tokens in common are answered together and one after another."""
+    """`HFLM`, but requests that have tokens in common share batches and follow one another."""
 
     def loglikelihood_rolling(self, requests: Sequence[Any], disable_tqdm: bool = False) -> list[float]:
-        """Of whole texts, which are reordered; their windows stay together."""
+        """Log-likelihoods of whole texts, which are reordered; the windows of a text stay together."""
         order = token_order([self.tok_encode(request.args[0]) for request in requests])
         found = super().loglikelihood_rolling([requests[number] for number in order], disable_tqdm)
         return put_back(found, order)
@@ -31,7 +31,7 @@ class ReuseOrderedLM(HFLM):  # type: ignore[misc]  # the harness has no types
     def _loglikelihood_tokens(
         self, requests: Sequence[Request], disable_tqdm: bool = False, override_bs: int | None = None
     ) -> list[tuple[float, bool]]:
-        if override_bs is not None or not requests:  # batches that were made already
+        if override_bs is not None or not requests:  # the requests are a batch already
             return list(super()._loglikelihood_tokens(requests, disable_tqdm, override_bs))
         groups = _by_input(requests)
         size = self._detect_batch_size() if self.batch_size == "auto" else self.batch_size
@@ -48,12 +48,12 @@ class ReuseOrderedLM(HFLM):  # type: ignore[misc]  # the harness has no types
 
 
 def put_back(found: Iterable[T], order: Sequence[int]) -> list[T]:
-    """Answers that were found in some order, in the order of the questions."""
+    """Answers that were found in the given order, put back into the order of the requests."""
     return [answer for _, answer in sorted(zip(order, found, strict=True), key=lambda pair: pair[0])]
 
 
 def _by_input(requests: Sequence[Request]) -> dict[tuple[int, ...], list[int]]:
-    """The numbers of the requests by what the model reads for them: the harness runs each of these once."""
+    """The numbers of the requests by the tokens that the model reads for them: the harness runs equal inputs once."""
     groups: dict[tuple[int, ...], list[int]] = {}
     for number, (_, context, continuation) in enumerate(requests):
         groups.setdefault((*context, *continuation[:-1]), []).append(number)

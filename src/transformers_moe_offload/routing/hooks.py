@@ -1,4 +1,4 @@
-"""Hooks on modules, found again by whose methods they are.
+"""Hooks on modules, found again by the object whose methods they are.
 
 Handles that torch returns do not survive copies of a model: `deepcopy`, and PEFT's `modules_to_save`, copy modules with
 their hooks. The owner of a hook is copied with it, so all hooks of an owner can be found on the modules themselves.

@@ -1,12 +1,12 @@
 """Run a router's own code with another choice of experts in it.
 
-Every router scores all experts, chooses some, and makes weights of the scores of those: softmax before or after the
-choice, sigmoids, sums of one, factors, corrections that count for the choice only. None of that is written again here.
-While a router runs, this mode watches the torch functions that it calls (`torch.overrides.TorchFunctionMode`). The one
-that chooses, a `topk` over all experts, gets another answer; whatever the architecture does with a choice, it then does
-with ours, gradients included.
+Every router scores all experts, chooses some, and computes weights from their scores: softmax before or after the
+choice, sigmoids, normalisation to a sum of one, factors, corrections that count for the choice only. This file repeats
+none of it. While a router runs, this mode watches the torch functions that it calls
+(`torch.overrides.TorchFunctionMode`). The call that chooses, a `topk` over all experts, returns a strategy's choice;
+the architecture's own code then computes weights and gradients for that choice.
 
-What a choice is made of is not decided here; `answer.py` checks that it came out at the other end.
+The caller makes the choice; `answer.py` checks that the router's output contains it.
 """
 
 # T tokens, K experts per token, E experts
@@ -49,36 +49,36 @@ class Interception(TorchFunctionMode):
         self._top_k = top_k
         self._decide = decide
         self._has_groups = has_groups
-        # Tensors are known by identity, and kept so that no other one gets the same.
+        # Tensors by id, kept alive so that ids are not reused.
         self._affinities: dict[int, Tensor] = {}
         self._later: dict[int, Tensor] = {}
         self._ruled_out: Tensor | None = None
         self._taken_from: list[Tensor] = []
         self.scores: Tensor | None = None
-        """(T, E): what the choice was made by; None as long as there was none."""
+        """(T, E): the scores that the choice is made by; None before the choice."""
         self.has_affinities = False
         self.choice: Choice | None = None
-        """What was chosen, by the router or by a strategy."""
+        """The choice of the router or of a strategy."""
         self.is_ours = False
         self.own_experts: Tensor | None = None
-        """The router's own choice, where it comes out of the router in place of ours."""
+        """The router's own choice, where the router still returns it although a strategy has chosen."""
         self._experts: Tensor | None = None
         self._is_dropped: Tensor | None = None
         self._is_broken_off = False
 
     def break_off(self) -> None:
-        """Watch no longer, and keep nothing, though the `with` block has not been left."""
+        """Stop watching and drop all tensors, although the `with` block is still open."""
         self._is_broken_off = True
         self._affinities, self._later, self._taken_from = {}, {}, []
         if _get_current_function_mode() is self:
             self.__exit__(None, None, None)
 
     def came_later(self, tensor: Tensor) -> bool:
-        """Whether a tensor was made after the choice, and not just of the scores."""
+        """Whether a tensor was computed after the choice."""
         return id(tensor) in self._later
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        """What torch calls instead of any of its functions."""
+        """Called by torch in place of each of its functions."""
         kwargs = kwargs or {}
         if self._is_broken_off:
             return func(*args, **kwargs)
@@ -104,7 +104,7 @@ class Interception(TorchFunctionMode):
         return func(*args, **kwargs)
 
     def _is_over_experts(self, source: Tensor) -> bool:
-        """Whether a tensor has a score for every expert: not those of groups, or of experts within groups."""
+        """Whether a tensor has a score for every expert; scores of groups or of experts within groups do not count."""
         if source.shape[-1] < self._num_experts or not source.is_floating_point():
             return False
         return source.dim() == 2 or (source.dim() == 3 and not self._has_groups)
@@ -121,14 +121,14 @@ class Interception(TorchFunctionMode):
         self.choice, self.is_ours = choice, True
         self._experts = choice.experts.reshape(*source.shape[:-1], -1)
         if choice.is_kept is not None:
-            # Where a token takes no expert at all, its weights are made of what is there: sums of nothing are no
-            # numbers, and neither are their gradients. They are set to zero in the router's answer.
+            # A token with no kept expert would normalise over an empty set (NaN, also in backward): keep its entries
+            # here; `answer.py` sets its weights to zero in the router's output.
             is_empty = ~choice.is_kept.any(-1, keepdim=True)
             self._is_dropped = (~choice.is_kept & ~is_empty).reshape(self._experts.shape)
         return True
 
     def _without_dropped(self, values: Tensor, source: Tensor) -> Tensor:
-        """Values of experts that only fill a row up, replaced by what earns no weight."""
+        """The values, replaced for entries that only fill up a row: 0 for affinities, minus infinity for logits."""
         if self._is_dropped is None:
             return values
         return values.masked_fill(self._is_dropped, 0 if id(source) in self._affinities else -torch.inf)
@@ -145,7 +145,7 @@ class Interception(TorchFunctionMode):
         return torch.return_types.topk((values, self._experts))
 
     def _one(self, source: Tensor, func: Any, args: Any, kwargs: Any) -> Any:
-        """Routers that take the best expert, rule it out, and take the best one again; each call is one column."""
+        """For routers that take the best expert, rule it out, and take the best of the rest: a column for each call."""
         if self.choice is None and not self._choose(source, self._top_k or 1):
             self.choice = Choice(torch.empty(len(self.scores), 0, dtype=torch.int64, device=source.device))  # type: ignore[arg-type]
         assert self.choice is not None
@@ -177,7 +177,7 @@ class Interception(TorchFunctionMode):
         place = "index" if "index" in kwargs else 2
         index = kwargs["index"] if place == "index" else args[2]
         if self.choice is None and source.dim() == 2 and source.shape[-1] >= self._num_experts:
-            # No scores were compared: the experts came from elsewhere, as from a table of token ids.
+            # The router has compared no scores: its experts come from elsewhere, such as a table of token ids.
             if not self._choose(source, index.shape[-1]):
                 self.choice = Choice(index)
             else:

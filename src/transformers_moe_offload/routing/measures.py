@@ -1,6 +1,6 @@
-"""Formulas on arrays: how sure a router is, how evenly it uses its experts, what follows what.
+"""Formulas on arrays: confidence of a router, balance of its load, co-activation and reuse of experts.
 
-Pure; where the arrays come from is `statistics.py`'s business.
+Pure; `statistics.py` supplies the arrays.
 """
 
 # N tokens, K experts per token, E experts
@@ -17,7 +17,7 @@ Floats = NDArray[np.float64]
 Ints = NDArray[np.integer[Any]]
 
 _BLOCK_ENTRIES = 2**21
-"""Of a table with a column for each expert: 16 MiB of float64."""
+"""Entries of a table with a column for each expert: 16 MiB of float64."""
 
 
 def probabilities(scores: NDArray[Any], *, has_affinities: bool) -> Floats:
@@ -65,26 +65,26 @@ def chosen_mask(experts: Ints, num_experts: int) -> NDArray[np.bool_]:
 
 
 def blocks(num_rows: int, num_columns: int) -> Iterator[slice]:
-    """Rows of a table, some at a time: those that take a few MiB."""
+    """Slices of a table's rows, each of a few MiB."""
     step = max(1, _BLOCK_ENTRIES // num_columns)
     return (slice(start, min(start + step, num_rows)) for start in range(0, num_rows, step))
 
 
 def jaccard(one: Ints, other: Ints, num_experts: int) -> Floats:
-    """Experts that two choices share, of those that either has: (N, K), (N, K') -> (N,). One for two empty choices."""
+    """Share of the experts of either choice that are in both: (N, K), (N, K') -> (N,). One for two empty choices."""
     first, second = chosen_mask(one, num_experts), chosen_mask(other, num_experts)
     either = (first | second).sum(axis=1)
     return np.where(either > 0, (first & second).sum(axis=1) / np.maximum(either, 1), 1.0)
 
 
 def variation(load: NDArray[Any]) -> float:
-    """Coefficient of variation of the experts' loads: zero where all are alike, sqrt(E - 1) where one has it all."""
+    """Coefficient of variation of the experts' loads: zero where all are equal, sqrt(E - 1) where one has it all."""
     mean = float(load.mean()) if load.size else 0.0
     return float(load.std() / mean) if mean else 0.0
 
 
 def gini(load: NDArray[Any]) -> float:
-    """Gini coefficient of the experts' loads: zero where all are alike, (E - 1) / E where one has everything."""
+    """Gini coefficient of the experts' loads: zero where all are equal, (E - 1) / E where one has everything."""
     ordered, total = np.sort(load.astype(np.float64)), float(load.sum())
     if not total:
         return 0.0
@@ -93,12 +93,12 @@ def gini(load: NDArray[Any]) -> float:
 
 
 def together(one: NDArray[np.bool_], other: NDArray[np.bool_]) -> NDArray[np.int64]:
-    """How often each expert of one mask goes with each one of another: (N, E), (N, E') bool -> (E, E')."""
+    """In how many rows each expert of one mask occurs with each of another: (N, E), (N, E') bool -> (E, E')."""
     return (one.T.astype(np.float32) @ other.astype(np.float32)).round().astype(np.int64)
 
 
 def reuse_distances(visits: list[list[int]]) -> list[int]:
-    """For each expert that is wanted again: how many other experts were wanted since it was wanted last.
+    """LRU stack distances: for each repeated use of an expert, how many other experts were wanted since its last one.
 
     Mattson et al. 1970, "Evaluation techniques for storage hierarchies": an LRU cache of c slots for this layer hits
     exactly the uses of a distance below c. `visits` are the experts of each visit, those of one visit in order.

@@ -1,7 +1,7 @@
-"""Notice that rows of a KV cache are moved, as beam search moves them after each step, and that it forgets tokens.
+"""Notice that a KV cache moves rows, as beam search makes it do after each step, or drops tokens.
 
-A cache does not report that, and nothing in it shows that once others have been read. So the methods that do it are
-wrapped, in all classes of caches, as long as there is a listener.
+A cache does not report that, and its content no longer shows it once more tokens have been read. So the methods that
+move rows or drop tokens are wrapped, in all classes of caches, while there is a listener.
 """
 
 # B rows of a cache
@@ -21,23 +21,23 @@ from transformers import Cache
 from transformers_moe_offload.hf.upstream import FORGET_TOKENS, MOVE_ROWS
 
 Move = Callable[[Sequence[int]], list[int]]
-"""From what the rows were, one entry each, to what they are.
+"""Maps the rows before the move, one entry each, to the rows after it.
 
 Raises `IndexError`, `RuntimeError` or `TypeError` for a number of rows that the cache cannot have had.
 """
 Listener = Callable[[Cache, Move | None], None]
-"""None: it has forgotten tokens, or all."""
+"""Called with a cache and its move; the move is None if the cache has dropped tokens, or all of them."""
 
 _listeners: list[Listener] = []
 _wrapped: list[tuple[type, str, Any]] = []
-"""Classes, methods, and what was there before."""
+"""Class, name of the method, and original method of each wrapper."""
 _changing = threading.Lock()
 _moving = threading.local()
-"""`.cache`: the one whose rows this thread is moving; its methods may call one another."""
+"""`.cache`: the cache whose method this thread is in; these methods may call one another."""
 
 
 def listen(listener: Listener) -> None:
-    """Call `listener(cache, move)` whenever a cache has moved rows or forgotten tokens, in the thread that it does."""
+    """Call `listener(cache, move)` whenever a cache has moved rows or dropped tokens, in the thread that did it."""
     with _changing:
         if not _listeners:
             _wrap()
@@ -75,7 +75,7 @@ def _telling(name: str, method: Any) -> Any:
     def moved(self: Cache, *args: Any, **kwargs: Any) -> Any:
         outer, _moving.cache = getattr(_moving, "cache", None), self
         is_told = outer is not self
-        # Before the call: the caller's tensor may become another one.
+        # Before the call: the caller's tensor may change later.
         (how, *_) = (*args, *kwargs.values(), None)
         move = _move(name, how) if is_told and name in MOVE_ROWS else None
         try:
@@ -91,7 +91,7 @@ def _telling(name: str, method: Any) -> Any:
 
 
 def _move(name: str, how: Any) -> Move:
-    """What a method of `MOVE_ROWS` does to rows, (B,), as layers of caches do it to keys, (B, ...)."""
+    """The move of a method of `MOVE_ROWS`: on rows (B,), what layers of caches do to keys (B, ...)."""
     how = how.detach().to("cpu", copy=True) if isinstance(how, Tensor) else copy(how)  # sync: device -> host
 
     def move(before: Sequence[int]) -> list[int]:

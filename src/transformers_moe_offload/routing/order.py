@@ -1,6 +1,6 @@
-"""In which order to evaluate texts, so that each finds the experts of the one before still in the cache.
+"""Order texts for evaluation so that each finds the experts of the one before still in the cache.
 
-By the experts that they used, where they have been recorded before; by their tokens otherwise, which experts follow.
+By recorded use of experts, or without a recording by tokens: texts with similar tokens choose similar experts.
 """
 
 # N texts, E experts of all routers together, D dimensions
@@ -19,13 +19,13 @@ from transformers_moe_offload.routing.trace import RoutingTrace
 _AT_A_TIME = 4096
 """Texts that are compared with one another: the time grows with their square, to some seconds here."""
 _DIMENSIONS = 1024
-"""Of what stands for the tokens of a text; two of a large vocabulary may share one."""
+"""Dimensions of a text's token counts: ids are counted modulo this, so tokens of a large vocabulary share some."""
 
 
 def reuse_order(trace: RoutingTrace) -> list[int]:
-    """The texts of a trace, each followed by the one that uses the most similar experts of those left.
+    """The texts of a trace, each followed by the remaining text whose use of experts is most similar.
 
-    For evaluations that go over the same texts several times, under other strategies or seeds: record the first time,
+    For evaluations that go over the same texts several times, under other strategies or seeds: record the first run,
     and keep the order. Texts that are run one by one have the same results in any order.
     """
     uses = expert_use_by_text(trace)
@@ -35,10 +35,9 @@ def reuse_order(trace: RoutingTrace) -> list[int]:
 
 
 def token_order(texts: Sequence[Sequence[int]]) -> list[int]:
-    """Texts of token ids, each followed by the one of those left that has the most tokens in common with it.
+    """Texts of token ids, each followed by the remaining text that has the most tokens in common with it.
 
-    Needs no model and no recording. Of more than a few thousand texts, those are near one another that begin alike, and
-    that many at a time are put in order.
+    Needs no model and no recording. Texts are first sorted by their tokens, and then ordered in blocks of 4096.
     """
     alike = sorted(range(len(texts)), key=lambda number: tuple(texts[number]))
     order: list[int] = []
@@ -57,7 +56,7 @@ def _bags(texts: Sequence[Sequence[int]]) -> NDArray[np.float64]:
 
 
 def _chain(vectors: NDArray[np.float64]) -> list[int]:
-    """All rows of (N, D), beginning with the most usual one, each followed by the one most like it of those left."""
+    """All rows of (N, D): first the one nearest to the mean, each followed by the most similar remaining row."""
     lengths = np.linalg.norm(vectors, axis=1, keepdims=True)
     directions = vectors / np.where(lengths > 0, lengths, 1)
     order = [int(np.argmax(directions @ directions.mean(axis=0)))]

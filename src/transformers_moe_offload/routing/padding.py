@@ -1,6 +1,6 @@
-"""Which tokens of a forward are padding, told from its attention mask, whatever form Transformers has given that.
+"""Which tokens of a forward are padding, read from its attention mask in any form that Transformers gives it.
 
-Rows of several texts are refused, by their attention mask and by their positions.
+Rows that pack several texts are refused, by their attention mask and by their positions.
 """
 
 # B texts, S tokens of each that the forward reads, T tokens of each that it can attend to, those included, R rows of
@@ -21,25 +21,25 @@ def padding_of(mask: Any, batch: int, length: int, before: int) -> Tensor | None
     """(B, S) bool; None where there is no mask, so no padding.
 
     Args:
-        mask: (B, T), zero at padding; (B or 1, 1, S, T) bool, or float that is added to scores, as `generate` makes of
-            it for static caches; or several of these by the layers that they are for.
+        mask: (B, T), zero at padding; (B or 1, 1, S, T) bool, or float that is added to scores, as `generate` makes it
+            for static caches; or a mapping from kinds of layers to such masks.
         batch: B.
         length: S.
         before: tokens of each text that earlier forwards have read.
 
-    Raises `UnsupportedModelError` for a mask of another form, and for one by which a row holds several texts.
+    Raises `UnsupportedModelError` for a mask of another form, and for a mask that packs several texts into a row.
     """
-    if isinstance(mask, Mapping):  # of full, sliding and chunked attention: the widest one forgets nothing
+    if isinstance(mask, Mapping):  # of full, sliding and chunked attention: the widest one covers all tokens
         masks = [one for one in (mask.get("full_attention"), *mask.values()) if isinstance(one, Tensor)]
         mask = max(masks, key=lambda m: m.shape[-1], default=None)
     if mask is None:
         return None
     if isinstance(mask, Tensor) and mask.dim() in (2, 4) and mask.shape[0] in (1, batch) and mask.shape[-1] >= length:
-        # A window of attention that is full holds the newest tokens last.
+        # A full attention window holds the newest tokens last.
         first = min(before, mask.shape[-1] - length)
         if mask.dim() == 2:
             is_padding = mask[:, first : first + length] == 0
-        else:  # a token that is no padding attends to itself, and padding to nothing
+        else:  # a token of text attends to itself, and padding to nothing
             to_itself = mask[:, 0].diagonal(first, -2, -1)
             is_padding = to_itself != 0 if to_itself.is_floating_point() else to_itself == 0
         if is_padding.shape[-1] == length:
@@ -64,27 +64,27 @@ def _expect_attended(to_previous: Tensor, is_padding: Tensor) -> None:
 
 
 def expect_texts_apart(positions: Any, is_padding: Tensor | None, shape: torch.Size) -> None:
-    """Raise `UnsupportedModelError` where positions begin again within a row: it is several texts.
+    """Raise `UnsupportedModelError` where positions begin again within a row: the row packs several texts.
 
-    positions (S,), (B or 1, S) or (R, B or 1, S); others are not looked at. is_padding (B, S), like `shape`.
+    positions (S,), (B or 1, S) or (R, B or 1, S); other shapes are ignored. is_padding (B, S), like `shape`.
     """
     if not isinstance(positions, Tensor) or not 1 <= positions.dim() <= 3 or shape[1] < 2:
         return
     rows = positions[(None,) * (3 - positions.dim())]
     if rows.shape[1] not in (1, shape[0]) or rows.shape[2] != shape[1]:
         return
-    if len(rows) == 4:  # the text's come before those in time, height and width (5.24, `Qwen3VLMoeTextModel.forward`)
+    if len(rows) == 4:  # the first row is the text's, then time, height, width (5.24, `Qwen3VLMoeTextModel.forward`)
         rows = rows[:1]
     steps = rows.diff(dim=-1)
     if len(rows) == 1:
         begins_again = steps[0] < 1
-    else:  # a next frame begins again in height and width only
+    else:  # the next frame of a video begins again in height and width only
         begins_again = (steps < 1).all(dim=0) & ((steps[0] < 0) | (steps == 0).all(dim=0))
     _refuse_packed(begins_again, is_padding, "position_ids", "begin again within it")
 
 
 def _refuse_packed(is_apart: Tensor, is_padding: Tensor | None, argument: str, reason: str) -> None:
-    """Raise if a token that is no padding is apart from the one before it, (B or 1, S - 1), that is none either."""
+    """Raise where `is_apart` (B or 1, S - 1) separates a token from the one before it, neither of them padding."""
     if is_padding is not None:
         is_apart = is_apart & ~(is_padding[:, 1:] | is_padding[:, :-1]).to(is_apart.device)
     if is_apart.any():  # sync: device -> host, of a prompt that is recorded

@@ -1,6 +1,6 @@
-"""What a model is reading while its routers run: which forward it is, and the tokens of it.
+"""What a model is reading while its routers run: the number of the forward, and its tokens.
 
-One passage per model, shared by all its seams. It hangs on the model itself, so a copy of the model has its own.
+One passage per model, shared by all its seams. It is an attribute of the model, so a copy of the model has its own.
 """
 
 # B sequences, S their length
@@ -25,26 +25,26 @@ _ATTRIBUTE = "_moe_routing_passage"
 
 
 class Listener(Protocol):
-    """Wants to know where forwards begin and end."""
+    """Is called where forwards begin and end."""
 
     def begin(self, passage: Passage) -> None:
         """A forward is about to start."""
 
     def end(self, passage: Passage) -> None:
-        """It is over; not called for one that failed."""
+        """A forward has ended; not called for a forward that failed."""
 
 
 class Past:
-    """Stands for the texts that one KV cache holds, without keeping the cache alive."""
+    """Identifies the texts that one KV cache holds, without keeping the cache alive."""
 
     def __init__(self) -> None:
         self.moves: tuple[Move, ...] = ()
         """How its rows have been moved since the last forward."""
         self.num_kept: int | None = None
-        """The fewest tokens of each text that it has held since then; None if it has forgotten none."""
+        """The fewest tokens of each text that the cache has held since then; None before any was noted."""
 
     def keep(self, num_tokens: int) -> None:
-        """Note how many tokens of each text it holds."""
+        """Note how many tokens of each text the cache holds now."""
         self.num_kept = num_tokens if self.num_kept is None else min(self.num_kept, num_tokens)
 
 
@@ -64,13 +64,13 @@ class _Forward:
         self.inputs: dict[str, Any] = {}
 
     def encoded(self) -> None:
-        """The encoder is done, and what the decoder is given need not be tokens."""
+        """The encoder is done: drop its tokens, because the decoder may be given embeddings instead of tokens."""
         self.token_ids = self.is_padding = None
         self.is_encoding, self.has_encoded = False, True
 
 
 class _Running(threading.local):
-    """What runs in a thread, or ran last in it."""
+    """The models and the forward that run in a thread, or ran last in it."""
 
     def __init__(self) -> None:
         self.modules: list[nn.Module] = []
@@ -79,12 +79,12 @@ class _Running(threading.local):
 
 
 class Passage:
-    """Counts the forwards of a model and keeps the token ids of the one that runs: in each thread, its own."""
+    """Counts the forwards of a model and keeps the token ids of the running one, for each thread."""
 
     def __init__(self, base: nn.Module) -> None:
         self._base = weakref.ref(base)
         self.num_forwards = 0
-        """Forwards of all threads so far, the ones that run included."""
+        """Forwards of all threads so far, running ones included."""
         self._listeners: list[Listener] = []
         self._counting = threading.Lock()
         self._latest = _Forward()
@@ -93,7 +93,7 @@ class Passage:
         self._parts: weakref.WeakKeyDictionary[nn.Module, frozenset[int]] = weakref.WeakKeyDictionary()
 
     def listen(self, listener: Listener) -> None:
-        """Tell of forwards from now on."""
+        """Call the listener for every forward from now on."""
         if not self._listeners:
             moved_rows.listen(self._note_move)
         self._listeners.append(listener)
@@ -118,7 +118,7 @@ class Passage:
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Passage:
         twin = memo.get(id(self._base()))
-        if twin is None:  # a part of the model is copied, as PEFT does, and stays within it
+        if twin is None:  # only a part of the model is copied, as PEFT does; the copy stays inside the model
             return self
         copied = memo[id(self)] = Passage(twin)
         copied.num_forwards = self.num_forwards
@@ -137,37 +137,37 @@ class Passage:
 
     @property
     def token_ids(self) -> Tensor | None:
-        """(B, S) int64: what was embedded last; None where a forward was given something else than tokens."""
+        """(B, S) int64: the tokens embedded last; None where a forward was not given tokens."""
         return self._forward.token_ids
 
     @property
     def is_padding(self) -> Tensor | None:
-        """(B, S) bool: which of `token_ids` are padding; None where none is, and while nothing listens."""
+        """(B, S) bool: which of `token_ids` are padding; None where there is no padding, or no listener."""
         return self._forward.is_padding
 
     @property
     def is_encoding(self) -> bool:
-        """Whether `token_ids` are an encoder's within a forward that decodes: of a text of its own."""
+        """Whether `token_ids` are those of the encoder inside an encoder-decoder model: a text of its own."""
         return self._forward.is_encoding
 
     @property
     def num_before(self) -> int | None:
-        """Tokens of the same texts that earlier forwards have read; None if the KV cache does not tell."""
+        """Tokens of each text that earlier forwards have read; None if the KV cache does not say."""
         return self._forward.num_before
 
     @property
     def num_kept(self) -> int:
-        """How many of those tokens the KV cache has held ever since the forward that read it last."""
+        """How many of those tokens have stayed in the KV cache since the last forward that read it."""
         return self._forward.num_kept
 
     @property
     def past(self) -> Past:
-        """The same object for forwards that go on with the same texts, whichever thread they run in."""
+        """Identifies the texts: the same object in all forwards that continue them, in any thread."""
         return self._forward.past
 
     @property
     def moves(self) -> tuple[Move, ...]:
-        """How rows of those texts have been moved between the forward that read them last and this one."""
+        """How the rows of those texts have been moved between the last forward that read them and this one."""
         return self._forward.moves
 
     @property
@@ -177,13 +177,13 @@ class Passage:
 
     @property
     def _forward(self) -> _Forward:
-        """This thread's; the latest of all for a thread that has none, as autograd's that compute layers again."""
+        """This thread's forward; in a thread without one (autograd's, which recompute layers), the latest of all."""
         return self._running.forward or self._latest
 
     def begin(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """Hook: the model, or a model within it, starts a forward."""
         running = self._running.modules
-        if running and id(module) not in self._models_in(running[-1]):  # none is called when Ctrl-C ends a forward
+        if running and id(module) not in self._models_in(running[-1]):  # Ctrl-C ends a forward without calling `end`
             running.clear()
         if running:
             running.append(module)
@@ -203,7 +203,7 @@ class Passage:
             listener.begin(self)
 
     def end(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
-        """Hook: that forward is over."""
+        """Hook: the forward that `begin` announced has ended."""
         running = self._running.modules
         if running:
             running.pop()
@@ -212,19 +212,19 @@ class Passage:
                 self._forward.encoded()
             return
         if output is not None:
-            self.past.moves = self.past.moves[len(self.moves) :]  # one that failed has not read them
+            self.past.moves = self.past.moves[len(self.moves) :]  # kept if the forward failed: it has not read them
             self.past.num_kept = None
             cache = kv_cache_of_output(output)
-            if cache is not None:  # perhaps one that the model has made
+            if cache is not None:  # possibly created by the model
                 self._pasts[cache] = self.past
             for listener in self._listeners:
                 listener.end(self)
         self._forward.inputs, self._forward.is_running = {}, False
 
     def _read_before(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Past, int | None]:
-        """The texts that a forward goes on with, and how many tokens of them were read before.
+        """The texts that a forward continues, and how many tokens of each were read before.
 
-        A KV cache that does not tell is refused while something listens; strategies need no positions.
+        A KV cache that does not say raises while there are listeners; strategies alone need no positions.
         """
         try:
             cache = kv_cache(module, args, kwargs)
@@ -245,7 +245,7 @@ class Passage:
         return found
 
     def embed(self, module: nn.Module, args: tuple[Any, ...]) -> None:
-        """Hook: tokens are being embedded. An encoder's come before its decoder's, and are routed before, too."""
+        """Hook: tokens are about to be embedded. An encoder's are embedded and routed before its decoder's."""
         if args and isinstance(args[0], Tensor) and args[0].dim() == 2:
             ids = args[0].detach()
             forward, running = self._forward, self._running.modules
@@ -253,11 +253,11 @@ class Passage:
             if self._listeners:
                 forward.is_padding = self._padding(forward, ids)
                 expect_texts_apart(forward.inputs.get("position_ids"), forward.is_padding, ids.shape)
-                ids = ids.clone()  # the caller may write the next ones there
+                ids = ids.clone()  # the caller may write the next ids into the same tensor
             forward.token_ids = ids
 
     def _padding(self, forward: _Forward, ids: Tensor) -> Tensor | None:
-        """What is padding among tokens that are about to become the forward's."""
+        """Which of the ids that are about to be embedded are padding."""
         is_encoded = forward.inputs.get("encoder_outputs") is not None or forward.has_encoded
         is_decoder = is_encoded and self._encoder() is not None
         mask = forward.inputs.get("decoder_attention_mask" if is_decoder else "attention_mask")
@@ -277,7 +277,7 @@ def passage_of(base: nn.Module) -> Passage:
     if passage is None:
         passage = vars(base)[_ATTRIBUTE] = Passage(base)
         hooks = Hooks(base)
-        # Models within models as well: somebody may call the decoder without its head.
+        # Inner models as well: the decoder may be called without its head.
         for module in base.modules():
             if isinstance(module, PreTrainedModel):
                 hooks.before(module, passage.begin)
@@ -301,7 +301,7 @@ def _embeddings(base: nn.Module) -> list[nn.Module]:
         if isinstance(module, PreTrainedModel):
             try:
                 embedding = module.get_input_embeddings()
-            except (NotImplementedError, AttributeError):  # towers that embed something else than tokens
+            except (NotImplementedError, AttributeError):  # towers that do not embed tokens
                 continue
             if isinstance(embedding, nn.Module) and hasattr(embedding, "num_embeddings"):
                 found[id(embedding)] = embedding

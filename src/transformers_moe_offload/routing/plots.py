@@ -40,7 +40,7 @@ def draw_load(statistics: Sequence[RouterStatistics]) -> Any:
 
 
 def draw_reuse(statistics: Sequence[RouterStatistics]) -> Any:
-    """What an LRU cache of its own would hit in each layer, and how many experts stay from a token to the next."""
+    """Hits of an LRU cache for each layer alone, and the share of experts that repeat from a token to the next."""
     figure = make_figure()
     left, right = figure.subplots(1, 2)
     for number, one in enumerate(statistics):
@@ -78,7 +78,7 @@ def draw_preferences(preferences: Sequence[NDArray[np.float64]], domains: Sequen
 
 
 def draw_pairs(one: RouterStatistics, router: int) -> Any:
-    """Which experts of a router go together, and which follow each other, against what chance would do."""
+    """How often experts of a router are chosen together, or by one token and the next, relative to chance."""
     figure = make_figure()
     left, right = figure.subplots(1, 2)
     together = one.co_activation.astype(np.float64)

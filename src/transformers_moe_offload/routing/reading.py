@@ -1,8 +1,8 @@
-"""Read a router's own decision off its answer alone, where that says everything.
+"""Read a router's own decision from its output alone, where the output contains all of it.
 
-Watching every function of a router costs as much as the router. Most answer with logits, weights and experts, and rank
-experts by the logits themselves, their softmax or their sigmoid. Whether that is so is seen while a prompt is watched;
-the steps of one token each that follow it are then read without watching. The next prompt is watched again.
+Watching every function of a router costs as much as the router. Most routers return logits, weights and experts, and
+rank experts by the logits themselves, their softmax or their sigmoid. `find_reading` checks that while a prompt is
+watched; the decode steps that follow are then read without watching. The next prompt is watched again.
 """
 
 # T tokens, K experts per token, E experts
@@ -33,16 +33,16 @@ class Reading(NamedTuple):
     experts: int
     weights: int
     scoring: Callable[[Tensor], Tensor]
-    """From logits to what experts are ranked by."""
+    """From logits to the scores that experts are ranked by."""
     has_affinities: bool
 
     def fits(self, outputs: Any) -> bool:
-        """Whether an answer has what is to be read."""
+        """Whether an output has all three places."""
         return isinstance(outputs, tuple) and len(outputs) > max(self.logits, self.experts, self.weights)
 
 
 def find_reading(answer: Answer, seen: Interception) -> Reading | None:
-    """How to read answers like one that has been watched; None where not everything is in them."""
+    """How to read outputs like the watched one; None where they do not contain the whole decision."""
     if answer.places is None or seen.is_ours or seen.scores is None or seen.choice is None:
         return None
     experts, weights = answer.places

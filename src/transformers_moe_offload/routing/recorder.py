@@ -1,7 +1,7 @@
-"""Write down what routers decide while a model runs.
+"""Record what routers decide while a model runs.
 
-Tensors are only put aside here; `buffer.py` copies them, and once it is full it becomes a part of the trace, on disk or
-in memory. What that trace can tell is `trace.py`'s business.
+This file only collects tensors; `buffer.py` copies them, and a full buffer becomes a part of the trace, on disk or in
+memory. `trace.py` evaluates the trace.
 """
 
 from __future__ import annotations
@@ -66,7 +66,7 @@ def record_routing(
         overwrite: whether a recording that is in the folder already is replaced; otherwise that is an error.
         layers: numbers or module paths of routers; None means all.
         scores: the precision in which all experts' scores are kept, or None to keep choices and weights only.
-        hidden_states: whether to keep what the routers are given, for `fit_centroids`.
+        hidden_states: whether to keep the routers' inputs, for `fit_centroids`.
         buffer_size: bytes that are gathered before they are written.
     """
     recorder = RoutingRecorder(model, path, overwrite, layers, scores, hidden_states, buffer_size)
@@ -78,7 +78,7 @@ def record_routing(
 
 
 class _Gathered(threading.local):
-    """What the forward that runs in a thread has decided so far; None where nothing is being recorded."""
+    """The decisions so far in the forward that runs in a thread; `calls` is None while nothing is recorded."""
 
     def __init__(self) -> None:
         self.calls: list[CallRecord] | None = None
@@ -88,7 +88,7 @@ class _Gathered(threading.local):
 
 
 class RoutingRecorder:
-    """What `record_routing` gives: set `domain` as you go along, and take `trace` in the end."""
+    """The recorder that `record_routing` yields: set `domain` while it records, and read `trace` afterwards."""
 
     def __init__(
         self,
@@ -125,7 +125,7 @@ class RoutingRecorder:
 
     @property
     def domain(self) -> str | None:
-        """What the tokens from now on belong to; `RoutingTrace` compares domains by it."""
+        """The domain of the tokens from now on, for `RoutingTrace` to compare domains."""
         return self._domain
 
     @domain.setter
@@ -136,7 +136,7 @@ class RoutingRecorder:
 
     @property
     def trace(self) -> RoutingTrace:
-        """What was recorded; raises `TraceError` before the `with` block has been left."""
+        """The recording; raises `TraceError` before the `with` block has been left."""
         if self._passage is not None:
             raise TraceError("the recording is still running; read `trace` after the `with` block has been left")
         return RoutingTrace(self._index, self._folder if self._folder is not None else list(self._parts))
@@ -160,12 +160,12 @@ class RoutingRecorder:
             if self._folder is not None:
                 self._index.write(self._folder)
 
-    # What a passage and seams call.
+    # Called by the passage and the seams.
 
     def begin(self, passage: Passage) -> None:
         """A forward starts."""
         before = passage.num_before  # now: the cache grows while the forward runs
-        if before is None or self._is_forked:  # None was not refused: the forward began before the recording did
+        if before is None or self._is_forked:  # None: the forward began before the recording did
             self._gathered.calls = None
             return
         self._gathered.past, self._gathered.moves = passage.past, passage.moves
@@ -173,7 +173,7 @@ class RoutingRecorder:
         self._gathered.calls = []
 
     def end(self, passage: Passage) -> None:
-        """It is over, so that its decisions count."""
+        """A forward has succeeded: its decisions go into the buffer."""
         calls, self._gathered.calls = self._gathered.calls, None
         if not calls:
             return
@@ -187,7 +187,7 @@ class RoutingRecorder:
 
     @property
     def _is_forked(self) -> bool:
-        """Whether this is a child of the process that records: the folder is not its own, and a lock may be held."""
+        """Whether this is a forked child of the recording process: the parent writes the folder and may hold a lock."""
         return os.getpid() != self._process
 
     def _observe(self, router: int, decision: Decision) -> None:
@@ -231,7 +231,7 @@ class RoutingRecorder:
 
     def _flush(self) -> None:
         while part := self._unwritten or self._buffer.take():
-            self._unwritten = part  # for the next time, if this one cannot be written
+            self._unwritten = part  # kept for the next flush if this one fails
             if self._folder is None:
                 self._parts.append(part)
             else:

@@ -15,7 +15,7 @@ from transformers_moe_offload.tracing.page import Section
 
 
 def sections_of(trace: RoutingTrace) -> list[Section]:
-    """A table of all routers, and plots of what the trace has."""
+    """A table of all routers, and plots of the data in the trace."""
     if not trace.num_steps:
         raise TraceError("the trace holds no forward; record one")
     routers = range(len(trace.routers))

@@ -1,7 +1,7 @@
 """Where a strategy and a model meet: hooks around one router.
 
-While the router runs, an `Interception` lets the strategy choose, and observers see what was chosen. With neither, the
-hooks do nothing; `switching.py` takes them out.
+While the router runs, an `Interception` lets the strategy choose, and observers are told the decision. With neither
+strategy nor observers the hooks do nothing; `switching.py` takes them out.
 """
 
 # T tokens, K experts per token, E experts, H hidden
@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from transformers_moe_offload.errors import MoeOffloadError, UnsupportedModelError
-from transformers_moe_offload.hf.choices import is_asking
+from transformers_moe_offload.hf.routers.capture import is_asking
 from transformers_moe_offload.routing.answer import read_answer
 from transformers_moe_offload.routing.choice import Choice, RouterCall
 from transformers_moe_offload.routing.hooks import Hooks
@@ -32,14 +32,14 @@ class Decision(NamedTuple):
     """What one router did with the tokens of a forward."""
 
     scores: Tensor
-    """(T, E): what experts were ranked by."""
+    """(T, E): the scores that experts were ranked by."""
     has_affinities: bool
     experts: Tensor
     """(T, K) int64."""
     weights: Tensor
-    """(T, K): what the experts' outputs are multiplied by."""
+    """(T, K): the factors of the experts' outputs."""
     hidden: Tensor
-    """(T, H): what the router was given."""
+    """(T, H): the router's input."""
     is_kept: Tensor | None = None
     """(T, K) bool: False for entries that only fill up a row; None where all count."""
 
@@ -49,7 +49,7 @@ Observer = Callable[[int, Decision], None]
 
 
 class _Watching(threading.local):
-    """What is being watched in a thread; None where nothing is."""
+    """The routers that run in a thread, innermost last: an interception each, or None if the router is not watched."""
 
     def __init__(self) -> None:
         self.seen: list[Interception | None] = []
@@ -82,7 +82,7 @@ class Seam:
         return twin
 
     def put_on(self, base: nn.Module, site: Site) -> None:
-        """Hook up; where the choice is made by the block around the router, it is over when the experts are called."""
+        """Add the hooks. Where the block around the router makes the choice, watching ends when experts are called."""
         hooks = Hooks(base)
         hooks.before(site.module, self._enter)
         if site.ends_at is not None:
@@ -95,7 +95,7 @@ class Seam:
         self._first_forward = self._passage.num_forwards
 
     def break_off(self) -> None:
-        """Stop watching what this thread never saw the end of: no hook is called when Ctrl-C ends a forward."""
+        """Stop watching routers of a forward that this thread has not finished: Ctrl-C ends it without any hook."""
         for seen in reversed(self._watching.seen):
             if seen is not None:
                 seen.break_off()
@@ -168,7 +168,7 @@ class Seam:
             by = "its own choice" if self.strategy is None else f"{self.strategy}"
             raise UnsupportedModelError(f"{self.path} with {by}: {error}") from error
         self._reading = find_reading(answer, seen) if self.observers and self._passage.num_before == 0 else None
-        # What is computed again for gradients was seen before.
+        # Outside of a forward a layer is recomputed for gradients, and was observed before.
         if self._passage.is_running and self.observers:
             assert seen.scores is not None
             assert seen.choice is not None
@@ -190,14 +190,14 @@ class Seam:
 
 
 def _hidden(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
-    """(T, H): the first thing that a router is given."""
+    """(T, H): the router's first argument."""
     given = args[0] if args else next(iter(kwargs.values()))
     assert isinstance(given, Tensor)
     return given.detach().reshape(-1, given.shape[-1])
 
 
 def _check(strategy: RoutingStrategy, choice: Choice, call: RouterCall) -> None:
-    """Refuse a strategy's answer that is no choice."""
+    """Raise if the shape or dtype of a strategy's choice is wrong."""
     experts, is_kept = choice
     is_integral = not experts.is_floating_point() and experts.dtype == torch.int64
     if experts.dim() != 2 or len(experts) != call.num_tokens or not is_integral or experts.shape[1] < 1:

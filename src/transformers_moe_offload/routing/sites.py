@@ -1,7 +1,7 @@
 """Find where a model routes: one site for each router, whether or not the model is offloaded.
 
-A router is a module beside the experts. Which of its functions choose is found out while it runs (`interception.py`);
-here it only matters which module to watch, and which sparse layers follow its choice.
+A router is a module beside the experts. `interception.py` finds out while it runs which of its functions choose; this
+file only finds the module to watch and the sparse layers that follow its choice.
 """
 
 from __future__ import annotations
@@ -14,8 +14,8 @@ from typing import Any
 from torch import nn
 
 from transformers_moe_offload.errors import ConfigError, UnsupportedModelError
-from transformers_moe_offload.hf.discover import experts_of
-from transformers_moe_offload.hf.top_k import experts_per_token
+from transformers_moe_offload.hf.loading.discover import experts_of
+from transformers_moe_offload.hf.routers.top_k import experts_per_token
 
 _ROUTER_NAMES = ("gate", "router")
 _ROUTER_CLASS = re.compile(r"(Router|Gating)$")
@@ -28,7 +28,7 @@ class Site:
     index: int
     """Which router, in the order of the model."""
     path: str
-    """Of the module in which the choice is made."""
+    """Path of the module that makes the choice."""
     module: nn.Module
     num_experts: int
     top_k: int | None
@@ -36,9 +36,9 @@ class Site:
     layers: tuple[int, ...]
     """The sparse layers that follow its choice, as the cache counts them."""
     experts_paths: tuple[str, ...]
-    """Of their experts modules."""
+    """Paths of the experts modules of those layers."""
     ends_at: nn.Module | None = None
-    """The experts module, where the choice is made by the block around both and not by the router."""
+    """The experts module, where the block around router and experts makes the choice; None where the router does."""
 
     @property
     def has_groups(self) -> bool:
@@ -47,14 +47,14 @@ class Site:
 
 
 def unwrapped(model: Any) -> nn.Module:
-    """The Transformers model within PEFT's wrapper, if it is in one."""
+    """The Transformers model inside PEFT's wrapper, or the model itself if there is no wrapper."""
     base = model.get_base_model() if hasattr(model, "get_base_model") else model
     assert isinstance(base, nn.Module)
     return base
 
 
 def find_sites(model: Any) -> list[Site]:
-    """All routers of a model; raises `UnsupportedModelError` if there are none, or one whose choice cannot be ours."""
+    """All routers of a model; raises `UnsupportedModelError` for none, or for a choice that cannot be replaced."""
     base = unwrapped(model)
     by_router: dict[str, list[tuple[int, str, int]]] = {}
     for layer, (path, _, num_experts) in enumerate(experts_of(base)):

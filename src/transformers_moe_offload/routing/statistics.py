@@ -1,4 +1,4 @@
-"""What a trace tells about each of its routers, gathered part by part."""
+"""Statistics of each router of a trace, computed part by part."""
 
 # N tokens at one router, K experts per token, E experts, D domains
 
@@ -13,7 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from transformers_moe_offload.routing import measures
-from transformers_moe_offload.routing.trace import RoutingTrace, Rows, rows_of, tokens_of, turns_of
+from transformers_moe_offload.routing.trace_data import RecordedRouting, Rows, rows_of, tokens_of, turns_of
 from transformers_moe_offload.routing.trace_file import Part
 from transformers_moe_offload.tracing.trace_file import MAX_TABLE, TraceError
 
@@ -41,9 +41,9 @@ class RouterStatistics:
     """How often each distance of reuse occurs, `measures.reuse_distances`."""
 
     num_tokens: int = 0
-    """Decisions: a token counts as often as its forward came to the router with it."""
+    """Decisions: a token counts once for each call of the router in its forward."""
     num_followers: int = 0
-    """Experts chosen by tokens that have one before them in their text."""
+    """Experts chosen by tokens that follow another token of their text."""
 
     @property
     def repeat_rate(self) -> float:
@@ -51,7 +51,7 @@ class RouterStatistics:
         return float(np.trace(self.next_token)) / self.num_followers if self.num_followers else 0.0
 
     def lru_hit_rate(self, num_slots: int) -> float:
-        """Share of this layer's requests that an LRU cache of so many slots of its own would hit, from empty."""
+        """Share of this layer's requests that an LRU cache with this many slots of its own would hit, from empty."""
         asked = sum(self.reuse.values()) + int((self.load > 0).sum())
         return sum(count for distance, count in self.reuse.items() if distance < num_slots) / asked if asked else 0.0
 
@@ -70,7 +70,7 @@ class RouterStatistics:
         }
 
 
-def statistics_of(trace: RoutingTrace, router: int) -> RouterStatistics:
+def statistics_of(trace: RecordedRouting, router: int) -> RouterStatistics:
     """Gather the statistics of one router."""
     num_experts = trace.routers[router].num_experts
     following = router + 1 if router + 1 < len(trace.routers) else None
@@ -114,7 +114,7 @@ def statistics_of(trace: RoutingTrace, router: int) -> RouterStatistics:
     )
 
 
-def token_counts_of(trace: RoutingTrace) -> dict[str, list[int]]:
+def token_counts_of(trace: RecordedRouting) -> dict[str, list[int]]:
     """How many tokens chose each expert that has weights, by the path of the experts module, in the order of layers."""
     loads = [np.zeros(facts.num_with_weights, np.int64) for facts in trace.routers]
     for part in trace.parts():
@@ -126,7 +126,7 @@ def token_counts_of(trace: RoutingTrace) -> dict[str, list[int]]:
     return {path: list(load_of[facts.router]) for _, path, facts in trace.sparse_layers()}
 
 
-def preferences_of(trace: RoutingTrace, router: int) -> NDArray[np.float64]:
+def preferences_of(trace: RecordedRouting, router: int) -> NDArray[np.float64]:
     """How often each domain chose each expert, 1 being the router's average over domains: (D, E)."""
     if not trace.domains:
         raise TraceError("the trace has no domains; set recorder.domain while recording")
@@ -142,7 +142,7 @@ def preferences_of(trace: RoutingTrace, router: int) -> NDArray[np.float64]:
     return np.where(mean > 0, shares / np.where(mean > 0, mean, 1), 1.0)
 
 
-def agreement_of(one: RoutingTrace, other: RoutingTrace) -> list[float]:
+def agreement_of(one: RecordedRouting, other: RecordedRouting) -> list[float]:
     """For each router, the mean Jaccard index of the choices of two runs."""
     if [(facts.path, facts.num_experts) for facts in one.routers] != [
         (facts.path, facts.num_experts) for facts in other.routers
@@ -170,7 +170,7 @@ def _expect_room(what: str, rows: int, columns: int) -> None:
 
 
 def _blocks(rows: Rows, num_experts: int) -> Iterator[Rows]:
-    """The same rows, as many at a time as there is a small table for."""
+    """The same rows in blocks of `measures.blocks`, small enough for a table with a column for each expert."""
     for block in measures.blocks(len(rows.experts), num_experts):
         columns: list[Any] = [None if column is None else column[block] for column in rows]
         yield Rows(*columns)
@@ -214,10 +214,10 @@ def _to_next_token(
 
 
 def _to_next_layer(part: Part, router: int, following: int, num_experts: int, columns: int) -> NDArray[np.int64]:
-    """Pairs of experts of the same tokens at two routers; padding and tokens that only one saw are left out.
+    """Pairs of experts of the same tokens at two routers, without padding and tokens that only one of them routed.
 
-    Routers that run several times in a forward are paired turn by turn; one with fewer turns than the router before it
-    comes after the last of those.
+    Routers that run several times in a forward are paired turn by turn; a router with fewer turns than the one before
+    it is paired with the last turns of that.
     """
     token, turn = tokens_of(part, router), turns_of(part, router).astype(np.int64)
     next_token, next_turn = tokens_of(part, following), turns_of(part, following).astype(np.int64)
@@ -239,7 +239,7 @@ def _to_next_layer(part: Part, router: int, following: int, num_experts: int, co
 
 
 def _visits(part: Part, router: int) -> list[list[int]]:
-    """The experts of each call of a router that are wanted, ascending."""
+    """The experts wanted in each call of a router, ascending."""
     experts = part[f"experts.{router}"]
     calls = part["calls"]
     return [

@@ -16,7 +16,7 @@ from transformers_moe_offload.routing.choice import Choice, RouterCall
 
 
 class RoutingStrategy(ABC):
-    """Chooses experts for tokens; what their outputs are multiplied by stays the architecture's business.
+    """Chooses experts for tokens; the architecture computes their weights.
 
     One strategy serves all layers that it is set for. Options are the arguments of its constructor.
     """
@@ -26,9 +26,9 @@ class RoutingStrategy(ABC):
         """The experts of the call's tokens, a function of the call alone; None lets the router choose as it would."""
 
     def check(self, layer: int, num_experts: int, top_k: int | None) -> None:  # noqa: B027
-        """Refuse a router that the options do not fit, by `ConfigError`, before anything is changed.
+        """Raise `ConfigError` if the options do not fit a router; called before anything is changed.
 
-        `layer` is the number of the router, top_k how many experts a token takes there, as far as the model says so.
+        `layer` is the number of the router, `top_k` its experts per token, None where the model does not say.
         """
 
 
@@ -38,17 +38,17 @@ Strategy = TypeVar("Strategy", bound=Callable[..., RoutingStrategy])
 
 
 def register_strategy(name: str, *, exist_ok: bool = False) -> Callable[[Strategy], Strategy]:
-    """Decorator for a `RoutingStrategy` that `set_routing` shall know by name."""
+    """Decorator: make a `RoutingStrategy` available to `set_routing` by name."""
     return _strategies.register(name, exist_ok=exist_ok)  # type: ignore[return-value]
 
 
 def strategy_names() -> list[str]:
-    """The strategies that there are, in alphabetical order."""
+    """Names of the registered strategies, in alphabetical order."""
     return _strategies.names()
 
 
 def make_strategy(strategy: str | RoutingStrategy, options: Mapping[str, Any]) -> RoutingStrategy:
-    """A strategy by its name and options, or the one that is given."""
+    """A strategy by its name and options; a `RoutingStrategy` is returned as it is."""
     if isinstance(strategy, RoutingStrategy):
         if options:
             raise ConfigError(f"{strategy} has its options already, and got {', '.join(options)} beside them")

@@ -45,12 +45,12 @@ def set_routing(model: Any, strategy: str | RoutingStrategy, layers: Layers = No
         with routing.set_routing(model, "top_k", k=4, layers=[0, 1]):
             ...
 
-    `strategy` is a name given to `register_strategy`, and `options` are its own, or it is a `RoutingStrategy`. `layers`
-    are numbers or module paths of routers; None means all. Routers keep their scores, and their rules for making
-    weights of the scores of the chosen experts. Works on plain and offloaded models alike, also below PEFT's wrapper.
+    `strategy` is a registered name, with its `options`, or a `RoutingStrategy`. `layers` are numbers or module paths of
+    routers; None means all. Routers keep their scores, and the way in which they compute weights from the scores of the
+    chosen experts. Works on plain and offloaded models, also inside PEFT's wrapper.
 
-    Raises `ConfigError` for an option or layer that cannot be, and `UnsupportedModelError` for a model whose choice
-    cannot be swapped; then nothing has changed.
+    Raises `ConfigError` for an invalid option or layer, and `UnsupportedModelError` for a model whose choice cannot be
+    replaced; then nothing has changed.
     """
     made = make_strategy(strategy, options)
     base = unwrapped(model)
@@ -82,7 +82,7 @@ def observe(model: Any, sites: list[Site], observer: Observer) -> None:
 
 
 def stop_observing(model: Any, observer: Observer) -> None:
-    """The opposite of `observe`."""
+    """Undo `observe`."""
     base = unwrapped(model)
     for seam in Hooks(base).owners(Seam):
         if observer in seam.observers:

@@ -1,10 +1,11 @@
 """The files of a routing trace: a folder with `trace.json`, which says what there is, and parts in safetensors.
 
-Each part is complete in itself, and listed only once it is on disk: whatever ends a recording, what was written by then
-can be read. No part is larger than the recorder's buffer, so neither writing nor reading needs more memory than that.
+Each part is complete in itself, and listed only once it is on disk: if a recording is broken off, the parts written
+until then can be read. No part is larger than the recorder's buffer, so writing and reading need no more memory than
+that.
 
-The index is read and checked here, parts in `trace_parts.py`. A folder comes from anywhere, so that every number by
-which anything is allocated, indexed or counted is compared there with what the files really hold, and not later.
+The index is read and checked here, parts in `trace_parts.py`. A folder is untrusted input: every number that allocates,
+indexes or counts is compared with the content of the files as soon as they are read.
 """
 
 # V router calls, N tokens at one router, M tokens, K experts per token, E experts, H hidden
@@ -24,8 +25,8 @@ from numpy.typing import NDArray
 from safetensors import SafetensorError
 from safetensors.numpy import save_file
 
-from transformers_moe_offload.memory.file_identity import FileIdentity
-from transformers_moe_offload.memory.safetensors_writer import new_file
+from transformers_moe_offload.disk_io.file_identity import FileIdentity
+from transformers_moe_offload.tensor_files.writer import new_file
 from transformers_moe_offload.tracing.trace_file import TraceError, expect_table, reading_trace, refuse
 from transformers_moe_offload.untrusted import quoted
 
@@ -38,13 +39,13 @@ Part = dict[str, NDArray[Any]]
 """Arrays of a part, by name:
 
     calls          (V, 5) int64   router, first of its rows in this part, number of rows, step, first of its tokens in
-                                  this part or -1 where the rows are no tokens of text; in the order of the calls
+                                  this part or -1 where the rows are not tokens of text; in the order of the calls
     token_ids      (M,) int32     -1 where it is not known
     sequence       (M,) int32     which text, over the whole trace
     position       (M,) int32     where in its text
     is_padding     (M,) uint8
     domain         (M,) int16     index into the domains, -1 without one
-    experts.R      (N, K) int16   -1 fills up
+    experts.R      (N, K) int16   filled up with -1
     weights.R      (N, K) float32
     scores.R       (N, E) float16 or float32, if they were recorded
     hidden.R       (N, H) float32, if it was recorded
@@ -52,7 +53,7 @@ Part = dict[str, NDArray[Any]]
 
 KIND = "routing trace"
 _MAX_INDEX_BYTES = 16 * 2**20
-"""Parts are of 64 MiB, and a line of the index names one: so much is enough for a recording of many terabytes."""
+"""Parts have 64 MiB, and the index has a line for each: this is enough for a recording of many terabytes."""
 MAX_CHOICES = 2**15
 """Experts of a router, and domains: each is numbered by 16 bits."""
 _PART_NAME = re.compile(r"part-[0-9]{5,9}\.safetensors")
@@ -60,7 +61,7 @@ _PART_NAME = re.compile(r"part-[0-9]{5,9}\.safetensors")
 
 @dataclass(frozen=True)
 class RouterFacts:
-    """What a trace knows of one router."""
+    """Facts about one router of a trace."""
 
     router: int
     """Which of the model's routers, as `set_routing` counts them."""
@@ -79,7 +80,7 @@ class RouterFacts:
 
 @dataclass
 class TraceIndex:
-    """What `trace.json` says."""
+    """The content of `trace.json`."""
 
     model: str
     routers: list[RouterFacts] = field(default_factory=list)
@@ -95,7 +96,7 @@ class TraceIndex:
 
     @classmethod
     def read(cls, folder: Path) -> TraceIndex:
-        """Read `trace.json`; raises `TraceError` for anything else."""
+        """Read `trace.json`; raises `TraceError` if it is missing or not valid."""
         path = folder / INDEX
         with reading_trace(folder, KIND), path.open("rb") as file:
             text = file.read(_MAX_INDEX_BYTES + 1)
@@ -112,7 +113,7 @@ class TraceIndex:
 
 
 def is_text(found: Any) -> bool:
-    """Whether it is text that can be printed; JSON has halves of characters, too."""
+    """Whether it is a string that can be encoded; strings of JSON may contain lone surrogates."""
     try:
         return isinstance(found, str) and found.encode() is not None
     except UnicodeEncodeError:
@@ -143,7 +144,7 @@ _FITS: dict[str, Callable[[Any], bool]] = {
     "layers": _are(_is_count),
     "experts_paths": _are(is_text),
 }
-"""Whether an entry of `trace.json` is what it has to be."""
+"""For each entry of `trace.json`, whether a value has the right type."""
 
 
 def _entries(folder: Path, found: Mapping[str, Any], kind: type[TraceIndex] | type[RouterFacts]) -> dict[str, Any]:
@@ -160,7 +161,7 @@ def _entries(folder: Path, found: Mapping[str, Any], kind: type[TraceIndex] | ty
 
 
 def _check_index(folder: Path, index: TraceIndex) -> None:
-    """Refuse numbers and names that do not fit together."""
+    """Refuse numbers and names that contradict one another."""
     for name in index.parts:
         if _PART_NAME.fullmatch(name) is None:
             refuse_folder(
@@ -192,7 +193,7 @@ def _check_index(folder: Path, index: TraceIndex) -> None:
 
 
 def expect_new_folder(folder: str | os.PathLike[str], *, overwrite: bool = False) -> None:
-    """Raise `TraceError` where `new_folder` would, before what a recording is of is loaded; makes nothing."""
+    """Raise `TraceError` where `new_folder` would, without creating anything: a check before the model is loaded."""
     path = Path(folder).absolute()
     if (path / INDEX).exists():
         if not overwrite:
@@ -211,7 +212,7 @@ def expect_new_folder(folder: str | os.PathLike[str], *, overwrite: bool = False
 def new_folder(folder: str | os.PathLike[str], *, overwrite: bool = False) -> Path:
     """A folder for a new trace.
 
-    One that has a trace already is refused, or the files of that are removed; one of other files is refused.
+    A folder with a trace is refused, or with `overwrite` that trace is removed; a folder with other files is refused.
     """
     expect_new_folder(folder, overwrite=overwrite)
     path = Path(folder).absolute()  # a recording goes on whatever the working directory becomes
@@ -234,7 +235,7 @@ def write_part(folder: Path, number: int, part: Part) -> str:
 
 
 def file_of(folder: Path, name: str) -> FileIdentity:
-    """By what the file of a part is known again, which is read later."""
+    """Identity of a part's file, by which a change is noticed when the part is read."""
     try:
         with (folder / name).open("rb") as stream:
             return FileIdentity.of(stream.fileno())

@@ -12,9 +12,8 @@ import numpy as np
 from numpy.typing import NDArray
 from safetensors.numpy import load_file
 
+from transformers_moe_offload.disk_io.file_identity import FileIdentity
 from transformers_moe_offload.errors import CheckpointError
-from transformers_moe_offload.memory.file_identity import FileIdentity
-from transformers_moe_offload.memory.safetensors_index import read_header
 from transformers_moe_offload.routing.trace_file import (
     INDEX,
     KIND,
@@ -24,6 +23,7 @@ from transformers_moe_offload.routing.trace_file import (
     file_of,
     refuse_folder,
 )
+from transformers_moe_offload.tensor_files.index import read_header
 from transformers_moe_offload.tracing.trace_file import TraceError, reading_trace
 from transformers_moe_offload.untrusted import quoted
 
@@ -42,7 +42,7 @@ _IF_RECORDED = {"scores": ("float16", "float32"), "hidden": ("float32",)}
 def read_parts(folder: Path, index: TraceIndex, files: Mapping[str, FileIdentity]) -> Iterator[Part]:
     """Read the parts one at a time, each checked against the index and those before it.
 
-    `files` are what the files were when the recording was loaded; one that is another now is refused.
+    `files` are the files' identities when the recording was loaded; a file that has changed since is refused.
     """
     num_steps = num_tokens = 0
     kinds: dict[str, str] = {}
@@ -67,7 +67,7 @@ def read_parts(folder: Path, index: TraceIndex, files: Mapping[str, FileIdentity
 
 
 def _expect_alike(path: Path, part: Part, index: TraceIndex, before: dict[str, str]) -> None:
-    """Refuse a part whose scores or hidden states are not what they were before, or not recorded any more."""
+    """Refuse a part whose scores or hidden states are missing or of another dtype or width than in earlier parts."""
     for router in range(len(index.routers)):
         for name in _IF_RECORDED if len(part[f"experts.{router}"]) else ():
             rows = part.get(f"{name}.{router}")
@@ -100,7 +100,7 @@ def _check_header(path: Path, index: TraceIndex) -> None:
 
 
 def num_steps_of(part: Mapping[str, NDArray[Any]]) -> int:
-    """Forwards of a part; they follow one another."""
+    """Number of forwards in a part; they are consecutive."""
     steps = part["calls"][:, 3]
     return int(steps[-1] - steps[0]) + 1 if len(steps) else 0
 
@@ -108,7 +108,7 @@ def num_steps_of(part: Mapping[str, NDArray[Any]]) -> int:
 def _check(
     path: Path, part: Mapping[str, NDArray[Any]], index: TraceIndex, first_step: int, tokens_before: int
 ) -> None:
-    """Refuse numbers of one part that do not fit together, or not with what the parts before it hold."""
+    """Refuse a part whose numbers contradict one another, the index, or the parts before it."""
     calls, num_tokens = part["calls"].astype(np.int64), len(part["token_ids"])
     if calls.shape[1] != 5:
         refuse_folder(path, f"its calls are {calls.shape}, not (V, 5)")
@@ -137,7 +137,7 @@ def _check(
 def _check_router(
     path: Path, part: Mapping[str, NDArray[Any]], own: NDArray[np.int64], router: int, facts: RouterFacts
 ) -> None:
-    """Refuse calls of one router that do not have the rows that there are. own (V, 5)."""
+    """Refuse calls of one router, own (V, 5), that do not match its rows."""
     experts, num_tokens = part[f"experts.{router}"], len(part["token_ids"])
     first, num_rows, token = own[:, 1], own[:, 2], own[:, 4]
     _expect_between(path, f"router {router} was called with a number of rows of", num_rows, 0, len(experts))

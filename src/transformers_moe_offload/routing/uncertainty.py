@@ -24,17 +24,17 @@ from transformers_moe_offload.routing.switching import Layers, set_routing
 
 @dataclass(frozen=True)
 class RoutingUncertainty:
-    """What repeats with sampled routing made of each position; (B, S) float32 each, entropies in bits."""
+    """How predictions at each position vary between repeats with sampled routing; (B, S) float32, entropies in bits."""
 
     logit_variance: Tensor
     """Variance of a logit between repeats, averaged over the vocabulary."""
     disagreement: Tensor
     """Share of repeats whose likeliest token is not the one that most repeats have (variation ratio)."""
     entropy: Tensor
-    """Of the mean of the repeats' predictions."""
+    """Entropy of the mean of the repeats' predictions."""
     mutual_information: Tensor
-    """Between prediction and routing: the part of `entropy` that comes from the choice of experts. `entropy` less the
-    mean entropy of single repeats (Houlsby et al. 2011, section 2, arXiv 1112.5745)."""
+    """Mutual information of prediction and routing, the part of `entropy` that comes from the choice of experts:
+    `entropy` less the mean entropy of single repeats (Houlsby et al. 2011, section 2, arXiv 1112.5745)."""
     repeats: int
 
 
@@ -52,8 +52,7 @@ def routing_uncertainty(
     """Run a model `repeats` times under a strategy that draws its experts, each time with another seed.
 
     `inputs` are the keyword arguments of a forward, or input_ids (B, S); `options` are those of the strategy.
-    Strategies that the model has are back in place afterwards. Holds a few tensors of (B, S, V), however many repeats
-    there are.
+    The model's earlier strategies are restored afterwards. Holds a few tensors of (B, S, V), independent of `repeats`.
     """
     check_count("repeats", repeats, least=2)
     check_seed(seed)

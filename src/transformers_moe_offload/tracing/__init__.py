@@ -1,4 +1,4 @@
-"""What a model asked of its cache, written down, and played again with other policies and sizes."""
+"""Traces: the experts that a model asked its cache for, recorded, and replayed with other policies and sizes."""
 
 from transformers_moe_offload.tracing.recorder import TraceRecorder
 from transformers_moe_offload.tracing.replay import Replay, replay

@@ -11,8 +11,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from transformers_moe_offload.memory.safetensors_writer import new_file
 from transformers_moe_offload.notebook import html_table
+from transformers_moe_offload.tensor_files.writer import new_file
 from transformers_moe_offload.tracing.trace_file import TraceError
 
 _STYLE = """
@@ -42,7 +42,7 @@ class Section:
     title: str
     text: str = ""
     figure: Any = None
-    """Of matplotlib."""
+    """A figure of matplotlib."""
     rows: Sequence[Mapping[str, Any]] = ()
     """With the same keys, which become the heads of columns."""
 

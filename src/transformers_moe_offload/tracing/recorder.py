@@ -14,9 +14,9 @@ from transformers_moe_offload.tracing.trace import RecordedVisit, Trace
 class TraceRecorder:
     """Appends every visit to `trace`.
 
-    A step is one forward: between `begin_forward` and `end_forward` layers may take as many turns as they like.
-    Forwards that are not announced are told by the order of layers. `stall_ms`, if given, returns how long all layers
-    have waited for loads so far; then the trace has each visit's share of it.
+    A step is one forward: between `begin_forward` and `end_forward` layers may take any number of turns.
+    Forwards that are not announced are recognised by the order of layers. `stall_ms`, if given, returns how long all
+    layers have waited for loads so far; then the trace has each visit's share of it.
     """
 
     def __init__(
@@ -44,7 +44,7 @@ class TraceRecorder:
         self._is_announced, self._has_begun, self._num_tokens = True, False, num_tokens
 
     def end_forward(self) -> None:
-        """It is over."""
+        """The forward is over."""
         self._is_announced, self._num_tokens = False, 0
 
     def record(self, layer: int, wanted: Sequence[int]) -> None:

@@ -1,8 +1,8 @@
 """Play a trace again with another policy or another number of slots, and count.
 
 The cache, its planner and its floors are those that a model runs with; only the slots hold nothing. So without
-prefetching a replay has exactly the hits of a run. Belady's oracle alone is played by rules of its own: it is the limit
-for any policy, and what binds the others must not lower it.
+prefetching a replay has exactly the hits of a run. Only Belady's oracle is played by rules of its own: it is the limit
+for any policy, so the restrictions on other policies must not lower it.
 """
 
 from __future__ import annotations
@@ -13,16 +13,16 @@ from dataclasses import dataclass
 from transformers_moe_offload.cache.cache import ExpertCache
 from transformers_moe_offload.errors import ConfigError
 from transformers_moe_offload.expert import ExpertId
-from transformers_moe_offload.memory.slots import Weights
-from transformers_moe_offload.memory.transfer import Landed, Transfer
 from transformers_moe_offload.policies import ORACLE, Belady, make_policy
+from transformers_moe_offload.slots.base import Weights
+from transformers_moe_offload.slots.transfer import Landed, Transfer
 from transformers_moe_offload.stats import LayerStats
 from transformers_moe_offload.tracing.trace import Trace
 
 
 @dataclass(frozen=True)
 class Replay:
-    """What one policy made of a trace with so many slots."""
+    """The counts of one policy on a trace, with so many slots."""
 
     policy: str
     num_slots: int
@@ -49,7 +49,7 @@ def replay(trace: Trace, policy: str, num_slots: int) -> Replay:
         raise ConfigError(f"a replay with {num_slots} slots cannot work: a layer needs 1 to pass its experts through")
     if policy == ORACLE:
         return Replay(policy, num_slots, _consult_oracle(trace, num_slots))
-    # More slots than experts that are ever asked for hold nothing; how many there are to be may come from a file.
+    # Slots beyond the number of experts that are ever asked for stay empty; `num_slots` may come from a file.
     used = {(layer, expert) for layer, wanted in trace.requests() for expert in wanted}
     cache = ExpertCache(
         NoSlots(), min(num_slots, max(1, len(used))), dict(enumerate(trace.num_experts)), make_policy(policy)
@@ -65,8 +65,8 @@ def _consult_oracle(trace: Trace, num_slots: int) -> dict[int, LayerStats]:
     """The most hits that a cache can have without loading ahead of demand.
 
     After a visit it keeps the experts wanted soonest, of all that were in a slot before or during the visit; but one of
-    the visit's own must be among them, because the last one computed is still where it was. Every cache keeps some of
-    the same experts under the same condition, and the ones wanted soonest are the best to have, whatever comes.
+    the visit's own must be among them, because the last one computed still occupies its slot. Every cache keeps some of
+    the same experts under the same condition, and those wanted soonest are the best choice.
     """
     requests = trace.requests()
     policy = Belady(requests)
@@ -93,7 +93,7 @@ def _consult_oracle(trace: Trace, num_slots: int) -> dict[int, LayerStats]:
 
 
 class NoSlots:
-    """Slots that hold nothing: what is brought in is there at once."""
+    """Slots that hold nothing: loads land at once."""
 
     num_lanes = 1
 
@@ -115,14 +115,14 @@ class NoSlots:
         return {}
 
     def holds(self, slot: int) -> bool:
-        """It is there."""
+        """Always True."""
         return True
 
     def give_back(self) -> None:
         """No memory was taken."""
 
     def start_over(self, held: Mapping[int, ExpertId]) -> None:
-        """Nothing is ever under way."""
+        """No load is ever in flight."""
 
     def device_bytes(self, expert: ExpertId) -> int:
         """No bytes."""

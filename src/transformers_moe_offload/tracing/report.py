@@ -22,7 +22,7 @@ WINDOW = 25
 
 
 _SPREAD = 20
-"""Where the longest step waited so many times as long as the one in the middle, a linear axis would show it alone."""
+"""If the longest step waited so many times as long as the median one, a linear axis would show only that step."""
 
 
 def make_figure(width: float = 11, height: float = 4.6) -> Any:

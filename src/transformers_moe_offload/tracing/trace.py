@@ -1,7 +1,7 @@
-"""Which experts each visit of a sparse layer wanted: the input of replays and reports. Its file is `trace_file.py`'s.
+"""Which experts each visit of a sparse layer wanted: the input of replays and reports. `trace_file.py` has its file.
 
-The order of visits and the order of experts within each are kept, because both decide what a cache does. What the
-router's scores were is not kept; neither is any text.
+The order of visits and the order of experts within each are kept, because both decide what a cache does. Scores of the
+router and texts are not kept.
 """
 
 # V visits, S steps, L sparse layers, W experts wanted over all visits
@@ -37,9 +37,9 @@ class Trace:
     layer_names: tuple[str, ...]
     """Paths of the experts modules in the model."""
     num_experts: tuple[int, ...]
-    """Of each layer."""
+    """Experts of each layer."""
     experts_per_token: tuple[int, ...] | None = None
-    """Of each layer, where the model says so."""
+    """Experts that a token takes in each layer, if the model says so."""
     visits: list[RecordedVisit] = field(default_factory=list)
     step_tokens: list[int] = field(default_factory=list)
     """Tokens of each step's forward, 0 where that is not known."""
@@ -66,7 +66,7 @@ class Trace:
         return [(visit.layer, visit.wanted) for visit in self.visits]
 
     def counts(self) -> dict[str, list[int]]:
-        """How often each expert was asked for, by layer: what a cache is loaded by.
+        """How often each expert was asked for, by layer: the counts that a cache is warmed up by.
 
         An expert counts once a visit, however many tokens chose it; `token_counts` counts tokens.
         """
@@ -75,8 +75,8 @@ class Trace:
     def token_counts(self) -> dict[str, list[int]]:
         """How many tokens chose each expert, by layer, in the steps of one token.
 
-        Steps of more tokens are left out: which of them chose an expert is not in a trace. One that has no step of one
-        token raises `TraceError`; `RoutingTrace.token_counts` counts all tokens.
+        Steps of more tokens are left out: a trace does not say which of them chose an expert. Raises `TraceError` if no
+        step has one token; `RoutingTrace.token_counts` counts all tokens.
         """
         single = {step for step, num_tokens in enumerate(self.step_tokens) if num_tokens == 1}
         if not single:
@@ -126,7 +126,7 @@ class Trace:
 
     @classmethod
     def load(cls, path: str | os.PathLike[str]) -> Trace:
-        """Read a trace; a file that is none, or contradicts itself, raises `TraceError`."""
+        """Read a trace; a file that is not a trace, or contradicts itself, raises `TraceError`."""
         rows = {name: array.tolist() for name, array in read_arrays(path).items()}
         starts, experts = rows["starts"], rows["wanted"]
         visits = [

@@ -1,8 +1,8 @@
 """The file of a trace: an `.npz` archive of a few rows of numbers, and one of names.
 
-A file comes from anywhere, so that nothing is taken from it before it is known to be small: how much an array holds is
-compared with the size of the file, its shape with the bytes that are there, and numbers that others allocate by with
-`MAX_TABLE`. What zipfile and NumPy raise at damaged files becomes one `TraceError`.
+A file is untrusted, so sizes are checked before anything is read from it: the bytes of arrays against the size of the
+file, their shapes against the bytes that are there, and numbers that tables are allocated by against `MAX_TABLE`.
+Errors of zipfile and NumPy at damaged files become a `TraceError`.
 """
 
 # V visits, S steps, L sparse layers, W experts wanted over all visits
@@ -24,7 +24,7 @@ from numpy.lib import format as npy
 from numpy.typing import NDArray
 
 from transformers_moe_offload.errors import MoeOffloadError
-from transformers_moe_offload.memory.safetensors_writer import new_file
+from transformers_moe_offload.tensor_files.writer import new_file
 from transformers_moe_offload.untrusted import one_line, quoted
 
 FORMAT = 1
@@ -37,9 +37,9 @@ _MAX_ROWS = 2**12
 """Most layers or routers."""
 
 _MAX_SMALL_BYTES = 32 * 2**20
-"""What arrays may take, however small the file is: about 600,000 visits."""
+"""Bytes that arrays may take in any file, however small: about 600,000 visits."""
 _MAX_RATIO = 64
-"""What they may take for each byte of a larger file. A recording shrinks to a tenth, and to a 39th where every visit
+"""Bytes that they may take for each byte of a larger file. A recording shrinks to a tenth, and to a 39th if every visit
 wants the same experts; an archive can be made to hold a thousand times its size."""
 
 _ZIP, _NUMPY = b"PK", b"\x93NUMPY"
@@ -72,7 +72,7 @@ class TraceError(MoeOffloadError):
 
 @contextmanager
 def reading_trace(path: Source, kind: str = "trace") -> Iterator[None]:
-    """Turn whatever libraries raise at a damaged file into a `TraceError`. Only around calls of such libraries."""
+    """Turn errors of libraries at a damaged file into a `TraceError`. Only around calls of such libraries."""
     try:
         yield
     except MoeOffloadError:
@@ -85,14 +85,14 @@ def reading_trace(path: Source, kind: str = "trace") -> Iterator[None]:
         raise TraceError(f"cannot read the {kind} {path}: {_why(path, error)}") from error
     except (
         Exception
-    ) as error:  # TokenError, SyntaxError, RecursionError, MemoryError, ...: damage has no list of its own
+    ) as error:  # TokenError, SyntaxError, RecursionError, MemoryError, ...: no list covers all errors of damage
         raise TraceError(
             f"cannot read the {kind} {path}: it is damaged ({type(error).__name__}: {one_line(error)})"
         ) from error
 
 
 def _why(path: Source, error: OSError) -> str:
-    """Why the system does not read a trace; of a folder without one, what it may be instead."""
+    """Why the system does not read a trace; for a folder without one, what the folder may be instead."""
     if isinstance(error, FileNotFoundError) and os.path.isdir(path):
         if os.path.isfile(os.path.join(path, "config.json")):
             return "it is the folder of a model; record a trace of it with `moe-offload trace`"
@@ -111,7 +111,7 @@ def write_arrays(path: Path, arrays: Arrays) -> None:
             with new_file(unfinished) as file:
                 np.savez_compressed(file, **members)
             if sum(array.nbytes for array in arrays.values()) > 0.9 * _most_bytes(unfinished.stat().st_size):
-                with unfinished.open("wb") as file:  # a reader would take it for a bomb
+                with unfinished.open("wb") as file:  # a reader would refuse the compressed file as a zip bomb
                     np.savez(file, **members)
             unfinished.replace(path)
         finally:
@@ -121,7 +121,7 @@ def write_arrays(path: Path, arrays: Arrays) -> None:
 
 
 def read_arrays(path: Source) -> dict[str, Array]:
-    """The arrays of a file, each (N,), checked against one another; `TraceError` if it is no trace, or damaged."""
+    """The arrays of a file, each (N,), checked against one another; `TraceError` if it is not a trace, or damaged."""
     with reading_trace(path), open(path, "rb") as file:
         _expect_archive(path, file.read(len(_NUMPY)))
         most_bytes = _most_bytes(os.fstat(file.fileno()).st_size)
@@ -133,7 +133,7 @@ def read_arrays(path: Source) -> dict[str, Array]:
 
 
 def expect_table(path: Source, num_experts: list[int], rows: str) -> None:
-    """Refuse numbers of experts by layer or router that are none, or for which no table could be made."""
+    """Refuse numbers of experts by layer or router that are below 1, or too large for a table."""
     for row, count in enumerate(num_experts):
         if count < 1:
             refuse(path, f"{rows[:-1]} {row} has {count} experts")
@@ -184,7 +184,7 @@ def _members(path: Source, archive: zipfile.ZipFile, most_bytes: int) -> dict[st
 
 
 def _array(path: Source, name: str, content: bytes) -> Array:
-    """The array in a member, without a copy. Its header says no more than what follows it."""
+    """The array in a member, without a copy. Its header must agree with the bytes that follow it."""
     stream = io.BytesIO(content)
     version = npy.read_magic(stream)
     if version not in ((1, 0), (2, 0)):
@@ -232,7 +232,7 @@ def _check_lengths(path: Source, lengths: Mapping[str, int]) -> None:
 
 
 def _check_visits(path: Source, arrays: Arrays) -> None:
-    """Refuse visits of layers, experts or steps that there are not, and steps that go backwards."""
+    """Refuse visits of layers, experts or steps that do not exist, and steps that go backwards."""
     layer, step, num_experts = arrays["layer"], arrays["step"].astype(np.int64), arrays["num_experts"].astype(np.int64)
     num_layers, num_steps = len(num_experts), len(arrays["step_tokens"])
     if len(layer) == 0:

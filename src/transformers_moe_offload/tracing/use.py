@@ -1,6 +1,6 @@
 """Which experts are used most, by how many tokens chose each: of a trace, of a recording of the routing, or counted.
 
-Counting is theirs, `Trace.token_counts` and `RoutingTrace.token_counts`; here is what is chosen by the counts.
+`Trace.token_counts` and `RoutingTrace.token_counts` count the tokens; this file chooses experts by the counts.
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ def hottest_experts(counts: Mapping[int, Sequence[int]], share: float | str) -> 
 
 
 def parse_share(share: float | str) -> float:
-    """A share as people write it, `"10%"` or `0.1`, as a number; raises `TraceError` for what is none."""
+    """A share as people write it, `"10%"` or `0.1`, as a number; raises `TraceError` for anything else."""
     match = re.fullmatch(r"(\d{1,3}(?:\.\d+)?)\s*%", share.strip()) if isinstance(share, str) else None
     number = float(match[1]) / 100 if match else share
     if isinstance(number, bool) or not isinstance(number, int | float) or not 0 < number <= 1:

@@ -1,4 +1,4 @@
-"""Tell Trainer's log what the cache and the routers do, and refuse to go on from another model's checkpoint."""
+"""Add figures of the cache and the routers to Trainer's log, and refuse to resume from another model's checkpoint."""
 
 from __future__ import annotations
 
@@ -10,9 +10,9 @@ from transformers import TrainerCallback
 from transformers.trainer_utils import SaveStrategy
 
 from transformers_moe_offload.errors import CheckpointError
-from transformers_moe_offload.hf.runtime import OffloadRuntime, runtime_of
+from transformers_moe_offload.hf.model.handle import OffloadRuntime, runtime_of
 from transformers_moe_offload.hf.upstream import ExportableState
-from transformers_moe_offload.memory.record import host_bytes
+from transformers_moe_offload.system.host_memory import host_bytes
 from transformers_moe_offload.training.routing import RouterWatch, entropy
 
 logger = logging.getLogger(__name__)
@@ -21,8 +21,8 @@ logger = logging.getLogger(__name__)
 class MoeOffloadCallback(TrainerCallback, ExportableState):
     """Adds `moe_hit_rate`, `moe_disk_mb_per_step`, `moe_stall_ms_per_step` and `router_entropy` to every log entry.
 
-    Every checkpoint notes which weights the frozen experts had; going on from one with others raises
-    `CheckpointError`. Who writes checkpoints that Trainer will not go on from is warned before the first step.
+    Every checkpoint holds a key of the frozen experts' weights; resuming from one with another key raises
+    `CheckpointError`. A warning before the first step says if Trainer cannot resume from the checkpoints it will write.
     """
 
     def __init__(self) -> None:
@@ -32,11 +32,11 @@ class MoeOffloadCallback(TrainerCallback, ExportableState):
         self._steps = 0
 
     def state(self) -> dict[str, Any]:
-        """What a checkpoint keeps."""
+        """The state that a checkpoint keeps."""
         return {"args": {}, "attributes": {"content_key": self.content_key}}
 
     def on_train_begin(self, args: Any, state: Any, control: Any, model: Any = None, **kwargs: Any) -> None:
-        """Compare what the checkpoint was trained on, and start to count."""
+        """Compare the checkpoint's experts with the model's, and start to count."""
         runtime = runtime_of(model)
         self.content_key = content_key(runtime)
         kept = (state.stateful_callbacks or {}).get(type(self).__name__)
@@ -52,7 +52,7 @@ class MoeOffloadCallback(TrainerCallback, ExportableState):
                 "model.safetensors, and models in low bits are saved under other names; train an adapter, such as "
                 "training.lora_config(model, experts=False, routers=True), or set save_strategy='no'"
             )
-        self._stop_watching()  # a training that was broken off has no end
+        self._stop_watching()  # after an interrupted training, which had no on_train_end
         self._watch = RouterWatch(model, lambda logits: self._entropies.append(entropy(logits)))
         runtime.reset_stats()
         self._steps = 0
@@ -64,7 +64,7 @@ class MoeOffloadCallback(TrainerCallback, ExportableState):
     def on_log(
         self, args: Any, state: Any, control: Any, logs: dict[str, Any] | None = None, model: Any = None, **kwargs: Any
     ) -> None:
-        """Put our figures beside the loss."""
+        """Add the figures of the cache and the routers to the entry with the loss."""
         if logs is None or "loss" not in logs or self._watch is None:
             return
         runtime, steps = runtime_of(model), max(1, self._steps)
@@ -83,7 +83,7 @@ class MoeOffloadCallback(TrainerCallback, ExportableState):
         self._steps = 0
 
     def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """Stop to watch."""
+        """Stop watching."""
         self._stop_watching()
 
     def _stop_watching(self) -> None:
@@ -94,7 +94,7 @@ class MoeOffloadCallback(TrainerCallback, ExportableState):
 
 
 def content_key(runtime: OffloadRuntime) -> str:
-    """Says whether two models have the same experts: a digest of the first one in three of the sparse layers."""
+    """A key to compare the experts of two models by: a digest of the first one in three of the sparse layers."""
     layers = runtime.layers
     digest = hashlib.blake2b(digest_size=8)
     for place in sorted({0, len(layers) // 2, len(layers) - 1}):

@@ -10,8 +10,8 @@ from collections.abc import Iterable, Mapping
 from typing import Any
 
 from transformers_moe_offload.errors import ConfigError
-from transformers_moe_offload.hf.runtime import OffloadRuntime, runtime_of
-from transformers_moe_offload.hf.unfreezing import make_own
+from transformers_moe_offload.hf.model.handle import OffloadRuntime, runtime_of
+from transformers_moe_offload.hf.model.unfreezing import make_own
 from transformers_moe_offload.tracing import CountsTokens
 
 
@@ -25,9 +25,10 @@ def unfreeze_experts(
     """Make experts parameters of the model that are trained, too; returns the names of these parameters
     in the model (in the base model of one that PEFT has wrapped).
 
-    Either `experts`, by the sparse layer's module path or its place among the sparse layers; or, of every layer, the
-    `top` that most tokens chose, by a `trace` (a `RoutingTrace`, or a `Trace` with steps of one token) or by counts.
-    Create the optimizer afterwards. They are in memory for good and cost their part of `cache_budget`; an optimizer's
+    Give either `experts`, by the sparse layer's module path or its place among the sparse layers; or `top`, a number of
+    experts in every layer, those that most tokens chose by `trace`: a `RoutingTrace`, a `Trace` with steps of one
+    token, or counts.
+    Create the optimizer afterwards. The experts stay in memory and take their part of `cache_budget`; an optimizer's
     state comes on top. A budget that is too small raises `CapacityError`.
     """
     runtime = runtime_of(model)

@@ -1,4 +1,4 @@
-"""LoRA configs that mean a mixture-of-experts model's parts, and merged checkpoints."""
+"""LoRA configs for parts of mixture-of-experts models, and merged checkpoints."""
 
 from __future__ import annotations
 
@@ -10,11 +10,11 @@ from typing import TYPE_CHECKING, Any
 from torch import nn
 
 from transformers_moe_offload.errors import ConfigError, UnsupportedModelError
-from transformers_moe_offload.hf.adapters.stand_ins import is_adaptable
-from transformers_moe_offload.hf.discover import find_experts
-from transformers_moe_offload.hf.layer import OffloadedExperts, layer_of
-from transformers_moe_offload.hf.runtime import runtime_of
-from transformers_moe_offload.hf.saving import expect_no_adapter
+from transformers_moe_offload.hf.loading.discover import find_experts
+from transformers_moe_offload.hf.model.handle import runtime_of
+from transformers_moe_offload.hf.model.layer import OffloadedExperts, layer_of
+from transformers_moe_offload.hf.model.saving import expect_no_adapter
+from transformers_moe_offload.hf.peft.placeholders import is_adaptable
 from transformers_moe_offload.training.parts import attention, experts_paths, router_paths
 
 if TYPE_CHECKING:
@@ -26,8 +26,8 @@ def lora_config(
 ) -> LoraConfig:
     """A PEFT config for the routed experts, the attention's linear layers, or both; `routers` are trained in full.
 
-    `options` are LoraConfig's. The config names things as they are in the plain model, so it is good for both, and so
-    is the adapter.
+    `options` are LoraConfig's. The config has the names of the plain model, so config and adapter work with the plain
+    and the offloaded model.
     """
     try:
         from peft import LoraConfig
@@ -52,7 +52,7 @@ def save_merged(model: Any, folder: str | os.PathLike[str], **options: Any) -> N
     `options` are those of `save_pretrained`. Experts in low bits are decoded first: the sum could not be written in low
     bits without changing it. Needs memory for the whole plain model.
     """
-    runtime_of(model)  # says what is wrong with one that is not offloaded
+    runtime_of(model)  # raises if the model is not offloaded
     expect_no_adapter(Path(folder))
     twin = deepcopy(model)
     runtime_of(twin).restore()

@@ -1,7 +1,7 @@
 """Which parameters of a mixture-of-experts model are its routers, its experts, and so on.
 
-Read off the modules, offloaded or not, never off the model's name. What is done with the parameters is `recipes.py`'s
-to say.
+Read from the modules, offloaded or not, never from the model's name. `recipes.py` decides what is done with the
+parameters.
 """
 
 from __future__ import annotations
@@ -12,9 +12,9 @@ from typing import Any
 from torch import nn
 
 from transformers_moe_offload.errors import UnsupportedModelError
-from transformers_moe_offload.hf.discover import find_experts
-from transformers_moe_offload.hf.layer import OffloadedExperts
-from transformers_moe_offload.hf.routers import only_for_choosing, router_of
+from transformers_moe_offload.hf.loading.discover import find_experts
+from transformers_moe_offload.hf.model.layer import OffloadedExperts
+from transformers_moe_offload.hf.routers.find import only_for_choosing, router_of
 
 Parts = dict[str, nn.Parameter]
 """Parameters by their names in the model."""
@@ -27,7 +27,7 @@ def experts_paths(model: nn.Module) -> list[str]:
 
 
 def router_paths(model: nn.Module) -> list[str]:
-    """The module that routes to each of them; an error names the layers whose router cannot be told."""
+    """The router of each of these modules; an error names a module whose router is not found."""
     paths = experts_paths(model)
     found = {path: router_of(model, path) for path in paths}
     missing = [path for path, router in found.items() if router is None]
@@ -42,7 +42,7 @@ def router_paths(model: nn.Module) -> list[str]:
 
 
 def routers(model: nn.Module) -> Parts:
-    """What scores experts. A correction that only decides who is chosen has no gradient and is not among it."""
+    """The parameters that score experts. A correction that only affects the choice has no gradient and is left out."""
     corrections = {id(only_for_choosing(model, path)) for path in experts_paths(model)}
     found = _below(model, router_paths(model))
     return {name: parameter for name, parameter in found.items() if id(parameter) not in corrections}
@@ -55,7 +55,7 @@ def embeddings(model: Any) -> Parts:
 
 
 def attention(model: nn.Module) -> Parts:
-    """What mixes tokens: all that is in a module that is called attention."""
+    """The parameters that mix tokens: those of all modules that are called attention."""
     experts = set(experts_paths(model))
     paths = [
         path
@@ -71,7 +71,7 @@ def experts(model: nn.Module) -> Parts:
 
 
 def stem(model: nn.Module) -> Parts:
-    """Everything that is neither a routed expert nor its router: what tokens of all experts share."""
+    """Everything that is neither a routed expert nor its router: the weights that all tokens share."""
     others = {*experts(model), *_below(model, router_paths(model))}
     return {name: parameter for name, parameter in model.named_parameters() if name not in others}
 

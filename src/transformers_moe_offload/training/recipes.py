@@ -1,6 +1,6 @@
-"""Choose what of a mixture-of-experts model is trained.
+"""Choose the parts of a mixture-of-experts model that are trained.
 
-For models that were assembled of others there is a customary order, from the least that can be learnt to the most:
+For models that were assembled from others there is a customary order, from the least that can be learnt to the most:
 the routers alone; routers with embeddings or attention, which see the experts' domains for the first time together;
 experts between frozen shared weights, so that they stay interchangeable (FlexOlmo, arXiv 2507.07024, section 3);
 routers and all shared weights, as Branch-Train-MiX ends (arXiv 2403.07816, section 3.2); everything.
@@ -14,8 +14,8 @@ from torch import nn
 
 from transformers_moe_offload.config.options import choose
 from transformers_moe_offload.errors import ConfigError, UnsupportedModelError
-from transformers_moe_offload.hf.dense import HqqLinear
-from transformers_moe_offload.hf.layer import OffloadedExperts
+from transformers_moe_offload.hf.model.dense import HqqLinear
+from transformers_moe_offload.hf.model.layer import OffloadedExperts
 from transformers_moe_offload.training.parts import PARTS, routers
 
 RECIPES = ("router", "router+embeddings", "router+attention", "router+stem", "experts", "all")
@@ -41,7 +41,7 @@ def set_trainable(model: Any, recipe: str) -> list[str]:
 
 
 def unfreeze_routers(model: Any) -> list[str]:
-    """Train a model's routers, too; returns their names. What is trained or frozen already stays so."""
+    """Train a model's routers, too; returns their names. Other parameters stay trained or frozen as they are."""
     found = routers(model)
     _expect_trainable(model, "router", found)
     return _train(found)

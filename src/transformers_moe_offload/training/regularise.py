@@ -1,11 +1,11 @@
-"""Keep routers from collapsing or growing sure of themselves while a model is fine-tuned. All of it is off by default.
+"""Keep routers from collapsing or becoming overconfident while a model is fine-tuned. All of it is off by default.
 
-- balance: `E * sum_i f_i * P_i` per layer, the share of tokens that an expert is chosen by times its mean probability
-  (Switch Transformers, arXiv 2101.03961, equations 4 to 6). 1 when all experts are used alike.
+- balance: `E * sum_i f_i * P_i` per layer, the share of tokens that choose an expert times its mean probability (Switch
+  Transformers, arXiv 2101.03961, equations 4 to 6). 1 when all experts are used equally.
 - z: the mean square of the logits' logsumexp (ST-MoE, arXiv 2202.08906, equation 5).
-- jitter: what enters a router is multiplied by numbers between 1 - jitter and 1 + jitter (Switch Transformers,
-  section 2.2 and appendix; `router_jitter_noise` in Transformers).
-- dropout: of what enters a router.
+- jitter: a router's input is multiplied by numbers between 1 - jitter and 1 + jitter (Switch Transformers, section 2.2
+  and appendix; `router_jitter_noise` in Transformers).
+- dropout: of a router's input.
 
 Both losses are means over the tokens that the attention mask keeps, as Transformers' own balance loss is
 (`load_balancing_loss_func` in `models/mixtral/modeling_mixtral.py`, 5.23).
@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from transformers_moe_offload.errors import ConfigError
-from transformers_moe_offload.hf.top_k import experts_per_token
+from transformers_moe_offload.hf.routers.top_k import experts_per_token
 from transformers_moe_offload.training.parts import experts_paths, router_paths
 from transformers_moe_offload.training.routing import RouterWatch
 
@@ -30,12 +30,12 @@ from transformers_moe_offload.training.routing import RouterWatch
 class RouterRegulariser:
     """Adds to `output.loss` of a model that is being trained, until `remove`.
 
-    Padding does not count where the forward is given `attention_mask` (B, S) by name, but for models with an encoder
-    and a decoder, whose tokens have two masks. A forward that is given `num_items_in_batch`, as Trainer does for all
-    forwards of a step, adds the share that its labels are of them: so what is added in a step is a mean over its
-    forwards, however many there are.
+    Padding does not count where the forward is given `attention_mask` (B, S) by name, except in models with an encoder
+    and a decoder, whose tokens have two masks. With `num_items_in_batch`, which Trainer passes to all forwards of a
+    step, a forward adds its losses times its share of the step's labels: so a step adds a mean over its forwards,
+    however many there are.
 
-    A forward with gradients whose loss it cannot add to, or not to any effect, raises `ConfigError`.
+    A forward with gradients raises `ConfigError` if it returns no loss, or if adding to the loss would have no effect.
     """
 
     def __init__(
@@ -49,9 +49,9 @@ class RouterRegulariser:
                 raise ConfigError(f"{name}={value} is no share of 1; choose 0, which is off, or more, but less than 1")
         self.balance, self.z, self.jitter, self.dropout = balance, z, jitter, dropout
         self.last: dict[str, float] = {}
-        """What the latest loss had in it, before weights."""
+        """The latest values of both losses, before weights."""
         self._logits: list[Tensor] = []
-        """Of the forward that runs. What is computed again for gradients comes after it and is not among them."""
+        """Logits of the running forward. Recomputation for gradients comes after it and adds none."""
         self._is_running = False
         self._has_encoder = bool(getattr(model.config, "is_encoder_decoder", False))
         path = experts_paths(model)[0]
@@ -67,7 +67,7 @@ class RouterRegulariser:
             self._handles += [router.register_forward_pre_hook(self._disturb) for router in routers]
 
     def remove(self) -> None:
-        """Take everything back."""
+        """Remove all hooks."""
         self._watch.remove()
         for handle in self._handles:
             handle.remove()
@@ -107,7 +107,7 @@ class RouterRegulariser:
 
 
 def _expect_effect(logits: list[Tensor], output: Any) -> None:
-    """Raise where training would go on as if there were no regulariser."""
+    """Raise where the regulariser would have no effect on training."""
     if getattr(output, "loss", None) is None:
         raise ConfigError(
             f"balance and z are added to output.loss, and this forward returned a {type(output).__name__} without one; "
@@ -128,7 +128,7 @@ def without_padding(logits: Tensor, attention_mask: Any) -> Tensor:
 
 
 def share_of_step(kwargs: dict[str, Any], *, is_shifted: bool = True) -> Tensor:
-    """What share of a step's labels a forward has: (), 1 where it is not told how many there are.
+    """The share of a step's labels that a forward has: (); 1 where one of the two numbers is not known.
 
     Trainer divides a loss by the number of forwards in a step only where the model has not divided it by
     `num_items_in_batch` (`Trainer.training_step`, 5.23).
@@ -143,7 +143,7 @@ def share_of_step(kwargs: dict[str, Any], *, is_shifted: bool = True) -> Tensor:
 
 
 def balance_loss(logits: Tensor, top_k: int) -> Tensor:
-    """logits (T, E) -> (), 1 when all experts are used alike."""
+    """logits (T, E) -> (), 1 when all experts are used equally."""
     num_experts = logits.shape[-1]
     chosen = functional.one_hot(logits.topk(top_k).indices, num_experts).float().sum(1)
     share = chosen.mean(0) / top_k

@@ -1,7 +1,7 @@
-"""Watch a model's routers while it is trained: what they score, and whom tokens are given to.
+"""Watch the scores of a model's routers while it is trained.
 
-Routers and experts are called in ways of their own in every architecture; what is common is that a router's first
-output with an entry for each expert are its scores, before a softmax or after it, and that experts get indices.
+Every architecture calls its routers in its own way; common to all is that a router's first output with an entry for
+each expert is its scores, before a softmax or after it.
 """
 
 # T tokens, K experts per token, E experts
@@ -14,13 +14,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from transformers_moe_offload.hf.layer import OffloadedExperts, layer_of
 from transformers_moe_offload.hf.layouts import layout_of
+from transformers_moe_offload.hf.model.layer import OffloadedExperts, layer_of
 from transformers_moe_offload.training.parts import experts_paths, router_paths
 
 
 class RouterWatch:
-    """Calls back with the scores of every router, logits (T, E), each time it is called."""
+    """Calls `scored` with a router's scores, logits (T, E), each time a router is called."""
 
     def __init__(self, model: nn.Module, scored: Callable[[Tensor], None]) -> None:
         module = model.get_submodule(experts_paths(model)[0])
@@ -50,7 +50,7 @@ def as_logits(scores: Tensor) -> Tensor:
 
 
 def entropy(logits: Tensor) -> float:
-    """Mean entropy of the routers' distributions in nats: logits (T, E); log E where they do not care."""
+    """Mean entropy of the routers' distributions in nats: logits (T, E); log E for uniform ones."""
     with torch.no_grad():
         return torch.distributions.Categorical(logits=logits).entropy().mean().item()
 

@@ -1,4 +1,4 @@
-"""Text that others have written, read within bounds; whatever is wrong with it is one error of ours."""
+"""Read untrusted text within bounds; every fault in it raises one error of ours."""
 
 from transformers_moe_offload.untrusted.json_text import json_file, json_object, parse_json
 from transformers_moe_offload.untrusted.quoting import one_line, quoted

@@ -1,5 +1,4 @@
-"""JSON that others have written. What is wrong with a text is said in one error of ours; what it should say is its
-reader's business."""
+"""Read untrusted JSON. Every fault in the text raises one error of ours; the caller checks what the values mean."""
 
 from __future__ import annotations
 
@@ -11,13 +10,14 @@ from transformers_moe_offload.errors import CheckpointError, MoeOffloadError
 from transformers_moe_offload.untrusted.quoting import one_line
 
 MAX_BYTES = 100_000_000
-"""Of a text: the limit that the safetensors library sets to headers. The largest index on the Hub has 10 MB."""
+"""Size limit of a text: the limit that the safetensors library sets to headers. The largest index on the Hub has
+10 MB."""
 MAX_DEPTH = 100
-"""Levels of nesting: configs have up to 6, and what copies or writes values does so level by level, recursively."""
+"""Levels of nesting: configs have up to 6, and functions that copy or write values recurse once per level."""
 
 
 def parse_json(content: str | bytes, what: str, error: type[MoeOffloadError] = CheckpointError) -> Any:
-    """The value of a text; `what` begins the message of the error where there is none."""
+    """The value of a text. `what` names the text in the error that invalid JSON raises."""
     try:
         value = json.loads(content if isinstance(content, str) else content.decode("utf-8"))
     except RecursionError as cause:
@@ -32,13 +32,13 @@ def parse_json(content: str | bytes, what: str, error: type[MoeOffloadError] = C
 
 
 def json_file(path: Path, error: type[MoeOffloadError] = CheckpointError) -> Any:
-    """The value in a file."""
+    """The value in a file; raises `error` if it cannot be read, is too large or is not valid JSON."""
     try:
         with path.open("rb") as stream:
             content = stream.read(MAX_BYTES + 1)
     except OSError as cause:
         raise error(f"cannot read {one_line(path)}: {cause.strerror}") from cause
-    except ValueError as cause:  # a name that no file can have
+    except ValueError as cause:  # an invalid file name
         raise error(f"cannot read {one_line(path)}: {one_line(cause)}") from cause
     if len(content) > MAX_BYTES:
         raise error(f"{one_line(path)} has more than {MAX_BYTES:,} bytes, which no file of its kind has")
@@ -46,7 +46,7 @@ def json_file(path: Path, error: type[MoeOffloadError] = CheckpointError) -> Any
 
 
 def json_object(path: Path, error: type[MoeOffloadError] = CheckpointError) -> dict[str, Any]:
-    """The same where only an object makes sense."""
+    """The object in a file; raises `error` for any other value."""
     value = json_file(path, error)
     if not isinstance(value, dict):
         raise error(f"{one_line(path)} holds no JSON object but a {type(value).__name__}")
@@ -54,7 +54,7 @@ def json_object(path: Path, error: type[MoeOffloadError] = CheckpointError) -> d
 
 
 def _is_within(value: Any, max_depth: int) -> bool:
-    """Whether a value is nested at most so many levels."""
+    """Whether a value is nested at most `max_depth` levels deep."""
     level = [value] if isinstance(value, dict | list) else []
     for _ in range(max_depth):
         inner = (child for one in level for child in (one.values() if isinstance(one, dict) else one))

@@ -1,7 +1,7 @@
-"""How messages quote what others have written: on part of a line, whatever it is.
+"""Quote untrusted values in messages, each on part of a line.
 
 A value of a file may be a megabyte of text, be nested a thousand levels deep, hold a million others through YAML's
-aliases, or have no `repr` at all, as numbers of more digits than Python writes.
+aliases, or have no `repr` at all: an integer with more digits than Python converts.
 """
 
 from __future__ import annotations
@@ -9,11 +9,11 @@ from __future__ import annotations
 from reprlib import Repr
 
 _MAX_CHARACTERS = 160
-"""Of a quoted value: with what a message says about it, that is a line or two."""
+"""Longest quoted value; a message with one fills a line or two."""
 
 
 class _Quoting(Repr):
-    """`repr`, cut at a few levels, entries and characters; it never builds what is cut."""
+    """`repr`, limited to a few levels, entries and characters; parts that are cut off are never built."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -21,7 +21,7 @@ class _Quoting(Repr):
         self.maxstring = self.maxother = 120
 
     def repr_int(self, value: int, level: int) -> str:
-        """The number, or how long it is."""
+        """The number, or its length in bits if it is huge."""
         return repr(value) if abs(value) < 10**40 else f"<a number of {value.bit_length():,} bits>"
 
 
@@ -29,14 +29,14 @@ _QUOTING = _Quoting()
 
 
 def quoted(value: object) -> str:
-    """What a message says instead of `repr(value)`."""
+    """A short `repr(value)` for messages, on one line."""
     return one_line(_QUOTING.repr(value), _MAX_CHARACTERS)
 
 
 def one_line(text: object, max_characters: int = 300) -> str:
-    """A text without line breaks, cut where it is too long, which any terminal can show.
+    """A text without line breaks, cut to `max_characters`, that any terminal can show.
 
-    For names that are quoted as they are, and for what other libraries say in their errors.
+    For names that are quoted as they are, and for the messages of other libraries' errors.
     """
     text = str(text)
     cut = text[: 4 * max_characters]

@@ -1,7 +1,7 @@
-"""YAML that others have written: text, numbers, lists and mappings, and nothing that YAML can do besides.
+"""Read untrusted YAML: text, numbers, lists and mappings only, as in JSON.
 
-PyYAML's safe loader runs no code, but lets a few hundred bytes stand for a billion values through aliases, forgets a
-key that is there twice, makes sets, dates and bytes, and answers values that cannot be with whatever Python raises.
+PyYAML's safe loader runs no code, but a few hundred bytes can expand to a billion values through aliases, a duplicate
+key silently replaces the first, sets, dates and bytes are made, and invalid values raise various Python exceptions.
 """
 
 from __future__ import annotations
@@ -14,20 +14,21 @@ from transformers_moe_offload.errors import MoeOffloadError
 from transformers_moe_offload.untrusted.quoting import one_line, quoted
 
 MAX_CHARACTERS = 500_000
-"""Of a text."""
+"""Longest text."""
 MAX_VALUES = 25_000
-"""Of a text. PyYAML reads about 15,000 in a second."""
+"""Most values in a text. PyYAML reads about 15,000 in a second."""
 MAX_EXPANDED = 10_000
-"""Values that a text with aliases may stand for; without aliases it stands for no more than it has."""
+"""Most values that a text with aliases may expand to. A text without aliases does not expand."""
 _MAX_DEPTH = 100
 _PREFIX = "tag:yaml.org,2002:"
 _KINDS = ("str", "int", "float", "bool", "null", "seq", "map", "merge")
 _RAISED = (yaml.YAMLError, ValueError, LookupError, TypeError, AttributeError, ArithmeticError, RecursionError)
-"""By PyYAML 6.0, for values that cannot be: `!!int x`, `!!bool x`, `!!float ''`, escapes beyond Unicode."""
+"""Errors that PyYAML 6.0 raises, also for invalid values: `!!int x`, `!!bool x`, `!!float ''`, escapes beyond
+Unicode."""
 
 
 def parse_yaml(text: str, what: str, error: type[MoeOffloadError]) -> Any:
-    """The value of a text; `what` begins the message of the error where there is none."""
+    """The value of a text. `what` names the text in the error that invalid YAML raises."""
     if len(text) > MAX_CHARACTERS:
         raise error(f"{what} has {len(text):,} characters, and at most {MAX_CHARACTERS:,} are read")
     try:
@@ -39,15 +40,15 @@ def parse_yaml(text: str, what: str, error: type[MoeOffloadError]) -> Any:
 
 
 class _Loader(yaml.SafeLoader):
-    """PyYAML's safe loader within bounds."""
+    """PyYAML's safe loader, limited in size, depth and kinds of values."""
 
-    yaml_implicit_resolvers = {  # noqa: RUF012  what looks like a date is text, and so is "="
+    yaml_implicit_resolvers = {  # noqa: RUF012  dates and "=" are read as text
         first: [(tag, pattern) for tag, pattern in resolvers if tag not in (f"{_PREFIX}timestamp", f"{_PREFIX}value")]
         for first, resolvers in yaml.SafeLoader.yaml_implicit_resolvers.items()
     }
 
     def get_single_node(self) -> Any:
-        """The text's one value, not yet made."""
+        """The root node of the text, after checking how many values its aliases expand to."""
         node = super().get_single_node()
         if node is not None and (size := _expanded_size(node)) > max(MAX_EXPANDED, len(self._distinct)):
             raise yaml.composer.ComposerError(
@@ -56,7 +57,7 @@ class _Loader(yaml.SafeLoader):
         return node
 
     def compose_node(self, parent: Any, index: Any) -> Any:
-        """One value, of a kind that has an equal in JSON."""
+        """The node of one value; raises `ComposerError` for a kind that JSON does not have."""
         self._depth = getattr(self, "_depth", 0) + 1
         if self._depth > _MAX_DEPTH:
             raise yaml.composer.ComposerError(None, None, f"it is nested more than {_MAX_DEPTH} levels deep", None)
@@ -70,7 +71,7 @@ class _Loader(yaml.SafeLoader):
         return node
 
     def compose_mapping_node(self, anchor: Any) -> Any:
-        """A mapping, each of whose keys is a text, number or the like, and there once."""
+        """The node of a mapping; its keys must be scalars without duplicates."""
         node = super().compose_mapping_node(anchor)
         seen = set()
         for key, _ in node.value:
@@ -87,9 +88,9 @@ class _Loader(yaml.SafeLoader):
 
 
 def _expanded_size(root: Any) -> int:
-    """Values that a graph of nodes stands for, each counted as often as it is referred to.
+    """How many values a graph of nodes expands to: each node counts as often as it is referred to.
 
-    Raises `ComposerError` if a value holds itself.
+    Raises `ComposerError` if a value contains itself.
     """
     sizes: dict[int, int | None] = {}
 

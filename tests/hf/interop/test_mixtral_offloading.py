@@ -11,7 +11,7 @@ from transformers_moe_offload import CheckpointError, ConfigError, HqqFormat, Of
 from transformers_moe_offload.cli.blueprint import draw
 from transformers_moe_offload.cli.options import Origin
 from transformers_moe_offload.hf.interop.mixtral_offloading import Matrix, MixtralOffloading
-from transformers_moe_offload.memory.safetensors_index import read_header
+from transformers_moe_offload.tensor_files.index import read_header
 from zoo.build import build
 
 from . import mixtral_layout as layout

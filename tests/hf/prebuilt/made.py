@@ -2,11 +2,12 @@
 
 import torch
 
+from transformers_moe_offload.dtypes import torch_dtype
 from transformers_moe_offload.expert import FieldSpec
 from transformers_moe_offload.hf.prebuilt.layout import LayerContent
 from transformers_moe_offload.hf.prebuilt.writer import Prebuilt, write_prebuilt
-from transformers_moe_offload.memory.record import RecordLayout, torch_dtype
 from transformers_moe_offload.output.shards import Content
+from transformers_moe_offload.store.record import RecordLayout
 
 FIELDS = (FieldSpec("down_proj.codes", (50, 96), "uint8"), FieldSpec("down_proj.scale", (50, 3), "float16"))
 HOT_FIELDS = (FieldSpec("down_proj.codes", (100, 96), "uint8"), FieldSpec("down_proj.scale", (50, 3), "float16"))

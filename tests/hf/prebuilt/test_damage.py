@@ -7,7 +7,7 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from transformers_moe_offload import CheckpointError, HqqFormat, MoeOffloadError, OffloadConfig
-from transformers_moe_offload.memory.safetensors_index import read_header, read_index
+from transformers_moe_offload.tensor_files.index import read_header, read_index
 
 FORMAT = HqqFormat(group_size=16)
 

@@ -14,7 +14,7 @@ from transformers_moe_offload.hf.prebuilt.writer import Prebuilt, write_prebuilt
 from transformers_moe_offload.hub.fetch import fetch
 from zoo.build import build, save
 
-from ..other_methods import KINDS, as_fp8
+from ..other_quantizers.made import KINDS, as_fp8
 
 FORMAT = HqqFormat(nbits=4, group_size=16)
 LOCAL = Origin("main", None, local_files_only=True, trust_remote_code=False)

@@ -12,8 +12,8 @@ from safetensors.torch import load_file
 from transformers_moe_offload.errors import CheckpointError
 from transformers_moe_offload.hf.prebuilt.layout import INDEX_NAME, shards_of
 from transformers_moe_offload.hf.prebuilt.writer import Prebuilt, write_prebuilt
-from transformers_moe_offload.memory.record import RecordLayout
-from transformers_moe_offload.memory.safetensors_index import check_index_file, read_index
+from transformers_moe_offload.store.record import RecordLayout
+from transformers_moe_offload.tensor_files.index import check_index_file, read_index
 
 from .made import FIELDS, HOT_LAYER, NUM_EXPERTS, RECIPE, dense, files, layer, prebuilt, record, write
 

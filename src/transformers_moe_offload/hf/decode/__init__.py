@@ -1,1 +1,1 @@
-"""Decoding on the device: which forwards are, and whole steps that are captured and replayed."""
+"""Decoding on the device: which layers and forwards can, and the engines that they use."""

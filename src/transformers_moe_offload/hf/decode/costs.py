@@ -1,6 +1,7 @@
-"""`decode="auto"`: which pools decode on their device because that is faster than from the host, as measured here.
+"""`decode="auto"`: find the pools that decode faster on their device than from the host, by measured rates.
 
-The formulas are in `cache/decoding.py`; rates are those of a pool's first layer that can, on experts that mean nothing.
+The formulas are in `device_decode/cost_model.py`; the rates are measured on the first layer of a pool that can decode
+on the device, with meaningless weights.
 """
 
 from __future__ import annotations
@@ -11,16 +12,17 @@ from contextlib import closing
 
 from torch import nn
 
-from transformers_moe_offload.cache.decoding import DecodeRates, costs
-from transformers_moe_offload.compute.decode_rates import decode_rates
-from transformers_moe_offload.compute.host import HostCompute, is_portable
 from transformers_moe_offload.config import OffloadConfig
+from transformers_moe_offload.device_decode.cost_model import DecodeRates, costs
+from transformers_moe_offload.device_decode.profiling import decode_rates
 from transformers_moe_offload.hf.decode.obstacles import record_layout
-from transformers_moe_offload.hf.host_sides import miss_rates, token_of
-from transformers_moe_offload.hf.layer import SparseLayer, experts_at
-from transformers_moe_offload.hf.plan import OffloadPlan, PoolPlan
-from transformers_moe_offload.hf.top_k import experts_per_token
-from transformers_moe_offload.memory.checkpoint import ExpertStore, LayerSource
+from transformers_moe_offload.hf.model.host_sides import miss_rates, token_of
+from transformers_moe_offload.hf.model.layer import SparseLayer, experts_at
+from transformers_moe_offload.hf.model.plan import OffloadPlan, PoolPlan
+from transformers_moe_offload.hf.routers.top_k import experts_per_token
+from transformers_moe_offload.hybrid.cpu_experts import HostCompute, is_portable
+from transformers_moe_offload.store.expert_store import ExpertStore
+from transformers_moe_offload.store.layer_source import LayerSource
 
 logger = logging.getLogger(__name__)
 
@@ -32,9 +34,9 @@ def slower_on_device(
     plan: OffloadPlan,
     config: OffloadConfig,
 ) -> dict[PoolPlan, str]:
-    """The pools of a plan that could decode on their devices but are not faster there, each with why.
+    """The pools of a plan that could decode on their devices but are not faster there -> the reason.
 
-    `layers` are those that nothing else stands against.
+    `layers` are those that can decode on the device.
     """
     found = {}
     for pool in plan.pools:
@@ -49,7 +51,7 @@ def slower_on_device(
 def rates_of(
     model: nn.Module, layer: SparseLayer, sources: Mapping[int, LayerSource], pool: PoolPlan, config: OffloadConfig
 ) -> DecodeRates:
-    """What a decode step takes in a layer of a pool."""
+    """Measured times of a decode step in a layer of a pool."""
     source, module = sources[layer.index], experts_at(model, layer.name)
     assert layer.mlp is not None
     with closing(HostCompute()) as host:

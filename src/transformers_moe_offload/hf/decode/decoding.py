@@ -1,6 +1,6 @@
-"""Which forwards of which layers read experts by address, on the device, and the engines that they read through.
+"""Decide which forwards of which layers decode on the device, reading experts by address, and run them.
 
-The others are computed on the host's terms, by `compute/forward.py`; the log says once why.
+All other forwards wait for the routing on the host, in `compute/forward.py`; the log says why once.
 """
 
 # T tokens, K experts per token, H hidden
@@ -16,20 +16,20 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from transformers_moe_offload.compute.on_device import OnDevice
-from transformers_moe_offload.engine.counters import MOST_PAIRS
-from transformers_moe_offload.engine.engine import DeviceEngine
+from transformers_moe_offload.device_decode.counters import MOST_PAIRS
+from transformers_moe_offload.device_decode.engine import DeviceEngine
+from transformers_moe_offload.device_decode.forward import OnDevice
 from transformers_moe_offload.kernels import gpu
 
 logger = logging.getLogger(__name__)
 
 MOST_TOKENS = 16
-"""Of a forward that decodes on the device. With more, a prompt, an expert serves many tokens once it is in a slot."""
+"""Most tokens of a forward that decodes on the device. With more, in a prompt, each expert in a slot serves many."""
 
 
 @dataclass(frozen=True)
 class AddressedLayer:
-    """A sparse layer that can be computed by addresses."""
+    """A sparse layer that can decode on the device."""
 
     index: int
     compute: OnDevice
@@ -40,26 +40,26 @@ class Decoding:
     """Decoding on the device, for one model."""
 
     def __init__(self, layers: Mapping[int, AddressedLayer], obstacles: Mapping[str, str]) -> None:
-        """`layers` by index; `obstacles` by the module paths of those that cannot be."""
+        """`layers`: index -> layer; `obstacles`: module path -> why that layer cannot decode on the device."""
         self._layers = dict(layers)
         self._obstacles = dict(obstacles)
         self._last = {layer.engine: layer.index for layer in layers.values()}
-        """The layer that a forward comes to last, of each engine's."""
+        """For each engine, the index of the last of its layers in a forward."""
         self._said: set[str] = set()
         self._is_whole = False
-        """Whether a whole forward is captured or replayed, and layers are not to say when it is over."""
+        """Whether a whole forward is being captured or replayed; then layers must not call `between_steps`."""
         self.is_traced = False
-        """Whether somebody is told of each visit, which happens on the host."""
+        """Whether a trace records each visit, which needs the routing on the host."""
 
     @property
     def engines(self) -> tuple[DeviceEngine, ...]:
-        """Each of them once."""
+        """All engines, each once."""
         return tuple(self._last)
 
     def layer(
         self, index: int, module: nn.Module, inputs: Sequence[Any], *, needs_grad: bool, is_adapted: bool
     ) -> AddressedLayer | None:
-        """The layer, where it decodes on the device in this forward."""
+        """The layer if it decodes on the device in this forward, else None."""
         found = self._layers.get(index)
         if found is None:
             return None
@@ -83,7 +83,7 @@ class Decoding:
 
     @contextmanager
     def capturing(self) -> Iterator[None]:
-        """Around the capture of a whole forward, of which nothing is computed; other threads wait."""
+        """Context for the capture of a whole forward, which computes nothing; other threads wait."""
         with self._whole():
             try:
                 yield
@@ -93,7 +93,7 @@ class Decoding:
 
     @contextmanager
     def replaying(self) -> Iterator[None]:
-        """Around the replay of one, of which the caches hear when it has been submitted."""
+        """Context for the replay of a whole forward; the engines update their caches once it has been submitted."""
         with self._whole():
             for engine in self.engines:
                 engine.before_replay()
@@ -102,7 +102,7 @@ class Decoding:
                 engine.between_steps()
 
     def obstacle(self) -> str | None:
-        """Why a whole forward cannot be on the device; None if it can."""
+        """Why a whole forward cannot run on the device; None if it can."""
         if self._obstacles:
             name, reason = next(iter(self._obstacles.items()))
             return f"{name} is computed on the host's terms: {reason}"

@@ -1,36 +1,32 @@
-"""Build the engines of a plan: page-locked memory with all experts in it, and the slots in front of it."""
+"""Build the engines of a plan: pinned arenas that hold all experts, and the slots on the device."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 
-import torch
 from torch import nn
 from transformers.utils import logging
 
-from transformers_moe_offload.compute.on_device import OnDevice
 from transformers_moe_offload.config import OffloadConfig
-from transformers_moe_offload.engine.arena import Arena
-from transformers_moe_offload.engine.engine import DeviceEngine
-from transformers_moe_offload.engine.peers import faster_peers, lodge
+from transformers_moe_offload.device_decode.arena import Arena
+from transformers_moe_offload.device_decode.engine import DeviceEngine
+from transformers_moe_offload.device_decode.forward import OnDevice
 from transformers_moe_offload.hf.decode.decoding import AddressedLayer
 from transformers_moe_offload.hf.decode.obstacles import record_layout
-from transformers_moe_offload.hf.layer import SparseLayer, experts_at
-from transformers_moe_offload.hf.plan import OffloadPlan, PoolPlan
-from transformers_moe_offload.hf.pools import workers_of
-from transformers_moe_offload.memory.available import available_bytes
-from transformers_moe_offload.memory.checkpoint import ExpertStore, LayerSource
+from transformers_moe_offload.hf.model.layer import SparseLayer, experts_at
+from transformers_moe_offload.hf.model.plan import OffloadPlan, PoolPlan
+from transformers_moe_offload.hf.model.pools import workers_of
 from transformers_moe_offload.policies import make_policy
+from transformers_moe_offload.store.expert_store import ExpertStore
+from transformers_moe_offload.store.layer_source import LayerSource
 
 
 def build_engines(plan: OffloadPlan, sources: Sequence[LayerSource], config: OffloadConfig) -> dict[int, DeviceEngine]:
-    """By sparse layer, the engine that serves it: one for each pool that the plan has page-locked memory for.
+    """Sparse layer -> its engine; one engine for each pool that the plan has an arena for.
 
-    Raises `PageLockError` if the system does not grant that memory, and what reading experts raises.
+    Raises `PageLockError` if the system does not grant the pinned memory, and the errors of reading experts.
     """
     pools = [pool for pool in plan.pools if pool.arena_bytes]
-    arenas: dict[torch.device, list[Arena]] = {}
-    """Of experts that do not all have slots."""
     store = ExpertStore(sources, past_cache=plan.reads_past_cache)
     engines: list[DeviceEngine] = []
     found: dict[int, DeviceEngine] = {}
@@ -44,10 +40,6 @@ def build_engines(plan: OffloadPlan, sources: Sequence[LayerSource], config: Off
                     arena.close()
                     raise
                 found |= dict.fromkeys(pool.layers, engines[-1])
-                if pool.num_slots < pool.need.num_experts:
-                    arenas.setdefault(pool.device, []).append(arena)
-        if config.cache_budget == "auto":
-            _use_spare_memory(arenas, plan)
     except BaseException:
         for engine in engines:
             engine.close()
@@ -62,7 +54,7 @@ def addressed_layers(
     engines: Mapping[int, DeviceEngine],
     obstacles: Mapping[str, str],
 ) -> dict[int, AddressedLayer]:
-    """The layers that decode through engines, by index."""
+    """The layers that decode on the device, by index."""
     found = {}
     for layer in layers:
         if layer.index in engines and layer.name not in obstacles:
@@ -88,19 +80,3 @@ def _arena(store: ExpertStore, pool: PoolPlan, config: OffloadConfig, advance: C
 def _engine(store: ExpertStore, pool: PoolPlan, arena: Arena, config: OffloadConfig) -> DeviceEngine:
     num_experts = {layer: store.layers[layer].spec.num_experts for layer in pool.layers}
     return DeviceEngine(arena, num_experts, pool.num_slots, make_policy(config.policy), pool.device)
-
-
-def _use_spare_memory(arenas: Mapping[torch.device, Sequence[Arena]], plan: OffloadPlan) -> None:
-    """Give experts that do not all have slots copies on GPUs that have memory to spare when all pools have theirs."""
-    gpus = sorted({pool.device for pool in plan.pools if pool.device.type == "cuda"}, key=str)
-    if len(gpus) < 2 or not arenas:
-        return
-    faster = {}
-    for device, (arena, *_) in arenas.items():
-        record = arena.record(next(iter(arena.experts)))
-        faster[device] = faster_peers(device, [other for other in gpus if other != device], record)
-    spare_bytes = {device: available_bytes(device) for device in gpus}
-    for pool in plan.pools:
-        if not pool.arena_bytes and pool.device in spare_bytes:  # its cache is built later
-            spare_bytes[pool.device] -= pool.cache_bytes
-    lodge(arenas, spare_bytes, faster)

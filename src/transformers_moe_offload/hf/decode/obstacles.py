@@ -1,15 +1,15 @@
-"""What stands against decoding on the device, layer by layer, before anything is built."""
+"""Why a layer cannot decode on the device, checked before anything is built."""
 
 from __future__ import annotations
 
 import logging
 from collections.abc import Mapping
 
-from transformers_moe_offload.compute.on_device import missing_on_device
 from transformers_moe_offload.config import OffloadConfig
-from transformers_moe_offload.hf.layer import SparseLayer
-from transformers_moe_offload.memory.checkpoint import LayerSource
-from transformers_moe_offload.memory.record import RecordLayout
+from transformers_moe_offload.device_decode.forward import missing_on_device
+from transformers_moe_offload.hf.model.layer import SparseLayer
+from transformers_moe_offload.store.layer_source import LayerSource
+from transformers_moe_offload.store.record import RecordLayout
 
 logger = logging.getLogger(__name__)
 
@@ -26,13 +26,13 @@ def obstacle(layer: SparseLayer, source: LayerSource, config: OffloadConfig) -> 
 
 
 def record_layout(source: LayerSource) -> RecordLayout:
-    """How the usual record of a layer's experts is laid out."""
+    """The layout of the records of a layer's experts, except hot ones."""
     coding = source.codings.usual
     return RecordLayout(source.spec.fields if coding is None else coding.stored)
 
 
 def report(obstacles: Mapping[str, str], num_layers: int, config: OffloadConfig) -> None:
-    """Tell once, when a model is made ready, which layers do not decode on the device although that was asked for."""
+    """Log, once per loaded model, which layers do not decode on the device although the config asks for it."""
     if config.decode == "host" or not obstacles:
         return
     level = logging.INFO if config.decode == "auto" else logging.WARNING

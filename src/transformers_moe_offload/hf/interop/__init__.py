@@ -1,1 +1,1 @@
-"""Checkpoints in the layouts of other projects, as what a prebuilt one is written from."""
+"""Read checkpoints in the layouts of other projects, to write prebuilt checkpoints from them."""

@@ -1,9 +1,9 @@
 """The prebuilt Mixtral of dvmazur/mixtral-offloading (arXiv 2312.17238), read as its own loader reads it.
 
-`model.safetensors.index.json` says which file holds the trunk and which one each expert. In an expert's file names have
-no prefix: `w1.W_q`, `w1.meta.scale` and so on. Codes are hqq's with axis 0 (`src/custom_layers.py`): a group is g
-weights of one column, R rows apart. Bits and group size are written nowhere, but follow from the sizes of the arrays.
-Scales and zeros may be in 8 bits themselves.
+`model.safetensors.index.json` names the file of the trunk and one file for each expert. In an expert's file, tensor
+names have no prefix: `w1.W_q`, `w1.meta.scale` and so on. Codes are hqq's with axis 0 (`src/custom_layers.py`): a group
+is g weights of one column, R rows apart. Bits and group size are not stored; they follow from the sizes of the arrays.
+Scales and zeros may be quantized to 8 bits.
 """
 
 # N rows (outputs), K columns (inputs), g group size, R = N / g groups in a column, f codes in a word
@@ -21,29 +21,30 @@ import torch
 from torch import Tensor
 
 from transformers_moe_offload.config import ExpertFormats, HqqFormat
+from transformers_moe_offload.dtypes import torch_dtype
 from transformers_moe_offload.errors import CheckpointError, UnsupportedModelError
 from transformers_moe_offload.expert import FieldSpec
 from transformers_moe_offload.formats.by_expert import LayerCodings
 from transformers_moe_offload.formats.columns import brought_together
 from transformers_moe_offload.formats.meta import in_half
-from transformers_moe_offload.hf.layer import OffloadedExperts, SparseLayer, layer_of
+from transformers_moe_offload.hf.model.layer import OffloadedExperts, SparseLayer, layer_of
 from transformers_moe_offload.hf.prebuilt.layout import LayerContent
 from transformers_moe_offload.hf.prebuilt.source import Quantization
 from transformers_moe_offload.kernels.packed import Packing
 from transformers_moe_offload.kernels.packing import pack
-from transformers_moe_offload.memory.field_source import read_stored
-from transformers_moe_offload.memory.record import RecordLayout, torch_dtype
-from transformers_moe_offload.memory.safetensors_index import StoredTensor, read_header
-from transformers_moe_offload.memory.weight_map import WeightMap
 from transformers_moe_offload.output.shards import Content
+from transformers_moe_offload.store.record import RecordLayout
+from transformers_moe_offload.tensor_files.index import StoredTensor, read_header
+from transformers_moe_offload.tensor_files.reading import read_stored
+from transformers_moe_offload.tensor_files.weight_map import WeightMap
 from transformers_moe_offload.untrusted import quoted
 
 INDEX_NAME = "model.safetensors.index.json"
 _TRUNK = "model.embed_tokens.weight"
 _FIELDS = {"gate_up_proj": ("w1", "w3"), "down_proj": ("w2",)}
-"""Fields of an expert here, and the matrices that they are made of there."""
+"""Fields of an expert -> the matrices of that layout that make them up."""
 _IN_AN_INT32 = 10
-"""3-bit codes; the first one in the highest of the lower 30 bits."""
+"""3-bit codes in an int32; the first one in the highest of the lower 30 bits."""
 
 
 @dataclass(frozen=True)
@@ -119,9 +120,9 @@ class Matrix:
 
     @property
     def _is_interleaved(self) -> bool:
-        """Whether codes that share a word are of neighbouring rows, as the running model has them (`src/packing.py`).
+        """Whether the codes in a word belong to neighbouring rows, as in the running model (`src/packing.py`).
 
-        Published files have them as hqq packs the groups, (g / f, R * K), a part of the rows apart.
+        In published files they are packed as hqq packs groups, (g / f, R * K), where those rows are further apart.
         """
         in_a_word = _IN_AN_INT32 if self.nbits == 3 else 8 // self.nbits
         return self.group_size != self.rows and self.tensors["W_q"].shape == (-(-self.rows // in_a_word), self.cols)
@@ -144,9 +145,10 @@ class MixtralOffloading:
 
     @classmethod
     def open(cls, folder: Path, model: Any) -> MixtralOffloading:
-        """Find all files, given the model on meta with its experts taken out.
+        """Read the headers of all files; `model` is on meta, with its experts taken out.
 
-        Raises `CheckpointError` if the folder is in another layout, or incomplete.
+        Raises `CheckpointError` if the folder is in another layout or incomplete, `UnsupportedModelError` for a model
+        that is not a Mixtral.
         """
         if model.config.model_type != "mixtral":
             raise UnsupportedModelError(
@@ -163,13 +165,13 @@ class MixtralOffloading:
         return cls(layers, _header(folder, files, _TRUNK), experts)
 
     def formats(self) -> ExpertFormats:
-        """How the experts of every layer are quantized; those of one layer must be so alike."""
+        """How the experts of every layer are quantized; all experts of a layer must have one format."""
         first, *others = [self._format(layer) for layer in self.sparse_layers]
         layers = {str(number): format for number, format in enumerate(others, 1) if format != first}
         return ExpertFormats(default=first, layers=layers)
 
     def has_coded_meta(self) -> bool:
-        """Whether experts have scales or zeros in 8 bits, which are stored as float16 here."""
+        """Whether experts have scales or zeros in 8 bits, which are converted to float16."""
         return any(self._matrix(layer, 0, "w1").has_coded_meta for layer in self.sparse_layers)
 
     def layers(self, quantization: Quantization) -> list[LayerContent]:
@@ -180,7 +182,7 @@ class MixtralOffloading:
         ]
 
     def dense(self, quantization: Quantization) -> list[Content]:
-        """Everything else; matrices in low bits are decoded."""
+        """All other tensors; matrices in low bits are decoded."""
         contents, used = [], set()
         for name in quantization.saved_names():
             (spec,) = quantization.parts_of(name)
@@ -229,7 +231,7 @@ class MixtralOffloading:
         return Matrix(full_name, tensors, rows // len(_FIELDS[field.name]), cols)
 
     def _record(self, layer: SparseLayer, codings: LayerCodings, expert: int) -> Tensor:
-        """One expert as it is stored here, uint8."""
+        """One expert as a record in our format, uint8."""
         coding = codings.of(expert)
         assert coding is not None
         layout = RecordLayout(coding.stored)
@@ -242,7 +244,7 @@ class MixtralOffloading:
 
 
 def _packed(matrices: list[Matrix]) -> dict[str, Tensor]:
-    """The arrays of a field that is these matrices, one below the other."""
+    """The arrays of a field that stacks these matrices along the rows."""
     size, nbits = matrices[0].group_size, matrices[0].nbits
     codes = torch.cat([brought_together(matrix.codes(), size) for matrix in matrices], 1)
     rows, cols = codes.shape
@@ -252,7 +254,7 @@ def _packed(matrices: list[Matrix]) -> dict[str, Tensor]:
 
 
 def _files(folder: Path) -> dict[str, str]:
-    """What the index says: the file of each tensor."""
+    """The index: tensor name -> file name."""
     try:
         named = dict(WeightMap.read(folder / INDEX_NAME).files)
     except CheckpointError as error:
@@ -268,7 +270,7 @@ def _files(folder: Path) -> dict[str, str]:
 
 
 def _header(folder: Path, files: Mapping[str, str], name: str) -> dict[str, StoredTensor]:
-    """All tensors of the file that holds this one."""
+    """All tensors of the file that holds the tensor `name`."""
     if name not in files:
         raise CheckpointError(
             f"{folder} is not in the layout of mixtral-offloading, or incomplete: {INDEX_NAME} does not name {name}"

@@ -1,4 +1,4 @@
-"""How each kind of experts module in Transformers keeps its weights. One file per kind."""
+"""How each kind of experts module in Transformers stores its weights. One file per kind."""
 
 from __future__ import annotations
 

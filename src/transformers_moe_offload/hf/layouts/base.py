@@ -1,6 +1,6 @@
-"""What we need to know about a kind of experts module, and what is the same for all kinds.
+"""The interface of a layout: how one kind of experts module stores its weights and is called.
 
-A layout answers from the module in hand (its parameters and flags), never from the model's name or config.
+A layout reads the module itself (its parameters and flags), never the model's name or config.
 """
 
 # T tokens, K experts per token
@@ -17,8 +17,8 @@ import torch
 from torch import Tensor, nn
 
 from transformers_moe_offload.compute.mlp import ExpertMlp
-from transformers_moe_offload.memory.expert_source import ExpertSource
-from transformers_moe_offload.memory.safetensors_index import StoredTensor
+from transformers_moe_offload.store.expert_source import ExpertSource
+from transformers_moe_offload.tensor_files.index import StoredTensor
 
 ReadHeader = Callable[[Path], Mapping[str, StoredTensor]]
 """The tensors of one file, by name."""
@@ -35,11 +35,11 @@ class ExpertField:
     """Shape for one expert."""
     dtype: torch.dtype
     num_entries: int | None
-    """Experts that the one parameter has room for, some of which may have no weights; None where each expert has a
+    """Experts in the parameter that stacks them, some of which may have no weights; None where each expert has a
     parameter of its own."""
 
     is_flattened: bool = False
-    """Whether the one parameter has no dimension for experts, but their rows one after another."""
+    """Whether the parameter stacks experts along its rows instead of along a dimension of their own."""
 
     @property
     def is_stacked(self) -> bool:
@@ -61,21 +61,21 @@ class ExpertsLayout(ABC):
 
     @abstractmethod
     def fields(self, module: nn.Module) -> tuple[ExpertField, ...]:
-        """The tensors each expert is made of."""
+        """The tensors of each expert."""
 
     @abstractmethod
     def wanted(self, num_experts: int, *args: Any, keep_zero_weights: bool = False) -> list[int]:
         """The experts that a call of the module's forward needs, ascending."""
 
     has_own_files: bool = False
-    """Whether experts are in files of their own, and not in those that the model is loaded from."""
+    """Whether experts are in files of their own instead of the files that the model is loaded from."""
 
     def own_sources(self, module: nn.Module, dtype: str, read: ReadHeader) -> tuple[ExpertSource, ...] | None:
-        """Where each expert is, where they have files of their own."""
+        """Where each expert is stored if they have files of their own, else None."""
         return None
 
     def eager_forward(self, module: nn.Module) -> Callable[..., Tensor]:
-        """The forward that Transformers wrote for the module's class, as an unbound function."""
+        """Transformers' forward of the module's class, as an unbound function."""
         return type(module).forward
 
     def is_transposed(self, module: nn.Module) -> bool:
@@ -83,12 +83,12 @@ class ExpertsLayout(ABC):
         return False
 
     def mlp(self, module: nn.Module) -> ExpertMlp | None:
-        """The arithmetic of one expert, if the module's forward is (T, H), (T, K), (T, K) -> (T, H) with it."""
+        """The arithmetic of one expert, if the module's forward maps (T, H), (T, K), (T, K) -> (T, H) with it."""
         return None
 
 
 def parameter(module: nn.Module, path: str) -> Tensor:
-    """A parameter by its path; unlike `get_parameter` also one we have taken out and left a placeholder for."""
+    """A parameter by its path; unlike `get_parameter` it also finds unregistered placeholders."""
     owner, _, leaf = path.rpartition(".")
     tensor = getattr(module.get_submodule(owner), leaf)
     assert isinstance(tensor, Tensor)
@@ -96,7 +96,7 @@ def parameter(module: nn.Module, path: str) -> Tensor:
 
 
 def stacked_field(module: nn.Module, path: str, num_experts: int) -> ExpertField:
-    """A field whose parameter has all experts along its first dimension (or along its rows, E * R of them)."""
+    """A field whose parameter stacks all experts along its first dimension (or along its rows, E * R of them)."""
     stack = parameter(module, path)
     if stack.dim() == 2 and not path.endswith("_bias"):
         shape = (stack.shape[0] // num_experts, stack.shape[1])
@@ -105,6 +105,9 @@ def stacked_field(module: nn.Module, path: str, num_experts: int) -> ExpertField
 
 
 def chosen(num_experts: int, top_k_index: Tensor, top_k_weights: Tensor, keep_zero_weights: bool) -> list[int]:
-    """Experts that some token chose with a weight: top_k_index (T, K) int64, top_k_weights (T, K)."""
+    """Experts chosen by any token, ascending: top_k_index (T, K) int64, top_k_weights (T, K).
+
+    Choices of weight zero count only with `keep_zero_weights`.
+    """
     index = top_k_index if keep_zero_weights else top_k_index[top_k_weights != 0]
     return [expert for expert in index.unique().tolist() if expert < num_experts]  # sync: device -> host

@@ -21,7 +21,7 @@ class DbrxLayout(ExpertsLayout):
         return mlp is not None and set(mlp._parameters) == set(_NAMES) and hasattr(mlp, "moe_num_experts")
 
     def num_experts(self, module: nn.Module) -> int:
-        """Shapes do not tell where one expert ends, so ask the module."""
+        """From the module's `moe_num_experts`, because shapes do not show where one expert ends."""
         count = module.get_submodule("mlp").moe_num_experts
         assert isinstance(count, int)
         return count

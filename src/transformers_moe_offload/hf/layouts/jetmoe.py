@@ -15,7 +15,7 @@ class JetMoeLayout(ExpertsLayout):
 
     @staticmethod
     def matches(module: nn.Module) -> bool:
-        """Whether the module is one stack of matrices and nothing else."""
+        """Whether the module's only parameter is one stack of matrices."""
         weight = module._parameters.get("weight")
         return (
             weight is not None

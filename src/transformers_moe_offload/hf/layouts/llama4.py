@@ -1,8 +1,8 @@
 """Llama 4: every token goes through every expert, scaled by a score that is zero for the experts not chosen.
 
-Transformers multiplies all of it (`Llama4TextExperts`, 5.23). A row that is zero comes out of an expert as zero, so
-only the rows that are not need an expert's weights. Sums are then taken over fewer rows at a time, which is why this
-is the one kind of experts that agrees with eager Transformers to rounding instead of bit for bit.
+Transformers multiplies all rows (`Llama4TextExperts`, 5.23). An expert maps a zero row to zero, so only nonzero rows
+need its weights. The matmuls then have fewer rows, so this is the only kind of experts that agrees with eager
+Transformers up to rounding instead of bit for bit.
 """
 
 # E experts, T tokens, H hidden, I intermediate
@@ -23,7 +23,7 @@ class Llama4Layout(ExpertsLayout):
 
     @staticmethod
     def matches(module: nn.Module) -> bool:
-        """Whether the module has the two stacks and is called with nothing but rows."""
+        """Whether the module has the two stacks and is called with rows only."""
         return set(module._parameters) == {"gate_up_proj", "down_proj"} and hasattr(module, "expert_dim")
 
     def num_experts(self, module: nn.Module) -> int:
@@ -36,7 +36,7 @@ class Llama4Layout(ExpertsLayout):
         return tuple(stacked_field(module, name, self.num_experts(module)) for name in names)
 
     def wanted(self, num_experts: int, *args: Any, keep_zero_weights: bool = False) -> list[int]:
-        """Experts that get a row that is not zero."""
+        """Experts with a nonzero row."""
         is_used = _is_used(args[0].view(num_experts, -1, args[0].shape[-1]))
         return is_used.any(dim=1).nonzero().flatten().tolist()  # sync: device -> host
 
@@ -45,7 +45,7 @@ class Llama4Layout(ExpertsLayout):
         return True
 
     def eager_forward(self, module: nn.Module) -> Callable[..., Tensor]:
-        """Ours: the same arithmetic on the rows that are not zero."""
+        """Our own forward: the same arithmetic, on nonzero rows only."""
         return _forward
 
 

@@ -21,10 +21,10 @@ from transformers_moe_offload.hf.layouts.base import (
     parameter,
     stacked_field,
 )
-from transformers_moe_offload.memory.expert_source import ExpertSource, ScatteredExpert
-from transformers_moe_offload.memory.field_source import FieldSource
-from transformers_moe_offload.memory.safetensors_index import StoredTensor
 from transformers_moe_offload.models.adapter_moe.adapter_folders import WEIGHTS_NAME, key
+from transformers_moe_offload.store.expert_source import ExpertSource, ScatteredExpert
+from transformers_moe_offload.store.field_source import FieldSource
+from transformers_moe_offload.tensor_files.index import StoredTensor
 
 _NAMES = ("lora_A", "lora_B")
 
@@ -36,9 +36,9 @@ class LoraLayout(ExpertsLayout):
 
     @staticmethod
     def matches(module: nn.Module) -> bool:
-        """Whether the module has the two stacks, and knows the folders that they come from.
+        """Whether the module has the two stacks and the `folders` that they come from.
 
-        Not by its class: a published model may bring the class along.
+        Its class is not checked: a published model may bring its own copy of the class.
         """
         return all(module._parameters.get(name) is not None for name in _NAMES) and hasattr(module, "folders")
 
@@ -51,7 +51,7 @@ class LoraLayout(ExpertsLayout):
         return tuple(stacked_field(module, name, self.num_experts(module)) for name in _NAMES)
 
     def wanted(self, num_experts: int, *args: Any, keep_zero_weights: bool = False) -> list[int]:
-        """From hidden_states, top_k_index, top_k_weights; the forward goes over adapters of weight zero, too."""
+        """From hidden_states, top_k_index, top_k_weights; the forward also visits adapters of weight zero."""
         _, top_k_index, top_k_weights = args
         return chosen(num_experts, top_k_index, top_k_weights, keep_zero_weights=True)
 
@@ -82,7 +82,7 @@ def _source(stored: Mapping[str, StoredTensor], path: str, field: ExpertField, d
 
 
 def _padded(tensors: list[Tensor], shape: tuple[int, ...]) -> Tensor:
-    """A smaller matrix with zeros for what is missing of its rank: no term more in any sum."""
+    """A matrix of lower rank, padded with zeros, which add nothing to any product."""
     (matrix,) = tensors
     padding = [(0, room - size) for size, room in zip(matrix.shape, shape, strict=True)]
     return nn.functional.pad(matrix, [*padding[1], *padding[0]])

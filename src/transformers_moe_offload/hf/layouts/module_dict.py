@@ -14,7 +14,7 @@ class ModuleDictLayout(ExpertsLayout):
 
     @staticmethod
     def matches(module: nn.Module) -> bool:
-        """Whether the module is a dictionary of experts that has a forward of its own."""
+        """Whether the module is a dictionary of experts with its own forward."""
         return (
             isinstance(module, nn.ModuleDict)
             and "expert_0" in module
@@ -42,7 +42,7 @@ class ModuleDictLayout(ExpertsLayout):
 
     @staticmethod
     def _chosen(num_experts: int, selected: Tensor) -> list[int]:
-        # Both architectures loop over the experts in the mask they make of this, whatever the weights.
+        # Both architectures build a mask from this and loop over the experts in it, also those of weight zero.
         hit = selected.reshape(-1, selected.shape[-1])
         if selected.dim() == 3:  # Switch Transformers: (T, 1, E) mask
             return hit.any(dim=0).nonzero().flatten().tolist()  # sync: device -> host

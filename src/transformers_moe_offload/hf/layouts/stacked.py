@@ -1,4 +1,4 @@
-"""Experts stacked along the first dimension of a few parameters: what `use_experts_implementation` decorates.
+"""Experts stacked along the first dimension of a few parameters: modules that `use_experts_implementation` decorates.
 
 `step3p7` and `longcat_flash` (5.23) are built the same way and only lack the decorator.
 """
@@ -32,7 +32,7 @@ class StackedLayout(ExpertsLayout):
         )
 
     def num_experts(self, module: nn.Module) -> int:
-        """Rows of `down_proj`; longcat_flash gives `gate_up_proj` more, for experts that have no weights."""
+        """Length of `down_proj`; in longcat_flash `gate_up_proj` is longer, for experts that have no weights."""
         return parameter(module, "down_proj").shape[0]
 
     def fields(self, module: nn.Module) -> tuple[ExpertField, ...]:
@@ -51,7 +51,7 @@ class StackedLayout(ExpertsLayout):
         return undecorated_forward(module)
 
     def is_transposed(self, module: nn.Module) -> bool:
-        """As the decorator says."""
+        """From the decorator's flag."""
         return bool(getattr(module, "is_transposed", False))
 
     def mlp(self, module: nn.Module) -> ExpertMlp | None:

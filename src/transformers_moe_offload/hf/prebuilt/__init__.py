@@ -1,1 +1,1 @@
-"""Checkpoints whose experts were quantized beforehand: their layout on disk, and how they are written."""
+"""Prebuilt checkpoints, whose experts are quantized beforehand: their layout on disk, and how they are written."""

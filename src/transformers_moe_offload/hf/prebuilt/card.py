@@ -9,14 +9,14 @@ from huggingface_hub import ModelCard, ModelCardData
 from yaml import YAMLError
 
 from transformers_moe_offload.config import ExpertFormats, OffloadConfig
-from transformers_moe_offload.hf.plan import readable
+from transformers_moe_offload.hf.model.plan import readable
 from transformers_moe_offload.hf.prebuilt.layout import AUTO_CLASSES
 from transformers_moe_offload.hf.prebuilt.sizes import Sizes
 from transformers_moe_offload.hf.upstream import auto_classes_of
 from transformers_moe_offload.hub.fetch import Fetched
 
 _KEPT = ("license", "license_name", "license_link", "language", "pipeline_tag")
-"""What holds for a quantized model because it holds for the original."""
+"""Metadata of the original's card that also holds for the quantized model."""
 
 _TEXT = """\
 # {title}
@@ -65,10 +65,10 @@ def model_card(
     left_as: str = "as in the original",
     dense_left_as: str = "as in the original",
 ) -> str:
-    """The card of the checkpoint `name`; its licence and the like are those that the source's card names.
+    """The card of the checkpoint `name`; licence, language and the like come from the source's card.
 
-    `base_model` is the original's id on the Hub where it was not read from there; `left_as` and `dense_left_as` say
-    what became of experts and of the dense part if they have no format.
+    `base_model` is the original's id on the Hub if it was not read from there; `left_as` and `dense_left_as` describe
+    experts and the dense part if they have no format.
     """
     base_model = base_model or (fetched.name if fetched.revision else None)
     origin: dict[str, Any] = {"base_model": base_model, "base_model_relation": "quantized"} if base_model else {}
@@ -97,7 +97,7 @@ def model_card(
 
 
 def auto_class_of(model: Any) -> str:
-    """The Auto class that loads a model as what it is."""
+    """The Auto class that loads a model as its own class."""
     for name, classes in auto_classes_of(model.config, AUTO_CLASSES):
         if type(model) in (classes if isinstance(classes, tuple) else (classes,)):
             return name
@@ -105,7 +105,7 @@ def auto_class_of(model: Any) -> str:
 
 
 def _kept(source_card: Path | None) -> dict[str, Any]:
-    """What the source's card says that holds here, too; nothing where there is no card that can be read."""
+    """The `_KEPT` metadata of the source's card; empty if there is no readable card."""
     if source_card is None:
         return {}
     try:

@@ -1,10 +1,11 @@
-"""What a prebuilt checkpoint looks like: names of files and tensors, shards, and what its config says.
+"""The layout of a prebuilt checkpoint: names of files and tensors, shards, and the content of its config.
 
 One shard for each sparse layer with two tensors, `{module}.records`, uint8 (E, row bytes), and `{module}.checksums`,
-int64 (E,); hot experts are in a third one, `{module}.hot_records`, instead of the first (`hf/records.py` reads them).
-Then shards with the dense weights; and an index, written last. Loading it without this package must fail and not make
-up experts: no file has a name that Transformers looks for, and the code that `config.json` refers to says what is
-missing.
+int64 (E,); hot experts are in a third one, `{module}.hot_records`, instead of the first (`hf/loading/records.py`
+reads them). Then shards with the dense weights, and an index, written last.
+
+Loading it without this package must fail instead of initialising experts at random: no file has a name that
+Transformers looks for, and the code that `config.json` refers to says what is missing.
 """
 
 # E experts of a module
@@ -21,17 +22,17 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from transformers_moe_offload.dtypes import dtype_name
 from transformers_moe_offload.expert import FieldSpec
 from transformers_moe_offload.formats.by_expert import LayerCodings
-from transformers_moe_offload.hf.records import CHECKSUMS, HOT_RECORDS, RECORDS, Stack, described
-from transformers_moe_offload.memory.record import dtype_name
+from transformers_moe_offload.hf.loading.records import CHECKSUMS, HOT_RECORDS, RECORDS, Stack, described
 from transformers_moe_offload.output.place import Marks
 from transformers_moe_offload.output.shards import MAX_SHARD_BYTES, Content, Shard, grouped, shard_names, shard_of
 
 INDEX_NAME = "moe_offload.safetensors.index.json"
 RECIPE_NAME = "moe_offload.recipe.json"
 GUARD = Path(__file__).with_name("moe_offload_required.py")
-"""Goes into every prebuilt checkpoint as it is."""
+"""Copied into every prebuilt checkpoint unchanged."""
 AUTO_CLASSES = (
     "AutoModel",
     "AutoModelForCausalLM",
@@ -40,7 +41,7 @@ AUTO_CLASSES = (
     "AutoModelForSequenceClassification",
     "AutoModelForTokenClassification",
 )
-"""What the guard has a stand-in for."""
+"""The Auto classes that the guard has a stand-in for."""
 MARKS = Marks(first=RECIPE_NAME, last=INDEX_NAME, prefix="moe_offload")
 
 
@@ -52,18 +53,18 @@ class LayerContent:
     """Path of the experts module in the model."""
     num_experts: int
     fields: tuple[FieldSpec, ...]
-    """What a record is made of, as stored."""
+    """The stored fields of a record."""
     record: Callable[[int], Tensor]
     """An expert's record, uint8, with or without zeros up to the next page; called from several threads."""
     hot_experts: frozenset[int] = frozenset()
-    """Experts whose records are made of other fields."""
+    """Experts whose records have `hot_fields` instead."""
     hot_fields: tuple[FieldSpec, ...] = ()
 
     @classmethod
     def coded(
         cls, module: str, num_experts: int, codings: LayerCodings, record: Callable[[int], Tensor]
     ) -> LayerContent:
-        """Experts of which each has a coding."""
+        """The content of a layer all of whose experts have a coding."""
         fields, *hot = (coding.stored for coding in codings.kinds if coding is not None)
         return cls(module, num_experts, fields, record, codings.hot_experts, *hot)
 
@@ -90,7 +91,7 @@ class LayerContent:
 
 
 Contents = LayerContent | tuple[Content, ...]
-"""What one shard is made of."""
+"""The content of one shard."""
 
 
 def shards_of(
@@ -110,7 +111,7 @@ def shards_of(
 
 
 def plain_config(model: Any, dtype: torch.dtype) -> dict[str, Any]:
-    """The content of `config.json` as saving the plain model in a dtype would write it."""
+    """The content of `config.json` that saving the plain model in a dtype would write."""
     model.config.dtype = dtype_name(dtype)
     model.config.architectures = [type(model).__name__]
     plain: dict[str, Any] = json.loads(model.config.to_json_string())
@@ -118,7 +119,7 @@ def plain_config(model: Any, dtype: torch.dtype) -> dict[str, Any]:
 
 
 def prebuilt_config(config: Mapping[str, Any], recipe: Mapping[str, Any]) -> dict[str, Any]:
-    """What `config.json` says, given that of the plain model and `OffloadConfig.recipe` of how it was quantized."""
+    """The content of `config.json`, from the plain model's and the `OffloadConfig.recipe` of its quantization."""
     return {key: value for key, value in config.items() if key != "transformers_weights"} | {
         "auto_map": {name: f"{GUARD.stem}.{name}" for name in AUTO_CLASSES},
         "quantization_config": dict(recipe),

@@ -1,4 +1,4 @@
-"""What of a prebuilt checkpoint has to be there before it is uploaded, and how `hub/upload.py` is to do it."""
+"""Check a prebuilt checkpoint before it is uploaded, and describe its layout to `hub/upload.py`."""
 
 from __future__ import annotations
 
@@ -8,8 +8,8 @@ from pathlib import Path
 from transformers_moe_offload.errors import CheckpointError
 from transformers_moe_offload.hf.prebuilt.layout import GUARD, INDEX_NAME
 from transformers_moe_offload.hub.upload import Layout
-from transformers_moe_offload.memory.checksum import check_file
-from transformers_moe_offload.memory.safetensors_index import check_index_file, read_index
+from transformers_moe_offload.tensor_files.checksum import check_file
+from transformers_moe_offload.tensor_files.index import check_index_file, read_index
 
 LAYOUT = Layout(
     last=INDEX_NAME,
@@ -19,7 +19,7 @@ LAYOUT = Layout(
 
 
 def expect_complete(folder: Path) -> None:
-    """Raise `CheckpointError` if a folder is no prebuilt checkpoint, or one that is still being written."""
+    """Raise `CheckpointError` if a folder is not a prebuilt checkpoint, or an unfinished one."""
     if not folder.is_dir():
         raise CheckpointError(f"there is no folder {folder}; name what `moe-offload quantize` or `build` has written")
     for name in (INDEX_NAME, "config.json", GUARD.name):
@@ -31,9 +31,9 @@ def expect_complete(folder: Path) -> None:
 
 
 def check_prebuilt(folder: Path, advance: Callable[[int], None] = lambda nbytes: None) -> None:
-    """Read all of a checkpoint and compare it with its index and its checksums; `advance` hears of the bytes read.
+    """Compare a whole checkpoint with its index and its checksums; `advance` is called with the bytes of each shard.
 
-    Raises `CheckpointError` for the first thing that is not as it was written.
+    Raises `CheckpointError` for the first mismatch.
     """
     expect_complete(folder)
     shards = sorted(folder.glob("moe_offload-*.safetensors"))

@@ -1,4 +1,4 @@
-"""What a prebuilt checkpoint is made from, and how: equal recipes give equal bytes."""
+"""The recipe of a prebuilt checkpoint, its source and formats: equal recipes give equal bytes."""
 
 from __future__ import annotations
 
@@ -7,13 +7,13 @@ from pathlib import Path
 from typing import Any
 
 from transformers_moe_offload.config import OffloadConfig
-from transformers_moe_offload.memory.fingerprint import fingerprint
+from transformers_moe_offload.tensor_files.fingerprint import fingerprint
 
 
 def recipe_of(
     name: str, revision: str | None, files: Sequence[Path], dtype: str, config: OffloadConfig
 ) -> dict[str, Any]:
-    """The recipe, given the files of the plain checkpoint; says nothing about where they are on this machine."""
+    """The recipe, from the files of the plain checkpoint; contains no paths of this machine."""
     return {
         "source": {
             "name": name,

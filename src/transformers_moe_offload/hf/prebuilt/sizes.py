@@ -10,9 +10,9 @@ import torch
 from transformers_moe_offload.config import OffloadConfig
 from transformers_moe_offload.expert import ExpertSpec
 from transformers_moe_offload.formats.by_expert import LayerCodings
-from transformers_moe_offload.hf.codings import plain_fields
-from transformers_moe_offload.hf.delegates.opening import StoredBytes
-from transformers_moe_offload.hf.plan import Placement, make_plan
+from transformers_moe_offload.hf.loading.codecs import plain_fields
+from transformers_moe_offload.hf.model.plan import Placement, make_plan
+from transformers_moe_offload.hf.other_quantizers.dequantize import StoredBytes
 from transformers_moe_offload.hf.prebuilt.source import Quantization
 
 _CPU = torch.device("cpu")
@@ -20,13 +20,13 @@ _CPU = torch.device("cpu")
 
 @dataclass(frozen=True, kw_only=True)
 class Sizes:
-    """Bytes, and how many weights they stand for."""
+    """Bytes and numbers of weights."""
 
     num_experts: int
     """In all sparse layers."""
     expert_weights: int
     plain_expert_bytes: int
-    """Before they are quantized."""
+    """Bytes of experts before they are quantized."""
     expert_bytes: int
     plain_dense_bytes: int
     dense_bytes: int
@@ -42,7 +42,7 @@ class Sizes:
 
     @property
     def plain_bytes(self) -> int:
-        """Bytes of all weights as they are."""
+        """Bytes of all weights before they are quantized."""
         return self.plain_expert_bytes + self.plain_dense_bytes
 
     @property
@@ -52,7 +52,7 @@ class Sizes:
 
     @classmethod
     def of(cls, quantization: Quantization, stored: StoredBytes | None = None) -> Sizes:
-        """The sizes of a model that is about to be quantized; `stored` if another method has quantized it before."""
+        """The sizes of a model to quantize; `stored` if another method has already quantized it."""
         specs = [
             ExpertSpec(layer.index, layer.name, layer.num_experts, plain_fields(layer)) for layer in quantization.layers
         ]

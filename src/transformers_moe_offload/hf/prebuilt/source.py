@@ -1,7 +1,7 @@
-"""A checkpoint, expert by expert and dense tensor by tensor, as what a prebuilt one is written from.
+"""Read a checkpoint, expert by expert and dense tensor by tensor, to write a prebuilt one from it.
 
-Nothing larger than one expert or one conversion's tensors is read at a time, and the model is never built with weights.
-What another method has quantized is opened on the way, by that method's own code (`hf/delegates/opening.py`).
+At most one expert, or the tensors of one conversion, is read at a time, and the model is never built with weights.
+Weights that another method has quantized are decoded by that method's own code (`hf/other_quantizers/dequantize.py`).
 """
 
 from __future__ import annotations
@@ -18,18 +18,19 @@ import torch
 from torch import Tensor
 
 from transformers_moe_offload.config import ExpertFormats, HqqFormat, OffloadConfig
+from transformers_moe_offload.dtypes import dtype_name, torch_dtype
 from transformers_moe_offload.errors import CheckpointError, ConfigError
 from transformers_moe_offload.expert import FieldSpec
 from transformers_moe_offload.formats.by_expert import LayerCodings
 from transformers_moe_offload.formats.hqq import packing_of, quantize
-from transformers_moe_offload.hf.checkpoint import Checkpoint, locate
-from transformers_moe_offload.hf.codings import codings_of, plain_fields
-from transformers_moe_offload.hf.delegates.as_stored import as_stored
-from transformers_moe_offload.hf.delegates.opening import Opener, StoredBytes
-from transformers_moe_offload.hf.dense import dense_linears
-from transformers_moe_offload.hf.layer import OffloadedExperts, SparseLayer, layer_of
 from transformers_moe_offload.hf.layouts.base import parameter
-from transformers_moe_offload.hf.locate import ParameterSource, trace_parameters
+from transformers_moe_offload.hf.loading.checkpoint import Checkpoint, locate
+from transformers_moe_offload.hf.loading.codecs import codings_of, plain_fields
+from transformers_moe_offload.hf.loading.locate import ParameterSource, trace_parameters
+from transformers_moe_offload.hf.model.dense import dense_linears
+from transformers_moe_offload.hf.model.layer import OffloadedExperts, SparseLayer, layer_of
+from transformers_moe_offload.hf.other_quantizers.dequantize import Opener, StoredBytes
+from transformers_moe_offload.hf.other_quantizers.keep_encoded import as_stored
 from transformers_moe_offload.hf.prebuilt.layout import LayerContent
 from transformers_moe_offload.hf.upstream import (
     dtype_plan,
@@ -38,36 +39,35 @@ from transformers_moe_offload.hf.upstream import (
     ignored_on_save,
     tied_weights,
 )
-from transformers_moe_offload.memory.checkpoint import LayerSource
-from transformers_moe_offload.memory.encoding import encoded_row
-from transformers_moe_offload.memory.field_source import FieldSource
-from transformers_moe_offload.memory.record import dtype_name, torch_dtype
-from transformers_moe_offload.memory.safetensors_index import StoredTensor
 from transformers_moe_offload.output.shards import Content
+from transformers_moe_offload.store.encoding import encoded_row
+from transformers_moe_offload.store.field_source import FieldSource
+from transformers_moe_offload.store.layer_source import LayerSource
+from transformers_moe_offload.tensor_files.index import StoredTensor
 
 
 @dataclass(frozen=True)
 class Quantization:
-    """A model on meta, its experts taken out, and how it is to be quantized; checked, before any weight is read."""
+    """A model on meta, its experts taken out, and how to quantize it; checked before any weight is read."""
 
     model: Any
     layers: Sequence[SparseLayer]
     codings: Sequence[LayerCodings]
-    """How experts are stored, by layer."""
+    """How to store the experts of each layer."""
     packed: frozenset[str]
     """Names of the dense weights that are quantized."""
     dense: HqqFormat | None
-    """How."""
+    """The format of these dense weights."""
     checkpoint: Checkpoint
-    """What Transformers would decide about loading the plain model; without files yet."""
+    """The parameters and dtypes with which Transformers would load the plain model; without files yet."""
     opener: Opener | None = None
-    """What opens the weights, where another method has quantized them."""
+    """Decodes weights that another method has quantized; None for a plain checkpoint."""
 
     @classmethod
     def of(cls, model: Any, config: OffloadConfig, dtype: torch.dtype, opener: Opener | None = None) -> Quantization:
-        """How to quantize a model that is loaded in a dtype, from a plain checkpoint or from one that has to be opened.
+        """How to quantize a model that is loaded in `dtype`, from a plain checkpoint or through an opener.
 
-        Raises `ConfigError` where a group size does not divide a matrix, with those that do.
+        Raises `ConfigError` if a group size does not divide a matrix; the message lists sizes that do.
         """
         layers = [layer_of(module) for module in model.modules() if isinstance(module, OffloadedExperts)]
         formats = config.formats or ExpertFormats()
@@ -84,31 +84,31 @@ class Quantization:
 
     @property
     def left_as(self) -> str:
-        """What becomes of experts that have no format, for people."""
+        """A description of experts without a format, for the model card."""
         return "as in the original" if self.opener is None else f"opened from {self.opener.name}"
 
     @property
     def dense_left_as(self) -> str:
-        """What becomes of the dense part if it has no format."""
+        """A description of the dense part without a format, for the model card."""
         return self.left_as if self.opener is None or self.opener.is_for_dense else "as in the original"
 
     @cached_property
     def conversions(self) -> list[Any]:
-        """What Transformers does to the checkpoint's tensors so that they are the model's."""
+        """The conversions that turn the checkpoint's tensors into the model's."""
         return get_model_conversion_mapping(self.model) if self.opener is None else self.opener.conversions(self.model)
 
     def located(self, tensors: Mapping[str, StoredTensor]) -> list[LayerSource]:
-        """Where experts are among the tensors of a checkpoint; those of another method as it has stored them."""
+        """The sources of experts among the tensors of a checkpoint; those of another method in their stored form."""
         checkpoint = replace(self.checkpoint, tensors=tensors)
         sources = locate(self.model, self.layers, checkpoint, self.conversions)
         return sources if self.opener is None else [as_stored(source) for source in sources]
 
     def stored_bytes(self, tensors: Mapping[str, StoredTensor]) -> StoredBytes:
-        """What the checkpoint's weights take as they are stored."""
+        """Bytes of the checkpoint's weights as they are stored."""
         return StoredBytes.of(self.located(tensors), tensors)
 
     def parts_of(self, name: str) -> tuple[FieldSpec, ...]:
-        """What is stored for a dense tensor."""
+        """The arrays that are stored for a dense tensor."""
         shape = tuple(self.checkpoint.parameters[name].shape)
         if name not in self.packed or self.dense is None:
             return (FieldSpec(name, shape, dtype_name(self.checkpoint.dtype_of(name))),)
@@ -117,7 +117,7 @@ class Quantization:
         return tuple(FieldSpec(f"{name}_{part.name}", part.shape, part.dtype) for part in packing.parts)
 
     def saved_names(self) -> dict[str, list[str]]:
-        """The names of the dense tensors that are stored, with all names of each: once where weights are tied."""
+        """Name of each dense tensor that is stored -> all its names; tied weights are stored once."""
         by_tensor: dict[int, list[str]] = {}
         for name, tensor in self.model.state_dict(keep_vars=True).items():
             if name not in ignored_on_save(self.model):
@@ -128,7 +128,7 @@ class Quantization:
         return saved
 
     def encode(self, name: str, tensor: Tensor) -> dict[str, Tensor]:
-        """The arrays of `parts_of`."""
+        """Quantize a dense tensor, if it is to be: name -> the arrays of `parts_of`."""
         if name not in self.packed or self.dense is None:
             return {name: tensor}
         return {f"{name}_{part}": array for part, array in quantize(tensor, self.dense, name=name).parts.items()}
@@ -137,7 +137,7 @@ class Quantization:
 def contents(
     quantization: Quantization, files: Sequence[Path], folder: Path
 ) -> tuple[list[LayerContent], list[Content]]:
-    """What to write, given the files of the checkpoint and the folder that they belong to."""
+    """The content to write: sparse layers and dense tensors, from the files of the checkpoint in `folder`."""
     model, undecided = quantization.model, quantization.checkpoint
     checkpoint = Checkpoint.open(files, folder=folder, parameters=undecided.parameters, dtype_plan=undecided.dtype_plan)
     sources = quantization.located(checkpoint.tensors)
@@ -162,7 +162,7 @@ def _undecided(model: Any, layers: Sequence[SparseLayer], dtype: torch.dtype) ->
 def _dense_contents(
     quantization: Quantization, checkpoint: Checkpoint, traced: Mapping[str, ParameterSource]
 ) -> Iterator[Content]:
-    """All tensors but the experts'; those that one conversion makes are one content."""
+    """All tensors except the experts'; the results of one conversion form one content."""
     leaders: dict[int, str] = {}
     for name, source in traced.items():
         leaders.setdefault(id(source), name)
@@ -183,7 +183,7 @@ def _dense_contents(
 
 
 def _may_be_missing(model: Any, name: str) -> bool:
-    """Whether Transformers knows what a tensor is without being told by the checkpoint."""
+    """Whether Transformers can load a checkpoint without this tensor."""
     patterns = ignored_on_load_missing(model)
     return name in dict(model.named_buffers()) or any(re.search(pattern, name) for pattern in patterns)
 
@@ -191,7 +191,7 @@ def _may_be_missing(model: Any, name: str) -> bool:
 def _read(
     quantization: Quantization, leader: str, source: ParameterSource, dtype: str, names: Mapping[str, str]
 ) -> dict[str, Tensor]:
-    """Run one conversion, and quantize what it makes; `names` are the names in the model -> the names to save it as."""
+    """Run one conversion and quantize its results; `names`: name in the model -> name to save it under."""
     made = _convert(quantization, leader, source, dtype)
     arrays: dict[str, Tensor] = {}
     expected = quantization.checkpoint.parameters
@@ -214,9 +214,10 @@ def _read(
 
 
 def _without_scales(source: ParameterSource, dtype: torch.dtype) -> torch.dtype | None:
-    """The dtype of one byte that a parameter is stored in alone; None if it is stored in another, or with its scales.
+    """The one-byte dtype of a parameter that is stored without scales; None for another dtype, or with scales.
 
-    What Transformers makes of such a weight is of `dtype`: as it is stored in 5.23, cast like any other in 5.24.
+    `dtype` is the dtype that Transformers converts such a weight to: the stored one in 5.23, another after a cast in
+    5.24.
     """
     if dtype.itemsize == 1:
         return dtype
@@ -228,7 +229,7 @@ def _without_scales(source: ParameterSource, dtype: torch.dtype) -> torch.dtype 
 
 
 def _convert(quantization: Quantization, leader: str, source: ParameterSource, dtype: str) -> dict[str, Tensor]:
-    """The parameters that a conversion makes, as Transformers would: `leader` is the first of them."""
+    """The parameters that a conversion yields, as in Transformers; `leader` is the first of them."""
     model, opener = quantization.model, quantization.opener
 
     def read(stored: StoredTensor) -> Tensor:

@@ -1,7 +1,7 @@
 """Write a prebuilt checkpoint, shard by shard, so that it can be killed at any moment and resumed.
 
-Experts are encoded by several threads and written in their order: as many experts are in memory as there are threads,
-and one dense tensor at a time. What is written does not depend on the number of threads or on interruptions.
+Several threads encode experts, which are written in order: at most as many experts as threads are in memory, and one
+dense tensor at a time. The written bytes do not depend on the number of threads or on interruptions.
 """
 
 from __future__ import annotations
@@ -21,9 +21,6 @@ from transformers.utils.logging import tqdm
 
 from transformers_moe_offload.hf.prebuilt.layout import GUARD, INDEX_NAME, MARKS, Contents, LayerContent, shards_of
 from transformers_moe_offload.hub.companions import published
-from transformers_moe_offload.memory.checksum import checksum
-from transformers_moe_offload.memory.record import host_bytes
-from transformers_moe_offload.memory.safetensors_writer import SafetensorsWriter, write_bytes, write_text
 from transformers_moe_offload.output.place import place_for
 from transformers_moe_offload.output.shards import (
     Advance,
@@ -35,20 +32,23 @@ from transformers_moe_offload.output.shards import (
     write_contents,
 )
 from transformers_moe_offload.output.text import as_json
+from transformers_moe_offload.system.host_memory import host_bytes
+from transformers_moe_offload.tensor_files.checksum import checksum
+from transformers_moe_offload.tensor_files.writer import SafetensorsWriter, write_bytes, write_text
 
 T = TypeVar("T")
 
 
 @dataclass(frozen=True)
 class Prebuilt:
-    """Everything that goes into the folder of a prebuilt checkpoint."""
+    """The content of a prebuilt checkpoint's folder."""
 
     layers: Sequence[LayerContent]
     dense: Sequence[Content]
     texts: Mapping[str, str]
     """Small files by name: `config.json`, `README.md`."""
     copies: Sequence[Path] = field(default_factory=tuple)
-    """Small files that go along: the tokenizer's."""
+    """Small files to copy: the tokenizer's."""
 
     def shards(self) -> list[Shard[Contents]]:
         """The weight files."""
@@ -64,9 +64,9 @@ def write_prebuilt(
     workers: int | None = None,
     advance: Advance | None = None,
 ) -> None:
-    """Write a checkpoint into a folder, or finish one that an earlier call by the same recipe did not.
+    """Write a checkpoint into a folder, or finish the one of an interrupted call with the same recipe.
 
-    `workers` None means one per core. Without `advance` there is a progress bar as Transformers has them.
+    `workers` None means one per core. Without `advance` Transformers' progress bar is shown.
     """
     shards = content.shards()
     with place_for(folder, recipe, MARKS, overwrite=overwrite) as place:
@@ -87,7 +87,7 @@ def write_shards(
     workers: int | None = None,
     advance: Advance | None = None,
 ) -> None:
-    """Write all shards; with `resumes` only those that are not there, or are not what was written."""
+    """Write all shards; with `resumes` only those that are missing or damaged."""
     total = sum(shard.nbytes for shard in shards)
     with tqdm(total=total, unit="B", unit_scale=True, desc="Writing shards", disable=advance is not None) as bar:
         fill = partial(_fill, workers or os.cpu_count() or 1)
@@ -95,7 +95,7 @@ def write_shards(
 
 
 def finish(folder: Path, shards: Sequence[Shard[Contents]]) -> None:
-    """Make a folder with all its shards a checkpoint that can be loaded."""
+    """Write the guard and the index, which make a folder with all shards a complete checkpoint."""
     write_text(folder / GUARD.name, GUARD.read_text(encoding="utf-8"))
     write_text(folder / INDEX_NAME, as_json(index_of(shards)))
 
@@ -123,7 +123,7 @@ def _write_layer(writer: SafetensorsWriter, layer: LayerContent, workers: int, d
 
 
 def _in_order(compute: Callable[[int], T], count: int, workers: int) -> Iterator[T]:
-    """`compute` of 0, 1, 2, ..., at most `workers` of them at a time."""
+    """Results of `compute` for 0, 1, 2, ... in order, at most `workers` of them at a time."""
     pending: deque[Future[T]] = deque()
     with ThreadPoolExecutor(workers, thread_name_prefix="moe-offload-quantize") as pool:
         for number in range(count):

@@ -1,4 +1,4 @@
-"""Products on GPUs, in Triton: with one packed matrix, and with those of all the experts that a layer routes to.
+"""Products on GPUs, in Triton: with one packed matrix, and with the matrices of all experts that a layer routes to.
 
 Checked in Triton's interpreter, and compiled for compute capability 8.0 and 9.0; not yet run on a GPU.
 """

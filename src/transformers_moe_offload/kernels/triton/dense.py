@@ -1,6 +1,6 @@
-"""Read a dense matrix inside a kernel, whichever way round it is stored, and multiply with it.
+"""Read a dense matrix inside a kernel, stored (N, C) or transposed, and multiply with it.
 
-Added up in float32. Rows and columns beyond the last ones count as zeros, so any shape will do.
+Products add up in float32. Rows and columns beyond the last ones count as zeros, so any shape is allowed.
 """
 
 # N rows and C columns of the matrix, L rows of a program, T rows of input, B columns at a time
@@ -36,7 +36,7 @@ def dense_tile(
     rows, matrix, num_rows, num_cols, used_cols, source, is_row, line,
     is_transposed: tl.constexpr, width: tl.constexpr,
 ):  # fmt: skip
-    """The rows source (T,) of rows times the lines (L,) of the matrix, of the first `used_cols` -> (T, L) float32."""
+    """`rows[source]` (T, C) times the lines (L,) of the matrix, over `used_cols` columns -> (T, L) float32."""
     total = tl.zeros((source.shape[0], line.shape[0]), tl.float32)
     for first in range(0, used_cols, width):
         col = first + tl.arange(0, width)

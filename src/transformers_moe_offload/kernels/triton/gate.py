@@ -1,4 +1,4 @@
-"""What is done to products before they are stored: bias, activation, gate."""
+"""Finish products before they are stored: bias, activation, gate."""
 
 # T rows of a tile, M rows of the matrix that a program computes
 
@@ -13,13 +13,13 @@ def activated(x, function: tl.constexpr, slope: tl.constexpr):
     """One of the activations of `kernels/grouped.py`, float32."""
     if function == "silu":
         return x * tl.sigmoid(slope * x)
-    elif function == "gelu":  # noqa: RET505 - the compiler takes the one branch that there is
+    elif function == "gelu":  # noqa: RET505 - Triton compiles only the branch that is taken
         return 0.5 * x * (1 + tl.erf(x * 0.7071067811865476))
     elif function == "gelu_tanh":  # (1 + tanh(z)) / 2 = sigmoid(2 z)
         return x * tl.sigmoid(1.5957691216057308 * (x + 0.044715 * x * x * x))
     else:
         tl.static_assert(function == "relu" or function == "relu2")
-        positive = tl.where(x < 0, 0.0, x)  # as in torch, nothing here makes a number of what is none
+        positive = tl.where(x < 0, 0.0, x)  # NaN stays NaN, as in torch
         return positive * positive if function == "relu2" else positive
 
 
@@ -38,9 +38,9 @@ def store(
 ):  # fmt: skip
     """Finish products `total` (T, M) float32 and write them to the rows p (T,) of `out`, where `is_row`.
 
-    `row` (M,) are those of the matrix, `num_rows` or more where there is none. `gate` is "none", "halves" if the second
-    half of `row` are the ups of the first, or "neighbours". Nobody's products have no bias: `is_expert` says
-    whether they are somebody's. out (P, N), or (P, N / 2) with gates.
+    `row` (M,) are the rows of the matrix; entries of `num_rows` or more are padding. `gate` is "none", "halves" if the
+    second half of `row` are the ups of the first half, or "neighbours" if each up follows its gate. `is_expert` is
+    False for idle pairs, which get no bias. out (P, N), or (P, N / 2) with gates.
     """
     if has_bias:
         total += tl.load(bias + row, mask=(row < num_rows) & is_expert, other=0).to(tl.float32)[None, :]

@@ -1,7 +1,7 @@
-"""Launch the kernels that multiply rows with the matrices of the experts they belong to.
+"""Launch the kernels that multiply each row with the matrix of its expert.
 
-One launch for all experts, and without copying a weight: kernels read records where they are. Nothing is read on the
-host, and what is launched depends on shapes only, so that all of it can be captured in a CUDA graph.
+One launch computes all experts, without copying weights: kernels read records in place. The host reads no tensor, and
+launches depend on shapes only, so all of it can be captured in a CUDA graph.
 """
 
 # T tokens, K experts per token, E experts, P = T * K pairs, N rows and C columns of a matrix, I outputs of a gate
@@ -33,15 +33,15 @@ from transformers_moe_offload.kernels.triton.tile import grouped_tile_kernel
 DTYPES = {torch.float32: tl.float32, torch.bfloat16: tl.bfloat16, torch.float16: tl.float16}
 
 MOST_PAIRS = 1024
-"""That our own kernel sorts, each by counting all that come before it; a prompt's pairs are sorted by torch."""
+"""Most pairs that our own kernel sorts, by counting for each pair those before it; torch sorts a prompt's pairs."""
 COMPARISONS = 8192
-"""That it makes at a time."""
+"""Comparisons that the sorting kernel makes at a time."""
 WIDTH = 512
 """Columns of output that one program combines."""
 
 
 def ordered(pairs: Pairs) -> Pairs:
-    """The pairs, sorted by expert, so that tiles of those that share one can be computed together."""
+    """The pairs with `order` and `offsets`: sorted by expert, so that pairs of one expert are computed in tiles."""
     chosen, weights, num_experts = pairs.chosen, pairs.weights, pairs.num_experts
     assert chosen is not None
     device = chosen.device
@@ -66,9 +66,9 @@ def ordered(pairs: Pairs) -> Pairs:
 
 
 class Product:
-    """The products with one matrix of every expert of a layer, and what is done to them.
+    """Products with one matrix of every expert of a layer, and their activation.
 
-    Built once for a matrix: whatever can be settled beforehand is not settled again at each step.
+    Built once per matrix: everything that does not depend on the rows is computed here, not at each step.
     """
 
     def __init__(self, matrix: PlacedMatrix, activation: Activation | None = None) -> None:
@@ -88,11 +88,10 @@ class Product:
         self._tiles: dict[tuple[torch.dtype, int], tuple[dict[str, int], int]] = {}
 
     def __call__(self, rows: Tensor, pairs: Pairs) -> Tensor:
-        """Products of the pairs' tokens with their experts' matrices, (P, N), or what the activation makes of them,
-        (P, I).
+        """Products of the pairs' tokens with their experts' matrices, (P, N), or (P, I) with an activation of gates.
 
-        rows (P / choices, C) float32, bfloat16 or float16. Rows of idle pairs come out as zeros. With `pairs.offsets`
-        tiles are computed, else each pair on its own.
+        rows (P / choices, C) float32, bfloat16 or float16. Rows of idle pairs are zeros. With `pairs.offsets` pairs of
+        one expert are computed in tiles, else each pair on its own.
         """
         rows = rows.contiguous()
         count, num_experts = pairs.num_pairs, pairs.num_experts
@@ -120,7 +119,7 @@ class Product:
         return out
 
     def _tiles_for(self, dtype: torch.dtype, height: int) -> tuple[dict[str, int], int]:
-        """How tiles are cut, and how many programs it takes to compute a row of one."""
+        """How tiles are cut, and how many programs compute one row of a tile."""
         found = self._tiles.get((dtype, height))
         if found is None:
             packing = self._matrix.packing
@@ -146,7 +145,7 @@ def combine(rows: Tensor, pairs: Pairs, dtype: torch.dtype) -> Tensor:
 
 
 def constants(matrix: PlacedMatrix, activation: Activation | None) -> dict[str, Any]:
-    """What kernels are compiled for, sizes apart."""
+    """The compile-time constants of the kernels, except sizes."""
     packing = matrix.packing
     if packing is None:
         assert matrix.dtype is not None

@@ -1,8 +1,7 @@
-"""Read a packed matrix inside a kernel: codes from their bytes, scales and zeros from theirs.
+"""Read a packed matrix inside a kernel: unpack codes, scales and zeros.
 
-A byte holds codes of `fields` rows of the matrix, which lie `byte_rows` apart (`kernels/packed.py`). A program takes
-some consecutive rows of bytes, `lines`, and computes all the rows of the matrix that are in them, so that every byte
-is read once.
+A byte holds codes of `fields` rows of the matrix, R rows apart (`kernels/packed.py`). A program takes some consecutive
+rows of bytes, `lines`, and computes all rows of the matrix in them, so that every byte is read once.
 """
 
 # N rows, K columns, R rows of bytes, F fields of a byte, L lines of a program, B pieces of a group at a time,
@@ -18,20 +17,20 @@ from transformers_moe_offload.kernels.packed import META_BLOCK
 BLOCK = tl.constexpr(META_BLOCK)
 
 ALIGNED = tl.constexpr(16)
-"""Bytes that addresses in a record are a multiple of, so that a thread can load 16 at once."""
+"""Alignment of arrays in a record, in bytes, so that a thread can load 16 bytes at once."""
 
 
 @triton.jit
 def part(record, at, dtype: tl.constexpr):
-    """The array of numbers that lies `at` bytes into the record with this address."""
+    """A pointer to the array `at` bytes into the record with this address."""
     return tl.multiple_of((record + at).to(tl.pointer_type(dtype)), ALIGNED)
 
 
 @triton.jit
 def lines_of(program, num_rows, fields: tl.constexpr, lines: tl.constexpr, gate: tl.constexpr):
-    """The rows of bytes, (L,), that a program computes; beyond the last one where there are too few.
+    """The rows of bytes, (L,), that a program computes; past the last row where too few are left.
 
-    With "halves" whoever computes a gate computes its up, too. If there are several fields, both are in one byte.
+    With "halves" a program that computes a gate also computes its up. With several fields both are in one byte.
     """
     index = tl.arange(0, lines)
     if gate == "halves" and fields == 1:
@@ -46,7 +45,7 @@ def lines_of(program, num_rows, fields: tl.constexpr, lines: tl.constexpr, gate:
 
 @triton.jit
 def rows_of(line, num_rows, fields: tl.constexpr):
-    """Rows of the matrix whose codes are in these rows of bytes, `num_rows` or more if none: line (L,) -> (F, L)."""
+    """Rows of the matrix in these rows of bytes, `num_rows` or more for padding: line (L,) -> (F, L)."""
     num_lines = tl.cdiv(num_rows, fields)
     row = tl.arange(0, fields)[:, None] * num_lines + line[None, :]
     return tl.where(line[None, :] < num_lines, row, num_rows)
@@ -73,7 +72,7 @@ def codes_at(codes, high, line, col, is_col, num_rows, num_cols, nbits: tl.const
 
 @triton.jit
 def meta_at(values, ranges, index, is_there, meta_nbits: tl.constexpr):
-    """Scales, or zeros, float32, at these places in the order of (N, G)."""
+    """Scales, or zeros, as float32, at flat indices into (N, G); 0 where `is_there` is False."""
     value = tl.load(values + index, mask=is_there, other=0).to(tl.float32)
     if meta_nbits == 8:
         block = 2 * (index // BLOCK)

@@ -1,6 +1,6 @@
-"""The pairs of a layer on the device: who is idle, in which order they are computed, their sum over a token's choices.
+"""The pairs of a layer on the device: which are idle, their order, and their sum over a token's choices.
 
-Nothing of this is read by the host, and nothing that is launched depends on what is in it.
+The host reads none of these tensors, and no launch depends on their content.
 """
 
 # P pairs, K experts per token, E experts, H hidden
@@ -13,7 +13,7 @@ import triton.language as tl
 
 @triton.jit
 def expert_of(chosen, weights, p, is_pair, num_experts, has_weights: tl.constexpr):
-    """The expert that each pair needs, `num_experts` if none: of idle pairs, and where there is no pair."""
+    """The expert of each pair; `num_experts` for idle pairs, and where `is_pair` is False."""
     expert = tl.load(chosen + p, mask=is_pair, other=0).to(tl.int32)
     is_wanted = (expert >= 0) & (expert < num_experts) & is_pair
     if has_weights:
@@ -26,7 +26,7 @@ def order_kernel(
     chosen, weights, order, offsets, num_pairs, num_experts,
     has_weights: tl.constexpr, most_pairs: tl.constexpr, most_experts: tl.constexpr, step: tl.constexpr,
 ):  # fmt: skip
-    """Grid (1,). Sort few pairs by expert, idle ones last: a pair's place is the number of those that come before it.
+    """Grid (1,). Sort few pairs by expert, idle ones last: a pair's place is the number of pairs that come before it.
 
     chosen (P,), weights (P,) -> order (P,) int32, offsets (E + 1,) int32.
     """
@@ -49,8 +49,8 @@ def order_kernel(
 
 @triton.jit(do_not_specialize=["num_experts", "choices"])
 def combine_kernel(rows, out, chosen, weights, num_cols, num_experts, choices, width: tl.constexpr):
-    """Grid (T, ceil(H / width)). Weigh the rows (T * K, H) of a token's choices and add them up in their order, in
-    float32: out (T, H). Idle pairs add nothing, whatever is in their rows.
+    """Grid (T, ceil(H / width)). Weight the rows (T * K, H) of a token's choices and add them up in their order, in
+    float32: out (T, H). Rows of idle pairs are not read.
     """
     t = tl.program_id(0).to(tl.int64)
     col = tl.program_id(1) * width + tl.arange(0, width)

@@ -1,6 +1,6 @@
-"""One row of input at a time: what decoding one token needs.
+"""Kernels that multiply one row of input at a time, for decoding one token.
 
-Products are added up in float32, on the ordinary cores: with one row there is nothing for tensor cores to share.
+Products add up in float32, without tensor cores, which need several rows that share a matrix.
 """
 
 # P rows of output, C columns and N rows of the matrix, E experts, F fields of a byte, L lines of a program,
@@ -45,9 +45,9 @@ def grouped_row_kernel(
     lines: tl.constexpr, pieces: tl.constexpr, piece_size: tl.constexpr,
 ):  # fmt: skip
     """Grid (P, programs of a row). rows (P / choices, C), out (P, N) or with gates (P, N / 2), chosen (P,),
-    weights (P,), addresses (E,) int64; the arrays of a matrix by their places in a record.
+    weights (P,), addresses (E,) int64; the arrays of a matrix are offsets into a record.
 
-    A dense matrix has 16 `nbits` or more, a dtype, and no groups. Rows of idle pairs come out as zeros.
+    A dense matrix has `nbits` of 16 or more, a dtype, and no groups. Rows of idle pairs are zeros.
     """
     is_dense: tl.constexpr = nbits >= 16
     fields: tl.constexpr = 1 if is_dense else 8 // (2 if nbits == 3 else nbits)

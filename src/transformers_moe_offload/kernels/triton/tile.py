@@ -1,7 +1,7 @@
-"""Tiles of rows at a time, on tensor cores: prompts, and steps of several tokens.
+"""Kernels that multiply tiles of rows on tensor cores: for prompts, and steps of several tokens.
 
 Rows of half precision are multiplied with the codes themselves, which bfloat16 and float16 hold exactly, and the zero
-comes in afterwards: `sum x * (code - zero) = sum x * code - zero * sum x`. So no weight is ever rounded to the rows'
+is applied afterwards: `sum x * (code - zero) = sum x * code - zero * sum x`. So no weight is ever rounded to the rows'
 dtype. float32 rows are multiplied with `code - zero` in float32.
 """
 
@@ -46,16 +46,16 @@ def grouped_tile_kernel(
     function: tl.constexpr, gate: tl.constexpr, limit: tl.constexpr, slope: tl.constexpr, shift: tl.constexpr,
     lines: tl.constexpr, height: tl.constexpr, piece_size: tl.constexpr, most_experts: tl.constexpr,
 ):  # fmt: skip
-    """Grid (tiles, programs of a row), of tiles at least as many as there can be: those too many find nothing to do.
+    """Grid (tiles, programs of a row), with the most tiles that there can be; programs of excess tiles do nothing.
 
     rows (P / choices, C), out (P, N) or with gates (P, N / 2), order (P,), offsets (E + 1,), addresses (E,) int64; the
-    arrays of a matrix by their places in a record; `end` is P. Every expert begins a tile of its own. Pairs beyond the
-    last offset are idle, and their rows come out as zeros. A dense matrix has 16 `nbits` or more, and a dtype.
+    arrays of a matrix are offsets into a record; `end` is P. Every expert begins a tile of its own. Pairs beyond the
+    last offset are idle, and their rows of `out` are zeros. A dense matrix has `nbits` of 16 or more, and a dtype.
     """
     index = tl.arange(0, most_experts)
     begins = tl.load(offsets + index, mask=index <= num_experts, other=0)
     ends = tl.load(offsets + 1 + index, mask=index < num_experts, other=0)
-    ends = tl.where(index == num_experts, end, ends)  # whoever comes after the last expert has the idle pairs
+    ends = tl.where(index == num_experts, end, ends)  # index E holds the idle pairs
     tiles = tl.where(index <= num_experts, tl.cdiv(ends - begins, height), 0)
     through = tl.cumsum(tiles, 0)
     tile = tl.program_id(0)
@@ -100,7 +100,7 @@ def _packed_tile(
     rows, codes, high, scale, zero, scale_range, zero_range, num_rows, num_cols, used_cols, source, is_row, line, row,
     nbits: tl.constexpr, group_size: tl.constexpr, meta_nbits: tl.constexpr, piece_size: tl.constexpr,
 ):  # fmt: skip
-    """The rows source (T,) of rows times the rows (F * L,) of the matrix, of the first `used_cols` -> (T, F * L)."""
+    """`rows[source]` (T, C) times the rows (F * L,) of the matrix, over the first `used_cols` columns -> (T, F * L)."""
     num_groups = num_cols // group_size
     total = tl.zeros((source.shape[0], row.shape[0]), tl.float32)
     for piece in range(used_cols // piece_size):

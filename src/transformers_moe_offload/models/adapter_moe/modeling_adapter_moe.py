@@ -58,7 +58,7 @@ class AdapterMoeForCausalLM(PreTrainedModel, GenerationMixin):
     @torch.no_grad()
     @init.guard_torch_init_functions()  # type: ignore[untyped-decorator]
     def initialize_weights(self) -> None:
-        """Adapters that add nothing, and routers that prefer nobody, where no checkpoint has filled them.
+        """Adapters that add nothing, and routers that prefer none of them, where no checkpoint has filled them.
 
         Transformers lets every model inside of another initialise all that is in it; the dense one does not know ours.
         """

@@ -1,4 +1,4 @@
-"""Who guesses which experts the sparse layers ahead will want."""
+"""Predictors: guesses at the experts that the sparse layers ahead will want."""
 
 from transformers_moe_offload.prefetch.predictors.base import (
     LayerShape,

@@ -54,8 +54,8 @@ class Predictor(Protocol):
         """Experts that the layers in `targets` may want, best first, right after `layer` was observed.
 
         hidden (T, H) is what reached the layer, or None. A target that does not come after `layer` in the model is
-        meant at its next turn: at the next token, or in this forward where the model runs some layers again. About
-        targets it knows nothing of, a predictor is silent.
+        meant at its next turn: at the next token, or in this forward if the model runs some layers again. A predictor
+        returns nothing for targets that it knows nothing of.
         """
 
 

@@ -25,8 +25,8 @@ from transformers_moe_offload.prefetch.predictors.ranking import RankedGuesses, 
 class NextRouter:
     """Asks the routers of the layers ahead about the hidden states of this one (arXiv 2312.17238, section 3.2).
 
-    The residual stream changes little from layer to layer, so that a router sees early much of what it will see in
-    time. Knows nothing about the next token.
+    The residual stream changes little from layer to layer, so a later router's input is much like its present value.
+    Knows nothing about the next token.
     """
 
     def __init__(self, layers: Sequence[LayerShape], routers: Mapping[int, Router]) -> None:

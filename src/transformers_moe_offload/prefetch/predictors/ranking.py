@@ -1,4 +1,4 @@
-"""How often guesses come true, rank by rank, and predictions with the confidence that this has earned them."""
+"""How often guesses come true, rank by rank, and predictions with that rate as their confidence."""
 
 from __future__ import annotations
 
@@ -29,10 +29,10 @@ _RATE_STEP = 1 / 32
 
 
 class RankedGuesses:
-    """Turns rankings into predictions, with the confidence that guesses of the same rank have earned.
+    """Turns rankings into predictions, with the hit rate of earlier guesses of the same rank as confidence.
 
-    Each pair of layers, the one that guesses and the one that is guessed, has rates of its own. `expected` is what they
-    start from; None means that of guesses made at random.
+    Each pair of layers, the one that guesses and the target, has rates of its own. They start from `expected`; None
+    means the hit rate of random guesses.
     """
 
     def __init__(self, layers: Sequence[LayerShape], expected: float | None = None) -> None:
@@ -58,7 +58,7 @@ class RankedGuesses:
         return [Prediction(ExpertId(target, e), confidence) for e, confidence in zip(ranked, confidences, strict=True)]
 
     def rates(self, layer: int, target: int) -> HitRates:
-        """How guesses of a layer about a target have fared."""
+        """The hit rates of a layer's guesses about a target."""
         if (layer, target) not in self._rates:
             shape = self._shapes[target]
             expected = shape.top_k / shape.num_experts if self._expected is None else self._expected
@@ -67,5 +67,5 @@ class RankedGuesses:
 
 
 def best_first(predictions: list[Prediction]) -> list[Prediction]:
-    """Predictions in the order in which they deserve to be acted upon."""
+    """Predictions by confidence, the highest first."""
     return sorted(predictions, key=lambda prediction: -prediction.confidence)

@@ -18,9 +18,9 @@ from transformers_moe_offload.prefetch.predictors.ranking import RankedGuesses, 
 class Transition:
     """Learns which expert of one layer is followed by which of another, from what it observes.
 
-    For each pair of layers that it is asked about, a table of the shares of uses of expert e of the first that went
-    with a use of expert f of the second. Learns from visits of single tokens: what many tokens want together says
-    little about any of them.
+    For each pair of layers that it is asked about, it has a table: the share of uses of expert e of the first layer
+    that were followed by a use of expert f of the second. It learns from visits of single tokens only, because the
+    experts of many tokens together say little about the transitions of each.
     """
 
     def __init__(self, layers: Sequence[LayerShape], routers: Mapping[int, Router]) -> None:
@@ -75,8 +75,8 @@ class Transition:
 
 
 _SHARE_STEP = 1 / 16
-"""Of the halvings from 1/4 to 1/256 this one finds most: of a token's experts in tiny-moe, one layer ahead, 63 % are
-among the first four guesses; with 1/32 it is 62 %, with 1/256 57 %. What follows what depends on the text."""
+"""The best of the halvings from 1/4 to 1/256: of a token's experts in tiny-moe, one layer ahead, 63 % are among the
+first four guesses; with 1/32 it is 62 %, with 1/256 57 %. Transitions depend on the text."""
 
 _MOST_TABLE_BYTES = 64 * 2**20
 """Enough for the neighbours of 60 layers with 256 experts, or four layers ahead of 60 layers with 128."""

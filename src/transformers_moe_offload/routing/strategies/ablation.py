@@ -1,4 +1,4 @@
-"""Take experts away, or allow no others: what is each of them good for?"""
+"""Ablations: remove some experts, or allow only some."""
 
 # T tokens, E experts
 
@@ -14,12 +14,12 @@ from transformers_moe_offload.routing.choice import Choice, RouterCall, best
 from transformers_moe_offload.routing.strategy import RoutingStrategy, register_strategy
 
 Experts = Sequence[int] | Mapping[int, Sequence[int]]
-"""The same experts in all layers, or others in each: by the number of the router."""
+"""The same experts in all layers, or a list for each layer, by the number of the router."""
 
 
 @dataclass(frozen=True)
 class _Named(RoutingStrategy):
-    """A strategy that is told experts."""
+    """A strategy with a list of experts."""
 
     experts: Experts
 
@@ -43,7 +43,7 @@ class _Named(RoutingStrategy):
         return list(self.experts[layer])
 
     def check(self, layer: int, num_experts: int, top_k: int | None) -> None:
-        """Experts that there are."""
+        """The router has these experts."""
         largest = max(self.of_layer(layer))
         if largest >= num_experts:
             raise ConfigError(f"experts has {largest}, but router {layer} has experts 0 to {num_experts - 1}")
@@ -55,11 +55,11 @@ class Fixed(_Named):
     """The same experts for every token, as many as are given, weighted as the router scores them.
 
     The forced experts of ablation studies, as in Fedus et al. 2022, "A Review of Sparse Expert Models", section 6
-    (arXiv 2209.01667). An expert that the architecture rules out for a token is taken all the same.
+    (arXiv 2209.01667). Experts that the architecture rules out for a token are taken, too.
     """
 
     def choose(self, call: RouterCall) -> Choice:
-        """One row for all."""
+        """The same row for all tokens."""
         row = torch.tensor(self.of_layer(call.layer), device=call.scores.device)
         return Choice(row.expand(call.num_tokens, -1).contiguous())
 
@@ -73,7 +73,7 @@ class Drop(_Named):
     """
 
     def check(self, layer: int, num_experts: int, top_k: int | None) -> None:
-        """Enough experts stay for a token."""
+        """At least as many experts stay as a token takes."""
         super().check(layer, num_experts, top_k)
         left = num_experts - len(self.of_layer(layer))
         if left < (top_k or 1):
@@ -83,6 +83,6 @@ class Drop(_Named):
             )
 
     def choose(self, call: RouterCall) -> Choice:
-        """The best of the rest."""
+        """The best of the experts that stay."""
         gone = torch.tensor(self.of_layer(call.layer), device=call.scores.device)
         return best(call.scores.index_fill(1, gone, -torch.inf), call.top_k)

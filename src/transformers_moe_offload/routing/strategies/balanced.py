@@ -1,8 +1,8 @@
-"""Give every expert its share of the tokens: experts choose tokens, or an assignment that is best for all together.
+"""Give every expert its share of the tokens: experts choose tokens, or a linear assignment maximises the sum of scores.
 
-Both look at all tokens of a call at once, later ones included. So a token's experts depend on its batch, and on what
-comes after it: right for encoders and for studies of whole sequences, and not what a model that writes can do. When one
-token is decoded at a time, both take the router's own experts, because there are no other tokens to balance it with.
+Both look at all tokens of a call at once, later ones included. So a token's experts depend on its batch and on the
+tokens after it: suitable for encoders and for studies of whole sequences, but not for generating text. When one token
+is decoded at a time, both take the router's own experts, because there are no other tokens to balance it with.
 """
 
 # T tokens, K experts per token, E experts, C tokens per expert
@@ -28,7 +28,7 @@ class ExpertChoice(RoutingStrategy):
     """Each expert takes the tokens that want it most, T * top_k * capacity_factor / E of them.
 
     Zhou et al. 2022, "Mixture-of-Experts with Expert Choice Routing", section 3.2 (arXiv 2202.09368). Tokens get
-    differing numbers of experts, and some get none. Where the capacity is no whole number it is rounded up, and of all
+    differing numbers of experts, and some get none. A capacity that is not a whole number is rounded up, and of all
     pairs of token and expert only the best T * top_k * capacity_factor stay.
     """
 
@@ -56,7 +56,7 @@ class ExpertChoice(RoutingStrategy):
 @register_strategy("linear_assignment")
 @dataclass(frozen=True)
 class LinearAssignment(RoutingStrategy):
-    """Each expert gets the same number of tokens, so that the sum of the scores is as large as it can be.
+    """Each expert gets the same number of tokens, with the largest sum of scores that this allows.
 
     Lewis et al. 2021, "BASE Layers", section 3.1 (arXiv 2103.16716), solved exactly by scipy instead of by auction. A
     token takes its experts in rounds, one in each, never the same twice. Time grows with the cube of the tokens: a few
@@ -64,14 +64,14 @@ class LinearAssignment(RoutingStrategy):
     """
 
     def check(self, layer: int, num_experts: int, top_k: int | None) -> None:
-        """There is a solver."""
+        """scipy is installed."""
         _solver()
 
     def choose(self, call: RouterCall) -> Choice:
         """Round by round."""
         if call.num_tokens == 1:
             return best(call.scores, call.top_k)
-        left = call.logits.clamp(min=-1e4)  # those ruled out: a price, so that there is always a solution
+        left = call.logits.clamp(min=-1e4)  # finite for experts ruled out, so that there is always a solution
         columns = []
         for _ in range(call.top_k):
             column = _assigned(left)
@@ -83,7 +83,7 @@ class LinearAssignment(RoutingStrategy):
 
 
 def _assigned(scores: Tensor) -> Tensor:
-    """One expert for each token, none with more than its share: scores (T, E) -> (T,) int64."""
+    """One expert for each token, at most ceil(T / E) tokens for an expert: scores (T, E) -> (T,) int64."""
     num_tokens, num_experts = scores.shape
     capacity = math.ceil(num_tokens / num_experts)
     seats = scores.double().cpu().repeat_interleave(capacity, dim=1)  # sync: device -> host

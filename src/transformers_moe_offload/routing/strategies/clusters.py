@@ -19,9 +19,9 @@ from transformers_moe_offload.routing.strategy import RoutingStrategy, register_
 @register_strategy("k_means")
 @dataclass(frozen=True)
 class KMeans(RoutingStrategy):
-    """The experts whose centroids are nearest to what the router is given.
+    """The experts whose centroids are nearest to the router's input.
 
-    `centroids` are (E, H) for each router, by its number: `routing.fit_centroids` makes them of recorded hidden states.
+    `centroids` are (E, H) for each router, by its number: `routing.fit_centroids` fits them to recorded hidden states.
     Clusters in place of a trained router: Gururangan et al. 2023, "Scaling Expert Language Models with Unsupervised
     Domain Discovery", section 2 (arXiv 2303.14177), there for documents.
     """
@@ -56,7 +56,7 @@ class KMeans(RoutingStrategy):
             raise ConfigError(f"the centroids of router {layer} are not all finite numbers; fit them again")
 
     def choose(self, call: RouterCall) -> Choice:
-        """The nearest ones that the architecture does not rule out; experts without weights have no centroid."""
+        """The nearest experts that the architecture does not rule out; experts without weights have no centroid."""
         assert call.hidden is not None
         centroids = self.centroids[call.layer].to(call.hidden.device)
         if centroids.shape[1:] != call.hidden.shape[1:]:

@@ -1,4 +1,4 @@
-"""Choose by what the token is, whatever the router thinks."""
+"""Choose by token id, independently of the router's scores."""
 
 # T tokens, E experts
 
@@ -20,8 +20,8 @@ from transformers_moe_offload.routing.strategy import RoutingStrategy, register_
 class Hash(RoutingStrategy):
     """Each token id has experts of its own in each layer, drawn once and for all.
 
-    Roller et al. 2021, "Hash Layers For Large Sparse Models", section 3, random hash (arXiv 2106.04426). There weights
-    are all one; here they are what the router thinks of the experts, which is what the model's next layer is used to.
+    Roller et al. 2021, "Hash Layers For Large Sparse Models", section 3, random hash (arXiv 2106.04426). There all
+    weights are one; here the router computes them from its scores of these experts, as the model was trained.
     Experts that the architecture rules out stay out.
     """
 
@@ -31,7 +31,7 @@ class Hash(RoutingStrategy):
         check_seed(self.seed)
 
     def choose(self, call: RouterCall) -> Choice:
-        """Rank experts by a hash of seed, layer, token id and expert: no table, and every expert gets its share."""
+        """Rank experts by a hash of seed, layer, token id and expert: needs no table and spreads ids evenly."""
         if call.token_ids is None:
             raise UnsupportedModelError(
                 f"router {call.layer} routes {call.num_tokens} tokens whose ids are not known: the model was given "

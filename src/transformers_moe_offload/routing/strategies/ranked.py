@@ -1,4 +1,4 @@
-"""Take the experts that the router ranks highest: another number of them, or as many as it takes to be sure."""
+"""Take the experts that the router ranks highest: a given number, or as many as have a share of the probability."""
 
 # T tokens, K experts per token, E experts
 
@@ -29,7 +29,7 @@ class TopK(RoutingStrategy):
             check_count("k", self.k)
 
     def check(self, layer: int, num_experts: int, top_k: int | None) -> None:
-        """No more experts than there are."""
+        """At most as many experts as the router has."""
         check_fits("k", self.k or 1, layer, num_experts)
 
     def choose(self, call: RouterCall) -> Choice | None:
@@ -40,7 +40,7 @@ class TopK(RoutingStrategy):
 @register_strategy("top_p")
 @dataclass(frozen=True)
 class TopP(RoutingStrategy):
-    """As few of the best experts as have a share of `p` of the router's probability; at least one, at most `most`.
+    """The fewest best experts with a share `p` of the router's probability together; at least one, at most `most`.
 
     Huang et al. 2024, "Harder Tasks Need More Experts", section 3.2 (arXiv 2403.07652).
     """
@@ -56,11 +56,11 @@ class TopP(RoutingStrategy):
             check_count("most", self.most)
 
     def check(self, layer: int, num_experts: int, top_k: int | None) -> None:
-        """No more experts than there are."""
+        """At most as many experts as the router has."""
         check_fits("most", self.most or 1, layer, num_experts)
 
     def choose(self, call: RouterCall) -> Choice:
-        """Experts whose betters do not have the share yet."""
+        """The experts for which all better ones together have less than `p`."""
         ordered, experts = call.probabilities.sort(dim=-1, descending=True)
         of_betters = ordered.cumsum(-1) - ordered
         is_wanted = of_betters < self.p

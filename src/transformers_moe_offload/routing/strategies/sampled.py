@@ -1,4 +1,4 @@
-"""Leave the choice to chance, more or less: uniform, by the router's probabilities, or with noise on its scores.
+"""Sample experts: uniformly, by the router's probabilities, or with noise on its scores.
 
 Every number drawn depends on the seed, the layer and the forward only (`RouterCall.generator`): setting a strategy
 again repeats the same choices, and another seed gives others.
@@ -25,7 +25,7 @@ Weighting = Literal["uniform", "proportional"]
 @register_strategy("random")
 @dataclass(frozen=True)
 class Random(RoutingStrategy):
-    """Random experts, as many as the model takes, all alike or in proportion to the router's probabilities.
+    """Random experts, as many as the model takes, uniform or in proportion to the router's probabilities.
 
     Uniform as in Zuo et al. 2022, "Taming Sparsely Activated Transformer with Stochastic Experts" (THOR), section 3
     (arXiv 2110.04260). Proportional is `gumbel` at temperature 1. Experts that the architecture rules out stay out.
@@ -39,7 +39,7 @@ class Random(RoutingStrategy):
         check_seed(self.seed)
 
     def choose(self, call: RouterCall) -> Choice:
-        """The best after the scores have been forgotten, or mixed with noise."""
+        """The top k of noise alone, or of logits with noise."""
         noise = gumbel_noise(call, self.seed)
         if self.weighting == "proportional":
             return best(call.logits + noise, call.top_k)
@@ -50,7 +50,7 @@ class Random(RoutingStrategy):
 @register_strategy("gumbel")
 @dataclass(frozen=True)
 class Gumbel(RoutingStrategy):
-    """Draw experts without putting them back, in proportion to softmax(logits / temperature).
+    """Draw experts without replacement, in proportion to softmax(logits / temperature).
 
     Done with Gumbel noise: the k largest of logits / temperature + noise are such a sample (Kool et al. 2019,
     "Stochastic Beams and Where to Find Them", section 2.3, arXiv 1903.06059). `temperature` and `gumbel` are two names
@@ -72,7 +72,7 @@ class Gumbel(RoutingStrategy):
 @register_strategy("noise")
 @dataclass(frozen=True)
 class Noise(RoutingStrategy):
-    """Choose by logits with normal noise of standard deviation `std` on them; weights are made of the clean ones.
+    """Choose by logits with normal noise of standard deviation `std`; weights are computed from clean logits.
 
     The noise of Shazeer et al. 2017, section 2.1, equation 4 (arXiv 1701.06538), with a given width instead of a
     learned one.

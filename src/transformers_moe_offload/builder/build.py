@@ -1,0 +1,151 @@
+"""`validate_recipe` and `build_moe`: from a recipe to a checkpoint.
+
+The sources are opened and the gates computed from here; `assembly.py` writes the checkpoint and puts it into its place.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from huggingface_hub import HfApi
+from torch import Tensor
+
+from transformers_moe_offload.builder.assembly import Advance, write_mixture
+from transformers_moe_offload.builder.blocks import Channels
+from transformers_moe_offload.builder.channels import channels_of
+from transformers_moe_offload.builder.fitting import expect_mergeable
+from transformers_moe_offload.builder.folder import MARKS
+from transformers_moe_offload.builder.gates import STATISTICS_NAME, Gates, program_gates
+from transformers_moe_offload.builder.gates.texts import expect_files
+from transformers_moe_offload.builder.info import MoeBuildInfo
+from transformers_moe_offload.builder.licences import judged, licence_of
+from transformers_moe_offload.builder.materials import Materials
+from transformers_moe_offload.builder.mixture import origins_of
+from transformers_moe_offload.builder.plan import BuildPlan, plan_build
+from transformers_moe_offload.builder.publish import publish
+from transformers_moe_offload.builder.recipe import Expert, MoeRecipe
+from transformers_moe_offload.builder.sources import Source, open_source
+from transformers_moe_offload.builder.sources.tokenizer import tokenizer_files
+from transformers_moe_offload.builder.tokenizer import tokenizer_for
+from transformers_moe_offload.errors import RecipeError
+from transformers_moe_offload.hub.companions import is_tokenizer_file, published
+from transformers_moe_offload.hub.upload import expect_pushable
+from transformers_moe_offload.output.place import expect_place
+
+
+def validate_recipe(recipe: MoeRecipe, *, token: str | None = None, local_files_only: bool = False) -> BuildPlan:
+    """Plan a recipe: container, tensors, bytes, and warnings about what is doubtful.
+
+    Reads configs and headers only, of models on the Hub too. Raises an error of ours for what cannot be built.
+    """
+    if recipe.kind == "adapter_moe":
+        raise RecipeError("kind: adapter_moe is built by build_adapter_moe, which takes the same arguments")
+
+    def opened(origin: Any, base: Source | None) -> Source:
+        return open_source(origin, base=base, token=token, local_files_only=local_files_only)
+
+    expect_files(recipe.experts)
+    base = opened(recipe.base_model, None)
+    sources = [base, *(opened(origin, base) for origin in origins_of(recipe)[1:])]
+    stem = base if recipe.stem.source is None else opened(recipe.stem.source, base)
+    merged = sources[1:] if recipe.stem.method != "base" else ()
+    plan = plan_build(recipe, sources, [stem, *merged])
+    expect_mergeable(plan.stems, plan.stem_names)
+    licences = [licence_of(one.name, one.card) for one in plan.ancestors]
+    verdict = judged(licences, recipe.checks.licence, recipe.hub.license)
+    return replace(plan, licence=verdict, warnings=(*plan.warnings, *verdict.warnings))
+
+
+def build_moe(
+    recipe: MoeRecipe,
+    folder: str | Path,
+    *,
+    device: str = "cpu",
+    resume: bool = True,
+    overwrite: bool = False,
+    push: str | None = None,
+    token: str | None = None,
+    local_files_only: bool = False,
+    advance: Advance | None = None,
+) -> MoeBuildInfo:
+    """Build a mixture of experts.
+
+    The mixture appears in `folder` when it is complete and checked; until then its files are in a folder beside it. A
+    build that was killed resumes when it is run again; one that fails a check leaves nothing.
+
+    Args:
+        recipe: what to build, from what.
+        folder: where; it must not be there yet, or be empty.
+        device: where the base model's layers run while gates are computed.
+        resume: whether to go on with what an earlier build by this recipe has left.
+        overwrite: replace a complete checkpoint that is there.
+        push: upload it to this repository of the Hub when it is done, as `recipe.hub` says.
+        token: as in `from_pretrained`.
+        local_files_only: as in `from_pretrained`.
+        advance: called with the number of bytes just written; without it there is a progress bar.
+    """
+    folder = Path(folder)
+    expect_place(folder, MARKS, overwrite=overwrite)
+    if push is not None:
+        expect_pushable(HfApi(token=token), push)
+    plan = validate_recipe(recipe, token=token, local_files_only=local_files_only)
+    companions = _companions(plan, token=token, local_files_only=local_files_only)
+    for source, names in plan.read_of:
+        source.bring(names)
+    info = write_mixture(
+        plan,
+        folder,
+        companions,
+        lambda place: _materials(plan, device, place),
+        name=push or recipe.hub.repo_id,
+        resume=resume,
+        overwrite=overwrite,
+        advance=advance,
+    )
+    if push is not None:
+        hub = recipe.hub
+        publish(folder, push, private=hub.private, revision=hub.revision, create_pr=hub.create_pr, token=token)
+    return info
+
+
+def _materials(plan: BuildPlan, device: str, place: Path) -> tuple[Gates, Materials]:
+    """The gates, with a file of their statistics where possible, and the materials that tensors are read from."""
+    recipe, num_experts = plan.recipe, plan.shape.num_experts
+    names = plan.mixture.names
+    experts = [replace(one, name=name) for one, name in zip(recipe.experts, names, strict=False)] or [
+        Expert(name=name) for name in names
+    ]
+    gated = [expert for expert in recipe.shared_experts if expert.gated]
+    has_statistics = recipe.gate.mode == "ridge" and recipe.gate.scoring == "ours" and not gated
+    gates = program_gates(
+        recipe.gate,
+        [*experts, *gated],
+        plan.base,
+        tokenizer_for(plan.recipe, plan.base),
+        plan.ffn,
+        scores=plan.container.scores,
+        statistics=place / STATISTICS_NAME if has_statistics else None,
+        device=device,
+    )
+    rows = {layer: rows[:num_experts] for layer, rows in gates.rows.items()}
+    shared_rows: dict[int, Tensor] = {layer: rows[num_experts:] for layer, rows in gates.rows.items()} if gated else {}
+    return gates, Materials(plan, rows, shared_rows, _channels(plan, device))
+
+
+def _channels(plan: BuildPlan, device: str) -> Channels | None:
+    """Which channels go together where one block is split."""
+    if plan.recipe.split is None:
+        return None
+    return channels_of(plan.recipe.split, plan.base, tokenizer_for(plan.recipe, plan.base), plan.ffn, device=device)
+
+
+def _companions(plan: BuildPlan, *, token: str | None, local_files_only: bool) -> dict[str, bytes]:
+    """Small files that go along: the tokenizer, its chat template, generation settings, licences."""
+    files = {file.name: file for file in plan.base.companions}
+    if plan.recipe.tokenizer is not None:
+        theirs = tokenizer_files(plan.recipe.tokenizer, token=token, local_files_only=local_files_only)
+        files = {name: file for name, file in files.items() if not is_tokenizer_file(name)}
+        files |= {file.name: file for file in theirs}
+    return {name: published(file) for name, file in files.items()}

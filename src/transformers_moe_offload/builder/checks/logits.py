@@ -1,0 +1,210 @@
+"""Two comparisons of logits, in one pass through each of two models: the mixture that was written, and dense models.
+
+Identity: a mixture whose experts are all copies of the base model's block must give the base model's logits, whatever
+the router chooses. Forced expert: with every token routed to expert e, the mixture must give the logits of the dense
+model with e's block.
+The mixture's tensors are read from its files; the dense model's are read from the sources by the code that also wrote
+the mixture, under other names. One layer, and in it one expert, are in memory at a time; matrices that are stored in
+the dtype they are needed in are mapped from the page cache.
+"""
+
+# B texts: one for each expert, and one for the base model's block. T tokens in each, E experts, H hidden size
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import replace
+
+import torch
+from torch import Tensor, nn
+
+from transformers_moe_offload.builder.blocks import Block, Part
+from transformers_moe_offload.builder.checks import CheckFailedError
+from transformers_moe_offload.builder.checks.products import WidenedProducts
+from transformers_moe_offload.builder.checks.twin import Forward, Twin, put
+from transformers_moe_offload.builder.layout import experts_paths, names_in_memory
+from transformers_moe_offload.builder.materials import Materials
+from transformers_moe_offload.builder.sources.checkpoint import read_rows
+from transformers_moe_offload.builder.targets import ROLES
+from transformers_moe_offload.dtypes import dtype_name, torch_dtype
+from transformers_moe_offload.tensor_files.index import StoredTensor
+from transformers_moe_offload.tensor_files.mapped_tensors import MappedTensors
+from transformers_moe_offload.tensor_files.reading import read_stored
+
+NUM_TOKENS = 12
+"""In each text: enough for attention to matter, few enough that reading blocks takes longer than computing them."""
+MAX_VOCABULARY = 128
+"""Entries that are used, spread evenly: embeddings and head of a small model can be larger than all the rest."""
+TOLERANCE = 1e-4
+"""Of the largest logit. Rounding gives 1e-6 with small models and 1e-5 with deep ones; errors give 1e-2."""
+
+
+def check_logits(materials: Materials, stored: Mapping[str, StoredTensor]) -> tuple[float, float]:
+    """Compare, or raise `CheckFailedError`. Returns the largest differences: identity's, and of all forced experts."""
+    plan = materials.plan
+    vocabulary = _spread(plan.config.vocab_size)
+    num_texts = plan.shape.num_experts + 1
+    # The same text for all, so that only the block makes a difference.
+    tokens = torch.randint(len(vocabulary), (NUM_TOKENS,), generator=torch.Generator().manual_seed(0))
+    tokens = tokens.expand(num_texts, NUM_TOKENS)
+    found = _mixture(materials, stored, vocabulary).logits(tokens)
+    expected = _dense(materials, vocabulary).logits(tokens)
+    differences = (found - expected).abs().amax(dim=(1, 2))
+    allowed = TOLERANCE * max(1.0, float(expected.abs().max()))
+    for number, difference in reversed(list(enumerate(differences.tolist()))):  # identity first: it is about the class
+        if not difference <= allowed:  # also raises for NaN
+            raise CheckFailedError(_message(materials, number, difference, allowed))
+    return float(differences[-1]), float(differences[:-1].max())
+
+
+def _message(materials: Materials, number: int, difference: float, allowed: float) -> str:
+    plan = materials.plan
+    off = f"logits are off by {difference:.2g}, and {allowed:.2g} can be rounding"
+    if number == plan.shape.num_experts:
+        return (
+            f"identity: {plan.container.name} with copies of the blocks of {plan.base.name} as experts does not give "
+            f"what {plan.base.name} gives: {off}; this model needs another container"
+        )
+    return f"forced expert: {plan.mixture.names[number]} alone does not give what it gives as a dense model: {off}"
+
+
+def _spread(size: int) -> Tensor:
+    """Some entries of a vocabulary, first and last among them: (V,) int64."""
+    return torch.linspace(0, size - 1, min(size, MAX_VOCABULARY)).round().long().unique()
+
+
+def _mixture(materials: Materials, stored: Mapping[str, StoredTensor], vocabulary: Tensor) -> Twin:
+    """The mixture, from its files."""
+    plan = materials.plan
+    on_disk = {name: disk for disk, name in names_in_memory(plan.config).items()}
+
+    def read(name: str) -> Tensor:
+        one = stored[on_disk[name]]
+        if one.shape and one.shape[0] == plan.config.vocab_size and ".layers." not in name:
+            return torch.cat([read_rows(one, row, row + 1) for row in vocabulary.tolist()])
+        return read_stored(one)
+
+    paths = experts_paths(plan.config)
+    experts = {paths[layer]: _experts(materials, stored, layer) for layer in plan.shape.layers}
+    return Twin(plan.config, len(vocabulary), read, experts)
+
+
+def _experts(materials: Materials, stored: Mapping[str, StoredTensor], layer: int) -> Callable[[nn.Module], Forward]:
+    """Text n goes to expert n alone; the last one, with its own routing, to copies of the base model's block."""
+    plan = materials.plan
+    num_experts, base = plan.shape.num_experts, Block((Part(),))
+
+    def forward_of(module: nn.Module) -> Forward:
+        own = module.forward
+
+        def forward(hidden: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
+            """(B * T, H), (B * T, K) int64, (B * T, K) -> (B * T, H)."""
+            texts = zip(*(one.chunk(num_experts + 1) for one in (hidden, top_k_index, top_k_weights)), strict=True)
+            answers, sight = [], MappedTensors()
+            for number, (states, index, weights) in enumerate(texts):
+                if number < num_experts:
+                    index = torch.full_like(index[:, :1], number)
+                    weights = torch.ones_like(weights[:, :1])
+                    matrices = _stored_expert(materials, stored, layer, number, sight)
+                else:
+                    matrices = {role: _rounded(materials, base, layer, role, sight) for role in ROLES}
+                gate_up = _joined(matrices["gate"], matrices["up"])
+                put(module, "gate_up_proj", gate_up.expand(num_experts, *gate_up.shape))
+                put(module, "down_proj", matrices["down"].expand(num_experts, *matrices["down"].shape))
+                with WidenedProducts():
+                    answers.append(own(states, index, weights))
+                sight.let_go()
+            module.to("meta")
+            return torch.cat(answers)
+
+        return forward
+
+    return forward_of
+
+
+def _dense(materials: Materials, vocabulary: Tensor) -> Twin:
+    """The base model, with other blocks for each text."""
+    plan = materials.plan
+    dtypes = {tensor.spec.name: torch_dtype(tensor.spec.dtype) for tensor in plan.tensors}
+
+    def read(name: str) -> Tensor:
+        spec = plan.stems[0].tensors[name]
+        if spec.shape and spec.shape[0] == plan.config.vocab_size and ".layers." not in name:
+            rows = torch.cat([materials.stem_rows(name, row, row + 1) for row in vocabulary.tolist()])
+            return rows.to(dtypes[name])
+        return materials.stem(name).to(dtypes.get(name, plan.dtype))
+
+    blocks = {plan.container.ffn(layer): _blocks(materials, layer) for layer in plan.shape.layers}
+    return Twin(plan.base.config, len(vocabulary), read, blocks)
+
+
+def _blocks(materials: Materials, layer: int) -> Callable[[nn.Module], Forward]:
+    plan, mixture = materials.plan, materials.plan.mixture
+    names = {
+        role: name.removeprefix(f"{plan.container.ffn(layer)}.")
+        for role, name in plan.container.dense_matrices(layer).items()
+    }
+
+    def forward_of(module: nn.Module) -> Forward:
+        own, sight = module.forward, MappedTensors()
+
+        def block(states: Tensor, block: Block) -> Tensor:
+            for role, name in names.items():
+                put(module, name, _rounded(materials, block, layer, role, sight))
+            with WidenedProducts():
+                answer: Tensor = own(states)
+            sight.let_go()
+            return answer
+
+        def forward(hidden: Tensor) -> Tensor:
+            """(B, T, H) -> (B, T, H)."""
+            answers = []
+            for number, states in enumerate(hidden.split(1)):
+                is_base = number == plan.shape.num_experts
+                sums = mixture.base_sum if is_base else mixture.sums[number]
+                answer = torch.stack([block(states, one) for one in sums]).sum(0)
+                if mixture.is_shared_gated and mixture.shared is not None:
+                    gate = materials.shared_rows[layer].to(plan.dtype).float()
+                    answer = answer + torch.sigmoid(states @ gate.T) * block(states, mixture.shared)
+                answers.append(answer)
+            module.to("meta")
+            return torch.cat(answers)
+
+        return forward
+
+    return forward_of
+
+
+def _stored_expert(
+    materials: Materials, stored: Mapping[str, StoredTensor], layer: int, expert: int, sight: MappedTensors
+) -> dict[str, Tensor]:
+    """The matrices of an expert, by role, from the files: (I, H), (I, H) and (H, I)."""
+    shape, hidden_size = materials.plan.shape, materials.plan.config.hidden_size
+    found = {}
+    for name, matrices in materials.plan.container.experts(layer, shape.num_experts).items():
+        for number, matrix in enumerate(matrices):
+            if matrix.expert == expert:
+                rows = (hidden_size, shape.width) if matrix.role == "down" else (shape.width, hidden_size)
+                one = stored[name]
+                # All matrices of a tensor are of one size.
+                start = one.offset + number * one.nbytes // len(matrices)
+                found[matrix.role] = sight.tensor(replace(one, offset=start, shape=rows))
+    return found
+
+
+def _rounded(materials: Materials, block: Block, layer: int, role: str, sight: MappedTensors) -> Tensor:
+    """A matrix as the mixture has it, without channels of zeros."""
+    stored = materials.blocks.stored(block, layer, role)
+    if stored is not None and stored.dtype == dtype_name(materials.plan.dtype):
+        return sight.tensor(stored)
+    return materials.blocks.matrix(block, layer, role).to(materials.plan.dtype)
+
+
+def _joined(first: Tensor, second: Tensor) -> Tensor:
+    """One matrix below another: (A, H), (B, H) -> (A + B, H); without a copy where they are neighbours in a file."""
+    rows, width = len(first) + len(second), first.shape[1]
+    are_neighbours = (
+        first.untyped_storage().data_ptr() == second.untyped_storage().data_ptr()
+        and first.storage_offset() + first.numel() == second.storage_offset()
+    )
+    return first.as_strided((rows, width), (width, 1)) if are_neighbours else torch.cat((first, second))

@@ -1,0 +1,256 @@
+"""`add_expert`, `drop_expert`, `replace_expert`: decide how every tensor changes; `surgery.py` writes the result.
+
+Experts keep their order; a new one comes last, and those behind one that is dropped move up.
+"""
+
+# E experts, H hidden size
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable
+from contextlib import ExitStack, suppress
+from functools import partial
+from pathlib import Path
+from tempfile import TemporaryDirectory
+
+from torch import Tensor
+
+from transformers_moe_offload.builder.edit.anatomy import Anatomy, SparseBlock
+from transformers_moe_offload.builder.edit.matrices import Copied, Donor, FromDense
+from transformers_moe_offload.builder.edit.rows import Row, expect_number, expect_row, ridge_rows, row_of
+from transformers_moe_offload.builder.edit.stacks import alike, cast, exchanged, grown, with_row, without
+from transformers_moe_offload.builder.edit.surgery import Edit, Written, carried_out
+from transformers_moe_offload.builder.gates import STATISTICS_NAME, RidgeStatistics, drop_expert_gate
+from transformers_moe_offload.builder.recipe import Expert, Origin
+from transformers_moe_offload.builder.sources import Source, open_source
+from transformers_moe_offload.errors import CheckpointError, RecipeError
+from transformers_moe_offload.expert import FieldSpec
+
+logger = logging.getLogger(__name__)
+
+
+def add_expert(
+    folder: str | Path,
+    expert: Expert,
+    *,
+    copy_of: int | None = None,
+    gate: Row | None = None,
+    noise_scale: float = 0.0,
+    seed: int = 0,
+    base: str | Origin | None = None,
+    out: str | Path | None = None,
+    device: str = "cpu",
+    token: str | None = None,
+    local_files_only: bool = False,
+) -> Path:
+    """Add an expert to a mixture; returns where the mixture is.
+
+    Files without changes are kept. The old mixture stays complete until the new one is.
+
+    Args:
+        folder: a checkpoint that `build_moe` has written, or another one whose experts are stored one by one.
+        expert: where its weights come from, what it is called, and texts that should be routed to it.
+        copy_of: start from this expert of the mixture instead of a dense model.
+        gate: its row in every router: `mean` of the others' rows, the number of an expert to copy rows from, or rows by
+            layer. None means ridge regression on `expert`'s texts where the mixture's statistics are beside it and
+            `base` is given; otherwise the rows of `copy_of`, or the mean.
+        noise_scale: of noise on rows that are copied or a mean, relative to their elements' size.
+        seed: of the noise.
+        base: the dense model that the mixture was made around; for ridge regression and for `expert.delta_scale`.
+        out: write there, and leave `folder` as it is.
+        device: where `base`'s layers run.
+        token: as in `from_pretrained`.
+        local_files_only: as in `from_pretrained`.
+    """
+    anatomy = Anatomy.of(Path(folder))
+    config = anatomy.config_for(anatomy.num_experts + 1)
+    origin = base if base is None or isinstance(base, Origin) else Origin.parse(base)
+    opened = None if origin is None else open_source(origin, token=token, local_files_only=local_files_only)
+    donor = _donor(anatomy, expert, copy_of, opened, token=token, local_files_only=local_files_only)
+    name = _name(expert, copy_of, anatomy.num_experts)
+    has_texts = bool(expert.positive_prompts or expert.dataset)
+    statistics = anatomy.folder / STATISTICS_NAME
+    is_ridge = gate is None and has_texts and statistics.is_file() and opened is not None
+    row: Row = gate if gate is not None else "mean" if copy_of is None else copy_of
+    expect_row(row, anatomy)
+    target = Path(folder if out is None else out)
+    with ExitStack() as stack:
+        rows: Callable[[SparseBlock], Tensor]
+        if is_ridge:
+            assert opened is not None
+            found = _spare_folder(target, stack) / STATISTICS_NAME
+            rows = ridge_rows(anatomy, expert, opened, statistics, found, device)
+        else:
+            rows = partial(with_row, anatomy, row, noise_scale, seed)
+            _warn_of(statistics)
+        written = []
+        for block in anatomy.blocks:
+            for name_for, like in _places(block).items():
+                tensor = anatomy.tensors[like]
+                read = partial(alike, donor.one, block, name_for, tensor.dtype)
+                spec = FieldSpec(name_for.format(anatomy.num_experts), tensor.shape, tensor.dtype)
+                written.append(Written(spec, read, like))
+            for of_all, axis in block.stacked.items():
+                shape = list(anatomy.tensors[of_all].shape)
+                shape[axis] += 1
+                spec = FieldSpec(of_all, tuple(shape), anatomy.tensors[of_all].dtype)
+                is_router = of_all == block.router
+                read = partial(rows, block) if is_router else partial(grown, anatomy, donor, block, of_all)
+                written.append(Written(spec, partial(cast, read, spec.dtype), of_all))
+        edit = Edit(
+            what=f"Expert {anatomy.num_experts}, {name}, was added.",
+            config=config,
+            names={one: one for one in anatomy.tensors if not any(one in block.stacked for block in anatomy.blocks)},
+            written=written,
+            expert_names=lambda names: [*names, name],
+            without=(STATISTICS_NAME,),
+        )
+        with carried_out(anatomy, edit, None if out is None else Path(out)) as place:
+            if is_ridge:
+                found.replace(place / STATISTICS_NAME)
+    return target
+
+
+def drop_expert(folder: str | Path, number: int, *, out: str | Path | None = None) -> Path:
+    """Take an expert out of a mixture; those behind it move up. The others' rows stay as they are.
+
+    Args:
+        folder: a checkpoint that `build_moe` has written, or another one whose experts are stored one by one.
+        number: which, counted from 0.
+        out: write there, and leave `folder` as it is.
+    """
+    anatomy = Anatomy.of(Path(folder))
+    expect_number(number, anatomy, "number")
+    config = anatomy.config_for(anatomy.num_experts - 1)
+    names, written = {}, []
+    experts = {name: found for block in anatomy.blocks for name, found in block.experts.items()}
+    stacked = {name: axis for block in anatomy.blocks for name, axis in block.stacked.items()}
+    for name, tensor in anatomy.tensors.items():
+        if name in stacked:
+            shape = list(tensor.shape)
+            shape[stacked[name]] -= 1
+            spec = FieldSpec(name, tuple(shape), tensor.dtype)
+            written.append(Written(spec, partial(without, anatomy, name, stacked[name], number), name))
+        elif name not in experts:
+            names[name] = name
+        elif experts[name][0] != number:
+            expert, name_for = experts[name]
+            names[name] = name_for.format(expert - (expert > number))
+    edit = Edit(
+        what=f"Expert {number} was dropped; those behind it moved up.",
+        config=config,
+        names=names,
+        written=written,
+        expert_names=lambda names: [name for position, name in enumerate(names) if position != number],
+        without=(STATISTICS_NAME,),
+    )
+    statistics = anatomy.folder / STATISTICS_NAME
+    with carried_out(anatomy, edit, None if out is None else Path(out)) as place:
+        if statistics.is_file():
+            with suppress(RecipeError):  # it may refuse the rows it computes, which are not used
+                drop_expert_gate(RidgeStatistics(statistics), number, place / STATISTICS_NAME)
+    return Path(folder if out is None else out)
+
+
+def replace_expert(
+    folder: str | Path,
+    number: int,
+    expert: Expert,
+    *,
+    copy_of: int | None = None,
+    gate: Row | None = None,
+    noise_scale: float = 0.0,
+    seed: int = 0,
+    base: str | Origin | None = None,
+    out: str | Path | None = None,
+    token: str | None = None,
+    local_files_only: bool = False,
+) -> Path:
+    """Replace an expert by another; as `add_expert`, but without `gate` the routers keep their rows."""
+    anatomy = Anatomy.of(Path(folder))
+    expect_number(number, anatomy, "number")
+    origin = base if base is None or isinstance(base, Origin) else Origin.parse(base)
+    opened = None if origin is None else open_source(origin, token=token, local_files_only=local_files_only)
+    donor = _donor(anatomy, expert, copy_of, opened, token=token, local_files_only=local_files_only)
+    row: Row = number if gate is None else gate
+    expect_row(row, anatomy)
+    name = _name(expert, copy_of, number)
+    _warn_of(anatomy.folder / STATISTICS_NAME)
+    written = []
+    for block in anatomy.blocks:
+        for one, (at, place) in block.experts.items():
+            if at == number:
+                tensor = anatomy.tensors[one]
+                spec = FieldSpec(one, tensor.shape, tensor.dtype)
+                written.append(Written(spec, partial(alike, donor.one, block, place, tensor.dtype), one))
+        for stack, axis in block.stacked.items():
+            tensor = anatomy.tensors[stack]
+            if stack == block.router:
+                value = partial(row_of, row, anatomy, block, noise_scale, seed)
+            elif len(tensor.shape) > 2 or copy_of is not None:
+                value = partial(donor.part, block, stack)
+            else:
+                continue
+            read = partial(exchanged, anatomy, stack, axis, number, value)
+            written.append(Written(FieldSpec(stack, tensor.shape, tensor.dtype), read, stack))
+    changed = {one.spec.name for one in written}
+    edit = Edit(
+        what=f"Expert {number} is now {name}.",
+        config=anatomy.config,
+        names={one: one for one in anatomy.tensors if one not in changed},
+        written=written,
+        expert_names=lambda names: [name if position == number else one for position, one in enumerate(names)],
+        without=(STATISTICS_NAME,),
+    )
+    with carried_out(anatomy, edit, None if out is None else Path(out)):
+        pass
+    return Path(folder if out is None else out)
+
+
+def _donor(
+    anatomy: Anatomy,
+    expert: Expert,
+    copy_of: int | None,
+    base: Source | None,
+    *,
+    token: str | None,
+    local_files_only: bool,
+) -> Donor:
+    if (copy_of is None) == (expert.source is None):
+        raise RecipeError(
+            "give either expert.source, a dense model to make the expert of, or copy_of, an expert to start from"
+        )
+    if copy_of is not None:
+        expect_number(copy_of, anatomy, "copy_of")
+        return Copied(anatomy, copy_of)
+    assert expert.source is not None
+    source = open_source(expert.source, base=base, token=token, local_files_only=local_files_only)
+    return FromDense(anatomy, expert, source, base)
+
+
+def _name(expert: Expert, copy_of: int | None, number: int) -> str:
+    if expert.name:
+        return expert.name
+    return f"expert {number}, a copy of {copy_of}" if expert.source is None else str(expert.source)
+
+
+def _places(block: SparseBlock) -> dict[str, str]:
+    """Names of one expert's tensors, with `{}` for its number -> an existing tensor, whose file takes the new one."""
+    last = max((expert for expert, _ in block.experts.values()), default=0)
+    return {place: name for name, (expert, place) in block.experts.items() if expert == last}
+
+
+def _spare_folder(target: Path, stack: ExitStack) -> Path:
+    """A temporary folder for a file until its place exists; on the same disk, so that the file can be moved."""
+    parent = target.resolve().parent
+    try:
+        parent.mkdir(parents=True, exist_ok=True)
+        return Path(stack.enter_context(TemporaryDirectory(dir=parent, prefix=".gates-")))
+    except OSError as error:
+        raise CheckpointError(f"cannot write to {parent}: {error.strerror}") from error
+
+
+def _warn_of(statistics: Path) -> None:
+    if statistics.is_file():
+        logger.warning("%s does not hold for the mixture any more and is left out.", statistics.name)

@@ -1,0 +1,90 @@
+"""Where a dense model, or text to calibrate with, comes from."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from transformers_moe_offload.builder.recipe.values import expect_positive, expect_texts
+from transformers_moe_offload.errors import RecipeError
+from transformers_moe_offload.untrusted import quoted
+
+
+@dataclass(frozen=True, kw_only=True)
+class Origin:
+    """Where a dense model comes from.
+
+    Args:
+        model: a folder, or an id on the Hub; None means the base model, with an adapter.
+        revision: branch, tag or commit on the Hub.
+        adapter: a LoRA adapter that is merged into the model, tensor by tensor; a folder, id or `id@revision`.
+        extract_rank: instead of the model itself, the base model and an approximation, of this rank, of the difference
+            between both (truncated singular value decomposition).
+    """
+
+    model: str | None = None
+    revision: str | None = None
+    adapter: str | None = None
+    extract_rank: int | None = None
+
+    def __post_init__(self) -> None:
+        expect_texts(self, "model", "revision", "adapter")
+        expect_positive(self, "extract_rank")
+        if self.adapter is not None and self.extract_rank is not None:
+            raise RecipeError(
+                f"adapter={quoted(self.adapter)} and extract_rank={self.extract_rank} exclude each other: an adapter "
+                "has a rank already; leave one of them out"
+            )
+
+        if self.model is None and self.adapter is None:
+            raise RecipeError("neither model nor adapter is given; set one of them")
+
+    @classmethod
+    def parse(cls, text: str) -> Origin:
+        """A model in one line: `model`, `model@revision`, `model+adapter`; a folder of that name is taken literally."""
+        if not text or _is_folder(text):
+            return cls(model=text)
+        model, _, adapter = text.partition("+")
+        model, _, revision = model.partition("@")
+        return cls(model=model or None, revision=revision or None, adapter=adapter or None)
+
+    def __str__(self) -> str:
+        model = f"{self.model}@{self.revision}" if self.revision else self.model or "base model"
+        return f"{model}+{self.adapter}" if self.adapter else model
+
+
+def _is_folder(text: str) -> bool:
+    try:
+        return Path(text).is_dir()
+    except (OSError, ValueError):  # not valid as a file name
+        return False
+
+
+def as_origin(value: Origin | str) -> Origin:
+    """An origin as it is, or a text parsed by `Origin.parse`."""
+    if isinstance(value, str):
+        return Origin.parse(value)
+    if not isinstance(value, Origin):
+        raise RecipeError(f"{quoted(value)} is neither an Origin nor the name of a model")
+    return value
+
+
+@dataclass(frozen=True, kw_only=True)
+class Dataset:
+    """Text to calibrate gates with.
+
+    Args:
+        path: a text file, a JSON-lines file, or the id of a data set on the Hub (needs `datasets`).
+        split: as in `datasets.load_dataset`, for instance `"train[:200]"`.
+        text: the column that holds the text.
+        max_tokens: how much of it is used.
+    """
+
+    path: str
+    split: str = "train"
+    text: str = "text"
+    max_tokens: int = 16384
+
+    def __post_init__(self) -> None:
+        expect_texts(self, "path", "split", "text")
+        expect_positive(self, "max_tokens")

@@ -1,0 +1,177 @@
+"""A dense model with a LoRA adapter; each tensor is merged when it is read.
+
+Merged tensors are in float32 whatever the base model is stored in, so that they are rounded once, at the end.
+Layout and formula: PEFT 0.21, `tuners/lora/layer.py`; W + scale * B A (arXiv 2106.09685).
+"""
+
+# O outputs, I inputs of a linear layer, R rank, V entries of a vocabulary
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from huggingface_hub import snapshot_download
+from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
+from torch import Tensor
+from transformers import PreTrainedConfig
+
+from transformers_moe_offload.builder.sources.adapter_config import CONFIG_NAME, AdapterConfig
+from transformers_moe_offload.builder.sources.base import Ancestor, Source
+from transformers_moe_offload.errors import CheckpointError
+from transformers_moe_offload.expert import FieldSpec
+from transformers_moe_offload.tensor_files.index import StoredTensor, read_index
+from transformers_moe_offload.tensor_files.reading import read_stored
+
+_WEIGHTS = "adapter_model.safetensors"
+_CARD = "README.md"
+_PREFIX = "base_model.model."
+
+
+class AdapterSource:
+    """A base model and an adapter."""
+
+    def __init__(self, base: Source, folder: Path, ancestor: Ancestor) -> None:
+        """Raises an error of ours for tensors of the adapter that would not be merged."""
+        self._base = base
+        self._ancestor = ancestor
+        self._config = AdapterConfig.read(folder)
+        weights = folder / _WEIGHTS
+        if not weights.is_file():
+            raise CheckpointError(
+                f"{ancestor.name} has no {_WEIGHTS}; only safetensors are read, so load the adapter where you trust it "
+                f"and call save_pretrained"
+            )
+        self._pairs, self._whole = self._parts(read_index([weights]))
+
+    @classmethod
+    def open(cls, base: Source, name: str, options: Mapping[str, Any]) -> AdapterSource:
+        """An adapter in a folder or from the Hub, on a base model."""
+        if Path(name).is_dir():
+            return cls(base, Path(name), _ancestor(Path(name).resolve().name, None, Path(name)))
+        try:
+            folder = Path(snapshot_download(name, allow_patterns=[CONFIG_NAME, _WEIGHTS, _CARD], **options))
+        except (HfHubHTTPError, LocalEntryNotFoundError, OSError, ValueError) as error:
+            raise CheckpointError(
+                f"cannot read the adapter {name}: there is no such folder, and from the Hub it cannot be read: "
+                f"{' '.join(str(error).split())}"
+            ) from error
+        return cls(base, folder, _ancestor(name, folder.name, folder))
+
+    @property
+    def name(self) -> str:
+        """`base+adapter`."""
+        return f"{self._base.name}+{self._ancestor.name}"
+
+    @property
+    def revision(self) -> str | None:
+        """The base model's commit; the adapter's is among the `ancestors`."""
+        return self._base.revision
+
+    @property
+    def ancestors(self) -> tuple[Ancestor, ...]:
+        """The base model and the adapter."""
+        return (*self._base.ancestors, self._ancestor)
+
+    @property
+    def config(self) -> PreTrainedConfig:
+        """The base model's."""
+        return self._base.config
+
+    @property
+    def tensors(self) -> Mapping[str, FieldSpec]:
+        """The base model's, those that the adapter changes in float32."""
+        changed = self._pairs.keys() | self._whole.keys()
+        return {name: one.cast("float32") if name in changed else one for name, one in self._base.tensors.items()}
+
+    @property
+    def companions(self) -> tuple[Path, ...]:
+        """The base model's."""
+        return self._base.companions
+
+    @property
+    def card(self) -> Path | None:
+        """The base model's."""
+        return self._base.card
+
+    def read(self, name: str) -> Tensor:
+        """One tensor, merged."""
+        # Embeddings can have both a whole tensor and a pair: the pair is added to the whole tensor.
+        tensor = read_stored(self._whole[name]).float() if name in self._whole else self._base.read(name)
+        if name not in self._pairs:
+            return tensor
+        first, second = (read_stored(one).float() for one in self._pairs[name])
+        scale = self._config.scale_of(name.removesuffix(".weight"))
+        product = second @ first
+        return torch.add(tensor.float(), product if product.shape == tensor.shape else product.T, alpha=scale)
+
+    def read_rows(self, name: str, start: int, stop: int) -> Tensor:
+        """Some rows of it, merged; where the adapter changes nothing, only these are read."""
+        if name in self._whole or name in self._pairs:
+            return self.read(name)[start:stop]
+        return self._base.read_rows(name, start, stop)
+
+    def stored(self, name: str) -> StoredTensor | None:
+        """The stored tensor if the adapter does not change it; else None."""
+        return None if name in self._whole or name in self._pairs else self._base.stored(name)
+
+    def bring(self, names: Iterable[str]) -> None:
+        """Download the base model's files; the adapter is on this machine."""
+        self._base.bring(names)
+
+    def _parts(
+        self, stored: Mapping[str, StoredTensor]
+    ) -> tuple[dict[str, tuple[StoredTensor, StoredTensor]], dict[str, StoredTensor]]:
+        """The adapter's pairs of matrices and its whole tensors, by the name of the base model's tensor."""
+        pairs: dict[str, tuple[StoredTensor, StoredTensor]] = {}
+        whole: dict[str, StoredTensor] = {}
+        for key, one in stored.items():
+            module, is_first, is_second = _place(key)
+            name = module if module in self._base.tensors else f"{module}.weight"
+            if name not in self._base.tensors:
+                raise CheckpointError(f"{self._ancestor.name} changes {module}, which {self._base.name} does not have")
+            if is_first:
+                second = stored.get(key.replace("lora_A", "lora_B").replace("embedding_A", "embedding_B"))
+                if second is None:
+                    raise CheckpointError(f"{self._ancestor.name} has {key} without the second matrix of its pair")
+                self._expect_pair(name, one, second)
+                pairs[name] = (one, second)
+            elif not is_second:
+                self._expect_shape(name, one.shape)
+                whole[name] = one
+        return pairs, whole
+
+    def _expect_pair(self, name: str, first: StoredTensor, second: StoredTensor) -> None:
+        rank = self._config.rank_of(name.removesuffix(".weight"))
+        if first.shape[0] != rank or second.shape[1] != rank:
+            raise CheckpointError(
+                f"{self._ancestor.name} has matrices of {list(first.shape)} and {list(second.shape)} for {name}, but "
+                f"its config says rank {rank}"
+            )
+        shape = (second.shape[0], first.shape[1])
+        self._expect_shape(name, shape[::-1] if "embedding" in first.name else shape)
+
+    def _expect_shape(self, name: str, shape: tuple[int, ...]) -> None:
+        expected = self._base.tensors[name].shape
+        if shape != expected:
+            raise CheckpointError(
+                f"{self._ancestor.name} changes {name} as {list(shape)}, but {self._base.name} has {list(expected)}; "
+                f"the adapter belongs to another model ({self._config.base_model})"
+            )
+
+
+def _ancestor(name: str, revision: str | None, folder: Path) -> Ancestor:
+    card = folder / _CARD
+    return Ancestor(name, revision, (folder / _WEIGHTS,), card if card.is_file() else None)
+
+
+def _place(key: str) -> tuple[str, bool, bool]:
+    """The base model's module that a tensor of the adapter belongs to; whether it is a pair's first, or its second."""
+    module = key.removeprefix(_PREFIX)
+    found = re.fullmatch(r"(.+?)\.lora_(?:embedding_)?([AB])(?:\.weight)?", module)
+    if found:
+        return found[1].removesuffix(".base_layer"), found[2] == "A", found[2] == "B"
+    return module.replace(".base_layer.", ".").replace(".modules_to_save.", "."), False, False

@@ -1,0 +1,138 @@
+"""Containers that were made for one dense family, by its own developers: OLMo, ERNIE, Hunyuan, Cohere, LFM."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+from transformers import PreTrainedConfig
+
+from transformers_moe_offload.builder.targets.base import Container, DensePrefix, MoeShape, SharedMultiple
+
+
+class FlexOlmo(Container):
+    """For OLMo 2: norms after attention and block, and over all of queries and keys."""
+
+    name = "flex_olmo"
+    dense = ("olmo2",)
+
+    def fields(self, dense: PreTrainedConfig, shape: MoeShape) -> dict[str, Any]:
+        """Sizes."""
+        return {
+            "num_experts": shape.num_experts,
+            "num_experts_per_tok": shape.experts_per_token,
+            "intermediate_size": shape.width,
+            "norm_topk_prob": True,
+        }
+
+
+class Ernie45Moe(SharedMultiple):
+    """For ERNIE 4.5, whose rotary embedding rotates neighbouring channels."""
+
+    name = "ernie4_5_moe"
+    dense = ("ernie4_5",)
+    shared_name = "shared_experts"
+    zero_names = ("moe_statics.e_score_correction_bias",)
+
+    def refusal(self, config: PreTrainedConfig) -> str | None:
+        """Experts have no biases, and `use_bias` sets biases everywhere."""
+        if config.use_bias:
+            return "it has biases everywhere (use_bias), which experts have no place for"
+        return super().refusal(config)
+
+    def layers_refusal(self, shape: MoeShape) -> str | None:
+        """Layers with experts must be contiguous."""
+        first, last = shape.layers[0], shape.layers[-1]
+        if shape.layers != tuple(range(first, last + 1)):
+            return f"{self.name} has experts in all layers from a first to a last one, and some between are left out"
+        return None
+
+    def fields(self, dense: PreTrainedConfig, shape: MoeShape) -> dict[str, Any]:
+        """Sizes and layers."""
+        return {
+            "moe_num_experts": shape.num_experts,
+            "moe_k": shape.experts_per_token,
+            "moe_intermediate_size": shape.width,
+            "intermediate_size": shape.dense_width,
+            "moe_num_shared_experts": shape.shared_width // shape.width,
+            "moe_layer_start_index": shape.layers[0],
+            "moe_layer_end_index": shape.layers[-1],
+            "moe_layer_interval": 1,
+        }
+
+
+class HunYuanMoe(Container):
+    """For Hunyuan; its shared block is always there, as wide as an expert, and zero where none is asked for."""
+
+    name = "hunyuan_v1_moe"
+    dense = ("hunyuan_v1_dense",)
+    router_name = "gate.wg.weight"
+    shared_name = "shared_mlp"
+
+    def fitted(self, shape: MoeShape) -> MoeShape:
+        """One width for all."""
+        width = max(shape.width, shape.shared_width)
+        return replace(shape, width=width, shared_width=width)
+
+    def fields(self, dense: PreTrainedConfig, shape: MoeShape) -> dict[str, Any]:
+        """Sizes."""
+        return {
+            "num_experts": shape.num_experts,
+            "moe_topk": shape.experts_per_token,
+            "intermediate_size": shape.width,
+        }
+
+
+class Cohere2Moe(SharedMultiple):
+    """For Command R7B and its kin: attention and block side by side, windows in most layers."""
+
+    name = "cohere2_moe"
+    dense = ("cohere2",)
+    shared_name = "shared_experts"
+
+    def layers_refusal(self, shape: MoeShape) -> str | None:
+        """Any layer can be without experts."""
+        return None
+
+    def fields(self, dense: PreTrainedConfig, shape: MoeShape) -> dict[str, Any]:
+        """Sizes and layers."""
+        return {
+            "num_experts": shape.num_experts,
+            "num_experts_per_tok": shape.experts_per_token,
+            "intermediate_size": shape.width,
+            "num_shared_experts": shape.shared_width // shape.width,
+            "shared_expert_combination_strategy": "sum",
+            "expert_selection_fn": "softmax",
+            "norm_topk_prob": True,
+            "mlp_layer_types": ["sparse" if n in shape.layers else "dense" for n in range(shape.num_layers)],
+            "prefix_dense_intermediate_size": shape.dense_width,
+        }
+
+
+class Lfm2Moe(DensePrefix):
+    """For LFM2: convolutions in most layers."""
+
+    name = "lfm2_moe"
+    dense = ("lfm2",)
+    ffn_path = "model.layers.{layer}.feed_forward"
+    ffn_names = ("w1", "w3", "w2")
+    block_path = "model.layers.{layer}.feed_forward"
+    expert_names = ("w1", "w3", "w2")
+    scores = "sigmoid"
+
+    def fields(self, dense: PreTrainedConfig, shape: MoeShape) -> dict[str, Any]:
+        """Sizes; the dense class may round its width, so the width of the stored tensors counts.
+
+        The weights of a token's experts add up to s / (s + 1e-6), where s is the sum of their scores: to 1, but for
+        routers whose scores are all tiny.
+        """
+        return {
+            "num_experts": shape.num_experts,
+            "num_experts_per_tok": shape.experts_per_token,
+            "moe_intermediate_size": shape.width,
+            "intermediate_size": shape.dense_width,
+            "num_dense_layers": len(shape.dense_layers),
+            "use_expert_bias": False,
+            "norm_topk_prob": True,
+            "routed_scaling_factor": 1.0,
+        }

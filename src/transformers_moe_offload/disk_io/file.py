@@ -1,0 +1,222 @@
+"""Read byte ranges of checkpoint files into memory that is already there.
+
+`pread` with the GIL released, from any number of threads: no page faults in the middle of a matmul, no unwanted
+readahead, and no shared file position. Files are opened on first use and must be what they were when the checkpoint was
+indexed, which is compared whenever one is opened or mapped (`file_identity.py`); a file that vanished, shrank, was
+replaced or written to is an error at the read that needs it, and the next read opens its path again. A file stays open
+until a read of it fails or too many files are open. While it is open, it is mapped and opened past the page cache
+through its descriptor, so its path may be moved or replaced meanwhile.
+"""
+
+from __future__ import annotations
+
+import errno
+import threading
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+
+from transformers_moe_offload.disk_io.direct_reader import DirectReader
+from transformers_moe_offload.disk_io.file_identity import FileIdentity
+from transformers_moe_offload.disk_io.mapped_file import MappedFile
+from transformers_moe_offload.disk_io.open_files import OPEN_FILES
+from transformers_moe_offload.disk_io.opened_file import OpenedFile
+from transformers_moe_offload.errors import CheckpointError
+from transformers_moe_offload.system.forks import FORKS, Rank
+from transformers_moe_offload.system.host_memory import copy_bytes
+
+
+class File:
+    """One file, opened when first read and closed with its last user, or when too many others were opened since."""
+
+    def __init__(self, path: Path, identity: FileIdentity) -> None:
+        """`identity` is what the file was when it was indexed."""
+        self.path = path.absolute()  # whatever the working directory is when it is opened
+        self.nbytes = identity.nbytes
+        """Size of the file when it was indexed."""
+        self._identity = identity
+        self._lock = FORKS.with_lock(threading.Lock(), Rank.SHORT)
+        self._opened: OpenedFile | None = None
+        self._map: MappedFile | None = None
+        self._direct: DirectReader | None = None
+        self._refuses_direct = False
+
+    @classmethod
+    def now(cls, path: Path) -> File:
+        """The file that a path leads to now; raises `OSError` if it cannot be opened."""
+        with path.open("rb") as stream:
+            return cls(path, FileIdentity.of(stream.fileno()))
+
+    def read_into(self, target: memoryview, offset: int) -> None:
+        """Fill `target` with the file's bytes from `offset` on, or raise `CheckpointError`."""
+        self.scatter_into([target], offset)
+
+    def scatter_into(self, targets: Sequence[memoryview], offset: int, *, past_cache: bool = False) -> None:
+        """Fill several targets, one after the other, with the file's bytes from `offset` on, in one read.
+
+        `past_cache` leaves the page cache aside, where the system and the filesystem allow it.
+        """
+        with self._closed_if_it_fails():
+            direct = self._opened_directly() if past_cache else None
+            if direct is None or not self._fill_directly(direct, targets, offset):
+                self._fill(self._open(), list(targets), offset)
+
+    def scatter_cached_into(self, targets: Sequence[memoryview], offset: int) -> bool:
+        """The same from the page cache, without waiting for the disk; returns whether all bytes were there.
+
+        Always False where the system has no such read. Errors give False, too; a read that waits raises them.
+        """
+        try:
+            return self._open().read_cached(targets, offset) == sum(map(len, targets))
+        except (OSError, CheckpointError):
+            return False
+
+    def announce(self, offset: int, nbytes: int) -> bool:
+        """Have the system fetch bytes into the page cache, without waiting; returns whether it can be asked to.
+
+        Errors give False; the read that follows raises them.
+        """
+        try:
+            return self._open().announce(offset, nbytes)
+        except (OSError, CheckpointError):
+            return False
+
+    def read_pages_into(self, target: memoryview, offset: int, needed: int) -> None:
+        """Fill memory that begins at a page with whole pages of the file, past the page cache where that can be done.
+
+        The last page of a file may be partial: `needed` bytes have to be there.
+        """
+        with self._closed_if_it_fails():
+            direct = self._opened_directly()
+            if direct is None or not self._fill_pages(direct, target, offset, needed):
+                self._fill(self._open(), [target[:needed]], offset)
+
+    def directly(self) -> DirectReader | None:
+        """The file, opened past the page cache; None where that is refused, as far as is known."""
+        with self._closed_if_it_fails():
+            return self._opened_directly()
+
+    def mapped(self) -> MappedFile:
+        """The whole file, mapped; mapped anew if the file has changed since."""
+        with self._closed_if_it_fails():
+            opened = self._open()
+            with self._lock:
+                found = self._map
+                is_new = found is None or not found.is_unchanged()
+                if found is None or is_new:
+                    self._map = None
+                    found = self._map = MappedFile(opened)
+        if is_new:
+            OPEN_FILES.add(self)
+        return found
+
+    @contextmanager
+    def _closed_if_it_fails(self) -> Iterator[None]:
+        """Raise failures as `CheckpointError`, and close the file, so that the next read opens its path again."""
+        try:
+            yield
+        except OSError as error:
+            self.close()
+            raise self._unreadable(error) from error
+        except CheckpointError:
+            self.close()
+            raise
+
+    def _unreadable(self, error: OSError) -> CheckpointError:
+        return CheckpointError(f"cannot read {self.path}: {error.strerror}; put the file back and try again")
+
+    def _fill(self, opened: OpenedFile, targets: list[memoryview], offset: int) -> None:
+        end = offset + sum(len(target) for target in targets)
+        while offset < end:
+            count = opened.read_into(targets, offset)
+            if count == 0:
+                raise self._too_short(opened.size(), end)
+            offset += count
+            targets = _without_first(targets, count)
+
+    def _opened_directly(self) -> DirectReader | None:
+        opened = self._open()
+        with self._lock:
+            if self._refuses_direct:
+                return None
+            if self._direct is not None:
+                return self._direct
+            try:
+                direct = DirectReader(opened.place)
+            except FileNotFoundError:
+                raise
+            except OSError:
+                self._refuses_direct = True
+                return None
+            self._identity.expect(direct.descriptor, self.path)
+            self._direct = direct
+        OPEN_FILES.add(self)
+        return direct
+
+    def _too_short(self, found: int, end: int) -> CheckpointError:
+        return CheckpointError(
+            f"{self.path} ends at byte {found:,}, but an expert's weights reach to byte {end:,}; "
+            f"put the file back and try again"
+        )
+
+    def _fill_directly(self, direct: DirectReader, targets: Sequence[memoryview], offset: int) -> bool:
+        """Fill the targets; returns False if direct reads turn out to be refused."""
+        nbytes = sum(len(target) for target in targets)
+        try:
+            found = direct.read(offset, nbytes)
+        except OSError as error:
+            return self._has_refused(error)
+        if len(found) < nbytes:
+            raise self._too_short(direct.size(), offset + nbytes)
+        for target in targets:
+            copy_bytes(target, found[: len(target)])
+            found = found[len(target) :]
+        return True
+
+    def _fill_pages(self, direct: DirectReader, target: memoryview, offset: int, needed: int) -> bool:
+        """The same with whole pages."""
+        try:
+            count = direct.read_into(target, offset)
+        except OSError as error:
+            return self._has_refused(error)
+        if count < needed:
+            raise self._too_short(direct.size(), offset + needed)
+        return True
+
+    def _has_refused(self, error: OSError) -> bool:
+        """For an error of a direct read: False, and remembered, if they are refused; other errors are raised."""
+        if error.errno != errno.EINVAL:
+            raise error
+        self._refuses_direct = True
+        return False
+
+    def close(self) -> None:
+        """Forget the open file; reads that use it finish first, the next read opens it again."""
+        with self._lock:
+            self._opened = None
+            self._map = None
+            self._direct = None
+
+    def _open(self) -> OpenedFile:
+        with self._lock:
+            opened = self._opened
+            if opened is not None:
+                opened.expect_unchanged()
+                return opened
+            opened = self._opened = OpenedFile(self.path, self._identity)
+        OPEN_FILES.add(self)
+        return opened
+
+    def __deepcopy__(self, memo: dict[int, object]) -> File:
+        return self  # read-only and thread-safe, so copies of a model share it
+
+    def __reduce__(self) -> tuple[type[File], tuple[Path, FileIdentity]]:
+        return File, (self.path, self._identity)
+
+
+def _without_first(targets: list[memoryview], count: int) -> list[memoryview]:
+    """The targets that are left to fill once the first `count` bytes are there."""
+    while targets and count >= len(targets[0]):
+        count -= len(targets[0])
+        targets = targets[1:]
+    return [targets[0][count:], *targets[1:]] if targets else []

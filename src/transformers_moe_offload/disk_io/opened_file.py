@@ -1,0 +1,88 @@
+"""A file that is open for reading, and checks that it is still the file that was indexed.
+
+Its identity is compared when it is opened, and at most a hundred times a second while it is used: on two busy cores a
+check took 0.06 ms. Bytes that are written between two checks are read as they are.
+"""
+
+from __future__ import annotations
+
+import os
+import threading
+import time
+import weakref
+from collections.abc import Sequence
+from pathlib import Path
+
+from transformers_moe_offload.disk_io.file_identity import FileIdentity
+
+_LOOK_EVERY = 0.01
+"""Seconds."""
+
+_OWN_DESCRIPTORS = Path("/proc/self/fd")
+"""Where Linux lists the open files of a process, by descriptor, also after their paths have changed."""
+
+
+class OpenedFile:
+    """Closed when its last reference is gone, so reads that use it finish first.
+
+    Raises `CheckpointError` if `path` leads to another file than the one with this `identity`.
+    """
+
+    def __init__(self, path: Path, identity: FileIdentity) -> None:
+        self.path = path
+        self.identity = identity
+        self._raw = path.open("rb", buffering=0)
+        self.descriptor = self._raw.fileno()
+        weakref.finalize(self, self._raw.close)
+        identity.expect(self.descriptor, path)
+        self._was_unchanged = True
+        self._look_again = time.monotonic() + _LOOK_EVERY
+        self._seeking = threading.Lock()
+        if hasattr(os, "posix_fadvise"):
+            # Experts are read in no order. With the 8 MiB of readahead that some systems are set to, 1.4 times the
+            # wanted bytes came from a cold disk, at 0.8 GiB/s of wanted ones; without it 1.0 times, at 1.1 GiB/s.
+            os.posix_fadvise(self.descriptor, 0, 0, os.POSIX_FADV_RANDOM)
+
+    @property
+    def place(self) -> Path:
+        """A path for opening this very file in another way, even if it was moved or replaced since it was opened."""
+        own = _OWN_DESCRIPTORS / str(self.descriptor)
+        return own if own.exists() else self.path
+
+    def size(self) -> int:
+        """Bytes of the file, now."""
+        return os.fstat(self.descriptor).st_size
+
+    def is_unchanged(self) -> bool:
+        """Whether the file was the same at the last check: not written to, and not cut short."""
+        now = time.monotonic()
+        if now > self._look_again:
+            self._was_unchanged = self.identity.is_of(self.descriptor)
+            self._look_again = now + _LOOK_EVERY
+        return self._was_unchanged
+
+    def expect_unchanged(self) -> None:
+        """Raise `CheckpointError` if it has changed."""
+        if not self.is_unchanged():
+            self.identity.expect(self.descriptor, self.path)
+
+    def read_into(self, targets: list[memoryview], offset: int) -> int:
+        """Read once; returns the number of bytes, 0 at the end of the file."""
+        if hasattr(os, "preadv"):
+            return os.preadv(self.descriptor, targets, offset)
+        with self._seeking:  # Windows has no positioned read in the standard library
+            self._raw.seek(offset)
+            return self._raw.readinto(targets[0]) or 0
+
+    def read_cached(self, targets: Sequence[memoryview], offset: int) -> int:
+        """Read what is in the page cache; returns the number of bytes, or raises `OSError`."""
+        if not hasattr(os, "RWF_NOWAIT"):
+            return 0
+        return os.preadv(self.descriptor, targets, offset, os.RWF_NOWAIT)
+
+    def announce(self, offset: int, nbytes: int) -> bool:
+        """Begin to read ahead; False where the system offers no such thing."""
+        if not hasattr(os, "posix_fadvise"):
+            return False
+        os.posix_fadvise(self.descriptor, offset, nbytes, os.POSIX_FADV_WILLNEED)
+        return True

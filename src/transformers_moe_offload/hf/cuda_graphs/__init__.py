@@ -1,0 +1,1 @@
+"""Whole decode steps, captured in CUDA graphs and replayed."""

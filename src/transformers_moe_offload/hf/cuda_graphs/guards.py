@@ -1,0 +1,60 @@
+"""The state of a model, besides its inputs, that a captured step depends on."""
+
+from __future__ import annotations
+
+from collections.abc import Hashable, Iterator
+from itertools import chain
+from typing import Any
+
+from torch import nn
+
+from transformers_moe_offload.hf.upstream import OWN_HOOKS, attention_implementation, is_hooked_by_accelerate
+
+
+def state_of(model: Any) -> Hashable:
+    """A key that is equal as long as a captured step matches the model.
+
+    Includes the addresses of weights, not their values: each replay reads them again.
+    """
+    tensors = chain(model.parameters(), model.buffers())
+    return (
+        tuple((tensor.data_ptr(), tensor.shape, tensor.dtype, tensor.device) for tensor in tensors),
+        tuple((id(module), module.training) for module in model.modules()),
+        tuple(sorted(_attention(model.config))),
+    )
+
+
+def watched(model: Any) -> str | None:
+    """Why a graph replay of this model would skip Python side effects (hooks, adapters); None if it would not."""
+    if model.training:
+        return "the model is in training mode"
+    devices = {tensor.device for tensor in chain(model.parameters(), model.buffers())}
+    if len(devices) > 1:
+        return f"the model is spread over {', '.join(sorted(map(str, devices)))}"
+    for name, module in model.named_modules():
+        if "base_layer" in module._modules:
+            return f"{name} has an adapter"
+        if is_hooked_by_accelerate(module):
+            return f"accelerate has a hook on {name or type(module).__name__}"
+        for hook in _hooks(module):
+            if not getattr(hook, "__module__", "").startswith((OWN_HOOKS, _TRACING)):
+                return f"{name or type(module).__name__} has a hook, {getattr(hook, '__qualname__', hook)}"
+    return None
+
+
+_TRACING = "transformers_moe_offload.hf.model.handle"
+"""The module of the hooks that report forwards to a trace. While one records, `Decoding.obstacle` prevents captures."""
+
+
+def _hooks(module: nn.Module) -> Iterator[Any]:
+    yield from module._forward_pre_hooks.values()
+    yield from module._forward_hooks.values()
+
+
+def _attention(config: Any) -> Iterator[tuple[str, str]]:
+    """The attention implementation of each part of a config: it can change between two generations."""
+    yield "", str(attention_implementation(config))
+    for name in getattr(config, "sub_configs", {}):
+        part = getattr(config, name, None)
+        if part is not None:
+            yield name, str(attention_implementation(part))

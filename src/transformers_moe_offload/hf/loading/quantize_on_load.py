@@ -1,0 +1,49 @@
+"""Quantize the experts of a model while it is loaded."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+
+from torch import nn
+from transformers.utils import logging
+
+from transformers_moe_offload.config import ExpertFormats
+from transformers_moe_offload.errors import ConfigError
+from transformers_moe_offload.formats.by_expert import LayerCodings
+from transformers_moe_offload.hf.loading.codecs import codings_of
+from transformers_moe_offload.hf.model.layer import SparseLayer
+from transformers_moe_offload.store.encoding import encoded_bytes, encoded_in_ram, num_encoded
+from transformers_moe_offload.store.layer_source import LayerSource
+from transformers_moe_offload.system.free_memory import free_ram
+
+
+def codings_to_be(
+    model: nn.Module, layers: Sequence[SparseLayer], sources: Sequence[LayerSource], formats: ExpertFormats
+) -> list[LayerCodings]:
+    """How the experts of each layer will be stored; raises `ConfigError` if the formats do not fit them."""
+    formats.check([layer.num_experts for layer in layers])
+    return [
+        codings_of(model, layer, source.spec.fields, formats) for layer, source in zip(layers, sources, strict=True)
+    ]
+
+
+def quantized(
+    model: nn.Module, layers: Sequence[SparseLayer], sources: Sequence[LayerSource], formats: ExpertFormats
+) -> list[LayerSource]:
+    """The same layers with their experts quantized in RAM; experts without a format stay where they are.
+
+    Raises `ConfigError`, before quantizing any, if there is not enough RAM.
+    """
+    pairs = list(zip(sources, codings_to_be(model, layers, sources, formats), strict=True))
+    needed = sum(encoded_bytes(codings, len(source.experts)) for source, codings in pairs)
+    free = free_ram()
+    if needed > free:
+        raise ConfigError(
+            f"the quantized experts take {needed:,} bytes of RAM, of which {free:,} are free; write them to disk once "
+            f"with `moe-offload quantize` and load what it wrote, or choose fewer bits"
+        )
+    workers = os.cpu_count() or 1
+    total = sum(num_encoded(codings, len(source.experts)) for source, codings in pairs)
+    with logging.tqdm(total=total, desc="Quantizing experts") as bar:
+        return [encoded_in_ram(source, codings, workers, bar.update) for source, codings in pairs]

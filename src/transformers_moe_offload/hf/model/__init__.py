@@ -1,0 +1,1 @@
+"""An offloaded model: its sparse layers, plan, caches and handle."""

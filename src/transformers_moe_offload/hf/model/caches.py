@@ -1,0 +1,260 @@
+"""Build and drop the caches of a model with their engines, host sides and prefetcher.
+
+They are built when first needed, and dropped when layers have moved; statistics outlive them. `plan.py` decides their
+sizes; `handle.py` calls this when caches are needed, and holds the sources of experts.
+"""
+
+# H hidden
+
+from __future__ import annotations
+
+import threading
+from collections import Counter
+from collections.abc import Callable, Container, Iterable, Mapping, Sequence
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from transformers_moe_offload.cache.cache import ExpertCache
+from transformers_moe_offload.cache.warmup import most_used
+from transformers_moe_offload.compute.alignment import gives_equal_bits
+from transformers_moe_offload.config import OffloadConfig
+from transformers_moe_offload.device_decode.engine import DeviceEngine
+from transformers_moe_offload.errors import PageLockError
+from transformers_moe_offload.expert import ExpertId
+from transformers_moe_offload.formats.by_expert import LayerCodings
+from transformers_moe_offload.hf.decode.costs import slower_on_device
+from transformers_moe_offload.hf.decode.decoding import Decoding
+from transformers_moe_offload.hf.decode.engines import addressed_layers, build_engines
+from transformers_moe_offload.hf.decode.obstacles import obstacle, report
+from transformers_moe_offload.hf.model.host_sides import host_sides
+from transformers_moe_offload.hf.model.layer import SparseLayer
+from transformers_moe_offload.hf.model.lookahead import Lookahead, look_ahead_in
+from transformers_moe_offload.hf.model.places import is_in_place
+from transformers_moe_offload.hf.model.plan import (
+    OffloadPlan,
+    Placement,
+    PoolPlan,
+    expect_enough,
+    make_plan,
+    tried_out,
+    without_arenas,
+)
+from transformers_moe_offload.hf.model.pools import build_caches
+from transformers_moe_offload.hybrid.layer import HostSide
+from transformers_moe_offload.stats import LayerStats
+from transformers_moe_offload.store.expert_store import ExpertStore
+from transformers_moe_offload.store.layer_source import LayerSource
+from transformers_moe_offload.system.forks import FORKS, Rank
+from transformers_moe_offload.tracing import TraceRecorder
+
+
+class LayerCaches:
+    """The caches that serve the sparse layers of one model."""
+
+    def __init__(self, layers: Sequence[SparseLayer]) -> None:
+        self._layers = list(layers)
+        self._of_layer: dict[int, ExpertCache] = {}
+        self._host_sides: dict[int, HostSide] = {}
+        self._lookahead: Lookahead | None = None
+        self._engines: dict[int, DeviceEngine] = {}
+        self.decoding = Decoding({}, {})
+        """The layers that decode on the device."""
+        self._recorder: TraceRecorder | None = None
+        self._kept_stats: dict[int, LayerStats] = {}
+        self.plan: OffloadPlan | None = None
+        """The plan that has been built; None unless all of it has."""
+        self._building = FORKS.with_lock(threading.RLock(), Rank.BUILDING)
+        self.resizing = FORKS.with_lock(threading.Lock(), Rank.RESIZING)
+        """Held by the thread that changes the size of the caches, and the config with it."""
+
+    def build(self, model: Any, by_layer: Mapping[int, LayerSource], config: OffloadConfig) -> OffloadPlan:
+        """Build empty caches unless another thread has; raises `CapacityError` if the budget is too small."""
+        with self._building:
+            if self.plan is None and (self._engines or self._host_sides):  # `drop` was interrupted
+                self.drop(keep_stats=False)
+            return self.plan or self._build(model, by_layer, config)
+
+    def _build(self, model: Any, by_layer: Mapping[int, LayerSource], config: OffloadConfig) -> OffloadPlan:
+        sources = list(by_layer.values())
+        obstacles = self._obstacles(by_layer, config)
+        plan = tried_out(make_plan(self._placements(by_layer, config, obstacles), config), sources, config)
+        if config.decode == "auto" and plan.arena_bytes:
+            can = [layer for layer in self._layers if layer.name not in obstacles]
+            slower = slower_on_device(model, can, by_layer, plan, config)
+            names = {layer.index: layer.name for layer in self._layers}
+            obstacles |= {names[index]: reason for pool, reason in slower.items() for index in pool.layers}
+            plan = without_arenas(plan, config, slower)
+        if plan.arena_bytes:
+            try:
+                self._engines = build_engines(plan, sources, config)
+            except PageLockError as error:
+                plan = replace(without_arenas(plan, config, plan.pools), arena_refused=str(error))
+        if plan.arena_refused is not None:
+            obstacles = {layer.name: plan.arena_refused for layer in self._layers} | obstacles
+        try:
+            report(obstacles, len(self._layers), config)
+            addressed = addressed_layers(model, self._layers, by_layer, self._engines, obstacles)
+            self.decoding = Decoding(addressed, obstacles)
+            self._of_layer, host = build_caches(plan, sources, config)
+            self._of_layer |= {layer: engine.cache for layer, engine in self._engines.items()}
+            self._host_sides = host_sides(model, self._layers, plan, host, config)
+            specs = {one.index: by_layer[one.index].spec for one in self._layers if is_in_place(model, one)}
+            self._lookahead = look_ahead_in(model, config.prefetch, self._of_layer, specs)
+            for index, stats in self._kept_stats.items():
+                self._of_layer[index].stats[index] = stats
+            self.record(self._recorder)
+        except BaseException:
+            self.drop(keep_stats=False)
+            raise
+        self._kept_stats = {}
+        self.plan = plan
+        return plan
+
+    def expect_enough(
+        self, sources: Mapping[int, LayerSource], config: OffloadConfig, coded: Mapping[int, LayerCodings]
+    ) -> None:
+        """Raise `CapacityError` if the budget is too small, before anything is built or encoded.
+
+        `coded` are the codings of layers whose experts will be in RAM.
+        """
+        placements = [
+            replace(one, codings=coded[layer], is_in_ram=True, is_mappable=one.device.type == "cpu", spare_bytes=None)
+            if (layer := one.spec.layer) in coded
+            else one
+            for one in self._placements(sources, config, ())
+        ]
+        expect_enough(placements, config)
+
+    def drop(self, *, keep_stats: bool) -> None:
+        """Free slots and threads; `build` makes new ones."""
+        self.plan = None
+        if keep_stats:
+            self._kept_stats |= {layer.index: self.stats_of(layer) for layer in self._layers}
+        self.decoding = Decoding({}, {})
+        for side in set(self._host_sides.values()):
+            side.compute.close()
+        for engine in set(self._engines.values()):
+            engine.close()
+        self._of_layer, self._host_sides, self._engines = {}, {}, {}
+        self._lookahead = None
+
+    def resize(self, sources: Mapping[int, LayerSource], config: OffloadConfig) -> None:
+        """Give the caches the budget of another config that differs in nothing else; the caller holds `resizing`.
+
+        Raises `CapacityError` or `ConfigError`, and changes nothing, if the budget does not work.
+        """
+        held: Counter[torch.device] = Counter()
+        for pool in () if self.plan is None else self.plan.pools:
+            held[pool.device] += 0 if pool.is_mapped else pool.cache_bytes
+        plan = make_plan(self._placements(sources, config, self._obstacles(sources, config)), config, held)
+        if self.plan is None:
+            return
+        num_slots = {pool.layers: pool.num_slots for pool in plan.pools}
+        pools = tuple(replace(pool, num_slots=num_slots[pool.layers]) for pool in self.plan.pools)
+        try:
+            self._give_slots(pools)
+        except BaseException:
+            self._give_slots(self.plan.pools)
+            raise
+        self.plan = replace(self.plan, pools=pools, budget_bytes=plan.budget_bytes)
+
+    def _give_slots(self, pools: Iterable[PoolPlan]) -> None:
+        """Change the number of slots of pools: shrinking pools first, because growing ones may need their memory."""
+
+        def growth(pool: PoolPlan) -> int:
+            return pool.num_slots - self._of_layer[pool.layers[0]].residency.num_slots
+
+        for pool in sorted(pools, key=growth):
+            owner = self._engines.get(pool.layers[0]) or self._of_layer[pool.layers[0]]
+            owner.resize(pool.num_slots)
+
+    def warm(self, counts: Mapping[str, Sequence[float]]) -> None:
+        """Load the most used experts into free slots. `counts`: module path of a layer -> uses of each expert."""
+        for cache in self.all():
+            layers = [layer for layer in self._layers if self._of_layer[layer.index] is cache]
+            wanted = {layer.index: counts[layer.name] for layer in layers if layer.name in counts}
+            cache.warm(most_used(wanted, cache.residency.num_slots))
+
+    def all(self) -> list[ExpertCache]:
+        """All caches, each once."""
+        return list(dict.fromkeys(self._of_layer.values()))
+
+    def of(self, layer: SparseLayer) -> ExpertCache | None:
+        """The cache of a layer; None while nothing is built."""
+        return self._of_layer.get(layer.index)
+
+    def host_side_of(self, layer: SparseLayer) -> HostSide | None:
+        """The host's part in a layer's misses; None if all of them are fetched."""
+        return self._host_sides.get(layer.index)
+
+    def look_ahead_from(self, layer: SparseLayer, hidden: Tensor) -> Callable[[Sequence[int]], None] | None:
+        """The callback to call with the experts that a layer wants, once their loads are in flight; hidden (..., H).
+
+        None without prefetching.
+        """
+        return None if self._lookahead is None else self._lookahead.started(layer.index, hidden)
+
+    def load_ahead(self, experts: Iterable[ExpertId]) -> None:
+        """Start loads of experts that are certain to be needed next, until one finds no room."""
+        for expert in experts:
+            cache = self._of_layer.get(expert.layer)
+            if cache is None or (cache.is_absent(expert) and not cache.load_ahead(expert)):
+                return
+
+    def stats_of(self, layer: SparseLayer) -> LayerStats:
+        """The statistics of a layer, including those from before caches were dropped."""
+        owner = self._engines.get(layer.index) or self._of_layer.get(layer.index)
+        return owner.stats[layer.index] if owner else self._kept_stats.get(layer.index, LayerStats())
+
+    def reset_stats(self) -> None:
+        """Start counting from zero."""
+        self._kept_stats = {}
+        for layer in self._layers:
+            self.stats_of(layer)  # collects the counts of a device now, so that they are not added after the reset
+        for index, cache in self._of_layer.items():
+            cache.stats[index] = LayerStats()
+
+    def record(self, recorder: TraceRecorder | None) -> None:
+        """Report every visit from now on to a recorder; None stops reporting."""
+        self._recorder = recorder
+        self.decoding.is_traced = recorder is not None
+        for cache in self.all():
+            cache.on_visit = None if recorder is None else recorder.record
+
+    def _obstacles(self, sources: Mapping[int, LayerSource], config: OffloadConfig) -> dict[str, str]:
+        """Module path of a layer -> why it cannot decode on the device."""
+        found = {layer.name: obstacle(layer, sources[layer.index], config) for layer in self._layers}
+        return {name: reason for name, reason in found.items() if reason is not None}
+
+    def _placements(
+        self, sources: Mapping[int, LayerSource], config: OffloadConfig, on_the_host: Container[str]
+    ) -> list[Placement]:
+        store = ExpertStore(list(sources.values()))
+        return [
+            Placement(
+                sources[layer.index].spec,
+                layer.device,
+                codings=sources[layer.index].codings,
+                is_mappable=config.mmap is not False and store.can_be_mapped() and is_as_used,
+                is_in_ram=sources[layer.index].is_in_ram,
+                is_addressed=layer.name not in on_the_host,
+                spare_bytes=store.spare_bytes(layer.index) if is_as_used else None,
+            )
+            for layer in self._layers
+            for is_as_used in [_is_as_used(layer, sources[layer.index], store)]
+        ]
+
+
+def _is_as_used(layer: SparseLayer, source: LayerSource, store: ExpertStore) -> bool:
+    """Whether a CPU can use a layer's experts in place in the files, with the same bits in results as from records."""
+    if layer.device.type != "cpu" or not store.is_as_used(layer.index):
+        return False
+    if source.is_recorded:  # records begin at the same alignment everywhere
+        return True
+    fields = set(source.spec.fields)
+    kinds = [fields if kind is None else fields.intersection(kind.stored) for kind in source.codings.kinds]
+    used_in_place = set().union(*kinds)  # others are decoded first
+    return all(gives_equal_bits(field.shape, field.dtype) for field in used_in_place)

@@ -1,0 +1,210 @@
+"""Linear layers of attention and dense MLPs with their weights in low bits."""
+
+# N outputs, K inputs
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Iterable, Iterator
+from itertools import chain
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from transformers_moe_offload import kernels
+from transformers_moe_offload.config import HqqFormat
+from transformers_moe_offload.dtypes import torch_dtype
+from transformers_moe_offload.errors import ConfigError
+from transformers_moe_offload.formats.hqq import packing_of, quantize
+from transformers_moe_offload.hf.model.layer import SparseLayer
+from transformers_moe_offload.hf.upstream import tied_weights
+from transformers_moe_offload.kernels import Activations
+from transformers_moe_offload.kernels.packed import PackedMatrix, Packing
+from transformers_moe_offload.kernels.reference import dequantize
+
+logger = logging.getLogger(__name__)
+
+_ROUTERS = {"router", "gate"}
+"""Names of routers in Transformers."""
+
+
+class DecodedWeight(Tensor):
+    """A decoded packed weight, or a view of it. Writing to it raises, because the packed weight would not change.
+
+    So PEFT's merging, `weight.data += ...` and the like fail instead of having no effect. Results of computations with
+    it are ordinary tensors.
+    """
+
+    @classmethod
+    def __torch_function__(
+        cls, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        """Called by torch for every function that gets such a weight as an argument."""
+        kwargs = kwargs or {}
+        written = kwargs.get("out", args[0] if args and _writes(func.__name__) else None)
+        if isinstance(written, cls):
+            raise no_merge("this linear layer")
+        with torch._C.DisableTorchFunctionSubclass():
+            out = func(*args, **kwargs)
+        weight = next((one for one in args if isinstance(one, cls)), None)
+        if weight is None or type(out) is not Tensor or out.untyped_storage() != weight.untyped_storage():
+            return out
+        return out.as_subclass(cls)
+
+
+def _writes(function: str) -> bool:
+    """Whether the torch function of this name writes to its first argument."""
+    if function.startswith("__"):
+        return function in ("__set__", "__setitem__", *_IN_PLACE)
+    return function.endswith("_") and function != "requires_grad_"
+
+
+_OPERATORS = ("add", "and", "div", "floordiv", "lshift", "mod", "mul", "or", "pow", "rshift", "sub", "truediv", "xor")
+_IN_PLACE = tuple(f"__i{name}__" for name in _OPERATORS)
+"""Methods of in-place operators such as `weight += ...`."""
+
+
+def no_merge(name: str) -> ConfigError:
+    """The error for attempts to change a packed weight."""
+    return ConfigError(
+        f"the weight of {name} is in low bits (OffloadConfig.dense) and constant: nothing can be merged into it or "
+        f"written to it; restore() the model first, or write a merged checkpoint with training.save_merged"
+    )
+
+
+class HqqLinear(nn.Linear):
+    """A linear layer with a packed weight, stored in the buffers `weight_codes`, `weight_scale` and so on.
+
+    `weight` is decoded anew at each access and read-only. Casting the layer changes the dtype that it decodes to, not
+    the buffers.
+    """
+
+    def __init__(
+        self, packing: Packing, *, bias: bool, dtype: torch.dtype, device: torch.device | str | None = None
+    ) -> None:
+        nn.Module.__init__(self)
+        self.in_features, self.out_features = packing.cols, packing.rows
+        self.packing = packing
+        self._dtype = dtype
+        self.activations: Activations = "exact"
+        for part in packing.parts:
+            empty = torch.empty(part.shape, dtype=torch_dtype(part.dtype), device=device)
+            self.register_buffer(f"weight_{part.name}", empty)
+        self.register_parameter(
+            "bias", nn.Parameter(torch.empty(packing.rows, dtype=dtype, device=device)) if bias else None
+        )
+
+    @classmethod
+    def quantize(cls, linear: nn.Linear, format: HqqFormat) -> HqqLinear:
+        """A packed copy of a linear layer, on the same device; raises `ConfigError` if groups do not fit its inputs."""
+        matrix = quantize(linear.weight.detach(), format)
+        weight = linear.weight
+        made = cls(matrix.packing, bias=linear.bias is not None, dtype=weight.dtype, device="meta")
+        for name, part in matrix.parts.items():
+            setattr(made, f"weight_{name}", part.to(weight.device))
+        made.bias = linear.bias
+        return made.train(linear.training)
+
+    @property
+    def matrix(self) -> PackedMatrix:
+        """The packed weight."""
+        return PackedMatrix(
+            self.packing, {part.name: getattr(self, f"weight_{part.name}") for part in self.packing.parts}
+        )
+
+    @property
+    def weight(self) -> Tensor:  # type: ignore[override]
+        """The decoded weight, (N, K)."""
+        return self._decoded().as_subclass(DecodedWeight)
+
+    def _decoded(self) -> Tensor:
+        return dequantize(self.matrix, self._dtype)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x (..., K) -> (..., N) in the dtype of x."""
+        if torch.is_autocast_enabled(x.device.type):
+            x = x.to(torch.get_autocast_dtype(x.device.type))
+        rows = x.reshape(-1, self.in_features)
+        out = kernels.linear(rows, self.matrix, activations=self.activations).view(*x.shape[:-1], self.out_features)
+        return out if self.bias is None else out + self.bias
+
+    def settle(self) -> None:
+        """Undo Transformers' cast to float32 of buffers whose names match parameters that stay in float32."""
+        for part in self.packing.parts:
+            name = f"weight_{part.name}"
+            self._buffers[name] = getattr(self, name).to(torch_dtype(part.dtype))
+
+    def dequantized(self) -> nn.Linear:
+        """An ordinary linear layer with the decoded weight."""
+        linear = nn.Linear(self.in_features, self.out_features, bias=self.bias is not None, device="meta")
+        linear.weight = nn.Parameter(self._decoded())
+        linear.bias = self.bias
+        return linear.train(self.training)
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Any:
+        held = {name: buffer.dtype for name, buffer in self._buffers.items() if buffer is not None}
+        before = dict(self._buffers)
+        super()._apply(fn, recurse)
+        for name, dtype in held.items():
+            moved, plain = self._buffers[name], before[name]
+            if moved is not None and plain is not None and moved.dtype != dtype:
+                self._buffers[name] = plain.to(moved.device)
+        self._dtype = fn(torch.empty(0, dtype=self._dtype)).dtype
+        return self
+
+    def extra_repr(self) -> str:
+        """As in `nn.Linear`, with bits and group size."""
+        return f"{super().extra_repr()}, nbits={self.packing.nbits}, group_size={self.packing.group_size}"
+
+
+def dense_linears(model: Any, layers: Iterable[SparseLayer], format: HqqFormat) -> Iterator[tuple[str, nn.Linear]]:
+    """The linear layers that `dense=` quantizes, with their paths.
+
+    Skips the output embedding, routers, layers inside experts, tied weights, and layers whose number of inputs is not
+    divisible by the group size.
+    """
+    head = model.get_output_embeddings()
+    layers = list(layers)
+    ties = tied_weights(model)
+    tied = {name.removesuffix(".weight") for name in chain(ties, ties.values())}
+    counts = {(layer.name.rpartition(".")[0], count) for layer in layers for count in (1, layer.num_experts)}
+    inside = tuple(f"{layer.name}." for layer in layers)
+    for name, module in model.named_modules():
+        if type(module) is not nn.Linear or module is head or name in tied or name.startswith(inside):
+            continue
+        if module.in_features % format.group_size:
+            logger.info(f"{name} stays as it is: group_size={format.group_size} does not divide {module.in_features}")
+            continue
+        if _ROUTERS & set(name.split(".")) or (name.rpartition(".")[0], module.out_features) in counts:
+            continue
+        yield name, module
+
+
+def quantize_dense(model: Any, layers: Iterable[SparseLayer], format: HqqFormat) -> None:
+    """Quantize the dense linear layers of a loaded model, one after another."""
+    for name, linear in list(dense_linears(model, layers, format)):
+        model.set_submodule(name, HqqLinear.quantize(linear, format))
+
+
+def prepare_dense(model: Any, layers: Iterable[SparseLayer], format: HqqFormat) -> None:
+    """Replace the dense linear layers of a model on meta by packed ones, to load a checkpoint's packed weights."""
+    for name, linear in list(dense_linears(model, layers, format)):
+        packing = packing_of(linear.out_features, linear.in_features, format)
+        weight = linear.weight
+        packed = HqqLinear(packing, bias=linear.bias is not None, dtype=weight.dtype, device=weight.device)
+        model.set_submodule(name, packed)
+
+
+def settle_dense(model: nn.Module) -> None:
+    """Call `settle` of all packed layers, after a checkpoint's packed weights have been loaded."""
+    for module in model.modules():
+        if isinstance(module, HqqLinear):
+            module.settle()
+
+
+def restore_dense(model: nn.Module) -> None:
+    """Replace packed layers by ordinary linear layers with decoded weights."""
+    for name, module in list(model.named_modules()):
+        if isinstance(module, HqqLinear):
+            model.set_submodule(name, module.dequantized())

@@ -1,0 +1,351 @@
+"""`model.moe_offload`: the handle of an offloaded model."""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Callable, Container, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from copy import deepcopy
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
+
+from transformers_moe_offload.cache.cache import ExpertCache
+from transformers_moe_offload.config import OffloadConfig
+from transformers_moe_offload.dtypes import dtype_name
+from transformers_moe_offload.errors import ConfigError, MoeOffloadError
+from transformers_moe_offload.expert import ExpertId, ExpertSpec
+from transformers_moe_offload.hf.cuda_graphs.step import DecodeSteps
+from transformers_moe_offload.hf.decode.decoding import Decoding
+from transformers_moe_offload.hf.loading.placeholders import put_back
+from transformers_moe_offload.hf.model.caches import LayerCaches
+from transformers_moe_offload.hf.model.dense import restore_dense
+from transformers_moe_offload.hf.model.layer import SparseLayer, experts_at, unbind
+from transformers_moe_offload.hf.model.lender import Lender
+from transformers_moe_offload.hf.model.own_experts import NAME as OWN_EXPERTS
+from transformers_moe_offload.hf.model.own_experts import put_among_the_others
+from transformers_moe_offload.hf.model.parameters import parameters_of
+from transformers_moe_offload.hf.model.places import expect_in_place
+from transformers_moe_offload.hf.model.plan import OffloadPlan
+from transformers_moe_offload.hf.model.state_dicts import remove_state_dict_hooks
+from transformers_moe_offload.hf.upstream import COMPILED_CALL, arguments, tied_weights
+from transformers_moe_offload.hybrid.layer import HostSide
+from transformers_moe_offload.stats import CacheStats
+from transformers_moe_offload.store.layer_source import LayerSource
+from transformers_moe_offload.tracing import Trace, TraceRecorder
+
+
+class OffloadRuntime:
+    """Statistics, plan and life cycle of a model's offloaded experts.
+
+    Caches are built while the model is loaded, and again at the next forward after layers have moved to another device
+    or dtype. Copies of a model share the files but have caches of their own.
+    """
+
+    def __init__(self, model: nn.Module, config: OffloadConfig, layers: Sequence[SparseLayer]) -> None:
+        self.config = config
+        self._model = weakref.ref(model)
+        self._layers = list(layers)
+        self._sources: dict[int, LayerSource] = {}
+        self._caches = LayerCaches(self._layers)
+        self._lender: weakref.ref[Lender] | None = None
+        """The lender of the layer that was computed last."""
+        self._recorder: TraceRecorder | None = None
+        self._steps = DecodeSteps(self)
+        self._is_closed = False
+        for layer in self._layers:
+            layer.runtime = self
+
+    # Called by users.
+
+    def stats(self) -> CacheStats:
+        """Counts since loading or the last `reset_stats`, in total and by layer."""
+        return CacheStats.total({layer.name: self._caches.stats_of(layer) for layer in self._layers})
+
+    def reset_stats(self) -> None:
+        """Start counting from zero; resident experts stay."""
+        self._caches.reset_stats()
+
+    @property
+    def plan(self) -> OffloadPlan:
+        """Where experts are stored and how many slots there are; prints as a table."""
+        return self._ensure_caches()
+
+    def resize(self, cache_budget: int | str) -> None:
+        """Give the cache another budget, also while a generation runs; experts that fit stay resident.
+
+        A budget that does not work raises `CapacityError` or `ConfigError` and changes nothing.
+        """
+        with self._caches.resizing:
+            config = OffloadConfig.from_dict(self.config.to_dict() | {"cache_budget": cache_budget})
+            self._check_open()
+            self._caches.resize(self._sources, config)
+            self.config = config
+
+    def warm(self, histogram: Trace | Mapping[str, Sequence[float]]) -> None:
+        """Load the most used experts into free slots, and wait for them.
+
+        `histogram` is a `Trace`, or maps the module path of a sparse layer to the number of uses of each expert.
+        """
+        counts = histogram.counts() if isinstance(histogram, Trace) else histogram
+        self._ensure_caches()
+        by_name = {layer.name: layer for layer in self._layers}
+        for name, uses in counts.items():
+            if name not in by_name:
+                raise ConfigError(f"the model has no sparse layer {name!r}; its first is {self._layers[0].name!r}")
+            if len(uses) != by_name[name].num_experts:
+                raise ConfigError(
+                    f"{len(uses)} counts for the experts of {name}, which has {by_name[name].num_experts}"
+                )
+        self._caches.warm(counts)
+
+    @contextmanager
+    def trace(self) -> Iterator[Trace]:
+        """Record, inside a `with` block, which experts each sparse layer visits; one generation at a time."""
+        if self._recorder is not None:
+            raise MoeOffloadError("this model is being traced already; leave the first `with` block first")
+        names = [layer.name for layer in self._layers]
+        num_experts = [layer.num_experts for layer in self._layers]
+        self._ensure_caches()
+        recorder = TraceRecorder(names, num_experts, stall_ms=lambda: self.stats().stall_ms)
+        hooks: list[Any] = []
+        try:
+            self._recorder = recorder
+            self._caches.record(recorder)
+            hooks += _announcing(self._living_model(), recorder)
+            yield recorder.trace
+        finally:
+            self._recorder = None
+            self._caches.record(None)
+            for hook in hooks:
+                hook.remove()
+            recorder.finish_visit()
+
+    def restore(self) -> Any:
+        """Read all experts into ordinary parameters, decode quantized weights, and return the plain model.
+
+        Afterwards the model contains nothing of this package. Needs memory for the whole model.
+        """
+        model = self._living_model()
+        loaded = [(module, layer, self._parameters(module, layer)) for module, layer in self.modules()]
+        for module, layer, tensors in loaded:
+            module._modules.pop(OWN_EXPERTS, None)
+            unbind(module)
+            put_back(module, layer.parameter_order, tensors)
+        restore_dense(model)
+        del model.moe_offload
+        remove_state_dict_hooks(model)
+        vars(model).pop("hf_quantizer", None)
+        vars(model).pop(COMPILED_CALL, None)
+        self.close()
+        return model
+
+    def close(self) -> None:
+        """Free slots, threads and files now. The model cannot run afterwards."""
+        self._steps.forget()
+        self._caches.drop(keep_stats=False)
+        self._sources.clear()
+        self._is_closed = True
+
+    # Called by the rest of `hf`.
+
+    @property
+    def layers(self) -> tuple[SparseLayer, ...]:
+        """The sparse layers, in the order of the model."""
+        return tuple(self._layers)
+
+    @property
+    def is_quantized(self) -> bool:
+        """Whether there are weights in a format of ours."""
+        return self.config.experts is not None or self.config.dense is not None
+
+    @property
+    def model(self) -> Any:
+        """The model that this handle belongs to."""
+        return self._living_model()
+
+    @property
+    def decoding(self) -> Decoding:
+        """The layers that decode on the device."""
+        self._ensure_caches()
+        return self._caches.decoding
+
+    def modules(self) -> Iterator[tuple[nn.Module, SparseLayer]]:
+        """The experts modules of the model, each with its layer.
+
+        Raises `UnsupportedModelError` if they are not where they were when the model was loaded.
+        """
+        model = self._living_model()
+        expect_in_place(model, self._layers)
+        for layer in self._layers:
+            yield experts_at(model, layer.name), layer
+
+    def attach(self, sources: Sequence[LayerSource]) -> None:
+        """Set the sources of the experts, and build caches; raises `CapacityError` if the budget is too small."""
+        self._sources = {source.spec.layer: source for source in sources}
+        self._ensure_caches()
+        if self.config.decode == "graph":
+            vars(self.model)[COMPILED_CALL] = self._steps.get_compiled_call
+
+    def spec(self, layer: SparseLayer) -> ExpertSpec:
+        """The fields of a layer's experts, in the current dtype."""
+        return self.source(layer).spec
+
+    def source(self, layer: SparseLayer) -> LayerSource:
+        """The current source of a layer's experts."""
+        self._check_open()
+        return self._sources[layer.index]
+
+    def cache_for(self, layer: SparseLayer, device: torch.device) -> ExpertCache:
+        """The cache that serves a layer on the device where its inputs are."""
+        if device != layer.device:
+            layer.device = device
+            self._caches.drop(keep_stats=True)
+        self._ensure_caches()
+        cache = self._caches.of(layer)
+        assert cache is not None
+        return cache
+
+    def look_ahead_from(self, layer: SparseLayer, hidden: Tensor) -> Callable[[Sequence[int]], None] | None:
+        """The callback to call with the experts that a layer wants, once their loads are in flight; hidden (..., H).
+
+        None without prefetching.
+        """
+        return self._caches.look_ahead_from(layer, hidden)
+
+    def lender(self, layer: SparseLayer, device: torch.device, cast_to: torch.dtype | None = None) -> Lender:
+        """A new lender of a layer's experts for the backward pass of this forward; casts to `cast_to`, if given."""
+        before = None if self._lender is None else self._lender()
+        lender = Lender(self, layer, device, before, cast_to)
+        self._lender = weakref.ref(lender)
+        return lender
+
+    def load_ahead(self, experts: Iterable[ExpertId]) -> None:
+        """Start loads of experts that are certain to be needed next, until one finds no room.
+
+        These are not predictions, so this does not depend on `config.prefetch`.
+        """
+        self._caches.load_ahead(experts)
+
+    def host_side_of(self, layer: SparseLayer) -> HostSide | None:
+        """The host's part in a layer's misses; None if all of them are fetched."""
+        return self._caches.host_side_of(layer)
+
+    def move(self, layer: SparseLayer, device: torch.device, dtype: torch.dtype) -> None:
+        """Let a layer compute on another device or in another dtype from now on."""
+        source = self.source(layer)
+        if device == layer.device and dtype_name(dtype) == source.spec.fields[0].dtype:
+            return
+        layer.device = device
+        self._sources[layer.index] = source.cast(dtype_name(dtype))
+        self._caches.drop(keep_stats=True)
+
+    def state_dict(self, without: Container[str] = ()) -> dict[str, Tensor]:
+        """All experts under their names in the plain model's `state_dict`; tied ones share memory.
+
+        A layer is not read if `without` contains all of its names.
+        """
+        tied = tied_weights(self._living_model())
+        tensors: dict[str, Tensor] = {}
+        for module, layer in self.modules():
+            if all(f"{layer.name}.{path}" in without for field in layer.fields for path in field.paths):
+                continue
+            for path, tensor in self._parameters(module, layer).items():
+                name = f"{layer.name}.{path}"
+                tensors[name] = tensors.setdefault(tied.get(name, name), tensor)
+        return tensors
+
+    def _parameters(self, module: nn.Module, layer: SparseLayer) -> dict[str, Tensor]:
+        """All experts of a layer, including own experts: path in the module -> tensor."""
+        tensors = parameters_of(layer, self.source(layer))
+        put_among_the_others(module, layer.fields, tensors)
+        return tensors
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> OffloadRuntime:
+        old_model = self._living_model()
+        twin = object.__new__(OffloadRuntime)
+        memo[id(self)] = twin
+        twin.config = self.config
+        twin._model = weakref.ref(memo.get(id(old_model), old_model))
+        twin._sources = dict(self._sources)
+        twin._lender = None
+        twin._recorder = None
+        twin._is_closed = self._is_closed
+        twin._steps = deepcopy(self._steps, memo)
+        twin._layers = deepcopy(self._layers, memo)
+        twin._caches = LayerCaches(twin._layers)
+        return twin
+
+    def __repr__(self) -> str:
+        return f"OffloadRuntime({self.config!r})\n{self.plan}"
+
+    def _check_open(self) -> None:
+        if self._is_closed:
+            raise MoeOffloadError("this model's offloading was closed; load the model again to use it")
+
+    def _ensure_caches(self) -> OffloadPlan:
+        self._check_open()
+        return self._caches.plan or self._caches.build(self._living_model(), self._sources, self.config)
+
+    def _living_model(self) -> Any:
+        model = self._model()
+        if model is None:
+            raise MoeOffloadError(
+                "the model that was loaded is gone, and with it what its experts are computed by; keep a name for all "
+                "of it, as in `model = ...from_pretrained(...)`, also where only a part of it or this handle is used"
+            )
+        return model
+
+
+def _announcing(model: nn.Module, recorder: TraceRecorder) -> list[RemovableHandle]:
+    """Hooks that tell a recorder where the model's forwards begin and end; compiled forwards are not reported."""
+
+    def begin(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        if not torch.compiler.is_compiling():
+            recorder.begin_forward(_num_tokens(module, arguments(module, args, kwargs)))
+
+    def end(*_: object) -> None:
+        if not torch.compiler.is_compiling():
+            recorder.end_forward()
+
+    return [
+        model.register_forward_pre_hook(begin, with_kwargs=True),
+        model.register_forward_hook(end, always_call=True),
+    ]
+
+
+def _num_tokens(model: nn.Module, given: Mapping[str, Any]) -> int:
+    """How many tokens each sparse layer routes in a forward with these arguments; 0 if not known.
+
+    In a forward that both encodes and decodes, the encoder's and decoder's layers route different numbers of tokens.
+    """
+    ids, embeds = given.get("input_ids"), given.get("inputs_embeds")
+    decoder_ids = given.get("decoder_input_ids")
+    is_encoder_decoder = getattr(getattr(model, "config", None), "is_encoder_decoder", False)
+    if (ids is not None or embeds is not None) and (decoder_ids is not None or is_encoder_decoder):
+        return 0  # without decoder_input_ids the decoder gets the labels, or the same tokens, shifted
+    if ids is not None:
+        return int(ids.numel())
+    if embeds is not None:
+        return int(embeds.shape[0] * embeds.shape[1])
+    return 0 if decoder_ids is None else int(decoder_ids.numel())
+
+
+def cache_stats(model: Any) -> CacheStats:
+    """`model.moe_offload.stats()`, also for a model wrapped by PEFT."""
+    return runtime_of(model).stats()
+
+
+def restore(model: Any) -> Any:
+    """`model.moe_offload.restore()`: the plain model, with all experts in memory."""
+    return runtime_of(model).restore()
+
+
+def runtime_of(model: Any) -> OffloadRuntime:
+    """The handle of an offloaded model."""
+    runtime = getattr(model, "moe_offload", None)
+    if not isinstance(runtime, OffloadRuntime):
+        raise MoeOffloadError(f"{type(model).__name__} is not offloaded; load it with moe_offload=OffloadConfig(...)")
+    return runtime

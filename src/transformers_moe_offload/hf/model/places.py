@@ -1,0 +1,57 @@
+"""Check that the experts modules of a model are still where they were when it was loaded.
+
+Layers of a model can be moved, copied, dropped or replaced; a forward uses the modules that are there. But experts are
+saved, restored and loaded by their paths in the checkpoint, which then belong to other experts.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+
+from torch import nn
+
+from transformers_moe_offload.errors import UnsupportedModelError
+from transformers_moe_offload.hf.model.layer import OffloadedExperts, SparseLayer, experts_at, layer_of
+
+_INSTEAD = "load the model without moe_offload to change it, save that, and load what was saved with moe_offload"
+
+
+def is_in_place(model: nn.Module, layer: SparseLayer) -> bool:
+    """Whether a layer's module is still at its path."""
+    try:
+        module = experts_at(model, layer.name)
+    except UnsupportedModelError:
+        return False
+    return isinstance(module, OffloadedExperts) and layer_of(module) is layer
+
+
+def expect_in_place(model: nn.Module, layers: Sequence[SparseLayer]) -> None:
+    """Raise `UnsupportedModelError` if a layer's module has moved, the number of offloaded modules has changed, or
+    parameters have replaced placeholders of offloaded experts."""
+    for layer in layers:
+        if not is_in_place(model, layer):
+            raise UnsupportedModelError(
+                f"{layer.name} is not the module that it was when {type(model).__name__} was loaded, so that its "
+                f"experts cannot be found by that name; {_INSTEAD}"
+            )
+        given = _registered(experts_at(model, layer.name), layer)
+        if given is not None:
+            raise UnsupportedModelError(
+                f"{layer.name}.{given} was made a parameter, but its experts are offloaded and computed with as the "
+                f"checkpoint has them; {_INSTEAD}"
+            )
+    found = sum(isinstance(module, OffloadedExperts) for module in model.modules())
+    if found != len(layers):
+        raise UnsupportedModelError(
+            f"{type(model).__name__} has {found} offloaded sparse layers, but was loaded with {len(layers)}; {_INSTEAD}"
+        )
+
+
+def _registered(module: nn.Module, layer: SparseLayer) -> str | None:
+    """The path of a parameter that has replaced a placeholder of offloaded experts; None if there is none."""
+    paths: Iterable[str] = (path for field in layer.fields for path in field.paths)
+    for path in paths:
+        owner, _, leaf = path.rpartition(".")
+        if leaf in module.get_submodule(owner)._parameters:
+            return path
+    return None

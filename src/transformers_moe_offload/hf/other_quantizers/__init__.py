@@ -1,0 +1,1 @@
+"""Load checkpoints that another method has quantized; experts stay in its encoding."""

@@ -1,1 +1,0 @@
-"""Where bytes are, and how they move."""

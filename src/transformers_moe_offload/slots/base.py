@@ -1,0 +1,60 @@
+"""The fast tier: places that hold one expert each, and how experts are loaded into them.
+
+The cache knows slots by number. A number stands for a buffer on a device that experts are copied into (`CopiedSlots`),
+pages that a disk writes into (`DirectSlots`), or the right to have one expert's pages of the checkpoint mapped
+(`MappedSlots`).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Protocol
+
+from torch import Tensor
+
+from transformers_moe_offload.expert import ExpertId
+from transformers_moe_offload.slots.transfer import Transfer
+
+Weights = dict[str, Tensor]
+"""One expert's tensors by field name. Views of a slot: they change when the slot is given to another expert."""
+
+
+class Slots(Protocol):
+    """Numbered places for experts."""
+
+    @property
+    def num_lanes(self) -> int:
+        """Experts that can be in flight at once."""
+
+    def add(self, slot: int) -> None:
+        """Make a place under a new number."""
+
+    def remove(self, slot: int) -> None:
+        """Give up a place that is not in use."""
+
+    def start(self, expert: ExpertId, slot: int, alongside: int = 0) -> Transfer:
+        """Begin to load an expert into a slot, in place of the one that was there; uses of that must be retired.
+
+        `alongside` is the number of other experts in flight.
+        """
+
+    def retire(self, slot: int) -> None:
+        """Everything that reads this slot has been submitted; the next load into it comes after that."""
+
+    def weights(self, expert: ExpertId, slot: int) -> Weights:
+        """The weights of the expert in a slot, valid until the slot is given to another one."""
+
+    def holds(self, slot: int) -> bool:
+        """Whether the expert that was loaded is still there: the kernel can take back pages of the page cache."""
+
+    def give_back(self) -> None:
+        """Give back memory that evicted experts still take in case they return."""
+
+    def start_over(self, held: Mapping[int, ExpertId]) -> None:
+        """Wait until no load is in flight; from then on only the experts `held` are in slots, by slot.
+
+        Called after an interrupt, which may have left any step half done.
+        """
+
+    def device_bytes(self, expert: ExpertId) -> int:
+        """Bytes that cross to an accelerator when the expert is loaded."""

@@ -1,0 +1,144 @@
+"""Slots that are buffers on one device, which experts are copied into."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from transformers_moe_offload.expert import ExpertId
+from transformers_moe_offload.slots.base import Weights
+from transformers_moe_offload.slots.transfer import Copier, Transfer
+from transformers_moe_offload.store.expert_store import ExpertStore
+from transformers_moe_offload.store.record import RecordLayout
+
+
+def allocated_bytes(slot_bytes: int, device: torch.device) -> float:
+    """Bytes of a device's memory that each of many slots of a size takes, with what the allocator wastes.
+
+    torch's allocator of GPU memory (`c10/core/AllocatorConfig.h`, 2.13) asks for segments of 2 MiB for tensors of up to
+    1 MiB, and of 20 MiB for those below 10 MiB. So two tensors of 7 MiB fit into a segment, and 6 MiB are left over.
+    Larger ones have segments of their own, a multiple of 2 MiB.
+    """
+    if device.type != "cuda":
+        return slot_bytes
+    size = -(-slot_bytes // 512) * 512
+    if size >= 10 << 20:
+        return -(-size // (2 << 20)) * (2 << 20)
+    segment = (2 if size <= 1 << 20 else 20) << 20
+    return segment / (segment // size)
+
+
+class SlotPool:
+    """Buffers on one device, equal unless one is made to `fit` a record of another size.
+
+    Each slot is an allocation of its own, so no single one has to be as large as the cache. On a CPU the memory of
+    larger slots is only taken when they are first written.
+    """
+
+    def __init__(self, slot_bytes: int, device: torch.device) -> None:
+        self.slot_bytes = slot_bytes
+        self.device = device
+        self._slots: dict[int, _Buffer] = {}
+
+    def __len__(self) -> int:
+        return len(self._slots)
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all slots."""
+        return sum(slot.memory.nbytes for slot in self._slots.values())
+
+    def add(self, slot: int) -> None:
+        """Allocate a buffer."""
+        self._allocate(slot, self.slot_bytes)
+
+    def fit(self, slot: int, nbytes: int) -> None:
+        """Replace a buffer by one of another size. The old one's memory is freed before the new one's is allocated; if
+        that fails, the slot has no memory."""
+        self._allocate(slot, 0)
+        self._allocate(slot, nbytes)
+
+    def remove(self, slot: int) -> None:
+        """Free a buffer, once no tensor views it any more."""
+        del self._slots[slot]
+
+    def _allocate(self, slot: int, nbytes: int) -> None:
+        with torch.inference_mode(False):  # slots outlive an inference-mode block that may be open
+            self._slots[slot] = _Buffer(torch.empty(nbytes, dtype=torch.uint8, device=self.device), {})
+
+    def record(self, slot: int) -> Tensor:
+        """A slot's bytes, uint8."""
+        return self._slots[slot].memory
+
+    def views(self, slot: int, layout: RecordLayout) -> Weights:
+        """A slot seen as one expert. Valid until the slot is given to another expert; made once per slot."""
+        memory, seen = self._slots[slot]
+        views = seen.get(layout)
+        if views is None:
+            with torch.inference_mode(False):  # a model that generates now may be trained later
+                views = seen[layout] = layout.views(memory)
+        return views
+
+
+class _Buffer(NamedTuple):
+    memory: Tensor
+    views: dict[RecordLayout, Weights]
+    """The views that were made so far."""
+
+
+class CopiedSlots:
+    """Slots that are buffers, filled by a copier."""
+
+    def __init__(self, store: ExpertStore, pool: SlotPool, copier: Copier) -> None:
+        self.pool = pool
+        self._store = store
+        self._copier = copier
+
+    @property
+    def num_lanes(self) -> int:
+        """What the copier can carry at once."""
+        return self._copier.num_lanes
+
+    def add(self, slot: int) -> None:
+        """Allocate a buffer; its memory may have been another tensor's, which kernels in flight still read."""
+        self.pool.add(slot)
+        self._copier.retire(self.pool.record(slot))
+
+    def remove(self, slot: int) -> None:
+        """Free a buffer."""
+        self._copier.retire(self.pool.record(slot))
+        self.pool.remove(slot)
+
+    def start(self, expert: ExpertId, slot: int, alongside: int = 0) -> Transfer:
+        """Begin to fill the slot's buffer."""
+        nbytes = self._store.layout(*expert).nbytes
+        if self.pool.record(slot).nbytes != nbytes:
+            self.pool.fit(slot, nbytes)
+            self._copier.retire(self.pool.record(slot))  # its memory may be another tensor's that kernels still read
+        return self._copier.start(expert, self.pool.record(slot), alongside)
+
+    def retire(self, slot: int) -> None:
+        """The next copy into this buffer comes after the kernels that read it now."""
+        self._copier.retire(self.pool.record(slot))
+
+    def weights(self, expert: ExpertId, slot: int) -> Weights:
+        """The buffer seen as the expert."""
+        return self.pool.views(slot, self._store.layout(*expert))
+
+    def holds(self, slot: int) -> bool:
+        """Always: the buffer is ours."""
+        return True
+
+    def give_back(self) -> None:
+        """Nothing to do: evicted experts are overwritten."""
+
+    def start_over(self, held: Mapping[int, ExpertId]) -> None:
+        """Wait for the copier; only the cache knows which expert is in which slot."""
+        self._copier.drain()
+
+    def device_bytes(self, expert: ExpertId) -> int:
+        """The record, where the buffer is not in host memory."""
+        return 0 if self.pool.device.type == "cpu" else self._store.layout(*expert).nbytes

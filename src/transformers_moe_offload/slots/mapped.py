@@ -1,0 +1,156 @@
+"""The fast tier of a CPU machine with memory to spare: experts where they are, in the page cache."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Mapping
+
+import torch
+
+from transformers_moe_offload.disk_io.file_range import FileRange, joined
+from transformers_moe_offload.disk_io.mapped_file import MappedFile
+from transformers_moe_offload.disk_io.reader_pool import ReaderPool
+from transformers_moe_offload.dtypes import torch_dtype
+from transformers_moe_offload.expert import ExpertId
+from transformers_moe_offload.slots.base import Weights
+from transformers_moe_offload.slots.transfer import Landed, Transfer
+from transformers_moe_offload.store.expert_store import ExpertStore
+
+_LOOK_EVERY = 0.05
+"""Seconds between two checks of an expert's pages. A check takes 5 to 7 us for each expert of each layer, and pages
+that were used so shortly before are the last ones that the kernel takes."""
+
+
+class MappedSlots:
+    """Slots that stand for mapped pages: loading an expert maps its pages and reads those that are not cached.
+
+    An evicted expert stays mapped until its slot is removed or `give_back` is called: the memory is the page cache's,
+    and the kernel takes it back when it is needed. So an expert that is loaded again is there at once, as a rule. An
+    expert that is not stored as it is used is copied instead.
+    """
+
+    def __init__(self, store: ExpertStore, workers: int) -> None:
+        self.num_lanes = workers
+        self._store = store
+        self._lanes = ReaderPool(workers)
+        self._experts: dict[ExpertId, _MappedExpert] = {}
+        self._inside: dict[int, _MappedExpert] = {}
+        self._left: set[_MappedExpert] = set()
+        """Experts that were replaced since the last `give_back`; some may have been loaded again."""
+
+    def add(self, slot: int) -> None:
+        """Nothing is allocated."""
+
+    def remove(self, slot: int) -> None:
+        """Unmap the expert in the slot."""
+        left = self._inside.pop(slot, None)
+        if left is not None and left not in self._inside.values():
+            left.let_go()
+
+    def start(self, expert: ExpertId, slot: int, alongside: int = 0) -> Transfer:
+        """Begin to map an expert, in one go: all of its pages are announced to the kernel at once anyway."""
+        left = self._inside.pop(slot, None)
+        if left is not None:
+            self._left.add(left)
+            if left.is_copy and left not in self._inside.values():
+                left.leave()
+        coming = self._inside[slot] = self._experts.setdefault(expert, _MappedExpert(self._store, expert))
+        if coming.is_there():
+            return Landed(coming.from_files)
+        return self._lanes.start((), coming.bring_in)
+
+    def retire(self, slot: int) -> None:
+        """Nothing to do: CPU kernels have finished when they return."""
+
+    def weights(self, expert: ExpertId, slot: int) -> Weights:
+        """The expert's tensors inside the mapped files."""
+        return self._inside[slot].weights
+
+    def holds(self, slot: int) -> bool:
+        """Whether the expert's pages are still in memory, and its files unchanged."""
+        return self._inside[slot].is_there()
+
+    def start_over(self, held: Mapping[int, ExpertId]) -> None:
+        """Wait until nothing is mapped any more."""
+        self._lanes.drain()
+
+    def give_back(self) -> None:
+        """Unmap evicted experts."""
+        for expert in self._left.difference(self._inside.values()):
+            expert.let_go()
+        self._left.clear()
+
+    def device_bytes(self, expert: ExpertId) -> int:
+        """There is no accelerator."""
+        return 0
+
+
+class _MappedExpert:
+    """One expert's place in the page cache."""
+
+    def __init__(self, store: ExpertStore, expert: ExpertId) -> None:
+        self.weights: Weights = {}
+        self.from_files = store.stored_bytes(expert)
+        self._store = store
+        self._expert = expert
+        self._pages: list[tuple[MappedFile, FileRange]] = []
+        """Where it is mapped; empty if it is a copy."""
+        self._was_cached = False
+        self._look_again = 0.0
+
+    def is_there(self) -> bool:
+        """Whether it has been loaded, its pages were in memory at the last check, and its files are unchanged.
+
+        Touching a mapped page that its file has lost would end the process; a page that the kernel took back is only
+        read again.
+        """
+        if not self.weights or not all(map.is_unchanged() for map, _ in self._pages):
+            return False
+        now = time.monotonic()
+        if now > self._look_again:
+            self._seen(all(map.is_cached(stretch.start, stretch.stop) for map, stretch in self._pages), now)
+        return self._was_cached
+
+    def _seen(self, is_cached: bool, now: float) -> None:
+        self._was_cached, self._look_again = is_cached, now + _LOOK_EVERY
+
+    def bring_in(self) -> int:
+        """Map the expert's pages, or read a copy of it; returns the bytes of the files that are used."""
+        self.weights = {}
+        layout, stretches = self._store.layout(*self._expert), self._store.stretches(self._expert)
+        with torch.inference_mode(False):  # the weights outlive an inference-mode block that may be open
+            if stretches is None:
+                record = torch.empty(layout.nbytes, dtype=torch.uint8)
+                self._store.read_into(self._expert, record)
+                self.weights = layout.views(record)
+                return self.from_files
+            pages = self._pages = [(stretch.file.mapped(), stretch) for stretch in joined(stretches)]
+            for map, stretch in pages:
+                map.bring_in(stretch.start, stretch.stop)
+            if len(pages) == 1:
+                map, place = pages[0]
+                self._store.check(self._expert, map.bytes[place.start : place.stop])
+            self.weights = {
+                field.name: part.file.mapped()
+                .bytes[part.start : part.start + field.nbytes]
+                .view(torch_dtype(field.dtype))
+                .view(field.shape)
+                for field, part in zip(layout.fields, stretches, strict=True)
+            }
+        self._seen(True, time.monotonic())
+        return self.from_files
+
+    @property
+    def is_copy(self) -> bool:
+        """Whether it takes memory of its own, not pages that the kernel can take back."""
+        return not self._pages
+
+    def leave(self) -> None:
+        """Drop a copy."""
+        self.weights = {}
+
+    def let_go(self) -> None:
+        """Unmap the pages."""
+        for map, stretch in self._pages:
+            map.let_go(stretch.start, stretch.stop)
+        self.weights = {}

@@ -1,0 +1,129 @@
+"""Where one expert is: its fields wherever the checkpoint has them, or a record that was written to be read whole."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Protocol
+from zlib import crc32
+
+from transformers_moe_offload.disk_io.chunks import Piece, Run, Segment, joined_runs
+from transformers_moe_offload.disk_io.file_range import FileRange
+from transformers_moe_offload.errors import CheckpointError
+from transformers_moe_offload.store.field_source import AssembledField, FieldSource
+from transformers_moe_offload.store.record import ALIGNMENT, RecordLayout
+from transformers_moe_offload.tensor_files.index import StoredTensor
+
+
+class ExpertSource(Protocol):
+    """The stored bytes of one expert."""
+
+    @property
+    def pieces(self) -> tuple[StoredTensor, ...]:
+        """The stored tensors that it is read from."""
+
+    def stretches(self, layout: RecordLayout) -> tuple[FileRange, ...] | None:
+        """The file range of each field of a record, padding up to the next field included; None if a field is not
+        stored as it is used."""
+
+    def reads(self, layout: RecordLayout) -> list[Piece]:
+        """The pieces that fill a record, in the order of the files."""
+
+    @property
+    def has_checksum(self) -> bool:
+        """Whether `check` has a checksum to compare."""
+
+    def check(self, record: memoryview) -> None:
+        """Raise `CheckpointError` if there is a checksum and a record does not match it."""
+
+    def then_cast(self, dtype: str) -> ExpertSource:
+        """The same expert with its fields cast once more."""
+
+
+@dataclass(frozen=True)
+class ScatteredExpert:
+    """An expert whose fields are where an ordinary checkpoint has them."""
+
+    fields: tuple[FieldSource, ...]
+    """In the order of the record's fields."""
+
+    @property
+    def pieces(self) -> tuple[StoredTensor, ...]:
+        """The stored tensors of all fields."""
+        return tuple(piece for field in self.fields for piece in field.pieces)
+
+    def stretches(self, layout: RecordLayout) -> tuple[FileRange, ...] | None:
+        """The file range of each field, if all fields lie in one piece."""
+        found = [field.stretch for field in self.fields]
+        return None if None in found else tuple(stretch for stretch in found if stretch is not None)
+
+    def reads(self, layout: RecordLayout) -> list[Piece]:
+        """Verbatim fields are read into their places, the others assembled there."""
+        runs: list[Run] = []
+        assembled: list[Piece] = []
+        for spec, source in zip(layout.fields, self.fields, strict=True):
+            start = layout.offsets[spec.name]
+            if source.is_verbatim:
+                runs += source.runs(start)
+            else:
+                assembled.append(AssembledField(source, spec, (Segment(start, start + spec.nbytes),)))
+        return [*joined_runs(runs), *assembled]
+
+    @property
+    def has_checksum(self) -> bool:
+        """Ordinary checkpoints have none."""
+        return False
+
+    def check(self, record: memoryview) -> None:
+        """There is nothing to compare with."""
+
+    def then_cast(self, dtype: str) -> ScatteredExpert:
+        """Every field cast once more."""
+        return ScatteredExpert(tuple(field.then_cast(dtype) for field in self.fields))
+
+
+@dataclass(frozen=True)
+class RecordedExpert:
+    """An expert stored as the record that it is used as, in one piece."""
+
+    row: StoredTensor
+    """uint8 (row bytes,): the record, and zeros up to the next expert's."""
+    checksum: int | None = None
+    """CRC-32 of the row; None where there is none."""
+
+    @property
+    def pieces(self) -> tuple[StoredTensor, ...]:
+        """The row."""
+        return (self.row,)
+
+    def stretches(self, layout: RecordLayout) -> tuple[FileRange, ...] | None:
+        """The fields inside of the row."""
+        if self.row.offset % ALIGNMENT:
+            return None
+        starts = [self.row.offset + layout.offsets[field.name] for field in layout.fields]
+        ends = [*starts[1:], self.row.offset + layout.nbytes]
+        return tuple(FileRange(self.row.file, start, end) for start, end in zip(starts, ends, strict=True))
+
+    def reads(self, layout: RecordLayout) -> list[Piece]:
+        """The record, in one go."""
+        return [Run(self.row.file, self.row.offset, (Segment(0, layout.nbytes),))]
+
+    @property
+    def has_checksum(self) -> bool:
+        """Whether one was written."""
+        return self.checksum is not None
+
+    def check(self, record: memoryview) -> None:
+        """Compare the checksum."""
+        if self.checksum is None:
+            return
+        found = crc32(bytes(self.row.nbytes - len(record)), crc32(record))
+        if found != self.checksum:
+            raise CheckpointError(
+                f"{self.row.file.path} is damaged: bytes {self.row.offset:,} to "
+                f"{self.row.offset + self.row.nbytes:,} have the checksum {found:#010x}, but {self.checksum:#010x} "
+                f"was written; download or quantize it again"
+            )
+
+    def then_cast(self, dtype: str) -> RecordedExpert:
+        """A record stays what it is; its coding says what it is decoded to."""
+        return self

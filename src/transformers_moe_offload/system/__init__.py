@@ -1,0 +1,1 @@
+"""What the operating system gives and takes: memory, and processes that fork. It knows no files and no experts."""
