@@ -7,7 +7,7 @@ from hypothesis import settings
 from interpreted import IS_INTERPRETED
 from kernels.interpreter import mend
 
-# How long an example takes says how busy the machine is. Fewer of them keep the suite short; `tox -e newest` takes more.
+# How long an example takes says how busy the machine is. The suite is kept short by few; `tox -e newest` takes more.
 settings.register_profile("quick", deadline=None, max_examples=50)
 settings.register_profile("thorough", deadline=None, max_examples=500)
 settings.load_profile("quick")
