@@ -175,7 +175,7 @@ def test_values_of_any_size_are_refused_on_one_line_that_any_terminal_shows(opti
 
 @pytest.mark.parametrize("text", ['{"a": ' * 100_000, '{"io_workers": ' + "9" * 5000 + "}", "{", '{"a": "\x00'])
 def test_json_on_the_command_line_that_is_none_is_an_error_of_ours(text):
-    with pytest.raises(ConfigError, match="begins like a JSON object and is none: it is not valid JSON") as refused:
+    with pytest.raises(ConfigError, match="it is not valid JSON") as refused:
         OffloadConfig.make(text)
     assert len(str(refused.value)) < 700
 
@@ -234,7 +234,7 @@ def test_a_dictionary_stands_for_the_config_with_these_fields():
 def test_a_command_line_writes_the_dictionary_in_json():
     text = '{"cache_budget": "40%", "prefetch": {"lookahead": 2}, "mmap": false}'
     assert OffloadConfig.make(text) == OffloadConfig(cache_budget="40%", prefetch={"lookahead": 2}, mmap=False)
-    with pytest.raises(ConfigError, match=r"begins like a JSON object and is none: .* double quotes"):
+    with pytest.raises(ConfigError, match=r"it is not valid JSON.* double quotes"):
         OffloadConfig.make("{cache_budget: 40%}")
 
 

@@ -27,7 +27,7 @@ def refused(request, run):
 
 def test_a_folder_that_is_not_there_is_not_taken_for_an_id(refused, tmp_path):
     for name in (tmp_path / "typo", "examples/models/typo", "./typo"):
-        assert "there is no such folder, and it is no id of the Hub, which is written as 'org/model'" in refused(name)
+        assert "there is no such folder, and it is not a valid Hub id, such as 'org/model'" in refused(name)
 
 
 def test_a_folder_without_a_config_says_what_it_lacks(refused, tmp_path):

@@ -59,9 +59,9 @@ def test_ctrl_c_ends_the_recording_after_the_token_it_is_at_and_keeps_it(run, ti
     [
         ((), "give prompts either with --prompt"),
         (("--prompt", "a", "--prompts", "b"), "give prompts either with --prompt"),
-        (("--prompt", " "), "nothing but blanks"),
+        (("--prompt", " "), "all prompts are blank"),
         (("--prompts", "missing.txt"), "cannot read --prompts missing.txt"),
-        (("--prompt", "a", "--policy", "belady"), "needs to know the future"),
+        (("--prompt", "a", "--policy", "belady"), "needs future requests"),
         (("--prompt", "a", "--cache-budget", "much"), "is not a budget"),
     ],
 )

@@ -217,13 +217,13 @@ def index_of(**changes):
         (b'{"\xff": 1}', "it is not text in UTF-8"),
         (b"[" * 100_000, "is nested too deeply"),
         (b'{"metadata": ' + b"9" * 5000 + b"}", "is not valid JSON: Exceeds the limit"),
-        ([], "holds no JSON object but a list"),
-        ({"metadata": {}}, "has no readable weight_map but None"),
-        (index_of(weight_map=[]), r"has no readable weight_map but \[\]"),
-        (index_of(weight_map={"lm_head.weight": []}), r"places lm_head.weight in \[\], which is no file inside"),
-        (index_of(weight_map={"lm_head.weight": "a.safetensors", "b": None}), "places b in None, which is no file"),
-        (index_of(metadata=None), "has None for metadata, which is no object"),
-        ({"weight_map": {"lm_head.weight": "a.safetensors"}}, "has None for metadata, which is no object"),
+        ([], "is not a JSON object but a list"),
+        ({"metadata": {}}, "its weight_map is None, not an object"),
+        (index_of(weight_map=[]), r"its weight_map is \[\], not an object"),
+        (index_of(weight_map={"lm_head.weight": []}), r"places lm_head.weight in \[\], which is not a file inside"),
+        (index_of(weight_map={"lm_head.weight": "a.safetensors", "b": None}), "places b in None, which is not a file"),
+        (index_of(metadata=None), "has None for metadata, which is not an object"),
+        ({"weight_map": {"lm_head.weight": "a.safetensors"}}, "has None for metadata, which is not an object"),
     ],
 )
 def test_a_damaged_index_is_told_before_transformers_fails_of_it(content, message, own_checkpoint):
@@ -239,17 +239,17 @@ def test_a_damaged_index_is_told_before_transformers_fails_of_it(content, messag
     ("changes", "message"),
     [
         (b"", "is not valid JSON"),
-        (b"[]", "holds no JSON object but a list"),
-        (b"null", "holds no JSON object but a NoneType"),
-        ({"quantization_config": []}, r"has quantization_config=\[\], which is no dict"),
-        ({"quantization_config": 3}, "has quantization_config=3, which is no dict"),
+        (b"[]", "is not a JSON object but a list"),
+        (b"null", "is not a JSON object but a NoneType"),
+        ({"quantization_config": []}, r"has quantization_config=\[\], which is not a dict"),
+        ({"quantization_config": 3}, "has quantization_config=3, which is not a dict"),
         ({"quantization_config": {}}, "a quantization_config without the name of a method: its quant_method is None"),
         ({"quantization_config": {"quant_method": "fp8", "weight_block_size": "x"}}, "weight_block_size must be"),
         ({"quantization_config": {"quant_method": "moe_offload"}}, "has no moe_offload.safetensors.index.json"),
-        ({"text_config": "x"}, "has text_config='x', which is no dict"),
-        ({"transformers_weights": []}, r"has transformers_weights=\[\], which is no str"),
-        ({"dtype": []}, r"has dtype=\[\], which is no str"),
-        ({"hidden_size": "x"}, "is no Qwen3MoeConfig that can be read: .*'hidden_size' expected int"),
+        ({"text_config": "x"}, "has text_config='x', which is not a dict"),
+        ({"transformers_weights": []}, r"has transformers_weights=\[\], which is not a str"),
+        ({"dtype": []}, r"has dtype=\[\], which is not a str"),
+        ({"hidden_size": "x"}, "is not a valid Qwen3MoeConfig: .*'hidden_size' expected int"),
         ({"num_local_experts": 10**30}, "has the number 1000000000000000000000000000000, which no model"),
         ({"num_hidden_layers": 10**9}, "says num_hidden_layers=1000000000, but .* an index of [0-9,]+ tensors"),
     ],
@@ -361,6 +361,6 @@ def test_experts_given_to_a_part_of_the_model_are_refused(checkpoint):
 
 def test_a_state_dict_is_not_pushed_in_low_bits(checkpoint, tmp_path):
     model = load(checkpoint, moe_offload=OffloadConfig(experts=HqqFormat(nbits=4, group_size=16)))
-    with pytest.raises(ConfigError, match="cannot be had together with a state_dict"):
+    with pytest.raises(ConfigError, match="is not supported together with a state_dict"):
         model.save_pretrained(tmp_path / "saved", state_dict=model.state_dict(), push_to_hub=True, repo_id="me/x")
     assert not (tmp_path / "saved").exists()

@@ -147,7 +147,7 @@ def test_a_part_of_an_offloaded_model_is_not_saved_without_its_experts(checkpoin
 
 def test_a_part_that_outlives_its_model_says_what_is_missing(checkpoint, token_ids):
     part = loaded(checkpoint).model
-    with pytest.raises(MoeOffloadError, match="keep a name for all of it"):
+    with pytest.raises(MoeOffloadError, match="keep a reference to all of it"):
         part.double()(token_ids)
 
 

@@ -37,7 +37,7 @@ def test_a_link_out_of_the_folder_is_refused_by_name(tmp_path, name):
     folder = tmp_path / "repository"
     folder.mkdir()
     (folder / name).symlink_to("../token")
-    with pytest.raises(CheckpointError, match=rf"{re.escape(name)} is a link that leads out of .*put a copy"):
+    with pytest.raises(CheckpointError, match=rf"{re.escape(name)} is a link that leads out of .*replace the link"):
         fetch_small(str(folder), {})
 
 

@@ -139,7 +139,7 @@ def test_of_a_model_on_the_hub_only_headers_are_read_to_plan_and_only_needed_fil
     out, errors = process.communicate("\n")
     assert process.returncode == 0, errors
     pickled, empty, odd, offline = out.splitlines()
-    assert "me/pickled has its weights in pytorch_model.bin, which run code when they are read" in pickled
+    assert "me/pickled has its weights in pytorch_model.bin, which can run code when they are loaded" in pickled
     assert "cannot read the weights of me/empty: it has no model.safetensors" in empty
     assert "refusing to read outside" in odd
-    assert "on the Hub only, which is not to be asked" in offline
+    assert "is on the Hub only, and local_files_only" in offline

@@ -126,7 +126,7 @@ def test_trouble_that_passes_is_waited_for(hub, api, folder, waits, status, capl
 
 def test_trouble_that_does_not_pass_is_given_up(hub, api, folder, waits):
     hub.refuses = lambda method, path: 502 if "/commit/" in path else False
-    with pytest.raises(UploadError, match=r"502.*in trouble, and was so 5 times in a row; run it again later"):
+    with pytest.raises(UploadError, match=r"502.*failed 5 times in a row; run it again later"):
         upload(api, folder, REPO, LAYOUT)
     assert waits == [1, 2, 4, 8]
     assert uploaded(hub) == {}

@@ -37,7 +37,7 @@ def test_what_there_is_for_a_gpu_is_said_whether_there_is_one_or_not():
     if gpu.missing() is None:
         assert said == "triton"
     else:
-        assert said == f"not there: {gpu.missing()}"
+        assert said == f"not available: {gpu.missing()}"
 
 
 @pytest.mark.parametrize(

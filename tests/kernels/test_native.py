@@ -41,7 +41,7 @@ def falls_back(found, monkeypatch) -> bool:
     monkeypatch.setattr(native, "native", lambda: found)
     matrix, rows = random_matrix(8, 64), random_rows(2, 64)
     products = kernels.linear(rows, matrix)
-    assert kernels.available()["cpu"] == f"not there: {found.missing}"
+    assert kernels.available()["cpu"] == f"not available: {found.missing}"
     return torch.equal(products, kernels.reference.linear(rows, matrix))
 
 
@@ -101,5 +101,5 @@ def test_the_package_builds_and_works_without_a_compiler(tmp_path):
 
     place, said, shape = in_a_child(imported)
     assert place.startswith(str(tmp_path / "installed"))
-    assert "not there: they were not built; install a C compiler" in said
+    assert "not available: they were not built; install a C compiler" in said
     assert shape == (2, 8)

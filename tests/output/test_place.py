@@ -228,11 +228,11 @@ def test_a_neighbour_that_is_not_ours_is_never_touched(folder, name, overwrite):
     neighbour = folder.parent / name
     neighbour.mkdir()
     (neighbour / "thesis.txt").write_text("the only copy")
-    with pytest.raises(CheckpointError, match=rf"{name} is in the way"):
+    with pytest.raises(CheckpointError, match=rf"{name} was not made by this package"):
         expect_place(folder, MARKS, overwrite=overwrite)
-    with pytest.raises(CheckpointError, match=rf"{name} is in the way"):
+    with pytest.raises(CheckpointError, match=rf"{name} was not made by this package"):
         write(folder, OTHER, overwrite=overwrite)
-    with pytest.raises(CheckpointError, match=rf"{name} is in the way"):
+    with pytest.raises(CheckpointError, match=rf"{name} was not made by this package"):
         write(folder, OTHER, resume=False, overwrite=overwrite)
     recover(folder, MARKS)
     assert (neighbour / "thesis.txt").read_text() == "the only copy"
@@ -245,7 +245,7 @@ def test_a_neighbour_that_is_a_link_is_never_followed(folder, name):
     write(elsewhere)
     (elsewhere / "moe_offload.replaced").write_text("")
     (folder.parent / name).symlink_to(elsewhere, target_is_directory=True)
-    with pytest.raises(CheckpointError, match=rf"{name} is in the way"):
+    with pytest.raises(CheckpointError, match=rf"{name} was not made by this package"):
         write(folder, OTHER, overwrite=True)
     recover(folder, MARKS)
     assert names(elsewhere) == [*COMPLETE[:2], "moe_offload.replaced", "weights"]

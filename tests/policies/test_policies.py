@@ -248,7 +248,7 @@ def test_an_unknown_policy_is_an_error_that_names_those_there_are():
 
 def test_the_oracle_is_no_policy_for_a_model_and_the_error_says_where_it_is_one():
     assert "belady" not in policy_names()
-    with pytest.raises(ConfigError, match=r"needs to know the future.*`moe-offload replay`"):
+    with pytest.raises(ConfigError, match=r"needs future requests.*`moe-offload replay`"):
         make_policy("belady")
 
 

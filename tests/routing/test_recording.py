@@ -187,13 +187,13 @@ def test_more_domains_or_experts_than_a_recording_can_number_are_refused(plain, 
             recording.domain = f"text {number}"
             plain(token_ids)
         recording.domain = "text 8"
-        with pytest.raises(MoeOffloadError, match="domain='text 8' is one too many: a recording has 8 at most"):
+        with pytest.raises(MoeOffloadError, match="domain='text 8' is one too many: a recording has at most 8"):
             plain(token_ids)
         recording.domain = "text 0"
         plain(token_ids)
     assert len(recording.trace.domains) == 8
     monkeypatch.setattr(recorder, "MAX_CHOICES", 1)
-    with pytest.raises(UnsupportedModelError, match=r"chooses among \d+ experts; a recording knows 1 at most"):
+    with pytest.raises(UnsupportedModelError, match=r"chooses among \d+ experts; a recording supports at most 1"):
         routing.record_routing(plain).__enter__()
 
 
@@ -421,10 +421,10 @@ def test_a_recording_is_replaced_where_that_is_asked_for_and_nothing_else_is(pla
         (lambda folder: (folder / "trace.json").write_text("[]"), "is not of format 1"),
         (lambda folder: (folder / "part-00000.safetensors").write_bytes(b"\0" * 9), "cannot read"),
         (lambda folder: edit(folder, "parts", ["../x"]), "a part lies outside the folder"),
-        (lambda folder: edit(folder, "parts", None), "does not say what it must: parts=None"),
-        (lambda folder: edit(folder, "parts", [1]), r"does not say what it must: parts=\[1\]"),
-        (lambda folder: edit(folder, "num_steps", "x"), "does not say what it must: num_steps='x'"),
-        (lambda folder: edit(folder, "routers", [{}]), "does not say what it must"),
+        (lambda folder: edit(folder, "parts", None), "parts=None is not valid"),
+        (lambda folder: edit(folder, "parts", [1]), r"parts=\[1\] is not valid"),
+        (lambda folder: edit(folder, "num_steps", "x"), "num_steps='x' is not valid"),
+        (lambda folder: edit(folder, "routers", [{}]), "has the keys"),
         (lambda folder: edit(folder, "routers", []), "a call is of router 3, and there are 0"),
     ],
 )

@@ -203,7 +203,7 @@ def test_an_option_that_does_not_fit_the_router_is_refused_with_both_numbers(str
 
 
 def test_a_strategy_that_is_made_already_takes_no_options():
-    with pytest.raises(ConfigError, match="has its options already"):
+    with pytest.raises(ConfigError, match="already has its options"):
         make_strategy(make_strategy("random", {}), {"seed": 1})
 
 

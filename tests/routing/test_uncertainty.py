@@ -43,7 +43,7 @@ def test_strategies_of_the_model_are_back_afterwards(plain, token_ids):
     ("options", "message"),
     [
         ({"strategy": "hash", "repeats": 1}, "repeats=1 is not an integer of at least 2"),
-        ({"strategy": "top_k"}, "draws nothing, so all repeats are alike"),
+        ({"strategy": "top_k"}, "draws nothing, so all repeats would be equal"),
         ({"temperature": -1}, "temperature=-1 is not a number above 0"),
     ],
 )

@@ -98,13 +98,13 @@ def test_it_is_unlocked_when_nobody_refers_to_the_lock_any_more(runtime):
 
 def test_a_refusal_says_how_much_was_asked_for_and_why(runtime):
     kept, _lock = locked(1 << 19)
-    with pytest.raises(OSError, match=r"would not lock 1,048,576 bytes in memory: out of memory"):
+    with pytest.raises(OSError, match=r"refused to page-lock 1,048,576 bytes: out of memory"):
         locked(1 << 20)
     assert runtime.locked == {kept.data_ptr(): 1 << 19}
 
 
 def test_a_refusal_is_not_taken_for_a_failure_of_the_next_kernel(runtime):
-    with pytest.raises(OSError, match="would not lock"):
+    with pytest.raises(OSError, match="refused to page-lock"):
         locked(1 << 21)
     torch.ones(1, device=GPU)
 

@@ -144,7 +144,7 @@ def test_nothing_in_a_trace_is_ever_unpickled(tmp_path):
     [
         ({"format": np.array([2])}, "its format is [2], and this version reads [1]"),
         ({"starts": None}, "it has no starts"),
-        ({"scores": np.arange(3)}, "it has 'scores', which no trace has"),
+        ({"scores": np.arange(3)}, "it has 'scores', which is not part of a trace"),
         ({"layer": np.array([0.0, 1.0, 0.0, 1.0])}, "its layer is float64 of shape (4,), not one row of"),
         ({"wanted": np.arange(8).reshape(2, 4)}, "its wanted is int64 of shape (2, 4)"),
         ({"num_experts": np.array([4])}, "it has 2 layers and 4 visits, but 1 entries of num_experts"),
@@ -162,7 +162,7 @@ def test_nothing_in_a_trace_is_ever_unpickled(tmp_path):
         ({"step": np.array([0, 0, 1, 2])}, "a visit is of step 2, and there are 2 steps"),
         ({"step": np.array([-1, 0, 1, 1])}, "step -1 comes after step 0"),
         ({"num_experts": np.array([4, 0])}, "layer 1 has 0 experts"),
-        ({"stall_ms": np.array([0.0, np.nan, 0, 0])}, "its stall_ms has entries that are no times"),
+        ({"stall_ms": np.array([0.0, np.nan, 0, 0])}, "its stall_ms has negative or infinite entries"),
     ],
 )
 def test_a_file_that_contradicts_itself_is_refused_with_what_disagrees(tmp_path, changes, message):
@@ -235,7 +235,7 @@ def test_a_share_that_is_none_is_refused(share):
 
 
 def test_a_share_of_no_expert_is_refused():
-    with pytest.raises(TraceError, match="of 4 experts is none of them"):
+    with pytest.raises(TraceError, match="of 4 experts is less than one of them"):
         Trace(("a",), (4,), step_tokens=[1]).hottest("1%")
 
 

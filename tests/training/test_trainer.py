@@ -336,10 +336,10 @@ def test_a_forward_that_router_losses_would_have_no_effect_on_is_refused(is_reen
 @pytest.mark.parametrize(
     ("option", "message"),
     [
-        ({"balance": -1.0}, "balance=-1.0 is no weight of a loss; choose 0, which is off, or more"),
-        ({"z": float("nan")}, "z=nan is no weight of a loss"),
-        ({"jitter": 1.0}, "jitter=1.0 is no share of 1; choose 0, which is off, or more, but less than 1"),
-        ({"dropout": -0.5}, "dropout=-0.5 is no share of 1"),
+        ({"balance": -1.0}, "balance=-1.0 is not the weight of a loss; choose 0 .off. or more"),
+        ({"z": float("nan")}, "z=nan is not the weight of a loss"),
+        ({"jitter": 1.0}, "jitter=1.0 is not a share; choose 0 .off. or more, but less than 1"),
+        ({"dropout": -0.5}, "dropout=-0.5 is not a share"),
     ],
 )
 def test_a_router_loss_or_noise_out_of_bounds_is_refused_before_the_model_is_touched(option, message):

@@ -36,7 +36,7 @@ def read_config(name: str, origin: Origin, what: str) -> PretrainedConfig:
         except (OSError, ValueError, ImportError):
             raise
         except Exception as error:  # classes of configs raise various errors for values that they do not expect
-            raise CommandError(f"{what}: its config is not what such a model's is: {error}") from error
+            raise CommandError(f"{what}: its config is not valid: {error}") from error
         return config
 
 
@@ -45,5 +45,5 @@ def _expect_id(name: str, what: str) -> None:
         validate_repo_id(name)
     except HFValidationError as error:
         raise CommandError(
-            f"{what}: there is no such folder, and it is no id of the Hub, which is written as 'org/model'"
+            f"{what}: there is no such folder, and it is not a valid Hub id, such as 'org/model'"
         ) from error

@@ -57,7 +57,7 @@ def expect_device(option: str, name: str) -> None:
     try:
         torch.device(name)
     except RuntimeError as error:
-        raise CommandError(f"{option} {name!r} is no device; this machine has {_devices()}") from error
+        raise CommandError(f"{option} {name!r} is not a device; this machine has {_devices()}") from error
     try:
         torch.zeros(1, device=name).tolist()  # raises for "meta", whose tensors have no data
     except (RuntimeError, AssertionError, NotImplementedError) as error:  # torch without CUDA asserts that it has it

@@ -88,7 +88,7 @@ def _texts(prompt: list[str] | None, prompts: Path | None) -> list[str]:
             texts = prompts.read_text(encoding="utf-8").splitlines()
     texts = [text for text in texts if text.strip()]
     if not texts:
-        raise CommandError("there is nothing but blanks in the prompts; write something to generate from")
+        raise CommandError("all prompts are blank; write something to generate from")
     return texts
 
 

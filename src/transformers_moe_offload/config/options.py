@@ -40,7 +40,7 @@ def parsed(option: str, text: str) -> Any:
         return parse_json(stripped, "it", ConfigError)
     except ConfigError as error:
         raise ConfigError(
-            f"{option}={quoted(text)} begins like a JSON object and is none: {error}. Names and strings need double "
+            f"{option}={quoted(text)}: {error}. Names and strings need double "
             "quotes, and the shell must leave them alone"
         ) from error
 

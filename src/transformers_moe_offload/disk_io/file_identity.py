@@ -57,7 +57,7 @@ class FileIdentity:
             )
         raise CheckpointError(
             f"{path} is not what it was when the model was loaded: it {'; it '.join(differences)}. Load the model "
-            f"again, or put the very file back"
+            f"again, or put the original file back"
         )
 
     def _found(self, descriptor: int) -> FileIdentity:

@@ -60,7 +60,7 @@ def code_groups(groups: Tensor, format: HqqFormat, solver: Solver, name: str) ->
     if not (torch.isfinite(low) & torch.isfinite(high)).all():  # sync: device -> host
         raise CheckpointError(
             f"{name} has weights that cannot be quantized: {int((~torch.isfinite(groups)).sum())} of {groups.numel()} "
-            "looked at are infinite or not a number; mend the checkpoint, or leave this layer as it is"
+            "looked at are infinite or not a number; fix the checkpoint, or leave this layer as it is"
         )
     if torch.maximum(-low, high).max() > FARTHEST:
         groups, low, high = (values.clamp(-FARTHEST, FARTHEST) for values in (groups, low, high))

@@ -35,7 +35,9 @@ def quantize(
     calls the matrix `name`.
     """
     if format.axis != 1:
-        raise ConfigError(f"{name} cannot be quantized with axis={format.axis}, which is only read; choose axis=1")
+        raise ConfigError(
+            f"{name} cannot be quantized with axis={format.axis}, which is for reading only; choose axis=1"
+        )
     rows, cols = weight.shape
     packing = packing_of(rows, cols, format, name=name)
     solver = solver or solver_for(weight)

@@ -29,7 +29,7 @@ def refuse_on_load(arguments: Mapping[str, Any]) -> None:
     """Raise for keyword arguments of `from_pretrained` that offloading does not support."""
     if arguments.get("gguf_file") is not None:
         raise ConfigError(
-            f"gguf_file={arguments['gguf_file']!r} cannot be had with moe_offload, which reads experts from "
+            f"gguf_file={arguments['gguf_file']!r} is not supported with moe_offload, which reads experts from "
             f"safetensors files; load the checkpoint without it and save it with save_pretrained first"
         )
     refuse_splits(arguments.get("distributed_config"))
@@ -63,9 +63,9 @@ def refuse_on_save(arguments: Mapping[str, Any], *, is_quantized: bool) -> None:
     kind = "quantized" if is_quantized else "offloaded"
     for name in ("variant", "distributed_checkpoint") if is_quantized else ("distributed_checkpoint",):
         if arguments.get(name):
-            raise ConfigError(f"{name}={arguments[name]!r} cannot be had for a model with {kind} experts; leave it out")
+            raise ConfigError(f"{name}={arguments[name]!r} is not supported for {kind} experts; leave it out")
     if is_quantized and arguments.get("push_to_hub") and arguments.get("state_dict") is not None:
         raise ConfigError(
-            "push_to_hub=True cannot be had together with a state_dict for a model with quantized experts, whose own "
+            "push_to_hub=True is not supported together with a state_dict for a model with quantized experts: its own "
             "weights would be pushed; save it without, and push the folder with `moe-offload push`"
         )

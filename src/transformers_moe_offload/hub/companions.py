@@ -93,8 +93,8 @@ def _is_inside(file: Path) -> bool:
     root = _root(file.parent.resolve())
     if not file.resolve().is_relative_to(root):
         raise CheckpointError(
-            f"{file} is a link that leads out of {root}, and what it leads to would be in what is written; put a copy "
-            f"of the file in its place, or remove the link"
+            f"{file} is a link that leads out of {root}, and its target would be copied into the output; replace the "
+            f"link by a copy of the file, or remove it"
         )
     return True
 

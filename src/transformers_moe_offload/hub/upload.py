@@ -149,7 +149,7 @@ def _status(error: BaseException | None) -> int | None:
 
 def _advice(status: int | None) -> str:
     if _passes(status):
-        return f"the Hub is in trouble, and was so {len(_WAITS) + 1} times in a row; run it again later"
+        return f"the Hub failed {len(_WAITS) + 1} times in a row; run it again later"
     return _ADVICE.get(status or 0, "see what it says, and run it again")
 
 

@@ -83,13 +83,13 @@ class HubWeights:
             ) from error
         odd = sorted({one.dtype for one in header.tensors.values()} - DTYPES.keys())
         if odd:
-            raise CheckpointError(f"{self.repo} has tensors of dtype {odd[0]} in {name}, which is not read")
+            raise CheckpointError(f"{self.repo} has tensors of dtype {odd[0]} in {name}, which is not supported")
         return tuple(FieldSpec(key, tuple(one.shape), DTYPES[one.dtype]) for key, one in header.tensors.items())
 
     def _missing(self, name: str) -> CheckpointError:
         return CheckpointError(
-            f"{self.repo} has its {name} on the Hub only, which is not to be asked; leave out local_files_only (or "
-            f"HF_HUB_OFFLINE) once, so that its header can be read"
+            f"the header of {name} of {self.repo} is on the Hub only, and local_files_only (or HF_HUB_OFFLINE) "
+            f"forbids to fetch it; leave that out once"
         )
 
 
@@ -103,8 +103,9 @@ def without_safetensors(name: str, files: Iterable[str]) -> CheckpointError:
     pickles = sorted(file for file in files if any(fnmatch(file, pattern) for pattern in _PICKLES))
     if pickles:
         return CheckpointError(
-            f"{name} has its weights in {', '.join(pickles[:3])}{', ...' if len(pickles) > 3 else ''}, which run code "
-            f"when they are read; only safetensors are, so load the model where you trust it and call save_pretrained"
+            f"{name} has its weights in {', '.join(pickles[:3])}{', ...' if len(pickles) > 3 else ''}, which can run "
+            f"code when they are loaded; only safetensors are supported: load the model where you trust it and call "
+            f"save_pretrained"
         )
     return CheckpointError(
         f"cannot read the weights of {name}: it has no {SAFE_WEIGHTS_NAME} and no {SAFE_WEIGHTS_INDEX_NAME}"

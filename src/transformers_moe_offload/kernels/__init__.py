@@ -81,7 +81,7 @@ def available() -> dict[str, str]:
     found = native.native()
     missing = gpu.missing()
     return {
-        "cpu": found.kernels or f"not there: {found.missing}",
-        "gpu": "triton" if missing is None else f"not there: {missing}",
+        "cpu": found.kernels or f"not available: {found.missing}",
+        "gpu": "triton" if missing is None else f"not available: {missing}",
         "torch": "any device",
     }

@@ -44,7 +44,7 @@ def missing(device: torch.device | None = None) -> str | None:
     if not is_interpreted and not torch.cuda.is_available():
         return "torch sees no GPU"
     if not is_interpreted and device is not None and device.type != "cuda":
-        return f"{device.type} is no GPU that Triton's kernels are for"
+        return f"Triton's kernels do not support {device.type}"
     if importlib.util.find_spec("triton") is None:
         return "Triton is not installed; pip install triton"
     if is_interpreted:

@@ -219,8 +219,8 @@ def _expect_no_strangers_beside(folder: Path, marks: Marks) -> None:
     for neighbour, mark in ((_beside(folder), marks.first), (_before(folder), _REPLACED)):
         if os.path.lexists(neighbour) and not _is_ours(neighbour, mark):
             raise CheckpointError(
-                f"{neighbour} is in the way: while {folder} is written this name is needed, and what has it was not "
-                f"made by this package; move it away, or choose another folder"
+                f"{neighbour} was not made by this package, and its name is needed while {folder} is written; move it "
+                f"away, or choose another folder"
             )
 
 

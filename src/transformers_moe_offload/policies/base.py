@@ -72,7 +72,7 @@ def make_policy(name: str) -> EvictionPolicy:
     """A fresh policy by its registered name."""
     if name == ORACLE:
         raise ConfigError(
-            f"policy={ORACLE!r} needs to know the future, which only a replay does; choose one of {policy_names()}, "
+            f"policy={ORACLE!r} needs future requests, which only a replay knows; choose one of {policy_names()}, "
             f"and compare it with {ORACLE} by `moe-offload replay`"
         )
     policy = _POLICIES[name]()

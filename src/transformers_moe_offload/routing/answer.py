@@ -36,8 +36,7 @@ def read_answer(outputs: tuple[Any, ...], seen: Interception) -> Answer:
     """Read the output of a router that `seen` has watched; raises `UnsupportedModelError` if it cannot be read."""
     if seen.choice is None:
         raise UnsupportedModelError(
-            "the router chose its experts in a way that cannot be watched: neither by topk or max over all experts nor "
-            "from a table"
+            "cannot watch how the router chooses its experts: neither by topk or max over all experts, nor from a table"
         )
     if seen.own_experts is not None:
         outputs = tuple(seen.choice.experts if out is seen.own_experts else out for out in outputs)

@@ -224,7 +224,7 @@ class RoutingRecorder:
         if self.domain not in self._index.domains:
             if len(self._index.domains) == MAX_CHOICES:
                 raise MoeOffloadError(
-                    f"domain={self.domain!r} is one too many: a recording has {MAX_CHOICES:,} at most"
+                    f"domain={self.domain!r} is one too many: a recording has at most {MAX_CHOICES:,} domains"
                 )
             self._index.domains.append(self.domain)
         return self._index.domains.index(self.domain)
@@ -246,8 +246,8 @@ class RoutingRecorder:
 def _facts(site: Site) -> RouterFacts:
     if site.num_experts > MAX_CHOICES:
         raise UnsupportedModelError(
-            f"{site.path} chooses among {site.num_experts:,} experts; a recording knows {MAX_CHOICES:,} at most: leave "
-            "it out with `layers`"
+            f"{site.path} chooses among {site.num_experts:,} experts; a recording supports at most {MAX_CHOICES:,}: "
+            "leave it out with `layers`"
         )
     return RouterFacts(
         site.index,

@@ -51,7 +51,7 @@ def make_strategy(strategy: str | RoutingStrategy, options: Mapping[str, Any]) -
     """A strategy by its name and options; a `RoutingStrategy` is returned as it is."""
     if isinstance(strategy, RoutingStrategy):
         if options:
-            raise ConfigError(f"{strategy} has its options already, and got {', '.join(options)} beside them")
+            raise ConfigError(f"{strategy} already has its options; leave out {', '.join(options)}")
         return strategy
     if not isinstance(strategy, str):
         raise ConfigError(f"strategy={strategy!r} is neither a name nor a RoutingStrategy")

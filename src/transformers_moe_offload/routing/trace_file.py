@@ -151,12 +151,10 @@ def _entries(folder: Path, found: Mapping[str, Any], kind: type[TraceIndex] | ty
     """The entries of an object in `trace.json`, all of them and of the right types."""
     names = [one.name for one in fields(kind)]
     if sorted(found) != sorted(names):
-        refuse_folder(
-            folder, f"{INDEX} does not say what it must: it has {quoted(sorted(found))}, not {', '.join(names)}"
-        )
+        refuse_folder(folder, f"{INDEX} has the keys {quoted(sorted(found))}, not {', '.join(names)}")
     for name, value in found.items():
         if not _FITS[name](value):
-            refuse_folder(folder, f"{INDEX} does not say what it must: {name}={quoted(value)}")
+            refuse_folder(folder, f"{INDEX}: {name}={quoted(value)} is not valid")
     return {name: tuple(found[name]) if name in ("layers", "experts_paths") else found[name] for name in names}
 
 
@@ -164,9 +162,7 @@ def _check_index(folder: Path, index: TraceIndex) -> None:
     """Refuse numbers and names that contradict one another."""
     for name in index.parts:
         if _PART_NAME.fullmatch(name) is None:
-            refuse_folder(
-                folder, f"{quoted(name)} is not the name of a part: a part lies outside the folder, or is none"
-            )
+            refuse_folder(folder, f"{quoted(name)} is not the name of a part, such as part-00000.safetensors")
     if len(set(index.parts)) < len(index.parts):
         refuse_folder(folder, "it names a part twice")
     if len(index.domains) > index.num_steps or len(set(index.domains)) < len(index.domains):
@@ -189,7 +185,7 @@ def _check_index(folder: Path, index: TraceIndex) -> None:
     for name, many in (("layer", "layers"), ("path of experts", "experts_paths")):
         of_all = [one for facts in index.routers for one in getattr(facts, many)]
         if len(set(of_all)) < len(of_all):
-            refuse_folder(folder, f"a {name} follows two routers")
+            refuse_folder(folder, f"two routers have one {name}")
 
 
 def expect_new_folder(folder: str | os.PathLike[str], *, overwrite: bool = False) -> None:

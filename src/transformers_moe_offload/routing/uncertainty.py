@@ -57,7 +57,7 @@ def routing_uncertainty(
     check_count("repeats", repeats, least=2)
     check_seed(seed)
     if not hasattr(make_strategy(strategy, options), "seed"):
-        raise ConfigError(f"strategy {strategy!r} draws nothing, so all repeats are alike; use one that has a seed")
+        raise ConfigError(f"strategy {strategy!r} draws nothing, so all repeats would be equal; use one with a seed")
     forward = {"input_ids": inputs} if isinstance(inputs, Tensor) else dict(inputs)
     gathered: _Gathered | None = None
     for number in range(repeats):

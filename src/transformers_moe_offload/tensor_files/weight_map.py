@@ -41,19 +41,18 @@ class WeightMap:
         files = index.get("weight_map")
         if not isinstance(files, dict):
             raise CheckpointError(
-                f"{path} is not a checkpoint index: it has no readable weight_map but {quoted(files)}; download it "
-                "again"
+                f"{path} is not a checkpoint index: its weight_map is {quoted(files)}, not an object; download it again"
             )
         for name, file in files.items():
             if not _is_inside(file):
                 raise CheckpointError(
-                    f"{path} places {one_line(name)} in {quoted(file)}, which is no file inside its folder; "
+                    f"{path} places {one_line(name)} in {quoted(file)}, which is not a file inside its folder; "
                     f"refusing to read outside of {path.parent}"
                 )
         metadata = index.get("metadata", None if needs_metadata else {})
         if not isinstance(metadata, dict):
             raise CheckpointError(
-                f"{path} has {quoted(metadata)} for metadata, which is no object; download it again, or write "
+                f"{path} has {quoted(metadata)} for metadata, which is not an object; download it again, or write "
                 f'"metadata": {{}}'
             )
         return cls(files, _total_bytes(path, metadata))
@@ -76,5 +75,5 @@ def _total_bytes(path: Path, metadata: Mapping[str, Any]) -> int | None:
     if total is None:
         return None
     if isinstance(total, bool) or not isinstance(total, int | float) or not 0 <= total < 2**63 or not isfinite(total):
-        raise CheckpointError(f"{path} has {quoted(total)} for total_size, which is no number of bytes")
+        raise CheckpointError(f"{path} has {quoted(total)} for total_size, which is not a number of bytes")
     return int(total)

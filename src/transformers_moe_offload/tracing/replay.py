@@ -46,7 +46,7 @@ def replay(trace: Trace, policy: str, num_slots: int) -> Replay:
     `policy` is a name given to `register_policy`, or `belady`.
     """
     if num_slots < 1:
-        raise ConfigError(f"a replay with {num_slots} slots cannot work: a layer needs 1 to pass its experts through")
+        raise ConfigError(f"a replay needs 1 slot or more, not {num_slots}")
     if policy == ORACLE:
         return Replay(policy, num_slots, _consult_oracle(trace, num_slots))
     # Slots beyond the number of experts that are ever asked for stay empty; `num_slots` may come from a file.

@@ -169,7 +169,7 @@ def _members(path: Source, archive: zipfile.ZipFile, most_bytes: int) -> dict[st
     for member in archive.infolist():
         name = member.filename.removesuffix(".npy")
         if name not in REQUIRED | OPTIONAL:
-            refuse(path, f"it has {quoted(name)}, which no trace has")
+            refuse(path, f"it has {quoted(name)}, which is not part of a trace")
         if name in members:
             refuse(path, f"it has {name} twice")
         if member.flag_bits & _ENCRYPTED or member.compress_type not in (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED):
@@ -188,7 +188,7 @@ def _array(path: Source, name: str, content: bytes) -> Array:
     stream = io.BytesIO(content)
     version = npy.read_magic(stream)
     if version not in ((1, 0), (2, 0)):
-        refuse(path, f"its {name} is an array of version {version}, which no trace has")
+        refuse(path, f"its {name} is an array of version {version}, which traces do not use")
     read = npy.read_array_header_1_0 if version == (1, 0) else npy.read_array_header_2_0
     shape, _, dtype = read(stream)
     kind = (REQUIRED | OPTIONAL)[name]
@@ -196,7 +196,7 @@ def _array(path: Source, name: str, content: bytes) -> Array:
         refuse(path, f"its {name} is {one_line(dtype, 40)} of shape {quoted(shape)}, not one row of {kind!r}")
     data_bytes = len(content) - stream.tell()
     if dtype.itemsize < 1 or shape[0] < 0 or prod(shape) * dtype.itemsize != data_bytes:
-        refuse(path, f"its {name} is to have {quoted(shape[0])} entries, but has {data_bytes:,} bytes")
+        refuse(path, f"its {name} declares {quoted(shape[0])} entries, but has {data_bytes:,} bytes")
     return np.frombuffer(content, dtype, shape[0], stream.tell())
 
 
@@ -214,9 +214,9 @@ def _check(path: Source, arrays: Arrays) -> None:
     expect_table(path, arrays["num_experts"].tolist(), "layers")
     for name in ("step_tokens", "experts_per_token"):
         if name in arrays and arrays[name].min(initial=0) < 0:
-            refuse(path, f"its {name} has {arrays[name].min()}, which is no number of anything")
+            refuse(path, f"its {name} has {arrays[name].min()}, which is negative")
     if "stall_ms" in arrays and not (np.isfinite(arrays["stall_ms"]) & (arrays["stall_ms"] >= 0)).all():
-        refuse(path, "its stall_ms has entries that are no times")
+        refuse(path, "its stall_ms has negative or infinite entries")
     starts = arrays["starts"]
     if starts[0] != 0 or starts[-1] != len(arrays["wanted"]) or (starts[1:] < starts[:-1]).any():
         refuse(path, f"its starts do not divide the {len(arrays['wanted'])} experts wanted into visits")

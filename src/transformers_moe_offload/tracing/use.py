@@ -29,7 +29,7 @@ def hottest_experts(counts: Mapping[int, Sequence[int]], share: float | str) -> 
     total_experts = sum(map(len, counts.values()))
     wanted = round(parse_share(share) * total_experts)
     if wanted < 1:
-        raise TraceError(f"{share!r} of {total_experts} experts is none of them; choose a larger share")
+        raise TraceError(f"{share!r} of {total_experts} experts is less than one of them; choose a larger share")
     chosen = [
         (-uses, layer, expert) for layer, of_layer in counts.items() for expert, uses in enumerate(of_layer) if uses
     ]

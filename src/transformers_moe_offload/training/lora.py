@@ -42,7 +42,7 @@ def lora_config(
     if not found["target_parameters"] and not found["target_modules"]:
         raise ConfigError("neither experts nor attention are to be adapted; set experts=True or attention=True")
     for name in found.keys() & options.keys():
-        raise ConfigError(f"{name}={options[name]!r} is what lora_config finds; use peft.LoraConfig to say it yourself")
+        raise ConfigError(f"{name}={options[name]!r} is set by lora_config itself; use peft.LoraConfig to choose it")
     return LoraConfig(**found, **options)
 
 

@@ -43,10 +43,10 @@ class RouterRegulariser:
     ) -> None:
         for name, value in (("balance", balance), ("z", z)):
             if not value >= 0:
-                raise ConfigError(f"{name}={value} is no weight of a loss; choose 0, which is off, or more")
+                raise ConfigError(f"{name}={value} is not the weight of a loss; choose 0 (off) or more")
         for name, value in (("jitter", jitter), ("dropout", dropout)):
             if not 0 <= value < 1:
-                raise ConfigError(f"{name}={value} is no share of 1; choose 0, which is off, or more, but less than 1")
+                raise ConfigError(f"{name}={value} is not a share; choose 0 (off) or more, but less than 1")
         self.balance, self.z, self.jitter, self.dropout = balance, z, jitter, dropout
         self.last: dict[str, float] = {}
         """The latest values of both losses, before weights."""
@@ -115,8 +115,8 @@ def _expect_effect(logits: list[Tensor], output: Any) -> None:
         )
     if not any(one.requires_grad for one in logits):
         raise ConfigError(
-            "what the routers score has no gradient, so balance and z would change nothing; train the routers or what "
-            "comes before them, and checkpoint with activation_checkpointing_kwargs={'use_reentrant': False}"
+            "the routers' scores have no gradient, so balance and z would change nothing; train the routers or layers "
+            "before them, and checkpoint with activation_checkpointing_kwargs={'use_reentrant': False}"
         )
 
 

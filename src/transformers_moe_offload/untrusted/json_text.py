@@ -41,7 +41,7 @@ def json_file(path: Path, error: type[MoeOffloadError] = CheckpointError) -> Any
     except ValueError as cause:  # an invalid file name
         raise error(f"cannot read {one_line(path)}: {one_line(cause)}") from cause
     if len(content) > MAX_BYTES:
-        raise error(f"{one_line(path)} has more than {MAX_BYTES:,} bytes, which no file of its kind has")
+        raise error(f"{one_line(path)} has more than {MAX_BYTES:,} bytes, the most that are read")
     return parse_json(content, one_line(path), error)
 
 
@@ -49,7 +49,7 @@ def json_object(path: Path, error: type[MoeOffloadError] = CheckpointError) -> d
     """The object in a file; raises `error` for any other value."""
     value = json_file(path, error)
     if not isinstance(value, dict):
-        raise error(f"{one_line(path)} holds no JSON object but a {type(value).__name__}")
+        raise error(f"{one_line(path)} is not a JSON object but a {type(value).__name__}")
     return value
 
 

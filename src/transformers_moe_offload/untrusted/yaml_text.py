@@ -67,7 +67,7 @@ class _Loader(yaml.SafeLoader):
         if len(self._distinct) > MAX_VALUES:
             raise yaml.composer.ComposerError(None, None, f"it has more than {MAX_VALUES:,} values", None)
         if node.tag not in [_PREFIX + kind for kind in _KINDS]:
-            raise yaml.composer.ComposerError(None, None, f"{quoted(node.tag)} is no kind of value", node.start_mark)
+            raise yaml.composer.ComposerError(None, None, f"{quoted(node.tag)} is not supported", node.start_mark)
         return node
 
     def compose_mapping_node(self, anchor: Any) -> Any:
@@ -76,7 +76,7 @@ class _Loader(yaml.SafeLoader):
         seen = set()
         for key, _ in node.value:
             if not isinstance(key, yaml.ScalarNode):
-                raise yaml.composer.ComposerError(None, None, "a key is no text", key.start_mark)
+                raise yaml.composer.ComposerError(None, None, "a key is not text", key.start_mark)
             if key.value in seen:
                 raise yaml.composer.ComposerError(None, None, f"{quoted(key.value)} is there twice", key.start_mark)
             seen.add(key.value)

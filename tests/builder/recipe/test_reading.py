@@ -52,7 +52,7 @@ def test_a_recipe_says_what_it_says():
         ({"upcycle": {"num_experts": 2}}, "upcycle: is given, but kind is 'moe'; .* or leave upcycle: out"),
         ({"kind": "upcycle"}, "but experts: lists 2"),
         ({"kind": "split", "experts": [], "split": {"num_experts": 2, "shared": 2}}, "leaves none to be routed"),
-        ({"output": {"max_shard_size": "5 apples"}}, "max_shard_size='5 apples' is no size"),
+        ({"output": {"max_shard_size": "5 apples"}}, "max_shard_size='5 apples' is not a size"),
         ({"schema": 2}, "schema: 2 is not one"),
         ({"shared_experts": [{"gated": True, "delta": True}]}, "leave out gated or delta"),
         ({"base_model": {"adapter": "a", "extract_rank": 4}}, "exclude each other"),
@@ -120,7 +120,7 @@ def test_paths_are_relative_to_the_recipes_file(tmp_path):
     [
         ("schema: 1\nschema: 1\n", "'schema' is there twice"),
         ("schema: [", "is not valid YAML"),
-        ("just text", "holds no recipe but str"),
+        ("just text", "holds a str, not a mapping"),
         ("", "is empty; see the documentation"),
         ("schema: 1\nbase_model: !!python/object:os.system x\n", "is not valid YAML"),
         ("schema: 1\n", "base_model is missing"),

@@ -69,7 +69,7 @@ def test_pickled_weights_are_refused(tmp_path):
     folder = save_dense(tmp_path / "dense")
     (folder / "model.safetensors").unlink()
     torch.save({}, folder / "pytorch_model.bin")
-    with pytest.raises(CheckpointError, match=r"has its weights in pytorch_model.bin, which run code"):
+    with pytest.raises(CheckpointError, match=r"has its weights in pytorch_model.bin, which can run code"):
         opened(folder)
 
 

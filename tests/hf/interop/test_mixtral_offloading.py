@@ -136,7 +136,7 @@ def test_an_expert_that_the_index_lacks_is_named(source):
 def test_an_index_that_points_out_of_the_folder_is_refused(source):
     index = source / layout_index()
     index.write_text(index.read_text().replace("expert_0_0.", "../expert_0_0."))
-    with pytest.raises(CheckpointError, match=r"'../expert_0_0.safetensors', which is no file inside its folder"):
+    with pytest.raises(CheckpointError, match=r"'../expert_0_0.safetensors', which is not a file inside its folder"):
         opened(source)
 
 
@@ -153,7 +153,7 @@ def test_a_config_of_another_size_is_told(source):
 
 
 def test_nothing_is_quantized_with_groups_along_the_outputs(checkpoint):
-    with pytest.raises(ConfigError, match="cannot be quantized with axis=0, which is only read; choose axis=1"):
+    with pytest.raises(ConfigError, match="cannot be quantized with axis=0, which is for reading only; choose axis=1"):
         AutoModelForCausalLM.from_pretrained(
             checkpoint, moe_offload=OffloadConfig(experts=HqqFormat(axis=0, group_size=16))
         )

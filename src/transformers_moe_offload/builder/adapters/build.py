@@ -203,8 +203,9 @@ def _check(plan: AdapterPlan, place: Path) -> float | None:
         difference, allowed = (logits - expected).abs().max().item(), TOLERANCE * expected.abs().max().item()
         if not difference <= allowed:  # also raises for NaN
             raise CheckFailedError(
-                f"forced expert: {plan.adapters[number].name} alone does not give what it gives merged into "
-                f"{plan.base.name}: logits are off by {difference:.2g}, and {allowed:.2g} can be rounding"
+                f"forced expert: {plan.adapters[number].name} alone does not reproduce "
+                f"{plan.base.name} with it merged: logits differ by {difference:.2g}, and rounding explains at most "
+                f"{allowed:.2g}"
             )
         worst = max(worst, difference)
     return worst

@@ -59,13 +59,13 @@ def check_logits(materials: Materials, stored: Mapping[str, StoredTensor]) -> tu
 
 def _message(materials: Materials, number: int, difference: float, allowed: float) -> str:
     plan = materials.plan
-    off = f"logits are off by {difference:.2g}, and {allowed:.2g} can be rounding"
+    off = f"logits differ by {difference:.2g}, and rounding explains at most {allowed:.2g}"
     if number == plan.shape.num_experts:
         return (
-            f"identity: {plan.container.name} with copies of the blocks of {plan.base.name} as experts does not give "
-            f"what {plan.base.name} gives: {off}; this model needs another container"
+            f"identity: {plan.container.name} with copies of the blocks of {plan.base.name} as experts does not "
+            f"reproduce {plan.base.name}: {off}; this model needs another container"
         )
-    return f"forced expert: {plan.mixture.names[number]} alone does not give what it gives as a dense model: {off}"
+    return f"forced expert: {plan.mixture.names[number]} alone does not reproduce its dense model: {off}"
 
 
 def _spread(size: int) -> Tensor:

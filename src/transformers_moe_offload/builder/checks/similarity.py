@@ -39,7 +39,7 @@ def strangers(found: Mapping[str, float], level: str, base: str) -> Sequence[str
     """Warnings about unrelated sources; with `level="error"` the first is raised as `RecipeError`."""
     messages = [
         f"{name} has nothing in common with the base model {base} (cosine of their matrices {cosine:.2f}, fine-tunes "
-        f"have more than 0.9); its blocks will not understand the attention around them"
+        f"have more than 0.9); its blocks were not trained with the attention around them"
         for name, cosine in found.items()
         if cosine < RELATED
     ]

@@ -93,8 +93,8 @@ class Anatomy:
         names = [name for name in _COUNTS if self.config.get(name) == self.num_experts]
         if not names:
             raise UnsupportedModelError(
-                f"{self.folder / CONFIG_NAME} says nowhere that there are {self.num_experts} experts "
-                f"({', '.join(_COUNTS)})"
+                f"{self.folder / CONFIG_NAME} has none of {', '.join(_COUNTS)} equal to "
+                f"{self.num_experts}, the number of experts"
             )
         if num_experts < self.experts_per_token:
             raise UnsupportedModelError(

@@ -109,7 +109,7 @@ def _dense(
         if not lacking:
             return config, layout
         reasons.append(f"{name} has {', '.join(lacking[:3])}")
-    raise UnsupportedModelError(f"{anatomy.folder} does not hold all of a dense model: {'; '.join(reasons)}")
+    raise UnsupportedModelError(f"{anatomy.folder} cannot become a dense model: {'; '.join(reasons)}")
 
 
 def _lacking(anatomy: Anatomy, container: Container, layout: Mapping[str, FieldSpec]) -> list[str]:

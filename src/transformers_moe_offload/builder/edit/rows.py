@@ -65,7 +65,7 @@ def ridge_rows(
     """All rows, computed with the new expert's texts beside the others'."""
     container = anatomy.container
     if container is None:
-        raise RecipeError(f"there are statistics in {statistics}, but the mixture is none of ours; give gate")
+        raise RecipeError(f"{statistics} exists, but build_moe does not build this kind of mixture; give gate")
     ffn = {block.layer: container.ffn(block.layer) for block in anatomy.blocks}
     tokenizer = read_tokenizer(anatomy.folder, anatomy.folder.name)
     gates = add_expert_gate(RidgeStatistics(statistics), expert, base, tokenizer, ffn, path, device=device)

@@ -110,7 +110,8 @@ def _expect_same_model(statistics: RidgeStatistics, base: Source, ffn: Mapping[i
     if (layers, hidden_size) != (about.layers, about.hidden_size):
         raise RecipeError(
             f"{statistics.path} is about layers {list(about.layers)} with hidden size {about.hidden_size}, but the "
-            f"model has experts in layers {list(layers)} and hidden size {hidden_size}; are the statistics its own?"
+            f"model has experts in layers {list(layers)} and hidden size {hidden_size}; were the statistics "
+            f"made for another model?"
         )
     if base.name != about.base:
         logger.warning(

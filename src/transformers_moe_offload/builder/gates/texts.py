@@ -115,7 +115,7 @@ def _from_datasets(dataset: Dataset) -> Iterator[str]:
         from datasets import load_dataset
     except ImportError as error:
         raise RecipeError(
-            f"dataset {dataset.path} is no file here, and data sets of the Hub need the package `datasets`: "
+            f"dataset {dataset.path} is not a file here, and data sets of the Hub need the package `datasets`: "
             f"pip install 'transformers-moe-offload[datasets]'"
         ) from error
     try:

@@ -146,9 +146,9 @@ def _exclusion(one: Licence, other: Licence) -> str | None:
         assert other.id is not None
         if other.id in passed_on(one.id) or one.id in passed_on(other.id):
             return None
-        return "both want the whole under themselves"
+        return "both require the whole work to be under themselves"
     if other.kind == COMMUNITY or (other.kind == NON_COMMERCIAL and one.id not in NON_COMMERCIAL_ALIKE):
-        return f"{one} wants the whole under itself, and {other} adds restrictions"
+        return f"{one} requires the whole work to be under it, and {other} adds restrictions"
     return None
 
 

@@ -59,6 +59,6 @@ class SharedExpert(Expert):
         super().__post_init__()
         if self.gated and self.delta:
             raise RecipeError(
-                "a shared expert that is gated is let through in part, so that experts that hold the difference to it "
-                "would not add up with it; leave out gated or delta"
+                "gated and delta exclude each other: a gate scales the shared expert, so experts that hold the "
+                "difference to it would not add up to their source; leave one of them out"
             )

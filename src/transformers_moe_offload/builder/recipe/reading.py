@@ -55,7 +55,7 @@ def load_yaml(path: Path) -> dict[str, Any]:
         raise RecipeError(f"{path} is not valid YAML: it is not text in UTF-8") from error
     values = parse_yaml(text, str(path), RecipeError)
     if not isinstance(values, dict):
-        what = "is empty" if values is None else f"holds no recipe but {type(values).__name__}"
+        what = "is empty" if values is None else f"holds a {type(values).__name__}, not a mapping"
         raise RecipeError(f"{path} {what}; see the documentation for what a recipe says")
     return values
 

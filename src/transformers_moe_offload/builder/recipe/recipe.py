@@ -151,7 +151,7 @@ class MoeRecipe:
         Raises `RecipeError` for whatever it does not know. Relative paths are relative to `folder`.
         """
         if not isinstance(values, Mapping):
-            raise RecipeError(f"{quoted(values)} is no mapping of what a recipe says")
+            raise RecipeError(f"{quoted(values)} is not a mapping with the keys of a recipe")
         if is_mergekit(values):
             values = translated(values)
         place = Place(folder=folder)

@@ -49,9 +49,11 @@ class Output:
         try:
             nbytes = Budget.parse(self.max_shard_size, "max_shard_size").nbytes
         except ConfigError as error:
-            raise RecipeError(f"max_shard_size={quoted(self.max_shard_size)} is no size; write it as '5GB'") from error
+            raise RecipeError(
+                f"max_shard_size={quoted(self.max_shard_size)} is not a size; write it as '5GB'"
+            ) from error
         if nbytes is None:
-            raise RecipeError(f"max_shard_size={quoted(self.max_shard_size)} is no size; write it as '5GB'")
+            raise RecipeError(f"max_shard_size={quoted(self.max_shard_size)} is not a size, such as '5GB'")
         return nbytes
 
 

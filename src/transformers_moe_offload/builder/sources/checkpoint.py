@@ -128,8 +128,8 @@ def as_saved(
     for extra in specs.keys() - expected.keys() - tied.keys():
         if not any(re.search(pattern, extra) for pattern in harmless):
             raise CheckpointError(
-                f"{name} has a tensor {extra}, which no {config.model_type} with its config has; its config belongs to "
-                f"other weights, or it is a model of another kind"
+                f"{name} has a tensor {extra}, which a {config.model_type} with this config does not have; its config "
+                f"belongs to other weights, or it is a model of another kind"
             )
     for alias, kept in tied.items():
         if not _are_equal(stored[alias], stored[kept]):

@@ -79,7 +79,7 @@ class _NoValues(TorchFunctionMode):
         kwargs: Mapping[str, Any] | None = None,
     ) -> Any:
         if func in HANDED_OVER:
-            raise HostSyncError(f"Tensor.{func.__name__} hands values over to the host")
+            raise HostSyncError(f"Tensor.{func.__name__} copies values to the host")
         return func(*args, **(kwargs or {}))
 
 

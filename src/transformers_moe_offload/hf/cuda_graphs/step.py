@@ -161,7 +161,7 @@ class DecodeStep:
                 step = CapturedStep(call, inputs, model.device)
         except (RuntimeError, MoeOffloadError) as error:  # torch's for operations that a graph cannot capture, and ours
             self._refused.add(key)
-            self._say(f"steps are not captured: {type(model).__name__} does what a graph cannot: {error}")
+            self._say(f"steps are not captured: a CUDA graph cannot capture {type(model).__name__}: {error}")
             return model
         self._captured = [*self._captured, (key, step)][-MOST_STEPS:]
         self.num_captured += 1

@@ -21,7 +21,7 @@ def obstacle(layer: SparseLayer, source: LayerSource, config: OffloadConfig) -> 
     if config.arithmetic == "exact":
         return "arithmetic='exact' computes with the model's own code"
     if layer.mlp is None:
-        return f"{layer.plain_class.__name__} computes in a way of its own"
+        return f"the arithmetic of {layer.plain_class.__name__} is not supported"
     return missing_on_device(layer.mlp, record_layout(source), source.codings, layer.device)
 
 

@@ -78,8 +78,8 @@ class Matrix:
         size, rest = divmod(self.rows * self.cols, max(1, scales))
         if scales != zeros or rest or self.rows % size:
             raise CheckpointError(
-                f"{self.name} has {scales} scales and {zeros} zeros, which are no groups of {self.rows} x {self.cols} "
-                f"weights; the config does not belong to these weights"
+                f"{self.name} has {scales} scales and {zeros} zeros, which do not fit groups of {self.rows} x "
+                f"{self.cols} weights; the config does not belong to these weights"
             )
         return size
 

@@ -54,7 +54,7 @@ def _choose_arithmetic(model: nn.Module, config: OffloadConfig, layers: Sequence
         if kind not in verdicts:
             verdicts[kind] = reproduces(layer, module, mlp)
             if not verdicts[kind]:
-                logger.info(f"{layer.plain_class.__name__} computes in a way of its own; using its eager forward")
+                logger.info(f"the arithmetic of {layer.plain_class.__name__} is not supported; using its eager forward")
         if verdicts[kind]:
             layer.mlp = replace(mlp, activations=activations_of(config))
 

@@ -105,10 +105,10 @@ def _sound_config(path: Path, error: Exception) -> dict[str, Any]:
     for name, kinds in _KINDS.items():
         is_there = config.get(name) is not None or (name == "auto_map" and name in config)
         if is_there and not isinstance(config[name], kinds):
-            raise CheckpointError(f"{path} has {name}={quoted(config[name])}, which is no {kinds[0].__name__}")
+            raise CheckpointError(f"{path} has {name}={quoted(config[name])}, which is not a {kinds[0].__name__}")
     weights = config.get("transformers_weights")
     if weights is not None and not weights.endswith((".safetensors", ".safetensors.index.json")):
-        raise CheckpointError(f"{path} has transformers_weights={quoted(weights)}, which is no file of weights")
+        raise CheckpointError(f"{path} has transformers_weights={quoted(weights)}, which is not a file of weights")
     too_large = next((number for number in _numbers(config) if abs(number) >= 2**63), None)
     if too_large is not None:
         raise CheckpointError(f"{path} has the number {quoted(too_large)}, which no model has anything of")
@@ -130,9 +130,9 @@ def _sound_config(path: Path, error: Exception) -> dict[str, Any]:
     except MoeOffloadError:
         raise
     except Exception as cause:
-        raise CheckpointError(f"{path} is no {known.__name__} that can be read: {one_line(cause)}") from cause
+        raise CheckpointError(f"{path} is not a valid {known.__name__}: {one_line(cause)}") from cause
     if not isinstance(made.get_text_config(), PretrainedConfig):
-        raise CheckpointError(f"{path} has a text_config, which a {known.__name__} has not")
+        raise CheckpointError(f"{path} has a text_config, which {known.__name__} does not have")
     return config
 
 
@@ -147,7 +147,7 @@ def _expect_model(cls: Any, path: Path, config: Mapping[str, Any]) -> None:
             build(CONFIG_MAPPING[config["model_type"]].from_dict(plain))
     except Exception as cause:
         reason = f"{type(cause).__name__}: {one_line(cause)}"
-        raise CheckpointError(f"{path} describes no model that can be built: {reason}") from cause
+        raise CheckpointError(f"no model can be built from {path}: {reason}") from cause
 
 
 def _numbers(value: Any) -> Iterator[int]:

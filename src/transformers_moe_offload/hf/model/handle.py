@@ -293,8 +293,8 @@ class OffloadRuntime:
         model = self._model()
         if model is None:
             raise MoeOffloadError(
-                "the model that was loaded is gone, and with it what its experts are computed by; keep a name for all "
-                "of it, as in `model = ...from_pretrained(...)`, also where only a part of it or this handle is used"
+                "the model was garbage-collected, and its experts cannot be computed without it; keep a reference to "
+                "all of it, as in `model = ...from_pretrained(...)`, also if only a part of it or this handle is used"
             )
         return model
 

@@ -31,14 +31,14 @@ def expect_in_place(model: nn.Module, layers: Sequence[SparseLayer]) -> None:
     for layer in layers:
         if not is_in_place(model, layer):
             raise UnsupportedModelError(
-                f"{layer.name} is not the module that it was when {type(model).__name__} was loaded, so that its "
-                f"experts cannot be found by that name; {_INSTEAD}"
+                f"{layer.name} is not the module that was loaded at this path of {type(model).__name__}, so its "
+                f"experts cannot be found; {_INSTEAD}"
             )
         given = _registered(experts_at(model, layer.name), layer)
         if given is not None:
             raise UnsupportedModelError(
-                f"{layer.name}.{given} was made a parameter, but its experts are offloaded and computed with as the "
-                f"checkpoint has them; {_INSTEAD}"
+                f"{layer.name}.{given} was registered as a parameter, but its experts are offloaded and read from the "
+                f"checkpoint; {_INSTEAD}"
             )
     found = sum(isinstance(module, OffloadedExperts) for module in model.modules())
     if found != len(layers):

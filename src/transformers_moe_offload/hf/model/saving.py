@@ -58,8 +58,8 @@ def _expect_none_of(folder: Path, names: Sequence[str]) -> None:
     found = [name for name in names if (folder / name).is_file()]
     if found:
         raise CheckpointError(
-            f"{folder} has {found[0]}, which belongs to something else and would be loaded together with what is "
-            f"saved there; save to a folder of its own, or remove what is in this one"
+            f"{folder} has {found[0]} of another checkpoint, which would be loaded together with the saved model; save "
+            f"to another folder, or remove it"
         )
 
 
@@ -104,8 +104,8 @@ def _expect_known(state_dict: Mapping[str, Tensor], own: Mapping[str, Tensor]) -
     unknown = next((name for name in state_dict if name not in own), None)
     if unknown is not None:
         raise ConfigError(
-            f"the state_dict to be saved holds {unknown}, which this model has not: its weights are in low bits, and "
-            f"are saved as they are; give what model.state_dict() has, or restore() the model to save all of it plainly"
+            f"the state_dict to be saved holds {unknown}, which is not in this model: its weights are in low bits, and "
+            f"are saved as they are; give names of model.state_dict(), or restore() the model first"
         )
 
 
@@ -115,7 +115,7 @@ def _bytes(max_shard_size: int | str | None) -> int:
         return MAX_SHARD_BYTES
     nbytes = Budget.parse(max_shard_size, "max_shard_size").nbytes
     if nbytes is None:
-        raise ConfigError(f"max_shard_size={max_shard_size!r} is no size; write bytes as an int, or such as '5GB'")
+        raise ConfigError(f"max_shard_size={max_shard_size!r} is not a size; write bytes as an int, or such as '5GB'")
     return min(nbytes, MAX_SHARD_BYTES)
 
 

@@ -85,8 +85,8 @@ def _warn_if_written(model: Any, *_: Any) -> None:
         writer = _WRITERS.get((frame.f_globals.get("__name__", ""), frame.f_code.co_name))
         if writer is not None:
             logger.warning(
-                f"{writer} writes what {type(model).__name__}.state_dict() returns, which has none of the experts that "
-                f"are offloaded; use save_pretrained of the model, which writes all of it"
+                f"{writer} writes {type(model).__name__}.state_dict(), which does not contain the offloaded experts; "
+                f"use save_pretrained, which writes the whole model"
             )
             return
         frame = frame.f_back  # type: ignore[assignment]

@@ -30,8 +30,8 @@ def as_stored(source: LayerSource) -> LayerSource:
         return source
     if source.spare:
         raise UnsupportedModelError(
-            f"{source.spec.name} has experts without weights behind the others, and quantized ones before them, which "
-            f"is not supported; use an unquantized checkpoint of the model"
+            f"{source.spec.name} mixes quantized experts with trailing experts without weights, which is not "
+            f"supported; use an unquantized checkpoint of the model"
         )
     fields = [
         _field(spec, entries, f"{source.spec.name}.{spec.name}")

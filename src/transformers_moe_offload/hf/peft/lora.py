@@ -133,8 +133,8 @@ def _refuse(model: nn.Module, config: lora.LoraConfig) -> None:
             for option in _VARIANTS:
                 if getattr(config, option, None):
                     raise ConfigError(
-                        f"{option}={getattr(config, option)!r} cannot be had for LoRA on experts ({meant[0]}); leave "
-                        f"it out, or adapt other modules with it in an adapter of their own"
+                        f"{option}={getattr(config, option)!r} is not supported for LoRA on experts ({meant[0]}); "
+                        f"leave it out, or adapt other modules with it in an adapter of their own"
                     )
             if config.init_lora_weights not in (True, False, "gaussian", "orthogonal"):
                 raise ConfigError(

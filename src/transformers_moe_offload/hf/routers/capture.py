@@ -89,7 +89,7 @@ def _explain(module: nn.Module, error: Exception) -> None:
     """Log once why a module cannot be run on hidden states alone; raise the error again if memory ran out."""
     if is_out_of_memory(error):
         raise error
-    logger.info_once(f"{type(module).__name__} cannot be asked what it chooses: {type(error).__name__}: {error}")
+    logger.info_once(f"cannot run {type(module).__name__} on hidden states alone: {type(error).__name__}: {error}")
 
 
 class _ReachedExpertsError(Exception):

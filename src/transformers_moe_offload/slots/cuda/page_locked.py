@@ -34,7 +34,7 @@ class PageLock:
         if int(error):
             why = runtime.cudaGetErrorString(error)
             _forget_error(device)
-            raise OSError(f"CUDA would not lock {memory.nbytes:,} bytes in memory: {why}")
+            raise OSError(f"CUDA refused to page-lock {memory.nbytes:,} bytes: {why}")
         self.free: Callable[[], object] = weakref.finalize(self, _unlock, memory, device)
         """Unlock the memory, once the device has done all submitted work; a second call does nothing."""
 

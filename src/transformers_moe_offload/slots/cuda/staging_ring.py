@@ -87,8 +87,8 @@ def _allocated(shape: RingShape, pin_memory: bool) -> list[Tensor]:
             return [torch.empty(shape.buffer_bytes, dtype=torch.uint8, pin_memory=True) for _ in range(shape.count)]
         except RuntimeError as error:
             logger.warning(
-                f"the system grants no {shape.nbytes:,} bytes of page-locked memory ({str(error).splitlines()[0]}); "
-                f"copies to the GPU start from pageable memory, which is slower. OffloadConfig(pin_memory=False) asks "
+                f"the system did not grant {shape.nbytes:,} bytes of page-locked memory "
+                f"({str(error).splitlines()[0]}); copies to the GPU start from pageable memory, which is slower. OffloadConfig(pin_memory=False) asks "
                 f"for that"
             )
     return [torch.empty(shape.buffer_bytes, dtype=torch.uint8) for _ in range(shape.count)]
