@@ -88,7 +88,8 @@ def _allocated(shape: RingShape, pin_memory: bool) -> list[Tensor]:
         except RuntimeError as error:
             logger.warning(
                 f"the system did not grant {shape.nbytes:,} bytes of page-locked memory "
-                f"({str(error).splitlines()[0]}); copies to the GPU start from pageable memory, which is slower. OffloadConfig(pin_memory=False) asks "
+                f"({str(error).splitlines()[0]}); copies to the GPU start from pageable memory, "
+                f"which is slower. OffloadConfig(pin_memory=False) asks "
                 f"for that"
             )
     return [torch.empty(shape.buffer_bytes, dtype=torch.uint8) for _ in range(shape.count)]
