@@ -8,57 +8,27 @@ so writing is an error.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
-from typing import Any
+from collections.abc import Iterable, Mapping
 
 import torch
 from torch import Tensor, nn
 
 from transformers_moe_offload.errors import UnsupportedModelError
 from transformers_moe_offload.hf.layouts import ExpertField
+from transformers_moe_offload.hf.read_only import ReadOnlyTensor
 from transformers_moe_offload.hf.upstream import mark_initialised
 
 
-class Placeholder(nn.Parameter):
-    """Has the shape and dtype of offloaded experts' parameters. Writing to it, or to a view of it, raises
-    `UnsupportedModelError`."""
+class Placeholder(ReadOnlyTensor, nn.Parameter):
+    """Shows the shape and the dtype of experts whose weights are elsewhere."""
 
     @classmethod
-    def __torch_function__(
-        cls, func: Any, types: Sequence[type], args: Sequence[Any] = (), kwargs: Mapping[str, Any] | None = None
-    ) -> Any:
-        """Called by torch for every operation on a placeholder."""
-        given = dict(kwargs or {})
-        if _changes(func.__name__, args, given):
-            raise UnsupportedModelError(
-                "the experts of this model are offloaded and constant, and what is written to their parameters would "
-                "be lost; use training.unfreeze_experts for those that are to be changed, or moe_offload.restore()"
-            )
-        with torch._C.DisableTorchFunctionSubclass():
-            result = func(*args, **given)
-            if isinstance(result, tuple | list):
-                return type(result)(_as_guarded(one, args[0]) for one in result)
-            return _as_guarded(result, args[0]) if args else result
-
-
-def _changes(name: str, args: Sequence[Any], kwargs: Mapping[str, Any]) -> bool:
-    """Whether a torch function with this name and these arguments writes to a placeholder."""
-    if isinstance(kwargs.get("out"), Placeholder):
-        return True
-    if not args or not isinstance(args[0], Placeholder):
-        return False
-    if name == "requires_grad_":  # freezing it changes nothing
-        return (args[1] if len(args) > 1 else kwargs.get("requires_grad", True)) is True
-    is_operator = name.startswith("__i") and name not in ("__iter__", "__index__", "__int__", "__invert__")
-    return name in ("__setitem__", "__set__") or is_operator or (name.endswith("_") and not name.endswith("__"))
-
-
-def _as_guarded(result: Any, placeholder: Any) -> Any:
-    """A result of an operation; views of a placeholder become placeholders."""
-    if not isinstance(result, Tensor) or not isinstance(placeholder, Placeholder) or not result.is_meta:
-        return result
-    is_view = result.untyped_storage()._cdata == placeholder.untyped_storage()._cdata
-    return result.as_subclass(Placeholder) if is_view else result
+    def refusal(cls) -> Exception:
+        """A placeholder cannot be written to."""
+        return UnsupportedModelError(
+            "the experts of this model are offloaded and constant, and what is written to their parameters would be "
+            "lost; use training.unfreeze_experts for those that are to be changed, or moe_offload.restore()"
+        )
 
 
 def take_out(module: nn.Module, fields: Iterable[ExpertField]) -> dict[str, tuple[str, ...]]:

@@ -18,6 +18,7 @@ from transformers_moe_offload.dtypes import torch_dtype
 from transformers_moe_offload.errors import ConfigError
 from transformers_moe_offload.formats.hqq import packing_of, quantize
 from transformers_moe_offload.hf.model.layer import SparseLayer
+from transformers_moe_offload.hf.read_only import ReadOnlyTensor
 from transformers_moe_offload.hf.upstream import tied_weights
 from transformers_moe_offload.kernels import Activations
 from transformers_moe_offload.kernels.packed import PackedMatrix, Packing
@@ -29,40 +30,16 @@ _ROUTERS = {"router", "gate"}
 """Names of routers in Transformers."""
 
 
-class DecodedWeight(Tensor):
+class DecodedWeight(ReadOnlyTensor):
     """A decoded packed weight, or a view of it. Writing to it raises, because the packed weight would not change.
 
-    So PEFT's merging, `weight.data += ...` and the like fail instead of having no effect. Results of computations with
-    it are ordinary tensors.
+    So PEFT's merging, `weight.data += ...` and the like fail instead of having no effect.
     """
 
     @classmethod
-    def __torch_function__(
-        cls, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
-    ) -> Any:
-        """Called by torch for every function that gets such a weight as an argument."""
-        kwargs = kwargs or {}
-        written = kwargs.get("out", args[0] if args and _writes(func.__name__) else None)
-        if isinstance(written, cls):
-            raise no_merge("this linear layer")
-        with torch._C.DisableTorchFunctionSubclass():
-            out = func(*args, **kwargs)
-        weight = next((one for one in args if isinstance(one, cls)), None)
-        if weight is None or type(out) is not Tensor or out.untyped_storage() != weight.untyped_storage():
-            return out
-        return out.as_subclass(cls)
-
-
-def _writes(function: str) -> bool:
-    """Whether the torch function of this name writes to its first argument."""
-    if function.startswith("__"):
-        return function in ("__set__", "__setitem__", *_IN_PLACE)
-    return function.endswith("_") and function != "requires_grad_"
-
-
-_OPERATORS = ("add", "and", "div", "floordiv", "lshift", "mod", "mul", "or", "pow", "rshift", "sub", "truediv", "xor")
-_IN_PLACE = tuple(f"__i{name}__" for name in _OPERATORS)
-"""Methods of in-place operators such as `weight += ...`."""
+    def refusal(cls) -> Exception:
+        """A packed weight cannot be changed."""
+        return no_merge("this linear layer")
 
 
 def no_merge(name: str) -> ConfigError:
