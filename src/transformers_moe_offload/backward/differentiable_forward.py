@@ -11,29 +11,20 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from functools import partial
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from transformers_moe_offload.backward.deltas import Adaptation
-from transformers_moe_offload.backward.product import Use, borrowed_product
+from transformers_moe_offload.backward.product import borrowed_product
+from transformers_moe_offload.backward.weights import Lender
 from transformers_moe_offload.cache.cache import ExpertCache
 from transformers_moe_offload.compute.forward import combine, opened
 from transformers_moe_offload.compute.mlp import ExpertMlp, ExpertWeights
 from transformers_moe_offload.compute.row_buckets import padded
 from transformers_moe_offload.compute.token_grouping import Grouping, group_by_expert
 from transformers_moe_offload.formats.by_expert import AS_USED, LayerCodings
-
-
-class Lender(Protocol):
-    """Where the backward pass gets a layer's experts."""
-
-    def used(self, experts: Sequence[int]) -> None:
-        """The forward pass needs these experts."""
-
-    def borrow(self, expert: int, use: Use) -> Tensor:
-        """Fetches an expert and returns what is computed with it; its weights are valid only meanwhile."""
 
 
 def adapted_forward(

@@ -12,7 +12,7 @@ import threading
 from collections.abc import Callable, Hashable, Mapping
 from contextlib import nullcontext
 from copy import deepcopy
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from transformers import CompileConfig
@@ -24,9 +24,6 @@ from transformers_moe_offload.hf.cuda_graphs.graph import as_recorded
 from transformers_moe_offload.hf.cuda_graphs.guards import state_of, watched
 from transformers_moe_offload.hf.cuda_graphs.static_cache import unfit
 from transformers_moe_offload.hf.decode.decoding import MOST_TOKENS, Decoding
-
-if TYPE_CHECKING:
-    from transformers_moe_offload.hf.model.handle import OffloadRuntime
 
 logger = logging.getLogger(__name__)
 
@@ -44,13 +41,16 @@ that changed as symbols, the third runs the result as it will be captured."""
 class DecodeSteps:
     """A model's `DecodeStep`s, one for each set of compile options."""
 
-    def __init__(self, runtime: OffloadRuntime) -> None:
-        self._runtime = runtime
+    def __init__(self, model: Callable[[], Any], decoding: Callable[[], Decoding]) -> None:
+        """`model` and `decoding` return the model and what of it decodes on the device, as they are at a step. In a
+        copy of the model they are the copy's: bound methods follow what they are bound to."""
+        self._model = model
+        self._decoding = decoding
         self._steps: list[tuple[dict[str, Any] | None, DecodeStep]] = []
         self._lock = threading.Lock()
 
     def __deepcopy__(self, memo: dict[int, Any]) -> DecodeSteps:
-        twin = DecodeSteps(deepcopy(self._runtime, memo))
+        twin = DecodeSteps(deepcopy(self._model, memo), deepcopy(self._decoding, memo))
         memo[id(self)] = twin
         return twin
 
@@ -60,7 +60,7 @@ class DecodeSteps:
         with self._lock:
             step = next((step for known, step in self._steps if known == options), None)
             if step is None:
-                step = DecodeStep(self._runtime, options)
+                step = DecodeStep(self._model, self._decoding, options)
                 self._steps.append((options, step))
         step.begin()
         return step
@@ -74,9 +74,15 @@ class DecodeSteps:
 class DecodeStep:
     """A model's forward that captures steps and replays them."""
 
-    def __init__(self, runtime: OffloadRuntime, compile_options: Mapping[str, Any] | None = None) -> None:
+    def __init__(
+        self,
+        model: Callable[[], Any],
+        decoding: Callable[[], Decoding],
+        compile_options: Mapping[str, Any] | None = None,
+    ) -> None:
         """`compile_options` are keyword arguments for `torch.compile`; None does not compile the model."""
-        self._runtime = runtime
+        self._model = model
+        self._decoding_now = decoding
         self._compile_options = compile_options
         self._compiled: Callable[..., Any] | None = None
         self._lock = threading.RLock()
@@ -96,7 +102,7 @@ class DecodeStep:
     def begin(self) -> None:
         """Begin a generation: keep the captured steps if the model's state has not changed."""
         with self._lock:
-            model = self._runtime.model
+            model = self._model()
             state = state_of(model)
             if state != self._state:
                 self.forget()
@@ -114,7 +120,7 @@ class DecodeStep:
     def __call__(self, *args: Any, **inputs: Any) -> Any:
         """The model's outputs."""
         with self._lock:
-            decoding = self._runtime.decoding
+            decoding = self._decoding_now()
             if decoding is not self._decoding:  # layers have moved
                 self.forget()
                 self._decoding = decoding
@@ -129,8 +135,8 @@ class DecodeStep:
 
     def _step(self, args: tuple[Any, ...], inputs: Mapping[str, Any]) -> Callable[..., Any]:
         """A captured step for these inputs, captured now if enough have run eagerly; else the callable to run."""
-        plain = self._runtime.model
-        obstacle = self._obstacle or self._runtime.decoding.obstacle() or _hindered(args, inputs)
+        plain = self._model()
+        obstacle = self._obstacle or self._decoding_now().obstacle() or _hindered(args, inputs)
         key = signature(inputs) if obstacle is None else None
         if key is None:
             self._say(f"steps are not captured: {obstacle or 'inputs that are neither tensors nor plain values'}")
@@ -155,9 +161,9 @@ class DecodeStep:
         return self._compiled
 
     def _capture(self, key: Hashable, call: Callable[..., Any], inputs: Mapping[str, Any]) -> Callable[..., Any]:
-        model = self._runtime.model
+        model = self._model()
         try:
-            with self._runtime.decoding.capturing():
+            with self._decoding_now().capturing():
                 step = CapturedStep(call, inputs, model.device)
         except (RuntimeError, MoeOffloadError) as error:  # torch's for operations that a graph cannot capture, and ours
             self._refused.add(key)

@@ -6,24 +6,26 @@ import weakref
 from collections.abc import Callable, Container, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from copy import deepcopy
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
+from transformers_moe_offload.backward.weights import Lender
 from transformers_moe_offload.cache.cache import ExpertCache
 from transformers_moe_offload.config import OffloadConfig
 from transformers_moe_offload.dtypes import dtype_name
 from transformers_moe_offload.errors import ConfigError, MoeOffloadError
 from transformers_moe_offload.expert import ExpertId, ExpertSpec
+from transformers_moe_offload.formats.by_expert import LayerCodings
 from transformers_moe_offload.hf.cuda_graphs.step import DecodeSteps
 from transformers_moe_offload.hf.decode.decoding import Decoding
 from transformers_moe_offload.hf.loading.placeholders import put_back
 from transformers_moe_offload.hf.model.caches import LayerCaches
 from transformers_moe_offload.hf.model.dense import restore_dense
 from transformers_moe_offload.hf.model.layer import SparseLayer, experts_at, unbind
-from transformers_moe_offload.hf.model.lender import Lender
 from transformers_moe_offload.hf.model.own_experts import NAME as OWN_EXPERTS
 from transformers_moe_offload.hf.model.own_experts import put_among_the_others
 from transformers_moe_offload.hf.model.parameters import parameters_of
@@ -53,7 +55,7 @@ class OffloadRuntime:
         self._lender: weakref.ref[Lender] | None = None
         """The lender of the layer that was computed last."""
         self._recorder: TraceRecorder | None = None
-        self._steps = DecodeSteps(self)
+        self._steps = DecodeSteps(self._living_model, self._decoding)
         self._is_closed = False
         for layer in self._layers:
             layer.runtime = self
@@ -166,6 +168,9 @@ class OffloadRuntime:
         """The model that this handle belongs to."""
         return self._living_model()
 
+    def _decoding(self) -> Decoding:
+        return self.decoding
+
     @property
     def decoding(self) -> Decoding:
         """The layers that decode on the device."""
@@ -218,9 +223,13 @@ class OffloadRuntime:
     def lender(self, layer: SparseLayer, device: torch.device, cast_to: torch.dtype | None = None) -> Lender:
         """A new lender of a layer's experts for the backward pass of this forward; casts to `cast_to`, if given."""
         before = None if self._lender is None else self._lender()
-        lender = Lender(self, layer, device, before, cast_to)
+        now = partial(self._cache_and_codings, layer, device)
+        lender = Lender(layer.index, now, self.load_ahead, before, cast_to)
         self._lender = weakref.ref(lender)
         return lender
+
+    def _cache_and_codings(self, layer: SparseLayer, device: torch.device) -> tuple[ExpertCache, LayerCodings]:
+        return self.cache_for(layer, device), self.source(layer).codings
 
     def load_ahead(self, experts: Iterable[ExpertId]) -> None:
         """Start loads of experts that are certain to be needed next, until one finds no room.

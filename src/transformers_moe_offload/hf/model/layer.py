@@ -9,12 +9,12 @@ class. Restoring the class undoes this, and `deepcopy`, hooks and `isinstance` w
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
 from copy import deepcopy
 from functools import cache
 from math import prod
-from typing import TYPE_CHECKING, Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -22,20 +22,54 @@ from torch import Tensor, nn
 from transformers_moe_offload.backward.deltas import NOTHING, Adaptation
 from transformers_moe_offload.backward.differentiable_forward import adapted_forward
 from transformers_moe_offload.backward.saved_tensors import Lending
+from transformers_moe_offload.backward.weights import Lender
 from transformers_moe_offload.cache.cache import ExpertCache
 from transformers_moe_offload.compute import custom_op
-from transformers_moe_offload.compute.forward import sparse_forward
+from transformers_moe_offload.compute.forward import HostHelp, sparse_forward
 from transformers_moe_offload.compute.mlp import ExpertMlp
 from transformers_moe_offload.dtypes import torch_dtype
 from transformers_moe_offload.errors import CheckpointError, UnsupportedModelError
+from transformers_moe_offload.expert import ExpertSpec
+from transformers_moe_offload.hf.decode.decoding import Decoding
 from transformers_moe_offload.hf.layouts import ExpertField, ExpertsLayout
 from transformers_moe_offload.hf.model.eager import fetch_from, twin_of
 from transformers_moe_offload.hf.model.own_experts import NAME as OWN_EXPERTS
 from transformers_moe_offload.hf.model.own_experts import own_experts
 from transformers_moe_offload.hf.peft.active_deltas import added_to
+from transformers_moe_offload.store.layer_source import LayerSource
 
-if TYPE_CHECKING:
-    from transformers_moe_offload.hf.model.handle import OffloadRuntime
+
+class Resources(Protocol):
+    """What a layer takes from the handle of its model (`handle.py`)."""
+
+    @property
+    def model(self) -> Any:
+        """The model."""
+
+    @property
+    def decoding(self) -> Decoding:
+        """What of the model decodes on the device."""
+
+    def spec(self, layer: SparseLayer) -> ExpertSpec:
+        """What a layer's experts are made of now."""
+
+    def source(self, layer: SparseLayer) -> LayerSource:
+        """Where a layer's experts come from now."""
+
+    def cache_for(self, layer: SparseLayer, device: torch.device) -> ExpertCache:
+        """The cache of a layer whose inputs are on a device."""
+
+    def look_ahead_from(self, layer: SparseLayer, hidden: Tensor) -> Callable[[Sequence[int]], None] | None:
+        """What to call with the experts that a layer wants, once their loads have started."""
+
+    def host_side_of(self, layer: SparseLayer) -> HostHelp | None:
+        """What the host computes of a layer's misses."""
+
+    def lender(self, layer: SparseLayer, device: torch.device, cast_to: torch.dtype | None = None) -> Lender:
+        """A lender of the layer's experts to the backward pass of this forward."""
+
+    def move(self, layer: SparseLayer, device: torch.device, dtype: torch.dtype) -> None:
+        """A layer computes on another device or in another dtype from now on."""
 
 
 class SparseLayer:
@@ -63,7 +97,7 @@ class SparseLayer:
         self.mlp: ExpertMlp | None = None
         """The arithmetic of our own forward; None where the module's eager forward is used."""
         self.device = torch.device("cpu")
-        self.runtime: OffloadRuntime | None = None
+        self.runtime: Resources | None = None
         self.eager_forward = eager_forward
         self.key = custom_op.key_for(self)
         self._input_names = tuple(inspect.signature(eager_forward).parameters)[1:]

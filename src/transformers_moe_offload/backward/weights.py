@@ -7,21 +7,19 @@ never wrong.
 from __future__ import annotations
 
 import weakref
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from itertools import chain, islice
-from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
 from transformers_moe_offload.backward.product import Use
+from transformers_moe_offload.cache.cache import ExpertCache
 from transformers_moe_offload.compute.forward import opened
 from transformers_moe_offload.expert import ExpertId
+from transformers_moe_offload.formats.base import Coding
+from transformers_moe_offload.formats.by_expert import LayerCodings
 from transformers_moe_offload.slots.base import Weights
-
-if TYPE_CHECKING:
-    from transformers_moe_offload.hf.model.handle import OffloadRuntime
-    from transformers_moe_offload.hf.model.layer import SparseLayer
 
 
 class Lender:
@@ -29,46 +27,46 @@ class Lender:
 
     def __init__(
         self,
-        runtime: OffloadRuntime,
-        layer: SparseLayer,
-        device: torch.device,
+        layer: int,
+        now: Callable[[], tuple[ExpertCache, LayerCodings]],
+        load_ahead: Callable[[Iterable[ExpertId]], None],
         before: Lender | None,
         cast_to: torch.dtype | None = None,
     ) -> None:
-        """`before` is the lender of the layer computed before this one, whose backward pass comes after. `cast_to` is
-        the dtype that the forward multiplied in, None for the experts' own."""
-        self._runtime = runtime
+        """`now` returns the layer's cache, and how its experts are stored, which may change before the backward pass.
+        `load_ahead` starts loads of experts of any layer. `before` is the lender of the layer computed before this one,
+        whose backward pass comes after. `cast_to` is the dtype that the forward multiplied in, None for the experts'
+        own."""
         self._layer = layer
-        self._device = device
+        self._now = now
+        self._load_ahead = load_ahead
         self._before = None if before is None else weakref.ref(before)
         self._cast_to = cast_to
         self._experts: list[ExpertId] = []
 
     def used(self, experts: Sequence[int]) -> None:
         """Note the experts that the forward pass uses, and the backward pass will need."""
-        self._experts = [ExpertId(self._layer.index, expert) for expert in sorted(experts, reverse=True)]
+        self._experts = [ExpertId(self._layer, expert) for expert in sorted(experts, reverse=True)]
 
     def borrow(self, expert: int, use: Use) -> Tensor:
         """The result of `use` on an expert's weights, which are valid only during that call."""
-        coding = self._runtime.source(self._layer).codings.of(expert)
-        return self._computed(expert, lambda held: use(opened(held, coding, self._cast_to)))
+        return self._computed(expert, lambda held, coding: use(opened(held, coding, self._cast_to)))
 
     def copy(self, name: str, expert: int) -> Tensor:
         """A field of an expert, decoded, in memory of its own."""
-        coding = self._runtime.source(self._layer).codings.of(expert)
 
-        def copied(held: Weights) -> Tensor:
+        def copied(held: Weights, coding: Coding | None) -> Tensor:
             weight = held[name] if coding is None else coding.decode_field(name, held)
             return weight.to(self._cast_to or weight.dtype, copy=True)
 
         return self._computed(expert, copied)
 
-    def _computed(self, expert: int, use: Callable[[Weights], Tensor]) -> Tensor:
-        cache = self._runtime.cache_for(self._layer, self._device)
-        with cache.turn, cache.visit(self._layer.index, [expert]) as visit:
+    def _computed(self, expert: int, use: Callable[[Weights, Coding | None], Tensor]) -> Tensor:
+        cache, codings = self._now()
+        with cache.turn, cache.visit(self._layer, [expert]) as visit:
             held = visit.take(expert)
-            self._runtime.load_ahead(self._upcoming(expert))
-            out = use(held)
+            self._load_ahead(self._upcoming(expert))
+            out = use(held, codings.of(expert))
         cache.give_back()
         return out
 
