@@ -60,7 +60,7 @@ def test_an_empty_trace_has_a_hit_rate_of_zero(policy):
 
 
 def test_a_replay_without_slots_is_refused():
-    with pytest.raises(ConfigError, match="a replay with 0 slots"):
+    with pytest.raises(ConfigError, match="a replay needs 1 slot or more, not 0"):
         replay(trace_of([], 1, 4), "lru", 0)
 
 
