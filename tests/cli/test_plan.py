@@ -191,7 +191,7 @@ def test_an_index_that_points_outside_the_folder_is_refused(run, linked):
     folder = linked(without="*.safetensors*")
     index = {"weight_map": {"lm_head.weight": "../secret.safetensors"}}
     (folder / "model.safetensors.index.json").write_text(json.dumps(index))
-    assert "is no file inside its folder; refusing to read outside of" in the_error(run("plan", folder))
+    assert "is not a file inside its folder; refusing to read outside of" in the_error(run("plan", folder))
 
 
 @pytest.mark.parametrize("arguments", [["plan"], ["plan", "m", "--cache-bugdet", "1GiB"], ["plam", "m"]])

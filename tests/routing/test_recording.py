@@ -420,7 +420,7 @@ def test_a_recording_is_replaced_where_that_is_asked_for_and_nothing_else_is(pla
         (lambda folder: (folder / "trace.json").unlink(), "cannot read the routing trace"),
         (lambda folder: (folder / "trace.json").write_text("[]"), "is not of format 1"),
         (lambda folder: (folder / "part-00000.safetensors").write_bytes(b"\0" * 9), "cannot read"),
-        (lambda folder: edit(folder, "parts", ["../x"]), "a part lies outside the folder"),
+        (lambda folder: edit(folder, "parts", ["../x"]), "is not the name of a part, such as part-00000"),
         (lambda folder: edit(folder, "parts", None), "parts=None is not valid"),
         (lambda folder: edit(folder, "parts", [1]), r"parts=\[1\] is not valid"),
         (lambda folder: edit(folder, "num_steps", "x"), "num_steps='x' is not valid"),

@@ -54,7 +54,7 @@ def test_a_recipe_says_what_it_says():
         ({"kind": "split", "experts": [], "split": {"num_experts": 2, "shared": 2}}, "leaves none to be routed"),
         ({"output": {"max_shard_size": "5 apples"}}, "max_shard_size='5 apples' is not a size"),
         ({"schema": 2}, "schema: 2 is not one"),
-        ({"shared_experts": [{"gated": True, "delta": True}]}, "leave out gated or delta"),
+        ({"shared_experts": [{"gated": True, "delta": True}]}, "gated and delta exclude each other"),
         ({"base_model": {"adapter": "a", "extract_rank": 4}}, "exclude each other"),
         ({"experts": [{"noise_scale": float("nan")}, {}]}, "experts.0: noise_scale=nan is not a number"),
     ],
