@@ -138,7 +138,7 @@ def _checked(name: str, entry: Any, file: File, data_start: int) -> StoredTensor
     described: dict[str, Any] = entry if isinstance(entry, dict) else {}
     offsets, shape, dtype = described.get("data_offsets"), described.get("shape"), described.get("dtype")
     if not (_is_sizes(offsets) and _is_sizes(shape) and len(offsets) == 2):
-        raise CheckpointError(f"{file.path} has an invalid entry for tensor {one_line(name)}")
+        raise CheckpointError(f"{file.path} has an entry for tensor {one_line(name)} that is not valid")
     if not isinstance(dtype, str) or dtype not in DTYPES:
         raise CheckpointError(
             f"{file.path} stores tensor {one_line(name)} as {quoted(dtype)}, which is not one of {sorted(DTYPES)}"
