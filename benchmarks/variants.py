@@ -16,9 +16,9 @@ from torch import nn
 
 import transformers_moe_offload
 from transformers_moe_offload import OffloadConfig
-from transformers_moe_offload.bench.layers import cache_of, sparse_layers
+from transformers_moe_offload.bench.layers import experts_of, sparse_layers
 from transformers_moe_offload.expert import ExpertId
-from transformers_moe_offload.hf.model.layer import SparseLayer
+from transformers_moe_offload.hf.model.sparse_layer import SparseLayer
 from transformers_moe_offload.slots.base import Slots
 from transformers_moe_offload.slots.buffers import CopiedSlots
 from transformers_moe_offload.slots.transfer import Transfer
@@ -61,7 +61,7 @@ def _read_whole_layers(model: Any) -> None:
 
         def visit_the_others(module: nn.Module, args: Any, kwargs: Any, layer: SparseLayer = layer) -> None:
             wanted = set((*args, *kwargs.values())[1].unique().tolist())
-            cache = cache_of(layer)
+            cache = experts_of(module).cache
             others = [expert for expert in range(cache.num_experts(layer.index)) if expert not in wanted]
             with cache.turn, cache.visit(layer.index, others) as visit:
                 for _ in visit:
@@ -71,7 +71,8 @@ def _read_whole_layers(model: Any) -> None:
 
 
 def _imitate_published(model: Any) -> None:
-    for cache in {id(cache): cache for cache in (cache_of(layer) for _, layer in sparse_layers(model))}.values():
+    caches = [experts_of(module).cache for module, _ in sparse_layers(model)]
+    for cache in {id(cache): cache for cache in caches}.values():
         assert isinstance(cache.slots, CopiedSlots)
         cache.slots = PublishedSlots(cache.slots)
 
@@ -133,7 +134,7 @@ class _Finished:
 
 def written_share(model: Any) -> float:
     """Bytes written back for each byte read, since the model was loaded."""
-    slots: set[Slots] = {cache_of(layer).slots for _, layer in sparse_layers(model)}
+    slots: set[Slots] = {experts_of(module).cache.slots for module, _ in sparse_layers(model)}
     published = [one for one in slots if isinstance(one, PublishedSlots)]
     read_bytes = sum(one.read_bytes for one in published)
     return sum(one.written_bytes for one in published) / read_bytes if read_bytes else 0.0

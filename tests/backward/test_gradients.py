@@ -5,9 +5,9 @@ import torch
 from torch.nn import functional
 
 from compute.layers import EXPERTS, MLP, E, H, Layer, inputs
-from transformers_moe_offload.backward.deltas import NOTHING
 from transformers_moe_offload.backward.differentiable_forward import adapted_forward
 from transformers_moe_offload.backward.saved_tensors import Lending
+from transformers_moe_offload.compute.deltas import NOTHING
 from transformers_moe_offload.compute.forward import combine
 from transformers_moe_offload.compute.token_grouping import group_by_expert
 

@@ -5,7 +5,7 @@ from functools import cache
 import pytest
 from transformers import AutoModelForCausalLM
 
-from transformers_moe_offload.bench.layers import cache_of, sparse_layers
+from transformers_moe_offload.bench.layers import experts_of, sparse_layers
 from transformers_moe_offload.expert import ExpertId
 
 LAYERS, EXPERTS, TOP_K, STEPS = 8, 16, 4, 3
@@ -57,7 +57,7 @@ def test_the_published_slots_have_every_load_done_when_computing_begins(rows, ti
     row = rows["as published"]
     model = AutoModelForCausalLM.from_pretrained(tiny_moe, moe_offload=row.config("50%"))
     row.apply(model)
-    slots = cache_of(sparse_layers(model)[0][1]).slots
+    slots = experts_of(sparse_layers(model)[0][0]).cache.slots
     transfer = slots.start(ExpertId(0, 3), 0)
     assert transfer.is_done()
     assert transfer.finish() == transfer.finish() == model.moe_offload.plan.expert_bytes // (LAYERS * EXPERTS)

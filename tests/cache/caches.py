@@ -36,4 +36,4 @@ def counts(stats):
 
 
 def residents(cache):
-    return sorted(expert.expert for expert in cache.residency.residents())
+    return sorted(expert.expert for expert in cache.residency.residents)

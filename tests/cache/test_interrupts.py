@@ -93,7 +93,7 @@ def is_complete(cache):
     """Whether no slot is lost, and nothing is on its way for good."""
     with cache.turn:
         cache.settle()
-    residents = list(cache.residency.residents())
+    residents = list(cache.residency.residents)
     assert cache.num_loading == 0
     assert cache.residency.num_slots == NUM_SLOTS
     assert cache.residency.num_free + len(residents) == NUM_SLOTS

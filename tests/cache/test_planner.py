@@ -107,11 +107,11 @@ def test_without_a_floor_the_victims_are_the_first_candidates_nobody_wants(situa
 @given(situations(), st.integers(0, 4))
 def test_planning_changes_nothing(situation, floor):
     residency, candidates, wanted = situation
-    before = (set(residency.residents()), residency.num_free, [residency.is_loading(expert) for expert in EXPERTS])
+    before = (set(residency.residents), residency.num_free, [residency.is_loading(expert) for expert in EXPERTS])
     first = plan(wanted, residency, candidates, floor)
     assert plan(wanted, residency, candidates, floor) == first
     assert before == (
-        set(residency.residents()), residency.num_free, [residency.is_loading(expert) for expert in EXPERTS]
+        set(residency.residents), residency.num_free, [residency.is_loading(expert) for expert in EXPERTS]
     )  # fmt: skip
 
 

@@ -81,7 +81,7 @@ class Model(RuleBasedStateMachine):
 
     @invariant()
     def residents_and_counts_agree_with_the_slots(self):
-        assert sorted(self.residency.residents()) == sorted(self.present(landed=True))
+        assert sorted(self.residency.residents) == sorted(self.present(landed=True))
         for layer in range(3):
             assert self.residency.count(layer) == sum(s is not None and s[0].layer == layer for s in self.slots)
 

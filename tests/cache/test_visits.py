@@ -151,8 +151,8 @@ def test_an_expert_that_the_system_took_back_is_a_miss_and_comes_in_again(store)
     class Borrowed(CopiedSlots):
         taken_back = frozenset()
 
-        def holds(self, slot):
-            return slot not in self.taken_back
+        def lost(self, slots):
+            return [slot for slot in slots if slot in self.taken_back]
 
     copier = FakeCopier()
     slots = Borrowed(store, SlotPool(store.layout(0, 0).nbytes, CPU), copier)

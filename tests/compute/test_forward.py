@@ -50,7 +50,7 @@ def test_idle_pairs_add_nothing_and_fetch_nothing(layers, num_tokens):
     cache = layer.cache(E)
     out = forward(cache, hidden, index, weights)
     torch.testing.assert_close(out, layer.by_loop(hidden, index, weights, torch.float64))
-    assert [expert.expert for expert in cache.residency.residents()] == [2]
+    assert [expert.expert for expert in cache.residency.residents] == [2]
 
 
 @pytest.mark.parametrize("num_tokens", [1, 40])

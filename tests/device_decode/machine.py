@@ -102,7 +102,7 @@ class Machine:
     def check(self):
         """What holds at any time: one expert in a slot, and nobody in a slot by the table who is not by the cache."""
         residency, table = self.engine.cache.residency, self.engine._table
-        known = list(residency._slot_of.values())
+        known = [*residency.residents.values(), *residency.loading.values()]
         assert len(set(known)) == len(known) == residency.num_slots - residency.num_free
         in_slots = [table.address(ExpertId(layer, e)) for layer in range(NUM_LAYERS) for e in range(NUM_EXPERTS)]
         in_slots = [address for address in in_slots if not any(address in homes for homes in self.homes)]

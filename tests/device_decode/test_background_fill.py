@@ -39,7 +39,7 @@ def following(num_slots, layers=(0,), policy="lru", slots=None):
 
 
 def residents(cache):
-    return sorted(cache.residency.residents())
+    return sorted(cache.residency.residents)
 
 
 def test_who_was_absent_is_there_the_next_time():

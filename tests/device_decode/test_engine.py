@@ -125,7 +125,7 @@ def test_what_was_only_captured_is_not_counted(arena):
     step(engine, {0: [5]})
     assert engine.stats[0].asked == 1
     step(engine, {})
-    assert set(engine.cache.residency.residents()) == {ExpertId(0, 5)}
+    assert set(engine.cache.residency.residents) == {ExpertId(0, 5)}
 
 
 class Capturing(HostStreams):
@@ -190,7 +190,7 @@ def test_hits_counted_on_the_device_are_those_of_a_replay_through_the_planner(st
         ]
         follower.follow([uses])
         follower.receive()
-        assert set(engine.cache.residency.residents()) == set(cache.residency.residents())
+        assert set(engine.cache.residency.residents) == set(cache.residency.residents)
         assert everybody_is_where_the_table_says(engine, store)
     for layer, stats in engine.stats.items():
         assert (stats.hits, stats.misses) == (cache.stats[layer].hits, cache.stats[layer].misses)
@@ -249,16 +249,16 @@ def test_a_plan_or_a_copy_that_fails_costs_nobody_their_bytes(store, arena, trac
     )
     num_failed = 0
     for asked in trace:
-        residents = set(engine.cache.residency.residents())
+        residents = set(engine.cache.residency.residents)
         try:
             step(engine, asked)
         except RuntimeError:
             num_failed += 1
             if not copies:
-                assert set(engine.cache.residency.residents()) == residents, "a plan that fails changes nothing"
+                assert set(engine.cache.residency.residents) == residents, "a plan that fails changes nothing"
         assert everybody_is_where_the_table_says(engine, store)
         residency = engine.cache.residency
-        slots = list(residency._slot_of.values())
+        slots = [*residency.residents.values(), *residency.loading.values()]
         assert len(set(slots)) == len(slots) == num_slots - residency.num_free
     step(engine, {})
     assert everybody_is_where_the_table_says(engine, store)

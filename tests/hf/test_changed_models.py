@@ -8,6 +8,7 @@ from torch import nn
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
 
 from transformers_moe_offload import CheckpointError, HqqFormat, MoeOffloadError, UnsupportedModelError, training
+from transformers_moe_offload.hf.model.experts_module import offloaded
 from zoo.build import build, save
 
 
@@ -127,10 +128,10 @@ def test_a_model_with_fewer_layers_is_cast_and_copied_with_a_prefetcher(checkpoi
 
 def test_compiled_code_does_not_take_the_experts_of_the_layer_that_is_there_now(checkpoint, token_ids):
     model = loaded(checkpoint)
-    layer = model.moe_offload.layers[1]
+    experts = offloaded(model.model.layers[1].mlp.experts)
     change(model, reordered)
     with pytest.raises(UnsupportedModelError, match=r"without torch\.compile"):
-        layer.compute(torch.zeros(1, 1), torch.zeros(1, 1, dtype=torch.int64), torch.ones(1, 1))
+        experts.compute(torch.zeros(1, 1), torch.zeros(1, 1, dtype=torch.int64), torch.ones(1, 1))
 
 
 def test_a_part_of_an_offloaded_model_is_not_saved_without_its_experts(checkpoint, tmp_path):

@@ -14,7 +14,7 @@ import torch
 from torch import nn
 
 from transformers_moe_offload import OffloadConfig
-from transformers_moe_offload.hf.model.layer import OffloadedExperts, layer_of
+from transformers_moe_offload.hf.model.experts_module import OffloadedExperts, layer_of
 from zoo.build import build, failure_of_stock, inputs, load, output_tensor, save, zoo_names
 
 AS_STORED = {"fp32": (torch.float32, "fused"), "bf16": (torch.bfloat16, "per-expert")}

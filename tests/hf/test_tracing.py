@@ -106,7 +106,7 @@ def test_warming_fills_free_slots_with_the_most_used_of_each_layer():
     names = [layer for layer in model.moe_offload.stats().per_layer]
     model.moe_offload.warm({name: [expert % 5 for expert in range(16)] for name in names})
     (cache,) = model.moe_offload._caches.all()
-    assert sorted({e.expert for e in cache.residency.residents()}) == [3, 4, 9, 14]
+    assert sorted({e.expert for e in cache.residency.residents}) == [3, 4, 9, 14]
     assert [cache.residency.count(layer) for layer in range(8)] == [4] * 8
 
 

@@ -41,7 +41,7 @@ class Witness(NoSlots):
         self.held = slot
         return {}
 
-    def retire(self, slot):
+    def retire(self, slots):
         self.held = None
 
 
@@ -77,7 +77,7 @@ def test_nobody_is_in_two_slots_and_nobody_held_is_evicted(name, visits, num_slo
     for layer, wanted in visits:
         with cache.turn, cache.visit(layer, wanted) as visit:
             assert sorted(expert for expert, _ in visit) == sorted(wanted)
-        residents = sorted(cache.residency.residents())
+        residents = sorted(cache.residency.residents)
         assert residents == sorted(slots.inside.values()) == sorted(policy.candidates())
         assert len(residents) <= num_slots
 
@@ -88,10 +88,10 @@ def test_no_other_layer_takes_a_layer_below_its_floor(name, visits, num_slots):
     cache = cache_with(policy_for(name, visits), NoSlots(), num_slots)
     floor = layer_floor(num_slots, NUM_LAYERS)
     for layer, wanted in visits:
-        before = Counter(expert.layer for expert in cache.residency.residents())
+        before = Counter(expert.layer for expert in cache.residency.residents)
         with cache.turn, cache.visit(layer, wanted) as visit:
             list(visit)
-        after = Counter(expert.layer for expert in cache.residency.residents())
+        after = Counter(expert.layer for expert in cache.residency.residents)
         for other in set(before) - {layer}:
             assert after[other] >= min(before[other], floor)
 
@@ -108,7 +108,7 @@ def test_a_plan_changes_nothing_whether_it_succeeds_or_has_to_defer(name, visits
     upcoming = [ExpertId(layer, expert) for expert in range(NUM_EXPERTS)]
     planned = plan(upcoming, cache.residency, policy.candidates(), floor=num_slots)
     assert list(policy.candidates()) == before
-    assert sorted(cache.residency.residents()) == sorted(before)
+    assert sorted(cache.residency.residents) == sorted(before)
     assert plan(upcoming, cache.residency, policy.candidates(), floor=num_slots) == planned
 
 
@@ -128,4 +128,4 @@ def test_a_load_that_cannot_start_leaves_a_policy_that_goes_on_working(name):
                 list(visit)
         except OSError:
             assert 5 in wanted
-        assert sorted(policy.candidates()) == sorted(cache.residency.residents())
+        assert sorted(policy.candidates()) == sorted(cache.residency.residents)

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from transformers_moe_offload.backward.deltas import NOTHING, Adaptation
+from transformers_moe_offload.compute.deltas import NOTHING, Adaptation
 
 Fetch = Callable[[str, int], Tensor]
 """One field of one expert: (field name, expert) -> its tensor, valid until another expert is fetched."""

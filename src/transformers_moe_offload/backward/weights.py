@@ -9,6 +9,7 @@ from __future__ import annotations
 import weakref
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from itertools import chain, islice
+from typing import Protocol
 
 import torch
 from torch import Tensor
@@ -22,18 +23,46 @@ from transformers_moe_offload.formats.by_expert import LayerCodings
 from transformers_moe_offload.slots.base import Weights
 
 
+class Lent(Protocol):
+    """The experts of a layer at some time."""
+
+    @property
+    def cache(self) -> ExpertCache:
+        """Where they are resident."""
+
+    @property
+    def codings(self) -> LayerCodings:
+        """How they are stored."""
+
+
+class Lenders:
+    """Makes the lenders of a model's layers, each of which knows that of the layer computed before."""
+
+    def __init__(self, load_ahead: Callable[[Iterable[ExpertId]], None]) -> None:
+        """`load_ahead` starts loads of experts of any layer."""
+        self._load_ahead = load_ahead
+        self._latest: weakref.ref[Lender] | None = None
+
+    def lend(self, layer: int, now: Callable[[], Lent], cast_to: torch.dtype | None) -> Lender:
+        """A new lender of a layer's experts, for the backward pass of one forward; see `Lender`."""
+        before = None if self._latest is None else self._latest()
+        lender = Lender(layer, now, self._load_ahead, before, cast_to)
+        self._latest = weakref.ref(lender)
+        return lender
+
+
 class Lender:
     """Lends the experts of one layer to the backward pass of one forward."""
 
     def __init__(
         self,
         layer: int,
-        now: Callable[[], tuple[ExpertCache, LayerCodings]],
+        now: Callable[[], Lent],
         load_ahead: Callable[[Iterable[ExpertId]], None],
         before: Lender | None,
         cast_to: torch.dtype | None = None,
     ) -> None:
-        """`now` returns the layer's cache, and how its experts are stored, which may change before the backward pass.
+        """`now` returns the layer's experts, whose cache may be another before the backward pass.
         `load_ahead` starts loads of experts of any layer. `before` is the lender of the layer computed before this one,
         whose backward pass comes after. `cast_to` is the dtype that the forward multiplied in, None for the experts'
         own."""
@@ -62,7 +91,8 @@ class Lender:
         return self._computed(expert, copied)
 
     def _computed(self, expert: int, use: Callable[[Weights, Coding | None], Tensor]) -> Tensor:
-        cache, codings = self._now()
+        lent = self._now()
+        cache, codings = lent.cache, lent.codings
         with cache.turn, cache.visit(self._layer, [expert]) as visit:
             held = visit.take(expert)
             self._load_ahead(self._upcoming(expert))

@@ -15,10 +15,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from transformers_moe_offload.bench.layers import cache_of, sparse_layers
+from transformers_moe_offload.bench.layers import experts_of, sparse_layers
 from transformers_moe_offload.compute.forward import combine, computed
 from transformers_moe_offload.compute.token_grouping import Grouping, group_by_expert
-from transformers_moe_offload.hf.model.layer import SparseLayer
+from transformers_moe_offload.hf.model.sparse_layer import SparseLayer
 from transformers_moe_offload.hf.upstream import kv_cache_argument
 from transformers_moe_offload.slots.base import Weights
 
@@ -100,7 +100,7 @@ def _prepare(steps: list[_Step], *, is_resident: bool) -> None:
         if step.layer.mlp is None:
             continue
         _, top_k_index, top_k_weights = _inputs(step)
-        cache = cache_of(step.layer)
+        cache = experts_of(step.module).cache
         step.grouping = group_by_expert(top_k_index, top_k_weights, cache.num_experts(step.layer.index))
         step.held = {}
         with cache.turn, cache.visit(step.layer.index, step.grouping.by_last_use) as visit:
@@ -117,11 +117,11 @@ def _parts(steps: list[_Step]) -> dict[str, Callable[[_Step], object]]:
 
     def grouping(step: _Step) -> None:
         _, top_k_index, top_k_weights = _inputs(step)
-        group_by_expert(top_k_index, top_k_weights, cache_of(step.layer).num_experts(step.layer.index))
+        group_by_expert(top_k_index, top_k_weights, experts_of(step.module).cache.num_experts(step.layer.index))
 
     def visit(step: _Step) -> None:
         assert step.grouping is not None
-        cache = cache_of(step.layer)
+        cache = experts_of(step.module).cache
         with cache.turn, cache.visit(step.layer.index, step.grouping.by_last_use) as opened:
             for _ in opened.batches():
                 pass
@@ -138,10 +138,9 @@ def _parts(steps: list[_Step]) -> dict[str, Callable[[_Step], object]]:
 def _arithmetic(step: _Step) -> dict[int, Tensor]:
     """The products of all experts that the step wants, together as in its forward."""
     assert step.layer.mlp is not None
-    assert step.layer.runtime is not None
     assert step.grouping is not None
     assert step.held is not None
-    codings = step.layer.runtime.source(step.layer).codings
+    codings = experts_of(step.module).codings
     return computed(step.layer.mlp, step.module, _inputs(step)[0], step.grouping, step.held, codings)
 
 

@@ -8,9 +8,10 @@ from typing import Any
 
 from torch import nn
 
-from transformers_moe_offload.cache.cache import ExpertCache
 from transformers_moe_offload.errors import UnsupportedModelError
-from transformers_moe_offload.hf.model.layer import OffloadedExperts, SparseLayer, layer_of
+from transformers_moe_offload.hf.model.experts_module import OffloadedExperts, layer_of, offloaded
+from transformers_moe_offload.hf.model.layer_forward import LayerExperts
+from transformers_moe_offload.hf.model.sparse_layer import SparseLayer
 from transformers_moe_offload.store.expert_store import ExpertStore
 
 
@@ -26,15 +27,15 @@ def sparse_layers(model: Any) -> list[tuple[nn.Module, SparseLayer]]:
     return found
 
 
-def cache_of(layer: SparseLayer) -> ExpertCache:
-    """The cache that serves a layer where it is."""
-    assert layer.runtime is not None
-    return layer.runtime.cache_for(layer, layer.device)
+def experts_of(module: nn.Module) -> LayerExperts:
+    """The cache that serves a module where it is, and how its experts are stored."""
+    held = offloaded(module)
+    return held.ready(held.layer.device).experts
 
 
 def store_of(model: Any) -> ExpertStore:
     """The store of a model's experts."""
-    return ExpertStore([layer.runtime.source(layer) for _, layer in sparse_layers(model) if layer.runtime is not None])
+    return ExpertStore([model.moe_offload.source(layer) for layer in model.moe_offload.layers])
 
 
 def files_of(store: ExpertStore) -> list[Path]:

@@ -12,6 +12,8 @@ class Link:
         self._num_lanes = num_lanes
         self._load = 0.0
         self._demand = 0.0
+        self.quiet_visits = 0
+        """Visits without loads since the last one that had some; the cache counts them."""
 
     def loaded(self, seconds: float) -> None:
         """A load took so much time."""
@@ -19,6 +21,7 @@ class Link:
 
     def asked(self, num_loads: int) -> None:
         """A visit had to start so many loads."""
+        self._settle()
         self._demand += _SMOOTHING * (num_loads - self._demand)
 
     @property
@@ -28,4 +31,9 @@ class Link:
 
     def idle_seconds(self, period: float) -> float:
         """The part of `period`, the time between two visits, that demand leaves to other loads."""
+        self._settle()
         return max(0.0, period - self._demand * self.seconds_per_load)
+
+    def _settle(self) -> None:
+        self._demand *= (1 - _SMOOTHING) ** self.quiet_visits
+        self.quiet_visits = 0

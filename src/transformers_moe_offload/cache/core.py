@@ -109,16 +109,38 @@ class CacheCore:
                     self._policy.use(expert)
         self.is_whole = True
 
-    @change
-    def begin(self, layer: int, wanted: Sequence[ExpertId], computed: Container[int]) -> None:
-        """Count the experts that a layer is about to use or has the host compute, and tell the policy of them."""
-        stats = self.stats[layer]
+    def begin(self, layer: int, wanted: Sequence[ExpertId], computed: Container[int]) -> bool:
+        """Count the experts that a layer is about to use or has the host compute, and tell the policy of them.
+
+        Returns whether all of them are resident.
+        """
+        was_whole, self.is_whole = self.is_whole, False  # as `change` does, which would be one more call in every step
         self._asked = frozenset(wanted)
-        self._receive_ahead()
+        if self._ahead:
+            self._receive_ahead()
+        residents = self.residency.residents
+        slots = [residents[expert] for expert in wanted if expert in residents]
+        lost = self.slots.lost(slots)
+        if lost:
+            for expert in [expert for expert in wanted if residents.get(expert) in lost]:
+                self._evict(expert)
+        are_all_resident = len(slots) == len(wanted) and not lost
+        if are_all_resident and not self._ahead:
+            self.stats[layer].hits += len(wanted)
+            self.link.quiet_visits += 1
+        else:
+            self._count(layer, wanted, computed)
+        self._policy.begin(layer, wanted)
+        if self.on_visit is not None:
+            self.on_visit(layer, [expert.expert for expert in wanted])
+        self.is_whole = was_whole
+        return are_all_resident
+
+    def _count(self, layer: int, wanted: Sequence[ExpertId], computed: Container[int]) -> None:
+        """Count hits and misses of a visit, and give demand the link if some experts have to be loaded."""
+        stats = self.stats[layer]
         misses_before, num_computed = stats.misses, 0
         for expert in wanted:
-            if self.residency.is_resident(expert) and not self.slots.holds(self.residency.slot(expert)):
-                self._evict(expert)
             if expert in self._ahead:
                 self._ahead.remove(expert)
                 stats.prefetch_used += 1
@@ -134,9 +156,6 @@ class CacheCore:
         if num_loads:
             self._cancel_ahead()
         self.link.asked(num_loads)
-        self._policy.begin(layer, wanted)
-        if self.on_visit is not None:
-            self.on_visit(layer, [expert.expert for expert in wanted])
 
     @change
     def start_loads(self, upcoming: Sequence[ExpertId]) -> bool:
@@ -169,20 +188,23 @@ class CacheCore:
 
     def weights(self, expert: ExpertId) -> Weights:
         """The weights of a resident."""
-        return self.slots.weights(expert, self.residency.slot(expert))
+        return self.slots.weights(expert, self.residency.residents[expert])
 
-    def retire(self, expert: ExpertId) -> None:
-        """The work that reads a resident's weights has been submitted."""
-        self.slots.retire(self.residency.slot(expert))
+    def retire(self, experts: Iterable[ExpertId]) -> None:
+        """The work that reads some residents' weights has been submitted."""
+        residents = self.residency.residents
+        self.slots.retire([residents[expert] for expert in experts])
 
-    @change
     def announce(self, used: Iterable[ExpertId]) -> None:
         """Tell the policy which experts were used, and which became resident without being used."""
+        was_whole, self.is_whole = self.is_whole, False  # as in `begin`
         for expert in used:
-            self._admit(expert)
+            if self._unannounced:
+                self._admit(expert)
             self._policy.use(expert)
         for expert in sorted(self._unannounced):
             self._admit(expert)
+        self.is_whole = was_whole
 
     @change
     def used_in_place(self, layer: int, wanted: Sequence[int], hits: Container[int]) -> None:

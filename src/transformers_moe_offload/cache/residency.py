@@ -7,7 +7,6 @@ absent ──start──▶ loading ──land──▶ resident ──evict─�
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterator
 
 from transformers_moe_offload.expert import ExpertId
 
@@ -19,8 +18,10 @@ class Residency:
         self._numbers = set(range(num_slots))
         self._free = list(range(num_slots - 1, -1, -1))
         self._unused_numbers: list[int] = []
-        self._slot_of: dict[ExpertId, int] = {}
-        self._loading: set[ExpertId] = set()
+        self.residents: dict[ExpertId, int] = {}
+        """The experts that can be used now, with their slots. For reading: only the methods here change it."""
+        self.loading: dict[ExpertId, int] = {}
+        """The experts whose slots are still being filled, with these. For reading, too."""
         self._per_layer: Counter[int] = Counter()
 
     @property
@@ -54,67 +55,62 @@ class Residency:
 
     def is_resident(self, expert: ExpertId) -> bool:
         """Whether the expert can be used now."""
-        return expert in self._slot_of and expert not in self._loading
+        return expert in self.residents
 
     def is_loading(self, expert: ExpertId) -> bool:
         """Whether the expert has a slot that is still being filled."""
-        return expert in self._loading
+        return expert in self.loading
 
     def is_absent(self, expert: ExpertId) -> bool:
         """Whether the expert has no slot."""
-        return expert not in self._slot_of
+        return expert not in self.residents and expert not in self.loading
 
     def slot(self, expert: ExpertId) -> int:
         """The slot of a loading or resident expert."""
-        return self._slot_of[expert]
+        slot = self.residents.get(expert)
+        return self.loading[expert] if slot is None else slot
 
     def count(self, layer: int) -> int:
         """How many slots a layer's experts have, loading ones included."""
         return self._per_layer[layer]
 
-    def residents(self) -> Iterator[ExpertId]:
-        """The experts that can be used now."""
-        return (expert for expert in self._slot_of if expert not in self._loading)
-
     def start(self, expert: ExpertId) -> int:
         """Give an absent expert a free slot to be loaded into."""
-        assert expert not in self._slot_of, f"{expert} already has a slot"
-        slot = self._free.pop()
-        self._loading.add(expert)  # first, so that it never counts as resident
-        self._slot_of[expert] = slot
+        assert self.is_absent(expert), f"{expert} already has a slot"
+        slot = self.loading[expert] = self._free.pop()
         self._per_layer[expert.layer] += 1
         return slot
 
     def land(self, expert: ExpertId) -> None:
         """A load has finished: the expert is resident."""
-        self._loading.remove(expert)
+        self.residents[expert] = self.loading[expert]
+        del self.loading[expert]
 
     def fail(self, expert: ExpertId) -> None:
         """A load has failed: the expert is absent again and its slot free."""
-        self._release(expert)
-        self._loading.remove(expert)
+        self._release(expert, self.loading.pop(expert))
 
     def evict(self, expert: ExpertId) -> None:
         """A resident leaves; its slot is free."""
-        assert expert not in self._loading, f"{expert} is still loading"
-        self._release(expert)
+        assert expert not in self.loading, f"{expert} is still loading"
+        self._release(expert, self.residents.pop(expert))
 
     def start_over(self) -> dict[int, ExpertId]:
         """After an interrupt in any of these methods: experts that were not resident become absent. Returns residents
         by slot.
 
-        The set of slots, the slots of experts, and the set of loading experts are each changed by one atomic operation,
-        in an order in which every slot that is marked resident holds its expert. The rest is derived.
+        The set of slots, the residents and the loading experts are each changed by one atomic operation, in an order in
+        which every resident's slot holds it: one that has landed is a resident before it stops loading. The rest is
+        derived.
         """
-        self._slot_of = {expert: slot for expert, slot in self._slot_of.items() if expert not in self._loading}
-        self._loading = set()
-        held = {slot: expert for expert, slot in self._slot_of.items()}
+        self.loading.clear()
+        held = {slot: expert for expert, slot in self.residents.items()}
         self._free = sorted(self._numbers.difference(held), reverse=True)
         past = max(self._numbers, default=0)
         self._unused_numbers = sorted(set(range(past)) - self._numbers, reverse=True)
-        self._per_layer = Counter(expert.layer for expert in self._slot_of)
+        self._per_layer = Counter(expert.layer for expert in self.residents)
         return held
 
-    def _release(self, expert: ExpertId) -> None:
-        self._free.append(self._slot_of.pop(expert))
+    def _release(self, expert: ExpertId, slot: int) -> None:
+        self._free.append(slot)
         self._per_layer[expert.layer] -= 1

@@ -32,7 +32,9 @@ class Visit:
         self._layer = layer
         self._wanted: dict[ExpertId, None] = dict.fromkeys(wanted)
         self._computed = computed
-        self._upcoming: dict[ExpertId, None] = dict.fromkeys(one for one in wanted if one.expert not in computed)
+        self._are_all_resident = False
+        upcoming = [one for one in wanted if one.expert not in computed] if computed else wanted
+        self._upcoming: dict[ExpertId, None] = dict.fromkeys(upcoming)
         self._used: dict[ExpertId, None] = {}
         """Experts taken since the policy was last told of this visit."""
         self._started = started
@@ -43,8 +45,9 @@ class Visit:
 
     def __enter__(self) -> Visit:
         assert self._cache.turn._is_owned(), "open a visit with the turn: `with cache.turn, cache.visit(...) as visit`"  # type: ignore[attr-defined]
-        self._cache.repair()
-        self._cache.begin(self._layer, list(self._wanted), self._computed)
+        if not self._cache.is_whole:
+            self._cache.repair()
+        self._are_all_resident = self._cache.begin(self._layer, list(self._wanted), self._computed)
         return self
 
     def __exit__(
@@ -55,8 +58,10 @@ class Visit:
         self._let_go()
         if kind is not None:
             self._cache.settle()
-        order = self._used if self._in_waves else self._wanted
-        self._cache.announce([expert for expert in order if expert in self._used])
+        if self._in_waves or (self._are_all_resident and len(self._used) == len(self._wanted)):
+            self._cache.announce(self._used)
+        else:
+            self._cache.announce([expert for expert in self._wanted if expert in self._used])
 
     def __iter__(self) -> Iterator[tuple[int, Weights]]:
         """Each wanted expert once, as it becomes available, with its weights; they are valid for one step."""
@@ -68,6 +73,13 @@ class Visit:
 
         Weights are valid until the next batch is asked for.
         """
+        if self._are_all_resident and not self._used:
+            together = list(self._upcoming)
+            self._used, self._upcoming = self._upcoming, {}
+            self._tell_started()
+            yield {expert.expert: self._cache.weights(expert) for expert in together}
+            self._cache.retire(together)
+            return
         self._begin_loads()
         while self._upcoming and not self._in_waves:
             self._tell_started()
@@ -78,8 +90,7 @@ class Visit:
                 del self._upcoming[expert]
                 self._used[expert] = None
             yield {expert.expert: self._cache.weights(expert) for expert in together}
-            for expert in together:
-                self._cache.retire(expert)
+            self._cache.retire(together)
         for number, weights in self._one_by_one():
             yield {number: weights}
 
@@ -162,6 +173,6 @@ class Visit:
 
     def _let_go(self) -> None:
         if self._held is not None:
-            self._cache.retire(self._held)
+            self._cache.retire((self._held,))
             self._held = None
             self._held_weights = {}

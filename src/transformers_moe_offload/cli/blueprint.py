@@ -23,7 +23,7 @@ from transformers_moe_offload.expert import ExpertSpec
 from transformers_moe_offload.hf.install import method_of
 from transformers_moe_offload.hf.loading.checkpoint import Checkpoint
 from transformers_moe_offload.hf.loading.discover import expert_spec, find_experts, take_over
-from transformers_moe_offload.hf.model.layer import OffloadedExperts, layer_of
+from transformers_moe_offload.hf.model.experts_module import OffloadedExperts, layer_of
 from transformers_moe_offload.hf.other_quantizers.dequantize import Opener, StoredBytes
 from transformers_moe_offload.hf.other_quantizers.methods import DELEGATED, refusal
 from transformers_moe_offload.hf.prebuilt.source import Quantization

@@ -99,17 +99,18 @@ def computed(
 
     The rows of each expert are the same in all three cases.
     """
-    if are_computed_together(mlp, hidden_states, codings):
+    if hidden_states.is_cuda and are_computed_together(mlp, hidden_states, codings):
         return together(mlp, experts, hidden_states, grouping, held, codings)
+    stored = [codings.of(expert) for expert in held] if codings.hot_experts else [codings.usual] * len(held)
     if len(held) > 1:
         wanting = [grouping.tokens[expert] for expert in held]
         counts = [len(tokens) for tokens in wanting]
-        if sum(counts) <= FEW_PAIRS and mlp.takes_several(hidden_states, counts, map(codings.of, held)):
-            weights = [opened(one, codings.of(expert), cast_to) for expert, one in held.items()]
+        if sum(counts) <= FEW_PAIRS and mlp.takes_several(hidden_states, counts, stored):
+            weights = [opened(one, coding, cast_to) for one, coding in zip(held.values(), stored, strict=True)]
             return dict(zip(held, mlp.several(experts, _stacked(hidden_states, wanting), counts, weights), strict=True))
     outputs = {}
-    for expert, one in held.items():
-        tokens, coding = grouping.tokens[expert], codings.of(expert)
+    for (expert, one), coding in zip(held.items(), stored, strict=True):
+        tokens = grouping.tokens[expert]
         is_packed = coding is not None and coding.is_packed
         rows = rows_of(hidden_states, tokens if is_packed else padded(tokens, hidden_states))
         outputs[expert] = mlp(experts, rows, opened(one, coding, cast_to))[: len(tokens)]

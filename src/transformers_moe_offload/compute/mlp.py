@@ -9,7 +9,7 @@ gates need no code here.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -52,15 +52,14 @@ class ExpertMlp:
             return normalised
         return out
 
-    def takes_several(self, rows: Tensor, counts: Sequence[int], codings: Iterable[Coding | None]) -> bool:
+    def takes_several(self, rows: Tensor, counts: Sequence[int], codings: Collection[Coding | None]) -> bool:
         """Whether `several` computes experts that are stored in these ways, with so many of the rows each."""
         if self.has_bias or self.has_post_expert_norm:
             return False
-        kinds = list(codings)
-        if all(coding is None for coding in kinds):  # weights are used together with rows of their own dtype
+        if all(coding is None for coding in codings):  # weights are used together with rows of their own dtype
             are_few = max(counts) <= kernels.dense.FEW_ROWS
             return are_few and not self.is_transposed and kernels.dense.reads_fast(rows)
-        are_packed = all(coding is not None and coding.is_packed for coding in kinds)
+        are_packed = all(coding is not None and coding.is_packed for coding in codings)
         return are_packed and kernels.can_multiply_each(rows)
 
     def several(

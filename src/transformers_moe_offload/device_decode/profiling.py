@@ -132,7 +132,7 @@ class _MadeSlots:
         """Nothing to load: all made-up experts are alike."""
         return _There()
 
-    def retire(self, slot: int) -> None:
+    def retire(self, slots: Sequence[int]) -> None:
         """Nothing is ever copied."""
 
     def give_back(self) -> None:
@@ -145,9 +145,9 @@ class _MadeSlots:
         """The weights of the made-up expert in the slot."""
         return self._views[slot]
 
-    def holds(self, slot: int) -> bool:
-        """Always True."""
-        return True
+    def lost(self, slots: Sequence[int]) -> Sequence[int]:
+        """None: nothing takes them away."""
+        return ()
 
     def device_bytes(self, expert: ExpertId) -> int:
         """Always 0: nothing is copied."""

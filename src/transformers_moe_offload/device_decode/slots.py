@@ -10,7 +10,7 @@ Kernels of the device's own forwards read the table, and each of them is assumed
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 from torch import Tensor
 
@@ -71,17 +71,17 @@ class AddressedSlots:
         self._occupant[slot] = expert
         return _Arrival(self, expert, target, copy)
 
-    def retire(self, slot: int) -> None:
-        """Everything that a visit reads in this slot has been submitted."""
-        self._last_use[slot] = self._streams.mark()
+    def retire(self, slots: Sequence[int]) -> None:
+        """Everything that a visit reads in these slots has been submitted."""
+        self._last_use |= dict.fromkeys(slots, self._streams.mark())
 
     def weights(self, expert: ExpertId, slot: int) -> Weights:
         """The buffer seen as the expert."""
         return self.pool.views(slot, self._arena.layout(expert))
 
-    def holds(self, slot: int) -> bool:
-        """Always: the buffer is ours."""
-        return True
+    def lost(self, slots: Sequence[int]) -> Sequence[int]:
+        """None: the buffers are ours."""
+        return ()
 
     def give_back(self) -> None:
         """Nothing to do: evicted experts are overwritten."""

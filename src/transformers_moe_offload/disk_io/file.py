@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import errno
 import threading
+import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -102,7 +103,7 @@ class File:
             opened = self._open()
             with self._lock:
                 found = self._map
-                is_new = found is None or not found.is_unchanged()
+                is_new = found is None or not found.is_unchanged(time.monotonic())
                 if found is None or is_new:
                     self._map = None
                     found = self._map = MappedFile(opened)

@@ -53,9 +53,9 @@ class OpenedFile:
         """Bytes of the file, now."""
         return os.fstat(self.descriptor).st_size
 
-    def is_unchanged(self) -> bool:
-        """Whether the file was the same at the last check: not written to, and not cut short."""
-        now = time.monotonic()
+    def is_unchanged(self, now: float) -> bool:
+        """Whether the file was the same at the last check: not written to, and not cut short; `now` is the time in
+        seconds of `time.monotonic`."""
         if now > self._look_again:
             self._was_unchanged = self.identity.is_of(self.descriptor)
             self._look_again = now + _LOOK_EVERY
@@ -63,7 +63,7 @@ class OpenedFile:
 
     def expect_unchanged(self) -> None:
         """Raise `CheckpointError` if it has changed."""
-        if not self.is_unchanged():
+        if not self.is_unchanged(time.monotonic()):
             self.identity.expect(self.descriptor, self.path)
 
     def read_into(self, targets: list[memoryview], offset: int) -> int:

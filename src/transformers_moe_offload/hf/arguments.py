@@ -12,7 +12,7 @@ from typing import Any
 from torch import nn
 
 from transformers_moe_offload.errors import ConfigError, UnsupportedModelError
-from transformers_moe_offload.hf.model.layer import OffloadedExperts
+from transformers_moe_offload.hf.model.experts_module import OffloadedExperts
 
 _SPLITS = {
     "tp_size": "tensor parallelism",

@@ -28,7 +28,6 @@ from transformers_moe_offload.hf.arguments import refuse_on_load, refuse_on_save
 from transformers_moe_offload.hf.loading.damage import HUB_OPTIONS, expect_layers, explaining
 from transformers_moe_offload.hf.loading.quantizer import MoeOffloadQuantizer, asked_for, to_save
 from transformers_moe_offload.hf.model.handle import OffloadRuntime
-from transformers_moe_offload.hf.model.places import expect_in_place
 from transformers_moe_offload.hf.model.saving import expect_no_adapter, expect_whole, save_quantized
 from transformers_moe_offload.hf.other_quantizers.methods import DELEGATED, refusal
 from transformers_moe_offload.hf.other_quantizers.quantizer import delegating
@@ -169,7 +168,7 @@ def _saving_offloaded(plain: Any) -> Any:
             return plain(self, save_directory, *args, **kwargs)
         options = inspect.signature(plain).bind(self, save_directory, *args, **kwargs).arguments
         if not has_peft_adapter(self):
-            expect_in_place(self, runtime.layers)
+            runtime.expect_in_place()
             expect_no_adapter(Path(save_directory))
         is_quantized = runtime.is_quantized and not has_peft_adapter(self)
         refuse_on_save(options, is_quantized=is_quantized)

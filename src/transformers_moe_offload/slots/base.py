@@ -7,7 +7,7 @@ pages that a disk writes into (`DirectSlots`), or the right to have one expert's
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Protocol
 
 from torch import Tensor
@@ -38,14 +38,14 @@ class Slots(Protocol):
         `alongside` is the number of other experts in flight.
         """
 
-    def retire(self, slot: int) -> None:
-        """Everything that reads this slot has been submitted; the next load into it comes after that."""
+    def retire(self, slots: Sequence[int]) -> None:
+        """Everything that reads these slots has been submitted; the next loads into them come after that."""
 
     def weights(self, expert: ExpertId, slot: int) -> Weights:
         """The weights of the expert in a slot, valid until the slot is given to another one."""
 
-    def holds(self, slot: int) -> bool:
-        """Whether the expert that was loaded is still there: the kernel can take back pages of the page cache."""
+    def lost(self, slots: Sequence[int]) -> Sequence[int]:
+        """Those of some slots whose experts are not there any more: the kernel can take pages of the page cache."""
 
     def give_back(self) -> None:
         """Give back memory that evicted experts still take in case they return."""

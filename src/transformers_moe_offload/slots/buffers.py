@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
 import torch
@@ -96,6 +96,8 @@ class CopiedSlots:
         self.pool = pool
         self._store = store
         self._copier = copier
+        self._seen: dict[int, tuple[ExpertId, Weights]] = {}
+        """By slot, the expert whose weights were asked for last, and these."""
 
     @property
     def num_lanes(self) -> int:
@@ -110,27 +112,34 @@ class CopiedSlots:
     def remove(self, slot: int) -> None:
         """Free a buffer."""
         self._copier.retire(self.pool.record(slot))
+        self._seen.pop(slot, None)
         self.pool.remove(slot)
 
     def start(self, expert: ExpertId, slot: int, alongside: int = 0) -> Transfer:
         """Begin to fill the slot's buffer."""
         nbytes = self._store.layout(*expert).nbytes
+        self._seen.pop(slot, None)
         if self.pool.record(slot).nbytes != nbytes:
             self.pool.fit(slot, nbytes)
             self._copier.retire(self.pool.record(slot))  # its memory may be another tensor's that kernels still read
         return self._copier.start(expert, self.pool.record(slot), alongside)
 
-    def retire(self, slot: int) -> None:
-        """The next copy into this buffer comes after the kernels that read it now."""
-        self._copier.retire(self.pool.record(slot))
+    def retire(self, slots: Sequence[int]) -> None:
+        """The next copies into these buffers come after the kernels that read them now."""
+        if self._copier.is_asynchronous:
+            for slot in slots:
+                self._copier.retire(self.pool.record(slot))
 
     def weights(self, expert: ExpertId, slot: int) -> Weights:
         """The buffer seen as the expert."""
-        return self.pool.views(slot, self._store.layout(*expert))
+        seen = self._seen.get(slot)
+        if seen is None or seen[0] != expert:
+            seen = self._seen[slot] = expert, self.pool.views(slot, self._store.layout(*expert))
+        return seen[1]
 
-    def holds(self, slot: int) -> bool:
-        """Always: the buffer is ours."""
-        return True
+    def lost(self, slots: Sequence[int]) -> Sequence[int]:
+        """None: the buffers are ours."""
+        return ()
 
     def give_back(self) -> None:
         """Nothing to do: evicted experts are overwritten."""

@@ -66,7 +66,7 @@ class DirectSlots:
             return self._copier.start(expert, memory[: layout.nbytes], alongside)
         return self.reader.start(place.reads, memory, partial(self._complete, expert, place, memory), alongside)
 
-    def retire(self, slot: int) -> None:
+    def retire(self, slots: Sequence[int]) -> None:
         """Nothing to do: CPU kernels have finished when they return."""
 
     def weights(self, expert: ExpertId, slot: int) -> Weights:
@@ -79,9 +79,9 @@ class DirectSlots:
                 seen = self._seen[slot] = lie, lie[0].views(self._slots[slot], lie[1])
         return seen[1]
 
-    def holds(self, slot: int) -> bool:
-        """Always: the memory is ours."""
-        return True
+    def lost(self, slots: Sequence[int]) -> Sequence[int]:
+        """None: the buffers are ours."""
+        return ()
 
     def give_back(self) -> None:
         """Nothing to do: evicted experts are overwritten."""

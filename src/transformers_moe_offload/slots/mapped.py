@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import math
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 import torch
 
@@ -16,9 +17,9 @@ from transformers_moe_offload.slots.base import Weights
 from transformers_moe_offload.slots.transfer import Landed, Transfer
 from transformers_moe_offload.store.expert_store import ExpertStore
 
-_LOOK_EVERY = 0.05
-"""Seconds between two checks of an expert's pages. A check takes 5 to 7 us for each expert of each layer, and pages
-that were used so shortly before are the last ones that the kernel takes."""
+_SURELY_THERE = 0.05
+"""Seconds after its last use for which an expert's pages are not looked at. A look takes 5 to 7 us for each expert of
+each layer, and pages that were used so shortly before are the last ones that the kernel takes."""
 
 
 class MappedSlots:
@@ -55,20 +56,21 @@ class MappedSlots:
             if left.is_copy and left not in self._inside.values():
                 left.leave()
         coming = self._inside[slot] = self._experts.setdefault(expert, _MappedExpert(self._store, expert))
-        if coming.is_there():
+        if coming.is_there(time.monotonic()):
             return Landed(coming.from_files)
         return self._lanes.start((), coming.bring_in)
 
-    def retire(self, slot: int) -> None:
+    def retire(self, slots: Sequence[int]) -> None:
         """Nothing to do: CPU kernels have finished when they return."""
 
     def weights(self, expert: ExpertId, slot: int) -> Weights:
         """The expert's tensors inside the mapped files."""
         return self._inside[slot].weights
 
-    def holds(self, slot: int) -> bool:
-        """Whether the expert's pages are still in memory, and its files unchanged."""
-        return self._inside[slot].is_there()
+    def lost(self, slots: Sequence[int]) -> Sequence[int]:
+        """The slots of experts whose pages are not in memory any more, or whose files have changed."""
+        now = time.monotonic()
+        return [slot for slot in slots if not self._inside[slot].is_there(now)]
 
     def start_over(self, held: Mapping[int, ExpertId]) -> None:
         """Wait until nothing is mapped any more."""
@@ -95,24 +97,26 @@ class _MappedExpert:
         self._expert = expert
         self._pages: list[tuple[MappedFile, FileRange]] = []
         """Where it is mapped; empty if it is a copy."""
-        self._was_cached = False
-        self._look_again = 0.0
+        self._last_use = -math.inf
+        """When it was asked for last, in seconds of `time.monotonic`."""
 
-    def is_there(self) -> bool:
-        """Whether it has been loaded, its pages were in memory at the last check, and its files are unchanged.
+    def is_there(self, now: float) -> bool:
+        """Whether it can be used: it has been loaded, its files are unchanged, and its pages are in memory.
 
         Touching a mapped page that its file has lost would end the process; a page that the kernel took back is only
-        read again.
+        read again. Pages are not looked at if they were used, or seen, a moment before.
         """
-        if not self.weights or not all(map.is_unchanged() for map, _ in self._pages):
+        if not self.weights:
             return False
-        now = time.monotonic()
-        if now > self._look_again:
-            self._seen(all(map.is_cached(stretch.start, stretch.stop) for map, stretch in self._pages), now)
-        return self._was_cached
-
-    def _seen(self, is_cached: bool, now: float) -> None:
-        self._was_cached, self._look_again = is_cached, now + _LOOK_EVERY
+        for map, _ in self._pages:
+            if not map.is_unchanged(now):
+                return False
+        if now > self._last_use + _SURELY_THERE:
+            for map, stretch in self._pages:
+                if not map.is_cached(stretch.start, stretch.stop):
+                    return False
+        self._last_use = now
+        return True
 
     def bring_in(self) -> int:
         """Map the expert's pages, or read a copy of it; returns the bytes of the files that are used."""
@@ -137,7 +141,7 @@ class _MappedExpert:
                 .view(field.shape)
                 for field, part in zip(layout.fields, stretches, strict=True)
             }
-        self._seen(True, time.monotonic())
+        self._last_use = time.monotonic()
         return self.from_files
 
     @property

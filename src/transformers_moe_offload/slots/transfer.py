@@ -48,6 +48,9 @@ class Copier(Protocol):
         `alongside` other experts are in flight; the fewer, the more reader threads are free for each.
         """
 
+    is_asynchronous: bool
+    """Whether work that was submitted may still read slots, so that they have to be retired."""
+
     def retire(self, slot: Tensor) -> None:
         """Everything that reads this slot has been submitted; the next copy into it comes after that."""
 
@@ -87,6 +90,9 @@ def no_start(expert: ExpertId, slot: Tensor) -> None:
 class HostCopier:
     """Fills slots in host memory."""
 
+    is_asynchronous = False
+    """CPU kernels have finished when they return."""
+
     def __init__(self, fill: OpenFill, workers: int, small: StartHere = no_start) -> None:
         self.num_lanes = workers
         self._small = small
@@ -107,7 +113,7 @@ class HostCopier:
             raise
 
     def retire(self, slot: Tensor) -> None:
-        """Nothing to do: CPU kernels have finished when they return."""
+        """Nothing to do."""
 
     def drain(self) -> None:
         """Wait for the reader threads."""
@@ -118,6 +124,7 @@ class FakeCopier:
     """Moves nothing and records the requests; its transfers are finished at once."""
 
     num_lanes = 1
+    is_asynchronous = False
 
     def __init__(self) -> None:
         self.started: list[ExpertId] = []

@@ -7,7 +7,7 @@ for any policy, so the restrictions on other policies must not lower it.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from transformers_moe_offload.cache.cache import ExpertCache
@@ -107,16 +107,16 @@ class NoSlots:
         """Nothing to bring."""
         return Landed(from_files=0)
 
-    def retire(self, slot: int) -> None:
+    def retire(self, slots: Sequence[int]) -> None:
         """Nothing is being read."""
 
     def weights(self, expert: ExpertId, slot: int) -> Weights:
         """No weights."""
         return {}
 
-    def holds(self, slot: int) -> bool:
-        """Always True."""
-        return True
+    def lost(self, slots: Sequence[int]) -> Sequence[int]:
+        """None: nothing takes them away."""
+        return ()
 
     def give_back(self) -> None:
         """No memory was taken."""

@@ -11,8 +11,8 @@ from torch import nn
 
 from transformers_moe_offload.errors import ConfigError, UnsupportedModelError
 from transformers_moe_offload.hf.loading.discover import find_experts
+from transformers_moe_offload.hf.model.experts_module import OffloadedExperts, layer_of
 from transformers_moe_offload.hf.model.handle import runtime_of
-from transformers_moe_offload.hf.model.layer import OffloadedExperts, layer_of
 from transformers_moe_offload.hf.model.saving import expect_no_adapter
 from transformers_moe_offload.hf.peft.placeholders import is_adaptable
 from transformers_moe_offload.training.parts import attention, experts_paths, router_paths

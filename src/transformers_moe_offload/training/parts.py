@@ -13,7 +13,7 @@ from torch import nn
 
 from transformers_moe_offload.errors import UnsupportedModelError
 from transformers_moe_offload.hf.loading.discover import find_experts
-from transformers_moe_offload.hf.model.layer import OffloadedExperts
+from transformers_moe_offload.hf.model.experts_module import OffloadedExperts
 from transformers_moe_offload.hf.routers.find import only_for_choosing, router_of
 
 Parts = dict[str, nn.Parameter]

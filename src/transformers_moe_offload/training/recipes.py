@@ -15,7 +15,7 @@ from torch import nn
 from transformers_moe_offload.config.options import choose
 from transformers_moe_offload.errors import ConfigError, UnsupportedModelError
 from transformers_moe_offload.hf.model.dense import HqqLinear
-from transformers_moe_offload.hf.model.layer import OffloadedExperts
+from transformers_moe_offload.hf.model.experts_module import OffloadedExperts
 from transformers_moe_offload.training.parts import PARTS, routers
 
 RECIPES = ("router", "router+embeddings", "router+attention", "router+stem", "experts", "all")

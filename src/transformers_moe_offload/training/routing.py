@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from transformers_moe_offload.hf.layouts import layout_of
-from transformers_moe_offload.hf.model.layer import OffloadedExperts, layer_of
+from transformers_moe_offload.hf.model.experts_module import OffloadedExperts, layer_of
 from transformers_moe_offload.training.parts import experts_paths, router_paths
 
 

@@ -16,9 +16,10 @@ from transformers_moe_offload.config import OffloadConfig
 from transformers_moe_offload.device_decode.cost_model import DecodeRates, costs
 from transformers_moe_offload.device_decode.profiling import decode_rates
 from transformers_moe_offload.hf.decode.obstacles import record_layout
+from transformers_moe_offload.hf.model.experts_module import experts_at
 from transformers_moe_offload.hf.model.host_sides import miss_rates, token_of
-from transformers_moe_offload.hf.model.layer import SparseLayer, experts_at
 from transformers_moe_offload.hf.model.plan import OffloadPlan, PoolPlan
+from transformers_moe_offload.hf.model.sparse_layer import SparseLayer
 from transformers_moe_offload.hf.routers.top_k import experts_per_token
 from transformers_moe_offload.hybrid.cpu_experts import HostCompute, is_portable
 from transformers_moe_offload.store.expert_store import ExpertStore

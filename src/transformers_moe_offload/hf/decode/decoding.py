@@ -8,18 +8,14 @@ All other forwards wait for the routing on the host, in `compute/forward.py`; th
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
-from typing import Any
 
-import torch
 from torch import Tensor, nn
 
-from transformers_moe_offload.device_decode.counters import MOST_PAIRS
 from transformers_moe_offload.device_decode.engine import DeviceEngine
 from transformers_moe_offload.device_decode.forward import OnDevice
-from transformers_moe_offload.kernels import gpu
 
 logger = logging.getLogger(__name__)
 
@@ -56,18 +52,9 @@ class Decoding:
         """All engines, each once."""
         return tuple(self._last)
 
-    def layer(
-        self, index: int, module: nn.Module, inputs: Sequence[Any], *, needs_grad: bool, is_adapted: bool
-    ) -> AddressedLayer | None:
-        """The layer if it decodes on the device in this forward, else None."""
-        found = self._layers.get(index)
-        if found is None:
-            return None
-        reason = self._not_now(module, inputs, needs_grad=needs_grad, is_adapted=is_adapted)
-        if reason is not None:
-            self._say(reason)
-            return None
-        return found
+    def layer(self, index: int) -> AddressedLayer | None:
+        """A layer that can decode on the device; None if it cannot."""
+        return self._layers.get(index)
 
     def compute(
         self, layer: AddressedLayer, module: nn.Module, hidden: Tensor, top_k_index: Tensor, top_k_weights: Tensor
@@ -119,23 +106,8 @@ class Decoding:
             finally:
                 self._is_whole = False
 
-    def _not_now(self, module: nn.Module, inputs: Sequence[Any], *, needs_grad: bool, is_adapted: bool) -> str | None:
-        hidden, top_k_index = inputs[0], inputs[1]
-        if hidden.shape[0] > MOST_TOKENS or top_k_index.numel() > MOST_PAIRS:
-            return f"forwards of more than {MOST_TOKENS} tokens are computed expert by expert"
-        if hidden.dtype not in gpu.TYPES or top_k_index.dtype != torch.int64:
-            return f"no kernels take rows of {hidden.dtype} with indices of {top_k_index.dtype}"
-        if needs_grad or module.training:
-            return "in training experts are computed one by one"
-        if is_adapted:
-            return "experts to which adapters add are computed one by one"
-        if self.is_traced:
-            return "while a model is traced the host has to know its routing"
-        if torch.is_autocast_enabled(hidden.device.type):
-            return "under autocast experts are computed one by one"
-        return None
-
-    def _say(self, reason: str) -> None:
+    def say(self, reason: str) -> None:
+        """Log, once per reason, why a forward does not decode on the device."""
         if reason not in self._said:
             self._said.add(reason)
             logger.info(f"not decoding on the device: {reason}")

@@ -13,9 +13,10 @@ from transformers_moe_offload.device_decode.engine import DeviceEngine
 from transformers_moe_offload.device_decode.forward import OnDevice
 from transformers_moe_offload.hf.decode.decoding import AddressedLayer
 from transformers_moe_offload.hf.decode.obstacles import record_layout
-from transformers_moe_offload.hf.model.layer import SparseLayer, experts_at
+from transformers_moe_offload.hf.model.experts_module import experts_at
 from transformers_moe_offload.hf.model.plan import OffloadPlan, PoolPlan
 from transformers_moe_offload.hf.model.pools import workers_of
+from transformers_moe_offload.hf.model.sparse_layer import SparseLayer
 from transformers_moe_offload.policies import make_policy
 from transformers_moe_offload.store.expert_store import ExpertStore
 from transformers_moe_offload.store.layer_source import LayerSource

@@ -3,15 +3,23 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 from transformers_moe_offload.config import OffloadConfig
 from transformers_moe_offload.device_decode.forward import missing_on_device
-from transformers_moe_offload.hf.model.layer import SparseLayer
+from transformers_moe_offload.hf.model.sparse_layer import SparseLayer
 from transformers_moe_offload.store.layer_source import LayerSource
 from transformers_moe_offload.store.record import RecordLayout
 
 logger = logging.getLogger(__name__)
+
+
+def obstacles_of(
+    layers: Sequence[SparseLayer], sources: Mapping[int, LayerSource], config: OffloadConfig
+) -> dict[str, str]:
+    """Module path of a layer -> why it cannot decode on the device."""
+    found = {layer.name: obstacle(layer, sources[layer.index], config) for layer in layers}
+    return {name: reason for name, reason in found.items() if reason is not None}
 
 
 def obstacle(layer: SparseLayer, source: LayerSource, config: OffloadConfig) -> str | None:

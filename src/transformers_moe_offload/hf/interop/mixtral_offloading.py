@@ -27,7 +27,8 @@ from transformers_moe_offload.expert import FieldSpec
 from transformers_moe_offload.formats.by_expert import LayerCodings
 from transformers_moe_offload.formats.columns import brought_together
 from transformers_moe_offload.formats.meta import in_half
-from transformers_moe_offload.hf.model.layer import OffloadedExperts, SparseLayer, layer_of
+from transformers_moe_offload.hf.model.experts_module import OffloadedExperts, layer_of
+from transformers_moe_offload.hf.model.sparse_layer import SparseLayer
 from transformers_moe_offload.hf.prebuilt.layout import LayerContent
 from transformers_moe_offload.hf.prebuilt.source import Quantization
 from transformers_moe_offload.kernels.packed import Packing

@@ -18,8 +18,8 @@ from transformers.utils import logging
 from transformers_moe_offload.compute.forward import combine
 from transformers_moe_offload.compute.mlp import ExpertMlp
 from transformers_moe_offload.compute.token_grouping import group_by_expert
-from transformers_moe_offload.hf.model.eager import with_attributes
-from transformers_moe_offload.hf.model.layer import SparseLayer
+from transformers_moe_offload.hf.model.lazy_experts import with_attributes
+from transformers_moe_offload.hf.model.sparse_layer import SparseLayer
 from transformers_moe_offload.system.free_memory import is_out_of_memory
 
 logger = logging.get_logger(__name__)

@@ -15,7 +15,7 @@ from transformers_moe_offload.config import OffloadConfig
 from transformers_moe_offload.hf.loading.arithmetic_probe import reproduces
 from transformers_moe_offload.hf.model.dense import HqqLinear
 from transformers_moe_offload.hf.model.handle import OffloadRuntime
-from transformers_moe_offload.hf.model.layer import SparseLayer
+from transformers_moe_offload.hf.model.sparse_layer import SparseLayer
 from transformers_moe_offload.hf.model.state_dicts import install_state_dict_hooks
 from transformers_moe_offload.hf.peft.register import install_adapters
 from transformers_moe_offload.hf.prebuilt.layout import GUARD
@@ -27,10 +27,9 @@ logger = logging.getLogger(__name__)
 
 def attach(model: Any, config: OffloadConfig, layers: Sequence[SparseLayer], sources: Sequence[LayerSource]) -> None:
     """Attach an `OffloadRuntime` to a model as `model.moe_offload`; the model is then ready to run."""
-    runtime = OffloadRuntime(model, config, layers)
-    _choose_arithmetic(model, config, layers)
-    for layer in layers:
-        layer.device = _device_of(model, layer.name)
+    arithmetic = _arithmetic(model, config, layers)
+    placed = [replace(layer, mlp=arithmetic.get(layer.index), device=_device_of(model, layer.name)) for layer in layers]
+    runtime = OffloadRuntime(model, config, placed)
     for module in model.modules():
         if isinstance(module, HqqLinear):
             module.activations = activations_of(config)
@@ -41,9 +40,11 @@ def attach(model: Any, config: OffloadConfig, layers: Sequence[SparseLayer], sou
     _unmark_as_quantized(model)
 
 
-def _choose_arithmetic(model: nn.Module, config: OffloadConfig, layers: Sequence[SparseLayer]) -> None:
+def _arithmetic(model: nn.Module, config: OffloadConfig, layers: Sequence[SparseLayer]) -> dict[int, ExpertMlp]:
+    """The arithmetic of the layers that do not use their modules' eager forward."""
     if config.arithmetic == "exact":
-        return
+        return {}
+    found: dict[int, ExpertMlp] = {}
     verdicts: dict[tuple[type, ExpertMlp], bool] = {}
     for layer in layers:
         module = model.get_submodule(layer.name)
@@ -56,7 +57,8 @@ def _choose_arithmetic(model: nn.Module, config: OffloadConfig, layers: Sequence
             if not verdicts[kind]:
                 logger.info(f"the arithmetic of {layer.plain_class.__name__} is not supported; using its eager forward")
         if verdicts[kind]:
-            layer.mlp = replace(mlp, activations=activations_of(config))
+            found[layer.index] = replace(mlp, activations=activations_of(config))
+    return found
 
 
 def activations_of(config: OffloadConfig) -> Activations:

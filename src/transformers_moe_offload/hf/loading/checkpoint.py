@@ -25,7 +25,7 @@ from transformers_moe_offload.hf.loading.locate import (
     trace_parameters,
     whole_source,
 )
-from transformers_moe_offload.hf.model.layer import SparseLayer
+from transformers_moe_offload.hf.model.sparse_layer import SparseLayer
 from transformers_moe_offload.hf.other_quantizers.methods import refuse_hqq
 from transformers_moe_offload.hf.upstream import ignore_on_load_unexpected, tied_weights
 from transformers_moe_offload.store.expert_source import ScatteredExpert

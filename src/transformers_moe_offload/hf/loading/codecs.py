@@ -13,7 +13,7 @@ from transformers_moe_offload.errors import ConfigError
 from transformers_moe_offload.expert import FieldSpec
 from transformers_moe_offload.formats.by_expert import LayerCodings
 from transformers_moe_offload.formats.coding import ExpertCoding
-from transformers_moe_offload.hf.model.layer import SparseLayer
+from transformers_moe_offload.hf.model.sparse_layer import SparseLayer
 
 
 def plain_fields(layer: SparseLayer) -> tuple[FieldSpec, ...]:

@@ -11,7 +11,8 @@ from transformers_moe_offload.errors import UnsupportedModelError
 from transformers_moe_offload.expert import ExpertSpec, FieldSpec
 from transformers_moe_offload.hf.layouts import ExpertsLayout, layout_of
 from transformers_moe_offload.hf.loading.placeholders import take_out
-from transformers_moe_offload.hf.model.layer import OffloadedExperts, SparseLayer, bind, layer_of
+from transformers_moe_offload.hf.model.experts_module import OffloadedExperts, bind, layer_of
+from transformers_moe_offload.hf.model.sparse_layer import SparseLayer
 
 
 def find_experts(model: nn.Module) -> Iterator[tuple[str, nn.Module, ExpertsLayout]]:

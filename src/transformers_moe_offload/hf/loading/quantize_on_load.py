@@ -12,7 +12,7 @@ from transformers_moe_offload.config import ExpertFormats
 from transformers_moe_offload.errors import ConfigError
 from transformers_moe_offload.formats.by_expert import LayerCodings
 from transformers_moe_offload.hf.loading.codecs import codings_of
-from transformers_moe_offload.hf.model.layer import SparseLayer
+from transformers_moe_offload.hf.model.sparse_layer import SparseLayer
 from transformers_moe_offload.store.encoding import encoded_bytes, encoded_in_ram, num_encoded
 from transformers_moe_offload.store.layer_source import LayerSource
 from transformers_moe_offload.system.free_memory import free_ram

@@ -9,6 +9,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Mapping, Sequence
 from contextvars import ContextVar
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -22,9 +23,9 @@ from transformers_moe_offload.hf.loading.checkpoint import Checkpoint, expect_un
 from transformers_moe_offload.hf.loading.discover import take_over
 from transformers_moe_offload.hf.loading.quantize_on_load import codings_to_be, quantized
 from transformers_moe_offload.hf.loading.records import locate_records, record_keys
-from transformers_moe_offload.hf.model.caches import LayerCaches
 from transformers_moe_offload.hf.model.dense import prepare_dense, quantize_dense, settle_dense
-from transformers_moe_offload.hf.model.layer import SparseLayer
+from transformers_moe_offload.hf.model.placements import expect_enough_for
+from transformers_moe_offload.hf.model.sparse_layer import SparseLayer
 from transformers_moe_offload.hf.model.state_dicts import with_experts
 from transformers_moe_offload.hf.prebuilt.layout import INDEX_NAME
 from transformers_moe_offload.hf.prebuilt.loading import DenseCheck
@@ -141,14 +142,13 @@ class MoeOffloadQuantizer(HfQuantizer):
         """Raise for a budget that is too small, before weights are loaded, if the device is known."""
         if self._device is None:
             return
-        for layer in self._layers:
-            layer.device = self._device
+        layers = [replace(layer, device=self._device) for layer in self._layers]
         config, coded = self.quantization_config, {}
         if config.formats is not None and not self._is_prebuilt:
             codings = codings_to_be(model, self._layers, self._sources, config.formats)
             pairs = zip(self._layers, codings, strict=True)
             coded = {layer.index: one for layer, one in pairs if num_encoded(one, layer.num_experts)}
-        LayerCaches(self._layers).expect_enough({s.spec.layer: s for s in self._sources}, config, coded)
+        expect_enough_for(layers, {s.spec.layer: s for s in self._sources}, config, coded)
 
     def _process_model_after_weight_loading(self, model: Any, **kwargs: Any) -> None:
         if self._dense_check is not None:

@@ -19,7 +19,7 @@ from transformers_moe_offload.errors import CheckpointError
 from transformers_moe_offload.expert import ITEMSIZE, ExpertSpec, FieldSpec
 from transformers_moe_offload.hf.loading.checkpoint import Checkpoint
 from transformers_moe_offload.hf.loading.codecs import codings_of
-from transformers_moe_offload.hf.model.layer import SparseLayer
+from transformers_moe_offload.hf.model.sparse_layer import SparseLayer
 from transformers_moe_offload.store.expert_source import RecordedExpert
 from transformers_moe_offload.store.layer_source import LayerSource
 from transformers_moe_offload.store.record import RecordLayout

@@ -1,51 +1,53 @@
-"""Build and drop the caches of a model with their engines, host sides and prefetcher.
+"""Build and drop the caches of a model with their engines, host sides and prefetcher, and what computes each layer.
 
 They are built when first needed, and dropped when layers have moved; statistics outlive them. `plan.py` decides their
 sizes; `handle.py` calls this when caches are needed, and holds the sources of experts.
 """
 
-# H hidden
-
 from __future__ import annotations
 
 import threading
 from collections import Counter
-from collections.abc import Callable, Container, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import torch
-from torch import Tensor
 
+from transformers_moe_offload.backward.weights import Lenders
 from transformers_moe_offload.cache.cache import ExpertCache
 from transformers_moe_offload.cache.warmup import most_used
-from transformers_moe_offload.compute.alignment import gives_equal_bits
 from transformers_moe_offload.config import OffloadConfig
 from transformers_moe_offload.device_decode.engine import DeviceEngine
+from transformers_moe_offload.dtypes import torch_dtype
 from transformers_moe_offload.errors import PageLockError
 from transformers_moe_offload.expert import ExpertId
-from transformers_moe_offload.formats.by_expert import LayerCodings
 from transformers_moe_offload.hf.decode.costs import slower_on_device
 from transformers_moe_offload.hf.decode.decoding import Decoding
 from transformers_moe_offload.hf.decode.engines import addressed_layers, build_engines
-from transformers_moe_offload.hf.decode.obstacles import obstacle, report
+from transformers_moe_offload.hf.decode.obstacles import obstacles_of, report
+from transformers_moe_offload.hf.model.experts_module import OffloadedLayer
 from transformers_moe_offload.hf.model.host_sides import host_sides
-from transformers_moe_offload.hf.model.layer import SparseLayer
+from transformers_moe_offload.hf.model.layer_forward import LayerExperts, LayerForward, Path
 from transformers_moe_offload.hf.model.lookahead import Lookahead, look_ahead_in
+from transformers_moe_offload.hf.model.paths.device import DevicePath
+from transformers_moe_offload.hf.model.paths.eager import EagerPath
+from transformers_moe_offload.hf.model.paths.fast import FastPath
+from transformers_moe_offload.hf.model.paths.training import TrainingPath
+from transformers_moe_offload.hf.model.placements import placements
 from transformers_moe_offload.hf.model.places import is_in_place
 from transformers_moe_offload.hf.model.plan import (
     OffloadPlan,
-    Placement,
     PoolPlan,
-    expect_enough,
     make_plan,
     tried_out,
     without_arenas,
 )
 from transformers_moe_offload.hf.model.pools import build_caches
+from transformers_moe_offload.hf.model.sparse_layer import SparseLayer
 from transformers_moe_offload.hybrid.layer import HostSide
 from transformers_moe_offload.stats import LayerStats
-from transformers_moe_offload.store.expert_store import ExpertStore
 from transformers_moe_offload.store.layer_source import LayerSource
 from transformers_moe_offload.system.forks import FORKS, Rank
 from transformers_moe_offload.tracing import TraceRecorder
@@ -54,8 +56,10 @@ from transformers_moe_offload.tracing import TraceRecorder
 class LayerCaches:
     """The caches that serve the sparse layers of one model."""
 
-    def __init__(self, layers: Sequence[SparseLayer]) -> None:
-        self._layers = list(layers)
+    def __init__(self, experts: Sequence[OffloadedLayer]) -> None:
+        """`experts`: what the experts modules of the model hold."""
+        self._experts = list(experts)
+        self._lenders = Lenders(self.load_ahead)
         self._of_layer: dict[int, ExpertCache] = {}
         self._host_sides: dict[int, HostSide] = {}
         self._lookahead: Lookahead | None = None
@@ -70,6 +74,10 @@ class LayerCaches:
         self.resizing = FORKS.with_lock(threading.Lock(), Rank.RESIZING)
         """Held by the thread that changes the size of the caches, and the config with it."""
 
+    @property
+    def _layers(self) -> list[SparseLayer]:
+        return [experts.layer for experts in self._experts]
+
     def build(self, model: Any, by_layer: Mapping[int, LayerSource], config: OffloadConfig) -> OffloadPlan:
         """Build empty caches unless another thread has; raises `CapacityError` if the budget is too small."""
         with self._building:
@@ -79,8 +87,8 @@ class LayerCaches:
 
     def _build(self, model: Any, by_layer: Mapping[int, LayerSource], config: OffloadConfig) -> OffloadPlan:
         sources = list(by_layer.values())
-        obstacles = self._obstacles(by_layer, config)
-        plan = tried_out(make_plan(self._placements(by_layer, config, obstacles), config), sources, config)
+        obstacles = obstacles_of(self._layers, by_layer, config)
+        plan = tried_out(make_plan(placements(self._layers, by_layer, config, obstacles), config), sources, config)
         if config.decode == "auto" and plan.arena_bytes:
             can = [layer for layer in self._layers if layer.name not in obstacles]
             slower = slower_on_device(model, can, by_layer, plan, config)
@@ -101,11 +109,14 @@ class LayerCaches:
             self._of_layer, host = build_caches(plan, sources, config)
             self._of_layer |= {layer: engine.cache for layer, engine in self._engines.items()}
             self._host_sides = host_sides(model, self._layers, plan, host, config)
-            specs = {one.index: by_layer[one.index].spec for one in self._layers if is_in_place(model, one)}
+            in_place = [experts.layer.index for experts in self._experts if is_in_place(model, experts)]
+            specs = {layer: by_layer[layer].spec for layer in in_place}
             self._lookahead = look_ahead_in(model, config.prefetch, self._of_layer, specs)
             for index, stats in self._kept_stats.items():
                 self._of_layer[index].stats[index] = stats
             self.record(self._recorder)
+            for experts in self._experts:
+                experts.current = self._forward_of(experts, by_layer[experts.layer.index])
         except BaseException:
             self.drop(keep_stats=False)
             raise
@@ -113,23 +124,28 @@ class LayerCaches:
         self.plan = plan
         return plan
 
-    def expect_enough(
-        self, sources: Mapping[int, LayerSource], config: OffloadConfig, coded: Mapping[int, LayerCodings]
-    ) -> None:
-        """Raise `CapacityError` if the budget is too small, before anything is built or encoded.
-
-        `coded` are the codings of layers whose experts will be in RAM.
-        """
-        placements = [
-            replace(one, codings=coded[layer], is_in_ram=True, is_mappable=one.device.type == "cpu", spare_bytes=None)
-            if (layer := one.spec.layer) in coded
-            else one
-            for one in self._placements(sources, config, ())
-        ]
-        expect_enough(placements, config)
+    def _forward_of(self, experts: OffloadedLayer, source: LayerSource) -> LayerForward:
+        """What computes a layer, with the caches that have been built."""
+        layer = experts.layer
+        found = LayerExperts(
+            layer.index,
+            self._of_layer[layer.index],
+            source.codings,
+            torch_dtype(source.spec.fields[0].dtype),
+            None if self._lookahead is None else partial(self._lookahead.started, layer.index),
+        )
+        lend = partial(self._lenders.lend, layer.index, lambda: experts.ready(layer.device).experts)
+        if layer.mlp is None:
+            return LayerForward(layer.device, found, (EagerPath(layer, source.spec, found, lend),))
+        addressed = self.decoding.layer(layer.index)
+        on_device: list[Path] = [] if addressed is None else [DevicePath(self.decoding, addressed)]
+        fast = FastPath(layer.mlp, found, self._host_sides.get(layer.index))
+        return LayerForward(layer.device, found, (*on_device, fast, TrainingPath(layer.mlp, found, lend)))
 
     def drop(self, *, keep_stats: bool) -> None:
         """Free slots and threads; `build` makes new ones."""
+        for experts in self._experts:
+            experts.current = None
         self.plan = None
         if keep_stats:
             self._kept_stats |= {layer.index: self.stats_of(layer) for layer in self._layers}
@@ -149,7 +165,8 @@ class LayerCaches:
         held: Counter[torch.device] = Counter()
         for pool in () if self.plan is None else self.plan.pools:
             held[pool.device] += 0 if pool.is_mapped else pool.cache_bytes
-        plan = make_plan(self._placements(sources, config, self._obstacles(sources, config)), config, held)
+        on_the_host = obstacles_of(self._layers, sources, config)
+        plan = make_plan(placements(self._layers, sources, config, on_the_host), config, held)
         if self.plan is None:
             return
         num_slots = {pool.layers: pool.num_slots for pool in plan.pools}
@@ -186,17 +203,6 @@ class LayerCaches:
         """The cache of a layer; None while nothing is built."""
         return self._of_layer.get(layer.index)
 
-    def host_side_of(self, layer: SparseLayer) -> HostSide | None:
-        """The host's part in a layer's misses; None if all of them are fetched."""
-        return self._host_sides.get(layer.index)
-
-    def look_ahead_from(self, layer: SparseLayer, hidden: Tensor) -> Callable[[Sequence[int]], None] | None:
-        """The callback to call with the experts that a layer wants, once their loads are in flight; hidden (..., H).
-
-        None without prefetching.
-        """
-        return None if self._lookahead is None else self._lookahead.started(layer.index, hidden)
-
     def load_ahead(self, experts: Iterable[ExpertId]) -> None:
         """Start loads of experts that are certain to be needed next, until one finds no room."""
         for expert in experts:
@@ -223,38 +229,3 @@ class LayerCaches:
         self.decoding.is_traced = recorder is not None
         for cache in self.all():
             cache.on_visit = None if recorder is None else recorder.record
-
-    def _obstacles(self, sources: Mapping[int, LayerSource], config: OffloadConfig) -> dict[str, str]:
-        """Module path of a layer -> why it cannot decode on the device."""
-        found = {layer.name: obstacle(layer, sources[layer.index], config) for layer in self._layers}
-        return {name: reason for name, reason in found.items() if reason is not None}
-
-    def _placements(
-        self, sources: Mapping[int, LayerSource], config: OffloadConfig, on_the_host: Container[str]
-    ) -> list[Placement]:
-        store = ExpertStore(list(sources.values()))
-        return [
-            Placement(
-                sources[layer.index].spec,
-                layer.device,
-                codings=sources[layer.index].codings,
-                is_mappable=config.mmap is not False and store.can_be_mapped() and is_as_used,
-                is_in_ram=sources[layer.index].is_in_ram,
-                is_addressed=layer.name not in on_the_host,
-                spare_bytes=store.spare_bytes(layer.index) if is_as_used else None,
-            )
-            for layer in self._layers
-            for is_as_used in [_is_as_used(layer, sources[layer.index], store)]
-        ]
-
-
-def _is_as_used(layer: SparseLayer, source: LayerSource, store: ExpertStore) -> bool:
-    """Whether a CPU can use a layer's experts in place in the files, with the same bits in results as from records."""
-    if layer.device.type != "cpu" or not store.is_as_used(layer.index):
-        return False
-    if source.is_recorded:  # records begin at the same alignment everywhere
-        return True
-    fields = set(source.spec.fields)
-    kinds = [fields if kind is None else fields.intersection(kind.stored) for kind in source.codings.kinds]
-    used_in_place = set().union(*kinds)  # others are decoded first
-    return all(gives_equal_bits(field.shape, field.dtype) for field in used_in_place)

@@ -17,7 +17,7 @@ from transformers_moe_offload.config import HqqFormat
 from transformers_moe_offload.dtypes import torch_dtype
 from transformers_moe_offload.errors import ConfigError
 from transformers_moe_offload.formats.hqq import packing_of, quantize
-from transformers_moe_offload.hf.model.layer import SparseLayer
+from transformers_moe_offload.hf.model.sparse_layer import SparseLayer
 from transformers_moe_offload.hf.read_only import ReadOnlyTensor
 from transformers_moe_offload.hf.upstream import tied_weights
 from transformers_moe_offload.kernels import Activations

@@ -3,37 +3,35 @@
 from __future__ import annotations
 
 import weakref
-from collections.abc import Callable, Container, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Container, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from copy import deepcopy
-from functools import partial
+from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
-from transformers_moe_offload.backward.weights import Lender
-from transformers_moe_offload.cache.cache import ExpertCache
 from transformers_moe_offload.config import OffloadConfig
-from transformers_moe_offload.dtypes import dtype_name
+from transformers_moe_offload.dtypes import dtype_name, torch_dtype
 from transformers_moe_offload.errors import ConfigError, MoeOffloadError
-from transformers_moe_offload.expert import ExpertId, ExpertSpec
-from transformers_moe_offload.formats.by_expert import LayerCodings
+from transformers_moe_offload.expert import ExpertSpec
 from transformers_moe_offload.hf.cuda_graphs.step import DecodeSteps
 from transformers_moe_offload.hf.decode.decoding import Decoding
 from transformers_moe_offload.hf.loading.placeholders import put_back
 from transformers_moe_offload.hf.model.caches import LayerCaches
 from transformers_moe_offload.hf.model.dense import restore_dense
-from transformers_moe_offload.hf.model.layer import SparseLayer, experts_at, unbind
+from transformers_moe_offload.hf.model.experts_module import OffloadedLayer, experts_at, offloaded, unbind
+from transformers_moe_offload.hf.model.layer_forward import LayerForward
 from transformers_moe_offload.hf.model.own_experts import NAME as OWN_EXPERTS
 from transformers_moe_offload.hf.model.own_experts import put_among_the_others
 from transformers_moe_offload.hf.model.parameters import parameters_of
 from transformers_moe_offload.hf.model.places import expect_in_place
 from transformers_moe_offload.hf.model.plan import OffloadPlan
+from transformers_moe_offload.hf.model.sparse_layer import SparseLayer
 from transformers_moe_offload.hf.model.state_dicts import remove_state_dict_hooks
 from transformers_moe_offload.hf.upstream import COMPILED_CALL, arguments, tied_weights
-from transformers_moe_offload.hybrid.layer import HostSide
 from transformers_moe_offload.stats import CacheStats
 from transformers_moe_offload.store.layer_source import LayerSource
 from transformers_moe_offload.tracing import Trace, TraceRecorder
@@ -49,22 +47,20 @@ class OffloadRuntime:
     def __init__(self, model: nn.Module, config: OffloadConfig, layers: Sequence[SparseLayer]) -> None:
         self.config = config
         self._model = weakref.ref(model)
-        self._layers = list(layers)
+        self._experts = [offloaded(experts_at(model, layer.name)) for layer in layers]
         self._sources: dict[int, LayerSource] = {}
-        self._caches = LayerCaches(self._layers)
-        self._lender: weakref.ref[Lender] | None = None
-        """The lender of the layer that was computed last."""
+        self._caches = LayerCaches(self._experts)
         self._recorder: TraceRecorder | None = None
         self._steps = DecodeSteps(self._living_model, self._decoding)
         self._is_closed = False
-        for layer in self._layers:
-            layer.runtime = self
+        for experts, layer in zip(self._experts, layers, strict=True):
+            experts.layer, experts.handle = layer, self
 
     # Called by users.
 
     def stats(self) -> CacheStats:
         """Counts since loading or the last `reset_stats`, in total and by layer."""
-        return CacheStats.total({layer.name: self._caches.stats_of(layer) for layer in self._layers})
+        return CacheStats.total({layer.name: self._caches.stats_of(layer) for layer in self.layers})
 
     def reset_stats(self) -> None:
         """Start counting from zero; resident experts stay."""
@@ -93,10 +89,10 @@ class OffloadRuntime:
         """
         counts = histogram.counts() if isinstance(histogram, Trace) else histogram
         self._ensure_caches()
-        by_name = {layer.name: layer for layer in self._layers}
+        by_name = {layer.name: layer for layer in self.layers}
         for name, uses in counts.items():
             if name not in by_name:
-                raise ConfigError(f"the model has no sparse layer {name!r}; its first is {self._layers[0].name!r}")
+                raise ConfigError(f"the model has no sparse layer {name!r}; its first is {self.layers[0].name!r}")
             if len(uses) != by_name[name].num_experts:
                 raise ConfigError(
                     f"{len(uses)} counts for the experts of {name}, which has {by_name[name].num_experts}"
@@ -108,8 +104,8 @@ class OffloadRuntime:
         """Record, inside a `with` block, which experts each sparse layer visits; one generation at a time."""
         if self._recorder is not None:
             raise MoeOffloadError("this model is being traced already; leave the first `with` block first")
-        names = [layer.name for layer in self._layers]
-        num_experts = [layer.num_experts for layer in self._layers]
+        names = [layer.name for layer in self.layers]
+        num_experts = [layer.num_experts for layer in self.layers]
         self._ensure_caches()
         recorder = TraceRecorder(names, num_experts, stall_ms=lambda: self.stats().stall_ms)
         hooks: list[Any] = []
@@ -156,7 +152,7 @@ class OffloadRuntime:
     @property
     def layers(self) -> tuple[SparseLayer, ...]:
         """The sparse layers, in the order of the model."""
-        return tuple(self._layers)
+        return tuple(experts.layer for experts in self._experts)
 
     @property
     def is_quantized(self) -> bool:
@@ -183,8 +179,8 @@ class OffloadRuntime:
         Raises `UnsupportedModelError` if they are not where they were when the model was loaded.
         """
         model = self._living_model()
-        expect_in_place(model, self._layers)
-        for layer in self._layers:
+        self.expect_in_place()
+        for layer in self.layers:
             yield experts_at(model, layer.name), layer
 
     def attach(self, sources: Sequence[LayerSource]) -> None:
@@ -203,53 +199,29 @@ class OffloadRuntime:
         self._check_open()
         return self._sources[layer.index]
 
-    def cache_for(self, layer: SparseLayer, device: torch.device) -> ExpertCache:
-        """The cache that serves a layer on the device where its inputs are."""
-        if device != layer.device:
-            layer.device = device
+    def prepare(self, experts: OffloadedLayer, device: torch.device) -> LayerForward:
+        """What computes a layer whose inputs are on a device; caches are built if there are none."""
+        if device != experts.layer.device:
+            experts.layer = replace(experts.layer, device=device)
             self._caches.drop(keep_stats=True)
         self._ensure_caches()
-        cache = self._caches.of(layer)
-        assert cache is not None
-        return cache
+        assert experts.current is not None
+        return experts.current
 
-    def look_ahead_from(self, layer: SparseLayer, hidden: Tensor) -> Callable[[Sequence[int]], None] | None:
-        """The callback to call with the experts that a layer wants, once their loads are in flight; hidden (..., H).
-
-        None without prefetching.
-        """
-        return self._caches.look_ahead_from(layer, hidden)
-
-    def lender(self, layer: SparseLayer, device: torch.device, cast_to: torch.dtype | None = None) -> Lender:
-        """A new lender of a layer's experts for the backward pass of this forward; casts to `cast_to`, if given."""
-        before = None if self._lender is None else self._lender()
-        now = partial(self._cache_and_codings, layer, device)
-        lender = Lender(layer.index, now, self.load_ahead, before, cast_to)
-        self._lender = weakref.ref(lender)
-        return lender
-
-    def _cache_and_codings(self, layer: SparseLayer, device: torch.device) -> tuple[ExpertCache, LayerCodings]:
-        return self.cache_for(layer, device), self.source(layer).codings
-
-    def load_ahead(self, experts: Iterable[ExpertId]) -> None:
-        """Start loads of experts that are certain to be needed next, until one finds no room.
-
-        These are not predictions, so this does not depend on `config.prefetch`.
-        """
-        self._caches.load_ahead(experts)
-
-    def host_side_of(self, layer: SparseLayer) -> HostSide | None:
-        """The host's part in a layer's misses; None if all of them are fetched."""
-        return self._caches.host_side_of(layer)
-
-    def move(self, layer: SparseLayer, device: torch.device, dtype: torch.dtype) -> None:
-        """Let a layer compute on another device or in another dtype from now on."""
-        source = self.source(layer)
-        if device == layer.device and dtype_name(dtype) == source.spec.fields[0].dtype:
+    def moved(self, experts: OffloadedLayer, fn: Callable[[Tensor], Tensor]) -> None:
+        """Let a layer follow `nn.Module.to` or a similar method, which applies `fn` to every parameter."""
+        layer, source = experts.layer, self.source(experts.layer)
+        dtype = source.spec.fields[0].dtype
+        probe = fn(torch.empty(0, dtype=torch_dtype(dtype), device=layer.device))
+        if probe.device.type == "meta" or (probe.device == layer.device and dtype_name(probe.dtype) == dtype):
             return
-        layer.device = device
-        self._sources[layer.index] = source.cast(dtype_name(dtype))
+        experts.layer = replace(layer, device=probe.device)
+        self._sources[layer.index] = source.cast(dtype_name(probe.dtype))
         self._caches.drop(keep_stats=True)
+
+    def expect_in_place(self) -> None:
+        """Raise `UnsupportedModelError` if experts modules are not where they were when the model was loaded."""
+        expect_in_place(self._living_model(), self._experts)
 
     def state_dict(self, without: Container[str] = ()) -> dict[str, Tensor]:
         """All experts under their names in the plain model's `state_dict`; tied ones share memory.
@@ -279,12 +251,11 @@ class OffloadRuntime:
         twin.config = self.config
         twin._model = weakref.ref(memo.get(id(old_model), old_model))
         twin._sources = dict(self._sources)
-        twin._lender = None
         twin._recorder = None
         twin._is_closed = self._is_closed
         twin._steps = deepcopy(self._steps, memo)
-        twin._layers = deepcopy(self._layers, memo)
-        twin._caches = LayerCaches(twin._layers)
+        twin._experts = deepcopy(self._experts, memo)
+        twin._caches = LayerCaches(twin._experts)
         return twin
 
     def __repr__(self) -> str:

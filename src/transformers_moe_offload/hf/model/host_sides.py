@@ -18,9 +18,10 @@ from transformers_moe_offload.compute.mlp import ExpertWeights
 from transformers_moe_offload.config import OffloadConfig
 from transformers_moe_offload.dtypes import torch_dtype
 from transformers_moe_offload.expert import ExpertId, ExpertSpec
-from transformers_moe_offload.hf.model.layer import SparseLayer, experts_at
+from transformers_moe_offload.hf.model.experts_module import experts_at
 from transformers_moe_offload.hf.model.plan import OffloadPlan, PoolPlan
 from transformers_moe_offload.hf.model.pools import copier_for
+from transformers_moe_offload.hf.model.sparse_layer import SparseLayer
 from transformers_moe_offload.hf.routers.top_k import experts_per_token
 from transformers_moe_offload.hybrid.cpu_experts import HostCompute, is_portable
 from transformers_moe_offload.hybrid.layer import HostSide

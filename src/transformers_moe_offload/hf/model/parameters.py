@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from transformers_moe_offload.dtypes import torch_dtype
-from transformers_moe_offload.hf.model.layer import SparseLayer
+from transformers_moe_offload.hf.model.sparse_layer import SparseLayer
 from transformers_moe_offload.store.layer_source import LayerSource
 
 

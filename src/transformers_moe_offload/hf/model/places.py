@@ -11,25 +11,27 @@ from collections.abc import Iterable, Sequence
 from torch import nn
 
 from transformers_moe_offload.errors import UnsupportedModelError
-from transformers_moe_offload.hf.model.layer import OffloadedExperts, SparseLayer, experts_at, layer_of
+from transformers_moe_offload.hf.model.experts_module import OffloadedExperts, OffloadedLayer, experts_at, offloaded
+from transformers_moe_offload.hf.model.sparse_layer import SparseLayer
 
 _INSTEAD = "load the model without moe_offload to change it, save that, and load what was saved with moe_offload"
 
 
-def is_in_place(model: nn.Module, layer: SparseLayer) -> bool:
+def is_in_place(model: nn.Module, experts: OffloadedLayer) -> bool:
     """Whether a layer's module is still at its path."""
     try:
-        module = experts_at(model, layer.name)
+        module = experts_at(model, experts.layer.name)
     except UnsupportedModelError:
         return False
-    return isinstance(module, OffloadedExperts) and layer_of(module) is layer
+    return isinstance(module, OffloadedExperts) and offloaded(module) is experts
 
 
-def expect_in_place(model: nn.Module, layers: Sequence[SparseLayer]) -> None:
+def expect_in_place(model: nn.Module, layers: Sequence[OffloadedLayer]) -> None:
     """Raise `UnsupportedModelError` if a layer's module has moved, the number of offloaded modules has changed, or
     parameters have replaced placeholders of offloaded experts."""
-    for layer in layers:
-        if not is_in_place(model, layer):
+    for experts in layers:
+        layer = experts.layer
+        if not is_in_place(model, experts):
             raise UnsupportedModelError(
                 f"{layer.name} is not the module that was loaded at this path of {type(model).__name__}, so its "
                 f"experts cannot be found; {_INSTEAD}"

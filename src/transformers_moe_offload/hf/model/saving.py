@@ -26,8 +26,8 @@ from transformers_moe_offload.expert import FieldSpec
 from transformers_moe_offload.formats.by_expert import LayerCodings
 from transformers_moe_offload.formats.coding import ExpertCoding
 from transformers_moe_offload.formats.foreign import ForeignCoding
+from transformers_moe_offload.hf.model.experts_module import OffloadedExperts
 from transformers_moe_offload.hf.model.handle import OffloadRuntime
-from transformers_moe_offload.hf.model.layer import OffloadedExperts
 from transformers_moe_offload.hf.model.own_experts import is_of_own_experts, named_own_experts
 from transformers_moe_offload.hf.prebuilt.layout import (
     MARKS,

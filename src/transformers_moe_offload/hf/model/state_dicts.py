@@ -21,8 +21,8 @@ from transformers_moe_offload.dtypes import torch_dtype
 from transformers_moe_offload.errors import CheckpointError, ConfigError
 from transformers_moe_offload.hf.layouts import ExpertField
 from transformers_moe_offload.hf.loading.locate import ParameterSource, assembled, trace_parameters
-from transformers_moe_offload.hf.model.layer import SparseLayer
 from transformers_moe_offload.hf.model.own_experts import NAME, is_of_own_experts, named_own_experts, own_experts
+from transformers_moe_offload.hf.model.sparse_layer import SparseLayer
 from transformers_moe_offload.hf.upstream import get_model_conversion_mapping
 
 logger = logging.getLogger(__name__)

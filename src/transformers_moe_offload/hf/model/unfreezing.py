@@ -8,8 +8,8 @@ from torch import nn
 
 from transformers_moe_offload.errors import CapacityError, ConfigError, UnsupportedModelError
 from transformers_moe_offload.hf.model.handle import OffloadRuntime
-from transformers_moe_offload.hf.model.layer import SparseLayer
 from transformers_moe_offload.hf.model.own_experts import NAME, own_experts
+from transformers_moe_offload.hf.model.sparse_layer import SparseLayer
 
 
 def make_own(runtime: OffloadRuntime, wanted: Mapping[str, Iterable[int]]) -> list[str]:

@@ -16,7 +16,7 @@ from transformers_moe_offload.config import OffloadConfig
 from transformers_moe_offload.errors import UnsupportedModelError
 from transformers_moe_offload.hf.loading.checkpoint import locate
 from transformers_moe_offload.hf.loading.quantizer import MoeOffloadQuantizer, asked_for
-from transformers_moe_offload.hf.model.layer import OffloadedExperts
+from transformers_moe_offload.hf.model.experts_module import OffloadedExperts
 from transformers_moe_offload.hf.other_quantizers.keep_encoded import as_stored
 from transformers_moe_offload.hf.upstream import HfQuantizer, WeightConverter, get_keys_to_not_convert
 

@@ -13,7 +13,7 @@ from contextlib import contextmanager
 from contextvars import ContextVar
 from types import MappingProxyType
 
-from transformers_moe_offload.backward.deltas import LowRank
+from transformers_moe_offload.compute.deltas import LowRank
 
 _Additions = Mapping[tuple[int, str], Sequence[LowRank]]
 
@@ -28,6 +28,10 @@ def adding(layer: object, field: str, additions: Sequence[LowRank]) -> Iterator[
         yield
     finally:
         _added.reset(token)
+
+
+are_any_added = _added.get
+"""Whether any additions are active; not a function of ours, as it is called in each step."""
 
 
 def added_to(layer: object) -> dict[str, Sequence[LowRank]]:

@@ -17,10 +17,10 @@ import torch
 from peft.tuners import lora
 from torch import nn
 
-from transformers_moe_offload.backward.deltas import LowRank
+from transformers_moe_offload.compute.deltas import LowRank
 from transformers_moe_offload.errors import ConfigError, UnsupportedModelError
 from transformers_moe_offload.hf.model.dense import HqqLinear, no_merge
-from transformers_moe_offload.hf.model.layer import OffloadedExperts, layer_of
+from transformers_moe_offload.hf.model.experts_module import OffloadedExperts, layer_of, offloaded
 from transformers_moe_offload.hf.peft.active_deltas import adding
 from transformers_moe_offload.hf.peft.placeholders import is_adaptable, offloaded_layers, stand_in, stand_ins
 from transformers_moe_offload.hf.upstream import LoraLayer
@@ -35,8 +35,8 @@ class ParamWrapper(PlainParamWrapper):
         experts = self.get_base_layer()
         if not isinstance(experts, OffloadedExperts):
             return super().get_param()
-        layer = layer_of(experts)
-        return stand_in(layer, next(field for field in layer.fields if field.name == self.parameter_name))
+        held = offloaded(experts)
+        return stand_in(held, next(field for field in held.layer.fields if field.name == self.parameter_name))
 
     @contextmanager
     def _activate_lora(self, active_adapters: list[str]) -> Iterator[None]:
@@ -46,7 +46,7 @@ class ParamWrapper(PlainParamWrapper):
                 yield
             return
         additions = [self._low_rank(adapter) for adapter in active_adapters if adapter in self.lora_A]
-        with adding(layer_of(experts), self.parameter_name, additions):
+        with adding(offloaded(experts), self.parameter_name, additions):
             yield
 
     def _low_rank(self, adapter: str) -> LowRank:

@@ -14,7 +14,7 @@ from torch import nn
 
 from transformers_moe_offload.dtypes import torch_dtype
 from transformers_moe_offload.hf.layouts import ExpertField
-from transformers_moe_offload.hf.model.layer import OffloadedExperts, SparseLayer, layer_of
+from transformers_moe_offload.hf.model.experts_module import OffloadedExperts, OffloadedLayer, offloaded
 
 
 def offloaded_layers(model: nn.Module) -> dict[str, OffloadedExperts]:
@@ -27,11 +27,11 @@ def is_adaptable(field: ExpertField) -> bool:
     return field.is_stacked and not field.is_flattened and len(field.shape) == 2 and "." not in field.name
 
 
-def stand_in(layer: SparseLayer, field: ExpertField) -> nn.Parameter:
+def stand_in(experts: OffloadedLayer, field: ExpertField) -> nn.Parameter:
     """A parameter (E, ...) like the one that holds a field in the plain model."""
-    assert layer.runtime is not None
-    spec = next(spec for spec in layer.runtime.spec(layer).fields if spec.name == field.name)
-    number = torch.zeros((), dtype=torch_dtype(spec.dtype), device=layer.device)
+    assert experts.handle is not None
+    spec = next(spec for spec in experts.handle.spec(experts.layer).fields if spec.name == field.name)
+    number = torch.zeros((), dtype=torch_dtype(spec.dtype), device=experts.layer.device)
     return nn.Parameter(number.expand(field.num_entries or 0, *field.shape), requires_grad=False)
 
 
@@ -41,9 +41,9 @@ def stand_ins(model: Any) -> Iterator[None]:
     hidden = []
     try:
         for module in offloaded_layers(model).values():
-            layer = layer_of(module)
-            for field in filter(is_adaptable, layer.fields):
-                parameter = stand_in(layer, field)  # raises if the model was closed
+            held = offloaded(module)
+            for field in filter(is_adaptable, held.layer.fields):
+                parameter = stand_in(held, field)  # raises if the model was closed
                 hidden.append((module, field.name, vars(module).pop(field.name)))
                 module._parameters[field.name] = parameter
         yield

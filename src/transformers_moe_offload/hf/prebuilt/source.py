@@ -28,7 +28,8 @@ from transformers_moe_offload.hf.loading.checkpoint import Checkpoint, locate
 from transformers_moe_offload.hf.loading.codecs import codings_of, plain_fields
 from transformers_moe_offload.hf.loading.locate import ParameterSource, trace_parameters
 from transformers_moe_offload.hf.model.dense import dense_linears
-from transformers_moe_offload.hf.model.layer import OffloadedExperts, SparseLayer, layer_of
+from transformers_moe_offload.hf.model.experts_module import OffloadedExperts, layer_of
+from transformers_moe_offload.hf.model.sparse_layer import SparseLayer
 from transformers_moe_offload.hf.other_quantizers.dequantize import Opener, StoredBytes
 from transformers_moe_offload.hf.other_quantizers.keep_encoded import as_stored
 from transformers_moe_offload.hf.prebuilt.layout import LayerContent

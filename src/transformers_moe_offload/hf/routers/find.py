@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from transformers_moe_offload.hf.layouts import ExpertField, ExpertsLayout, layout_of
-from transformers_moe_offload.hf.model.layer import OffloadedExperts, experts_at, layer_of
+from transformers_moe_offload.hf.model.experts_module import OffloadedExperts, experts_at, layer_of
 from transformers_moe_offload.hf.routers.capture import Choices, choices_of_block, choices_of_router
 from transformers_moe_offload.hf.routers.norms import PreNorm, find_norm, random_hidden
 

@@ -26,6 +26,7 @@ class CudaCopier:
 
     def __init__(self, fill: OpenFill, workers: int, device: torch.device, record_bytes: int, pin_memory: bool) -> None:
         self.num_lanes = workers
+        self.is_asynchronous = True
         self._open = fill
         self._device = device
         self._lanes = ReaderPool(workers)

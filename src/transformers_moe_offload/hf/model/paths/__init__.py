@@ -1,0 +1,1 @@
+"""The ways to compute a sparse layer, one file each."""

@@ -1,0 +1,96 @@
+"""The way of a decode step through the package, on a CPU with everything resident."""
+
+import math
+import sys
+from pathlib import Path
+
+import torch
+from transformers import AutoModelForCausalLM
+
+import transformers_moe_offload
+from transformers_moe_offload import OffloadConfig
+from transformers_moe_offload.disk_io import opened_file
+from transformers_moe_offload.hf.upstream import kv_cache_argument
+from transformers_moe_offload.slots import mapped
+
+from .conftest import TINY_MOE
+
+PACKAGE = Path(transformers_moe_offload.__file__).parent
+
+IN_MANY_CALLS = {"cache/cache.py", "cache/visit.py"}
+"""A step goes back and forth between these two, and with the layer's forward."""
+
+
+def module_of(frame):
+    """The file of a frame that runs our code; the kernels are one module, and so are the two halves of the cache."""
+    path = Path(frame.f_code.co_filename)
+    if not path.is_relative_to(PACKAGE):
+        return None
+    found = str(path.relative_to(PACKAGE))
+    if found.startswith("kernels/"):
+        return "kernels"
+    return "cache/cache.py" if found == "cache/core.py" else found
+
+
+def modules_of_step(model, token):
+    """Each module that a decode step enters -> the modules from which it is called."""
+    callers: dict[str, set[str | None]] = {}
+
+    def watch(frame, event, _):
+        module = module_of(frame) if event == "call" else None
+        if module is None:
+            return
+        caller = frame.f_back
+        while caller is not None and module_of(caller) is None:  # torch's and Transformers' own frames
+            caller = caller.f_back
+        if caller is None or module_of(caller) != module:
+            callers.setdefault(module, set()).add(caller and module_of(caller))
+
+    with torch.inference_mode():
+        for profile in (None, watch):  # the first time, weights are viewed in their slots, and files looked at
+            outputs = model(torch.arange(12)[None], use_cache=True)
+            kept = kv_cache_argument(model, outputs)
+            sys.setprofile(profile)
+            try:
+                model(torch.tensor([[token]]), use_cache=True, **kept)
+            finally:
+                sys.setprofile(None)
+    return callers
+
+
+def step_with(**options):
+    """The modules of a step of the small trained model, whose experts are all resident."""
+    model = AutoModelForCausalLM.from_pretrained(TINY_MOE, moe_offload=OffloadConfig(cache_budget="100%", **options))
+    model.moe_offload.warm({layer.name: [1.0] * layer.num_experts for layer in model.moe_offload.layers})
+    model.moe_offload.reset_stats()
+    callers = modules_of_step(model, 7)
+    assert model.moe_offload.stats().misses == 0
+    return callers
+
+
+THE_WAY = {
+    "hf/model/experts_module.py",
+    "hf/model/paths/fast.py",
+    "compute/forward.py",
+    "compute/token_grouping.py",
+    "cache/cache.py",
+    "cache/visit.py",
+    "policies/lru.py",
+    "slots/buffers.py",
+    "compute/mlp.py",
+    "kernels",
+}
+
+
+def test_a_step_enters_ten_modules_each_from_one_other_and_the_handle_is_none_of_them():
+    callers = step_with(mmap=False)
+    assert callers.keys() == THE_WAY
+    assert {module for module, froms in callers.items() if len(froms) > 1} <= IN_MANY_CALLS
+
+
+def test_with_mapped_experts_a_step_also_looks_at_their_files(monkeypatch):
+    monkeypatch.setattr(mapped, "_SURELY_THERE", math.inf)
+    monkeypatch.setattr(opened_file, "_LOOK_EVERY", math.inf)
+    callers = step_with(mmap=True)
+    assert callers.keys() == THE_WAY - {"slots/buffers.py"} | {"slots/mapped.py", "disk_io/opened_file.py"}
+    assert {module for module, froms in callers.items() if len(froms) > 1} <= IN_MANY_CALLS
