@@ -5,12 +5,14 @@ from __future__ import annotations
 import subprocess
 from typing import Any
 
+from gpu_kernel import kernel_seconds
 from transformers import AutoModelForCausalLM
 
 from transformers_moe_offload import OffloadConfig
 from transformers_moe_offload.bench.bandwidth import device_bandwidth, link_bandwidth, ram_bandwidth
 from transformers_moe_offload.bench.layers import sparse_layers, store_of
-from transformers_moe_offload.hf.decode.costs import rates_of
+from transformers_moe_offload.hf.decode.obstacles import record_layout
+from transformers_moe_offload.hf.model.host_sides import token_of
 
 
 def measure_bandwidths(folder: str, repeats: int) -> dict[str, Any]:
@@ -18,7 +20,7 @@ def measure_bandwidths(folder: str, repeats: int) -> dict[str, Any]:
     model = AutoModelForCausalLM.from_pretrained(
         folder, moe_offload=OffloadConfig(cache_budget="25%", decode="host", misses="fetch")
     )
-    _, layer = sparse_layers(model)[0]
+    module, layer = sparse_layers(model)[0]
     record_bytes = store_of(model).layout(layer.index, 0).nbytes
     found: dict[str, Any] = {
         "record_bytes": record_bytes,
@@ -31,10 +33,9 @@ def measure_bandwidths(folder: str, repeats: int) -> dict[str, Any]:
         found["link"] = link_bandwidth(layer.device, record_bytes, repeats)
         found["gpu_bytes_per_s"] = device_bandwidth(layer.device, repeats)
         found["driver"] = driver()
-    runtime = model.moe_offload
-    pool = next(one for one in runtime.plan.pools if layer.index in one.layers)
-    rates = rates_of(model, layer, {layer.index: runtime.source(layer)}, pool, runtime.config)
-    found["kernel"] = {"resident_s": rates.resident_s, "read_s": rates.read_s, "submit_s": rates.submit_s}
+    source, token = model.moe_offload.source(layer), token_of(model, layer, model.moe_offload.spec(layer), layer.device)
+    assert layer.mlp is not None
+    found["kernel"] = kernel_seconds(layer.mlp, module, token, record_layout(source), source.codings.usual)
     return found
 
 

@@ -51,7 +51,7 @@ _STATIC = {"cache_implementation": "static"}
 RESIDENT, RESIDENT_GRAPHED = "resident, eager", "resident, graphed"
 ACCELERATE = "accelerate"
 PUBLISHED_FULL = "as published, ahead"
-HOST, COMPUTE, EAGER, GRAPHED, AUTO = "host", "host computes", "eager", "graphed", "auto"
+HOST, COMPUTE, EAGER, GRAPHED = "host", "host computes", "eager", "graphed"
 COMPILED, SPREAD = f"{GRAPHED}, compiled", f"{EAGER}, two GPUs"
 EAGER_PARTLY, GRAPHED_PARTLY = f"{EAGER}, {PARTLY}", f"{GRAPHED}, {PARTLY}"
 
@@ -90,7 +90,6 @@ ROWS = (
         is_compiled=True,
     ),
     Row(name=SPREAD, says=f"{EAGER}, with half of the layers on each of two GPUs", options=_DEVICE, num_gpus=2),
-    Row(name=AUTO, says="whatever the cost model chooses", options={"decode": "auto"}),
     Row(name=EAGER_PARTLY, says=f"{EAGER}, slots for {PARTLY} of the experts", options=_DEVICE, budget=PARTLY),
     Row(
         name=GRAPHED_PARTLY,
@@ -102,5 +101,5 @@ ROWS = (
 )
 BY_NAME = {row.name: row for row in ROWS}
 
-QUICK = (RESIDENT, ACCELERATE, NAIVE, PUBLISHED_FULL, HOST, EAGER, GRAPHED, COMPILED, AUTO)
+QUICK = (RESIDENT, ACCELERATE, NAIVE, PUBLISHED_FULL, HOST, EAGER, GRAPHED, COMPILED)
 """One row of every kind."""

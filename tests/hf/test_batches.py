@@ -5,6 +5,7 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from transformers_moe_offload import OffloadConfig
+from transformers_moe_offload.bench.layers import experts_of
 from transformers_moe_offload.expert import ExpertId
 
 from .conftest import TINY_MOE
@@ -57,9 +58,10 @@ def test_after_a_prompt_the_experts_of_its_last_token_are_resident(policy):
     routers = Routers(model)
     with torch.no_grad():
         model(tokens(1, 200))
+    caches = {layer.index: experts_of(module).cache for module, layer in model.moe_offload.modules()}
     for layer, (choices,) in routers.chosen.items():
         assert len(choices.unique()) > model.moe_offload.plan.num_slots / 8, "more than there are slots for a layer"
-        residency = model.moe_offload.cache_for(model.moe_offload.layers[layer], torch.device("cpu")).residency
+        residency = caches[layer].residency
         assert all(residency.is_resident(ExpertId(layer, expert)) for expert in choices[-1].tolist())
 
 

@@ -22,7 +22,7 @@ from transformers_moe_offload.untrusted import one_line, quoted
 
 Arithmetic = Literal["fast", "exact", "int8"]
 Misses = Literal["auto", "fetch", "compute"]
-Decode = Literal["host", "device", "graph", "auto"]
+Decode = Literal["host", "device", "graph"]
 
 RECIPE_VERSION = 1
 """Version of the recipe in `config.json` of a checkpoint with quantized experts."""
@@ -51,9 +51,8 @@ class OffloadConfig(dict[str, Any]):
             `"device"`, on a machine with GPU: kernels read experts by address, in slots or, where they are not
             resident, in page-locked host memory, and the cache follows behind. That takes page-locked memory for all
             experts, within `host_budget`. `"graph"` besides captures whole steps of
-            `generate(cache_implementation="static")` in CUDA graphs. `"auto"` is `"device"` where that is possible
-            and, by rates that are measured when the model is loaded, faster. Prompts, training, and all else that needs
-            the host are computed as with `"host"`, and the log says so. No GPU has run this so far.
+            `generate(cache_implementation="static")` in CUDA graphs. Prompts, training, and all else
+            that needs the host are computed as with `"host"`, and the log says so. No GPU has run this so far.
         mmap: on a CPU machine, use experts where they lie in the page cache instead of copying them into slots; the
             pages stay the system's, which takes them back when it needs them. `"auto"` does so where all experts fit
             into free RAM but not into the cache, and can be used as they are stored; False copies, so that

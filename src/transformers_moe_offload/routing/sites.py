@@ -6,7 +6,6 @@ file only finds the module to watch and the sparse layers that follow its choice
 
 from __future__ import annotations
 
-import re
 from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
@@ -15,10 +14,8 @@ from torch import nn
 
 from transformers_moe_offload.errors import ConfigError, UnsupportedModelError
 from transformers_moe_offload.hf.loading.discover import experts_of
+from transformers_moe_offload.hf.routers.find import find_router
 from transformers_moe_offload.hf.routers.top_k import experts_per_token
-
-_ROUTER_NAMES = ("gate", "router")
-_ROUTER_CLASS = re.compile(r"(Router|Gating)$")
 
 
 @dataclass(frozen=True, eq=False)
@@ -107,21 +104,13 @@ def _site(base: nn.Module, index: int, path: str, experts: list[tuple[int, str, 
 
 
 def _router_path(base: nn.Module, experts: str) -> str:
-    """The path of the router of an experts module."""
-    block_path = experts
-    while block_path:  # PEFT's wrappers lie in between, and a mixture of adapters can have one router for all layers
-        block_path, _, inside = block_path.rpartition(".")
-        block = base.get_submodule(block_path)
-        if hasattr(block, "route_tokens_to_experts"):
-            return block_path  # the router only scores; the block chooses (DBRX)
-        names = [name for name, child in block.named_children() if name != inside and _is_router(name, child)]
-        if names:
-            return f"{block_path}.{names[0]}".lstrip(".")
-    raise UnsupportedModelError(
-        f"{type(base).__name__}: there is no router beside {experts}; a router is a module named gate or router, or of "
-        f"a class named so"
-    )
-
-
-def _is_router(name: str, child: nn.Module) -> bool:
-    return name in _ROUTER_NAMES or bool(_ROUTER_CLASS.search(type(child).__name__))
+    """The path of the module that chooses among some experts: their router, or the block around it."""
+    router = find_router(base, experts)
+    if router is None:
+        raise UnsupportedModelError(
+            f"{type(base).__name__}: there is no router beside {experts}; a router is a module with a matrix of as "
+            f"many rows as there are experts, or one that is named gate or router, or of a class named so"
+        )
+    block = router.path.rpartition(".")[0]
+    # DBRX: the router only scores, and the block chooses
+    return block if hasattr(base.get_submodule(block), "route_tokens_to_experts") else router.path

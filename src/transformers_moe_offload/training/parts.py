@@ -14,7 +14,7 @@ from torch import nn
 from transformers_moe_offload.errors import UnsupportedModelError
 from transformers_moe_offload.hf.loading.discover import find_experts
 from transformers_moe_offload.hf.model.experts_module import OffloadedExperts
-from transformers_moe_offload.hf.routers.find import only_for_choosing, router_of
+from transformers_moe_offload.hf.routers.find import Router, find_router
 
 Parts = dict[str, nn.Parameter]
 """Parameters by their names in the model."""
@@ -27,9 +27,13 @@ def experts_paths(model: nn.Module) -> list[str]:
 
 
 def router_paths(model: nn.Module) -> list[str]:
-    """The router of each of these modules; an error names a module whose router is not found."""
+    """The router of each of these modules, each once; an error names a module whose router is not found."""
+    return list(dict.fromkeys(router.path for router in _found_routers(model)))
+
+
+def _found_routers(model: nn.Module) -> list[Router]:
     paths = experts_paths(model)
-    found = {path: router_of(model, path) for path in paths}
+    found = {path: find_router(model, path) for path in paths}
     missing = [path for path, router in found.items() if router is None]
     if not paths:
         raise UnsupportedModelError(f"{type(model).__name__} has no routed experts, so there are no routers to train")
@@ -38,14 +42,15 @@ def router_paths(model: nn.Module) -> list[str]:
             f"no module beside {missing[0]} (and {len(missing) - 1} more) can be told to be its router; set "
             f"requires_grad_(True) on the routers of {type(model).__name__} yourself"
         )
-    return list(dict.fromkeys(router for router in found.values() if router is not None))
+    return [router for router in found.values() if router is not None]
 
 
 def routers(model: nn.Module) -> Parts:
     """The parameters that score experts. A correction that only affects the choice has no gradient and is left out."""
-    corrections = {id(only_for_choosing(model, path)) for path in experts_paths(model)}
-    found = _below(model, router_paths(model))
-    return {name: parameter for name, parameter in found.items() if id(parameter) not in corrections}
+    found = _found_routers(model)
+    corrections = {id(router.correction()) for router in found if router.correction is not None}
+    parts = _below(model, [router.path for router in found])
+    return {name: parameter for name, parameter in parts.items() if id(parameter) not in corrections}
 
 
 def embeddings(model: Any) -> Parts:

@@ -43,11 +43,10 @@ def report(obstacles: Mapping[str, str], num_layers: int, config: OffloadConfig)
     """Log, once per loaded model, which layers do not decode on the device although the config asks for it."""
     if config.decode == "host" or not obstacles:
         return
-    level = logging.INFO if config.decode == "auto" else logging.WARNING
     if len(obstacles) == num_layers and len(set(obstacles.values())) == 1:
         reason = next(iter(obstacles.values()))
-        logger.log(level, f"decode={config.decode!r} has no effect: {reason}")
+        logger.warning(f"decode={config.decode!r} has no effect: {reason}")
         return
     for reason in dict.fromkeys(obstacles.values()):
         names = [name for name, other in obstacles.items() if other == reason]
-        logger.log(level, f"{len(names)} of {num_layers} sparse layers, {names[0]} first, decode on the host: {reason}")
+        logger.warning(f"{len(names)} of {num_layers} sparse layers, {names[0]} first, decode on the host: {reason}")

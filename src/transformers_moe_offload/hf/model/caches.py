@@ -23,7 +23,6 @@ from transformers_moe_offload.device_decode.engine import DeviceEngine
 from transformers_moe_offload.dtypes import torch_dtype
 from transformers_moe_offload.errors import PageLockError
 from transformers_moe_offload.expert import ExpertId
-from transformers_moe_offload.hf.decode.costs import slower_on_device
 from transformers_moe_offload.hf.decode.decoding import Decoding
 from transformers_moe_offload.hf.decode.engines import addressed_layers, build_engines
 from transformers_moe_offload.hf.decode.obstacles import obstacles_of, report
@@ -89,17 +88,11 @@ class LayerCaches:
         sources = list(by_layer.values())
         obstacles = obstacles_of(self._layers, by_layer, config)
         plan = tried_out(make_plan(placements(self._layers, by_layer, config, obstacles), config), sources, config)
-        if config.decode == "auto" and plan.arena_bytes:
-            can = [layer for layer in self._layers if layer.name not in obstacles]
-            slower = slower_on_device(model, can, by_layer, plan, config)
-            names = {layer.index: layer.name for layer in self._layers}
-            obstacles |= {names[index]: reason for pool, reason in slower.items() for index in pool.layers}
-            plan = without_arenas(plan, config, slower)
         if plan.arena_bytes:
             try:
                 self._engines = build_engines(plan, sources, config)
             except PageLockError as error:
-                plan = replace(without_arenas(plan, config, plan.pools), arena_refused=str(error))
+                plan = without_arenas(plan, config, str(error))
         if plan.arena_refused is not None:
             obstacles = {layer.name: plan.arena_refused for layer in self._layers} | obstacles
         try:
@@ -198,10 +191,6 @@ class LayerCaches:
     def all(self) -> list[ExpertCache]:
         """All caches, each once."""
         return list(dict.fromkeys(self._of_layer.values()))
-
-    def of(self, layer: SparseLayer) -> ExpertCache | None:
-        """The cache of a layer; None while nothing is built."""
-        return self._of_layer.get(layer.index)
 
     def load_ahead(self, experts: Iterable[ExpertId]) -> None:
         """Start loads of experts that are certain to be needed next, until one finds no room."""

@@ -19,15 +19,13 @@ from transformers_moe_offload.errors import ConfigError
 from transformers_moe_offload.formats.hqq import packing_of, quantize
 from transformers_moe_offload.hf.model.sparse_layer import SparseLayer
 from transformers_moe_offload.hf.read_only import ReadOnlyTensor
+from transformers_moe_offload.hf.routers.find import find_router
 from transformers_moe_offload.hf.upstream import tied_weights
 from transformers_moe_offload.kernels import Activations
 from transformers_moe_offload.kernels.packed import PackedMatrix, Packing
 from transformers_moe_offload.kernels.reference import dequantize
 
 logger = logging.getLogger(__name__)
-
-_ROUTERS = {"router", "gate"}
-"""Names of routers in Transformers."""
 
 
 class DecodedWeight(ReadOnlyTensor):
@@ -146,14 +144,15 @@ def dense_linears(model: Any, layers: Iterable[SparseLayer], format: HqqFormat) 
     ties = tied_weights(model)
     tied = {name.removesuffix(".weight") for name in chain(ties, ties.values())}
     counts = {(layer.name.rpartition(".")[0], count) for layer in layers for count in (1, layer.num_experts)}
-    inside = tuple(f"{layer.name}." for layer in layers)
+    routers = [router.path for layer in layers if (router := find_router(model, layer.name)) is not None]
+    inside = tuple(f"{path}." for path in (*routers, *(layer.name for layer in layers)))
     for name, module in model.named_modules():
-        if type(module) is not nn.Linear or module is head or name in tied or name.startswith(inside):
+        if type(module) is not nn.Linear or module is head or name in tied or f"{name}.".startswith(inside):
             continue
         if module.in_features % format.group_size:
             logger.info(f"{name} stays as it is: group_size={format.group_size} does not divide {module.in_features}")
             continue
-        if _ROUTERS & set(name.split(".")) or (name.rpartition(".")[0], module.out_features) in counts:
+        if (name.rpartition(".")[0], module.out_features) in counts:
             continue
         yield name, module
 

@@ -14,7 +14,7 @@ from torch import Tensor
 from transformers_moe_offload.cache.cache import ExpertCache
 from transformers_moe_offload.config import PrefetchConfig
 from transformers_moe_offload.expert import ExpertSpec
-from transformers_moe_offload.hf.routers.find import RouterProbe, find_router
+from transformers_moe_offload.hf.routers.probe import RouterProbe, find_probe
 from transformers_moe_offload.hf.routers.top_k import experts_per_token
 from transformers_moe_offload.prefetch.controller import Controller
 from transformers_moe_offload.prefetch.predictors import LayerShape, make_predictor
@@ -29,7 +29,7 @@ class Lookahead:
     def __init__(
         self, model: Any, config: PrefetchConfig, caches: Mapping[int, ExpertCache], specs: Mapping[int, ExpertSpec]
     ) -> None:
-        found = {layer: find_router(model, spec.name) for layer, spec in specs.items()}
+        found = {layer: find_probe(model, spec.name) for layer, spec in specs.items()}
         self._probes: dict[int, RouterProbe] = {layer: probe for layer, probe in found.items() if probe is not None}
         shapes = [LayerShape(layer, spec.num_experts, _top_k(model, spec)) for layer, spec in specs.items()]
         routers = {layer: probe.scores_of_residual for layer, probe in self._probes.items()}

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections import Counter
-from collections.abc import Container, Mapping, Sequence, Set
+from collections.abc import Mapping, Sequence, Set
 from dataclasses import dataclass, replace
 from typing import NamedTuple
 
@@ -300,10 +300,10 @@ def _with_arenas(
     ], None
 
 
-def without_arenas(plan: OffloadPlan, config: OffloadConfig, left_out: Container[PoolPlan]) -> OffloadPlan:
-    """The plan without the arenas of some pools."""
-    pools = tuple(replace(pool, arena_bytes=0) if pool in left_out else pool for pool in plan.pools)
-    return replace(plan, pools=pools, host_bytes=_host_bytes(pools, config))
+def without_arenas(plan: OffloadPlan, config: OffloadConfig, refused: str) -> OffloadPlan:
+    """The plan without arenas, which were `refused` for this reason."""
+    pools = tuple(replace(pool, arena_bytes=0) for pool in plan.pools)
+    return replace(plan, pools=pools, host_bytes=_host_bytes(pools, config), arena_refused=refused)
 
 
 def _spare_bytes(members: Sequence[Placement]) -> int | None:

@@ -1,59 +1,25 @@
-"""Find each sparse layer's router, and compute its scores for hidden states of an earlier layer.
+"""Find a sparse layer's router: the module beside the experts that scores them.
 
-A router is found among the modules beside the experts: one matrix of (experts, hidden), perhaps with a correction that
-is added to its scores. The module that contains router and experts checks it on a few random hidden states: a probe
-that does not choose as the model does is discarded.
+A router has a matrix of (experts, hidden), perhaps with a correction that is added to its scores, and as a rule it is
+named so. One that is only named so is found, too, also around the block: wrappers of PEFT lie between the experts and
+it, and a mixture of adapters can have one router for all layers.
 """
-
-# T tokens, E experts, H hidden
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass, replace
+import re
+from collections.abc import Iterator
 from typing import NamedTuple
 
-import torch
 from torch import Tensor, nn
 
 from transformers_moe_offload.hf.layouts import ExpertField, ExpertsLayout, layout_of
 from transformers_moe_offload.hf.model.experts_module import OffloadedExperts, experts_at, layer_of
-from transformers_moe_offload.hf.routers.capture import Choices, choices_of_block, choices_of_router
-from transformers_moe_offload.hf.routers.norms import PreNorm, find_norm, random_hidden
-
-_TOKENS = 32
-
-_LEAST_AGREEMENT = 0.9
-"""Share of the experts chosen in the check that a probe must rank first. Of small models of all architectures of
-Transformers 5.23, those whose routers we reproduce reach 1 in float32 and 0.96 in bfloat16; others stay below 0.5."""
 
 _WRAPPED = ".base_layer"
 """Suffix of the path of a module that PEFT has wrapped."""
 
-_SCORINGS: dict[str, Callable[[Tensor], Tensor]] = {
-    "logits": lambda logits: logits,
-    "sigmoid": torch.sigmoid,
-    "softmax": lambda logits: logits.softmax(-1),
-    "sqrt_softplus": lambda logits: nn.functional.softplus(logits).sqrt(),
-}
-"""Functions that architectures apply to logits before they add a correction or compare groups. All of them keep the
-order of the logits, so without correction and groups each gives the same choice of experts."""
-
-
-class GroupLimit(NamedTuple):
-    """Experts are chosen only from the best groups of neighbours (DeepSeek-V2, arXiv 2405.04434, section 2.1.2)."""
-
-    num_groups: int
-    num_kept: int
-    num_counted: int
-    """How many of a group's best experts are summed for its score: one in DeepSeek-V2, two since V3."""
-
-    def apply(self, scores: Tensor) -> Tensor:
-        """Minus infinity for experts of other groups: scores (T, E) -> (T, E)."""
-        grouped = scores.unflatten(-1, (self.num_groups, -1))
-        strength = grouped.topk(self.num_counted).values.sum(-1)
-        weakest = strength.topk(self.num_kept).values[..., -1:]
-        return grouped.masked_fill((strength < weakest)[..., None], -torch.inf).flatten(-2)
+_CLASS = re.compile(r"(Router|Gating)$")
 
 
 class ParameterAt(NamedTuple):
@@ -69,147 +35,50 @@ class ParameterAt(NamedTuple):
         return tensor
 
 
-@dataclass(frozen=True, eq=False)
-class RouterProbe:
-    """Scores of one sparse layer's experts. Holds modules, never copies of weights.
+class Router(NamedTuple):
+    """A sparse layer's router."""
 
-    To look ahead from layer `l`, compute the residual once and pass it to each later layer:
-
-        residual = probes[l].residual(hidden)
-        scores = [probes[m].scores_of_residual(residual) for m in targets]
-    """
-
-    weight: ParameterAt
-    num_experts: int
-    bias: ParameterAt | None = None
-    correction: ParameterAt | None = None
-    """Added to the scores for choosing experts, not to the routing weights."""
-    scoring: str = "logits"
-    limit: GroupLimit | None = None
-    input_scale: ParameterAt | None = None
-    """A weight that the router itself applies to the residual, if it has its own norm."""
-    norm: PreNorm | None = None
-
-    @property
-    def is_normed(self) -> bool:
-        """Whether the norm before the experts is known, so that it is undone and redone between layers."""
-        return self.norm is not None
-
-    def residual(self, hidden: Tensor) -> Tensor:
-        """The input of this layer's experts, hidden (T, H), without the weight of their norm -> (T, H)."""
-        return hidden if self.norm is None else self.norm.undo(hidden)
-
-    def scores(self, hidden: Tensor) -> Tensor:
-        """Scores for the input of this layer's own experts: hidden (T, H) -> (T, E), higher is likelier."""
-        return self.for_choice(self.logits(self.entering(hidden)))
-
-    def scores_of_residual(self, residual: Tensor) -> Tensor:
-        """Scores for the `residual` of this layer or an earlier one: (T, H) -> (T, E), higher is likelier.
-
-        The earlier layer may be on another device.
-        """
-        residual = residual.to(self.weight().device)
-        if self.input_scale is not None:
-            return self.for_choice(self.logits(residual * self.input_scale()))
-        return self.for_choice(self.logits(residual if self.norm is None else self.norm.redo(residual)))
-
-    def entering(self, hidden: Tensor) -> Tensor:
-        """The input of the router when the input of the experts is hidden (T, H) -> (T, H), up to a factor."""
-        return hidden if self.input_scale is None else self.residual(hidden) * self.input_scale()
-
-    def logits(self, hidden: Tensor) -> Tensor:
-        """The router's matrix applied to its input: (T, H) -> (T, rows), in the router's dtype."""
-        weight = self.weight()
-        return nn.functional.linear(hidden.to(weight.dtype), weight, None if self.bias is None else self.bias())
-
-    def for_choice(self, logits: Tensor) -> Tensor:
-        """The scores that experts are ranked by, from logits: (T, rows) -> (T, E)."""
-        scores = logits
-        if self.correction is not None:
-            correction = self.correction().flatten()
-            scores = _SCORINGS[self.scoring](scores)[..., : len(correction)] + correction
-        elif self.limit is not None:
-            scores = _SCORINGS[self.scoring](scores)
-        if self.limit is not None:
-            scores = self.limit.apply(scores)
-        return scores[..., : self.num_experts]  # some routers have rows for experts without weights
+    path: str
+    """Path of the module."""
+    weight: ParameterAt | None
+    """Its matrix (rows, H): one row for each expert, and perhaps some for experts without weights; None if the module
+    has no such matrix."""
+    correction: ParameterAt | None
+    """One number for each row, added to the scores only to choose experts, so it gets no gradient; None if there is
+    none."""
 
 
-def find_router(model: nn.Module, experts_path: str) -> RouterProbe | None:
-    """The router of an experts module, by the module's path; None if there is none that we can reproduce."""
-    experts = experts_at(model, experts_path)
-    layout, num_experts, fields = _experts_facts(experts)
-    block_path, experts_name = _place(experts_path)
-    block = model.get_submodule(block_path)
-    found = _find_matrix(block, experts_name, num_experts, fields[0].shape)
-    if found is None:
-        return None
-    router_name, weight = found
-    if weight().is_meta:
-        return None
-    probe = RouterProbe(
-        weight=weight,
-        num_experts=num_experts,
-        bias=ParameterAt(weight.owner, "bias") if getattr(weight.owner, "bias", None) is not None else None,
-        correction=_find_correction(block, experts_name, num_experts, weight),
-        input_scale=_find_input_scale(block.get_submodule(router_name), weight),
-        norm=find_norm(model, block_path, weight().shape[1:]),
-    )
-    stream_dtype = next(model.parameters()).dtype  # that of the embedding; norms and routers may be kept in another
-    made = _try(block, experts, router_name, probe, layout, stream_dtype)
-    if made is None:
-        return None
-    limits = (None, *_group_limits(block.get_submodule(router_name), weight().shape[0]))
-    is_ranked_by_logits = probe.correction is None and len(limits) == 1
-    scorings = ("logits",) if is_ranked_by_logits else tuple(_SCORINGS)
-    variants = [replace(probe, scoring=scoring, limit=limit) for limit in limits for scoring in scorings]
-    with torch.no_grad():
-        logits = probe.logits(probe.entering(made.reached))
-        rated = [(_agreement(variant.for_choice(logits), made.experts), variant) for variant in variants]
-    agreement, best = max(rated, key=lambda pair: pair[0])
-    return best if agreement >= _LEAST_AGREEMENT else None
-
-
-def router_of(model: nn.Module, experts_path: str) -> str | None:
-    """The path of an experts module's router, whether or not we can reproduce it; None if none is found."""
-    num_experts, fields = _experts_facts(experts_at(model, experts_path))[1:]
-    block_path, experts_name = _place(experts_path)
-    block = model.get_submodule(block_path)
-    found = _find_matrix(block, experts_name, num_experts, fields[0].shape)
-    if found is not None:
-        return f"{block_path}.{found[0]}"
-    named = [
-        name
-        for name, child in block.named_children()
-        if _is_named_router(name) and next(child.parameters(), None) is not None
-    ]
-    return f"{block_path}.{named[0]}" if len(named) == 1 else None
-
-
-def only_for_choosing(model: nn.Module, experts_path: str) -> Tensor | None:
-    """The correction of a layer's scores, if any. It only affects which experts are chosen, so it gets no gradient."""
-    num_experts, fields = _experts_facts(experts_at(model, experts_path))[1:]
-    block_path, experts_name = _place(experts_path)
-    block = model.get_submodule(block_path)
-    found = _find_matrix(block, experts_name, num_experts, fields[0].shape)
-    correction = None if found is None else _find_correction(block, experts_name, num_experts, found[1])
-    return None if correction is None else correction()
-
-
-def _is_named_router(name: str) -> bool:
-    return name == "gate" or "router" in name
-
-
-def _place(experts_path: str) -> tuple[str, str]:
-    """The path of the block that contains an experts module, and the module's name there, without PEFT's wrappers."""
+def find_router(model: nn.Module, experts_path: str) -> Router | None:
+    """The router of an experts module, by the module's path; None if none is found."""
+    _, num_experts, fields = facts_of(experts_at(model, experts_path))
     while experts_path.endswith(_WRAPPED):
         experts_path = experts_path.removesuffix(_WRAPPED)
-    block, _, name = experts_path.rpartition(".")
-    return block, name
+    block_path, _, inside = experts_path.rpartition(".")
+    block = model.get_submodule(block_path)
+    matrices = _matrices(block, inside, num_experts, fields[0].shape)
+    named = {name: weight for name, weight in matrices.items() if _is_named_router(name, block.get_submodule(name))}
+    if not named and (path := _named_around(model, block_path, inside)) is not None:
+        return Router(path, None, None)
+    for name, weight in (named or matrices).items():
+        return Router(_join(block_path, name), weight, _find_correction(block, inside, num_experts, weight))
+    return None
 
 
-def _experts_facts(experts: nn.Module) -> tuple[ExpertsLayout, int, tuple[ExpertField, ...]]:
-    """Layout, number of experts and fields, whether or not the module is offloaded."""
+def _named_around(model: nn.Module, block_path: str, inside: str) -> str | None:
+    """The path of the one module that is named like a router, in a block or the nearest one around it that has any;
+    None if none or several have such a name."""
+    while True:
+        children = model.get_submodule(block_path).named_children()
+        named = [name for name, child in children if name != inside and _is_named_router(name, child)]
+        if named:
+            return _join(block_path, named[0]) if len(named) == 1 else None
+        if not block_path:
+            return None
+        block_path, _, inside = block_path.rpartition(".")
+
+
+def facts_of(experts: nn.Module) -> tuple[ExpertsLayout, int, tuple[ExpertField, ...]]:
+    """Layout, number of experts and fields of an experts module, whether or not it is offloaded."""
     if isinstance(experts, OffloadedExperts):
         layer = layer_of(experts)
         return layer.layout, layer.num_experts, layer.fields
@@ -218,19 +87,27 @@ def _experts_facts(experts: nn.Module) -> tuple[ExpertsLayout, int, tuple[Expert
     return layout, layout.num_experts(experts), layout.fields(experts)
 
 
-def _find_matrix(
+def _is_named_router(name: str, child: nn.Module) -> bool:
+    is_named = name == "gate" or "router" in name or _CLASS.search(type(child).__name__) is not None
+    return is_named and next(child.parameters(), None) is not None
+
+
+def _join(block_path: str, name: str) -> str:
+    return f"{block_path}.{name}" if block_path else name
+
+
+def _matrices(
     block: nn.Module, experts_name: str, num_experts: int, field_shape: tuple[int, ...]
-) -> tuple[str, ParameterAt] | None:
-    """The (experts, hidden) matrix, and the child of the block that holds it; one named like a router comes first."""
-    found = []
+) -> dict[str, ParameterAt]:
+    """The first (experts, hidden) matrix of each child of the block that has any."""
+    found: dict[str, ParameterAt] = {}
     for path, module in _beside(block, experts_name):
         weight = module._parameters.get("weight")
         if path and weight is not None and weight.dim() == 2:
             rows, columns = weight.shape
             if num_experts <= rows <= 2 * num_experts and columns in field_shape:
-                found.append((path.partition(".")[0], ParameterAt(module, "weight")))
-    named = [(name, place) for name, place in found if _is_named_router(name)]
-    return next(iter(named or found), None)
+                found.setdefault(path.partition(".")[0], ParameterAt(module, "weight"))
+    return found
 
 
 def _find_correction(block: nn.Module, experts_name: str, num_experts: int, weight: ParameterAt) -> ParameterAt | None:
@@ -244,51 +121,8 @@ def _find_correction(block: nn.Module, experts_name: str, num_experts: int, weig
     return None
 
 
-def _find_input_scale(router: nn.Module, weight: ParameterAt) -> ParameterAt | None:
-    for name, parameter in router._parameters.items():
-        if parameter is not None and parameter.shape == weight().shape[1:] and router is not weight.owner:
-            return ParameterAt(router, name)
-    return None
-
-
-def _group_limits(router: nn.Module, num_rows: int) -> Iterator[GroupLimit]:
-    """The possible group limits of a router with `num_group` and `topk_group`."""
-    num_groups, num_kept = getattr(router, "num_group", None), getattr(router, "topk_group", None)
-    if isinstance(num_groups, int) and isinstance(num_kept, int) and 0 < num_kept < num_groups <= num_rows:
-        yield from (GroupLimit(num_groups, num_kept, count) for count in (2, 1) if count * num_groups <= num_rows)
-
-
 def _beside(block: nn.Module, experts_name: str) -> Iterator[tuple[str, nn.Module]]:
     """The modules of a block, with their paths, without its experts."""
     for path, module in block.named_modules():
         if path.partition(".")[0] != experts_name:
             yield path, module
-
-
-@torch.no_grad()
-def _try(
-    block: nn.Module,
-    experts: nn.Module,
-    router_name: str,
-    probe: RouterProbe,
-    layout: ExpertsLayout,
-    stream_dtype: torch.dtype,
-) -> Choices | None:
-    """The choices of a block for random tokens; of its router alone if the block needs more than hidden states."""
-    residual = random_hidden(_TOKENS, probe.weight() if probe.norm is None else probe.norm.weight)
-    hidden = residual if probe.norm is None else probe.norm.module(residual)
-    # A correction weighs more against small scores than against large ones: that tells scorings apart.
-    factors = 2.0 ** (torch.arange(_TOKENS, device=hidden.device) % 4 - 1)
-    hidden = (hidden * factors[:, None]).to(stream_dtype)
-    made = choices_of_block(block, experts, layout, probe.num_experts, hidden)
-    if made is None:
-        named = choices_of_router(block.get_submodule(router_name), residual if probe.input_scale else hidden)
-        made = None if named is None else Choices(hidden, named)
-    return made if made is not None and made.reached.shape[-1] == probe.weight().shape[-1] else None
-
-
-def _agreement(scores: Tensor, chosen: list[list[int]]) -> float:
-    """Share of each token's chosen experts that scores (T, E) rank before all others."""
-    ranking = scores.argsort(descending=True).tolist()
-    num_first = sum(len(set(ranked[: len(own)]) & set(own)) for ranked, own in zip(ranking, chosen, strict=True))
-    return num_first / max(1, sum(map(len, chosen)))
