@@ -27,7 +27,7 @@ from transformers.utils import logging
 from benchmarks import RESULTS, TINY_MOE
 from benchmarks.harness.outcome import show, write
 from benchmarks.quality.held_out import LENGTH, load_text
-from benchmarks.quality.quality import FOUR_BITS, Measurement, Recipe
+from benchmarks.quality.measurement import FOUR_BITS, Measurement, Recipe
 from transformers_moe_offload import ExpertFormats, OffloadConfig
 from transformers_moe_offload.bench.conditions import conditions
 from transformers_moe_offload.bench.tables import Table, mib
