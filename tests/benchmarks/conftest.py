@@ -1,8 +1,7 @@
-"""Import the scripts of `benchmarks/`, which find each other because they lie in one folder."""
+"""Import the modules of `benchmarks/` by their place there: `script("decode.overhead")`."""
 
 import importlib
 import json
-import sys
 from pathlib import Path
 
 import pytest
@@ -10,20 +9,15 @@ import torch
 from transformers.utils import logging
 
 ROOT = Path(__file__).parents[2]
-BENCHMARKS = ROOT / "benchmarks"
 
 
 @pytest.fixture(scope="module")
 def script():
-    """Import a script by name; its neighbours do not stay importable for other tests, nor progress bars off."""
-    before = set(sys.modules)
+    """Import a module; the checkout does not stay on the path for other tests, nor progress bars off."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.syspath_prepend(str(BENCHMARKS))
-        yield importlib.import_module
+        patch.syspath_prepend(str(ROOT))
+        yield lambda name: importlib.import_module(f"benchmarks.{name}")
     logging.enable_progress_bar()
-    for name in set(sys.modules) - before:
-        if str(getattr(sys.modules[name], "__file__", "")).startswith(str(BENCHMARKS)):
-            del sys.modules[name]
 
 
 @pytest.fixture(scope="module")

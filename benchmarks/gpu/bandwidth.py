@@ -1,0 +1,49 @@
+"""Measure what sets the limits of a machine with a GPU: link, memories, and the kernels on a model's experts."""
+
+from __future__ import annotations
+
+import subprocess
+from typing import Any
+
+from transformers import AutoModelForCausalLM
+
+from benchmarks.gpu.kernel import kernel_seconds
+from transformers_moe_offload import OffloadConfig
+from transformers_moe_offload.bench.bandwidth import device_bandwidth, link_bandwidth, ram_bandwidth
+from transformers_moe_offload.bench.layers import sparse_layers, store_of
+from transformers_moe_offload.hf.decode.obstacles import record_layout
+from transformers_moe_offload.hf.model.host_sides import token_of
+
+
+def measure_bandwidths(folder: str, repeats: int) -> dict[str, Any]:
+    """Bytes per second by what they pass through; None for what this machine has not."""
+    model = AutoModelForCausalLM.from_pretrained(
+        folder, moe_offload=OffloadConfig(cache_budget="25%", decode="host", misses="fetch")
+    )
+    module, layer = sparse_layers(model)[0]
+    record_bytes = store_of(model).layout(layer.index, 0).nbytes
+    found: dict[str, Any] = {
+        "record_bytes": record_bytes,
+        "ram": ram_bandwidth(model.dtype, model.config.get_text_config().hidden_size, repeats),
+        "link": None,
+        "gpu_bytes_per_s": None,
+        "driver": None,
+    }
+    if layer.device.type == "cuda":
+        found["link"] = link_bandwidth(layer.device, record_bytes, repeats)
+        found["gpu_bytes_per_s"] = device_bandwidth(layer.device, repeats)
+        found["driver"] = driver()
+    source, token = model.moe_offload.source(layer), token_of(model, layer, model.moe_offload.spec(layer), layer.device)
+    assert layer.mlp is not None
+    found["kernel"] = kernel_seconds(layer.mlp, module, token, record_layout(source), source.codings.usual)
+    return found
+
+
+def driver() -> str:
+    """The driver's version, as its own tool tells it."""
+    command = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, check=True)
+    except (OSError, subprocess.CalledProcessError):
+        return "unknown"
+    return done.stdout.splitlines()[0].strip()
