@@ -47,7 +47,9 @@ def group_by_expert(
     """
     num_choices = top_k_index.shape[-1]
     if top_k_index.numel() <= FEW_PAIRS and _is_on_host(top_k_index):
-        chosen, weights = top_k_index.flatten().tolist(), top_k_weights.flatten().tolist()
+        is_one = len(top_k_index) == 1  # flattening would take as long as all the rest
+        chosen = top_k_index.tolist()[0] if is_one else top_k_index.flatten().tolist()
+        weights = top_k_weights.tolist()[0] if is_one else top_k_weights.flatten().tolist()
         needed = [
             expert if expert < num_experts and (keep_zero_weights or weight) else num_experts
             for expert, weight in zip(chosen, weights, strict=True)
@@ -92,5 +94,7 @@ def _group_few(flat: list[int], num_choices: int, num_experts: int) -> Grouping:
     for row, pair in enumerate(order[: len(flat) - num_idle]):
         tokens.setdefault(flat[pair], []).append(pair // num_choices)
         row_of_pair[pair] = row
-    by_last_use = sorted(tokens, key=lambda expert: (tokens[expert][-1], expert))
+    by_last_use = list(tokens)
+    if len(flat) > num_choices:  # several tokens; experts of the same last token stay in ascending order
+        by_last_use.sort(key=lambda expert: tokens[expert][-1])
     return Grouping(dict(tokens), row_of_pair, num_idle > 0, by_last_use)
