@@ -8,9 +8,8 @@ from typing import Any
 from torch import Tensor
 from transformers import StoppingCriteriaList, TextStreamer
 
-from transformers_moe_offload.cli.display import Display, make_display
+from transformers_moe_offload.cli.display import Display, Meter, make_display
 from transformers_moe_offload.cli.interruption import Interruption
-from transformers_moe_offload.cli.meter import Meter
 
 
 @dataclass(frozen=True)

@@ -10,16 +10,15 @@ from pathlib import Path
 from typing import Any
 
 import typer
-from transformers import AutoModelForCausalLM, AutoTokenizer, set_seed
+from transformers import set_seed
 
-from transformers_moe_offload.cli import formats, options
+from transformers_moe_offload.cli import options
 from transformers_moe_offload.cli.answer import Sampling, answer
-from transformers_moe_offload.cli.blueprint import draw
 from transformers_moe_offload.cli.conversation import Conversation
-from transformers_moe_offload.cli.failures import CommandError, reading, report
-from transformers_moe_offload.cli.model_config import read_config
+from transformers_moe_offload.cli.failures import CommandError, report
 from transformers_moe_offload.config import OffloadConfig
 from transformers_moe_offload.errors import MoeOffloadError
+from transformers_moe_offload.hf.loading.meta_model import meta_model
 from transformers_moe_offload.hf.model.plan import readable
 
 INTERRUPTED = 130
@@ -52,33 +51,32 @@ def chat(
     trust_remote_code: bool,
 ) -> None:
     """Load the model and answer prompts until there are no more."""
+    asked = options.parse_formats(experts, layers, hot, trace, hot_share, dense)
     config = OffloadConfig(
         cache_budget=cache_budget,
         policy=policy,
         arithmetic=arithmetic,  # type: ignore[arg-type]
-        experts=formats.parse_formats(experts, layers, hot, trace, hot_share),
-        dense=formats.parse_format("--dense", dense),
+        experts=asked.experts,
+        dense=asked.dense,
     )
     sampling = Sampling(max_new_tokens, temperature, top_p)
-    origin = options.Origin(revision, token, local_files_only, trust_remote_code)
-    loading = {"dtype": options.parse_dtype(dtype) or "auto", "device_map": options.parse_device_map(device_map)}
+    origin = options.origin(revision, token, local_files_only, trust_remote_code)
+    loading = origin | {
+        "dtype": options.parse_dtype(dtype) or "auto",
+        "device_map": options.parse_device_map(device_map),
+    }
     if prompt is not None and not prompt.strip():
         raise CommandError("--prompt is empty; write something, or leave it out to be asked")
     if trace is not None:
-        found = draw(model, origin, options.parse_dtype(dtype)).experts
-        formats.expect_same_experts(trace, model, [spec.num_experts for spec in found])
-    read_config(model, origin, f"cannot load {model!r}")
-    with reading(f"cannot load {model!r}"):
-        tokenizer = AutoTokenizer.from_pretrained(model, **origin.for_classes())
-        conversation = Conversation(tokenizer, system)
-        loaded = AutoModelForCausalLM.from_pretrained(model, moe_offload=config, **loading, **origin.for_classes())
-    set_seed(seed)
-    try:
-        _talk(loaded, tokenizer, conversation, prompt, sampling, context.command)
-    except KeyboardInterrupt:
-        raise typer.Exit(INTERRUPTED) from None
-    finally:
-        loaded.moe_offload.close()
+        asked.expect_traced(meta_model(model, options.parse_dtype(dtype), **origin))
+    tokenizer = options.load_tokenizer(model, **origin)
+    conversation = Conversation(tokenizer, system)
+    with options.loaded(model, config, **loading) as offloaded:
+        set_seed(seed)
+        try:
+            _talk(offloaded, tokenizer, conversation, prompt, sampling, context.command)
+        except KeyboardInterrupt:
+            raise typer.Exit(INTERRUPTED) from None
 
 
 def _talk(
