@@ -11,14 +11,12 @@ import typer
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from torch import Tensor
-from transformers import StoppingCriteria, StoppingCriteriaList, set_seed
+from transformers import StoppingCriteria, set_seed
 
 from transformers_moe_offload.cli import options
-from transformers_moe_offload.cli.answer import Sampling
-from transformers_moe_offload.cli.chat import INTERRUPTED
-from transformers_moe_offload.cli.conversation import Conversation
+from transformers_moe_offload.cli.answer import Interruption, Sampling, generate
+from transformers_moe_offload.cli.chat import INTERRUPTED, Conversation
 from transformers_moe_offload.cli.failures import CommandError, expect_utf8
-from transformers_moe_offload.cli.interruption import Interruption
 from transformers_moe_offload.cli.writing import expect_file
 from transformers_moe_offload.config import OffloadConfig
 from transformers_moe_offload.hf.routers.top_k import experts_per_token
@@ -102,12 +100,7 @@ def _record(model: Any, tokenizer: Any, inputs: list[dict[str, Any]], sampling: 
     ):
         task = progress.add_task("tokens", total=len(inputs) * sampling.max_new_tokens)
         for number, prompt in enumerate(inputs, start=1):
-            model.generate(
-                **{name: value.to(model.device) for name, value in prompt.items()},
-                **sampling.options(),
-                stopping_criteria=StoppingCriteriaList([interruption, _Ticks(progress, task)]),
-                pad_token_id=tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id,
-            )
+            generate(model, tokenizer, prompt, sampling, interruption, _Ticks(progress, task))
             if interruption.happened:
                 break
             progress.update(task, completed=number * sampling.max_new_tokens)
