@@ -11,7 +11,7 @@ import transformers_moe_offload as tmo
 PUBLIC = [
     "CacheStats", "CapacityError", "CheckpointError", "ConfigError", "ExpertFormats", "HqqFormat", "LayerStats",
     "MoeOffloadError", "OffloadConfig", "OffloadRuntime", "PrefetchConfig", "RecipeError", "UnsupportedModelError",
-    "cache_stats", "install", "register_policy", "register_predictor", "restore", "uninstall",
+    "cache_stats", "install", "quantize_checkpoint", "register_policy", "register_predictor", "restore", "uninstall",
 ]  # fmt: skip
 UPSTREAM = "import transformers.modeling_utils, transformers.generation.utils; from transformers.quantizers import auto"
 """What a program with a model imports anyway."""

@@ -20,8 +20,7 @@ from transformers import AutoModelForCausalLM
 from benchmarks import TINY_MOE
 from benchmarks.quality.held_out import Text, losses
 from transformers_moe_offload import ExpertFormats, HqqFormat, OffloadConfig
-from transformers_moe_offload.cli.blueprint import draw
-from transformers_moe_offload.cli.options import Origin
+from transformers_moe_offload.hf.loading.meta_model import meta_model
 from transformers_moe_offload.hf.prebuilt.sizes import Sizes
 from transformers_moe_offload.hf.prebuilt.source import Quantization
 
@@ -63,8 +62,8 @@ class Measurement:
 
     def __init__(self, text: Text) -> None:
         self.text = text
-        self._blueprint = draw(str(TINY_MOE), Origin("main", None, True, trust_remote_code=False), None)
-        self.num_layers = len(self._blueprint.experts)
+        self._source = meta_model(str(TINY_MOE), local_files_only=True)
+        self.num_layers = len(self._source.experts)
         self._losses: dict[Recipe, Tensor] = {}
 
     def uniform(self, experts: str, attention: str = PLAIN, solver: str = "hqq") -> Recipe:
@@ -73,10 +72,10 @@ class Measurement:
 
     def sizes(self, recipe: Recipe) -> dict[str, float]:
         """Bytes and bits per weight as they are stored, scales and zeros included."""
-        sizes = Sizes.of(Quantization.of(self._blueprint.model, recipe.config, self._blueprint.dtype))
+        sizes = Sizes.of(Quantization.of(self._source, recipe.config))
         return {
             "bits_per_expert_weight": sizes.bits_per_expert_weight,
-            "bits_per_weight": 8 * self._blueprint.dtype.itemsize * sizes.nbytes / sizes.plain_bytes,
+            "bits_per_weight": 8 * self._source.dtype.itemsize * sizes.nbytes / sizes.plain_bytes,
             "bytes": sizes.nbytes,
         }
 

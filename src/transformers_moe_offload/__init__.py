@@ -8,6 +8,8 @@
 Importing this package teaches every `from_pretrained` the keyword `moe_offload`. It touches no device.
 """
 
+from typing import TYPE_CHECKING, Any
+
 from transformers_moe_offload.config import ExpertFormats, HqqFormat, OffloadConfig, PrefetchConfig
 from transformers_moe_offload.errors import (
     CapacityError,
@@ -22,6 +24,9 @@ from transformers_moe_offload.hf.model.handle import OffloadRuntime, cache_stats
 from transformers_moe_offload.policies import register_policy
 from transformers_moe_offload.prefetch.predictors import register_predictor
 from transformers_moe_offload.stats import CacheStats, LayerStats
+
+if TYPE_CHECKING:
+    from transformers_moe_offload.hf.prebuilt.quantize import quantize_checkpoint
 
 __version__ = "0.1.0.dev0"
 
@@ -41,10 +46,21 @@ __all__ = [
     "UnsupportedModelError",
     "cache_stats",
     "install",
+    "quantize_checkpoint",
     "register_policy",
     "register_predictor",
     "restore",
     "uninstall",
 ]
+
+
+def __getattr__(name: str) -> Any:
+    """`quantize_checkpoint`, imported when it is first used: it needs the classes of all models."""
+    if name == "quantize_checkpoint":
+        from transformers_moe_offload.hf.prebuilt.quantize import quantize_checkpoint
+
+        return quantize_checkpoint
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
 
 install()

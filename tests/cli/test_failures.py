@@ -22,6 +22,9 @@ COMMANDS = typer.main.get_command(app).commands
         ("plan", "ExpertFormats.layers names layer 9", "--layers names layer 9"),
         ("chat", "choose one of ['lru'] or register your own; did", "choose one of ['lru']; did"),
         ("replay", "write json_file=None", "write --json None"),
+        ("quantize", "output='moe/out' and model='moe' lie", "DST moe/out and SRC moe lie"),
+        ("quantize", "say how: experts=HqqFormat(nbits=4, group_size=64)", "say how: --experts 4x64"),
+        ("trace", "output='t.npz' is a folder", "--output 't.npz' is a folder"),
     ],
 )
 def test_an_argument_is_named_as_the_option_it_is_here(command, message, expected):

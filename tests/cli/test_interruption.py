@@ -12,7 +12,7 @@ import time
 import pytest
 import torch
 
-from transformers_moe_offload.cli.interruption import Interruption
+from transformers_moe_offload.cli.answer import Interruption
 
 pty = pytest.importorskip("pty", reason="needs a pseudo-terminal")
 

@@ -9,11 +9,10 @@ from transformers import AutoModelForCausalLM
 
 from hub.server import Hub, Repo
 from transformers_moe_offload import OffloadConfig
-from transformers_moe_offload.cli.blueprint import draw
-from transformers_moe_offload.cli.options import Origin
-from transformers_moe_offload.cli.stored import stored_tensors
 from transformers_moe_offload.hf.loading.discover import find_experts
+from transformers_moe_offload.hf.loading.meta_model import meta_model
 from transformers_moe_offload.hf.routers.top_k import experts_per_token
+from transformers_moe_offload.hub.weights import stored_tensors
 from transformers_moe_offload.tensor_files.index import read_index
 from zoo.build import build
 
@@ -21,6 +20,7 @@ from .conftest import TINY_MOE, the_error
 
 ONE_EXPERT = 3 * 192 * 96 * 2
 """Bytes of an expert of the tiny MoE: three matrices in bfloat16."""
+ONLINE = {"revision": "main", "token": None, "local_files_only": False}
 TEMPLATE = "/{repo_id}/resolve/{revision}/{filename}"
 
 
@@ -58,8 +58,8 @@ def test_the_plan_agrees_with_the_model_that_is_loaded(run, tiny_moe):
 
 
 def test_the_model_that_is_planned_has_no_weights(tiny_moe):
-    blueprint = draw(str(tiny_moe), Origin("main", None, local_files_only=True, trust_remote_code=False), None)
-    assert {parameter.device.type for parameter in blueprint.model.parameters()} == {"meta"}
+    planned = meta_model(str(tiny_moe), local_files_only=True)
+    assert {parameter.device.type for parameter in planned.model.parameters()} == {"meta"}
 
 
 def test_config_and_index_are_enough(run, linked):
@@ -121,7 +121,7 @@ def test_of_a_checkpoint_in_fp8_on_the_hub_only_headers_are_read(fp8, monkeypatc
         hub.repos["somebody/fp8"].add_commit("main", {file.name: file.read_bytes() for file in fp8.iterdir()})
         monkeypatch.setattr("huggingface_hub.constants.ENDPOINT", hub.endpoint)
         monkeypatch.setattr("huggingface_hub.constants.HUGGINGFACE_CO_URL_TEMPLATE", hub.endpoint + TEMPLATE)
-        found = stored_tensors("somebody/fp8", None, Origin("main", None, False, False))
+        found = stored_tensors("somebody/fp8", None, ONLINE)
     here = read_index([fp8 / "model.safetensors"])
     assert {(name, one.dtype, one.shape) for name, one in found.items()} == {
         (name, one.dtype, one.shape) for name, one in here.items()

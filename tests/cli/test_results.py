@@ -4,7 +4,7 @@ import math
 import pytest
 
 from transformers_moe_offload.cli.failures import CommandError
-from transformers_moe_offload.cli.results import write_json
+from transformers_moe_offload.cli.writing import write_json
 
 
 def test_what_is_written_is_read_again_and_nothing_lies_beside_it(tmp_path):

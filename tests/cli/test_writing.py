@@ -73,5 +73,5 @@ def test_a_complete_checkpoint_is_not_said_to_be_unfinished(run, interrupted, tm
     def interrupt(*arguments, **options):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("transformers_moe_offload.cli.quantize.write_prebuilt", interrupt)
+    monkeypatch.setattr("transformers_moe_offload.hf.prebuilt.quantize.write_prebuilt", interrupt)
     assert said_in(run(*quantizing(tmp_path / "low"), "--overwrite")) == "interrupted"

@@ -1,16 +1,18 @@
-"""Generate one answer, and show it token by token."""
+"""Generate one answer, and show it token by token, until it ends or Ctrl-C stops it."""
 
 from __future__ import annotations
 
+import signal
+import threading
 from dataclasses import dataclass
+from types import FrameType, TracebackType
 from typing import Any
 
+import torch
 from torch import Tensor
-from transformers import StoppingCriteriaList, TextStreamer
+from transformers import StoppingCriteria, StoppingCriteriaList, TextStreamer
 
-from transformers_moe_offload.cli.display import Display, make_display
-from transformers_moe_offload.cli.interruption import Interruption
-from transformers_moe_offload.cli.meter import Meter
+from transformers_moe_offload.cli.display import Display, Meter, make_display
 
 
 @dataclass(frozen=True)
@@ -31,6 +33,20 @@ class Sampling:
         return options | chosen | ({"do_sample": True} if chosen else {})
 
 
+def generate(
+    model: Any, tokenizer: Any, inputs: dict[str, Any], sampling: Sampling, *criteria: StoppingCriteria, **options: Any
+) -> Tensor:
+    """The tokens that the model generates from the inputs, after theirs."""
+    tokens: Tensor = model.generate(
+        **{name: value.to(model.device) for name, value in inputs.items()},
+        **sampling.options(),
+        **options,
+        stopping_criteria=StoppingCriteriaList(criteria),
+        pad_token_id=tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id,
+    )
+    return tokens
+
+
 @dataclass(frozen=True)
 class Answer:
     """The answer to a prompt."""
@@ -42,21 +58,47 @@ class Answer:
 
 def answer(model: Any, tokenizer: Any, inputs: dict[str, Any], sampling: Sampling) -> Answer:
     """Generate an answer to the inputs, and show it meanwhile."""
-    inputs = {name: value.to(model.device) for name, value in inputs.items()}
     meter, display = Meter(model.moe_offload), make_display()
     try:
         with Interruption() as interruption:
-            tokens = model.generate(
-                **inputs,
-                **sampling.options(),
-                streamer=_Streamer(tokenizer, display, meter),
-                stopping_criteria=StoppingCriteriaList([interruption]),
-                pad_token_id=tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id,
-            )
+            streamer = _Streamer(tokenizer, display, meter)
+            tokens = generate(model, tokenizer, inputs, sampling, interruption, streamer=streamer)
     finally:
         display.close(meter.summary())
     new_tokens = tokens[0, inputs["input_ids"].shape[1] :]
     return Answer(tokenizer.decode(new_tokens, skip_special_tokens=True), interruption.happened)
+
+
+class Interruption(StoppingCriteria):
+    """Listens for Ctrl-C inside its `with` block, and is the criterion that stops `generate` after the token.
+
+    A `KeyboardInterrupt` can occur between any two lines, also inside the cache's bookkeeping. So the first Ctrl-C only
+    sets a flag, which `generate` checks after each token. The second one is an ordinary interrupt.
+    """
+
+    def __init__(self) -> None:
+        self.happened = False
+        self._previous: Any = None
+
+    def __enter__(self) -> Interruption:
+        if threading.current_thread() is threading.main_thread():  # elsewhere Python delivers no signals
+            self._previous = signal.signal(signal.SIGINT, self._note)
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        if self._previous is not None:
+            signal.signal(signal.SIGINT, self._previous)
+
+    def __call__(self, input_ids: Tensor, scores: Any, **kwargs: Any) -> Tensor:
+        """Whether to stop, for each sequence: input_ids (B, T) int64 -> (B,) bool."""
+        return torch.full((len(input_ids),), self.happened, dtype=torch.bool, device=input_ids.device)
+
+    def _note(self, signum: int, frame: FrameType | None) -> None:
+        if self.happened:
+            raise KeyboardInterrupt
+        self.happened = True
 
 
 class _Streamer(TextStreamer):

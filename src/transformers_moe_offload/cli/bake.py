@@ -10,7 +10,8 @@ from transformers_moe_offload.builder import bake_adapters
 from transformers_moe_offload.builder.folder import MARKS
 from transformers_moe_offload.cli.building import outcome
 from transformers_moe_offload.cli.failures import CommandError
-from transformers_moe_offload.cli.writing import expect_apart, resumable
+from transformers_moe_offload.cli.writing import resumable
+from transformers_moe_offload.output.place import expect_place
 
 
 def bake(
@@ -24,7 +25,7 @@ def bake(
     """Write the mixture of feed-forward blocks, and say what was checked."""
     if not source.is_dir():
         raise CommandError(f"there is no folder {source}; name one that `moe-offload build` or training has written")
-    expect_apart(str(source), folder)
+    expect_place(folder, MARKS, overwrite=overwrite, model=source)
     with resumable(folder, MARKS, resume=resume):
         info = bake_adapters(source, folder, container=container, dtype=dtype, resume=resume, overwrite=overwrite)
     experts = f"{len(info.experts)} experts, {info.experts_per_token} a token"

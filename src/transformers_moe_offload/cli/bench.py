@@ -9,7 +9,7 @@ from typing import Any
 
 from rich.console import Console
 from rich.progress import Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoTokenizer
 
 from transformers_moe_offload.bench.conditions import described
 from transformers_moe_offload.bench.kernels import QUICK as QUICK_KERNELS
@@ -20,10 +20,11 @@ from transformers_moe_offload.bench.report import facts, tables
 from transformers_moe_offload.bench.session import measure
 from transformers_moe_offload.bench.tables import show
 from transformers_moe_offload.cli import options
-from transformers_moe_offload.cli.failures import CommandError, reading
-from transformers_moe_offload.cli.model_config import read_config
-from transformers_moe_offload.cli.results import expect_file, write_json
+from transformers_moe_offload.cli.failures import CommandError
+from transformers_moe_offload.cli.writing import expect_file, write_json
 from transformers_moe_offload.config import OffloadConfig, PrefetchConfig
+from transformers_moe_offload.hf.loading.meta_model import read_config
+from transformers_moe_offload.untrusted import reading
 
 
 def bench(
@@ -57,18 +58,17 @@ def bench(
         prefetch=None if prefetch is None else PrefetchConfig(predictor=prefetch),
         mmap="auto" if mmap is None else mmap,
     )
-    origin = options.Origin(revision, token, local_files_only, trust_remote_code)
-    loading = {"dtype": options.parse_dtype(dtype) or "auto", "device_map": options.parse_device_map(device_map)}
+    origin = options.origin(revision, token, local_files_only, trust_remote_code)
+    loading = origin | {
+        "dtype": options.parse_dtype(dtype) or "auto",
+        "device_map": options.parse_device_map(device_map),
+    }
     expect_file("--json", json_file)
     written = _read(text)
-    read_config(model, origin, f"cannot load {model!r}")
-    with reading(f"cannot load {model!r}"):
-        loaded = AutoModelForCausalLM.from_pretrained(model, moe_offload=config, **loading, **origin.for_classes())
-    try:
-        passage = _passage(model, loaded, written, origin, text)
-        result = _measured(loaded.eval(), passage, QUICK if quick else Protocol())
-    finally:
-        loaded.moe_offload.close()
+    read_config(model, f"cannot load {model!r}", **origin)
+    with options.loaded(model, config, **loading) as offloaded, _progress() as begin:
+        passage = _passage(model, offloaded, written, origin, text)
+        result = measure(offloaded.eval(), passage, QUICK if quick else Protocol(), begin)
     _show(result)
     if json_file is not None:
         write_json(json_file, result)
@@ -88,11 +88,6 @@ def _bench_kernels(json_file: Path | None, protocol: KernelProtocol) -> None:
         write_json(json_file, result)
 
 
-def _measured(model: Any, passage: Passage, protocol: Protocol) -> dict[str, Any]:
-    with _progress() as begin:
-        return measure(model, passage, protocol, begin)
-
-
 @contextmanager
 def _progress() -> Iterator[Callable[[str], None]]:
     """A line on stderr that says what is being done."""
@@ -102,12 +97,12 @@ def _progress() -> Iterator[Callable[[str], None]]:
         yield lambda what: progress.update(task, description=what)
 
 
-def _passage(name: str, model: Any, text: str | None, origin: options.Origin, path: Path | None) -> Passage:
+def _passage(name: str, model: Any, text: str | None, origin: dict[str, Any], path: Path | None) -> Passage:
     """The user's text, or the default of `passage_for`."""
     if text is None:
-        return passage_for(model, name, **origin.for_classes())
+        return passage_for(model, name, **origin)
     with reading(f"--text needs a tokenizer, which cannot be read from {name!r}"):
-        tokenizer = AutoTokenizer.from_pretrained(name, **origin.for_classes())
+        tokenizer = AutoTokenizer.from_pretrained(name, **origin)
     return text_passage(tokenizer, text, str(path))
 
 

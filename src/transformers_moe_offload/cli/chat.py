@@ -10,16 +10,14 @@ from pathlib import Path
 from typing import Any
 
 import typer
-from transformers import AutoModelForCausalLM, AutoTokenizer, set_seed
+from transformers import set_seed
 
-from transformers_moe_offload.cli import formats, options
+from transformers_moe_offload.cli import options
 from transformers_moe_offload.cli.answer import Sampling, answer
-from transformers_moe_offload.cli.blueprint import draw
-from transformers_moe_offload.cli.conversation import Conversation
-from transformers_moe_offload.cli.failures import CommandError, reading, report
-from transformers_moe_offload.cli.model_config import read_config
+from transformers_moe_offload.cli.failures import CommandError, expect_utf8, report
 from transformers_moe_offload.config import OffloadConfig
 from transformers_moe_offload.errors import MoeOffloadError
+from transformers_moe_offload.hf.loading.meta_model import meta_model
 from transformers_moe_offload.hf.model.plan import readable
 
 INTERRUPTED = 130
@@ -52,33 +50,75 @@ def chat(
     trust_remote_code: bool,
 ) -> None:
     """Load the model and answer prompts until there are no more."""
+    asked = options.parse_formats(experts, layers, hot, trace, hot_share, dense)
     config = OffloadConfig(
         cache_budget=cache_budget,
         policy=policy,
         arithmetic=arithmetic,  # type: ignore[arg-type]
-        experts=formats.parse_formats(experts, layers, hot, trace, hot_share),
-        dense=formats.parse_format("--dense", dense),
+        experts=asked.experts,
+        dense=asked.dense,
     )
     sampling = Sampling(max_new_tokens, temperature, top_p)
-    origin = options.Origin(revision, token, local_files_only, trust_remote_code)
-    loading = {"dtype": options.parse_dtype(dtype) or "auto", "device_map": options.parse_device_map(device_map)}
+    origin = options.origin(revision, token, local_files_only, trust_remote_code)
+    loading = origin | {
+        "dtype": options.parse_dtype(dtype) or "auto",
+        "device_map": options.parse_device_map(device_map),
+    }
     if prompt is not None and not prompt.strip():
         raise CommandError("--prompt is empty; write something, or leave it out to be asked")
     if trace is not None:
-        found = draw(model, origin, options.parse_dtype(dtype)).experts
-        formats.expect_same_experts(trace, model, [spec.num_experts for spec in found])
-    read_config(model, origin, f"cannot load {model!r}")
-    with reading(f"cannot load {model!r}"):
-        tokenizer = AutoTokenizer.from_pretrained(model, **origin.for_classes())
-        conversation = Conversation(tokenizer, system)
-        loaded = AutoModelForCausalLM.from_pretrained(model, moe_offload=config, **loading, **origin.for_classes())
-    set_seed(seed)
-    try:
-        _talk(loaded, tokenizer, conversation, prompt, sampling, context.command)
-    except KeyboardInterrupt:
-        raise typer.Exit(INTERRUPTED) from None
-    finally:
-        loaded.moe_offload.close()
+        asked.expect_traced(meta_model(model, options.parse_dtype(dtype), **origin))
+    tokenizer = options.load_tokenizer(model, **origin)
+    conversation = Conversation(tokenizer, system)
+    with options.loaded(model, config, **loading) as offloaded:
+        set_seed(seed)
+        try:
+            _talk(offloaded, tokenizer, conversation, prompt, sampling, context.command)
+        except KeyboardInterrupt:
+            raise typer.Exit(INTERRUPTED) from None
+
+
+class Conversation:
+    """A chat so far, as inputs of the model. Without a chat template every prompt stands alone and is continued."""
+
+    def __init__(self, tokenizer: Any, system: str | None) -> None:
+        self._tokenizer = tokenizer
+        self._has_template = bool(getattr(tokenizer, "chat_template", None))
+        if system is not None and not self._has_template:
+            raise CommandError("--system needs a model with a chat template, and this one only continues text")
+        expect_utf8(system, "--system")
+        self._messages = [] if system is None else [{"role": "system", "content": system}]
+
+    @property
+    def kind(self) -> str:
+        """What the model does with a prompt, in a word or two."""
+        return "chat" if self._has_template else "plain continuation, for there is no chat template"
+
+    def ask(self, prompt: str) -> dict[str, Any]:
+        """The inputs for `generate` that end with this prompt."""
+        expect_utf8(prompt, "the prompt")
+        inputs = self._in_template(prompt) if self._has_template else dict(self._tokenizer(prompt, return_tensors="pt"))
+        if inputs["input_ids"].numel() == 0:  # Transformers makes an empty tokenizer where its files are missing
+            raise CommandError(
+                "the tokenizer makes no tokens of the prompt; check that the model's folder has its files"
+            )
+        return inputs
+
+    def answered(self, text: str) -> None:
+        """Remember the answer, whole or stopped, for the next prompt."""
+        if self._has_template:
+            self._messages.append({"role": "assistant", "content": text})
+
+    def _in_template(self, prompt: str) -> dict[str, Any]:
+        self._messages.append({"role": "user", "content": prompt})
+        try:
+            inputs = self._tokenizer.apply_chat_template(
+                self._messages, add_generation_prompt=True, return_tensors="pt", return_dict=True
+            )
+        except Exception as error:  # a template may raise anything, for example for a system message
+            self._messages.pop()
+            raise CommandError(f"the model's chat template refuses the conversation: {error}") from error
+        return dict(inputs)
 
 
 def _talk(

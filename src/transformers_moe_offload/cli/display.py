@@ -1,4 +1,4 @@
-"""Show an answer while it is being generated.
+"""Show an answer while it is being generated, and measure speed and use of the cache.
 
 On a terminal the text grows above a status line that keeps up with it. Anywhere else the text goes to stdout as it
 comes and one summary line to stderr, so that a redirected stdout holds the answers and nothing else.
@@ -7,11 +7,15 @@ comes and one summary line to stderr, so that a redirected stdout holds the answ
 from __future__ import annotations
 
 import sys
+import time
 from typing import Protocol
 
 from rich.console import Console, Group
 from rich.live import Live
 from rich.text import Text
+
+from transformers_moe_offload.hf.model.handle import OffloadRuntime
+from transformers_moe_offload.stats import CacheStats
 
 
 class Display(Protocol):
@@ -90,3 +94,35 @@ class LiveDisplay:
         if self._line:
             self._console.print(Text(self._line))
         self._console.print(Text(summary, style="dim"))
+
+
+class Meter:
+    """Measures from its creation to each call of `summary`."""
+
+    def __init__(self, runtime: OffloadRuntime) -> None:
+        self._runtime = runtime
+        runtime.reset_stats()
+        self._started = time.perf_counter()
+        self._first_s = 0.0
+        self._last_s = 0.0
+        self.num_tokens = 0
+
+    def count_token(self) -> None:
+        """One more token has been generated."""
+        self._last_s = time.perf_counter() - self._started
+        self._first_s = self._first_s or self._last_s
+        self.num_tokens += 1
+
+    @property
+    def tokens_per_s(self) -> float:
+        """Tokens per second after the first one, which also took reading the prompt; 0 before the second."""
+        decode_s = self._last_s - self._first_s
+        return (self.num_tokens - 1) / decode_s if decode_s else 0.0
+
+    def summary(self) -> str:
+        """One line: tokens, speed, hit rate, bytes read."""
+        stats: CacheStats = self._runtime.stats()
+        return (
+            f"{self.num_tokens} tokens, {self.tokens_per_s:.1f} tokens/s, first after {self._first_s:.1f} s, "
+            f"hit rate {stats.hit_rate:.1%}, {stats.disk_bytes / 2**20:.1f} MiB read"
+        )

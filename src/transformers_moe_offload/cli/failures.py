@@ -15,6 +15,7 @@ from typing import Any
 import typer
 
 from transformers_moe_offload.errors import MoeOffloadError
+from transformers_moe_offload.untrusted import system_words
 
 EXIT_CODE = 2
 
@@ -24,8 +25,9 @@ _ARGUMENT = re.compile(
     r"""(?:=(?P<value>'[^']*'|"[^"]*"|-?\w+(?:\.\w+)*))?"""
 )
 
-_OF_AN_OPTION = {"predictor": "prefetch"}
-"""Fields of configs whose option has another name."""
+_TYPED_AS = {"predictor": "prefetch", "model": "source", "output": "folder"}
+"""Arguments and fields of configs that have another name on the command line."""
+_FORMAT = re.compile(r"HqqFormat\(nbits=(\d), group_size=(\d+)\)")
 
 
 class CommandError(MoeOffloadError):
@@ -53,32 +55,6 @@ def one_line_errors(command: Any) -> Iterator[None]:
         hub.setLevel(level)
 
 
-@contextmanager
-def reading(what: str) -> Iterator[None]:
-    """Turn the errors of Transformers for a bad id, file or option into `CommandError`; `what` begins the message.
-
-    This covers every exception, because a config that no model can be built from may raise anything.
-    """
-    try:
-        yield
-    except MoeOffloadError:
-        raise
-    except OSError as error:
-        raise CommandError(f"{what}: {system_words(error, what)}") from error
-    except (ValueError, ImportError) as error:
-        raise CommandError(f"{what}: {error}") from error
-    except Exception as error:
-        raise CommandError(f"{what}: {type(error).__name__}: {error}") from error
-
-
-def system_words(error: OSError, before: str) -> str:
-    """The system's message, with the file's name unless `before` contains it; unchanged without `strerror`."""
-    if error.strerror is None:
-        return str(error)
-    is_named = error.filename is None or str(error.filename) in before
-    return error.strerror if is_named else f"{error.strerror}: {error.filename}"
-
-
 def expect_utf8(text: str | None, what: str) -> None:
     """Raise `CommandError` for text from bytes that are not valid UTF-8; tokenizers do not take it."""
     try:
@@ -97,18 +73,20 @@ def in_option_names(message: str, command: Any) -> str:
     """An error message for Python, rewritten for the command line.
 
     An argument or a field of a config becomes the command's option for it: `overwrite=True` becomes `--overwrite`,
-    `resume=False` becomes `--no-resume`, `OffloadConfig.cache_budget` becomes `--cache-budget`. Those without an option
-    stay as they are; advice that applies in Python only is left out.
+    `resume=False` becomes `--no-resume`, `OffloadConfig.cache_budget` becomes `--cache-budget`, `output='moe'` becomes
+    `DST moe`. Those without an option stay as they are; advice that applies in Python only is left out.
     """
-    options = {option.name: option for option in command.params if option.param_type_name == "option"}
+    typed = {one.name: one for one in command.params}
 
     def as_typed(found: re.Match[str]) -> str:
         name, value = found["name"], found["value"]
-        option = options.get(_OF_AN_OPTION.get(name, name))
+        option = typed.get(_TYPED_AS.get(name, name)) or typed.get(name)
         if option is None or (value is None and not found["config"]):
             return found[0]
+        if option.param_type_name == "argument":
+            return f"{option.metavar} {value[1:-1]}" if value and value[0] in "'\"" else found[0]
         if option.is_flag and value == "False":
             return option.secondary_opts[0] if option.secondary_opts else found[0]
         return option.opts[0] if option.is_flag or value is None else f"{option.opts[0]} {value}"
 
-    return _ARGUMENT.sub(as_typed, message).replace(" or register your own", "")
+    return _ARGUMENT.sub(as_typed, _FORMAT.sub(r"\1x\2", message)).replace(" or register your own", "")

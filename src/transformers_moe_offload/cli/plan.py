@@ -11,14 +11,14 @@ from rich import box
 from rich.console import Console
 from rich.table import Table
 
-from transformers_moe_offload.cli import formats, options
-from transformers_moe_offload.cli.blueprint import Blueprint, draw
-from transformers_moe_offload.cli.traffic import Traffic, expect
+from transformers_moe_offload.cli import options
 from transformers_moe_offload.config import Budget, OffloadConfig
 from transformers_moe_offload.dtypes import dtype_name
 from transformers_moe_offload.formats.by_expert import LayerCodings
+from transformers_moe_offload.hf.loading.meta_model import MetaModel, meta_model
 from transformers_moe_offload.hf.model.plan import OffloadPlan, Placement, make_plan, readable
 from transformers_moe_offload.hf.prebuilt.sizes import Sizes
+from transformers_moe_offload.hf.prebuilt.source import Quantization
 from transformers_moe_offload.hf.routers.top_k import experts_per_token
 from transformers_moe_offload.system.free_memory import HOST_SHARE, available_bytes
 
@@ -42,20 +42,16 @@ def plan(
     trust_remote_code: bool,
 ) -> None:
     """Print where weights would be, how many experts fit into the cache, and what a token would read."""
-    config = OffloadConfig(
-        cache_budget=cache_budget,
-        experts=formats.parse_formats(experts, layers, hot, trace, hot_share),
-        dense=formats.parse_format("--dense", dense),
-    )
-    origin = options.Origin(revision, token, local_files_only, trust_remote_code)
-    blueprint = draw(model, origin, options.parse_dtype(dtype))
-    formats.expect_same_experts(trace, model, [spec.num_experts for spec in blueprint.experts])
-    recipe = blueprint.recipe
-    weights = _Weights.of(blueprint, config if recipe is None else recipe.override(config), origin)
+    asked = options.parse_formats(experts, layers, hot, trace, hot_share, dense)
+    config = OffloadConfig(cache_budget=cache_budget, experts=asked.experts, dense=asked.dense)
+    origin = options.origin(revision, token, local_files_only, trust_remote_code)
+    source = meta_model(model, options.parse_dtype(dtype), **origin)
+    asked.expect_traced(source)
+    weights = _Weights.of(source, config if source.recipe is None else source.recipe.override(config))
     device = torch.device("cuda", torch.cuda.current_device()) if torch.cuda.is_available() else torch.device("cpu")
     offload_plan = make_plan(weights.placements(device), _settled(config, weights, device))
     console = Console()
-    console.print(blueprint.title, style="bold", soft_wrap=True)
+    console.print(source.title, style="bold", soft_wrap=True)
     console.print(_tiers(weights, offload_plan, device))
     console.print(_facts(weights, offload_plan))
 
@@ -64,7 +60,7 @@ def plan(
 class _Weights:
     """A model's weights, as they are or quantized."""
 
-    blueprint: Blueprint
+    source: MetaModel
     codings: tuple[LayerCodings, ...]
     formats: str
     """How experts are stored, as printed."""
@@ -75,23 +71,23 @@ class _Weights:
     """Whether experts are quantized while the model is loaded."""
 
     @classmethod
-    def of(cls, blueprint: Blueprint, config: OffloadConfig, origin: options.Origin) -> _Weights:
+    def of(cls, source: MetaModel, config: OffloadConfig) -> _Weights:
         """A model's weights, quantized as a config says."""
-        quantization = blueprint.quantization(config)
-        stored = blueprint.stored_bytes(quantization, origin)
+        quantization, tensors = Quantization.of(source, config), source.quantized_tensors()
+        stored = None if tensors is None else quantization.stored_bytes(tensors)
         sizes = Sizes.of(quantization, stored)
-        is_in_ram = config.formats is not None and blueprint.recipe is None
+        is_in_ram = config.formats is not None and source.recipe is None
         codings, bits = tuple(quantization.codings), None if config.formats is None else sizes.bits_per_expert_weight
-        dense_bytes = sizes.dense_bytes if config.dense is not None else blueprint.dense_bytes
+        dense_bytes = sizes.dense_bytes if config.dense is not None else source.dense_bytes
         if stored is not None and config.formats is None:
             codings, bits = stored.codings, 8 * stored.expert_bytes / sizes.expert_weights
-        if stored is not None and config.dense is None and blueprint.keeps_dense:
+        if stored is not None and config.dense is None and source.keeps_dense:
             dense_bytes = stored.dense_bytes
-        return cls(blueprint, codings, str(config.formats) if is_in_ram else "as stored", dense_bytes, bits, is_in_ram)
+        return cls(source, codings, str(config.formats) if is_in_ram else "as stored", dense_bytes, bits, is_in_ram)
 
     def placements(self, device: torch.device) -> list[Placement]:
         """Every sparse layer on a device."""
-        pairs = zip(self.blueprint.experts, self.codings, strict=True)
+        pairs = zip(self.source.experts, self.codings, strict=True)
         is_mapped = self.is_in_ram and device.type == "cpu"
         return [
             Placement(spec, device, codings, is_mappable=is_mapped, is_in_ram=self.is_in_ram) for spec, codings in pairs
@@ -100,7 +96,35 @@ class _Weights:
     @property
     def read_share(self) -> float:
         """Bytes in the files for each byte in memory."""
-        return 1.0 if self.blueprint.recipe is not None else self.blueprint.read_share
+        return 1.0 if self.source.recipe is not None else self.source.read_share
+
+
+@dataclass(frozen=True)
+class _Traffic:
+    """Expected reads of one decoded token, with uniform routing and a full cache."""
+
+    experts_per_token: int
+    """Over all sparse layers."""
+    nbytes: float
+    """Bytes that are not in the cache."""
+
+
+def _expected(source: MetaModel, plan: OffloadPlan, read_share: float) -> _Traffic | None:
+    """The traffic under a plan, or None where the model does not say how many experts a token takes.
+
+    `read_share` is how many bytes are read for each byte in a slot, when the files have another dtype.
+    """
+    total, nbytes = 0, 0.0
+    by_layer = {spec.layer: spec for spec in source.experts}
+    for pool in plan.pools:
+        absent = 1 - pool.num_slots / pool.need.num_experts
+        for layer in pool.layers:
+            count = experts_per_token(source.model, by_layer[layer].name)
+            if count is None:
+                return None
+            total += count
+            nbytes += count * pool.need.all_bytes / pool.need.num_experts * absent * read_share
+    return _Traffic(total, nbytes)
 
 
 def _settled(config: OffloadConfig, weights: _Weights, device: torch.device) -> OffloadConfig:
@@ -126,16 +150,14 @@ def _tiers(weights: _Weights, plan: OffloadPlan, device: torch.device) -> Table:
 
 
 def _facts(weights: _Weights, plan: OffloadPlan) -> Table:
-    blueprint = weights.blueprint
+    source = weights.source
     table = Table.grid(padding=(0, 2))
     table.add_column(no_wrap=True)
     table.add_column(overflow="fold")
-    traffic = expect(blueprint.model, blueprint.experts, plan, weights.read_share)
-    table.add_row("sparse layers", str(len(blueprint.experts)))
-    table.add_row(
-        "experts", f"{plan.num_experts}, {_range([spec.num_experts for spec in blueprint.experts])} per layer"
-    )
-    table.add_row("experts per token", _experts_per_token(blueprint))
+    traffic = _expected(source, plan, weights.read_share)
+    table.add_row("sparse layers", str(len(source.experts)))
+    table.add_row("experts", f"{plan.num_experts}, {_range([spec.num_experts for spec in source.experts])} per layer")
+    table.add_row("experts per token", _experts_per_token(source))
     placements = weights.placements(torch.device("cpu"))
     table.add_row("bytes per expert", _range([one for layer in placements for one in layer.record_bytes], readable))
     if weights.bits_per_weight is not None:
@@ -144,9 +166,9 @@ def _facts(weights: _Weights, plan: OffloadPlan) -> Table:
     table.add_row("dense weights", readable(weights.dense_bytes))
     table.add_row("slots", f"{plan.num_slots} in a cache budget of {readable(plan.budget_bytes)}")
     table.add_row("smallest budget", f"{readable(plan.smallest_budget)} ({plan.smallest_budget:,} bytes)")
-    source = "RAM" if weights.is_in_ram else "disk"
-    table.add_row("expected bytes per token", _expected_bytes(traffic, plan, source))
-    table.add_row("checkpoint", _cross_check(blueprint))
+    store = "RAM" if weights.is_in_ram else "disk"
+    table.add_row("expected bytes per token", _expected_bytes(traffic, plan, store))
+    table.add_row("checkpoint", _cross_check(source))
     return table
 
 
@@ -156,31 +178,31 @@ def _range(values: list[int], write: Callable[[int], str] = str) -> str:
     return " to ".join(write(value) for value in ends)
 
 
-def _experts_per_token(blueprint: Blueprint) -> str:
-    counts = [experts_per_token(blueprint.model, spec.name) for spec in blueprint.experts]
+def _experts_per_token(source: MetaModel) -> str:
+    counts = [experts_per_token(source.model, spec.name) for spec in source.experts]
     known = [count for count in counts if count is not None]
     return f"{_range(known)} per layer" if len(known) == len(counts) else "unknown: the model does not say"
 
 
-def _expected_bytes(traffic: Traffic | None, plan: OffloadPlan, source: str) -> str:
+def _expected_bytes(traffic: _Traffic | None, plan: OffloadPlan, store: str) -> str:
     if traffic is None:
         return "unknown, because the experts per token are"
     absent = 1 - plan.num_slots / plan.num_experts
     return (
-        f"{readable(traffic.nbytes)} from {source}, if routing is uniform: {traffic.experts_per_token} experts a "
+        f"{readable(traffic.nbytes)} from {store}, if routing is uniform: {traffic.experts_per_token} experts a "
         f"token, {absent:.0%} of them not in the cache"
     )
 
 
-def _cross_check(blueprint: Blueprint) -> str:
-    if blueprint.recipe is not None:
-        return f"quantized: experts {blueprint.recipe.formats}; dense layers {blueprint.recipe.dense or 'as they are'}"
-    if blueprint.opener is not None:
-        is_opened = blueprint.opener.is_for_dense and not blueprint.keeps_dense
+def _cross_check(source: MetaModel) -> str:
+    if source.recipe is not None:
+        return f"quantized: experts {source.recipe.formats}; dense layers {source.recipe.dense or 'as they are'}"
+    if source.opener is not None:
+        is_opened = source.opener.is_for_dense and not source.keeps_dense
         dense = "dense layers are opened while they are loaded" if is_opened else "dense layers are used as they are"
-        return f"quantized with {blueprint.opener.name}; {dense}"
-    stored, expected = blueprint.stored.nbytes, blueprint.total_bytes * blueprint.read_share
-    dtype = dtype_name(blueprint.stored.dtype or blueprint.dtype)
+        return f"quantized with {source.opener.name}; {dense}"
+    stored, expected = source.stored.nbytes, source.total_bytes * source.read_share
+    dtype = dtype_name(source.stored.dtype or source.dtype)
     if stored is None:
         return f"{readable(expected)} by its config in {dtype}; there is no index to check that with"
     if abs(stored - expected) <= TOLERANCE * stored:

@@ -14,10 +14,11 @@ from rich.progress import track
 from rich.table import Table
 
 from transformers_moe_offload.cli.failures import CommandError
-from transformers_moe_offload.cli.recorded import load_trace
-from transformers_moe_offload.cli.results import expect_file, write_json
+from transformers_moe_offload.cli.options import load_trace
+from transformers_moe_offload.cli.writing import expect_file, write_json
 from transformers_moe_offload.policies import ORACLE, policy_names
-from transformers_moe_offload.tracing import Replay, Trace
+from transformers_moe_offload.routing import RoutingTrace
+from transformers_moe_offload.tracing import Replay, Trace, TraceError
 from transformers_moe_offload.tracing import replay as replay_trace
 from transformers_moe_offload.untrusted import quoted
 
@@ -30,7 +31,7 @@ def replay(
 ) -> None:
     """Print the hit rates of each policy and size, Belady's oracle last."""
     expect_file("--json", json_file)
-    recorded, _ = load_trace(trace)
+    recorded, _ = visits_of(trace)
     sizes = parse_sizes(slots, recorded.total_experts)
     replays = play(recorded, policy, sizes)
     console = Console()
@@ -38,6 +39,15 @@ def replay(
     console.print(_table(replays, sizes, recorded.total_experts))
     if json_file is not None:
         write_json(json_file, _as_json(recorded, replays))
+
+
+def visits_of(path: Path) -> tuple[Trace, RoutingTrace | None]:
+    """The visits as a trace, and the recording of the routing that they are from, if the path is its folder."""
+    found = load_trace(path)
+    recorded = found if isinstance(found, Trace) else found.to_cache_trace()
+    if not recorded.num_asked:
+        raise TraceError(f"{path} holds no visit that wants an expert; record a longer one")
+    return recorded, found if isinstance(found, RoutingTrace) else None
 
 
 def parse_sizes(text: str, total_experts: int) -> list[int]:

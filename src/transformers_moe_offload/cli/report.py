@@ -7,9 +7,7 @@ from typing import Any
 
 import typer
 
-from transformers_moe_offload.cli.failures import reading
-from transformers_moe_offload.cli.recorded import load_trace
-from transformers_moe_offload.cli.replay import parse_sizes, play
+from transformers_moe_offload.cli.replay import parse_sizes, play, visits_of
 from transformers_moe_offload.routing.report import sections_of
 from transformers_moe_offload.tracing import Replay
 from transformers_moe_offload.tracing.page import Section, make_page, save_page
@@ -20,6 +18,7 @@ from transformers_moe_offload.tracing.report import (
     make_figure,
     save,
 )
+from transformers_moe_offload.untrusted import reading
 
 
 def report(
@@ -29,7 +28,7 @@ def report(
     slots: str | None,
 ) -> None:
     """Draw the trace into a folder of plots, or one page."""
-    recorded, routed = load_trace(trace)
+    recorded, routed = visits_of(trace)
     make_figure()  # raises without matplotlib: after errors in the input, and before the replays, which take a while
     sizes = _ten_sizes(recorded.total_experts) if slots is None else parse_sizes(slots, recorded.total_experts)
     replays = play(recorded, policy, sizes)

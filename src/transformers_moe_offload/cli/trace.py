@@ -11,21 +11,19 @@ import typer
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from torch import Tensor
-from transformers import AutoModelForCausalLM, AutoTokenizer, StoppingCriteria, StoppingCriteriaList, set_seed
+from transformers import StoppingCriteria, set_seed
 
 from transformers_moe_offload.cli import options
-from transformers_moe_offload.cli.answer import Sampling
-from transformers_moe_offload.cli.chat import INTERRUPTED
-from transformers_moe_offload.cli.conversation import Conversation
-from transformers_moe_offload.cli.failures import CommandError, expect_utf8, reading
-from transformers_moe_offload.cli.interruption import Interruption
-from transformers_moe_offload.cli.model_config import read_config
-from transformers_moe_offload.cli.results import expect_file
+from transformers_moe_offload.cli.answer import Interruption, Sampling, generate
+from transformers_moe_offload.cli.chat import INTERRUPTED, Conversation
+from transformers_moe_offload.cli.failures import CommandError, expect_utf8
+from transformers_moe_offload.cli.writing import expect_file
 from transformers_moe_offload.config import OffloadConfig
 from transformers_moe_offload.hf.routers.top_k import experts_per_token
 from transformers_moe_offload.routing import RoutingTrace, record_routing
 from transformers_moe_offload.routing.trace_file import expect_new_folder
 from transformers_moe_offload.tracing import Trace
+from transformers_moe_offload.untrusted import reading
 
 
 def trace(
@@ -51,23 +49,22 @@ def trace(
     """Generate from each prompt and record the experts that the layers wanted."""
     config = OffloadConfig(cache_budget=cache_budget, policy=policy)
     sampling = Sampling(max_new_tokens, temperature, top_p)
-    origin = options.Origin(revision, token, local_files_only, trust_remote_code)
-    loading = {"dtype": options.parse_dtype(dtype) or "auto", "device_map": options.parse_device_map(device_map)}
+    origin = options.origin(revision, token, local_files_only, trust_remote_code)
+    loading = origin | {
+        "dtype": options.parse_dtype(dtype) or "auto",
+        "device_map": options.parse_device_map(device_map),
+    }
     texts = _texts(prompt, prompts)
     expect_file("--output", output)
     if routing is not None:
         expect_new_folder(routing, overwrite=overwrite)
-    read_config(model, origin, f"cannot load {model!r}")
+    tokenizer = options.load_tokenizer(model, **origin)
     with reading(f"cannot load {model!r}"):
-        tokenizer = AutoTokenizer.from_pretrained(model, **origin.for_classes())
         inputs = [Conversation(tokenizer, None).ask(text) for text in texts]
-        loaded = AutoModelForCausalLM.from_pretrained(model, moe_offload=config, **loading, **origin.for_classes())
-    set_seed(seed)
-    try:
-        with record_routing(loaded, routing, overwrite=overwrite) if routing is not None else nullcontext():
-            recorded, was_stopped = _record(loaded, tokenizer, inputs, sampling)
-    finally:
-        loaded.moe_offload.close()
+    with options.loaded(model, config, **loading) as offloaded:
+        set_seed(seed)
+        with record_routing(offloaded, routing, overwrite=overwrite) if routing is not None else nullcontext():
+            recorded, was_stopped = _record(offloaded, tokenizer, inputs, sampling)
     recorded.save(output)
     typer.echo(f"{output}: {recorded}")
     if routing is not None:
@@ -103,12 +100,7 @@ def _record(model: Any, tokenizer: Any, inputs: list[dict[str, Any]], sampling: 
     ):
         task = progress.add_task("tokens", total=len(inputs) * sampling.max_new_tokens)
         for number, prompt in enumerate(inputs, start=1):
-            model.generate(
-                **{name: value.to(model.device) for name, value in prompt.items()},
-                **sampling.options(),
-                stopping_criteria=StoppingCriteriaList([interruption, _Ticks(progress, task)]),
-                pad_token_id=tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id,
-            )
+            generate(model, tokenizer, prompt, sampling, interruption, _Ticks(progress, task))
             if interruption.happened:
                 break
             progress.update(task, completed=number * sampling.max_new_tokens)

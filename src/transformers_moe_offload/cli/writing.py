@@ -1,10 +1,13 @@
-"""Shared by the subcommands that write checkpoints: checks, interruption, progress."""
+"""What subcommands write: checkpoints, with progress and interruption, and results in files."""
 
 from __future__ import annotations
 
+import json
+import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import typer
 from rich.console import Console
@@ -12,15 +15,6 @@ from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeR
 
 from transformers_moe_offload.cli.failures import CommandError
 from transformers_moe_offload.output.place import Marks, unfinished
-
-
-def expect_apart(source: str, folder: Path) -> None:
-    """Raise `CommandError` if source and target folder lie inside one another."""
-    if not Path(source).is_dir():
-        return
-    source_path, target = Path(source).resolve(), folder.resolve()
-    if target.is_relative_to(source_path) or source_path.is_relative_to(target):
-        raise CommandError(f"DST {folder} and SRC {source} lie inside one another; write to a folder of its own")
 
 
 @contextmanager
@@ -43,3 +37,31 @@ def progress(doing: str, nbytes: int) -> Iterator[Callable[[int], None]]:
     with Progress(*columns, console=Console(stderr=True), transient=True) as bar:
         task = bar.add_task(doing, total=nbytes)
         yield lambda count: bar.advance(task, count)
+
+
+def expect_file(option: str, path: Path | None) -> None:
+    """Raise `CommandError` if the file cannot be written; called before the work whose result it is to hold."""
+    if path is None:
+        return
+    if path.is_dir() or not path.parent.is_dir():
+        what = "is a folder" if path.is_dir() else f"is in {path.parent}, which is not a folder"
+        raise CommandError(f"cannot write {option} {path}: it {what}; name a file in a folder that exists")
+    if not os.access(path.parent, os.W_OK):
+        raise CommandError(f"cannot write {option} {path}: {path.parent} cannot be written to; name another folder")
+
+
+def write_json(path: Path, result: Any) -> None:
+    """Write a result as JSON: the file is complete afterwards, or as it was before.
+
+    A file that cannot be written is a `CommandError` and leaves nothing behind.
+    """
+    text = json.dumps(result, indent=1) + "\n"
+    beside = path.with_name(f".{path.name}.{os.getpid()}")
+    try:
+        try:
+            beside.write_text(text, encoding="utf-8")
+            beside.replace(path)
+        finally:
+            beside.unlink(missing_ok=True)
+    except OSError as error:
+        raise CommandError(f"cannot write {path}: {error.strerror}") from error

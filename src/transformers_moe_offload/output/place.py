@@ -163,9 +163,17 @@ def _link(file: Path | str, target: Path | str) -> None:
         shutil.copy2(file, target, follow_symlinks=False)
 
 
-def expect_place(folder: Path, marks: Marks, *, overwrite: bool = False) -> None:
-    """Raise `CheckpointError` where `place_for` would for any recipe; called before anything is downloaded."""
-    folder = Path(os.path.realpath(folder))
+def expect_place(folder: Path, marks: Marks, *, overwrite: bool = False, model: str | Path | None = None) -> None:
+    """Raise `CheckpointError` where `place_for` would for any recipe; called before anything is downloaded.
+
+    `model` is what the checkpoint is made from; where it is a folder, the two must lie apart.
+    """
+    output, folder = folder, Path(os.path.realpath(folder))
+    source = Path(os.path.realpath(model)) if model is not None and Path(model).is_dir() else None
+    if source is not None and (folder.is_relative_to(source) or source.is_relative_to(folder)):
+        raise CheckpointError(
+            f"output={str(output)!r} and model={str(model)!r} lie inside one another; write to a folder of its own"
+        )
     recover(folder, marks)
     if folder.exists() and not folder.is_dir():
         raise CheckpointError(f"{folder} is a file; name a folder to write to")

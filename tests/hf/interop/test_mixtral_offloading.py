@@ -8,9 +8,8 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, MixtralForCausalLM
 
 from transformers_moe_offload import CheckpointError, ConfigError, HqqFormat, OffloadConfig, UnsupportedModelError
-from transformers_moe_offload.cli.blueprint import draw
-from transformers_moe_offload.cli.options import Origin
 from transformers_moe_offload.hf.interop.mixtral_offloading import Matrix, MixtralOffloading
+from transformers_moe_offload.hf.loading.meta_model import meta_model
 from transformers_moe_offload.tensor_files.index import read_header
 from zoo.build import build
 
@@ -42,7 +41,7 @@ def source(mixtral, tmp_path):
 
 
 def opened(folder):
-    return MixtralOffloading.open(folder, draw(str(folder), Origin("main", None, True, False), torch.float16).model)
+    return MixtralOffloading.open(folder, meta_model(str(folder), torch.float16, local_files_only=True).model)
 
 
 @pytest.mark.parametrize("case", CASES)

@@ -7,24 +7,20 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from transformers_moe_offload import CheckpointError, ExpertFormats, HqqFormat, OffloadConfig
-from transformers_moe_offload.cli.blueprint import draw
-from transformers_moe_offload.cli.options import Origin
-from transformers_moe_offload.hf.prebuilt.source import contents
+from transformers_moe_offload.hf.loading.meta_model import meta_model
+from transformers_moe_offload.hf.prebuilt.source import Quantization, contents
 from transformers_moe_offload.hf.prebuilt.writer import Prebuilt, write_prebuilt
-from transformers_moe_offload.hub.fetch import fetch
 from zoo.build import build, save
 
 from ..other_quantizers.made import KINDS, as_fp8
 
 FORMAT = HqqFormat(nbits=4, group_size=16)
-LOCAL = Origin("main", None, local_files_only=True, trust_remote_code=False)
 
 
 def quantize(source, folder, config):
     """The weight files that are written, by name."""
-    blueprint = draw(str(source), LOCAL, None)
-    fetched = fetch(str(source), None, LOCAL.for_files())
-    layers, dense = contents(blueprint.quantization(config), fetched.weights, fetched.folder)
+    planned = meta_model(str(source), local_files_only=True)
+    layers, dense = contents(Quantization.of(planned, config), planned.fetch())
     write_prebuilt(folder, Prebuilt(layers, dense, {}), {}, workers=1, advance=lambda nbytes: None)
     return {file.name: file.read_bytes() for file in folder.glob("*.safetensors")}
 

@@ -7,9 +7,8 @@ import torch
 from transformers import AutoConfig
 
 from transformers_moe_offload import ConfigError, HqqFormat, OffloadConfig
-from transformers_moe_offload.cli.blueprint import draw
-from transformers_moe_offload.cli.options import Origin
 from transformers_moe_offload.errors import CheckpointError
+from transformers_moe_offload.hf.loading.meta_model import meta_model
 from transformers_moe_offload.hf.prebuilt.layout import prebuilt_config
 from transformers_moe_offload.hf.prebuilt.recipe import recipe_of
 from transformers_moe_offload.hf.prebuilt.sizes import Sizes
@@ -31,19 +30,18 @@ KINDS = {
     "switch_transformers": "experts are modules, three names for one embedding",
 }
 FORMAT = HqqFormat(nbits=4, group_size=16)
-LOCAL = Origin("main", None, local_files_only=True, trust_remote_code=False)
+LOCAL = {"revision": "main", "token": None, "local_files_only": True}
 
 
 def quantization(folder: Path, config: OffloadConfig) -> Quantization:
-    blueprint = draw(str(folder), LOCAL, None)
-    return Quantization.of(blueprint.model, config, blueprint.dtype)
+    return Quantization.of(meta_model(str(folder), **LOCAL), config)
 
 
 def quantize(source: Path, folder: Path, config: OffloadConfig) -> Sizes:
-    fetched = fetch(str(source), None, LOCAL.for_files())
+    fetched = fetch(str(source), None, LOCAL)
     planned = quantization(source, config)
     plain = AutoConfig.from_pretrained(source).to_dict()
-    layers, dense = contents(planned, fetched.weights, fetched.folder)
+    layers, dense = contents(planned, fetched)
     content = Prebuilt(layers, dense, {"config.json": as_json(prebuilt_config(plain, config.recipe()))})
     write_prebuilt(folder, content, {}, workers=1, advance=lambda nbytes: None)
     return Sizes.of(planned)
@@ -96,7 +94,7 @@ def test_sizes_are_those_of_the_files(plain, tmp_path):
 
 
 def recipe(folder: Path) -> dict:
-    fetched = fetch(str(folder), None, LOCAL.for_files())
+    fetched = fetch(str(folder), None, LOCAL)
     return recipe_of(fetched.name, fetched.revision, fetched.weights, "float32", OffloadConfig(experts=FORMAT))
 
 

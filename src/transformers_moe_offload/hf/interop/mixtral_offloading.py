@@ -14,6 +14,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property, partial
 from itertools import chain
+from math import prod
 from pathlib import Path
 from typing import Any
 
@@ -31,6 +32,7 @@ from transformers_moe_offload.hf.model.experts_module import OffloadedExperts, l
 from transformers_moe_offload.hf.model.sparse_layer import SparseLayer
 from transformers_moe_offload.hf.prebuilt.layout import LayerContent
 from transformers_moe_offload.hf.prebuilt.source import Quantization
+from transformers_moe_offload.hub.fetch import Fetched
 from transformers_moe_offload.kernels.packed import Packing
 from transformers_moe_offload.kernels.packing import pack
 from transformers_moe_offload.output.shards import Content
@@ -64,7 +66,7 @@ class Matrix:
         words = self._array("W_q")
         if words.dtype == "int32":
             return 3
-        in_a_word, rest = divmod(self.rows * self.cols, max(1, _count(words)))
+        in_a_word, rest = divmod(self.rows * self.cols, max(1, prod(words.shape)))
         if words.dtype != "uint8" or rest or in_a_word not in (2, 4):
             raise CheckpointError(
                 f"{self.name}.W_q is {words.dtype} {list(words.shape)}, which cannot be codes of 4, 3 or 2 bits of "
@@ -75,7 +77,7 @@ class Matrix:
     @cached_property
     def group_size(self) -> int:
         """Weights that share a scale."""
-        scales, zeros = (_count(self._array(f"meta.{name}", f"meta.{name}_q")) for name in ("scale", "zero"))
+        scales, zeros = (prod(self._array(f"meta.{name}", f"meta.{name}_q").shape) for name in ("scale", "zero"))
         size, rest = divmod(self.rows * self.cols, max(1, scales))
         if scales != zeros or rest or self.rows % size:
             raise CheckpointError(
@@ -175,14 +177,15 @@ class MixtralOffloading:
         """Whether experts have scales or zeros in 8 bits, which are converted to float16."""
         return any(self._matrix(layer, 0, "w1").has_coded_meta for layer in self.sparse_layers)
 
-    def layers(self, quantization: Quantization) -> list[LayerContent]:
-        """The sparse layers, to be written in the formats that were found."""
-        return [
+    def contents(self, quantization: Quantization, fetched: Fetched) -> tuple[list[LayerContent], list[Content]]:
+        """The content to write: sparse layers, in the formats that were found, and dense tensors."""
+        layers = [
             LayerContent.coded(layer.name, layer.num_experts, codings, partial(self._record, layer, codings))
             for layer, codings in zip(quantization.layers, quantization.codings, strict=True)
         ]
+        return layers, self._dense(quantization)
 
-    def dense(self, quantization: Quantization) -> list[Content]:
+    def _dense(self, quantization: Quantization) -> list[Content]:
         """All other tensors; matrices in low bits are decoded."""
         contents, used = [], set()
         for name in quantization.saved_names():
@@ -262,11 +265,11 @@ def _files(folder: Path) -> dict[str, str]:
         raise CheckpointError(
             f"{folder} is not in the layout of mixtral-offloading: no readable {INDEX_NAME} ({error})"
         ) from error
-    for file in named.values():
-        if Path(file).name != file:
-            raise CheckpointError(
-                f"{folder / INDEX_NAME} names {quoted(file)}, which is not a plain file name in the folder"
-            )
+    odd = next((file for file in named.values() if Path(file).name != file), None)
+    if odd is not None:
+        raise CheckpointError(
+            f"{folder / INDEX_NAME} names {quoted(odd)}, which is not a plain file name in the folder"
+        )
     return named
 
 
@@ -282,10 +285,6 @@ def _header(folder: Path, files: Mapping[str, str], name: str) -> dict[str, Stor
 def _stored_name(name: str) -> str:
     """The name of a module or tensor in the layout."""
     return name.replace(".mlp.", ".block_sparse_moe.")
-
-
-def _count(tensor: StoredTensor) -> int:
-    return torch.Size(tensor.shape).numel()
 
 
 def _plain(tensor: StoredTensor, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:

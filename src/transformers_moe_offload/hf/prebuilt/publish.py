@@ -1,13 +1,15 @@
-"""Check a prebuilt checkpoint before it is uploaded, and describe its layout to `hub/upload.py`."""
+"""`publish`: check a prebuilt checkpoint, and upload it to the Hub."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from pathlib import Path
 
+from huggingface_hub import HfApi
+
 from transformers_moe_offload.errors import CheckpointError
 from transformers_moe_offload.hf.prebuilt.layout import GUARD, INDEX_NAME
-from transformers_moe_offload.hub.upload import Layout
+from transformers_moe_offload.hub.upload import Layout, expect_pushable, upload
 from transformers_moe_offload.tensor_files.checksum import check_file
 from transformers_moe_offload.tensor_files.index import check_index_file, read_index
 
@@ -16,6 +18,24 @@ LAYOUT = Layout(
     replaced=("moe_offload-*.safetensors",),
     message="Experts quantized with transformers-moe-offload",
 )
+
+
+def publish(
+    folder: str | Path,
+    repo_id: str,
+    *,
+    private: bool | None = None,
+    revision: str | None = None,
+    create_pr: bool = False,
+    token: str | None = None,
+) -> str:
+    """Check a whole checkpoint and upload it, with the arguments of `builder.publish`; returns where it is."""
+    folder = Path(folder)
+    expect_complete(folder)
+    api = HfApi(token=token)
+    expect_pushable(api, repo_id)
+    check_prebuilt(folder)
+    return upload(api, folder, repo_id, LAYOUT, private=private, revision=revision, create_pr=create_pr)
 
 
 def expect_complete(folder: Path) -> None:

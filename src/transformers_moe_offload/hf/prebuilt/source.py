@@ -11,7 +11,6 @@ from collections.abc import Iterator, Mapping, Sequence
 from copy import deepcopy
 from dataclasses import dataclass, replace
 from functools import cached_property, partial
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -27,6 +26,7 @@ from transformers_moe_offload.hf.layouts.base import parameter
 from transformers_moe_offload.hf.loading.checkpoint import Checkpoint, locate
 from transformers_moe_offload.hf.loading.codecs import codings_of, plain_fields
 from transformers_moe_offload.hf.loading.locate import ParameterSource, trace_parameters
+from transformers_moe_offload.hf.loading.meta_model import MetaModel
 from transformers_moe_offload.hf.model.dense import dense_linears
 from transformers_moe_offload.hf.model.experts_module import OffloadedExperts, layer_of
 from transformers_moe_offload.hf.model.sparse_layer import SparseLayer
@@ -40,6 +40,7 @@ from transformers_moe_offload.hf.upstream import (
     ignored_on_save,
     tied_weights,
 )
+from transformers_moe_offload.hub.fetch import Fetched
 from transformers_moe_offload.output.shards import Content
 from transformers_moe_offload.store.encoding import encoded_row
 from transformers_moe_offload.store.field_source import FieldSource
@@ -65,11 +66,12 @@ class Quantization:
     """Decodes weights that another method has quantized; None for a plain checkpoint."""
 
     @classmethod
-    def of(cls, model: Any, config: OffloadConfig, dtype: torch.dtype, opener: Opener | None = None) -> Quantization:
-        """How to quantize a model that is loaded in `dtype`, from a plain checkpoint or through an opener.
+    def of(cls, source: MetaModel, config: OffloadConfig) -> Quantization:
+        """How to quantize a model as a config says.
 
         Raises `ConfigError` if a group size does not divide a matrix; the message lists sizes that do.
         """
+        model = source.model
         layers = [layer_of(module) for module in model.modules() if isinstance(module, OffloadedExperts)]
         formats = config.formats or ExpertFormats()
         formats.check([layer.num_experts for layer in layers])
@@ -81,7 +83,7 @@ class Quantization:
                 f"{config.dense} fits none of the model's attention and dense MLP matrices; leave dense out, or choose "
                 f"a group_size that divides their inputs"
             )
-        return cls(model, layers, codings, packed, config.dense, _undecided(model, layers, dtype), opener)
+        return cls(model, layers, codings, packed, config.dense, _undecided(model, layers, source.dtype), source.opener)
 
     @property
     def left_as(self) -> str:
@@ -135,12 +137,12 @@ class Quantization:
         return {f"{name}_{part}": array for part, array in quantize(tensor, self.dense, name=name).parts.items()}
 
 
-def contents(
-    quantization: Quantization, files: Sequence[Path], folder: Path
-) -> tuple[list[LayerContent], list[Content]]:
-    """The content to write: sparse layers and dense tensors, from the files of the checkpoint in `folder`."""
+def contents(quantization: Quantization, fetched: Fetched) -> tuple[list[LayerContent], list[Content]]:
+    """The content to write: sparse layers and dense tensors, from the files of the checkpoint."""
     model, undecided = quantization.model, quantization.checkpoint
-    checkpoint = Checkpoint.open(files, folder=folder, parameters=undecided.parameters, dtype_plan=undecided.dtype_plan)
+    checkpoint = Checkpoint.open(
+        fetched.weights, folder=fetched.folder, parameters=undecided.parameters, dtype_plan=undecided.dtype_plan
+    )
     sources = quantization.located(checkpoint.tensors)
     layers = [
         LayerContent.coded(source.spec.name, source.spec.num_experts, codings, partial(encoded_row, source, codings))

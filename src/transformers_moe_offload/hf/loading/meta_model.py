@@ -1,37 +1,43 @@
 """A model without its weights: built on meta from its config, as loading would build it.
 
-Reads `config.json` only; `stored.py` reads the checkpoint's index and headers.
+Reads `config.json` only; `hub/weights.py` reads the checkpoint's index and headers.
 """
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
 import transformers
+from huggingface_hub.errors import HFValidationError
+from huggingface_hub.utils import validate_repo_id  # type: ignore[attr-defined]  # public, and not in its __all__
 from torch import nn
-from transformers import AutoModelForCausalLM, PretrainedConfig
+from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig
 
-from transformers_moe_offload.cli.failures import reading
-from transformers_moe_offload.cli.model_config import read_config
-from transformers_moe_offload.cli.options import Origin
-from transformers_moe_offload.cli.stored import Stored, stored_tensors, what_is_stored
 from transformers_moe_offload.config import OffloadConfig
 from transformers_moe_offload.dtypes import dtype_name
+from transformers_moe_offload.errors import CheckpointError
 from transformers_moe_offload.expert import ExpertSpec
 from transformers_moe_offload.hf.install import method_of
 from transformers_moe_offload.hf.loading.checkpoint import Checkpoint
 from transformers_moe_offload.hf.loading.discover import expert_spec, find_experts, take_over
 from transformers_moe_offload.hf.model.experts_module import OffloadedExperts, layer_of
-from transformers_moe_offload.hf.other_quantizers.dequantize import Opener, StoredBytes
+from transformers_moe_offload.hf.other_quantizers.dequantize import Opener
 from transformers_moe_offload.hf.other_quantizers.methods import DELEGATED, refusal
-from transformers_moe_offload.hf.prebuilt.source import Quantization
 from transformers_moe_offload.hf.upstream import dtype_plan
+from transformers_moe_offload.hub.fetch import Fetched, fetch
+from transformers_moe_offload.hub.weights import Stored, stored_tensors, what_is_stored
+from transformers_moe_offload.tensor_files.index import StoredTensor
+from transformers_moe_offload.untrusted import reading
+
+_CONFIG, _ADAPTER = "config.json", "adapter_config.json"
 
 
 @dataclass(frozen=True)
-class Blueprint:
+class MetaModel:
     """A model as loading it with offloaded experts would build it."""
 
     name: str
@@ -46,6 +52,8 @@ class Blueprint:
     """Bytes of all weights in a checkpoint's own files; tied weights count once."""
     stored: Stored
     """The size and dtype that the checkpoint states; the dtype is the config's where it states none."""
+    hub_options: Mapping[str, Any]
+    """`revision`, `token` and `local_files_only`: the keywords that its files are read with."""
     opener: Opener | None = None
     """Dequantizes the weights, where another method has quantized them."""
 
@@ -72,30 +80,41 @@ class Blueprint:
         """Whether loading leaves the dense part as another method has stored it."""
         return self.opener is not None and self.opener.keeps_dense
 
-    def quantization(self, config: OffloadConfig) -> Quantization:
-        """The weights, quantized as a config says."""
-        return Quantization.of(self.model, config, self.dtype, self.opener)
-
-    def stored_bytes(self, quantization: Quantization, origin: Origin) -> StoredBytes | None:
-        """Bytes of weights that another method has quantized, from the headers of their files; None for others."""
+    def quantized_tensors(self) -> Mapping[str, StoredTensor] | None:
+        """All tensors of a checkpoint that another method has quantized, from the headers; None for any other."""
         if self.opener is None:
             return None
         with reading(f"{self.name!r} is quantized with {self.opener.name!r}, and the headers of its files say how"):
-            return quantization.stored_bytes(stored_tensors(self.name, self.model.config, origin))
+            return stored_tensors(self.name, self.model.config, self.hub_options)
+
+    def fetch(self) -> Fetched:
+        """The checkpoint's files, downloaded where they are not here."""
+        with reading(f"cannot read the weights of {self.name!r}"):
+            return fetch(self.name, self.model.config, self.hub_options)
 
 
-def draw(name: str, origin: Origin, dtype: torch.dtype | None) -> Blueprint:
+def meta_model(
+    name: str,
+    dtype: torch.dtype | None = None,
+    *,
+    revision: str = "main",
+    token: str | None = None,
+    local_files_only: bool = False,
+    trust_remote_code: bool = False,
+) -> MetaModel:
     """The model that `from_pretrained(name, dtype=dtype)` would load; `dtype` None means as stored.
 
-    Raises `UnsupportedModelError` if it has no routed experts, `ConfigError` if their quantization is not supported.
+    Raises `CheckpointError` if there is no such model, `UnsupportedModelError` if it has no routed experts,
+    `ConfigError` if their quantization is not supported.
     """
     what = f"{name!r} is neither a folder with a model nor one that can be read from the Hub"
-    config = read_config(name, origin, what)
+    options = {"revision": revision, "token": token, "local_files_only": local_files_only}
+    config = read_config(name, what, **options, trust_remote_code=trust_remote_code)
     opener = _opener(name, config)
-    stored = what_is_stored(name, origin)
+    stored = what_is_stored(name, options)
     dtype = dtype or config.dtype or stored.dtype or torch.get_default_dtype()
     with reading(f"no model can be built from the config of {name!r}"):
-        model = _on_meta(config, dtype, origin.trust_remote_code)
+        model = _on_meta(config, dtype, trust_remote_code)
     total_bytes = _saved_bytes(model)
     experts = tuple(expert_spec(index, *found) for index, found in enumerate(find_experts(model)))
     take_over(model)
@@ -104,7 +123,38 @@ def draw(name: str, origin: Origin, dtype: torch.dtype | None) -> Blueprint:
     if any(layer.layout.has_own_files for layer in layers):
         total_bytes = dense_bytes
     stored = Stored(stored.nbytes, stored.dtype or config.dtype)
-    return Blueprint(name, model, experts, dtype, dense_bytes, total_bytes, stored, opener)
+    return MetaModel(name, model, experts, dtype, dense_bytes, total_bytes, stored, options, opener)
+
+
+def read_config(name: str, what: str, **options: Any) -> PretrainedConfig:
+    """The config of a model in a folder or on the Hub; `what` begins the error where there is none.
+
+    Read before anything else of a model: a misspelt folder is not looked up on the Hub, and the caller waits for an
+    unreachable Hub once, not again for tokenizer and weights. `options` are those of `AutoConfig.from_pretrained`.
+    """
+    folder = Path(name)
+    if folder.is_dir() and not (folder / _CONFIG).is_file():
+        is_adapter = (folder / _ADAPTER).is_file()
+        hint = f"it holds an adapter ({_ADAPTER}); name the model that the adapter is for" if is_adapter else ""
+        raise CheckpointError(f"{what}: the folder has no {_CONFIG}; {hint or 'name one that a model was saved to'}")
+    if folder.is_file():
+        raise CheckpointError(f"{what}: it is a file; name the folder that a model was saved to, or an id of the Hub")
+    if not folder.exists():
+        try:
+            validate_repo_id(name)
+        except HFValidationError as error:
+            raise CheckpointError(
+                f"{what}: there is no such folder, and it is not a valid Hub id, such as 'org/model'"
+            ) from error
+        what = f"there is no folder {name!r} here, and no model of that name can be read from the Hub"
+    with reading(what):
+        try:
+            config: PretrainedConfig = AutoConfig.from_pretrained(name, **options)
+        except (OSError, ValueError, ImportError):
+            raise
+        except Exception as error:  # classes of configs raise various errors for values that they do not expect
+            raise CheckpointError(f"{what}: its config is not valid: {error}") from error
+        return config
 
 
 def _opener(name: str, config: PretrainedConfig) -> Opener | None:
