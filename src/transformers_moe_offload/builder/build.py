@@ -12,23 +12,23 @@ from typing import Any
 from huggingface_hub import HfApi
 from torch import Tensor
 
-from transformers_moe_offload.builder.assembly import Advance, write_mixture
-from transformers_moe_offload.builder.blocks import Channels
-from transformers_moe_offload.builder.channels import channels_of
-from transformers_moe_offload.builder.fitting import expect_mergeable
-from transformers_moe_offload.builder.folder import MARKS
+from transformers_moe_offload.builder.channel_split import channels_of
 from transformers_moe_offload.builder.gates import STATISTICS_NAME, Gates, program_gates
-from transformers_moe_offload.builder.gates.texts import expect_files
-from transformers_moe_offload.builder.info import MoeBuildInfo
 from transformers_moe_offload.builder.licences import judged, licence_of
-from transformers_moe_offload.builder.materials import Materials
-from transformers_moe_offload.builder.mixture import origins_of
-from transformers_moe_offload.builder.plan import BuildPlan, plan_build
+from transformers_moe_offload.builder.plan.compatibility import expect_mergeable
+from transformers_moe_offload.builder.plan.mixture import origins_of
+from transformers_moe_offload.builder.plan.plan import BuildPlan, plan_build
 from transformers_moe_offload.builder.publish import publish
 from transformers_moe_offload.builder.recipe import Expert, MoeRecipe
 from transformers_moe_offload.builder.sources import Source, open_source
 from transformers_moe_offload.builder.sources.tokenizer import tokenizer_files
-from transformers_moe_offload.builder.tokenizer import tokenizer_for
+from transformers_moe_offload.builder.texts.expert_texts import expect_files
+from transformers_moe_offload.builder.texts.tokenizer import tokenizer_for
+from transformers_moe_offload.builder.weights.blocks import Channels
+from transformers_moe_offload.builder.weights.tensor_reader import TensorReader
+from transformers_moe_offload.builder.writing.folder import MARKS
+from transformers_moe_offload.builder.writing.info import MoeBuildInfo
+from transformers_moe_offload.builder.writing.mixture import Advance, write_mixture
 from transformers_moe_offload.errors import RecipeError
 from transformers_moe_offload.hub.companions import is_tokenizer_file, published
 from transformers_moe_offload.hub.upload import expect_pushable
@@ -110,8 +110,8 @@ def build_moe(
     return info
 
 
-def _materials(plan: BuildPlan, device: str, place: Path) -> tuple[Gates, Materials]:
-    """The gates, with a file of their statistics where possible, and the materials that tensors are read from."""
+def _materials(plan: BuildPlan, device: str, place: Path) -> tuple[Gates, TensorReader]:
+    """The gates, with a file of their statistics where possible, and the reader that tensors are read from."""
     recipe, num_experts = plan.recipe, plan.shape.num_experts
     names = plan.mixture.names
     experts = [replace(one, name=name) for one, name in zip(recipe.experts, names, strict=False)] or [
@@ -131,7 +131,7 @@ def _materials(plan: BuildPlan, device: str, place: Path) -> tuple[Gates, Materi
     )
     rows = {layer: rows[:num_experts] for layer, rows in gates.rows.items()}
     shared_rows: dict[int, Tensor] = {layer: rows[num_experts:] for layer, rows in gates.rows.items()} if gated else {}
-    return gates, Materials(plan, rows, shared_rows, _channels(plan, device))
+    return gates, TensorReader(plan, rows, shared_rows, _channels(plan, device))
 
 
 def _channels(plan: BuildPlan, device: str) -> Channels | None:

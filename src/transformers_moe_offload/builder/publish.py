@@ -9,7 +9,7 @@ from pathlib import Path
 from huggingface_hub import HfApi
 from transformers.utils import CONFIG_NAME, SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME
 
-from transformers_moe_offload.builder.folder import RECIPE_NAME
+from transformers_moe_offload.builder.writing.folder import RECIPE_NAME
 from transformers_moe_offload.errors import CheckpointError
 from transformers_moe_offload.hub.upload import Layout, upload
 from transformers_moe_offload.tensor_files.checksum import METADATA_KEY, check_file

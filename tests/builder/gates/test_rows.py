@@ -8,8 +8,8 @@ from transformers_moe_offload.builder.gates.ridge import ridge_rows, targets
 from transformers_moe_offload.builder.gates.rows import programmed_rows
 from transformers_moe_offload.builder.gates.statistics import LayerStatistics
 from transformers_moe_offload.builder.gates.sums import Sums
-from transformers_moe_offload.builder.gates.windows import Batch
 from transformers_moe_offload.builder.recipe import Gate
+from transformers_moe_offload.builder.texts.windows import Batch
 from transformers_moe_offload.errors import RecipeError
 
 HIDDEN = 6

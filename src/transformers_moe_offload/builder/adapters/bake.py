@@ -16,17 +16,17 @@ from pathlib import Path
 from transformers import AutoConfig
 
 from transformers_moe_offload.builder.adapters.plan import PREFIX
-from transformers_moe_offload.builder.assembly import Advance, write_mixture
-from transformers_moe_offload.builder.folder import MARKS
 from transformers_moe_offload.builder.gates.fitted import Fitted
-from transformers_moe_offload.builder.info import MoeBuildInfo
 from transformers_moe_offload.builder.licences import judged, licence_of
-from transformers_moe_offload.builder.materials import Materials
-from transformers_moe_offload.builder.plan import BuildPlan, plan_build
+from transformers_moe_offload.builder.plan.plan import BuildPlan, plan_build
 from transformers_moe_offload.builder.recipe import Expert, Gate, MoeRecipe, Origin
 from transformers_moe_offload.builder.recipe.gate import BAKED
 from transformers_moe_offload.builder.sources import AdapterSource, Ancestor, CheckpointSource
 from transformers_moe_offload.builder.sources.checkpoint import as_saved, specs_of
+from transformers_moe_offload.builder.weights.tensor_reader import TensorReader
+from transformers_moe_offload.builder.writing.folder import MARKS
+from transformers_moe_offload.builder.writing.info import MoeBuildInfo
+from transformers_moe_offload.builder.writing.mixture import Advance, write_mixture
 from transformers_moe_offload.errors import CheckpointError, RecipeError
 from transformers_moe_offload.hub.companions import published
 from transformers_moe_offload.hub.fetch import fetch
@@ -96,7 +96,7 @@ def bake_adapters(
         plan,
         out,
         companions,
-        lambda place: (gates, Materials(plan, gates.rows)),
+        lambda place: (gates, TensorReader(plan, gates.rows)),
         resume=resume,
         overwrite=overwrite,
         advance=advance,

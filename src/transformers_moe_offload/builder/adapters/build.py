@@ -19,13 +19,13 @@ from transformers_moe_offload.builder.adapters.card import adapters_card
 from transformers_moe_offload.builder.adapters.plan import PREFIX, AdapterPlan, plan_adapters
 from transformers_moe_offload.builder.adapters.routers import router_rows
 from transformers_moe_offload.builder.checks import CheckFailedError
-from transformers_moe_offload.builder.folder import MARKS
 from transformers_moe_offload.builder.gates import GateReport
-from transformers_moe_offload.builder.identity import build_identity
-from transformers_moe_offload.builder.info import INFO_NAME
-from transformers_moe_offload.builder.layout import on_meta
 from transformers_moe_offload.builder.publish import publish
 from transformers_moe_offload.builder.recipe import MoeRecipe
+from transformers_moe_offload.builder.sources.model_class import on_meta
+from transformers_moe_offload.builder.writing.folder import MARKS
+from transformers_moe_offload.builder.writing.info import INFO_NAME
+from transformers_moe_offload.builder.writing.resume_key import resume_key
 from transformers_moe_offload.dtypes import torch_dtype
 from transformers_moe_offload.hf.upstream import custom_object_save
 from transformers_moe_offload.hub.companions import published
@@ -105,7 +105,7 @@ def build_adapter_moe(
     shards = _shards(plan, rows, recipe.output.max_shard_bytes)
     with place_for(
         folder,
-        build_identity(recipe, plan.config.model_type, plan.ancestors),
+        resume_key(recipe, plan.config.model_type, plan.ancestors),
         MARKS,
         overwrite=overwrite,
         resume=resume,

@@ -10,9 +10,9 @@ import yaml
 from huggingface_hub import ModelCardData
 
 from transformers_moe_offload.builder.adapters.plan import AdapterPlan
-from transformers_moe_offload.builder.card import linked, sources_table, table
-from transformers_moe_offload.builder.folder import without_places
 from transformers_moe_offload.builder.licences import Verdict
+from transformers_moe_offload.builder.writing.card import linked, sources_table, table
+from transformers_moe_offload.builder.writing.folder import without_places
 
 TAGS = ("moe", "lora", "moe-offload")
 

@@ -14,11 +14,11 @@ from huggingface_hub import snapshot_download
 from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
 from torch import nn
 
-from transformers_moe_offload.builder.gates.texts import expect_files
-from transformers_moe_offload.builder.layout import layout_of, on_meta
 from transformers_moe_offload.builder.licences import Verdict, judged, licence_of
 from transformers_moe_offload.builder.recipe import Expert, MoeRecipe
 from transformers_moe_offload.builder.sources import Ancestor, Source, open_source
+from transformers_moe_offload.builder.sources.model_class import on_meta, saved_tensors
+from transformers_moe_offload.builder.texts.expert_texts import expect_files
 from transformers_moe_offload.dtypes import torch_dtype
 from transformers_moe_offload.errors import CheckpointError, RecipeError
 from transformers_moe_offload.expert import FieldSpec
@@ -93,7 +93,7 @@ def plan_adapters(recipe: MoeRecipe, *, token: str | None = None, local_files_on
     config = _config(recipe, base, adapters)
     dtype = torch_dtype(recipe.dtype or _stored_dtype(base))
     try:
-        layout = layout_of(config, dtype)
+        layout = saved_tensors(config, dtype)
     except ValueError as error:
         raise RecipeError(str(error)) from error
     config.dtype = config.get_text_config().dtype = dtype

@@ -15,9 +15,9 @@ from transformers_moe_offload.builder.adapters.arrow import arrow_rows
 from transformers_moe_offload.builder.adapters.plan import PREFIX, AdapterPlan
 from transformers_moe_offload.builder.gates import GateReport, program_gates
 from transformers_moe_offload.builder.gates.drawn import DRAWN, drawn_rows
-from transformers_moe_offload.builder.layout import on_meta
 from transformers_moe_offload.builder.recipe import Gate
-from transformers_moe_offload.builder.tokenizer import tokenizer_for
+from transformers_moe_offload.builder.sources.model_class import on_meta
+from transformers_moe_offload.builder.texts.tokenizer import tokenizer_for
 from transformers_moe_offload.errors import RecipeError
 from transformers_moe_offload.models.adapter_moe.routed_layers import LoraExperts
 

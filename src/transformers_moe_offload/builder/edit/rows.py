@@ -11,46 +11,46 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from transformers_moe_offload.builder.edit.anatomy import Anatomy, SparseBlock
-from transformers_moe_offload.builder.edit.surgery import stored
+from transformers_moe_offload.builder.edit.expert_tensors import SparseBlock, SparseCheckpoint
+from transformers_moe_offload.builder.edit.rewrite_files import stored
 from transformers_moe_offload.builder.gates import RidgeStatistics, add_expert_gate
 from transformers_moe_offload.builder.recipe import Expert
 from transformers_moe_offload.builder.sources import Source
-from transformers_moe_offload.builder.tokenizer import read_tokenizer
+from transformers_moe_offload.builder.texts.tokenizer import read_tokenizer
 from transformers_moe_offload.errors import RecipeError
 
 Row = str | int | Mapping[int, Tensor]
 """`mean`, the number of an expert whose rows are copied, or rows (H,) by layer."""
 
 
-def expect_row(row: Row, anatomy: Anatomy) -> None:
+def expect_row(row: Row, checkpoint: SparseCheckpoint) -> None:
     """Raise `RecipeError` unless `row` fits this mixture."""
     if isinstance(row, Mapping):
-        for block in anatomy.blocks:
+        for block in checkpoint.blocks:
             found = row.get(block.layer)
-            if found is None or tuple(found.shape) != (anatomy.hidden_size,):
+            if found is None or tuple(found.shape) != (checkpoint.hidden_size,):
                 raise RecipeError(
                     f"gate has {'no row' if found is None else list(found.shape)} for layer {block.layer}, where the "
-                    f"router's rows have [{anatomy.hidden_size}]"
+                    f"router's rows have [{checkpoint.hidden_size}]"
                 )
     elif isinstance(row, int):
-        expect_number(row, anatomy, "gate")
+        expect_number(row, checkpoint, "gate")
     elif row != "mean":
         raise RecipeError(f"gate={row!r} is neither 'mean', nor the number of an expert, nor rows by layer")
 
 
-def expect_number(number: int, anatomy: Anatomy, what: str) -> None:
+def expect_number(number: int, checkpoint: SparseCheckpoint, what: str) -> None:
     """Raise `RecipeError` unless there is such an expert."""
-    if not 0 <= number < anatomy.num_experts:
-        there = "is 1 expert" if anatomy.num_experts == 1 else f"are {anatomy.num_experts} experts"
+    if not 0 <= number < checkpoint.num_experts:
+        there = "is 1 expert" if checkpoint.num_experts == 1 else f"are {checkpoint.num_experts} experts"
         raise RecipeError(f"{what}={number}, but there {there}, counted from 0")
 
 
-def row_of(row: Row, anatomy: Anatomy, block: SparseBlock, noise_scale: float, seed: int) -> Tensor:
+def row_of(row: Row, checkpoint: SparseCheckpoint, block: SparseBlock, noise_scale: float, seed: int) -> Tensor:
     """The row (H,) float32 of one layer; noise is relative to the size of a row's elements."""
     if isinstance(row, Mapping):
         return row[block.layer].float()
-    rows = stored(anatomy.tensors[block.router]).float()
+    rows = stored(checkpoint.tensors[block.router]).float()
     made = rows.mean(0) if isinstance(row, str) else rows[row].clone()
     if noise_scale:
         digest = hashlib.sha256(f"{seed}/{block.layer}/row".encode()).digest()
@@ -60,13 +60,13 @@ def row_of(row: Row, anatomy: Anatomy, block: SparseBlock, noise_scale: float, s
 
 
 def ridge_rows(
-    anatomy: Anatomy, expert: Expert, base: Source, statistics: Path, path: Path, device: str
+    checkpoint: SparseCheckpoint, expert: Expert, base: Source, statistics: Path, path: Path, device: str
 ) -> Callable[[SparseBlock], Tensor]:
     """All rows, computed with the new expert's texts beside the others'."""
-    container = anatomy.container
+    container = checkpoint.container
     if container is None:
         raise RecipeError(f"{statistics} exists, but build_moe does not build this kind of mixture; give gate")
-    ffn = {block.layer: container.ffn(block.layer) for block in anatomy.blocks}
-    tokenizer = read_tokenizer(anatomy.folder, anatomy.folder.name)
+    ffn = {block.layer: container.ffn(block.layer) for block in checkpoint.blocks}
+    tokenizer = read_tokenizer(checkpoint.folder, checkpoint.folder.name)
     gates = add_expert_gate(RidgeStatistics(statistics), expert, base, tokenizer, ffn, path, device=device)
     return lambda block: gates.rows[block.layer]

@@ -9,36 +9,36 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from transformers_moe_offload.builder.edit.anatomy import Anatomy, SparseBlock
-from transformers_moe_offload.builder.edit.matrices import Copied, Donor, with_dtype
+from transformers_moe_offload.builder.edit.donors import Copied, Donor, with_dtype
+from transformers_moe_offload.builder.edit.expert_tensors import SparseBlock, SparseCheckpoint
+from transformers_moe_offload.builder.edit.rewrite_files import stored
 from transformers_moe_offload.builder.edit.rows import Row, row_of
-from transformers_moe_offload.builder.edit.surgery import stored
 
 
-def with_row(anatomy: Anatomy, row: Row, noise_scale: float, seed: int, block: SparseBlock) -> Tensor:
+def with_row(checkpoint: SparseCheckpoint, row: Row, noise_scale: float, seed: int, block: SparseBlock) -> Tensor:
     """A router with one row more: (E + 1, H), in the dtype that it is stored in."""
-    rows = stored(anatomy.tensors[block.router])
-    return torch.cat([rows, row_of(row, anatomy, block, noise_scale, seed)[None].to(rows.dtype)])
+    rows = stored(checkpoint.tensors[block.router])
+    return torch.cat([rows, row_of(row, checkpoint, block, noise_scale, seed)[None].to(rows.dtype)])
 
 
-def grown(anatomy: Anatomy, donor: Donor, block: SparseBlock, name: str) -> Tensor:
+def grown(checkpoint: SparseCheckpoint, donor: Donor, block: SparseBlock, name: str) -> Tensor:
     """A tensor of all experts with the new one's part: the others' mean, where a dense model has no such tensor."""
-    old, axis = stored(anatomy.tensors[name]), block.stacked[name]
+    old, axis = stored(checkpoint.tensors[name]), block.stacked[name]
     is_matrix = len(old.shape) > 2 or isinstance(donor, Copied)
     new = donor.part(block, name) if is_matrix else old.float().mean(axis)
     return torch.cat([old, new.to(old.dtype).unsqueeze(axis)], axis)
 
 
-def without(anatomy: Anatomy, name: str, axis: int, number: int) -> Tensor:
+def without(checkpoint: SparseCheckpoint, name: str, axis: int, number: int) -> Tensor:
     """A tensor of all experts without one of them."""
-    tensor = stored(anatomy.tensors[name])
+    tensor = stored(checkpoint.tensors[name])
     kept = [position for position in range(tensor.shape[axis]) if position != number]
     return tensor.index_select(axis, torch.tensor(kept))
 
 
-def exchanged(anatomy: Anatomy, name: str, axis: int, number: int, value: Callable[[], Tensor]) -> Tensor:
+def exchanged(checkpoint: SparseCheckpoint, name: str, axis: int, number: int, value: Callable[[], Tensor]) -> Tensor:
     """A tensor of all experts in which one has another value."""
-    tensor = stored(anatomy.tensors[name]).clone()
+    tensor = stored(checkpoint.tensors[name]).clone()
     tensor.select(axis, number).copy_(value())
     return tensor
 

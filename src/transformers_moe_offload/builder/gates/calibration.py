@@ -11,10 +11,10 @@ import torch
 from torch import Tensor
 
 from transformers_moe_offload.builder.gates.sums import Sums, sample
-from transformers_moe_offload.builder.gates.windows import Windows
-from transformers_moe_offload.builder.passage.layers import decoder_layer
-from transformers_moe_offload.builder.passage.passage import run
+from transformers_moe_offload.builder.layerwise.run import run
+from transformers_moe_offload.builder.layerwise.skeleton import decoder_layer
 from transformers_moe_offload.builder.sources.base import Source
+from transformers_moe_offload.builder.texts.windows import Windows
 
 
 @dataclass(frozen=True)

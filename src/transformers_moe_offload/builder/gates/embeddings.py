@@ -8,9 +8,9 @@ import torch
 from torch import Tensor
 
 from transformers_moe_offload.builder.gates.rows import directions
-from transformers_moe_offload.builder.gates.windows import Windows
-from transformers_moe_offload.builder.passage.layers import Skeleton
+from transformers_moe_offload.builder.layerwise.skeleton import Skeleton
 from transformers_moe_offload.builder.sources.base import Source
+from transformers_moe_offload.builder.texts.windows import Windows
 
 
 def embedding_rows(windows: Windows, base: Source, ffn_path: str, *, center: bool) -> Tensor:

@@ -15,10 +15,10 @@ from transformers_moe_offload.builder.gates.ridge import ridge_rows
 from transformers_moe_offload.builder.gates.rows import centred
 from transformers_moe_offload.builder.gates.scale import Scores
 from transformers_moe_offload.builder.gates.statistics import About, LayerStatistics, RidgeStatistics, StatisticsWriter
-from transformers_moe_offload.builder.gates.texts import Texts, expect_texts, name_of
-from transformers_moe_offload.builder.gates.windows import window_length, windows_of
 from transformers_moe_offload.builder.recipe import Expert
 from transformers_moe_offload.builder.sources.base import Source
+from transformers_moe_offload.builder.texts.expert_texts import Texts, expect_texts, name_of
+from transformers_moe_offload.builder.texts.windows import window_length, windows_of
 from transformers_moe_offload.errors import RecipeError
 
 logger = logging.getLogger(__name__)

@@ -18,11 +18,11 @@ import torch
 from torch import Tensor
 
 from transformers_moe_offload.builder.gates.drawn import drawn_rows
-from transformers_moe_offload.builder.gates.texts import Texts
-from transformers_moe_offload.builder.passage.layers import Skeleton
-from transformers_moe_offload.builder.passage.passage import run
+from transformers_moe_offload.builder.layerwise.run import run
+from transformers_moe_offload.builder.layerwise.skeleton import Skeleton
 from transformers_moe_offload.builder.recipe import Gate
 from transformers_moe_offload.builder.sources.base import Source
+from transformers_moe_offload.builder.texts.expert_texts import Texts
 from transformers_moe_offload.errors import RecipeError
 from transformers_moe_offload.untrusted import quoted
 

@@ -25,11 +25,11 @@ from transformers_moe_offload.builder.gates.ridge import targets
 from transformers_moe_offload.builder.gates.rows import NEED_SECOND_MOMENT, READ, programmed_rows
 from transformers_moe_offload.builder.gates.scale import Scores
 from transformers_moe_offload.builder.gates.statistics import About, LayerStatistics, RidgeStatistics, StatisticsWriter
-from transformers_moe_offload.builder.gates.texts import Texts, expect_texts, texts_of
-from transformers_moe_offload.builder.gates.windows import Windows, random_windows, window_length, windows_of
 from transformers_moe_offload.builder.recipe import Expert, Gate
 from transformers_moe_offload.builder.recipe.gate import BAKED
 from transformers_moe_offload.builder.sources.base import Source
+from transformers_moe_offload.builder.texts.expert_texts import Texts, expect_texts, texts_of
+from transformers_moe_offload.builder.texts.windows import Windows, random_windows, window_length, windows_of
 from transformers_moe_offload.errors import RecipeError
 
 Advance = Callable[[int], None]

@@ -1,4 +1,4 @@
-"""The options of one expert; `builder/blocks.py` reads and changes its blocks."""
+"""The options of one expert; `builder/weights/blocks.py` reads and changes its blocks."""
 
 from __future__ import annotations
 

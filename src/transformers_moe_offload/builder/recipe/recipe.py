@@ -1,5 +1,5 @@
 """`MoeRecipe`: what to build, from what, into what. Impossible values are refused here; `reading.py` and `mergekit.py`
-read files, `builder/plan.py` checks that the sources fit together."""
+read files, `builder/plan` checks that the sources fit together."""
 
 from __future__ import annotations
 

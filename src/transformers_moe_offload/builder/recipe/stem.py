@@ -1,4 +1,4 @@
-"""Where everything but the feed-forward blocks comes from; `builder/stem.py` merges it."""
+"""Where everything but the feed-forward blocks comes from; `builder/weights/stem_merge.py` merges it."""
 
 from __future__ import annotations
 

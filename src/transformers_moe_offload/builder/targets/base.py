@@ -1,7 +1,7 @@
 """The interface of containers: which dense models one can hold, with which config, and under which names on disk.
 
 A container is a mixture-of-experts class of Transformers whose layers are, but for the feed-forward block, those of a
-dense class. This is checked: `builder/plan.py` compares names and shapes with those that the class itself would save,
+dense class. This is checked: `builder/plan` compares names and shapes with those that the class itself would save,
 `builder/checks` compares logits with the dense model's.
 """
 
