@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
-
 from transformers import PreTrainedConfig
 
 from transformers_moe_offload.builder.targets.base import ROLES, Container, Matrix, MoeShape
@@ -14,6 +12,7 @@ from transformers_moe_offload.builder.targets.qwen import Qwen2Moe, Qwen3Moe, Qw
 from transformers_moe_offload.builder.targets.refusals import PAIRS
 from transformers_moe_offload.builder.targets.sigmoid import Dots1, Glm4Moe, SolarOpen
 from transformers_moe_offload.errors import RecipeError
+from transformers_moe_offload.nearest import did_you_mean
 from transformers_moe_offload.untrusted import quoted
 
 __all__ = ["CONTAINERS", "ROLES", "Container", "Matrix", "MoeShape", "candidates", "container_for"]
@@ -65,11 +64,9 @@ def _named(name: str, config: PreTrainedConfig) -> Container:
     if reason is not None:
         raise RecipeError(f"a {config.model_type} cannot become a {name}: {reason}")
     if name not in known:
-        near = difflib.get_close_matches(name, known, n=1)
         raise RecipeError(
-            f"container={quoted(name)} is not one that is built"
-            + (f"; did you mean {near[0]!r}?" if near else "")
-            + f" (there are {', '.join(known)})"
+            f"container={quoted(name)} is not one that is built{did_you_mean(name, known)} (there are "
+            f"{', '.join(known)})"
         )
     if config.model_type not in known[name].dense:
         raise RecipeError(
