@@ -1,6 +1,6 @@
 """`validate_recipe` and `build_moe`: from a recipe to a checkpoint.
 
-The sources are opened and the gates computed from here; `assembly.py` writes the checkpoint and puts it into its place.
+The sources are opened and the gates computed from here; `writing` writes the checkpoint.
 """
 
 from __future__ import annotations
@@ -9,16 +9,16 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from huggingface_hub import HfApi
 from torch import Tensor
 
 from transformers_moe_offload.builder.channel_split import channels_of
+from transformers_moe_offload.builder.checks.similarity import compared
 from transformers_moe_offload.builder.gates import STATISTICS_NAME, Gates, program_gates
 from transformers_moe_offload.builder.licences import judged, licence_of
 from transformers_moe_offload.builder.plan.compatibility import expect_mergeable
 from transformers_moe_offload.builder.plan.mixture import origins_of
 from transformers_moe_offload.builder.plan.plan import BuildPlan, plan_build
-from transformers_moe_offload.builder.publish import publish
+from transformers_moe_offload.builder.publish import published_after
 from transformers_moe_offload.builder.recipe import Expert, MoeRecipe
 from transformers_moe_offload.builder.sources import Source, open_source
 from transformers_moe_offload.builder.sources.tokenizer import tokenizer_files
@@ -26,13 +26,12 @@ from transformers_moe_offload.builder.texts.expert_texts import expect_files
 from transformers_moe_offload.builder.texts.tokenizer import tokenizer_for
 from transformers_moe_offload.builder.weights.blocks import Channels
 from transformers_moe_offload.builder.weights.tensor_reader import TensorReader
-from transformers_moe_offload.builder.writing.folder import MARKS
+from transformers_moe_offload.builder.writing.folder import build_place
 from transformers_moe_offload.builder.writing.info import MoeBuildInfo
-from transformers_moe_offload.builder.writing.mixture import Advance, write_mixture
+from transformers_moe_offload.builder.writing.mixture import write_mixture
 from transformers_moe_offload.errors import RecipeError
 from transformers_moe_offload.hub.companions import is_tokenizer_file, published
-from transformers_moe_offload.hub.upload import expect_pushable
-from transformers_moe_offload.output.place import expect_place
+from transformers_moe_offload.output.shards import Advance
 
 
 def validate_recipe(recipe: MoeRecipe, *, token: str | None = None, local_files_only: bool = False) -> BuildPlan:
@@ -87,31 +86,21 @@ def build_moe(
         advance: called with the number of bytes just written; without it there is a progress bar.
     """
     folder = Path(folder)
-    expect_place(folder, MARKS, overwrite=overwrite)
-    if push is not None:
-        expect_pushable(HfApi(token=token), push)
-    plan = validate_recipe(recipe, token=token, local_files_only=local_files_only)
-    companions = _companions(plan, token=token, local_files_only=local_files_only)
-    for source, names in plan.read_of:
-        source.bring(names)
-    info = write_mixture(
-        plan,
-        folder,
-        companions,
-        lambda place: _materials(plan, device, place),
-        name=push or recipe.hub.repo_id,
-        resume=resume,
-        overwrite=overwrite,
-        advance=advance,
-    )
-    if push is not None:
-        hub = recipe.hub
-        publish(folder, push, private=hub.private, revision=hub.revision, create_pr=hub.create_pr, token=token)
-    return info
+    with published_after(folder, recipe.hub, push, overwrite=overwrite, token=token):
+        plan = validate_recipe(recipe, token=token, local_files_only=local_files_only)
+        companions = _companions(plan, token=token, local_files_only=local_files_only)
+        for source, names in plan.read_of:
+            source.bring(names)
+        plan = compared(plan)
+        about = (plan.container.name, plan.ancestors, plan.warnings)
+        with build_place(folder, recipe, *about, overwrite=overwrite, resume=resume) as place:
+            gates, reader = _calibrated(plan, device, place)
+            name = push or recipe.hub.repo_id
+            return write_mixture(plan, gates, reader, companions, place, folder, name=name, advance=advance)
 
 
-def _materials(plan: BuildPlan, device: str, place: Path) -> tuple[Gates, TensorReader]:
-    """The gates, with a file of their statistics where possible, and the reader that tensors are read from."""
+def _calibrated(plan: BuildPlan, device: str, place: Path) -> tuple[Gates, TensorReader]:
+    """The gates, with a file of their statistics where possible, and what tensors are read from."""
     recipe, num_experts = plan.recipe, plan.shape.num_experts
     names = plan.mixture.names
     experts = [replace(one, name=name) for one, name in zip(recipe.experts, names, strict=False)] or [

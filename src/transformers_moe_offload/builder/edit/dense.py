@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 from transformers import CONFIG_MAPPING, MODEL_FOR_CAUSAL_LM_MAPPING, PreTrainedConfig
-from transformers.utils import CONFIG_NAME, SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME
+from transformers.utils import CONFIG_NAME
 
 from transformers_moe_offload.builder.edit.donors import width_of
 from transformers_moe_offload.builder.edit.expert_tensors import SparseCheckpoint
@@ -21,22 +21,13 @@ from transformers_moe_offload.builder.edit.rows import expect_number
 from transformers_moe_offload.builder.sources.model_class import saved_tensors
 from transformers_moe_offload.builder.targets import Container, Matrix
 from transformers_moe_offload.builder.writing.folder import MARKS
+from transformers_moe_offload.builder.writing.weight_files import content_shards, write_index
 from transformers_moe_offload.dtypes import torch_dtype
 from transformers_moe_offload.errors import RecipeError, UnsupportedModelError
 from transformers_moe_offload.expert import FieldSpec
 from transformers_moe_offload.hub.companions import companions_in, published
 from transformers_moe_offload.output.place import place_for
-from transformers_moe_offload.output.shards import (
-    Content,
-    expect_room,
-    fill_shards,
-    grouped,
-    index_of,
-    shard_names,
-    shard_of,
-    write_contents,
-)
-from transformers_moe_offload.output.text import as_json
+from transformers_moe_offload.output.shards import Content, expect_room, fill_shards, write_contents
 from transformers_moe_offload.tensor_files.writer import write_bytes, write_text
 
 
@@ -69,15 +60,12 @@ def merge_to_dense(
         raise RecipeError(f"experts={experts!r} is neither 'average' nor the number of an expert")
     config, layout = _dense(checkpoint, container, family)
     contents = [Content((spec,), partial(_tensor, checkpoint, container, spec, chosen)) for spec in layout.values()]
-    groups = grouped(contents)
-    names = [SAFE_WEIGHTS_NAME] if len(groups) == 1 else shard_names("model", len(groups))
-    shards = [shard_of(name, group) for name, group in zip(names, groups, strict=True)]
+    shards = content_shards(contents)
     recipe = {"merged": checkpoint.folder.resolve().name, "experts": experts}
     with place_for(Path(out), recipe, MARKS) as place:
         expect_room(place, shards, "or write elsewhere")
         fill_shards(place, shards, write_contents, lambda nbytes: None, resumes=True)
-        if len(shards) > 1:
-            write_text(place / SAFE_WEIGHTS_INDEX_NAME, as_json(index_of(shards)))
+        write_index(place, shards)
         for file in companions_in(checkpoint.folder):
             write_bytes(place / file.name, published(file))
         write_text(place / CONFIG_NAME, config.to_json_string())

@@ -20,8 +20,7 @@ from transformers.utils import CONFIG_NAME, SAFE_WEIGHTS_INDEX_NAME
 
 from transformers_moe_offload.builder.edit.expert_tensors import SparseCheckpoint, blocks_of, parameters_of
 from transformers_moe_offload.builder.gates.statistics import STATISTICS_NAME
-from transformers_moe_offload.builder.writing.folder import MARKS, RECIPE_NAME, without_places
-from transformers_moe_offload.builder.writing.info import INFO_NAME
+from transformers_moe_offload.builder.writing.folder import CARD_NAME, INFO_NAME, MARKS, RECIPE_NAME, without_places
 from transformers_moe_offload.expert import FieldSpec
 from transformers_moe_offload.hub.companions import companions_in, published
 from transformers_moe_offload.output.place import place_for, replacing
@@ -39,8 +38,6 @@ from transformers_moe_offload.store.field_source import FieldSource
 from transformers_moe_offload.tensor_files.index import StoredTensor
 from transformers_moe_offload.tensor_files.writer import write_bytes, write_text
 from transformers_moe_offload.untrusted import json_object
-
-CARD_NAME = "README.md"
 
 
 @dataclass(frozen=True)

@@ -106,6 +106,8 @@ class BuildPlan:
     warnings: tuple[str, ...]
     licence: Verdict = field(default_factory=lambda: judged(()))
     """The mixture's licence, by its sources' cards."""
+    similarity: Mapping[str, float] = field(default_factory=dict)
+    """Cosine of each source's blocks with the base model's, the least of three layers; `checks/similarity.py`."""
 
     @property
     def base(self) -> Source:

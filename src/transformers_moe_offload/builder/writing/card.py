@@ -58,7 +58,8 @@ model = AutoModelForCausalLM.from_pretrained("{name}", moe_offload={{"cache_budg
 ## Routers
 
 {gates}
-
+"""
+_END = """
 ## Sources
 
 {sources}
@@ -79,23 +80,12 @@ def model_card(
     origin: dict[str, Any] = {"base_model": on_hub, "base_model_relation": "merge"} if len(on_hub) > 1 else {}
     if len(on_hub) == 1:
         origin = {"base_model": on_hub[0]}
-    terms: dict[str, Any] = {"license": licence.id, "license_name": licence.name, "license_link": licence.link}
-    data = ModelCardData(
-        **{key: value for key, value in terms.items() if value},
-        **origin,
-        library_name="transformers",
-        pipeline_tag="text-generation",
-        tags=list(dict.fromkeys((*TAGS, *tags))),
-    )
     parameters = info.parameters
-    text = _TEXT.format(
-        title=name.rpartition("/")[2],
-        name=name,
-        version=sys.modules[__name__.partition(".")[0]].__version__,  # importing it would point up the layers
-        what=f"A mixture of {len(info.experts)} experts in the `{info.container}` architecture of Transformers",
-        experts="\n".join(f"| {number} | {expert} |" for number, expert in enumerate(info.experts)),
-        active=f"A token visits {info.experts_per_token} of them, in {len(info.layers)} layers.",
-        parameters=table(
+    parts = {
+        "what": f"A mixture of {len(info.experts)} experts in the `{info.container}` architecture of Transformers",
+        "experts": "\n".join(f"| {number} | {expert} |" for number, expert in enumerate(info.experts)),
+        "active": f"A token visits {info.experts_per_token} of them, in {len(info.layers)} layers.",
+        "parameters": table(
             ("", "parameters"),
             [
                 ("stem (attention, embeddings, norms, head)", f"{parameters.stem:,}"),
@@ -106,12 +96,43 @@ def model_card(
                 ("active, for one token", f"{parameters.active:,}"),
             ],
         ),
-        gates=_gates(info),
-        sources=sources_table(info.sources, licence),
+        "gates": _gates(info),
+    }
+    return filled_card(_TEXT, parts, name, info.sources, recipe, licence, origin, (*TAGS, *tags))
+
+
+def filled_card(
+    text: str,
+    parts: Mapping[str, Any],
+    name: str,
+    ancestors: Sequence[Ancestor],
+    recipe: Mapping[str, Any],
+    licence: Verdict,
+    origin: Mapping[str, Any],
+    tags: Sequence[str],
+) -> str:
+    """Metadata for the Hub, `text` with its `parts` filled in, and at its end what every card has: sources and recipe.
+
+    `origin` is the metadata that names the base models.
+    """
+    terms: dict[str, Any] = {"license": licence.id, "license_name": licence.name, "license_link": licence.link}
+    data = ModelCardData(
+        **{key: value for key, value in terms.items() if value},
+        **origin,
+        library_name="transformers",
+        pipeline_tag="text-generation",
+        tags=list(dict.fromkeys(tags)),
+    )
+    filled = (text + _END).format(
+        **parts,
+        title=name.rpartition("/")[2],
+        name=name,
+        version=sys.modules[__name__.partition(".")[0]].__version__,  # importing it would point up the layers
+        sources=_sources(ancestors, licence),
         notices="".join(f"\n{notice}\n" for notice in licence.notices),
         recipe=yaml.safe_dump(without_places(recipe), sort_keys=False, allow_unicode=True).rstrip(),
     )
-    return f"---\n{data.to_yaml()}\n---\n\n{text}"
+    return f"---\n{data.to_yaml()}\n---\n\n{filled}"
 
 
 def _gates(info: MoeBuildInfo) -> str:
@@ -141,7 +162,7 @@ def linked(one: Ancestor) -> str:
     return f"[{one.name}](https://huggingface.co/{one.name})" if one.revision else one.name
 
 
-def sources_table(ancestors: Sequence[Ancestor], licence: Verdict) -> str:
+def _sources(ancestors: Sequence[Ancestor], licence: Verdict) -> str:
     """A table of the models that a mixture was made of, with commits and licences."""
     licences = {one.source: str(one) for one in licence.sources}
     rows = [(linked(one), f"`{one.revision}`" if one.revision else "", licences.get(one.name, "")) for one in ancestors]

@@ -11,9 +11,6 @@ from transformers_moe_offload.builder.gates import GateReport
 from transformers_moe_offload.builder.plan.plan import Parameters
 from transformers_moe_offload.builder.sources import Ancestor
 
-INFO_NAME = "moe_offload_info.json"
-"""Name of that file beside the weights."""
-
 
 @dataclass(frozen=True)
 class CheckReport:

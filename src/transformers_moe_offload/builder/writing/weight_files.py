@@ -18,14 +18,42 @@ from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME
 from transformers_moe_offload.builder.plan.plan import BuildPlan, FromBlock, PlannedTensor
 from transformers_moe_offload.builder.weights.tensor_reader import TensorReader
 from transformers_moe_offload.expert import ITEMSIZE
-from transformers_moe_offload.output.shards import Advance, Shard, expect_room, fill_shards, index_of, shard_names
+from transformers_moe_offload.output.shards import (
+    MAX_SHARD_BYTES,
+    Advance,
+    Content,
+    Shard,
+    expect_room,
+    fill_shards,
+    grouped,
+    index_of,
+    shard_names,
+    shard_of,
+)
 from transformers_moe_offload.output.syncing import Syncing
 from transformers_moe_offload.output.text import as_json
 from transformers_moe_offload.tensor_files.writer import SafetensorsWriter, write_text
 
 WeightShard = Shard[Sequence[PlannedTensor]]
 
-INDEX_NAME: str = SAFE_WEIGHTS_INDEX_NAME
+
+def content_shards(contents: Sequence[Content], max_shard_bytes: int = MAX_SHARD_BYTES) -> list[Shard[Any]]:
+    """The weight files of a checkpoint with these tensors, in their order."""
+    groups = grouped(contents, max_shard_bytes)
+    return [shard_of(name, group) for name, group in zip(_names(len(groups)), groups, strict=True)]
+
+
+def write_index(folder: Path, shards: Sequence[Shard[Any]], total_parameters: int | None = None) -> None:
+    """Write the index that names the files' tensors, if there are several."""
+    if len(shards) > 1:
+        index = index_of(shards)
+        if total_parameters is not None:
+            index["metadata"]["total_parameters"] = total_parameters
+        write_text(folder / SAFE_WEIGHTS_INDEX_NAME, as_json(index))
+
+
+def _names(count: int) -> list[str]:
+    return [SAFE_WEIGHTS_NAME] if count == 1 else shard_names("model", count)
 
 
 def weight_shards(plan: BuildPlan, max_shard_bytes: int) -> list[WeightShard]:
@@ -40,8 +68,7 @@ def weight_shards(plan: BuildPlan, max_shard_bytes: int) -> list[WeightShard]:
             room = max_shard_bytes
         groups[-1] += unit
         room -= nbytes
-    names = [SAFE_WEIGHTS_NAME] if len(groups) == 1 else shard_names("model", len(groups))
-    return [_shard(name, group) for name, group in zip(names, groups, strict=True)]
+    return [_shard(name, group) for name, group in zip(_names(len(groups)), groups, strict=True)]
 
 
 def write_weights(
@@ -57,10 +84,7 @@ def write_weights(
                 done(values.nbytes)
 
         fill_shards(folder, shards, fill, done, resumes=True, syncing=syncing)
-    if len(shards) > 1:
-        index = index_of(shards)
-        index["metadata"]["total_parameters"] = reader.plan.parameters.total
-        write_text(folder / INDEX_NAME, as_json(index))
+    write_index(folder, shards, reader.plan.parameters.total)
 
 
 def _unit(tensor: PlannedTensor) -> Any:
