@@ -15,15 +15,14 @@ from transformers_moe_offload.builder.channel_split import channels_of
 from transformers_moe_offload.builder.checks.similarity import compared
 from transformers_moe_offload.builder.gates import STATISTICS_NAME, Gates, program_gates
 from transformers_moe_offload.builder.licences import judged, licence_of
+from transformers_moe_offload.builder.plan import BuildPlan, plan_build
 from transformers_moe_offload.builder.plan.compatibility import expect_mergeable
 from transformers_moe_offload.builder.plan.mixture import origins_of
-from transformers_moe_offload.builder.plan.plan import BuildPlan, plan_build
 from transformers_moe_offload.builder.publish import published_after
 from transformers_moe_offload.builder.recipe import Expert, MoeRecipe
 from transformers_moe_offload.builder.sources import Source, open_source
-from transformers_moe_offload.builder.sources.tokenizer import tokenizer_files
 from transformers_moe_offload.builder.texts.expert_texts import expect_files
-from transformers_moe_offload.builder.texts.tokenizer import tokenizer_for
+from transformers_moe_offload.builder.texts.tokenizer import tokenizer_files, tokenizer_for
 from transformers_moe_offload.builder.weights.blocks import Channels
 from transformers_moe_offload.builder.weights.tensor_reader import TensorReader
 from transformers_moe_offload.builder.writing.folder import build_place

@@ -17,7 +17,7 @@ from transformers_moe_offload.builder.channel_split import (
     random_parts,
     sizes_of,
 )
-from transformers_moe_offload.builder.channel_split.co_activation import active
+from transformers_moe_offload.builder.channel_split.parts import active
 from transformers_moe_offload.builder.recipe import Dataset, Split
 from transformers_moe_offload.errors import RecipeError
 

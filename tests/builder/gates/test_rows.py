@@ -3,9 +3,7 @@
 import pytest
 import torch
 
-from transformers_moe_offload.builder.gates.drawn import drawn_rows
-from transformers_moe_offload.builder.gates.ridge import ridge_rows, targets
-from transformers_moe_offload.builder.gates.rows import programmed_rows
+from transformers_moe_offload.builder.gates.rows import drawn_rows, programmed_rows, ridge_rows, targets
 from transformers_moe_offload.builder.gates.statistics import LayerStatistics
 from transformers_moe_offload.builder.gates.sums import Sums
 from transformers_moe_offload.builder.recipe import Gate

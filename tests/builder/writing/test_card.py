@@ -8,7 +8,7 @@ from huggingface_hub import ModelCard
 
 from transformers_moe_offload.builder.gates import GateReport, LayerReport
 from transformers_moe_offload.builder.licences import Licence, judged
-from transformers_moe_offload.builder.plan.plan import Parameters
+from transformers_moe_offload.builder.plan.tensors import Parameters
 from transformers_moe_offload.builder.recipe import Dataset, Expert, MoeRecipe, Origin
 from transformers_moe_offload.builder.sources import Ancestor
 from transformers_moe_offload.builder.writing.card import model_card

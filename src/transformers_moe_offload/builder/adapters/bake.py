@@ -19,9 +19,9 @@ from transformers_moe_offload.builder.adapters.plan import PREFIX
 from transformers_moe_offload.builder.checks.similarity import compared
 from transformers_moe_offload.builder.gates.fitted import Fitted
 from transformers_moe_offload.builder.licences import judged, licence_of
-from transformers_moe_offload.builder.plan.plan import BuildPlan, plan_build
+from transformers_moe_offload.builder.plan import BuildPlan, plan_build
 from transformers_moe_offload.builder.recipe import Expert, Gate, MoeRecipe, Origin
-from transformers_moe_offload.builder.recipe.gate import BAKED
+from transformers_moe_offload.builder.recipe.routers import BAKED
 from transformers_moe_offload.builder.sources import AdapterSource, Ancestor, CheckpointSource
 from transformers_moe_offload.builder.sources.checkpoint import as_saved, specs_of
 from transformers_moe_offload.builder.weights.tensor_reader import TensorReader

@@ -10,8 +10,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from huggingface_hub import snapshot_download
-from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
 from torch import nn
 
 from transformers_moe_offload.builder.licences import Verdict, judged, licence_of
@@ -23,7 +21,7 @@ from transformers_moe_offload.dtypes import torch_dtype
 from transformers_moe_offload.errors import CheckpointError, RecipeError
 from transformers_moe_offload.expert import FieldSpec
 from transformers_moe_offload.models.adapter_moe import AdapterMoeConfig
-from transformers_moe_offload.models.adapter_moe.adapter_folders import CONFIG_NAME, WEIGHTS_NAME, AdapterFolder
+from transformers_moe_offload.models.adapter_moe.adapter_folders import AdapterFolder
 from transformers_moe_offload.untrusted import one_line, quoted
 
 PREFIX = "language_model."
@@ -137,20 +135,11 @@ def _expect_plain(number: int, expert: Expert) -> None:
 
 def _opened(name: str, expert: Expert, base: Source, options: dict[str, Any]) -> Adapter:
     assert expert.source is not None
-    assert expert.source.adapter is not None
     dense = open_source(expert.source, base=base, **options)
-    given = expert.source.adapter
-    folder = Path(given)
-    if not folder.is_dir():
-        repo, _, revision = given.partition("@")
-        patterns = [CONFIG_NAME, WEIGHTS_NAME]
-        try:
-            folder = Path(snapshot_download(repo, revision=revision or None, allow_patterns=patterns, **options))
-        except (HfHubHTTPError, LocalEntryNotFoundError, OSError, ValueError) as error:
-            raise CheckpointError(f"cannot read the adapter {given}: {' '.join(str(error).split())}") from error
+    ancestor = dense.ancestors[-1]
     try:
-        opened = AdapterFolder.open(folder)
-        return Adapter(name, opened, dense.ancestors[-1], dense, opened.paths(), _own_weights(opened, base))
+        opened = AdapterFolder.open(ancestor.files[0].parent)
+        return Adapter(name, opened, ancestor, dense, opened.paths(), _own_weights(opened, base))
     except ValueError as error:
         raise RecipeError(one_line(error, 600)) from error
 

@@ -11,9 +11,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from transformers_moe_offload.builder.channel_split.co_activation import active, co_activation_parts
-from transformers_moe_offload.builder.channel_split.k_means import k_means_parts
-from transformers_moe_offload.builder.channel_split.parts import Parts, random_parts
+from transformers_moe_offload.builder.channel_split.parts import (
+    Parts,
+    active,
+    co_activation_parts,
+    k_means_parts,
+    random_parts,
+)
 from transformers_moe_offload.builder.layerwise.run import run
 from transformers_moe_offload.builder.recipe import Split
 from transformers_moe_offload.builder.sources.base import Source

@@ -20,9 +20,9 @@ from torch import Tensor, nn
 
 from transformers_moe_offload.builder.checks import CheckFailedError
 from transformers_moe_offload.builder.checks.products import WidenedProducts
-from transformers_moe_offload.builder.layerwise.streamed_model import Forward, StreamedModel, put
+from transformers_moe_offload.builder.layerwise.streamed_model import Forward, StreamedModel
 from transformers_moe_offload.builder.sources.checkpoint import read_rows
-from transformers_moe_offload.builder.sources.model_class import experts_paths, names_in_memory
+from transformers_moe_offload.builder.sources.model_class import experts_paths, names_in_memory, put
 from transformers_moe_offload.builder.targets import ROLES
 from transformers_moe_offload.builder.weights.blocks import Block, Part
 from transformers_moe_offload.builder.weights.tensor_reader import TensorReader

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-from transformers_moe_offload.builder.plan.plan import BuildPlan
+from transformers_moe_offload.builder.plan import BuildPlan
 from transformers_moe_offload.builder.sources import Source
 from transformers_moe_offload.errors import RecipeError
 

@@ -16,8 +16,8 @@ from transformers.utils import CONFIG_NAME
 
 from transformers_moe_offload.builder.edit.donors import width_of
 from transformers_moe_offload.builder.edit.expert_tensors import SparseCheckpoint
+from transformers_moe_offload.builder.edit.new_values import expect_number
 from transformers_moe_offload.builder.edit.rewrite_files import stored
-from transformers_moe_offload.builder.edit.rows import expect_number
 from transformers_moe_offload.builder.sources.model_class import saved_tensors
 from transformers_moe_offload.builder.targets import Container, Matrix
 from transformers_moe_offload.builder.writing.folder import MARKS

@@ -8,13 +8,12 @@ import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
-from math import prod
 from pathlib import Path
 from typing import Any
 
 from transformers.utils import CONFIG_NAME, SAFE_WEIGHTS_INDEX_NAME
 
-from transformers_moe_offload.builder.plan.plan import Parameters
+from transformers_moe_offload.builder.plan.tensors import Parameters
 from transformers_moe_offload.builder.targets import CONTAINERS, Container
 from transformers_moe_offload.errors import CheckpointError, UnsupportedModelError
 from transformers_moe_offload.tensor_files.index import StoredTensor, check_index_file, read_index
@@ -53,7 +52,7 @@ class SparseCheckpoint:
     @classmethod
     def of(cls, folder: Path) -> SparseCheckpoint:
         """Read a folder; raises an error of ours unless its checkpoint has experts that can be told apart."""
-        config = _config(folder)
+        config = json_object(folder / CONFIG_NAME)
         weights = sorted(folder.glob("model*.safetensors"))
         if not weights:
             raise CheckpointError(f"{folder} holds no model.safetensors; only plain safetensors checkpoints are edited")
@@ -119,26 +118,19 @@ def parameters_of(
     tensors: Mapping[str, tuple[int, ...]], blocks: tuple[SparseBlock, ...], per_token: int
 ) -> Parameters:
     """How many numbers a checkpoint has, given the shapes of its tensors."""
-    counts = dict.fromkeys(("stem", "experts", "routers", "shared"), 0)
     routed = {name for block in blocks for name in block.experts}
-    stacked = {name: block for block in blocks for name in block.stacked}
-    routers = {name for name, block in stacked.items() if len(tensors[name]) < 3}
-    num_experts = 1
-    for name, shape in tensors.items():
+    stacked = {name: axis for block in blocks for name, axis in block.stacked.items()}
+    routers = {name for name in stacked if len(tensors[name]) < 3}
+    num_experts = max((tensors[name][stacked[name]] for name in routers), default=1)
+
+    def kind(name: str) -> str:
         if name in routers:
-            kind = "routers"
-            num_experts = max(num_experts, shape[stacked[name].stacked[name]])
-        elif name in routed or name in stacked:
-            kind = "experts"
-        else:
-            kind = "shared" if "shared_" in name else "stem"
-        counts[kind] += prod(shape)
-    active = counts["stem"] + counts["routers"] + counts["shared"] + counts["experts"] * per_token // num_experts
-    return Parameters(**counts, active=active)
+            return "routers"
+        if name in routed or name in stacked:
+            return "experts"
+        return "shared" if "shared_" in name else "stem"
 
-
-def _config(folder: Path) -> dict[str, Any]:
-    return json_object(folder / CONFIG_NAME)
+    return Parameters.counted(((kind(name), shape) for name, shape in tensors.items()), per_token, num_experts)
 
 
 def _container(config: Mapping[str, Any]) -> Container | None:

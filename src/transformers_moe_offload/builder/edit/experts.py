@@ -18,9 +18,20 @@ from torch import Tensor
 
 from transformers_moe_offload.builder.edit.donors import Copied, Donor, FromDense
 from transformers_moe_offload.builder.edit.expert_tensors import SparseBlock, SparseCheckpoint
+from transformers_moe_offload.builder.edit.new_values import (
+    Row,
+    alike,
+    cast,
+    exchanged,
+    expect_number,
+    expect_row,
+    grown,
+    ridge_rows,
+    row_of,
+    with_row,
+    without,
+)
 from transformers_moe_offload.builder.edit.rewrite_files import Edit, Written, carried_out
-from transformers_moe_offload.builder.edit.rows import Row, expect_number, expect_row, ridge_rows, row_of
-from transformers_moe_offload.builder.edit.stacks import alike, cast, exchanged, grown, with_row, without
 from transformers_moe_offload.builder.gates import STATISTICS_NAME, RidgeStatistics, drop_expert_gate
 from transformers_moe_offload.builder.recipe import Expert, Origin
 from transformers_moe_offload.builder.sources import Source, open_source

@@ -11,8 +11,7 @@ from typing import Any, cast
 from transformers_moe_offload.builder.gates.calibration import Seen, calibrate
 from transformers_moe_offload.builder.gates.fitted import Fitted, Gates
 from transformers_moe_offload.builder.gates.program import Advance, statistics_of
-from transformers_moe_offload.builder.gates.ridge import ridge_rows
-from transformers_moe_offload.builder.gates.rows import centred
+from transformers_moe_offload.builder.gates.rows import centred, ridge_rows
 from transformers_moe_offload.builder.gates.scale import Scores
 from transformers_moe_offload.builder.gates.statistics import About, LayerStatistics, RidgeStatistics, StatisticsWriter
 from transformers_moe_offload.builder.recipe import Expert

@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from transformers_moe_offload.builder.gates.drawn import drawn_rows
+from transformers_moe_offload.builder.gates.rows import drawn_rows
 from transformers_moe_offload.builder.layerwise.run import run
 from transformers_moe_offload.builder.layerwise.skeleton import Skeleton
 from transformers_moe_offload.builder.recipe import Gate

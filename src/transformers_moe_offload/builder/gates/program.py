@@ -16,17 +16,14 @@ from typing import Any
 
 from torch import Tensor
 
-from transformers_moe_offload.builder.gates.calibration import Seen, calibrate
-from transformers_moe_offload.builder.gates.drawn import DRAWN, drawn_rows
-from transformers_moe_offload.builder.gates.embeddings import embedding_rows
+from transformers_moe_offload.builder.gates.calibration import Seen, calibrate, embedding_rows
 from transformers_moe_offload.builder.gates.fitted import Fitted, Gates
 from transformers_moe_offload.builder.gates.mergekit import expect_mergekit, mergekit_rows
-from transformers_moe_offload.builder.gates.ridge import targets
-from transformers_moe_offload.builder.gates.rows import NEED_SECOND_MOMENT, READ, programmed_rows
+from transformers_moe_offload.builder.gates.rows import NEED_SECOND_MOMENT, READ, drawn_rows, programmed_rows, targets
 from transformers_moe_offload.builder.gates.scale import Scores
 from transformers_moe_offload.builder.gates.statistics import About, LayerStatistics, RidgeStatistics, StatisticsWriter
 from transformers_moe_offload.builder.recipe import Expert, Gate
-from transformers_moe_offload.builder.recipe.gate import BAKED
+from transformers_moe_offload.builder.recipe.routers import BAKED, DRAWN
 from transformers_moe_offload.builder.sources.base import Source
 from transformers_moe_offload.builder.texts.expert_texts import Texts, expect_texts, texts_of
 from transformers_moe_offload.builder.texts.windows import Windows, random_windows, window_length, windows_of

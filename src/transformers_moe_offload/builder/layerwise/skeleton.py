@@ -15,9 +15,8 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from transformers_moe_offload.builder.sources.base import Source
-from transformers_moe_offload.builder.sources.model_class import on_meta
+from transformers_moe_offload.builder.sources.model_class import fill_buffers, on_meta, put
 from transformers_moe_offload.errors import CheckpointError, RecipeError
-from transformers_moe_offload.hf.upstream import initialise
 
 _DECODER_LAYER = re.compile(r"(?P<stack>.+?)\.(?P<index>\d+)(\.|$)")
 
@@ -54,11 +53,11 @@ class Skeleton:
         placeholders = dict(module.named_parameters())
         try:
             for name, placeholder in placeholders.items():
-                _put(module, name, nn.Parameter(self._weight(index, name, placeholder), requires_grad=False))
+                put(module, name, self._weight(index, name, placeholder))
             yield module
         finally:
             for name, placeholder in placeholders.items():
-                _put(module, name, placeholder)
+                put(module, name, placeholder)
 
     def _weight(self, index: int, name: str, placeholder: Tensor) -> Tensor:
         full = _stored(self._source, f"{self.stack}.{index}.{name}")
@@ -93,13 +92,7 @@ def _without_weights(source: Source, dtype: torch.dtype, device: str) -> PreTrai
         model: PreTrainedModel = on_meta(deepcopy(source.config), dtype)
     except ValueError as error:  # raised by Auto classes for an unknown type
         raise RecipeError(f"{source.name} is no causal language model: {error}") from error
-    for module in model.modules():
-        names = [name for name, buffer in module.named_buffers(recurse=False) if buffer.device.type == "meta"]
-        for name in names:
-            module._buffers[name] = torch.empty_like(module._buffers[name], device=device)
-        if names:
-            # How from_pretrained of Transformers 5.23 fills buffers that are in no checkpoint.
-            initialise(model, module)
+    fill_buffers(model, device)
     return model
 
 
@@ -107,8 +100,3 @@ def _stored(source: Source, name: str) -> str:
     if name not in source.tensors:
         raise CheckpointError(f"{source.name} has no tensor {name}, which its config calls for; is it complete?")
     return name
-
-
-def _put(module: nn.Module, name: str, parameter: nn.Parameter) -> None:
-    path, _, attribute = name.rpartition(".")
-    module.get_submodule(path)._parameters[attribute] = parameter

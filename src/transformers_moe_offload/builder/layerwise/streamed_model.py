@@ -16,7 +16,8 @@ import torch
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, PreTrainedConfig
 
-from transformers_moe_offload.hf.upstream import initialise, tied_weights
+from transformers_moe_offload.builder.sources.model_class import fill_buffers, put
+from transformers_moe_offload.hf.upstream import tied_weights
 from transformers_moe_offload.system.malloc_trim import trim
 
 Forward = Callable[..., Tensor]
@@ -78,16 +79,6 @@ class StreamedModel:
         return filled
 
 
-def put(module: nn.Module, name: str, value: Tensor) -> None:
-    """Make a tensor a module's parameter, or its buffer if it was one."""
-    path, _, attribute = name.rpartition(".")
-    owner = module.get_submodule(path)
-    if attribute in owner._buffers:
-        owner._buffers[attribute] = value
-    else:
-        owner._parameters[attribute] = nn.Parameter(value, requires_grad=False)
-
-
 def _without_weights(config: PreTrainedConfig, vocabulary_size: int) -> Any:
     """The model on the meta device, except for buffers that no checkpoint has (rotary frequencies)."""
     config = deepcopy(config)
@@ -95,11 +86,5 @@ def _without_weights(config: PreTrainedConfig, vocabulary_size: int) -> Any:
     config.pad_token_id = config.bos_token_id = config.eos_token_id = None
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(config, dtype=torch.float32, experts_implementation="eager")
-    stored = set(model.state_dict())
-    for path, module in model.named_modules():
-        names = [name for name in module._buffers if f"{path}.{name}" not in stored]
-        for name in names:
-            module._buffers[name] = torch.empty_like(module._buffers[name], device="cpu")
-        if names:
-            initialise(model, module)
+    fill_buffers(model, stored=model.state_dict().keys())
     return model.eval()

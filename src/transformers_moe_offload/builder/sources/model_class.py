@@ -1,4 +1,4 @@
-"""What `save_pretrained` of a model class writes: the name, shape and dtype of every tensor.
+"""A model without weights: what `save_pretrained` of its class writes, the name, shape and dtype of every tensor.
 
 The class itself is built on the meta device and asked, so that the answer is right for any installed version of
 Transformers. Nothing is read.
@@ -8,18 +8,24 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Mapping
+from collections.abc import Container, Mapping
 from copy import deepcopy
 from functools import lru_cache
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, PreTrainedConfig
 
 from transformers_moe_offload.dtypes import dtype_name
 from transformers_moe_offload.expert import FieldSpec
-from transformers_moe_offload.hf.upstream import dtype_plan, ignored_on_save, revert_weight_conversion, tied_weights
+from transformers_moe_offload.hf.upstream import (
+    dtype_plan,
+    ignored_on_save,
+    initialise,
+    revert_weight_conversion,
+    tied_weights,
+)
 
 
 def on_meta(config: PreTrainedConfig, dtype: torch.dtype = torch.float32) -> Any:
@@ -47,6 +53,28 @@ def experts_paths(config: PreTrainedConfig) -> dict[int, str]:
     """Where the experts of each decoder layer are in memory."""
     names = (name for name in on_meta(config).state_dict() if name.endswith(".gate_up_proj"))
     return {int(name.split(".")[2]): name.removesuffix(".gate_up_proj") for name in names}
+
+
+def fill_buffers(model: nn.Module, device: str = "cpu", stored: Container[str] = ()) -> None:
+    """Give buffers that no checkpoint has (rotary frequencies) their values; those named in `stored` stay without."""
+    for path, module in model.named_modules():
+        meta = [name for name, buffer in module.named_buffers(recurse=False) if buffer.device.type == "meta"]
+        names = [name for name in meta if f"{path}.{name}" not in stored]
+        for name in names:
+            module._buffers[name] = torch.empty_like(module._buffers[name], device=device)
+        if names:
+            # How from_pretrained of Transformers 5.23 fills buffers that are in no checkpoint.
+            initialise(model, module)
+
+
+def put(module: nn.Module, name: str, value: Tensor) -> None:
+    """Make a tensor a module's parameter, or its buffer if it was one."""
+    path, _, attribute = name.rpartition(".")
+    owner = module.get_submodule(path)
+    if attribute in owner._buffers:
+        owner._buffers[attribute] = value
+    else:
+        owner._parameters[attribute] = nn.Parameter(value, requires_grad=False)
 
 
 @lru_cache(maxsize=16)

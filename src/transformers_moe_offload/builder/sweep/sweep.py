@@ -17,7 +17,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
 from transformers_moe_offload.builder.build import build_moe, validate_recipe
 from transformers_moe_offload.builder.gates import program_several
-from transformers_moe_offload.builder.plan.plan import BuildPlan
+from transformers_moe_offload.builder.plan import BuildPlan
 from transformers_moe_offload.builder.recipe import Gate, MoeRecipe
 from transformers_moe_offload.builder.sources.model_class import names_in_memory
 from transformers_moe_offload.builder.sweep.report import SweepReport, SweepRow

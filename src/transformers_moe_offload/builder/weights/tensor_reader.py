@@ -9,8 +9,8 @@ from collections.abc import Iterator, Mapping
 import torch
 from torch import Tensor
 
-from transformers_moe_offload.builder.plan.plan import (
-    BuildPlan,
+from transformers_moe_offload.builder.plan import BuildPlan
+from transformers_moe_offload.builder.plan.tensors import (
     FromBlock,
     FromStem,
     Piece,

@@ -13,7 +13,7 @@ import yaml
 from huggingface_hub import ModelCardData
 
 from transformers_moe_offload.builder.licences import Verdict
-from transformers_moe_offload.builder.recipe.gate import BAKED
+from transformers_moe_offload.builder.recipe.routers import BAKED
 from transformers_moe_offload.builder.sources import Ancestor
 from transformers_moe_offload.builder.writing.folder import without_places
 from transformers_moe_offload.builder.writing.info import MoeBuildInfo

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from transformers_moe_offload.builder.gates import GateReport
-from transformers_moe_offload.builder.plan.plan import Parameters
+from transformers_moe_offload.builder.plan.tensors import Parameters
 from transformers_moe_offload.builder.sources import Ancestor
 
 

@@ -15,7 +15,7 @@ from transformers.utils.logging import tqdm
 from transformers_moe_offload.builder.checks.logits import check_logits
 from transformers_moe_offload.builder.checks.reload import check_reload
 from transformers_moe_offload.builder.gates import Gates
-from transformers_moe_offload.builder.plan.plan import BuildPlan
+from transformers_moe_offload.builder.plan import BuildPlan
 from transformers_moe_offload.builder.weights.tensor_reader import TensorReader
 from transformers_moe_offload.builder.writing.card import model_card
 from transformers_moe_offload.builder.writing.folder import CARD_NAME, INFO_NAME

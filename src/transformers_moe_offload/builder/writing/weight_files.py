@@ -15,7 +15,8 @@ from typing import Any
 from torch import Tensor
 from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME
 
-from transformers_moe_offload.builder.plan.plan import BuildPlan, FromBlock, PlannedTensor
+from transformers_moe_offload.builder.plan import BuildPlan
+from transformers_moe_offload.builder.plan.tensors import FromBlock, PlannedTensor
 from transformers_moe_offload.builder.weights.tensor_reader import TensorReader
 from transformers_moe_offload.expert import ITEMSIZE
 from transformers_moe_offload.output.shards import (

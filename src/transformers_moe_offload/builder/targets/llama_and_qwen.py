@@ -1,4 +1,5 @@
-"""Qwen's mixtures: routed experts and, except in Qwen3, a shared one with a gate of its own."""
+"""Mixtral, for models of the Llama kind without biases; and Qwen's mixtures: routed experts and, except in Qwen3, a
+shared one with a gate of its own."""
 
 from __future__ import annotations
 
@@ -9,15 +10,31 @@ from transformers import PreTrainedConfig
 from transformers_moe_offload.builder.targets.base import Container, MoeShape
 
 
+class Mixtral(Container):
+    """Softmax over the chosen experts; a sliding window as in Mistral."""
+
+    name = "mixtral"
+    dense = ("llama", "mistral")
+    block_path = "model.layers.{layer}.block_sparse_moe"
+    expert_names = ("w1", "w3", "w2")
+    size_fields = ("num_local_experts", "num_experts_per_tok", "intermediate_size")
+
+    def refusal(self, config: PreTrainedConfig) -> str | None:
+        """Attention has no biases."""
+        if getattr(config, "attention_bias", False):
+            return "its attention has biases (attention_bias), and mixtral's has none"
+        return super().refusal(config)
+
+
 class _Qwen(Container):
     """Softmax over all experts; the weights of the chosen ones are normalised to add up to 1."""
+
+    size_fields = ("num_experts", "num_experts_per_tok", "moe_intermediate_size")
 
     def fields(self, dense: PreTrainedConfig, shape: MoeShape) -> dict[str, Any]:
         """Sizes, and layers without experts by number."""
         return {
-            "num_experts": shape.num_experts,
-            "num_experts_per_tok": shape.experts_per_token,
-            "moe_intermediate_size": shape.width,
+            **super().fields(dense, shape),
             "intermediate_size": shape.dense_width,
             "norm_topk_prob": True,
             "decoder_sparse_step": 1,
@@ -34,17 +51,13 @@ class Qwen3Moe(_Qwen):
 
     name = "qwen3_moe"
     dense = ("qwen3",)
+    size_fields = ("num_local_experts", "num_experts_per_tok", "moe_intermediate_size")
 
     def refusal(self, config: PreTrainedConfig) -> str | None:
         """Either all layers or none have sliding-window attention."""
         if "sliding_attention" in (config.layer_types or ()):
             return "some of its layers attend to a window (use_sliding_window); qwen3_moe has one for all or for none"
         return super().refusal(config)
-
-    def fields(self, dense: PreTrainedConfig, shape: MoeShape) -> dict[str, Any]:
-        """As in all of Qwen's, with this class's name for the number of experts."""
-        fields = super().fields(dense, shape)
-        return {"num_local_experts": fields.pop("num_experts"), **fields}
 
 
 class Qwen2Moe(_Qwen):
@@ -78,14 +91,10 @@ class Qwen35Moe(Container):
 
     name = "qwen3_5_moe_text"
     dense = ("qwen3_5_text",)
+    size_fields = ("num_experts", "num_experts_per_tok", "moe_intermediate_size")
     shared_name = "shared_expert"
     shared_gate_name = "shared_expert_gate.weight"
 
     def fields(self, dense: PreTrainedConfig, shape: MoeShape) -> dict[str, Any]:
         """Sizes."""
-        return {
-            "num_experts": shape.num_experts,
-            "num_experts_per_tok": shape.experts_per_token,
-            "moe_intermediate_size": shape.width,
-            "shared_expert_intermediate_size": shape.shared_width,
-        }
+        return {**super().fields(dense, shape), "shared_expert_intermediate_size": shape.shared_width}

@@ -1,4 +1,4 @@
-"""How routers get their weights; they are computed in `builder/gates`."""
+"""How routers get their weights, which `builder/gates` computes, and how those of a mixture of adapters choose."""
 
 from __future__ import annotations
 
@@ -20,8 +20,13 @@ GATE_MODES = (
     "base_first",
     "gateless",
 )
+DRAWN = ("random", "uniform", "noise", "orthogonal", "gateless")
+"""Modes that read no text: rows are drawn from a seed, or zero for all experts."""
 BAKED = "baked"
 """The mode in recipes that `bake_adapters` writes: rows are those of a mixture of adapters. `build_moe` refuses it."""
+
+ROUTER_PER = ("ffn", "linear", "model")
+SCORINGS = ("softmax", "sigmoid", "arrow", "uniform")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -72,3 +77,28 @@ class Gate:
             raise RecipeError(f"target_entropy={self.target_entropy} is a share between 0 and 1")
         if not self.regularization > 0:
             raise RecipeError(f"regularization={self.regularization} is not a positive number")
+
+
+@dataclass(frozen=True, kw_only=True)
+class AdapterRouting:
+    """The routers of a mixture of adapters (kind `adapter_moe`).
+
+    Args:
+        router_per: what shares a router: the linear layers of one feed-forward block (`ffn`; others have one each),
+            each `linear` layer has its own, or the whole `model` has one, on the embeddings.
+        scoring: how logits become weights: `softmax` over the chosen adapters, `sigmoid` of each, `arrow` (softmax over
+            their size; the routers' rows are then the adapters' own top right singular vectors, arXiv 2405.11157), or
+            `uniform`: all adapters alike, without routers.
+        temperature: logits are divided by it.
+    """
+
+    router_per: str = "ffn"
+    scoring: str = "softmax"
+    temperature: float = 1.0
+
+    def __post_init__(self) -> None:
+        expect_choice(self, "router_per", ROUTER_PER)
+        expect_choice(self, "scoring", SCORINGS)
+        expect_numbers(self, "temperature")
+        if not self.temperature > 0:
+            raise RecipeError(f"temperature={self.temperature} is not a positive number")
