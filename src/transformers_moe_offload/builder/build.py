@@ -14,7 +14,7 @@ from torch import Tensor
 from transformers_moe_offload.builder.channel_split import channels_of
 from transformers_moe_offload.builder.checks.similarity import compared
 from transformers_moe_offload.builder.gates import STATISTICS_NAME, Gates, program_gates
-from transformers_moe_offload.builder.licences import judged, licence_of
+from transformers_moe_offload.builder.licences import verdict_of
 from transformers_moe_offload.builder.plan import BuildPlan, plan_build
 from transformers_moe_offload.builder.plan.compatibility import expect_mergeable
 from transformers_moe_offload.builder.plan.mixture import origins_of
@@ -51,8 +51,7 @@ def validate_recipe(recipe: MoeRecipe, *, token: str | None = None, local_files_
     merged = sources[1:] if recipe.stem.method != "base" else ()
     plan = plan_build(recipe, sources, [stem, *merged])
     expect_mergeable(plan.stems, plan.stem_names)
-    licences = [licence_of(one.name, one.card) for one in plan.ancestors]
-    verdict = judged(licences, recipe.checks.licence, recipe.hub.license)
+    verdict = verdict_of(plan.ancestors, recipe)
     return replace(plan, licence=verdict, warnings=(*plan.warnings, *verdict.warnings))
 
 

@@ -17,8 +17,8 @@ from transformers import AutoConfig
 
 from transformers_moe_offload.builder.adapters.plan import PREFIX
 from transformers_moe_offload.builder.checks.similarity import compared
-from transformers_moe_offload.builder.gates.fitted import Fitted
-from transformers_moe_offload.builder.licences import judged, licence_of
+from transformers_moe_offload.builder.gates.fitted import unscaled_gates
+from transformers_moe_offload.builder.licences import verdict_of
 from transformers_moe_offload.builder.plan import BuildPlan, plan_build
 from transformers_moe_offload.builder.recipe import Expert, Gate, MoeRecipe, Origin
 from transformers_moe_offload.builder.recipe.routers import BAKED
@@ -87,13 +87,13 @@ def bake_adapters(
     plan = plan_build(recipe, [base, *adapters], [base])
     _expect_same(plan, config, folder, routers)
     # The mixture's card has the licence that follows from all the adapters' licences.
-    verdict = judged([licence_of(base.name, base.card)], recipe.checks.licence)
+    verdict = verdict_of(base.ancestors, recipe)
     plan = compared(replace(plan, licence=verdict, warnings=(*plan.warnings, *verdict.warnings)))
     companions = {file.name: published(file) for file in base.companions}
-    fitted = Fitted(replace(recipe.gate, scale=1.0), plan.mixture.names, (), plan.container.scores)
-    for layer, path in plan.ffn.items():
-        fitted.add(layer, read_stored(routers[path + _ROUTER]).float() / config.temperature)
-    gates = fitted.gates()
+    rows = {
+        layer: read_stored(routers[path + _ROUTER]).float() / config.temperature for layer, path in plan.ffn.items()
+    }
+    gates = unscaled_gates(recipe.gate, plan.mixture.names, rows, plan.container.scores)
     about = (plan.container.name, plan.ancestors, plan.warnings)
     with build_place(out, recipe, *about, overwrite=overwrite, resume=resume) as place:
         return write_mixture(plan, gates, TensorReader(plan, gates.rows), companions, place, out, advance=advance)

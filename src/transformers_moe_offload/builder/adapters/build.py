@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Iterable
 from dataclasses import asdict, dataclass
+from functools import partial
+from math import prod
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import Tensor
 from transformers.utils import CONFIG_NAME
 from transformers.utils.logging import tqdm
@@ -23,6 +24,7 @@ from transformers_moe_offload.builder.sources.model_class import on_meta
 from transformers_moe_offload.builder.writing.folder import CARD_NAME, INFO_NAME, build_place
 from transformers_moe_offload.builder.writing.weight_files import content_shards, write_index
 from transformers_moe_offload.dtypes import torch_dtype
+from transformers_moe_offload.expert import FieldSpec
 from transformers_moe_offload.hf.upstream import custom_object_save
 from transformers_moe_offload.hub.companions import published
 from transformers_moe_offload.models.adapter_moe import adapter_folders as folders
@@ -73,7 +75,7 @@ def build_adapter_moe(
         plan = plan_adapters(recipe, token=token, local_files_only=local_files_only)
         about = (plan.config.model_type, plan.ancestors, plan.licence.warnings)
         rows, report = router_rows(plan, device=device)
-        contents = [Content((spec,), _reader(plan, spec.name, spec.dtype, rows)) for spec in plan.tensors]
+        contents = [Content((spec,), partial(_tensor, plan, rows, spec)) for spec in plan.tensors]
         shards = content_shards(contents, recipe.output.max_shard_bytes)
         with build_place(folder, recipe, *about, overwrite=overwrite, resume=resume) as place:
             expect_room(place, shards, "or write elsewhere")
@@ -101,12 +103,9 @@ def build_adapter_moe(
             return info
 
 
-def _reader(plan: AdapterPlan, name: str, dtype: str, rows: dict[str, Tensor]) -> Callable[[], dict[str, Tensor]]:
-    def read() -> dict[str, Tensor]:
-        found = rows[name] if name in rows else plan.base.read(name.removeprefix(PREFIX))
-        return {name: found.to(torch_dtype(dtype))}
-
-    return read
+def _tensor(plan: AdapterPlan, rows: dict[str, Tensor], spec: FieldSpec) -> dict[str, Tensor]:
+    found = rows[spec.name] if spec.name in rows else plan.base.read(spec.name.removeprefix(PREFIX))
+    return {spec.name: found.to(torch_dtype(spec.dtype))}
 
 
 def _copy_adapters(plan: AdapterPlan, place: Path, done: Advance) -> None:
@@ -119,8 +118,8 @@ def _copy_adapters(plan: AdapterPlan, place: Path, done: Advance) -> None:
 
 
 def _parameters(plan: AdapterPlan) -> dict[str, int]:
-    def count(specs: Any) -> int:
-        return sum(torch.Size(spec.shape).numel() for spec in specs)
+    def count(specs: Iterable[FieldSpec]) -> int:
+        return sum(prod(spec.shape) for spec in specs)
 
     in_adapters = 0
     for adapter in plan.adapters:

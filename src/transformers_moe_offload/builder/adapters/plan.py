@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from transformers_moe_offload.builder.licences import Verdict, judged, licence_of
+from transformers_moe_offload.builder.licences import Verdict, verdict_of
 from transformers_moe_offload.builder.recipe import Expert, MoeRecipe
 from transformers_moe_offload.builder.sources import Ancestor, Source, open_source
 from transformers_moe_offload.builder.sources.model_class import on_meta, saved_tensors
@@ -97,9 +97,7 @@ def plan_adapters(recipe: MoeRecipe, *, token: str | None = None, local_files_on
     config.dtype = config.get_text_config().dtype = dtype
     tensors = tuple(one for name, one in layout.items() if ".experts." not in name)
     ancestors = (*base.ancestors, *(adapter.ancestor for adapter in adapters))
-    licences = [licence_of(one.name, one.card) for one in ancestors]
-    verdict = judged(licences, recipe.checks.licence, recipe.hub.license)
-    plan = AdapterPlan(recipe, base, adapters, config, tensors, verdict)
+    plan = AdapterPlan(recipe, base, adapters, config, tensors, verdict_of(ancestors, recipe))
     _expect_all_used(plan)
     return plan
 

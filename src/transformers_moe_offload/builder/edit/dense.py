@@ -17,7 +17,6 @@ from transformers.utils import CONFIG_NAME
 from transformers_moe_offload.builder.edit.donors import width_of
 from transformers_moe_offload.builder.edit.expert_tensors import SparseCheckpoint
 from transformers_moe_offload.builder.edit.new_values import expect_number
-from transformers_moe_offload.builder.edit.rewrite_files import stored
 from transformers_moe_offload.builder.sources.model_class import saved_tensors
 from transformers_moe_offload.builder.targets import Container, Matrix
 from transformers_moe_offload.builder.writing.folder import MARKS
@@ -28,6 +27,7 @@ from transformers_moe_offload.expert import FieldSpec
 from transformers_moe_offload.hub.companions import companions_in, published
 from transformers_moe_offload.output.place import place_for
 from transformers_moe_offload.output.shards import Content, expect_room, fill_shards, write_contents
+from transformers_moe_offload.tensor_files.reading import read_stored
 from transformers_moe_offload.tensor_files.writer import write_bytes, write_text
 
 
@@ -139,14 +139,14 @@ def _tensor(
                     matrix = _matrix(checkpoint, container, block.layer, Matrix(expert, role)).float()
                     total = total + matrix if len(total) else matrix
                 return {spec.name: _padded(total / len(chosen), spec)}
-    return {spec.name: _padded(stored(checkpoint.tensors[spec.name]), spec)}
+    return {spec.name: _padded(read_stored(checkpoint.tensors[spec.name]), spec)}
 
 
 def _matrix(checkpoint: SparseCheckpoint, container: Container, layer: int, wanted: Matrix) -> Tensor:
     """One matrix of an expert, wherever it is stored."""
     for name, matrices in container.experts(layer, checkpoint.num_experts).items():
         if wanted in matrices:
-            tensor = stored(checkpoint.tensors[name])
+            tensor = read_stored(checkpoint.tensors[name])
             if len(matrices) == 1:
                 return tensor
             roles = [matrix.role for matrix in matrices if matrix.expert == wanted.expert]

@@ -4,7 +4,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -12,13 +11,12 @@ import torch
 from torch import Tensor
 
 from transformers_moe_offload.builder.edit.expert_tensors import SparseBlock, SparseCheckpoint
-from transformers_moe_offload.builder.edit.rewrite_files import stored
 from transformers_moe_offload.builder.recipe import Expert
 from transformers_moe_offload.builder.sources import Source
 from transformers_moe_offload.builder.targets import Container, Matrix
 from transformers_moe_offload.builder.weights.blocks import Block, Blocks, Part
-from transformers_moe_offload.dtypes import torch_dtype
 from transformers_moe_offload.errors import RecipeError, UnsupportedModelError
+from transformers_moe_offload.tensor_files.reading import read_stored
 
 
 class Donor(Protocol):
@@ -40,11 +38,11 @@ class Copied(Donor):
 
     def one(self, block: SparseBlock, place: str) -> Tensor:
         """The copied expert's tensor."""
-        return stored(self.checkpoint.tensors[place.format(self.number)])
+        return read_stored(self.checkpoint.tensors[place.format(self.number)])
 
     def part(self, block: SparseBlock, name: str) -> Tensor:
         """The copied expert's tensor."""
-        return stored(self.checkpoint.tensors[name]).select(block.stacked[name], self.number)
+        return read_stored(self.checkpoint.tensors[name]).select(block.stacked[name], self.number)
 
 
 class FromDense(Donor):
@@ -110,12 +108,3 @@ def width_of(checkpoint: SparseCheckpoint, block: SparseBlock, container: Contai
         if matrices[0].role == "down":
             return checkpoint.tensors[name].shape[-1]
     raise AssertionError("every container has a down projection")
-
-
-def with_dtype(tensor: Tensor, like: str) -> Tensor:
-    """A tensor in the dtype of one that is stored."""
-    return tensor.to(torch_dtype(like))
-
-
-Rows = Callable[[SparseBlock], Tensor]
-"""A sparse layer -> the rows of its router, (E, H), after the edit."""

@@ -8,11 +8,12 @@ Experts keep their order; a new one comes last, and those behind one that is dro
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from contextlib import ExitStack, suppress
 from functools import partial
 from pathlib import Path
 from tempfile import TemporaryDirectory
+from typing import Any
 
 from torch import Tensor
 
@@ -20,8 +21,6 @@ from transformers_moe_offload.builder.edit.donors import Copied, Donor, FromDens
 from transformers_moe_offload.builder.edit.expert_tensors import SparseBlock, SparseCheckpoint
 from transformers_moe_offload.builder.edit.new_values import (
     Row,
-    alike,
-    cast,
     exchanged,
     expect_number,
     expect_row,
@@ -34,6 +33,7 @@ from transformers_moe_offload.builder.edit.new_values import (
 from transformers_moe_offload.builder.edit.rewrite_files import Edit, Written, carried_out
 from transformers_moe_offload.builder.gates import STATISTICS_NAME, RidgeStatistics, drop_expert_gate
 from transformers_moe_offload.builder.recipe import Expert, Origin
+from transformers_moe_offload.builder.recipe.origin import as_origin
 from transformers_moe_offload.builder.sources import Source, open_source
 from transformers_moe_offload.errors import CheckpointError, RecipeError
 from transformers_moe_offload.expert import FieldSpec
@@ -76,9 +76,9 @@ def add_expert(
     """
     checkpoint = SparseCheckpoint.of(Path(folder))
     config = checkpoint.config_for(checkpoint.num_experts + 1)
-    origin = base if base is None or isinstance(base, Origin) else Origin.parse(base)
-    opened = None if origin is None else open_source(origin, token=token, local_files_only=local_files_only)
-    donor = _donor(checkpoint, expert, copy_of, opened, token=token, local_files_only=local_files_only)
+    hub: dict[str, Any] = {"token": token, "local_files_only": local_files_only}
+    opened = None if base is None else open_source(as_origin(base), **hub)
+    donor = _donor(checkpoint, expert, copy_of, opened, hub)
     name = _name(expert, copy_of, checkpoint.num_experts)
     has_texts = bool(expert.positive_prompts or expert.dataset)
     statistics = checkpoint.folder / STATISTICS_NAME
@@ -99,16 +99,15 @@ def add_expert(
         for block in checkpoint.blocks:
             for name_for, like in _places(block).items():
                 tensor = checkpoint.tensors[like]
-                read = partial(alike, donor.one, block, name_for, tensor.dtype)
                 spec = FieldSpec(name_for.format(checkpoint.num_experts), tensor.shape, tensor.dtype)
-                written.append(Written(spec, read, like))
+                written.append(Written(spec, partial(donor.one, block, name_for), like))
             for of_all, axis in block.stacked.items():
                 shape = list(checkpoint.tensors[of_all].shape)
                 shape[axis] += 1
                 spec = FieldSpec(of_all, tuple(shape), checkpoint.tensors[of_all].dtype)
                 is_router = of_all == block.router
                 read = partial(rows, block) if is_router else partial(grown, checkpoint, donor, block, of_all)
-                written.append(Written(spec, partial(cast, read, spec.dtype), of_all))
+                written.append(Written(spec, read, of_all))
         edit = Edit(
             what=f"Expert {checkpoint.num_experts}, {name}, was added.",
             config=config,
@@ -183,9 +182,9 @@ def replace_expert(
     """Replace an expert by another; as `add_expert`, but without `gate` the routers keep their rows."""
     checkpoint = SparseCheckpoint.of(Path(folder))
     expect_number(number, checkpoint, "number")
-    origin = base if base is None or isinstance(base, Origin) else Origin.parse(base)
-    opened = None if origin is None else open_source(origin, token=token, local_files_only=local_files_only)
-    donor = _donor(checkpoint, expert, copy_of, opened, token=token, local_files_only=local_files_only)
+    hub: dict[str, Any] = {"token": token, "local_files_only": local_files_only}
+    opened = None if base is None else open_source(as_origin(base), **hub)
+    donor = _donor(checkpoint, expert, copy_of, opened, hub)
     row: Row = number if gate is None else gate
     expect_row(row, checkpoint)
     name = _name(expert, copy_of, number)
@@ -196,7 +195,7 @@ def replace_expert(
             if at == number:
                 tensor = checkpoint.tensors[one]
                 spec = FieldSpec(one, tensor.shape, tensor.dtype)
-                written.append(Written(spec, partial(alike, donor.one, block, place, tensor.dtype), one))
+                written.append(Written(spec, partial(donor.one, block, place), one))
         for stack, axis in block.stacked.items():
             tensor = checkpoint.tensors[stack]
             if stack == block.router:
@@ -217,8 +216,7 @@ def replace_expert(
         without=(STATISTICS_NAME,),
     )
     with carried_out(checkpoint, edit, None if out is None else Path(out)):
-        pass
-    return Path(folder if out is None else out)
+        return Path(folder if out is None else out)
 
 
 def _donor(
@@ -226,9 +224,7 @@ def _donor(
     expert: Expert,
     copy_of: int | None,
     base: Source | None,
-    *,
-    token: str | None,
-    local_files_only: bool,
+    hub: Mapping[str, Any],
 ) -> Donor:
     if (copy_of is None) == (expert.source is None):
         raise RecipeError(
@@ -238,7 +234,7 @@ def _donor(
         expect_number(copy_of, checkpoint, "copy_of")
         return Copied(checkpoint, copy_of)
     assert expert.source is not None
-    source = open_source(expert.source, base=base, token=token, local_files_only=local_files_only)
+    source = open_source(expert.source, base=base, **hub)
     return FromDense(checkpoint, expert, source, base)
 
 

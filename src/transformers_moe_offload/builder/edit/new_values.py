@@ -14,14 +14,14 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from transformers_moe_offload.builder.edit.donors import Copied, Donor, with_dtype
+from transformers_moe_offload.builder.edit.donors import Copied, Donor
 from transformers_moe_offload.builder.edit.expert_tensors import SparseBlock, SparseCheckpoint
-from transformers_moe_offload.builder.edit.rewrite_files import stored
 from transformers_moe_offload.builder.gates import RidgeStatistics, add_expert_gate
 from transformers_moe_offload.builder.recipe import Expert
 from transformers_moe_offload.builder.sources import Source
 from transformers_moe_offload.builder.texts.tokenizer import read_tokenizer
 from transformers_moe_offload.errors import RecipeError
+from transformers_moe_offload.tensor_files.reading import read_stored
 
 Row = str | int | Mapping[int, Tensor]
 """`mean`, the number of an expert whose rows are copied, or rows (H,) by layer."""
@@ -54,7 +54,7 @@ def row_of(row: Row, checkpoint: SparseCheckpoint, block: SparseBlock, noise_sca
     """The row (H,) float32 of one layer; noise is relative to the size of a row's elements."""
     if isinstance(row, Mapping):
         return row[block.layer].float()
-    rows = stored(checkpoint.tensors[block.router]).float()
+    rows = read_stored(checkpoint.tensors[block.router]).float()
     made = rows.mean(0) if isinstance(row, str) else rows[row].clone()
     if noise_scale:
         digest = hashlib.sha256(f"{seed}/{block.layer}/row".encode()).digest()
@@ -77,14 +77,14 @@ def ridge_rows(
 
 
 def with_row(checkpoint: SparseCheckpoint, row: Row, noise_scale: float, seed: int, block: SparseBlock) -> Tensor:
-    """A router with one row more: (E + 1, H), in the dtype that it is stored in."""
-    rows = stored(checkpoint.tensors[block.router])
-    return torch.cat([rows, row_of(row, checkpoint, block, noise_scale, seed)[None].to(rows.dtype)])
+    """A router with one row more: (E + 1, H)."""
+    rows = read_stored(checkpoint.tensors[block.router])
+    return torch.cat([rows, row_of(row, checkpoint, block, noise_scale, seed)[None]])
 
 
 def grown(checkpoint: SparseCheckpoint, donor: Donor, block: SparseBlock, name: str) -> Tensor:
     """A tensor of all experts with the new one's part: the others' mean, where a dense model has no such tensor."""
-    old, axis = stored(checkpoint.tensors[name]), block.stacked[name]
+    old, axis = read_stored(checkpoint.tensors[name]), block.stacked[name]
     is_matrix = len(old.shape) > 2 or isinstance(donor, Copied)
     new = donor.part(block, name) if is_matrix else old.float().mean(axis)
     return torch.cat([old, new.to(old.dtype).unsqueeze(axis)], axis)
@@ -92,23 +92,13 @@ def grown(checkpoint: SparseCheckpoint, donor: Donor, block: SparseBlock, name: 
 
 def without(checkpoint: SparseCheckpoint, name: str, axis: int, number: int) -> Tensor:
     """A tensor of all experts without one of them."""
-    tensor = stored(checkpoint.tensors[name])
+    tensor = read_stored(checkpoint.tensors[name])
     kept = [position for position in range(tensor.shape[axis]) if position != number]
     return tensor.index_select(axis, torch.tensor(kept))
 
 
 def exchanged(checkpoint: SparseCheckpoint, name: str, axis: int, number: int, value: Callable[[], Tensor]) -> Tensor:
     """A tensor of all experts in which one has another value."""
-    tensor = stored(checkpoint.tensors[name]).clone()
+    tensor = read_stored(checkpoint.tensors[name]).clone()
     tensor.select(axis, number).copy_(value())
     return tensor
-
-
-def alike(read: Callable[[SparseBlock, str], Tensor], block: SparseBlock, place: str, dtype: str) -> Tensor:
-    """A tensor of one expert, cast to a dtype."""
-    return with_dtype(read(block, place), dtype)
-
-
-def cast(read: Callable[[], Tensor], dtype: str) -> Tensor:
-    """A tensor that is computed without arguments, cast to a dtype."""
-    return with_dtype(read(), dtype)

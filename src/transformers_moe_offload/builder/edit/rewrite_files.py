@@ -21,6 +21,7 @@ from transformers.utils import CONFIG_NAME, SAFE_WEIGHTS_INDEX_NAME
 from transformers_moe_offload.builder.edit.expert_tensors import SparseCheckpoint, blocks_of, parameters_of
 from transformers_moe_offload.builder.gates.statistics import STATISTICS_NAME
 from transformers_moe_offload.builder.writing.folder import CARD_NAME, INFO_NAME, MARKS, RECIPE_NAME, without_places
+from transformers_moe_offload.dtypes import torch_dtype
 from transformers_moe_offload.expert import FieldSpec
 from transformers_moe_offload.hub.companions import companions_in, published
 from transformers_moe_offload.output.place import place_for, replacing
@@ -34,8 +35,8 @@ from transformers_moe_offload.output.shards import (
     write_contents,
 )
 from transformers_moe_offload.output.text import as_json
-from transformers_moe_offload.store.field_source import FieldSource
 from transformers_moe_offload.tensor_files.index import StoredTensor
+from transformers_moe_offload.tensor_files.reading import read_stored
 from transformers_moe_offload.tensor_files.writer import write_bytes, write_text
 from transformers_moe_offload.untrusted import json_object
 
@@ -46,6 +47,7 @@ class Written:
 
     spec: FieldSpec
     read: Callable[[], Tensor]
+    """Its values; they are cast to its dtype."""
     beside: str
     """A tensor of the old checkpoint; the new one goes into the same file."""
 
@@ -64,11 +66,6 @@ class Edit:
     """The experts' new names, given the old ones."""
     without: tuple[str, ...] = ()
     """Files that are not valid for the edited checkpoint."""
-
-
-def stored(tensor: StoredTensor) -> Tensor:
-    """A tensor, as it is stored."""
-    return FieldSource((tensor,), (tensor.dtype,)).read(tensor.shape)
 
 
 @contextmanager
@@ -112,11 +109,11 @@ def _shards(checkpoint: SparseCheckpoint, edit: Edit) -> list[Shard[Any]]:
 
 
 def _named(name: str, tensor: StoredTensor) -> dict[str, Tensor]:
-    return {name: stored(tensor)}
+    return {name: read_stored(tensor)}
 
 
 def _computed(one: Written) -> dict[str, Tensor]:
-    return {one.spec.name: one.read()}
+    return {one.spec.name: one.read().to(torch_dtype(one.spec.dtype))}
 
 
 def _is_changed(shard: Shard[Any], checkpoint: SparseCheckpoint, kept: set[str]) -> bool:

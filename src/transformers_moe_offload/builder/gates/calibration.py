@@ -14,7 +14,7 @@ from torch import Tensor
 from transformers_moe_offload.builder.gates.rows import directions
 from transformers_moe_offload.builder.gates.sums import Sums, sample
 from transformers_moe_offload.builder.layerwise.run import run
-from transformers_moe_offload.builder.layerwise.skeleton import Skeleton, decoder_layer
+from transformers_moe_offload.builder.layerwise.skeleton import Skeleton, decoder_layer, layer_path
 from transformers_moe_offload.builder.sources.base import Source
 from transformers_moe_offload.builder.texts.windows import Windows
 
@@ -53,12 +53,8 @@ def _paths(ffn: Mapping[int, str]) -> dict[int, list[str]]:
     paths = {}
     for layer, block in sorted(ffn.items()):
         assert decoder_layer(block) == layer, f"{block} is not in layer {layer}"
-        paths[layer] = [_layer_path(layer, block), block]
+        paths[layer] = [layer_path(layer, block), block]
     return paths
-
-
-def _layer_path(layer: int, block: str) -> str:
-    return block[: block.index(f".{layer}.")] + f".{layer}"
 
 
 def embedding_rows(windows: Windows, base: Source, ffn_path: str, *, center: bool) -> Tensor:

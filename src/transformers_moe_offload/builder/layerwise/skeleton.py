@@ -75,6 +75,11 @@ def decoder_layer(path: str) -> int:
     return int(_matched(path)["index"])
 
 
+def layer_path(layer: int, path: str) -> str:
+    """The decoder layer that a module is in: `model.layers.3` for `model.layers.3.mlp`."""
+    return path[: path.index(f".{layer}.")] + f".{layer}"
+
+
 def _stack_of(paths: list[str]) -> str:
     stacks = {_matched(path)["stack"] for path in paths}
     assert len(stacks) == 1, f"modules of several stacks: {sorted(stacks)}"

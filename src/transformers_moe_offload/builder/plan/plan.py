@@ -1,10 +1,8 @@
 """Decide what is written: the container, its config, every tensor of the checkpoint and where each comes from.
 
 Reads configs and headers only, and raises `RecipeError` for whatever cannot be built, before anything is written.
-`reader.py` fetches what is planned here, `write.py` writes it.
+`weights` fetches what is planned here, `writing` writes it.
 """
-
-# E experts, H hidden size, I width of an expert
 
 from __future__ import annotations
 

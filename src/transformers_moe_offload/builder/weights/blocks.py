@@ -75,7 +75,7 @@ class Blocks:
             shape = list(parts[0].shape)
             shape[dimension] = missing
             parts.append(parts[0].new_zeros(shape))
-        return parts[0] if len(parts) == 1 else torch.cat(_alike(parts), dimension)
+        return parts[0] if len(parts) == 1 else torch.cat(parts, dimension)  # in the widest dtype
 
     def stored(self, block: Block, layer: int, role: str, width: int | None = None) -> StoredTensor | None:
         """The stored tensor that equals what `matrix` returns; None if that is computed."""
@@ -136,11 +136,3 @@ def _generator(seed: str, what: str, layer: int, role: str) -> torch.Generator:
     """Random numbers for one matrix, independent of any drawn before."""
     digest = hashlib.sha256(f"{seed}/{what}/{layer}/{role}".encode()).digest()
     return torch.Generator().manual_seed(int.from_bytes(digest[:8], "little") >> 1)
-
-
-def _alike(parts: list[Tensor]) -> list[Tensor]:
-    """The parts in one dtype, the widest of theirs."""
-    dtype = parts[0].dtype
-    for part in parts[1:]:
-        dtype = torch.promote_types(dtype, part.dtype)
-    return [part.to(dtype) for part in parts]

@@ -1,7 +1,7 @@
 """Merge the stem: one tensor of several models that were tuned from one base, by averaging, TIES or DARE.
 
 Each method takes the differences to the base, combines them and adds the result to the base. It computes in float32,
-some elements at a time: beside the given tensors and the result, memory does not grow with their size. `plan.py` says
+some elements at a time: beside the given tensors and the result, memory does not grow with their size. `plan` says
 which models are merged.
 """
 
