@@ -23,7 +23,6 @@ from transformers_moe_offload.builder.recipe import Expert, MoeRecipe
 from transformers_moe_offload.builder.sources import Source, open_source
 from transformers_moe_offload.builder.texts.expert_texts import expect_files
 from transformers_moe_offload.builder.texts.tokenizer import tokenizer_files, tokenizer_for
-from transformers_moe_offload.builder.weights.blocks import Channels
 from transformers_moe_offload.builder.weights.tensor_reader import TensorReader
 from transformers_moe_offload.builder.writing.folder import build_place
 from transformers_moe_offload.builder.writing.info import MoeBuildInfo
@@ -104,13 +103,14 @@ def _calibrated(plan: BuildPlan, device: str, place: Path) -> tuple[Gates, Tenso
     experts = [replace(one, name=name) for one, name in zip(recipe.experts, names, strict=False)] or [
         Expert(name=name) for name in names
     ]
+    tokenizer = tokenizer_for(recipe, plan.base)
     gated = [expert for expert in recipe.shared_experts if expert.gated]
     has_statistics = recipe.gate.mode == "ridge" and recipe.gate.scoring == "ours" and not gated
     gates = program_gates(
         recipe.gate,
         [*experts, *gated],
         plan.base,
-        tokenizer_for(plan.recipe, plan.base),
+        tokenizer,
         plan.ffn,
         scores=plan.container.scores,
         statistics=place / STATISTICS_NAME if has_statistics else None,
@@ -118,14 +118,9 @@ def _calibrated(plan: BuildPlan, device: str, place: Path) -> tuple[Gates, Tenso
     )
     rows = {layer: rows[:num_experts] for layer, rows in gates.rows.items()}
     shared_rows: dict[int, Tensor] = {layer: rows[num_experts:] for layer, rows in gates.rows.items()} if gated else {}
-    return gates, TensorReader(plan, rows, shared_rows, _channels(plan, device))
-
-
-def _channels(plan: BuildPlan, device: str) -> Channels | None:
-    """Which channels go together where one block is split."""
-    if plan.recipe.split is None:
-        return None
-    return channels_of(plan.recipe.split, plan.base, tokenizer_for(plan.recipe, plan.base), plan.ffn, device=device)
+    split = recipe.split
+    channels = None if split is None else channels_of(split, plan.base, tokenizer, plan.ffn, device=device)
+    return gates, TensorReader(plan, rows, shared_rows, channels)
 
 
 def _companions(plan: BuildPlan, *, token: str | None, local_files_only: bool) -> dict[str, bytes]:

@@ -116,7 +116,6 @@ def add_expert(
             },
             written=written,
             expert_names=lambda names: [*names, name],
-            without=(STATISTICS_NAME,),
         )
         with carried_out(checkpoint, edit, None if out is None else Path(out)) as place:
             if is_ridge:
@@ -155,7 +154,6 @@ def drop_expert(folder: str | Path, number: int, *, out: str | Path | None = Non
         names=names,
         written=written,
         expert_names=lambda names: [name for position, name in enumerate(names) if position != number],
-        without=(STATISTICS_NAME,),
     )
     statistics = checkpoint.folder / STATISTICS_NAME
     with carried_out(checkpoint, edit, None if out is None else Path(out)) as place:
@@ -213,7 +211,6 @@ def replace_expert(
         names={one: one for one in checkpoint.tensors if one not in changed},
         written=written,
         expert_names=lambda names: [name if position == number else one for position, one in enumerate(names)],
-        without=(STATISTICS_NAME,),
     )
     with carried_out(checkpoint, edit, None if out is None else Path(out)):
         return Path(folder if out is None else out)

@@ -7,7 +7,6 @@ A router's row for a new expert is given, another expert's with noise, the mean 
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Callable, Mapping
 from pathlib import Path
 
@@ -20,6 +19,7 @@ from transformers_moe_offload.builder.gates import RidgeStatistics, add_expert_g
 from transformers_moe_offload.builder.recipe import Expert
 from transformers_moe_offload.builder.sources import Source
 from transformers_moe_offload.builder.texts.tokenizer import read_tokenizer
+from transformers_moe_offload.builder.weights.blocks import generator_for
 from transformers_moe_offload.errors import RecipeError
 from transformers_moe_offload.tensor_files.reading import read_stored
 
@@ -57,9 +57,8 @@ def row_of(row: Row, checkpoint: SparseCheckpoint, block: SparseBlock, noise_sca
     rows = read_stored(checkpoint.tensors[block.router]).float()
     made = rows.mean(0) if isinstance(row, str) else rows[row].clone()
     if noise_scale:
-        digest = hashlib.sha256(f"{seed}/{block.layer}/row".encode()).digest()
-        generator = torch.Generator().manual_seed(int.from_bytes(digest[:8], "little") >> 1)
-        made += noise_scale * rows.pow(2).mean().sqrt() * torch.randn(made.shape, generator=generator)
+        noise = torch.randn(made.shape, generator=generator_for(seed, block.layer, "row"))
+        made += noise_scale * rows.pow(2).mean().sqrt() * noise
     return made
 
 

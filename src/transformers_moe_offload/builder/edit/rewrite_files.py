@@ -54,7 +54,7 @@ class Written:
 
 @dataclass(frozen=True)
 class Edit:
-    """All changes to a checkpoint."""
+    """All changes to a checkpoint. Statistics of its gates do not hold any more and are left out."""
 
     what: str
     """The edit in a sentence, for the card."""
@@ -64,8 +64,6 @@ class Edit:
     written: Sequence[Written]
     expert_names: Callable[[list[str]], list[str]]
     """The experts' new names, given the old ones."""
-    without: tuple[str, ...] = ()
-    """Files that are not valid for the edited checkpoint."""
 
 
 @contextmanager
@@ -75,7 +73,7 @@ def carried_out(checkpoint: SparseCheckpoint, edit: Edit, out: Path | None) -> I
     kept = {new for old, new in edit.names.items() if old == new}
     changed = [shard for shard in shards if _is_changed(shard, checkpoint, kept)]
     gone = {tensor.file.path.name for tensor in checkpoint.tensors.values()} - {shard.name for shard in shards}
-    without = (*edit.without, *gone)
+    without = (STATISTICS_NAME, *gone)
     recipe = _recorded(checkpoint.folder, edit.what)
     place_of = (
         replacing(checkpoint.folder, recipe, MARKS, without=without) if out is None else place_for(out, recipe, MARKS)
@@ -88,8 +86,7 @@ def carried_out(checkpoint: SparseCheckpoint, edit: Edit, out: Path | None) -> I
         _write_notes(checkpoint, edit, shards, place)
         yield place
         if out is not None:
-            unchanged = {shard.name for shard in shards} - {shard.name for shard in changed}
-            _copy_rest(checkpoint.folder, place, unchanged | ({STATISTICS_NAME} - {*without}))
+            _copy_rest(checkpoint.folder, place, {shard.name for shard in shards} - {shard.name for shard in changed})
         write_text(place / CONFIG_NAME, as_json(dict(edit.config)))
 
 

@@ -1,7 +1,7 @@
 """Run text through a dense model, layer by layer: all batches pass a layer before the next one is read.
 
-Each layer's weights are read once and dropped again, so that a model of any size can be run; what is kept between two
-layers is the residual stream (`residual_stream.py`). The model's own forward does the work, so that masks, positions and kinds
+Each layer's weights are read once and dropped again, so that a model of any size can be run; `residual_stream.py` keeps
+what is passed from one layer to the next. The model's own forward does the work, so that masks, positions and kinds
 of layers are its own: for layer n it is called with the layers below replaced by the saved output of layer n - 1, and
 is left as soon as layer n has answered.
 """

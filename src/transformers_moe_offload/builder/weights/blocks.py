@@ -98,7 +98,7 @@ class Blocks:
         if part.reinitialize:
             tensor = _reinitialized(tensor, part, layer, role)
         if part.noise_scale:
-            noise = torch.randn(tensor.shape, generator=_generator(part.seed, "noise", layer, role))
+            noise = torch.randn(tensor.shape, generator=generator_for(part.seed, "noise", layer, role))
             tensor = torch.add(tensor.float(), noise, alpha=part.noise_scale)
         if part.scale != 1 and role == "down":
             tensor = tensor.float() * part.scale
@@ -125,14 +125,14 @@ def _reinitialized(tensor: Tensor, part: Part, layer: int, role: str) -> Tensor:
     count = round(part.reinitialize * width)
     if not count:
         return tensor
-    drawn = torch.randperm(width, generator=_generator(part.seed, "channels", layer, ""))[:count]
+    drawn = torch.randperm(width, generator=generator_for(part.seed, "channels", layer, ""))[:count]
     tensor = tensor.float().clone()
     old = tensor.index_select(dimension, drawn)
-    new = torch.randn(old.shape, generator=_generator(part.seed, "values", layer, role)) * old.std() + old.mean()
+    new = torch.randn(old.shape, generator=generator_for(part.seed, "values", layer, role)) * old.std() + old.mean()
     return tensor.index_copy_(dimension, drawn, new)
 
 
-def _generator(seed: str, what: str, layer: int, role: str) -> torch.Generator:
-    """Random numbers for one matrix, independent of any drawn before."""
-    digest = hashlib.sha256(f"{seed}/{what}/{layer}/{role}".encode()).digest()
+def generator_for(*what: object) -> torch.Generator:
+    """Random numbers for one purpose, which its seed and its names tell apart; independent of any drawn before."""
+    digest = hashlib.sha256("/".join(map(str, what)).encode()).digest()
     return torch.Generator().manual_seed(int.from_bytes(digest[:8], "little") >> 1)

@@ -9,13 +9,13 @@ which models are merged.
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Callable, Iterator, Sequence
 
 import torch
 from torch import Tensor
 
 from transformers_moe_offload.builder.recipe import Stem
+from transformers_moe_offload.builder.weights.blocks import generator_for
 from transformers_moe_offload.errors import RecipeError
 
 _BLOCK = 2**22
@@ -80,7 +80,7 @@ def _ties(stem: Stem, base: Tensor, others: Sequence[Tensor], name: str) -> Comb
 
 def _dare(stem: Stem, base: Tensor, others: Sequence[Tensor], name: str) -> Combine:
     """DARE (arXiv 2311.03099, section 3.1): drop elements at random, rescale the others, and average."""
-    generators = [_generator(stem.seed, name, number) for number in range(len(others))]
+    generators = [generator_for(stem.seed, name, number) for number in range(len(others))]
 
     def combine(differences: Tensor) -> Tensor:
         width = differences.shape[1]
@@ -129,8 +129,3 @@ def _bits(base: Tensor, other: Tensor) -> Iterator[Tensor]:
     """The magnitudes of a difference as integers in the same order, (n,) int32."""
     for _, _, difference in _blocks(base, [other]):
         yield difference[0].abs().view(torch.int32)
-
-
-def _generator(seed: int, name: str, number: int) -> torch.Generator:
-    digest = hashlib.sha256(f"{seed}/{name}/{number}".encode()).digest()
-    return torch.Generator().manual_seed(int.from_bytes(digest[:8], "little") >> 1)
