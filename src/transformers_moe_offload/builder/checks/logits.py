@@ -100,20 +100,20 @@ def _experts(reader: TensorReader, stored: Mapping[str, StoredTensor], layer: in
         def forward(hidden: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
             """(B * T, H), (B * T, K) int64, (B * T, K) -> (B * T, H)."""
             texts = zip(*(one.chunk(num_experts + 1) for one in (hidden, top_k_index, top_k_weights)), strict=True)
-            answers, sight = [], MappedTensors()
+            answers, mapped = [], MappedTensors()
             for number, (states, index, weights) in enumerate(texts):
                 if number < num_experts:
                     index = torch.full_like(index[:, :1], number)
                     weights = torch.ones_like(weights[:, :1])
-                    matrices = _stored_expert(reader, stored, layer, number, sight)
+                    matrices = _stored_expert(reader, stored, layer, number, mapped)
                 else:
-                    matrices = {role: _rounded(reader, base, layer, role, sight) for role in ROLES}
+                    matrices = {role: _rounded(reader, base, layer, role, mapped) for role in ROLES}
                 gate_up = _joined(matrices["gate"], matrices["up"])
                 put(module, "gate_up_proj", gate_up.expand(num_experts, *gate_up.shape))
                 put(module, "down_proj", matrices["down"].expand(num_experts, *matrices["down"].shape))
                 with WidenedProducts():
                     answers.append(own(states, index, weights))
-                sight.let_go()
+                mapped.let_go()
             module.to("meta")
             return torch.cat(answers)
 
@@ -146,14 +146,14 @@ def _blocks(reader: TensorReader, layer: int) -> Callable[[nn.Module], Forward]:
     }
 
     def forward_of(module: nn.Module) -> Forward:
-        own, sight = module.forward, MappedTensors()
+        own, mapped = module.forward, MappedTensors()
 
         def block(states: Tensor, block: Block) -> Tensor:
             for role, name in names.items():
-                put(module, name, _rounded(reader, block, layer, role, sight))
+                put(module, name, _rounded(reader, block, layer, role, mapped))
             with WidenedProducts():
                 answer: Tensor = own(states)
-            sight.let_go()
+            mapped.let_go()
             return answer
 
         def forward(hidden: Tensor) -> Tensor:
@@ -176,7 +176,7 @@ def _blocks(reader: TensorReader, layer: int) -> Callable[[nn.Module], Forward]:
 
 
 def _stored_expert(
-    reader: TensorReader, stored: Mapping[str, StoredTensor], layer: int, expert: int, sight: MappedTensors
+    reader: TensorReader, stored: Mapping[str, StoredTensor], layer: int, expert: int, mapped: MappedTensors
 ) -> dict[str, Tensor]:
     """The matrices of an expert, by role, from the files: (I, H), (I, H) and (H, I)."""
     shape, hidden_size = reader.plan.shape, reader.plan.config.hidden_size
@@ -188,15 +188,15 @@ def _stored_expert(
                 one = stored[name]
                 # All matrices of a tensor are of one size.
                 start = one.offset + number * one.nbytes // len(matrices)
-                found[matrix.role] = sight.tensor(replace(one, offset=start, shape=rows))
+                found[matrix.role] = mapped.tensor(replace(one, offset=start, shape=rows))
     return found
 
 
-def _rounded(reader: TensorReader, block: Block, layer: int, role: str, sight: MappedTensors) -> Tensor:
+def _rounded(reader: TensorReader, block: Block, layer: int, role: str, mapped: MappedTensors) -> Tensor:
     """A matrix as the mixture has it, without channels of zeros."""
     stored = reader.blocks.stored(block, layer, role)
     if stored is not None and stored.dtype == dtype_name(reader.plan.dtype):
-        return sight.tensor(stored)
+        return mapped.tensor(stored)
     return reader.blocks.matrix(block, layer, role).to(reader.plan.dtype)
 
 

@@ -8,18 +8,9 @@ from transformers_moe_offload.builder.recipe.values import expect_choice, expect
 from transformers_moe_offload.errors import RecipeError
 
 GATE_MODES = (
-    "ridge",
-    "mean",
-    "hidden",
-    "hidden_avg",
-    "cheap_embed",
-    "random",
-    "uniform",
-    "noise",
-    "orthogonal",
-    "base_first",
+    "ridge", "mean", "hidden", "hidden_avg", "cheap_embed", "random", "uniform", "noise", "orthogonal", "base_first",
     "gateless",
-)
+)  # fmt: skip
 DRAWN = ("random", "uniform", "noise", "orthogonal", "gateless")
 """Modes that read no text: rows are drawn from a seed, or zero for all experts."""
 BAKED = "baked"
