@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import difflib
 from collections.abc import Callable
 from typing import Generic, TypeVar
 
 from transformers_moe_offload.errors import ConfigError
+from transformers_moe_offload.nearest import did_you_mean
 from transformers_moe_offload.untrusted import quoted
 
 Item = TypeVar("Item")
@@ -37,9 +37,8 @@ class Registry(Generic[Item]):
     def __getitem__(self, name: str) -> Item:
         """An implementation by its name; `ConfigError` with the nearest one if there is none."""
         if name not in self._items:
-            near = difflib.get_close_matches(name, self._items, n=1)
             raise ConfigError(
                 f"{self._family}={quoted(name)} is not a known {self._family}; choose one of {self.names()} or "
-                f"register your own{f'; did you mean {near[0]!r}?' if near else ''}"
+                f"register your own{did_you_mean(name, self._items)}"
             )
         return self._items[name]

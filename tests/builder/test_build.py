@@ -10,10 +10,11 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
 from builder.made import NUM_LAYERS, SIZES, recipe_of, save_dense
-from transformers_moe_offload.builder import assembly, build_moe, validate_recipe
+from transformers_moe_offload.builder import build_moe, validate_recipe
 from transformers_moe_offload.builder.checks import CheckFailedError
-from transformers_moe_offload.builder.materials import Materials
 from transformers_moe_offload.builder.recipe import Expert, Gate, Origin, Output, SharedExpert, Split, Stem, Upcycle
+from transformers_moe_offload.builder.weights.tensor_reader import TensorReader
+from transformers_moe_offload.builder.writing import mixture
 from transformers_moe_offload.errors import CheckpointError, RecipeError
 
 TOKENS = torch.randint(64, (1, 16), generator=torch.Generator().manual_seed(1))
@@ -185,7 +186,7 @@ def test_a_build_that_was_killed_goes_on_and_gives_the_same_bytes(models, tmp_pa
     recipe = recipe_of(models["base"], models["one"], models["two"], output=Output(max_shard_size="60KB"))
     built(recipe, tmp_path / "whole" / "moe")
 
-    original, reads = Materials.matrix, []
+    original, reads = TensorReader.matrix, []
 
     def killed(self, *args):
         reads.append(args)
@@ -193,12 +194,12 @@ def test_a_build_that_was_killed_goes_on_and_gives_the_same_bytes(models, tmp_pa
             raise KeyboardInterrupt
         return original(self, *args)
 
-    monkeypatch.setattr(Materials, "matrix", killed)
+    monkeypatch.setattr(TensorReader, "matrix", killed)
     with pytest.raises(KeyboardInterrupt):
         built(recipe, tmp_path / "moe")
     assert not (tmp_path / "moe").exists()
     reads.clear()
-    monkeypatch.setattr(Materials, "matrix", lambda self, *args: (reads.append(args), original(self, *args))[1])
+    monkeypatch.setattr(TensorReader, "matrix", lambda self, *args: (reads.append(args), original(self, *args))[1])
     built(recipe, tmp_path / "moe")
     assert files_of(tmp_path / "moe") == files_of(tmp_path / "whole" / "moe")
     if nth == 44:  # what was finished has not been written again
@@ -206,7 +207,7 @@ def test_a_build_that_was_killed_goes_on_and_gives_the_same_bytes(models, tmp_pa
 
 
 def test_another_recipe_does_not_go_on_with_what_is_left(models, tmp_path, monkeypatch):
-    monkeypatch.setattr(assembly, "check_reload", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
+    monkeypatch.setattr(mixture, "check_reload", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
     with pytest.raises(KeyboardInterrupt):
         built(recipe_of(models["base"], models["one"], models["two"]), tmp_path / "moe")
     monkeypatch.undo()
@@ -257,7 +258,7 @@ def test_weights_can_be_rounded_to_another_dtype(models, tmp_path):
 )
 def test_a_mixture_that_is_not_what_it_should_be_leaves_nothing(models, tmp_path, monkeypatch, what, match):
     """A layer's matrices are swapped, a norm is halved, or a number is none, between plan and disk."""
-    original = Materials.values
+    original = TensorReader.values
 
     def wrong(self, tensor):
         for values in original(self, tensor):
@@ -269,7 +270,7 @@ def test_a_mixture_that_is_not_what_it_should_be_leaves_nothing(models, tmp_path
                 values = values * float("nan")
             yield values
 
-    monkeypatch.setattr(Materials, "values", wrong)
+    monkeypatch.setattr(TensorReader, "values", wrong)
     with pytest.raises(CheckFailedError, match=match):
         built(recipe_of(models["base"], models["one"], models["two"]), tmp_path / "moe")
     assert list(tmp_path.iterdir()) == []

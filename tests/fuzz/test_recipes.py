@@ -15,7 +15,7 @@ import yaml
 from fuzz.fuzzing import expect_no_faults
 from fuzz.mutations import damaged, mutated
 from transformers_moe_offload.builder import MoeRecipe
-from transformers_moe_offload.builder.mixture import expect_possible, mixture_of
+from transformers_moe_offload.builder.plan.mixture import expect_possible, mixture_of
 
 _OURS: list[dict[str, Any]] = [
     {

@@ -1,6 +1,6 @@
 """`validate_recipe` and `build_moe`: from a recipe to a checkpoint.
 
-The sources are opened and the gates computed from here; `assembly.py` writes the checkpoint and puts it into its place.
+The sources are opened and the gates computed from here; `writing` writes the checkpoint.
 """
 
 from __future__ import annotations
@@ -9,30 +9,27 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from huggingface_hub import HfApi
 from torch import Tensor
 
-from transformers_moe_offload.builder.assembly import Advance, write_mixture
-from transformers_moe_offload.builder.blocks import Channels
-from transformers_moe_offload.builder.channels import channels_of
-from transformers_moe_offload.builder.fitting import expect_mergeable
-from transformers_moe_offload.builder.folder import MARKS
+from transformers_moe_offload.builder.channel_split import channels_of
+from transformers_moe_offload.builder.checks.similarity import compared
 from transformers_moe_offload.builder.gates import STATISTICS_NAME, Gates, program_gates
-from transformers_moe_offload.builder.gates.texts import expect_files
-from transformers_moe_offload.builder.info import MoeBuildInfo
-from transformers_moe_offload.builder.licences import judged, licence_of
-from transformers_moe_offload.builder.materials import Materials
-from transformers_moe_offload.builder.mixture import origins_of
+from transformers_moe_offload.builder.licences import verdict_of
 from transformers_moe_offload.builder.plan import BuildPlan, plan_build
-from transformers_moe_offload.builder.publish import publish
+from transformers_moe_offload.builder.plan.compatibility import expect_mergeable
+from transformers_moe_offload.builder.plan.mixture import origins_of
+from transformers_moe_offload.builder.publish import published_after
 from transformers_moe_offload.builder.recipe import Expert, MoeRecipe
 from transformers_moe_offload.builder.sources import Source, open_source
-from transformers_moe_offload.builder.sources.tokenizer import tokenizer_files
-from transformers_moe_offload.builder.tokenizer import tokenizer_for
+from transformers_moe_offload.builder.texts.expert_texts import expect_files
+from transformers_moe_offload.builder.texts.tokenizer import tokenizer_files, tokenizer_for
+from transformers_moe_offload.builder.weights.tensor_reader import TensorReader
+from transformers_moe_offload.builder.writing.folder import build_place
+from transformers_moe_offload.builder.writing.info import MoeBuildInfo
+from transformers_moe_offload.builder.writing.mixture import write_mixture
 from transformers_moe_offload.errors import RecipeError
 from transformers_moe_offload.hub.companions import is_tokenizer_file, published
-from transformers_moe_offload.hub.upload import expect_pushable
-from transformers_moe_offload.output.place import expect_place
+from transformers_moe_offload.output.shards import Advance
 
 
 def validate_recipe(recipe: MoeRecipe, *, token: str | None = None, local_files_only: bool = False) -> BuildPlan:
@@ -53,8 +50,7 @@ def validate_recipe(recipe: MoeRecipe, *, token: str | None = None, local_files_
     merged = sources[1:] if recipe.stem.method != "base" else ()
     plan = plan_build(recipe, sources, [stem, *merged])
     expect_mergeable(plan.stems, plan.stem_names)
-    licences = [licence_of(one.name, one.card) for one in plan.ancestors]
-    verdict = judged(licences, recipe.checks.licence, recipe.hub.license)
+    verdict = verdict_of(plan.ancestors, recipe)
     return replace(plan, licence=verdict, warnings=(*plan.warnings, *verdict.warnings))
 
 
@@ -87,43 +83,34 @@ def build_moe(
         advance: called with the number of bytes just written; without it there is a progress bar.
     """
     folder = Path(folder)
-    expect_place(folder, MARKS, overwrite=overwrite)
-    if push is not None:
-        expect_pushable(HfApi(token=token), push)
-    plan = validate_recipe(recipe, token=token, local_files_only=local_files_only)
-    companions = _companions(plan, token=token, local_files_only=local_files_only)
-    for source, names in plan.read_of:
-        source.bring(names)
-    info = write_mixture(
-        plan,
-        folder,
-        companions,
-        lambda place: _materials(plan, device, place),
-        name=push or recipe.hub.repo_id,
-        resume=resume,
-        overwrite=overwrite,
-        advance=advance,
-    )
-    if push is not None:
-        hub = recipe.hub
-        publish(folder, push, private=hub.private, revision=hub.revision, create_pr=hub.create_pr, token=token)
-    return info
+    with published_after(folder, recipe.hub, push, overwrite=overwrite, token=token):
+        plan = validate_recipe(recipe, token=token, local_files_only=local_files_only)
+        companions = _companions(plan, token=token, local_files_only=local_files_only)
+        for source, names in plan.read_of:
+            source.bring(names)
+        plan = compared(plan)
+        about = (plan.container.name, plan.ancestors, plan.warnings)
+        with build_place(folder, recipe, *about, overwrite=overwrite, resume=resume) as place:
+            gates, reader = _calibrated(plan, device, place)
+            name = push or recipe.hub.repo_id
+            return write_mixture(plan, gates, reader, companions, place, folder, name=name, advance=advance)
 
 
-def _materials(plan: BuildPlan, device: str, place: Path) -> tuple[Gates, Materials]:
-    """The gates, with a file of their statistics where possible, and the materials that tensors are read from."""
+def _calibrated(plan: BuildPlan, device: str, place: Path) -> tuple[Gates, TensorReader]:
+    """The gates, with a file of their statistics where possible, and what tensors are read from."""
     recipe, num_experts = plan.recipe, plan.shape.num_experts
     names = plan.mixture.names
     experts = [replace(one, name=name) for one, name in zip(recipe.experts, names, strict=False)] or [
         Expert(name=name) for name in names
     ]
+    tokenizer = tokenizer_for(recipe, plan.base)
     gated = [expert for expert in recipe.shared_experts if expert.gated]
     has_statistics = recipe.gate.mode == "ridge" and recipe.gate.scoring == "ours" and not gated
     gates = program_gates(
         recipe.gate,
         [*experts, *gated],
         plan.base,
-        tokenizer_for(plan.recipe, plan.base),
+        tokenizer,
         plan.ffn,
         scores=plan.container.scores,
         statistics=place / STATISTICS_NAME if has_statistics else None,
@@ -131,14 +118,9 @@ def _materials(plan: BuildPlan, device: str, place: Path) -> tuple[Gates, Materi
     )
     rows = {layer: rows[:num_experts] for layer, rows in gates.rows.items()}
     shared_rows: dict[int, Tensor] = {layer: rows[num_experts:] for layer, rows in gates.rows.items()} if gated else {}
-    return gates, Materials(plan, rows, shared_rows, _channels(plan, device))
-
-
-def _channels(plan: BuildPlan, device: str) -> Channels | None:
-    """Which channels go together where one block is split."""
-    if plan.recipe.split is None:
-        return None
-    return channels_of(plan.recipe.split, plan.base, tokenizer_for(plan.recipe, plan.base), plan.ffn, device=device)
+    split = recipe.split
+    channels = None if split is None else channels_of(split, plan.base, tokenizer, plan.ffn, device=device)
+    return gates, TensorReader(plan, rows, shared_rows, channels)
 
 
 def _companions(plan: BuildPlan, *, token: str | None, local_files_only: bool) -> dict[str, bytes]:

@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 from huggingface_hub import HfApi
 from transformers.utils import CONFIG_NAME, SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME
 
-from transformers_moe_offload.builder.folder import RECIPE_NAME
+from transformers_moe_offload.builder.recipe import Hub
+from transformers_moe_offload.builder.writing.folder import CARD_NAME, MARKS, RECIPE_NAME
 from transformers_moe_offload.errors import CheckpointError
-from transformers_moe_offload.hub.upload import Layout, upload
+from transformers_moe_offload.hub.upload import Layout, expect_pushable, upload
+from transformers_moe_offload.output.place import expect_place
 from transformers_moe_offload.tensor_files.checksum import METADATA_KEY, check_file
 from transformers_moe_offload.tensor_files.index import check_index_file, read_index, read_metadata
 
@@ -47,10 +50,23 @@ def publish(
     """
     folder = Path(folder)
     check_built(folder)
-    if not (folder / "README.md").is_file():
+    if not (folder / CARD_NAME).is_file():
         logger.warning("%s has no README.md: the Hub will show no licence and no base models.", folder)
     api = HfApi(token=token)
     return upload(api, folder, repo_id, LAYOUT, private=private, revision=revision, create_pr=create_pr)
+
+
+@contextmanager
+def published_after(
+    folder: Path, hub: Hub, push: str | None, *, overwrite: bool = False, token: str | None = None
+) -> Iterator[None]:
+    """Refuse a folder or a repository that cannot be written to; after the block upload the folder to it, if any."""
+    expect_place(folder, MARKS, overwrite=overwrite)
+    if push is not None:
+        expect_pushable(HfApi(token=token), push)
+    yield
+    if push is not None:
+        publish(folder, push, private=hub.private, revision=hub.revision, create_pr=hub.create_pr, token=token)
 
 
 def is_built(folder: Path) -> bool:

@@ -7,7 +7,7 @@ from pathlib import Path
 from rich.console import Console
 
 from transformers_moe_offload.builder import bake_adapters
-from transformers_moe_offload.builder.folder import MARKS
+from transformers_moe_offload.builder.writing.folder import MARKS
 from transformers_moe_offload.cli.building import outcome
 from transformers_moe_offload.cli.failures import CommandError
 from transformers_moe_offload.cli.writing import resumable

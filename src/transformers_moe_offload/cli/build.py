@@ -8,7 +8,7 @@ from rich.console import Console
 
 from transformers_moe_offload.builder import MoeRecipe, build_adapter_moe, build_moe, validate_recipe
 from transformers_moe_offload.builder.adapters.plan import plan_adapters
-from transformers_moe_offload.builder.folder import MARKS
+from transformers_moe_offload.builder.writing.folder import MARKS
 from transformers_moe_offload.cli import options
 from transformers_moe_offload.cli.building import adapters_shown, mixture_shown, outcome, said_once
 from transformers_moe_offload.cli.writing import progress, resumable

@@ -11,9 +11,10 @@ from rich import box
 from rich.console import Console
 from rich.table import Table
 
-from transformers_moe_offload.builder import AdapterMoeInfo, MoeBuildInfo, assembly, build_adapter_moe
+from transformers_moe_offload.builder import AdapterMoeInfo, MoeBuildInfo
 from transformers_moe_offload.builder.adapters.plan import AdapterPlan
 from transformers_moe_offload.builder.plan import BuildPlan
+from transformers_moe_offload.builder.writing.folder import build_place
 from transformers_moe_offload.dtypes import dtype_name
 from transformers_moe_offload.hf.model.plan import readable
 
@@ -40,14 +41,12 @@ def said_once(warnings: Sequence[str]) -> Iterator[None]:
     def is_news(record: logging.LogRecord) -> bool:
         return record.getMessage() not in warnings
 
-    loggers = [logging.getLogger(name) for name in (assembly.__name__, build_adapter_moe.__module__)]
-    for logger in loggers:
-        logger.addFilter(is_news)
+    logger = logging.getLogger(build_place.__module__)
+    logger.addFilter(is_news)
     try:
         yield
     finally:
-        for logger in loggers:
-            logger.removeFilter(is_news)
+        logger.removeFilter(is_news)
 
 
 def mixture_shown(plan: BuildPlan) -> Shown:

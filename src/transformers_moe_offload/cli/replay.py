@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 import re
 from collections.abc import Sequence
 from pathlib import Path
@@ -16,6 +15,7 @@ from rich.table import Table
 from transformers_moe_offload.cli.failures import CommandError
 from transformers_moe_offload.cli.options import load_trace
 from transformers_moe_offload.cli.writing import expect_file, write_json
+from transformers_moe_offload.nearest import did_you_mean
 from transformers_moe_offload.policies import ORACLE, policy_names
 from transformers_moe_offload.routing import RoutingTrace
 from transformers_moe_offload.tracing import Replay, Trace, TraceError
@@ -73,9 +73,9 @@ def play(trace: Trace, policies: Sequence[str] | None, sizes: Sequence[int]) -> 
     known = [*policy_names(), ORACLE]
     for name in policies or ():
         if name not in known:
-            near = difflib.get_close_matches(name, known, n=1)
-            hint = f"; did you mean {near[0]!r}?" if near else ""
-            raise CommandError(f"--policy {quoted(name)} is not a known policy; choose one of {known}{hint}")
+            raise CommandError(
+                f"--policy {quoted(name)} is not a known policy; choose one of {known}{did_you_mean(name, known)}"
+            )
     names = [name for name in dict.fromkeys(policies or policy_names()) if name != ORACLE]
     todo = [(name, num_slots) for name in (*names, ORACLE) for num_slots in sizes]
     console = Console(stderr=True)

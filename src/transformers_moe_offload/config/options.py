@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import difflib
 from collections.abc import Iterable, Mapping
 from dataclasses import fields
 from typing import Any, TypeVar
 
 from transformers_moe_offload.errors import ConfigError
+from transformers_moe_offload.nearest import did_you_mean
 from transformers_moe_offload.untrusted import parse_json, quoted
 
 Config = TypeVar("Config")
@@ -23,9 +23,8 @@ def refuse_unknown(owner: str, options: Iterable[str], known: list[str]) -> None
     """Raise `ConfigError` for the first option that is not known, with the nearest one that is."""
     for key in options:
         if key not in known:
-            near = difflib.get_close_matches(key[:100], known, n=1) if isinstance(key, str) else ()
-            hint = f"did you mean {near[0]!r}?" if near else f"options are {', '.join(known) or 'none at all'}"
-            raise ConfigError(f"{owner} has no option {quoted(key)}; {hint}")
+            hint = did_you_mean(key, known, otherwise=f"; options are {', '.join(known) or 'none at all'}")
+            raise ConfigError(f"{owner} has no option {quoted(key)}{hint}")
 
 
 def parsed(option: str, text: str) -> Any:

@@ -168,7 +168,7 @@ def test_only_files_in_which_something_changes_are_written(built, monkeypatch):
     written = []
     fill = shards_module.fill_shards
     monkeypatch.setattr(
-        "transformers_moe_offload.builder.edit.surgery.fill_shards",
+        "transformers_moe_offload.builder.edit.rewrite_files.fill_shards",
         lambda place, shards, *rest: written.extend(s.name for s in shards) or fill(place, shards, *rest),
     )
     drop_expert(folder, 2)

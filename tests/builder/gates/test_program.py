@@ -15,7 +15,7 @@ from transformers_moe_offload.builder.gates import (
     program_several,
 )
 from transformers_moe_offload.builder.recipe import Dataset, Expert, Gate
-from transformers_moe_offload.builder.recipe.gate import GATE_MODES
+from transformers_moe_offload.builder.recipe.routers import GATE_MODES
 from transformers_moe_offload.errors import CheckpointError, RecipeError
 
 

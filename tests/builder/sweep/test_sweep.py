@@ -7,8 +7,8 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from transformers_moe_offload.builder import build_moe
-from transformers_moe_offload.builder.layout import names_in_memory
 from transformers_moe_offload.builder.recipe import Expert, Gate, MoeRecipe, Origin
+from transformers_moe_offload.builder.sources.model_class import names_in_memory
 from transformers_moe_offload.builder.sweep import sweep_gates
 from transformers_moe_offload.builder.sweep.routers import Routers
 from transformers_moe_offload.builder.sweep.scoring import held_out, score

@@ -16,23 +16,25 @@ from pathlib import Path
 from transformers import AutoConfig
 
 from transformers_moe_offload.builder.adapters.plan import PREFIX
-from transformers_moe_offload.builder.assembly import Advance, write_mixture
-from transformers_moe_offload.builder.folder import MARKS
-from transformers_moe_offload.builder.gates.fitted import Fitted
-from transformers_moe_offload.builder.info import MoeBuildInfo
-from transformers_moe_offload.builder.licences import judged, licence_of
-from transformers_moe_offload.builder.materials import Materials
+from transformers_moe_offload.builder.checks.similarity import compared
+from transformers_moe_offload.builder.gates.fitted import unscaled_gates
+from transformers_moe_offload.builder.licences import verdict_of
 from transformers_moe_offload.builder.plan import BuildPlan, plan_build
 from transformers_moe_offload.builder.recipe import Expert, Gate, MoeRecipe, Origin
-from transformers_moe_offload.builder.recipe.gate import BAKED
+from transformers_moe_offload.builder.recipe.routers import BAKED
 from transformers_moe_offload.builder.sources import AdapterSource, Ancestor, CheckpointSource
 from transformers_moe_offload.builder.sources.checkpoint import as_saved, specs_of
+from transformers_moe_offload.builder.weights.tensor_reader import TensorReader
+from transformers_moe_offload.builder.writing.folder import MARKS, build_place
+from transformers_moe_offload.builder.writing.info import MoeBuildInfo
+from transformers_moe_offload.builder.writing.mixture import write_mixture
 from transformers_moe_offload.errors import CheckpointError, RecipeError
 from transformers_moe_offload.hub.companions import published
 from transformers_moe_offload.hub.fetch import fetch
 from transformers_moe_offload.models.adapter_moe import AdapterMoeConfig
 from transformers_moe_offload.models.adapter_moe.adapter_folders import FOLDER, WEIGHTS_NAME
 from transformers_moe_offload.output.place import expect_place
+from transformers_moe_offload.output.shards import Advance
 from transformers_moe_offload.tensor_files.index import StoredTensor, read_index
 from transformers_moe_offload.tensor_files.reading import read_stored
 
@@ -85,22 +87,16 @@ def bake_adapters(
     plan = plan_build(recipe, [base, *adapters], [base])
     _expect_same(plan, config, folder, routers)
     # The mixture's card has the licence that follows from all the adapters' licences.
-    verdict = judged([licence_of(base.name, base.card)], recipe.checks.licence)
-    plan = replace(plan, licence=verdict, warnings=(*plan.warnings, *verdict.warnings))
+    verdict = verdict_of(base.ancestors, recipe)
+    plan = compared(replace(plan, licence=verdict, warnings=(*plan.warnings, *verdict.warnings)))
     companions = {file.name: published(file) for file in base.companions}
-    fitted = Fitted(replace(recipe.gate, scale=1.0), plan.mixture.names, (), plan.container.scores)
-    for layer, path in plan.ffn.items():
-        fitted.add(layer, read_stored(routers[path + _ROUTER]).float() / config.temperature)
-    gates = fitted.gates()
-    return write_mixture(
-        plan,
-        out,
-        companions,
-        lambda place: (gates, Materials(plan, gates.rows)),
-        resume=resume,
-        overwrite=overwrite,
-        advance=advance,
-    )
+    rows = {
+        layer: read_stored(routers[path + _ROUTER]).float() / config.temperature for layer, path in plan.ffn.items()
+    }
+    gates = unscaled_gates(recipe.gate, plan.mixture.names, rows, plan.container.scores)
+    about = (plan.container.name, plan.ancestors, plan.warnings)
+    with build_place(out, recipe, *about, overwrite=overwrite, resume=resume) as place:
+        return write_mixture(plan, gates, TensorReader(plan, gates.rows), companions, place, out, advance=advance)
 
 
 def _config(folder: Path) -> AdapterMoeConfig:

@@ -2,59 +2,35 @@
 
 from __future__ import annotations
 
-import logging
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterable
 from dataclasses import asdict, dataclass
+from functools import partial
+from math import prod
 from pathlib import Path
 from typing import Any
 
-import torch
-from huggingface_hub import HfApi
 from torch import Tensor
-from transformers import AutoModelForCausalLM
-from transformers.utils import CONFIG_NAME, SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME
+from transformers.utils import CONFIG_NAME
 from transformers.utils.logging import tqdm
 
 from transformers_moe_offload.builder.adapters.card import adapters_card
+from transformers_moe_offload.builder.adapters.check import check_alone
 from transformers_moe_offload.builder.adapters.plan import PREFIX, AdapterPlan, plan_adapters
 from transformers_moe_offload.builder.adapters.routers import router_rows
-from transformers_moe_offload.builder.checks import CheckFailedError
-from transformers_moe_offload.builder.folder import MARKS
 from transformers_moe_offload.builder.gates import GateReport
-from transformers_moe_offload.builder.identity import build_identity
-from transformers_moe_offload.builder.info import INFO_NAME
-from transformers_moe_offload.builder.layout import on_meta
-from transformers_moe_offload.builder.publish import publish
+from transformers_moe_offload.builder.publish import published_after
 from transformers_moe_offload.builder.recipe import MoeRecipe
+from transformers_moe_offload.builder.sources.model_class import on_meta
+from transformers_moe_offload.builder.writing.folder import CARD_NAME, INFO_NAME, build_place
+from transformers_moe_offload.builder.writing.weight_files import content_shards, write_index
 from transformers_moe_offload.dtypes import torch_dtype
+from transformers_moe_offload.expert import FieldSpec
 from transformers_moe_offload.hf.upstream import custom_object_save
 from transformers_moe_offload.hub.companions import published
-from transformers_moe_offload.hub.upload import expect_pushable
-from transformers_moe_offload.models.adapter_moe import AdapterMoeForCausalLM
 from transformers_moe_offload.models.adapter_moe import adapter_folders as folders
-from transformers_moe_offload.output.place import expect_place, place_for
-from transformers_moe_offload.output.shards import (
-    Content,
-    expect_room,
-    fill_shards,
-    grouped,
-    index_of,
-    shard_names,
-    shard_of,
-    write_contents,
-)
+from transformers_moe_offload.output.shards import Advance, Content, expect_room, fill_shards, write_contents
 from transformers_moe_offload.output.text import as_json
 from transformers_moe_offload.tensor_files.writer import write_bytes, write_text
-
-logger = logging.getLogger(__name__)
-Advance = Callable[[int], None]
-
-CHECKED_UP_TO = 256 * 2**20
-"""Bytes of a dense model up to which the mixture's logits are compared with it: both are in memory then."""
-TOLERANCE = 1e-4
-"""Of the largest logit: in float32, rounding gives 1e-6."""
-NUM_CHECKED = 8
-"""Number of adapters whose logits are compared, spread evenly over all."""
 
 
 @dataclass(frozen=True)
@@ -95,66 +71,41 @@ def build_adapter_moe(
     the logits of the dense model with the adapter merged into it.
     """
     folder = Path(folder)
-    expect_place(folder, MARKS, overwrite=overwrite)
-    if push is not None:
-        expect_pushable(HfApi(token=token), push)
-    plan = plan_adapters(recipe, token=token, local_files_only=local_files_only)
-    for warning in plan.licence.warnings:
-        logger.warning(warning)
-    rows, report = router_rows(plan, device=device)
-    shards = _shards(plan, rows, recipe.output.max_shard_bytes)
-    with place_for(
-        folder,
-        build_identity(recipe, plan.config.model_type, plan.ancestors),
-        MARKS,
-        overwrite=overwrite,
-        resume=resume,
-        discards=(CheckFailedError,),
-    ) as place:
-        expect_room(place, shards, "or write elsewhere")
-        with tqdm(total=plan.nbytes, unit="B", unit_scale=True, desc="Writing", disable=advance is not None) as bar:
-            done = advance or bar.update
-            fill_shards(place, shards, write_contents, done, resumes=True)
-            _copy_adapters(plan, place, done)
-        if len(shards) > 1:
-            write_text(place / SAFE_WEIGHTS_INDEX_NAME, as_json(index_of(shards)))
-        for file in plan.base.companions:
-            write_bytes(place / file.name, published(file))
-        # The model classes go along, so that the mixture loads without the package.
-        for own in (plan.config, on_meta(plan.config)):
-            custom_object_save(own, place, config=plan.config)
-        write_text(place / CONFIG_NAME, plan.config.to_json_string())
-        info = AdapterMoeInfo(
-            folder=folder,
-            adapters=tuple(adapter.name for adapter in plan.adapters),
-            parameters=_parameters(plan),
-            sources=tuple({"name": one.name, "revision": one.revision} for one in plan.ancestors),
-            gates=report,
-            forced_expert=_check(plan, place),
-        )
-        write_text(place / INFO_NAME, as_json(info.as_dict()))
-        name = push or recipe.hub.repo_id or folder.resolve().name
-        card = adapters_card(name, plan, info.parameters, plan.licence, recipe.hub.tags)
-        write_text(place / "README.md", card)
-    if push is not None:
-        hub = recipe.hub
-        publish(folder, push, private=hub.private, revision=hub.revision, create_pr=hub.create_pr, token=token)
-    return info
+    with published_after(folder, recipe.hub, push, overwrite=overwrite, token=token):
+        plan = plan_adapters(recipe, token=token, local_files_only=local_files_only)
+        about = (plan.config.model_type, plan.ancestors, plan.licence.warnings)
+        rows, report = router_rows(plan, device=device)
+        contents = [Content((spec,), partial(_tensor, plan, rows, spec)) for spec in plan.tensors]
+        shards = content_shards(contents, recipe.output.max_shard_bytes)
+        with build_place(folder, recipe, *about, overwrite=overwrite, resume=resume) as place:
+            expect_room(place, shards, "or write elsewhere")
+            with tqdm(total=plan.nbytes, unit="B", unit_scale=True, desc="Writing", disable=advance is not None) as bar:
+                fill_shards(place, shards, write_contents, advance or bar.update, resumes=True)
+                _copy_adapters(plan, place, advance or bar.update)
+            write_index(place, shards)
+            for file in plan.base.companions:
+                write_bytes(place / file.name, published(file))
+            # The model classes go along, so that the mixture loads without the package.
+            for own in (plan.config, on_meta(plan.config)):
+                custom_object_save(own, place, config=plan.config)
+            write_text(place / CONFIG_NAME, plan.config.to_json_string())
+            info = AdapterMoeInfo(
+                folder=folder,
+                adapters=tuple(adapter.name for adapter in plan.adapters),
+                parameters=_parameters(plan),
+                sources=tuple({"name": one.name, "revision": one.revision} for one in plan.ancestors),
+                gates=report,
+                forced_expert=check_alone(plan, place),
+            )
+            write_text(place / INFO_NAME, as_json(info.as_dict()))
+            name = push or recipe.hub.repo_id or folder.resolve().name
+            write_text(place / CARD_NAME, adapters_card(name, plan, info.parameters))
+            return info
 
 
-def _shards(plan: AdapterPlan, rows: dict[str, Tensor], max_shard_bytes: int) -> list[Any]:
-    contents = [Content((spec,), _reader(plan, spec.name, spec.dtype, rows)) for spec in plan.tensors]
-    groups = grouped(contents, max_shard_bytes)
-    names = [SAFE_WEIGHTS_NAME] if len(groups) == 1 else shard_names("model", len(groups))
-    return [shard_of(name, group) for name, group in zip(names, groups, strict=True)]
-
-
-def _reader(plan: AdapterPlan, name: str, dtype: str, rows: dict[str, Tensor]) -> Callable[[], dict[str, Tensor]]:
-    def read() -> dict[str, Tensor]:
-        found = rows[name] if name in rows else plan.base.read(name.removeprefix(PREFIX))
-        return {name: found.to(torch_dtype(dtype))}
-
-    return read
+def _tensor(plan: AdapterPlan, rows: dict[str, Tensor], spec: FieldSpec) -> dict[str, Tensor]:
+    found = rows[spec.name] if spec.name in rows else plan.base.read(spec.name.removeprefix(PREFIX))
+    return {spec.name: found.to(torch_dtype(spec.dtype))}
 
 
 def _copy_adapters(plan: AdapterPlan, place: Path, done: Advance) -> None:
@@ -167,8 +118,8 @@ def _copy_adapters(plan: AdapterPlan, place: Path, done: Advance) -> None:
 
 
 def _parameters(plan: AdapterPlan) -> dict[str, int]:
-    def count(specs: Any) -> int:
-        return sum(torch.Size(spec.shape).numel() for spec in specs)
+    def count(specs: Iterable[FieldSpec]) -> int:
+        return sum(prod(spec.shape) for spec in specs)
 
     in_adapters = 0
     for adapter in plan.adapters:
@@ -177,58 +128,3 @@ def _parameters(plan: AdapterPlan) -> dict[str, int]:
             assert found is not None
             in_adapters += sum(matrix.numel() for matrix in found)
     return {"dense": count(plan.dense.values()), "routers": count(plan.routers.values()), "adapters": in_adapters}
-
-
-@torch.no_grad()
-def _check(plan: AdapterPlan, place: Path) -> float | None:
-    """Load what was written, and compare some adapters alone with the dense models they make.
-
-    Raises `CheckFailedError`; returns the largest difference, or None where the dense model is too large.
-    """
-    if sum(spec.nbytes for spec in plan.dense.values()) > CHECKED_UP_TO:
-        return None
-    model, found = AutoModelForCausalLM.from_pretrained(
-        place, output_loading_info=True, local_files_only=True, dtype=torch.float32
-    )
-    trouble = {name: value for name, value in found.items() if value}
-    if trouble:
-        raise CheckFailedError(f"reload: Transformers loads the mixture with {trouble}")
-    assert isinstance(model, AdapterMoeForCausalLM)
-    tokens = torch.arange(min(12, plan.base.config.vocab_size))[None]
-    worst = 0.0
-    for number in _spread(len(plan.adapters)):
-        with model.taking_only(number):
-            logits = model(input_ids=tokens, use_cache=False).logits
-        expected = _merged_logits(plan, number, tokens)
-        difference, allowed = (logits - expected).abs().max().item(), TOLERANCE * expected.abs().max().item()
-        if not difference <= allowed:  # also raises for NaN
-            raise CheckFailedError(
-                f"forced expert: {plan.adapters[number].name} alone does not reproduce "
-                f"{plan.base.name} with it merged: logits differ by {difference:.2g}, and rounding explains at most "
-                f"{allowed:.2g}"
-            )
-        worst = max(worst, difference)
-    return worst
-
-
-def _spread(count: int) -> Sequence[int]:
-    """Up to `NUM_CHECKED` numbers below a count, spread evenly, the first and the last among them."""
-    return sorted({round(step * (count - 1) / max(1, NUM_CHECKED - 1)) for step in range(NUM_CHECKED)})
-
-
-def _merged_logits(plan: AdapterPlan, number: int, tokens: Tensor) -> Tensor:
-    """Logits of the dense model with one adapter merged into it."""
-    dense = AutoModelForCausalLM.from_config(plan.base.config, dtype=torch.float32).eval()
-    dense.load_state_dict({name: one for name, one in _merged(plan, number)}, strict=False)
-    dense.tie_weights()
-    logits: Tensor = dense(input_ids=tokens, use_cache=False).logits
-    return logits
-
-
-def _merged(plan: AdapterPlan, number: int) -> Iterator[tuple[str, Tensor]]:
-    dense = plan.adapters[number].dense
-    stored = {name: torch_dtype(spec.dtype) for name, spec in plan.dense.items()}
-    for name in plan.base.tensors:
-        # The mixture rounds the base's weights, not the sum with the adapter's; the merged model must round the same.
-        delta = dense.read(name).float() - plan.base.read(name).float()
-        yield name, plan.base.read(name).to(stored[name]).float() + delta

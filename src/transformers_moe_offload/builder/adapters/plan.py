@@ -10,20 +10,18 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from huggingface_hub import snapshot_download
-from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
 from torch import nn
 
-from transformers_moe_offload.builder.gates.texts import expect_files
-from transformers_moe_offload.builder.layout import layout_of, on_meta
-from transformers_moe_offload.builder.licences import Verdict, judged, licence_of
+from transformers_moe_offload.builder.licences import Verdict, verdict_of
 from transformers_moe_offload.builder.recipe import Expert, MoeRecipe
 from transformers_moe_offload.builder.sources import Ancestor, Source, open_source
+from transformers_moe_offload.builder.sources.model_class import on_meta, saved_tensors
+from transformers_moe_offload.builder.texts.expert_texts import expect_files
 from transformers_moe_offload.dtypes import torch_dtype
 from transformers_moe_offload.errors import CheckpointError, RecipeError
 from transformers_moe_offload.expert import FieldSpec
 from transformers_moe_offload.models.adapter_moe import AdapterMoeConfig
-from transformers_moe_offload.models.adapter_moe.adapter_folders import CONFIG_NAME, WEIGHTS_NAME, AdapterFolder
+from transformers_moe_offload.models.adapter_moe.adapter_folders import AdapterFolder
 from transformers_moe_offload.untrusted import one_line, quoted
 
 PREFIX = "language_model."
@@ -93,15 +91,13 @@ def plan_adapters(recipe: MoeRecipe, *, token: str | None = None, local_files_on
     config = _config(recipe, base, adapters)
     dtype = torch_dtype(recipe.dtype or _stored_dtype(base))
     try:
-        layout = layout_of(config, dtype)
+        layout = saved_tensors(config, dtype)
     except ValueError as error:
         raise RecipeError(str(error)) from error
     config.dtype = config.get_text_config().dtype = dtype
     tensors = tuple(one for name, one in layout.items() if ".experts." not in name)
     ancestors = (*base.ancestors, *(adapter.ancestor for adapter in adapters))
-    licences = [licence_of(one.name, one.card) for one in ancestors]
-    verdict = judged(licences, recipe.checks.licence, recipe.hub.license)
-    plan = AdapterPlan(recipe, base, adapters, config, tensors, verdict)
+    plan = AdapterPlan(recipe, base, adapters, config, tensors, verdict_of(ancestors, recipe))
     _expect_all_used(plan)
     return plan
 
@@ -137,20 +133,11 @@ def _expect_plain(number: int, expert: Expert) -> None:
 
 def _opened(name: str, expert: Expert, base: Source, options: dict[str, Any]) -> Adapter:
     assert expert.source is not None
-    assert expert.source.adapter is not None
     dense = open_source(expert.source, base=base, **options)
-    given = expert.source.adapter
-    folder = Path(given)
-    if not folder.is_dir():
-        repo, _, revision = given.partition("@")
-        patterns = [CONFIG_NAME, WEIGHTS_NAME]
-        try:
-            folder = Path(snapshot_download(repo, revision=revision or None, allow_patterns=patterns, **options))
-        except (HfHubHTTPError, LocalEntryNotFoundError, OSError, ValueError) as error:
-            raise CheckpointError(f"cannot read the adapter {given}: {' '.join(str(error).split())}") from error
+    ancestor = dense.ancestors[-1]
     try:
-        opened = AdapterFolder.open(folder)
-        return Adapter(name, opened, dense.ancestors[-1], dense, opened.paths(), _own_weights(opened, base))
+        opened = AdapterFolder.open(ancestor.files[0].parent)
+        return Adapter(name, opened, ancestor, dense, opened.paths(), _own_weights(opened, base))
     except ValueError as error:
         raise RecipeError(one_line(error, 600)) from error
 

@@ -1,23 +1,24 @@
 """The inputs and the rows of every router of a mixture of adapters."""
 
-# E adapters, I inputs of a router
+# E adapters, I inputs of a router, R rank, O outputs of a linear layer
 
 from __future__ import annotations
 
 import re
 from collections import defaultdict
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
+import torch
 from torch import Tensor
 
-from transformers_moe_offload.builder.adapters.arrow import arrow_rows
-from transformers_moe_offload.builder.adapters.plan import PREFIX, AdapterPlan
+from transformers_moe_offload.builder.adapters.plan import PREFIX, Adapter, AdapterPlan
 from transformers_moe_offload.builder.gates import GateReport, program_gates
-from transformers_moe_offload.builder.gates.drawn import DRAWN, drawn_rows
-from transformers_moe_offload.builder.layout import on_meta
+from transformers_moe_offload.builder.gates.rows import drawn_rows
 from transformers_moe_offload.builder.recipe import Gate
-from transformers_moe_offload.builder.tokenizer import tokenizer_for
+from transformers_moe_offload.builder.recipe.routers import DRAWN
+from transformers_moe_offload.builder.sources.model_class import on_meta
+from transformers_moe_offload.builder.texts.tokenizer import tokenizer_for
 from transformers_moe_offload.errors import RecipeError
 from transformers_moe_offload.models.adapter_moe.routed_layers import LoraExperts
 
@@ -130,3 +131,26 @@ def _matched(path: str) -> re.Match[str]:
 def _is_last(path: str, below: dict[str, int]) -> bool:
     """Whether a linear layer is the output projection of a block of several."""
     return len(below) > 1 and path.endswith(("down_proj", "fc2", "c_proj", "w2"))
+
+
+def arrow_rows(adapters: Sequence[Adapter], paths: Sequence[str], num_inputs: int) -> Tensor:
+    """Rows from the adapters' weights alone (Arrow, arXiv 2405.11157, section 3.2).
+
+    For each adapter the direction of inputs that it changes most, of length 1: (E, I) float32. `paths` are linear
+    layers with the same input, taken as one. An adapter that adds to none of them has zeros: it is chosen last.
+    """
+    return torch.stack([_direction(adapter, paths, num_inputs) for adapter in adapters])
+
+
+def _direction(adapter: Adapter, paths: Sequence[str], num_inputs: int) -> Tensor:
+    reduced = []
+    for path in paths:
+        found = adapter.folder.read(path)
+        if found is not None:
+            lora_a, lora_b = (matrix.double() for matrix in found)
+            # B A = Q (R A) with orthonormal Q: the same right singular vectors, from a matrix of R rows.
+            triangle = torch.linalg.qr(lora_b).R
+            reduced.append(adapter.folder.scaling(path) * triangle @ lora_a)
+    if not reduced:
+        return torch.zeros(num_inputs)
+    return torch.linalg.svd(torch.cat(reduced), full_matrices=False).Vh[0].float()

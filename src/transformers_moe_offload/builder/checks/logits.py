@@ -18,14 +18,14 @@ from dataclasses import replace
 import torch
 from torch import Tensor, nn
 
-from transformers_moe_offload.builder.blocks import Block, Part
 from transformers_moe_offload.builder.checks import CheckFailedError
 from transformers_moe_offload.builder.checks.products import WidenedProducts
-from transformers_moe_offload.builder.checks.twin import Forward, Twin, put
-from transformers_moe_offload.builder.layout import experts_paths, names_in_memory
-from transformers_moe_offload.builder.materials import Materials
+from transformers_moe_offload.builder.layerwise.streamed_model import Forward, StreamedModel
 from transformers_moe_offload.builder.sources.checkpoint import read_rows
+from transformers_moe_offload.builder.sources.model_class import experts_paths, names_in_memory, put
 from transformers_moe_offload.builder.targets import ROLES
+from transformers_moe_offload.builder.weights.blocks import Block, Part
+from transformers_moe_offload.builder.weights.tensor_reader import TensorReader
 from transformers_moe_offload.dtypes import dtype_name, torch_dtype
 from transformers_moe_offload.tensor_files.index import StoredTensor
 from transformers_moe_offload.tensor_files.mapped_tensors import MappedTensors
@@ -39,26 +39,26 @@ TOLERANCE = 1e-4
 """Of the largest logit. Rounding gives 1e-6 with small models and 1e-5 with deep ones; errors give 1e-2."""
 
 
-def check_logits(materials: Materials, stored: Mapping[str, StoredTensor]) -> tuple[float, float]:
+def check_logits(reader: TensorReader, stored: Mapping[str, StoredTensor]) -> tuple[float, float]:
     """Compare, or raise `CheckFailedError`. Returns the largest differences: identity's, and of all forced experts."""
-    plan = materials.plan
+    plan = reader.plan
     vocabulary = _spread(plan.config.vocab_size)
     num_texts = plan.shape.num_experts + 1
     # The same text for all, so that only the block makes a difference.
     tokens = torch.randint(len(vocabulary), (NUM_TOKENS,), generator=torch.Generator().manual_seed(0))
     tokens = tokens.expand(num_texts, NUM_TOKENS)
-    found = _mixture(materials, stored, vocabulary).logits(tokens)
-    expected = _dense(materials, vocabulary).logits(tokens)
+    found = _mixture(reader, stored, vocabulary).logits(tokens)
+    expected = _dense(reader, vocabulary).logits(tokens)
     differences = (found - expected).abs().amax(dim=(1, 2))
     allowed = TOLERANCE * max(1.0, float(expected.abs().max()))
     for number, difference in reversed(list(enumerate(differences.tolist()))):  # identity first: it is about the class
         if not difference <= allowed:  # also raises for NaN
-            raise CheckFailedError(_message(materials, number, difference, allowed))
+            raise CheckFailedError(_message(reader, number, difference, allowed))
     return float(differences[-1]), float(differences[:-1].max())
 
 
-def _message(materials: Materials, number: int, difference: float, allowed: float) -> str:
-    plan = materials.plan
+def _message(reader: TensorReader, number: int, difference: float, allowed: float) -> str:
+    plan = reader.plan
     off = f"logits differ by {difference:.2g}, and rounding explains at most {allowed:.2g}"
     if number == plan.shape.num_experts:
         return (
@@ -73,9 +73,9 @@ def _spread(size: int) -> Tensor:
     return torch.linspace(0, size - 1, min(size, MAX_VOCABULARY)).round().long().unique()
 
 
-def _mixture(materials: Materials, stored: Mapping[str, StoredTensor], vocabulary: Tensor) -> Twin:
+def _mixture(reader: TensorReader, stored: Mapping[str, StoredTensor], vocabulary: Tensor) -> StreamedModel:
     """The mixture, from its files."""
-    plan = materials.plan
+    plan = reader.plan
     on_disk = {name: disk for disk, name in names_in_memory(plan.config).items()}
 
     def read(name: str) -> Tensor:
@@ -85,13 +85,13 @@ def _mixture(materials: Materials, stored: Mapping[str, StoredTensor], vocabular
         return read_stored(one)
 
     paths = experts_paths(plan.config)
-    experts = {paths[layer]: _experts(materials, stored, layer) for layer in plan.shape.layers}
-    return Twin(plan.config, len(vocabulary), read, experts)
+    experts = {paths[layer]: _experts(reader, stored, layer) for layer in plan.shape.layers}
+    return StreamedModel(plan.config, len(vocabulary), read, experts)
 
 
-def _experts(materials: Materials, stored: Mapping[str, StoredTensor], layer: int) -> Callable[[nn.Module], Forward]:
+def _experts(reader: TensorReader, stored: Mapping[str, StoredTensor], layer: int) -> Callable[[nn.Module], Forward]:
     """Text n goes to expert n alone; the last one, with its own routing, to copies of the base model's block."""
-    plan = materials.plan
+    plan = reader.plan
     num_experts, base = plan.shape.num_experts, Block((Part(),))
 
     def forward_of(module: nn.Module) -> Forward:
@@ -100,20 +100,20 @@ def _experts(materials: Materials, stored: Mapping[str, StoredTensor], layer: in
         def forward(hidden: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
             """(B * T, H), (B * T, K) int64, (B * T, K) -> (B * T, H)."""
             texts = zip(*(one.chunk(num_experts + 1) for one in (hidden, top_k_index, top_k_weights)), strict=True)
-            answers, sight = [], MappedTensors()
+            answers, mapped = [], MappedTensors()
             for number, (states, index, weights) in enumerate(texts):
                 if number < num_experts:
                     index = torch.full_like(index[:, :1], number)
                     weights = torch.ones_like(weights[:, :1])
-                    matrices = _stored_expert(materials, stored, layer, number, sight)
+                    matrices = _stored_expert(reader, stored, layer, number, mapped)
                 else:
-                    matrices = {role: _rounded(materials, base, layer, role, sight) for role in ROLES}
+                    matrices = {role: _rounded(reader, base, layer, role, mapped) for role in ROLES}
                 gate_up = _joined(matrices["gate"], matrices["up"])
                 put(module, "gate_up_proj", gate_up.expand(num_experts, *gate_up.shape))
                 put(module, "down_proj", matrices["down"].expand(num_experts, *matrices["down"].shape))
                 with WidenedProducts():
                     answers.append(own(states, index, weights))
-                sight.let_go()
+                mapped.let_go()
             module.to("meta")
             return torch.cat(answers)
 
@@ -122,38 +122,38 @@ def _experts(materials: Materials, stored: Mapping[str, StoredTensor], layer: in
     return forward_of
 
 
-def _dense(materials: Materials, vocabulary: Tensor) -> Twin:
+def _dense(reader: TensorReader, vocabulary: Tensor) -> StreamedModel:
     """The base model, with other blocks for each text."""
-    plan = materials.plan
+    plan = reader.plan
     dtypes = {tensor.spec.name: torch_dtype(tensor.spec.dtype) for tensor in plan.tensors}
 
     def read(name: str) -> Tensor:
         spec = plan.stems[0].tensors[name]
         if spec.shape and spec.shape[0] == plan.config.vocab_size and ".layers." not in name:
-            rows = torch.cat([materials.stem_rows(name, row, row + 1) for row in vocabulary.tolist()])
+            rows = torch.cat([reader.stem_rows(name, row, row + 1) for row in vocabulary.tolist()])
             return rows.to(dtypes[name])
-        return materials.stem(name).to(dtypes.get(name, plan.dtype))
+        return reader.stem(name).to(dtypes.get(name, plan.dtype))
 
-    blocks = {plan.container.ffn(layer): _blocks(materials, layer) for layer in plan.shape.layers}
-    return Twin(plan.base.config, len(vocabulary), read, blocks)
+    blocks = {plan.container.ffn(layer): _blocks(reader, layer) for layer in plan.shape.layers}
+    return StreamedModel(plan.base.config, len(vocabulary), read, blocks)
 
 
-def _blocks(materials: Materials, layer: int) -> Callable[[nn.Module], Forward]:
-    plan, mixture = materials.plan, materials.plan.mixture
+def _blocks(reader: TensorReader, layer: int) -> Callable[[nn.Module], Forward]:
+    plan, mixture = reader.plan, reader.plan.mixture
     names = {
         role: name.removeprefix(f"{plan.container.ffn(layer)}.")
         for role, name in plan.container.dense_matrices(layer).items()
     }
 
     def forward_of(module: nn.Module) -> Forward:
-        own, sight = module.forward, MappedTensors()
+        own, mapped = module.forward, MappedTensors()
 
         def block(states: Tensor, block: Block) -> Tensor:
             for role, name in names.items():
-                put(module, name, _rounded(materials, block, layer, role, sight))
+                put(module, name, _rounded(reader, block, layer, role, mapped))
             with WidenedProducts():
                 answer: Tensor = own(states)
-            sight.let_go()
+            mapped.let_go()
             return answer
 
         def forward(hidden: Tensor) -> Tensor:
@@ -164,7 +164,7 @@ def _blocks(materials: Materials, layer: int) -> Callable[[nn.Module], Forward]:
                 sums = mixture.base_sum if is_base else mixture.sums[number]
                 answer = torch.stack([block(states, one) for one in sums]).sum(0)
                 if mixture.is_shared_gated and mixture.shared is not None:
-                    gate = materials.shared_rows[layer].to(plan.dtype).float()
+                    gate = reader.shared_rows[layer].to(plan.dtype).float()
                     answer = answer + torch.sigmoid(states @ gate.T) * block(states, mixture.shared)
                 answers.append(answer)
             module.to("meta")
@@ -176,28 +176,28 @@ def _blocks(materials: Materials, layer: int) -> Callable[[nn.Module], Forward]:
 
 
 def _stored_expert(
-    materials: Materials, stored: Mapping[str, StoredTensor], layer: int, expert: int, sight: MappedTensors
+    reader: TensorReader, stored: Mapping[str, StoredTensor], layer: int, expert: int, mapped: MappedTensors
 ) -> dict[str, Tensor]:
     """The matrices of an expert, by role, from the files: (I, H), (I, H) and (H, I)."""
-    shape, hidden_size = materials.plan.shape, materials.plan.config.hidden_size
+    shape, hidden_size = reader.plan.shape, reader.plan.config.hidden_size
     found = {}
-    for name, matrices in materials.plan.container.experts(layer, shape.num_experts).items():
+    for name, matrices in reader.plan.container.experts(layer, shape.num_experts).items():
         for number, matrix in enumerate(matrices):
             if matrix.expert == expert:
                 rows = (hidden_size, shape.width) if matrix.role == "down" else (shape.width, hidden_size)
                 one = stored[name]
                 # All matrices of a tensor are of one size.
                 start = one.offset + number * one.nbytes // len(matrices)
-                found[matrix.role] = sight.tensor(replace(one, offset=start, shape=rows))
+                found[matrix.role] = mapped.tensor(replace(one, offset=start, shape=rows))
     return found
 
 
-def _rounded(materials: Materials, block: Block, layer: int, role: str, sight: MappedTensors) -> Tensor:
+def _rounded(reader: TensorReader, block: Block, layer: int, role: str, mapped: MappedTensors) -> Tensor:
     """A matrix as the mixture has it, without channels of zeros."""
-    stored = materials.blocks.stored(block, layer, role)
-    if stored is not None and stored.dtype == dtype_name(materials.plan.dtype):
-        return sight.tensor(stored)
-    return materials.blocks.matrix(block, layer, role).to(materials.plan.dtype)
+    stored = reader.blocks.stored(block, layer, role)
+    if stored is not None and stored.dtype == dtype_name(reader.plan.dtype):
+        return mapped.tensor(stored)
+    return reader.blocks.matrix(block, layer, role).to(reader.plan.dtype)
 
 
 def _joined(first: Tensor, second: Tensor) -> Tensor:

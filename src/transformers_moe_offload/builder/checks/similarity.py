@@ -7,7 +7,7 @@ blocks of the other.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from dataclasses import replace
 
 from transformers_moe_offload.builder.plan import BuildPlan
 from transformers_moe_offload.builder.sources import Source
@@ -20,32 +20,30 @@ _ROWS = 256
 _SMALLEST = 1e-30  # so that matrices of zeros count as unrelated, without a division by zero
 
 
-def similarities(plan: BuildPlan) -> dict[str, float]:
-    """The least cosine of each source's matrices with the base model's, over the first, middle and last layer.
+def compared(plan: BuildPlan) -> BuildPlan:
+    """The plan with its `similarity`, and warnings about unrelated sources, as `checks.similarity` says.
 
-    Sources whose blocks are of another width cannot be compared and are left out.
+    The least cosine of each source's matrices with the base model's, over the first, middle and last layer; sources
+    whose blocks are of another width cannot be compared and are left out.
     """
-    layers = plan.shape.layers
+    layers, level = plan.shape.layers, plan.recipe.checks.similarity
     chosen = sorted({layers[0], layers[len(layers) // 2], layers[-1]})
     names = [plan.container.dense_matrices(layer)["up"] for layer in chosen]
-    found = {}
-    for source in plan.sources[1:]:
-        if all(source.tensors[name].shape == plan.base.tensors[name].shape for name in names):
-            found[source.name] = min(_cosine(plan.base, source, name) for name in names)
-    return found
-
-
-def strangers(found: Mapping[str, float], level: str, base: str) -> Sequence[str]:
-    """Warnings about unrelated sources; with `level="error"` the first is raised as `RecipeError`."""
+    found = {
+        source.name: min(_cosine(plan.base, source, name) for name in names)
+        for source in plan.sources[1:]
+        if all(source.tensors[name].shape == plan.base.tensors[name].shape for name in names)
+    }
     messages = [
-        f"{name} has nothing in common with the base model {base} (cosine of their matrices {cosine:.2f}, fine-tunes "
-        f"have more than 0.9); its blocks were not trained with the attention around them"
+        f"{name} has nothing in common with the base model {plan.base.name} (cosine of their matrices {cosine:.2f}, "
+        f"fine-tunes have more than 0.9); its blocks were not trained with the attention around them"
         for name, cosine in found.items()
         if cosine < RELATED
     ]
     if messages and level == "error":
         raise RecipeError(f"{messages[0]}; take experts from fine-tunes of one model, or set checks.similarity to warn")
-    return [] if level == "off" else messages
+    warnings = plan.warnings if level == "off" else (*plan.warnings, *messages)
+    return replace(plan, similarity=found, warnings=warnings)
 
 
 def _cosine(base: Source, source: Source, name: str) -> float:

@@ -12,31 +12,22 @@ from typing import Any
 import torch
 from torch import Tensor
 from transformers import CONFIG_MAPPING, MODEL_FOR_CAUSAL_LM_MAPPING, PreTrainedConfig
-from transformers.utils import CONFIG_NAME, SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME
+from transformers.utils import CONFIG_NAME
 
-from transformers_moe_offload.builder.edit.anatomy import Anatomy
-from transformers_moe_offload.builder.edit.matrices import width_of
-from transformers_moe_offload.builder.edit.rows import expect_number
-from transformers_moe_offload.builder.edit.surgery import stored
-from transformers_moe_offload.builder.folder import MARKS
-from transformers_moe_offload.builder.layout import layout_of
+from transformers_moe_offload.builder.edit.donors import width_of
+from transformers_moe_offload.builder.edit.expert_tensors import SparseCheckpoint
+from transformers_moe_offload.builder.edit.new_values import expect_number
+from transformers_moe_offload.builder.sources.model_class import saved_tensors
 from transformers_moe_offload.builder.targets import Container, Matrix
+from transformers_moe_offload.builder.writing.folder import MARKS
+from transformers_moe_offload.builder.writing.weight_files import content_shards, write_index
 from transformers_moe_offload.dtypes import torch_dtype
 from transformers_moe_offload.errors import RecipeError, UnsupportedModelError
 from transformers_moe_offload.expert import FieldSpec
 from transformers_moe_offload.hub.companions import companions_in, published
 from transformers_moe_offload.output.place import place_for
-from transformers_moe_offload.output.shards import (
-    Content,
-    expect_room,
-    fill_shards,
-    grouped,
-    index_of,
-    shard_names,
-    shard_of,
-    write_contents,
-)
-from transformers_moe_offload.output.text import as_json
+from transformers_moe_offload.output.shards import Content, expect_room, fill_shards, write_contents
+from transformers_moe_offload.tensor_files.reading import read_stored
 from transformers_moe_offload.tensor_files.writer import write_bytes, write_text
 
 
@@ -53,110 +44,109 @@ def merge_to_dense(
         experts: the `average` of all, or the number of the one to take.
         family: model type of the dense model, where the mixture can be made of several.
     """
-    anatomy = Anatomy.of(Path(folder))
-    container = anatomy.container
+    checkpoint = SparseCheckpoint.of(Path(folder))
+    container = checkpoint.container
     if container is None:
         raise UnsupportedModelError(
-            f"a {anatomy.config.get('model_type')} has no dense model that it was made of; only mixtures as `build` "
+            f"a {checkpoint.config.get('model_type')} has no dense model that it was made of; only mixtures as `build` "
             f"makes them can be merged"
         )
     if isinstance(experts, int):
-        expect_number(experts, anatomy, "experts")
+        expect_number(experts, checkpoint, "experts")
         chosen: Sequence[int] = [experts]
     elif experts == "average":
-        chosen = range(anatomy.num_experts)
+        chosen = range(checkpoint.num_experts)
     else:
         raise RecipeError(f"experts={experts!r} is neither 'average' nor the number of an expert")
-    config, layout = _dense(anatomy, container, family)
-    contents = [Content((spec,), partial(_tensor, anatomy, container, spec, chosen)) for spec in layout.values()]
-    groups = grouped(contents)
-    names = [SAFE_WEIGHTS_NAME] if len(groups) == 1 else shard_names("model", len(groups))
-    shards = [shard_of(name, group) for name, group in zip(names, groups, strict=True)]
-    recipe = {"merged": anatomy.folder.resolve().name, "experts": experts}
+    config, layout = _dense(checkpoint, container, family)
+    contents = [Content((spec,), partial(_tensor, checkpoint, container, spec, chosen)) for spec in layout.values()]
+    shards = content_shards(contents)
+    recipe = {"merged": checkpoint.folder.resolve().name, "experts": experts}
     with place_for(Path(out), recipe, MARKS) as place:
         expect_room(place, shards, "or write elsewhere")
         fill_shards(place, shards, write_contents, lambda nbytes: None, resumes=True)
-        if len(shards) > 1:
-            write_text(place / SAFE_WEIGHTS_INDEX_NAME, as_json(index_of(shards)))
-        for file in companions_in(anatomy.folder):
+        write_index(place, shards)
+        for file in companions_in(checkpoint.folder):
             write_bytes(place / file.name, published(file))
         write_text(place / CONFIG_NAME, config.to_json_string())
     return Path(out)
 
 
 def _dense(
-    anatomy: Anatomy, container: Container, family: str | None
+    checkpoint: SparseCheckpoint, container: Container, family: str | None
 ) -> tuple[PreTrainedConfig, Mapping[str, FieldSpec]]:
     """The config of the dense model, and its tensors; the first family whose stem the mixture has."""
     if family is not None and family not in container.dense:
         raise RecipeError(f"family={family!r}, but a {container.name} is made of {' or '.join(container.dense)}")
-    if _shared_width(anatomy, container):
+    if _shared_width(checkpoint, container):
         raise UnsupportedModelError(
-            f"{anatomy.folder} has a block that every token visits, which a dense model has no place for"
+            f"{checkpoint.folder} has a block that every token visits, which a dense model has no place for"
         )
-    ours = CONFIG_MAPPING[container.name](**{k: v for k, v in anatomy.config.items() if k != "model_type"})
+    ours = CONFIG_MAPPING[container.name](**{k: v for k, v in checkpoint.config.items() if k != "model_type"})
     reasons = []
     for name in [family] if family is not None else container.dense:
         cls = CONFIG_MAPPING[name]
         known = {*cls().to_dict(), "head_dim"} - {"model_type", "architectures", "transformers_version", "dtype"}
         carried = {key: value for key, value in ours.to_dict().items() if key in known and value is not None}
-        config = cls(**{**carried, "intermediate_size": _width(anatomy, container)})
+        config = cls(**{**carried, "intermediate_size": _width(checkpoint, container)})
         config.architectures = [MODEL_FOR_CAUSAL_LM_MAPPING[type(config)].__name__]
-        dtype = torch_dtype(anatomy.tensors[anatomy.blocks[0].router].dtype)
+        dtype = torch_dtype(checkpoint.tensors[checkpoint.blocks[0].router].dtype)
         config.dtype = dtype
-        layout = layout_of(config, dtype)
-        lacking = _lacking(anatomy, container, layout)
+        layout = saved_tensors(config, dtype)
+        lacking = _lacking(checkpoint, container, layout)
         if not lacking:
             return config, layout
         reasons.append(f"{name} has {', '.join(lacking[:3])}")
-    raise UnsupportedModelError(f"{anatomy.folder} cannot become a dense model: {'; '.join(reasons)}")
+    raise UnsupportedModelError(f"{checkpoint.folder} cannot become a dense model: {'; '.join(reasons)}")
 
 
-def _lacking(anatomy: Anatomy, container: Container, layout: Mapping[str, FieldSpec]) -> list[str]:
+def _lacking(checkpoint: SparseCheckpoint, container: Container, layout: Mapping[str, FieldSpec]) -> list[str]:
     """Tensors that only one of the two has, the mixture or the dense model."""
-    sparse = {block.layer for block in anatomy.blocks}
+    sparse = {block.layer for block in checkpoint.blocks}
     made = {name for layer in sparse for name in container.dense_matrices(layer).values()}
-    used = {name for block in anatomy.blocks for name in (*block.experts, *block.stacked)}
-    kept = {name for name in anatomy.tensors if name not in used}
+    used = {name for block in checkpoint.blocks for name in (*block.experts, *block.stacked)}
+    kept = {name for name in checkpoint.tensors if name not in used}
     zeros = {name for layer in sparse for name in (*container.zeros(layer), *container.shared(layer))}
     gates = {container.shared_gate(layer) for layer in sparse}
     return sorted((layout.keys() - made - kept) | (kept - layout.keys() - zeros - gates))
 
 
-def _width(anatomy: Anatomy, container: Container) -> int:
+def _width(checkpoint: SparseCheckpoint, container: Container) -> int:
     """Channels of the widest block."""
-    sparse = {block.layer for block in anatomy.blocks}
+    sparse = {block.layer for block in checkpoint.blocks}
     dense = [
-        anatomy.tensors[container.dense_matrices(layer)["gate"]].shape[0]
-        for layer in range(int(anatomy.config["num_hidden_layers"]))
+        checkpoint.tensors[container.dense_matrices(layer)["gate"]].shape[0]
+        for layer in range(int(checkpoint.config["num_hidden_layers"]))
         if layer not in sparse
     ]
-    return max(*(width_of(anatomy, block, container) for block in anatomy.blocks), *dense, 0)
+    return max(*(width_of(checkpoint, block, container) for block in checkpoint.blocks), *dense, 0)
 
 
-def _shared_width(anatomy: Anatomy, container: Container) -> int:
-    names = [name for name in container.shared(anatomy.blocks[0].layer) if name in anatomy.tensors]
-    return max((min(anatomy.tensors[name].shape) for name in names), default=0)
+def _shared_width(checkpoint: SparseCheckpoint, container: Container) -> int:
+    names = [name for name in container.shared(checkpoint.blocks[0].layer) if name in checkpoint.tensors]
+    return max((min(checkpoint.tensors[name].shape) for name in names), default=0)
 
 
-def _tensor(anatomy: Anatomy, container: Container, spec: FieldSpec, chosen: Sequence[int]) -> dict[str, Tensor]:
+def _tensor(
+    checkpoint: SparseCheckpoint, container: Container, spec: FieldSpec, chosen: Sequence[int]
+) -> dict[str, Tensor]:
     """A tensor of the dense model, in its dtype."""
-    for block in anatomy.blocks:
+    for block in checkpoint.blocks:
         for role, name in container.dense_matrices(block.layer).items():
             if name == spec.name:
                 total = torch.zeros(0)
                 for expert in chosen:
-                    matrix = _matrix(anatomy, container, block.layer, Matrix(expert, role)).float()
+                    matrix = _matrix(checkpoint, container, block.layer, Matrix(expert, role)).float()
                     total = total + matrix if len(total) else matrix
                 return {spec.name: _padded(total / len(chosen), spec)}
-    return {spec.name: _padded(stored(anatomy.tensors[spec.name]), spec)}
+    return {spec.name: _padded(read_stored(checkpoint.tensors[spec.name]), spec)}
 
 
-def _matrix(anatomy: Anatomy, container: Container, layer: int, wanted: Matrix) -> Tensor:
+def _matrix(checkpoint: SparseCheckpoint, container: Container, layer: int, wanted: Matrix) -> Tensor:
     """One matrix of an expert, wherever it is stored."""
-    for name, matrices in container.experts(layer, anatomy.num_experts).items():
+    for name, matrices in container.experts(layer, checkpoint.num_experts).items():
         if wanted in matrices:
-            tensor = stored(anatomy.tensors[name])
+            tensor = read_stored(checkpoint.tensors[name])
             if len(matrices) == 1:
                 return tensor
             roles = [matrix.role for matrix in matrices if matrix.expert == wanted.expert]

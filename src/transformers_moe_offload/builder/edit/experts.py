@@ -1,4 +1,4 @@
-"""`add_expert`, `drop_expert`, `replace_expert`: decide how every tensor changes; `surgery.py` writes the result.
+"""`add_expert`, `drop_expert`, `replace_expert`: decide how every tensor changes; `rewrite_files.py` writes the result.
 
 Experts keep their order; a new one comes last, and those behind one that is dropped move up.
 """
@@ -8,21 +8,32 @@ Experts keep their order; a new one comes last, and those behind one that is dro
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from contextlib import ExitStack, suppress
 from functools import partial
 from pathlib import Path
 from tempfile import TemporaryDirectory
+from typing import Any
 
 from torch import Tensor
 
-from transformers_moe_offload.builder.edit.anatomy import Anatomy, SparseBlock
-from transformers_moe_offload.builder.edit.matrices import Copied, Donor, FromDense
-from transformers_moe_offload.builder.edit.rows import Row, expect_number, expect_row, ridge_rows, row_of
-from transformers_moe_offload.builder.edit.stacks import alike, cast, exchanged, grown, with_row, without
-from transformers_moe_offload.builder.edit.surgery import Edit, Written, carried_out
+from transformers_moe_offload.builder.edit.donors import Copied, Donor, FromDense
+from transformers_moe_offload.builder.edit.expert_tensors import SparseBlock, SparseCheckpoint
+from transformers_moe_offload.builder.edit.new_values import (
+    Row,
+    exchanged,
+    expect_number,
+    expect_row,
+    grown,
+    ridge_rows,
+    row_of,
+    with_row,
+    without,
+)
+from transformers_moe_offload.builder.edit.rewrite_files import Edit, Written, carried_out
 from transformers_moe_offload.builder.gates import STATISTICS_NAME, RidgeStatistics, drop_expert_gate
 from transformers_moe_offload.builder.recipe import Expert, Origin
+from transformers_moe_offload.builder.recipe.origin import as_origin
 from transformers_moe_offload.builder.sources import Source, open_source
 from transformers_moe_offload.errors import CheckpointError, RecipeError
 from transformers_moe_offload.expert import FieldSpec
@@ -63,50 +74,50 @@ def add_expert(
         token: as in `from_pretrained`.
         local_files_only: as in `from_pretrained`.
     """
-    anatomy = Anatomy.of(Path(folder))
-    config = anatomy.config_for(anatomy.num_experts + 1)
-    origin = base if base is None or isinstance(base, Origin) else Origin.parse(base)
-    opened = None if origin is None else open_source(origin, token=token, local_files_only=local_files_only)
-    donor = _donor(anatomy, expert, copy_of, opened, token=token, local_files_only=local_files_only)
-    name = _name(expert, copy_of, anatomy.num_experts)
+    checkpoint = SparseCheckpoint.of(Path(folder))
+    config = checkpoint.config_for(checkpoint.num_experts + 1)
+    hub: dict[str, Any] = {"token": token, "local_files_only": local_files_only}
+    opened = None if base is None else open_source(as_origin(base), **hub)
+    donor = _donor(checkpoint, expert, copy_of, opened, hub)
+    name = _name(expert, copy_of, checkpoint.num_experts)
     has_texts = bool(expert.positive_prompts or expert.dataset)
-    statistics = anatomy.folder / STATISTICS_NAME
+    statistics = checkpoint.folder / STATISTICS_NAME
     is_ridge = gate is None and has_texts and statistics.is_file() and opened is not None
     row: Row = gate if gate is not None else "mean" if copy_of is None else copy_of
-    expect_row(row, anatomy)
+    expect_row(row, checkpoint)
     target = Path(folder if out is None else out)
     with ExitStack() as stack:
         rows: Callable[[SparseBlock], Tensor]
         if is_ridge:
             assert opened is not None
             found = _spare_folder(target, stack) / STATISTICS_NAME
-            rows = ridge_rows(anatomy, expert, opened, statistics, found, device)
+            rows = ridge_rows(checkpoint, expert, opened, statistics, found, device)
         else:
-            rows = partial(with_row, anatomy, row, noise_scale, seed)
+            rows = partial(with_row, checkpoint, row, noise_scale, seed)
             _warn_of(statistics)
         written = []
-        for block in anatomy.blocks:
+        for block in checkpoint.blocks:
             for name_for, like in _places(block).items():
-                tensor = anatomy.tensors[like]
-                read = partial(alike, donor.one, block, name_for, tensor.dtype)
-                spec = FieldSpec(name_for.format(anatomy.num_experts), tensor.shape, tensor.dtype)
-                written.append(Written(spec, read, like))
+                tensor = checkpoint.tensors[like]
+                spec = FieldSpec(name_for.format(checkpoint.num_experts), tensor.shape, tensor.dtype)
+                written.append(Written(spec, partial(donor.one, block, name_for), like))
             for of_all, axis in block.stacked.items():
-                shape = list(anatomy.tensors[of_all].shape)
+                shape = list(checkpoint.tensors[of_all].shape)
                 shape[axis] += 1
-                spec = FieldSpec(of_all, tuple(shape), anatomy.tensors[of_all].dtype)
+                spec = FieldSpec(of_all, tuple(shape), checkpoint.tensors[of_all].dtype)
                 is_router = of_all == block.router
-                read = partial(rows, block) if is_router else partial(grown, anatomy, donor, block, of_all)
-                written.append(Written(spec, partial(cast, read, spec.dtype), of_all))
+                read = partial(rows, block) if is_router else partial(grown, checkpoint, donor, block, of_all)
+                written.append(Written(spec, read, of_all))
         edit = Edit(
-            what=f"Expert {anatomy.num_experts}, {name}, was added.",
+            what=f"Expert {checkpoint.num_experts}, {name}, was added.",
             config=config,
-            names={one: one for one in anatomy.tensors if not any(one in block.stacked for block in anatomy.blocks)},
+            names={
+                one: one for one in checkpoint.tensors if not any(one in block.stacked for block in checkpoint.blocks)
+            },
             written=written,
             expert_names=lambda names: [*names, name],
-            without=(STATISTICS_NAME,),
         )
-        with carried_out(anatomy, edit, None if out is None else Path(out)) as place:
+        with carried_out(checkpoint, edit, None if out is None else Path(out)) as place:
             if is_ridge:
                 found.replace(place / STATISTICS_NAME)
     return target
@@ -120,18 +131,18 @@ def drop_expert(folder: str | Path, number: int, *, out: str | Path | None = Non
         number: which, counted from 0.
         out: write there, and leave `folder` as it is.
     """
-    anatomy = Anatomy.of(Path(folder))
-    expect_number(number, anatomy, "number")
-    config = anatomy.config_for(anatomy.num_experts - 1)
+    checkpoint = SparseCheckpoint.of(Path(folder))
+    expect_number(number, checkpoint, "number")
+    config = checkpoint.config_for(checkpoint.num_experts - 1)
     names, written = {}, []
-    experts = {name: found for block in anatomy.blocks for name, found in block.experts.items()}
-    stacked = {name: axis for block in anatomy.blocks for name, axis in block.stacked.items()}
-    for name, tensor in anatomy.tensors.items():
+    experts = {name: found for block in checkpoint.blocks for name, found in block.experts.items()}
+    stacked = {name: axis for block in checkpoint.blocks for name, axis in block.stacked.items()}
+    for name, tensor in checkpoint.tensors.items():
         if name in stacked:
             shape = list(tensor.shape)
             shape[stacked[name]] -= 1
             spec = FieldSpec(name, tuple(shape), tensor.dtype)
-            written.append(Written(spec, partial(without, anatomy, name, stacked[name], number), name))
+            written.append(Written(spec, partial(without, checkpoint, name, stacked[name], number), name))
         elif name not in experts:
             names[name] = name
         elif experts[name][0] != number:
@@ -143,10 +154,9 @@ def drop_expert(folder: str | Path, number: int, *, out: str | Path | None = Non
         names=names,
         written=written,
         expert_names=lambda names: [name for position, name in enumerate(names) if position != number],
-        without=(STATISTICS_NAME,),
     )
-    statistics = anatomy.folder / STATISTICS_NAME
-    with carried_out(anatomy, edit, None if out is None else Path(out)) as place:
+    statistics = checkpoint.folder / STATISTICS_NAME
+    with carried_out(checkpoint, edit, None if out is None else Path(out)) as place:
         if statistics.is_file():
             with suppress(RecipeError):  # it may refuse the rows it computes, which are not used
                 drop_expert_gate(RidgeStatistics(statistics), number, place / STATISTICS_NAME)
@@ -168,65 +178,61 @@ def replace_expert(
     local_files_only: bool = False,
 ) -> Path:
     """Replace an expert by another; as `add_expert`, but without `gate` the routers keep their rows."""
-    anatomy = Anatomy.of(Path(folder))
-    expect_number(number, anatomy, "number")
-    origin = base if base is None or isinstance(base, Origin) else Origin.parse(base)
-    opened = None if origin is None else open_source(origin, token=token, local_files_only=local_files_only)
-    donor = _donor(anatomy, expert, copy_of, opened, token=token, local_files_only=local_files_only)
+    checkpoint = SparseCheckpoint.of(Path(folder))
+    expect_number(number, checkpoint, "number")
+    hub: dict[str, Any] = {"token": token, "local_files_only": local_files_only}
+    opened = None if base is None else open_source(as_origin(base), **hub)
+    donor = _donor(checkpoint, expert, copy_of, opened, hub)
     row: Row = number if gate is None else gate
-    expect_row(row, anatomy)
+    expect_row(row, checkpoint)
     name = _name(expert, copy_of, number)
-    _warn_of(anatomy.folder / STATISTICS_NAME)
+    _warn_of(checkpoint.folder / STATISTICS_NAME)
     written = []
-    for block in anatomy.blocks:
+    for block in checkpoint.blocks:
         for one, (at, place) in block.experts.items():
             if at == number:
-                tensor = anatomy.tensors[one]
+                tensor = checkpoint.tensors[one]
                 spec = FieldSpec(one, tensor.shape, tensor.dtype)
-                written.append(Written(spec, partial(alike, donor.one, block, place, tensor.dtype), one))
+                written.append(Written(spec, partial(donor.one, block, place), one))
         for stack, axis in block.stacked.items():
-            tensor = anatomy.tensors[stack]
+            tensor = checkpoint.tensors[stack]
             if stack == block.router:
-                value = partial(row_of, row, anatomy, block, noise_scale, seed)
+                value = partial(row_of, row, checkpoint, block, noise_scale, seed)
             elif len(tensor.shape) > 2 or copy_of is not None:
                 value = partial(donor.part, block, stack)
             else:
                 continue
-            read = partial(exchanged, anatomy, stack, axis, number, value)
+            read = partial(exchanged, checkpoint, stack, axis, number, value)
             written.append(Written(FieldSpec(stack, tensor.shape, tensor.dtype), read, stack))
     changed = {one.spec.name for one in written}
     edit = Edit(
         what=f"Expert {number} is now {name}.",
-        config=anatomy.config,
-        names={one: one for one in anatomy.tensors if one not in changed},
+        config=checkpoint.config,
+        names={one: one for one in checkpoint.tensors if one not in changed},
         written=written,
         expert_names=lambda names: [name if position == number else one for position, one in enumerate(names)],
-        without=(STATISTICS_NAME,),
     )
-    with carried_out(anatomy, edit, None if out is None else Path(out)):
-        pass
-    return Path(folder if out is None else out)
+    with carried_out(checkpoint, edit, None if out is None else Path(out)):
+        return Path(folder if out is None else out)
 
 
 def _donor(
-    anatomy: Anatomy,
+    checkpoint: SparseCheckpoint,
     expert: Expert,
     copy_of: int | None,
     base: Source | None,
-    *,
-    token: str | None,
-    local_files_only: bool,
+    hub: Mapping[str, Any],
 ) -> Donor:
     if (copy_of is None) == (expert.source is None):
         raise RecipeError(
             "give either expert.source, a dense model to make the expert of, or copy_of, an expert to start from"
         )
     if copy_of is not None:
-        expect_number(copy_of, anatomy, "copy_of")
-        return Copied(anatomy, copy_of)
+        expect_number(copy_of, checkpoint, "copy_of")
+        return Copied(checkpoint, copy_of)
     assert expert.source is not None
-    source = open_source(expert.source, base=base, token=token, local_files_only=local_files_only)
-    return FromDense(anatomy, expert, source, base)
+    source = open_source(expert.source, base=base, **hub)
+    return FromDense(checkpoint, expert, source, base)
 
 
 def _name(expert: Expert, copy_of: int | None, number: int) -> str:

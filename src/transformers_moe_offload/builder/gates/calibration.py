@@ -1,6 +1,7 @@
-"""Run the experts' texts through the base model, and hand on each layer's statistics once they have passed it."""
+"""Run the experts' texts through the base model, and hand on each layer's statistics once they have passed it; or read
+their embeddings alone, without a pass."""
 
-# B windows, T tokens in each, H hidden, N sampled tokens
+# B windows, T tokens in each, H hidden, N sampled tokens, E experts
 
 from __future__ import annotations
 
@@ -10,11 +11,12 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from transformers_moe_offload.builder.gates.rows import directions
 from transformers_moe_offload.builder.gates.sums import Sums, sample
-from transformers_moe_offload.builder.gates.windows import Windows
-from transformers_moe_offload.builder.passage.layers import decoder_layer
-from transformers_moe_offload.builder.passage.passage import run
+from transformers_moe_offload.builder.layerwise.run import run
+from transformers_moe_offload.builder.layerwise.skeleton import Skeleton, decoder_layer, layer_path
 from transformers_moe_offload.builder.sources.base import Source
+from transformers_moe_offload.builder.texts.windows import Windows
 
 
 @dataclass(frozen=True)
@@ -51,12 +53,24 @@ def _paths(ffn: Mapping[int, str]) -> dict[int, list[str]]:
     paths = {}
     for layer, block in sorted(ffn.items()):
         assert decoder_layer(block) == layer, f"{block} is not in layer {layer}"
-        paths[layer] = [_layer_path(layer, block), block]
+        paths[layer] = [layer_path(layer, block), block]
     return paths
 
 
-def _layer_path(layer: int, block: str) -> str:
-    return block[: block.index(f".{layer}.")] + f".{layer}"
+def embedding_rows(windows: Windows, base: Source, ffn_path: str, *, center: bool) -> Tensor:
+    """The same rows for every layer, (E, H) float64 of length 1, from token embeddings alone.
+
+    The mean embedding of an expert's texts, less that of its negative prompts.
+    """
+    model = Skeleton(base, [ffn_path], torch.float32, "cpu")
+    sums = torch.zeros(0)
+    for batch, embedded in zip(windows.batches, model.embedded([b.tokens for b in windows.batches]), strict=True):
+        if not len(sums):
+            sums = torch.zeros(len(windows.counts), embedded.shape[-1], dtype=torch.float64)
+        kept = torch.where(batch.counted[..., None], embedded, 0).sum(1, dtype=torch.float64)
+        sums.index_add_(0, batch.lists, kept)
+    mean = sums / torch.tensor(windows.counts, dtype=torch.float64).clamp(min=1)[:, None]
+    return directions(mean[::2] - mean[1::2], center)
 
 
 class _Taker:

@@ -6,19 +6,17 @@ import logging
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 from transformers_moe_offload.builder.gates.calibration import Seen, calibrate
 from transformers_moe_offload.builder.gates.fitted import Fitted, Gates
 from transformers_moe_offload.builder.gates.program import Advance, statistics_of
-from transformers_moe_offload.builder.gates.ridge import ridge_rows
-from transformers_moe_offload.builder.gates.rows import centred
-from transformers_moe_offload.builder.gates.scale import Scores
+from transformers_moe_offload.builder.gates.rows import centred, ridge_rows
 from transformers_moe_offload.builder.gates.statistics import About, LayerStatistics, RidgeStatistics, StatisticsWriter
-from transformers_moe_offload.builder.gates.texts import Texts, expect_texts, name_of
-from transformers_moe_offload.builder.gates.windows import window_length, windows_of
 from transformers_moe_offload.builder.recipe import Expert
 from transformers_moe_offload.builder.sources.base import Source
+from transformers_moe_offload.builder.texts.expert_texts import Texts, expect_texts, name_of
+from transformers_moe_offload.builder.texts.windows import window_length, windows_of
 from transformers_moe_offload.errors import RecipeError
 
 logger = logging.getLogger(__name__)
@@ -89,11 +87,7 @@ class _Rewriting(StatisticsWriter):
     def __init__(self, path: Path, about: About) -> None:
         super().__init__(path, about)
         self._gate = about.gate
-        self._fitted = Fitted(about.gate, about.experts, about.tokens, cast(Scores, about.scores))
-
-    def __enter__(self) -> _Rewriting:
-        super().__enter__()
-        return self
+        self._fitted = Fitted(about.gate, about.experts, about.tokens, about.scores)
 
     def take(self, layer: int, statistics: LayerStatistics) -> None:
         self.write(layer, statistics)

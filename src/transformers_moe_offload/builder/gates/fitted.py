@@ -5,7 +5,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from torch import Tensor
 
@@ -26,6 +26,14 @@ class Gates:
     report: GateReport
     statistics: RidgeStatistics | None = None
     """The statistics that ridge gates were computed from, if they were to be kept."""
+
+
+def unscaled_gates(gate: Gate, names: Sequence[str], rows: Mapping[int, Tensor], scores: Scores) -> Gates:
+    """Gates with these rows by layer, (E, H), as they are."""
+    fitted = Fitted(replace(gate, scale=1.0), names, (), scores)
+    for layer in sorted(rows):
+        fitted.add(layer, rows[layer])
+    return fitted.gates()
 
 
 class Fitted:

@@ -17,12 +17,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from transformers_moe_offload.builder.gates.drawn import drawn_rows
-from transformers_moe_offload.builder.gates.texts import Texts
-from transformers_moe_offload.builder.passage.layers import Skeleton
-from transformers_moe_offload.builder.passage.passage import run
+from transformers_moe_offload.builder.gates.rows import drawn_rows
+from transformers_moe_offload.builder.layerwise.run import run
+from transformers_moe_offload.builder.layerwise.skeleton import Skeleton, layer_path
 from transformers_moe_offload.builder.recipe import Gate
 from transformers_moe_offload.builder.sources.base import Source
+from transformers_moe_offload.builder.texts.expert_texts import Texts
 from transformers_moe_offload.errors import RecipeError
 from transformers_moe_offload.untrusted import quoted
 
@@ -51,7 +51,7 @@ def mergekit_rows(
     if gate.mode == "cheap_embed":
         of_every_layer = _embedded(batches, base, next(iter(ffn.values())))
         return dict.fromkeys(ffn, of_every_layer)
-    paths = {layer: [block[: block.index(f".{layer}.")] + f".{layer}"] for layer, block in ffn.items()}
+    paths = {layer: [layer_path(layer, block)] for layer, block in ffn.items()}
     taker = _Taker(batches, average=gate.mode == "hidden_avg")
     run(base, batches, paths, taker, dtype=torch.bfloat16, device=device, advance=advance)
     return taker.rows

@@ -1,7 +1,7 @@
 """Program the routers of a mixture: from the experts' texts to the routers' rows.
 
 The texts go through the base model layer by layer, so that neither the model nor the text need fit into memory; one
-pass serves any number of gates. `rows.py`, `drawn.py` and `mergekit.py` compute the rows.
+pass serves any number of gates. `rows.py` and `mergekit.py` compute the rows.
 """
 
 # E experts, H hidden
@@ -16,20 +16,17 @@ from typing import Any
 
 from torch import Tensor
 
-from transformers_moe_offload.builder.gates.calibration import Seen, calibrate
-from transformers_moe_offload.builder.gates.drawn import DRAWN, drawn_rows
-from transformers_moe_offload.builder.gates.embeddings import embedding_rows
-from transformers_moe_offload.builder.gates.fitted import Fitted, Gates
+from transformers_moe_offload.builder.gates.calibration import Seen, calibrate, embedding_rows
+from transformers_moe_offload.builder.gates.fitted import Fitted, Gates, unscaled_gates
 from transformers_moe_offload.builder.gates.mergekit import expect_mergekit, mergekit_rows
-from transformers_moe_offload.builder.gates.ridge import targets
-from transformers_moe_offload.builder.gates.rows import NEED_SECOND_MOMENT, READ, programmed_rows
+from transformers_moe_offload.builder.gates.rows import NEED_SECOND_MOMENT, READ, drawn_rows, programmed_rows, targets
 from transformers_moe_offload.builder.gates.scale import Scores
 from transformers_moe_offload.builder.gates.statistics import About, LayerStatistics, RidgeStatistics, StatisticsWriter
-from transformers_moe_offload.builder.gates.texts import Texts, expect_texts, texts_of
-from transformers_moe_offload.builder.gates.windows import Windows, random_windows, window_length, windows_of
 from transformers_moe_offload.builder.recipe import Expert, Gate
-from transformers_moe_offload.builder.recipe.gate import BAKED
+from transformers_moe_offload.builder.recipe.routers import BAKED, DRAWN
 from transformers_moe_offload.builder.sources.base import Source
+from transformers_moe_offload.builder.texts.expert_texts import Texts, expect_texts, texts_of
+from transformers_moe_offload.builder.texts.windows import Windows, random_windows, window_length, windows_of
 from transformers_moe_offload.errors import RecipeError
 
 Advance = Callable[[int], None]
@@ -114,7 +111,7 @@ def program_several(
     for name, gate in gates.items():
         if gate.scoring == "mergekit":
             rows = mergekit_rows(gate, texts, base, tokenizer, ffn, device=device, advance=advance)
-            done[name] = _as_they_are(gate, texts, rows, scores)
+            done[name] = unscaled_gates(gate, [expert.name for expert in texts], rows, scores)
     if keep is not None:
         done[keep[0]] = replace(done[keep[0]], statistics=RidgeStatistics(keep[1]))
     return {name: done[name] for name in gates}
@@ -218,10 +215,3 @@ def _about(
         scores=scores,
         gate=gate,
     )
-
-
-def _as_they_are(gate: Gate, texts: Sequence[Texts], rows: Mapping[int, Tensor], scores: Scores) -> Gates:
-    fitted = Fitted(replace(gate, scale=1.0), [expert.name for expert in texts], (), scores)
-    for layer in sorted(rows):
-        fitted.add(layer, rows[layer])
-    return fitted.gates()

@@ -13,11 +13,13 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from types import TracebackType
+from typing import Self
 
 import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
+from transformers_moe_offload.builder.gates.scale import Scores
 from transformers_moe_offload.builder.gates.sums import SAMPLE_DTYPE
 from transformers_moe_offload.builder.recipe import Gate
 from transformers_moe_offload.dtypes import dtype_name
@@ -44,7 +46,7 @@ class About:
     hidden_size: int
     base: str
     """The model whose hidden states they are."""
-    scores: str
+    scores: Scores
     """How its routers turn logits into scores."""
     gate: Gate
 
@@ -123,7 +125,7 @@ class StatisticsWriter:
     def __init__(self, path: Path, about: About) -> None:
         self._writer = SafetensorsWriter(path, _specs(about), {_METADATA_KEY: json.dumps(asdict(about))})
 
-    def __enter__(self) -> StatisticsWriter:
+    def __enter__(self) -> Self:
         self._writer.__enter__()
         return self
 

@@ -12,7 +12,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from transformers_moe_offload.builder.gates.windows import Batch
+from transformers_moe_offload.builder.texts.windows import Batch
 
 SAMPLE_DTYPE = torch.bfloat16
 """The sample is rounded when it is taken, so that a file of statistics holds what was used."""

@@ -1,5 +1,5 @@
 """Licences of sources, and of what is made of them."""
 
-from transformers_moe_offload.builder.licences.verdict import Licence, Verdict, judged, licence_of
+from transformers_moe_offload.builder.licences.verdict import Licence, Verdict, judged, licence_of, verdict_of
 
-__all__ = ["Licence", "Verdict", "judged", "licence_of"]
+__all__ = ["Licence", "Verdict", "judged", "licence_of", "verdict_of"]

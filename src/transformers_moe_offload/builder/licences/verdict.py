@@ -26,6 +26,8 @@ from transformers_moe_offload.builder.licences.table import (
     kind_of,
     passed_on,
 )
+from transformers_moe_offload.builder.recipe import MoeRecipe
+from transformers_moe_offload.builder.sources import Ancestor
 from transformers_moe_offload.errors import RecipeError
 from transformers_moe_offload.untrusted import one_line, parse_yaml
 
@@ -103,6 +105,12 @@ def _front_matter(card: str) -> str:
 
 def _text(value: Any) -> str | None:
     return one_line(value) if isinstance(value, str) and value else None
+
+
+def verdict_of(ancestors: Iterable[Ancestor], recipe: MoeRecipe) -> Verdict:
+    """The licence of what a recipe makes of these checkpoints, by their cards."""
+    licences = [licence_of(one.name, one.card) for one in ancestors]
+    return judged(licences, recipe.checks.licence, recipe.hub.license)
 
 
 def judged(licences: Sequence[Licence], level: str = "error", override: str | None = None) -> Verdict:

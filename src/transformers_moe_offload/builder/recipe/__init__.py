@@ -1,13 +1,10 @@
 """What to build, from what, into what."""
 
-from transformers_moe_offload.builder.recipe.adapters import AdapterRouting
-from transformers_moe_offload.builder.recipe.experts import Expert, SharedExpert
-from transformers_moe_offload.builder.recipe.gate import Gate
-from transformers_moe_offload.builder.recipe.one_model import Split, Upcycle
-from transformers_moe_offload.builder.recipe.origin import Dataset, Origin
+from transformers_moe_offload.builder.recipe.experts import Expert, SharedExpert, Split, Upcycle
+from transformers_moe_offload.builder.recipe.origin import Dataset, Origin, Stem
 from transformers_moe_offload.builder.recipe.recipe import MoeRecipe
 from transformers_moe_offload.builder.recipe.result import Checks, Hub, Output
-from transformers_moe_offload.builder.recipe.stem import Stem
+from transformers_moe_offload.builder.recipe.routers import AdapterRouting, Gate
 
 __all__ = [
     "AdapterRouting",

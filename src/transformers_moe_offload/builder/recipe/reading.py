@@ -5,7 +5,6 @@ The classes themselves check their values; this file makes them from mappings, l
 
 from __future__ import annotations
 
-import difflib
 from collections.abc import Mapping, Sequence
 from dataclasses import MISSING, dataclass, fields, is_dataclass, replace
 from pathlib import Path
@@ -14,6 +13,7 @@ from typing import Any, TypeVar, get_args, get_origin, get_type_hints
 
 from transformers_moe_offload.builder.recipe.origin import Dataset, Origin
 from transformers_moe_offload.errors import RecipeError
+from transformers_moe_offload.nearest import did_you_mean
 from transformers_moe_offload.untrusted import parse_yaml, quoted
 
 T = TypeVar("T")
@@ -64,9 +64,8 @@ def expect_known(names: Sequence[Any], known: Sequence[str], place: Place) -> No
     """Refuse the first name that is not known, with the nearest one that is."""
     for name in names:
         if name not in known:
-            near = difflib.get_close_matches(name[:100], known, n=1) if isinstance(name, str) else ()
-            hint = f"did you mean {near[0]!r}?" if near else f"known are {', '.join(known)}"
-            raise place.error(f"unknown key {quoted(name)}; {hint}")
+            hint = did_you_mean(name, known, otherwise=f"; known are {', '.join(known)}")
+            raise place.error(f"unknown key {quoted(name)}{hint}")
 
 
 def read(cls: type[T], values: Any, place: Place) -> T:

@@ -1,5 +1,5 @@
 """`MoeRecipe`: what to build, from what, into what. Impossible values are refused here; `reading.py` and `mergekit.py`
-read files, `builder/plan.py` checks that the sources fit together."""
+read files, `builder/plan` checks that the sources fit together."""
 
 from __future__ import annotations
 
@@ -8,15 +8,12 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from transformers_moe_offload.builder.recipe.adapters import AdapterRouting
-from transformers_moe_offload.builder.recipe.experts import Expert, SharedExpert
-from transformers_moe_offload.builder.recipe.gate import Gate
+from transformers_moe_offload.builder.recipe.experts import Expert, SharedExpert, Split, Upcycle
 from transformers_moe_offload.builder.recipe.mergekit import is_mergekit, translated
-from transformers_moe_offload.builder.recipe.one_model import Split, Upcycle
-from transformers_moe_offload.builder.recipe.origin import Dataset, Origin, as_origin
+from transformers_moe_offload.builder.recipe.origin import Dataset, Origin, Stem, as_origin
 from transformers_moe_offload.builder.recipe.reading import Place, as_plain, load_yaml, read
 from transformers_moe_offload.builder.recipe.result import Checks, Hub, Output
-from transformers_moe_offload.builder.recipe.stem import Stem
+from transformers_moe_offload.builder.recipe.routers import AdapterRouting, Gate
 from transformers_moe_offload.builder.recipe.values import (
     expect_choice,
     expect_positive,

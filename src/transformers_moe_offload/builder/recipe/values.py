@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import difflib
 from collections.abc import Sequence
 from dataclasses import fields
 from typing import Any
 
 from transformers_moe_offload.errors import RecipeError
+from transformers_moe_offload.nearest import did_you_mean
 from transformers_moe_offload.untrusted import quoted
 
 MAX_NUMBER = 2.0**100
@@ -23,8 +23,8 @@ def expect_choice(owner: Any, name: str, choices: Sequence[str | None]) -> None:
     value = getattr(owner, name)
     if value not in choices:
         raise RecipeError(
-            f"{name}={quoted(value)} is not one of "
-            f"{', '.join(str(choice) for choice in choices)}{_near(value, choices)}"
+            f"{name}={quoted(value)} is not one of {', '.join(str(choice) for choice in choices)}"
+            f"{did_you_mean(value, filter(None, choices))}"
         )
 
 
@@ -82,9 +82,3 @@ def _can_be_written(text: str) -> bool:
     except UnicodeEncodeError:
         return False
     return "\0" not in text
-
-
-def _near(value: object, choices: Sequence[str | None]) -> str:
-    known = [choice for choice in choices if choice]
-    near = difflib.get_close_matches(value[:100], known, n=1) if isinstance(value, str) else ()
-    return f"; did you mean {near[0]!r}?" if near else ""

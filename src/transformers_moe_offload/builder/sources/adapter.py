@@ -17,10 +17,9 @@ import torch
 from huggingface_hub import snapshot_download
 from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
 from torch import Tensor
-from transformers import PreTrainedConfig
 
 from transformers_moe_offload.builder.sources.adapter_config import CONFIG_NAME, AdapterConfig
-from transformers_moe_offload.builder.sources.base import Ancestor, Source
+from transformers_moe_offload.builder.sources.base import Ancestor, DerivedSource, Source
 from transformers_moe_offload.errors import CheckpointError
 from transformers_moe_offload.expert import FieldSpec
 from transformers_moe_offload.tensor_files.index import StoredTensor, read_index
@@ -31,11 +30,12 @@ _CARD = "README.md"
 _PREFIX = "base_model.model."
 
 
-class AdapterSource:
-    """A base model and an adapter."""
+class AdapterSource(DerivedSource):
+    """A base model and an adapter, whose commit is among the `ancestors`."""
 
     def __init__(self, base: Source, folder: Path, ancestor: Ancestor) -> None:
         """Raises an error of ours for tensors of the adapter that would not be merged."""
+        super().__init__(base)
         self._base = base
         self._ancestor = ancestor
         self._config = AdapterConfig.read(folder)
@@ -67,35 +67,15 @@ class AdapterSource:
         return f"{self._base.name}+{self._ancestor.name}"
 
     @property
-    def revision(self) -> str | None:
-        """The base model's commit; the adapter's is among the `ancestors`."""
-        return self._base.revision
-
-    @property
     def ancestors(self) -> tuple[Ancestor, ...]:
         """The base model and the adapter."""
         return (*self._base.ancestors, self._ancestor)
-
-    @property
-    def config(self) -> PreTrainedConfig:
-        """The base model's."""
-        return self._base.config
 
     @property
     def tensors(self) -> Mapping[str, FieldSpec]:
         """The base model's, those that the adapter changes in float32."""
         changed = self._pairs.keys() | self._whole.keys()
         return {name: one.cast("float32") if name in changed else one for name, one in self._base.tensors.items()}
-
-    @property
-    def companions(self) -> tuple[Path, ...]:
-        """The base model's."""
-        return self._base.companions
-
-    @property
-    def card(self) -> Path | None:
-        """The base model's."""
-        return self._base.card
 
     def read(self, name: str) -> Tensor:
         """One tensor, merged."""

@@ -68,3 +68,30 @@ class Source(Protocol):
     @property
     def card(self) -> Path | None:
         """Its model card, if it has one."""
+
+
+class DerivedSource:
+    """A source that takes everything but some tensors from another."""
+
+    def __init__(self, origin: Source) -> None:
+        self._origin = origin
+
+    @property
+    def revision(self) -> str | None:
+        """The other's commit."""
+        return self._origin.revision
+
+    @property
+    def config(self) -> PreTrainedConfig:
+        """The other's."""
+        return self._origin.config
+
+    @property
+    def companions(self) -> tuple[Path, ...]:
+        """The other's."""
+        return self._origin.companions
+
+    @property
+    def card(self) -> Path | None:
+        """The other's model card."""
+        return self._origin.card

@@ -13,9 +13,9 @@ from huggingface_hub.errors import HfHubHTTPError
 from torch import Tensor
 from transformers import AutoConfig, PreTrainedConfig
 
-from transformers_moe_offload.builder.layout import layout_of, on_meta
 from transformers_moe_offload.builder.sources.base import Ancestor
 from transformers_moe_offload.builder.sources.downloads import HubTensors
+from transformers_moe_offload.builder.sources.model_class import on_meta, saved_tensors
 from transformers_moe_offload.errors import CheckpointError, RecipeError
 from transformers_moe_offload.expert import FieldSpec
 from transformers_moe_offload.hf.upstream import ignored_on_load_unexpected, tied_weights
@@ -109,7 +109,7 @@ def as_saved(
     name: str, config: PreTrainedConfig, specs: Mapping[str, FieldSpec], stored: Mapping[str, StoredTensor]
 ) -> dict[str, FieldSpec]:
     """The tensors of the class; raises `CheckpointError` if some are missing, unknown or of another shape."""
-    expected = layout_of(config)
+    expected = saved_tensors(config)
     for one in expected.values():
         found = specs.get(one.name)
         if found is None:

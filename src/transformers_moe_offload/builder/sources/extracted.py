@@ -7,13 +7,11 @@ Linear layers only, as in LoRA: embeddings, head, norms and biases are the base 
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from pathlib import Path
 
 import torch
 from torch import Tensor
-from transformers import PreTrainedConfig
 
-from transformers_moe_offload.builder.sources.base import Ancestor, Source
+from transformers_moe_offload.builder.sources.base import Ancestor, DerivedSource, Source
 from transformers_moe_offload.errors import RecipeError
 from transformers_moe_offload.expert import FieldSpec
 from transformers_moe_offload.tensor_files.index import StoredTensor
@@ -25,10 +23,11 @@ Martinsson and Tropp, arXiv 0909.4061), whose cost grows with the rank."""
 _OVERSAMPLING, _ITERATIONS = 8, 4  # as Halko et al. advise for spectra that fall slowly, as those of fine-tunes do
 
 
-class ExtractedSource:
+class ExtractedSource(DerivedSource):
     """A fine-tuned model, reduced to a LoRA of some rank on the base model."""
 
     def __init__(self, tuned: Source, base: Source, rank: int) -> None:
+        super().__init__(tuned)
         self._tuned, self._base, self._rank = tuned, base, rank
         if tuned.config.model_type != base.config.model_type or {
             name: one.shape for name, one in tuned.tensors.items()
@@ -44,34 +43,14 @@ class ExtractedSource:
         return self._tuned.name
 
     @property
-    def revision(self) -> str | None:
-        """The fine-tuned model's commit."""
-        return self._tuned.revision
-
-    @property
     def ancestors(self) -> tuple[Ancestor, ...]:
         """The fine-tuned model and the base model."""
         return tuple(dict.fromkeys((*self._tuned.ancestors, *self._base.ancestors)))
 
     @property
-    def config(self) -> PreTrainedConfig:
-        """The fine-tuned model's."""
-        return self._tuned.config
-
-    @property
     def tensors(self) -> Mapping[str, FieldSpec]:
         """The base model's, linear layers in float32."""
         return {name: one.cast("float32") if _is_linear(one) else one for name, one in self._base.tensors.items()}
-
-    @property
-    def companions(self) -> tuple[Path, ...]:
-        """The fine-tuned model's."""
-        return self._tuned.companions
-
-    @property
-    def card(self) -> Path | None:
-        """The fine-tuned model's card."""
-        return self._tuned.card
 
     def read(self, name: str) -> Tensor:
         """One tensor of the base model, plus the approximated difference."""

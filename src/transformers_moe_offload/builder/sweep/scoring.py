@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from transformers_moe_offload.builder.gates.windows import BATCH_TOKENS, cut
+from transformers_moe_offload.builder.texts.windows import BATCH_TOKENS, cut
 from transformers_moe_offload.errors import RecipeError
 
 

@@ -16,16 +16,16 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
 from transformers_moe_offload.builder.build import build_moe, validate_recipe
-from transformers_moe_offload.builder.folder import RECIPE_NAME
 from transformers_moe_offload.builder.gates import program_several
-from transformers_moe_offload.builder.gates.texts import name_of
-from transformers_moe_offload.builder.gates.windows import window_length
-from transformers_moe_offload.builder.layout import names_in_memory
 from transformers_moe_offload.builder.plan import BuildPlan
 from transformers_moe_offload.builder.recipe import Gate, MoeRecipe
+from transformers_moe_offload.builder.sources.model_class import names_in_memory
 from transformers_moe_offload.builder.sweep.report import SweepReport, SweepRow
 from transformers_moe_offload.builder.sweep.routers import Routers
 from transformers_moe_offload.builder.sweep.scoring import HeldOut, held_out, score
+from transformers_moe_offload.builder.texts.expert_texts import name_of
+from transformers_moe_offload.builder.texts.windows import window_length
+from transformers_moe_offload.builder.writing.folder import RECIPE_NAME
 from transformers_moe_offload.errors import CheckpointError, MoeOffloadError, RecipeError
 from transformers_moe_offload.untrusted import json_object
 

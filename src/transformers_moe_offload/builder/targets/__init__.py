@@ -2,18 +2,22 @@
 
 from __future__ import annotations
 
-import difflib
-
 from transformers import PreTrainedConfig
 
 from transformers_moe_offload.builder.targets.base import ROLES, Container, Matrix, MoeShape
-from transformers_moe_offload.builder.targets.granite import GraniteMoe, GraniteMoeShared
-from transformers_moe_offload.builder.targets.mixtral import Mixtral
-from transformers_moe_offload.builder.targets.one_family import Cohere2Moe, Ernie45Moe, FlexOlmo, HunYuanMoe, Lfm2Moe
-from transformers_moe_offload.builder.targets.qwen import Qwen2Moe, Qwen3Moe, Qwen35Moe
-from transformers_moe_offload.builder.targets.refusals import PAIRS
+from transformers_moe_offload.builder.targets.llama_and_qwen import Mixtral, Qwen2Moe, Qwen3Moe, Qwen35Moe
+from transformers_moe_offload.builder.targets.one_family import (
+    Cohere2Moe,
+    Ernie45Moe,
+    FlexOlmo,
+    GraniteMoe,
+    GraniteMoeShared,
+    HunYuanMoe,
+    Lfm2Moe,
+)
 from transformers_moe_offload.builder.targets.sigmoid import Dots1, Glm4Moe, SolarOpen
 from transformers_moe_offload.errors import RecipeError
+from transformers_moe_offload.nearest import did_you_mean
 from transformers_moe_offload.untrusted import quoted
 
 __all__ = ["CONTAINERS", "ROLES", "Container", "Matrix", "MoeShape", "candidates", "container_for"]
@@ -35,6 +39,29 @@ CONTAINERS: tuple[Container, ...] = (
     SolarOpen(),
 )
 """In the order in which they are tried: the most widely understood first."""
+
+_MULTIPLIERS = (
+    "granite scales embeddings, attention, residuals and logits by factors of its own, which a llama does not have"
+)
+
+_REFUSED = {
+    ("olmo2", "olmoe"): "olmo2 has its norms after attention and block, olmoe before",
+    ("olmo3", "flex_olmo"): "some of its layers attend to a window, and flex_olmo's do not",
+    ("glm4", "glm4_moe"): "glm4 has norms after attention and block that glm4_moe does not have",
+    ("phi3", "phimoe"): "phi3 has RMS norms, phimoe layer norms with biases",
+    ("llama", "granitemoe"): _MULTIPLIERS,
+    ("llama", "granitemoeshared"): _MULTIPLIERS,
+    ("llama", "minimax_m2"): "minimax_m2 has norms on queries and keys, llama has none",
+    ("llama", "qwen3_moe"): "qwen3_moe has norms on queries and keys, llama has none",
+    ("llama", "afmoe"): "afmoe has norms on queries and keys and a gate on attention, llama has none",
+    ("llama", "ernie4_5_moe"): "rotary embeddings turn neighbours in ernie4_5_moe and halves of a head in llama",
+    ("smollm3", "mixtral"): "smollm3 leaves the rotary embedding out in every fourth layer, mixtral in none",
+}
+"""Pairs of a dense model and a container that look equivalent and are not, and why each is refused.
+
+Found by comparing logits: n copies of the dense model's blocks as experts have to give the dense model's logits, and
+with these pairs they do not.
+"""
 
 
 def candidates(name: str, config: PreTrainedConfig) -> tuple[Container, ...]:
@@ -61,15 +88,13 @@ def container_for(config: PreTrainedConfig) -> tuple[Container, ...]:
 
 def _named(name: str, config: PreTrainedConfig) -> Container:
     known = {one.name: one for one in CONTAINERS}
-    reason = PAIRS.get((config.model_type, name))
+    reason = _REFUSED.get((config.model_type, name))
     if reason is not None:
         raise RecipeError(f"a {config.model_type} cannot become a {name}: {reason}")
     if name not in known:
-        near = difflib.get_close_matches(name, known, n=1)
         raise RecipeError(
-            f"container={quoted(name)} is not one that is built"
-            + (f"; did you mean {near[0]!r}?" if near else "")
-            + f" (there are {', '.join(known)})"
+            f"container={quoted(name)} is not one that is built{did_you_mean(name, known)} (there are "
+            f"{', '.join(known)})"
         )
     if config.model_type not in known[name].dense:
         raise RecipeError(

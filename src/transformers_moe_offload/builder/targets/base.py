@@ -1,7 +1,7 @@
 """The interface of containers: which dense models one can hold, with which config, and under which names on disk.
 
 A container is a mixture-of-experts class of Transformers whose layers are, but for the feed-forward block, those of a
-dense class. This is checked: `builder/plan.py` compares names and shapes with those that the class itself would save,
+dense class. This is checked: `builder/plan` compares names and shapes with those that the class itself would save,
 `builder/checks` compares logits with the dense model's.
 """
 
@@ -68,6 +68,8 @@ class Container:
     """Where a checkpoint of the container has its block."""
     expert_names: tuple[str, str, str] = ("gate_proj", "up_proj", "down_proj")
     router_name = "gate.weight"
+    size_fields = ("num_experts", "num_experts_per_tok", "intermediate_size")
+    """The config's fields for the number of experts, of a token's experts, and for the width of an expert."""
     shared_name: str | None = None
     """The block that every token visits; None where the class has none."""
     shared_gate_name: str | None = None
@@ -102,7 +104,8 @@ class Container:
 
     def fields(self, dense: PreTrainedConfig, shape: MoeShape) -> dict[str, Any]:
         """The fields of the config that make it a mixture, and those that the dense class does not have."""
-        raise NotImplementedError
+        sizes = (shape.num_experts, shape.experts_per_token, shape.width)
+        return dict(zip(self.size_fields, sizes, strict=True))
 
     def config(self, dense: PreTrainedConfig, shape: MoeShape) -> PreTrainedConfig:
         """The container's config: the dense model's, as far as the class knows its fields, and the mixture's.

@@ -1,13 +1,15 @@
-"""Containers that were made for one dense family, by its own developers: OLMo, ERNIE, Hunyuan, Cohere, LFM."""
+"""Containers that were made for one dense family, by its own developers: OLMo, ERNIE, Hunyuan, Cohere, LFM,
+Granite."""
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
 
 from transformers import PreTrainedConfig
 
-from transformers_moe_offload.builder.targets.base import Container, DensePrefix, MoeShape, SharedMultiple
+from transformers_moe_offload.builder.targets.base import Container, DensePrefix, Matrix, MoeShape, SharedMultiple
 
 
 class FlexOlmo(Container):
@@ -18,12 +20,7 @@ class FlexOlmo(Container):
 
     def fields(self, dense: PreTrainedConfig, shape: MoeShape) -> dict[str, Any]:
         """Sizes."""
-        return {
-            "num_experts": shape.num_experts,
-            "num_experts_per_tok": shape.experts_per_token,
-            "intermediate_size": shape.width,
-            "norm_topk_prob": True,
-        }
+        return {**super().fields(dense, shape), "norm_topk_prob": True}
 
 
 class Ernie45Moe(SharedMultiple):
@@ -31,6 +28,7 @@ class Ernie45Moe(SharedMultiple):
 
     name = "ernie4_5_moe"
     dense = ("ernie4_5",)
+    size_fields = ("moe_num_experts", "moe_k", "moe_intermediate_size")
     shared_name = "shared_experts"
     zero_names = ("moe_statics.e_score_correction_bias",)
 
@@ -50,9 +48,7 @@ class Ernie45Moe(SharedMultiple):
     def fields(self, dense: PreTrainedConfig, shape: MoeShape) -> dict[str, Any]:
         """Sizes and layers."""
         return {
-            "moe_num_experts": shape.num_experts,
-            "moe_k": shape.experts_per_token,
-            "moe_intermediate_size": shape.width,
+            **super().fields(dense, shape),
             "intermediate_size": shape.dense_width,
             "moe_num_shared_experts": shape.shared_width // shape.width,
             "moe_layer_start_index": shape.layers[0],
@@ -66,6 +62,7 @@ class HunYuanMoe(Container):
 
     name = "hunyuan_v1_moe"
     dense = ("hunyuan_v1_dense",)
+    size_fields = ("num_experts", "moe_topk", "intermediate_size")
     router_name = "gate.wg.weight"
     shared_name = "shared_mlp"
 
@@ -73,14 +70,6 @@ class HunYuanMoe(Container):
         """One width for all."""
         width = max(shape.width, shape.shared_width)
         return replace(shape, width=width, shared_width=width)
-
-    def fields(self, dense: PreTrainedConfig, shape: MoeShape) -> dict[str, Any]:
-        """Sizes."""
-        return {
-            "num_experts": shape.num_experts,
-            "moe_topk": shape.experts_per_token,
-            "intermediate_size": shape.width,
-        }
 
 
 class Cohere2Moe(SharedMultiple):
@@ -97,9 +86,7 @@ class Cohere2Moe(SharedMultiple):
     def fields(self, dense: PreTrainedConfig, shape: MoeShape) -> dict[str, Any]:
         """Sizes and layers."""
         return {
-            "num_experts": shape.num_experts,
-            "num_experts_per_tok": shape.experts_per_token,
-            "intermediate_size": shape.width,
+            **super().fields(dense, shape),
             "num_shared_experts": shape.shared_width // shape.width,
             "shared_expert_combination_strategy": "sum",
             "expert_selection_fn": "softmax",
@@ -114,6 +101,7 @@ class Lfm2Moe(DensePrefix):
 
     name = "lfm2_moe"
     dense = ("lfm2",)
+    size_fields = ("num_experts", "num_experts_per_tok", "moe_intermediate_size")
     ffn_path = "model.layers.{layer}.feed_forward"
     ffn_names = ("w1", "w3", "w2")
     block_path = "model.layers.{layer}.feed_forward"
@@ -127,12 +115,48 @@ class Lfm2Moe(DensePrefix):
         routers whose scores are all tiny.
         """
         return {
-            "num_experts": shape.num_experts,
-            "num_experts_per_tok": shape.experts_per_token,
-            "moe_intermediate_size": shape.width,
+            **super().fields(dense, shape),
             "intermediate_size": shape.dense_width,
             "num_dense_layers": len(shape.dense_layers),
             "use_expert_bias": False,
             "norm_topk_prob": True,
             "routed_scaling_factor": 1.0,
+        }
+
+
+class GraniteMoe(Container):
+    """For Granite, with its multipliers: softmax over the chosen experts, a layer's experts in one tensor."""
+
+    name = "granitemoe"
+    dense = ("granite",)
+    block_path = "model.layers.{layer}.block_sparse_moe"
+    router_name = "router.layer.weight"
+    size_fields = ("num_local_experts", "num_experts_per_tok", "intermediate_size")
+
+    def experts(self, layer: int, num_experts: int) -> Mapping[str, tuple[Matrix, ...]]:
+        """input_linear (E, 2I, H), an expert's gate and then its up; output_linear (E, H, I)."""
+        return {
+            f"{self.block(layer)}.input_linear.weight": tuple(
+                Matrix(expert, role) for expert in range(num_experts) for role in ("gate", "up")
+            ),
+            f"{self.block(layer)}.output_linear.weight": tuple(Matrix(expert, "down") for expert in range(num_experts)),
+        }
+
+
+class GraniteMoeShared(GraniteMoe):
+    """The same with a shared expert."""
+
+    name = "granitemoeshared"
+    shared_name = "shared_mlp"
+
+    def fields(self, dense: PreTrainedConfig, shape: MoeShape) -> dict[str, Any]:
+        """Sizes."""
+        return {**super().fields(dense, shape), "shared_intermediate_size": shape.shared_width}
+
+    def shared(self, layer: int) -> Mapping[str, tuple[Matrix, ...]]:
+        """input_linear (2S, H), output_linear (H, S); beside the block, not in it."""
+        path = f"model.layers.{layer}.{self.shared_name}"
+        return {
+            f"{path}.input_linear.weight": (Matrix(None, "gate"), Matrix(None, "up")),
+            f"{path}.output_linear.weight": (Matrix(None, "down"),),
         }

@@ -17,6 +17,7 @@ class _Sigmoid(SharedMultiple):
 
     shared_name = "shared_experts"
     scores = "sigmoid"
+    size_fields = ("n_routed_experts", "num_experts_per_tok", "moe_intermediate_size")
     zero_names = ("gate.e_score_correction_bias",)
 
     def refusal(self, config: PreTrainedConfig) -> str | None:
@@ -34,9 +35,7 @@ class _Sigmoid(SharedMultiple):
     def fields(self, dense: PreTrainedConfig, shape: MoeShape) -> dict[str, Any]:
         """Sizes, and a router without groups and scaling."""
         return {
-            "n_routed_experts": shape.num_experts,
-            "num_experts_per_tok": shape.experts_per_token,
-            "moe_intermediate_size": shape.width,
+            **super().fields(dense, shape),
             "intermediate_size": shape.dense_width,
             "n_shared_experts": shape.shared_width // shape.width,
             "n_group": 1,

@@ -1,8 +1,0 @@
-"""Which channels of one feed-forward block go into which part, when it is split into experts."""
-
-from transformers_moe_offload.builder.channels.chosen import channels_of
-from transformers_moe_offload.builder.channels.co_activation import co_activation_parts
-from transformers_moe_offload.builder.channels.k_means import k_means_parts
-from transformers_moe_offload.builder.channels.parts import random_parts, sizes_of
-
-__all__ = ["channels_of", "co_activation_parts", "k_means_parts", "random_parts", "sizes_of"]

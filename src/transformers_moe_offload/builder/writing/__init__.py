@@ -1,0 +1,1 @@
+"""A checkpoint in its folder: weight files, figures, model card, and what an interrupted build is resumed by."""
