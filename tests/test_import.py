@@ -48,7 +48,8 @@ def test_the_public_names_are_these():
 
 
 def test_importing_adds_little_to_importing_transformers_and_touches_no_device_threads_or_optional_packages(seen):
-    assert seen["ours"] < seen["theirs"] / 4
+    assert seen["ours"] < seen["theirs"] / 10
+    assert "transformers_moe_offload.hf.model.handle" not in seen["added"], "what runs a model is imported with one"
     assert not seen["cuda"]
     assert seen["threads"] == ["MainThread"]
     added = {name.partition(".")[0] for name in seen["added"]}

@@ -8,6 +8,7 @@
 Importing this package teaches every `from_pretrained` the keyword `moe_offload`. It touches no device.
 """
 
+from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 from transformers_moe_offload.config import ExpertFormats, HqqFormat, OffloadConfig, PrefetchConfig
@@ -20,13 +21,13 @@ from transformers_moe_offload.errors import (
     UnsupportedModelError,
 )
 from transformers_moe_offload.hf.install import install, uninstall
-from transformers_moe_offload.hf.model.handle import OffloadRuntime, cache_stats, restore
 from transformers_moe_offload.policies import register_policy
-from transformers_moe_offload.prefetch.predictors import register_predictor
 from transformers_moe_offload.stats import CacheStats, LayerStats
 
 if TYPE_CHECKING:
+    from transformers_moe_offload.hf.model.handle import OffloadRuntime, cache_stats, restore
     from transformers_moe_offload.hf.prebuilt.quantize import quantize_checkpoint
+    from transformers_moe_offload.prefetch.predictors import register_predictor
 
 __version__ = "0.1.0.dev0"
 
@@ -54,13 +55,25 @@ __all__ = [
 ]
 
 
-def __getattr__(name: str) -> Any:
-    """`quantize_checkpoint`, imported when it is first used: it needs the classes of all models."""
-    if name == "quantize_checkpoint":
-        from transformers_moe_offload.hf.prebuilt.quantize import quantize_checkpoint
+_ON_USE = {
+    "OffloadRuntime": "hf.model.handle",
+    "cache_stats": "hf.model.handle",
+    "restore": "hf.model.handle",
+    "quantize_checkpoint": "hf.prebuilt.quantize",
+    "register_predictor": "prefetch.predictors",
+}
+"""Names that are imported when they are first used, with their modules: what it takes to run a model is imported when
+one is loaded."""
 
-        return quantize_checkpoint
-    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+def __getattr__(name: str) -> Any:
+    if name not in _ON_USE:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(import_module(f"{__name__}.{_ON_USE[name]}"), name)
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *_ON_USE})
 
 
 install()

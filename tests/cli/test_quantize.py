@@ -13,7 +13,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from forked import with_locks_of_its_own
 from transformers_moe_offload import ExpertFormats, HqqFormat, OffloadConfig, routing
-from transformers_moe_offload.hf.prebuilt.layout import INDEX_NAME
+from transformers_moe_offload.hf.prebuilt.names import INDEX_NAME
 from transformers_moe_offload.tracing import RecordedVisit, Trace
 from zoo.build import build
 

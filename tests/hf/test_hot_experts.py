@@ -9,7 +9,7 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
 from transformers_moe_offload import CheckpointError, ConfigError, ExpertFormats, HqqFormat, OffloadConfig
-from transformers_moe_offload.hf.prebuilt.layout import INDEX_NAME
+from transformers_moe_offload.hf.prebuilt.names import INDEX_NAME
 from transformers_moe_offload.system.host_memory import PAGE_BYTES
 from transformers_moe_offload.tensor_files.checksum import METADATA_KEY
 from transformers_moe_offload.tensor_files.index import read_index, read_metadata

@@ -8,7 +8,7 @@ from huggingface_hub import HfApi, ModelCard
 from models.mixtures import mixture, write_adapter
 from programs import TORCH, run_program
 from transformers_moe_offload.errors import CheckpointError
-from transformers_moe_offload.hf.prebuilt.layout import INDEX_NAME
+from transformers_moe_offload.hf.prebuilt.names import INDEX_NAME
 from transformers_moe_offload.hf.prebuilt.publish import LAYOUT, check_prebuilt
 from transformers_moe_offload.hub.upload import UploadError, upload
 from zoo.build import build

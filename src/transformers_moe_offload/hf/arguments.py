@@ -9,10 +9,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from torch import nn
-
 from transformers_moe_offload.errors import ConfigError, UnsupportedModelError
-from transformers_moe_offload.hf.model.experts_module import OffloadedExperts
 
 _SPLITS = {
     "tp_size": "tensor parallelism",
@@ -44,17 +41,6 @@ def refuse_splits(distributed: Any) -> None:
             raise UnsupportedModelError(
                 f"{name}={sizes[name]} asks for {kind}, which offloaded experts do not support: every process computes "
                 f"with all of them; leave it out, or load the model without moe_offload"
-            )
-
-
-def refuse_kernels(model: nn.Module) -> None:
-    """Raise if `use_kernels` could replace a block with offloaded experts by a kernel from the Hub."""
-    for name, module in model.named_modules():
-        kernel = getattr(module, "kernel_layer_name", None)
-        if kernel is not None and any(isinstance(part, OffloadedExperts) for part in module.modules()):
-            raise UnsupportedModelError(
-                f"use_kernels would compute {name or type(model).__name__} with the kernel {kernel}, which reads "
-                f"experts as parameters, but they are offloaded; leave use_kernels and kernel_config out"
             )
 
 

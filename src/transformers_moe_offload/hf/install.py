@@ -12,33 +12,29 @@ Two new entries in Transformers' tables, wrappers of a few of its own entries, a
 from __future__ import annotations
 
 import functools
-import inspect
 from collections.abc import Callable
 from copy import copy
 from operator import attrgetter
-from pathlib import Path
 from typing import Any
 
 from safetensors import SafetensorError
 from transformers import AutoConfig, PretrainedConfig, PreTrainedModel
 
+import transformers_moe_offload.models.adapter_moe  # noqa: F401 -- registers its model type
 from transformers_moe_offload.config import OffloadConfig
 from transformers_moe_offload.errors import CheckpointError, ConfigError
-from transformers_moe_offload.hf.arguments import refuse_on_load, refuse_on_save
+from transformers_moe_offload.hf.arguments import refuse_on_load
 from transformers_moe_offload.hf.loading.damage import HUB_OPTIONS, expect_layers, explaining
-from transformers_moe_offload.hf.loading.quantizer import MoeOffloadQuantizer, asked_for, to_save
-from transformers_moe_offload.hf.model.handle import OffloadRuntime
-from transformers_moe_offload.hf.model.saving import expect_no_adapter, expect_whole, save_quantized
+from transformers_moe_offload.hf.loading.given import asked_for
 from transformers_moe_offload.hf.other_quantizers.methods import DELEGATED, refusal
-from transformers_moe_offload.hf.other_quantizers.quantizer import delegating
 from transformers_moe_offload.hf.peft.register import uninstall_adapters
 from transformers_moe_offload.hf.upstream import (
     AUTO_QUANTIZATION_CONFIG_MAPPING,
     AUTO_QUANTIZER_MAPPING,
     AutoHfQuantizer,
     AutoQuantizationConfig,
+    HfQuantizer,
     check_hooks,
-    has_peft_adapter,
     warn_if_untested,
 )
 
@@ -50,11 +46,11 @@ def install() -> None:
     """
     check_hooks()
     warn_if_untested()
-    AUTO_QUANTIZER_MAPPING[OffloadConfig.quant_method] = MoeOffloadQuantizer
+    AUTO_QUANTIZER_MAPPING[OffloadConfig.quant_method] = _quantizer
     AUTO_QUANTIZATION_CONFIG_MAPPING[OffloadConfig.quant_method] = OffloadConfig
     for method in _delegated():
         if not _is_ours(AUTO_QUANTIZER_MAPPING[method]):
-            AUTO_QUANTIZER_MAPPING[method] = delegating(AUTO_QUANTIZER_MAPPING[method])
+            AUTO_QUANTIZER_MAPPING[method] = _delegating(AUTO_QUANTIZER_MAPPING[method])
     for owner, name, wrap in _wrapped_methods():
         if not _is_ours(getattr(owner, name)):
             _replace(owner, name, wrap)
@@ -71,6 +67,30 @@ def uninstall() -> None:
     for owner, name, _ in _wrapped_methods():
         if _is_ours(getattr(owner, name)):
             _replace(owner, name, attrgetter("__wrapped__"))
+
+
+def _quantizer(quantization_config: OffloadConfig, **kwargs: Any) -> HfQuantizer:
+    """Our quantizer. It is imported when it is used, and so is most of the package."""
+    from transformers_moe_offload.hf.loading.quantizer import MoeOffloadQuantizer
+
+    return MoeOffloadQuantizer(quantization_config, **kwargs)
+
+
+def _delegating(plain: Any) -> Any:
+    """Wrap a method's quantizer in Transformers' table: the same, unless `moe_offload=` was given."""
+
+    @functools.wraps(plain, updated=())
+    def quantizer(quantization_config: Any, **kwargs: Any) -> HfQuantizer:
+        method: HfQuantizer = plain(quantization_config, **kwargs)
+        config = asked_for.get()
+        if config is None:
+            return method
+        from transformers_moe_offload.hf.other_quantizers.quantizer import DelegatingQuantizer
+
+        return DelegatingQuantizer(config, method)
+
+    quantizer._is_of_moe_offload = True  # type: ignore[attr-defined]
+    return quantizer
 
 
 def _wrapped_methods() -> tuple[tuple[type, str, Callable[[Any], Any]], ...]:
@@ -157,35 +177,13 @@ def _take_out_of_config(kwargs: dict[str, Any]) -> OffloadConfig | None:
 
 
 def _saving_offloaded(plain: Any) -> Any:
-    """Wrap `save_pretrained`: quantized weights are saved as they are, other models with the given `state_dict`, and
-    neither into a folder with an adapter."""
+    """Wrap `save_pretrained`: offloaded models are saved by `hf/model/saving.py`."""
 
     @functools.wraps(plain)
     def save_pretrained(self: Any, save_directory: Any, *args: Any, **kwargs: Any) -> Any:
-        runtime = getattr(self, "moe_offload", None)
-        if not isinstance(runtime, OffloadRuntime):
-            expect_whole(self)
-            return plain(self, save_directory, *args, **kwargs)
-        options = inspect.signature(plain).bind(self, save_directory, *args, **kwargs).arguments
-        if not has_peft_adapter(self):
-            runtime.expect_in_place()
-            expect_no_adapter(Path(save_directory))
-        is_quantized = runtime.is_quantized and not has_peft_adapter(self)
-        refuse_on_save(options, is_quantized=is_quantized)
-        if not is_quantized:
-            token = to_save.set(options.get("state_dict"))
-            try:
-                return plain(self, save_directory, *args, **kwargs)
-            finally:
-                to_save.reset(token)
-        if not options.get("is_main_process", True):
-            return None
-        save_quantized(self, Path(save_directory), options.get("state_dict"), options.get("max_shard_size"))
-        if options.get("push_to_hub"):
-            repo = {"repo_id": Path(save_directory).name, "token": options.get("token")}
-            size = {name: options[name] for name in ("max_shard_size",) if name in options}
-            self.push_to_hub(**repo | size | options.get("kwargs", {}))
-        return None
+        from transformers_moe_offload.hf.model.saving import save
+
+        return save(plain, self, save_directory, *args, **kwargs)
 
     save_pretrained._is_of_moe_offload = True  # type: ignore[attr-defined]
     return save_pretrained

@@ -10,7 +10,7 @@ from transformers import AutoModelForCausalLM
 import transformers_moe_offload as tmo
 from builder.made import save_dense
 from transformers_moe_offload import CheckpointError, ConfigError, ExpertFormats, HqqFormat, UnsupportedModelError
-from transformers_moe_offload.hf.prebuilt.layout import INDEX_NAME
+from transformers_moe_offload.hf.prebuilt.names import INDEX_NAME
 from transformers_moe_offload.tensor_files.index import read_index
 from transformers_moe_offload.tracing import RecordedVisit, Trace
 from zoo.build import build

@@ -6,7 +6,7 @@ from typer.testing import CliRunner
 from moe_offload_cli.main import app
 from programs import TORCH, run_program
 from transformers_moe_offload.hf.prebuilt import moe_offload_required
-from transformers_moe_offload.hf.prebuilt.layout import AUTO_CLASSES, GUARD
+from transformers_moe_offload.hf.prebuilt.names import AUTO_CLASSES, GUARD
 from zoo.build import build
 
 WITHOUT_US = """

@@ -10,7 +10,8 @@ from safetensors import safe_open
 from safetensors.torch import load_file
 
 from transformers_moe_offload.errors import CheckpointError
-from transformers_moe_offload.hf.prebuilt.layout import INDEX_NAME, shards_of
+from transformers_moe_offload.hf.prebuilt.layout import shards_of
+from transformers_moe_offload.hf.prebuilt.names import INDEX_NAME
 from transformers_moe_offload.hf.prebuilt.writer import Prebuilt, write_prebuilt
 from transformers_moe_offload.store.record import RecordLayout
 from transformers_moe_offload.tensor_files.index import check_index_file, read_index

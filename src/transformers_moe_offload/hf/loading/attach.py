@@ -18,7 +18,7 @@ from transformers_moe_offload.hf.model.handle import OffloadRuntime
 from transformers_moe_offload.hf.model.sparse_layer import SparseLayer
 from transformers_moe_offload.hf.model.state_dicts import install_state_dict_hooks
 from transformers_moe_offload.hf.peft.register import install_adapters
-from transformers_moe_offload.hf.prebuilt.layout import GUARD
+from transformers_moe_offload.hf.prebuilt.names import GUARD
 from transformers_moe_offload.kernels import Activations
 from transformers_moe_offload.store.layer_source import LayerSource
 

@@ -19,7 +19,7 @@ from transformers.utils import CONFIG_NAME, SAFE_WEIGHTS_INDEX_NAME, cached_file
 
 from transformers_moe_offload.config import OffloadConfig
 from transformers_moe_offload.errors import CheckpointError, MoeOffloadError
-from transformers_moe_offload.hf.prebuilt.layout import INDEX_NAME
+from transformers_moe_offload.hf.prebuilt.names import INDEX_NAME
 from transformers_moe_offload.hf.upstream import AutoHfQuantizer, AutoQuantizationConfig
 from transformers_moe_offload.tensor_files.weight_map import WeightMap
 from transformers_moe_offload.untrusted import json_object, one_line, quoted

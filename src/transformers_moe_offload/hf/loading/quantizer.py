@@ -7,8 +7,7 @@ locates them in the files, and attaches the runtime afterwards; it quantizes wei
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping, Sequence
-from contextvars import ContextVar
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -17,18 +16,20 @@ import torch
 
 from transformers_moe_offload.config import ExpertFormats, OffloadConfig
 from transformers_moe_offload.errors import CheckpointError
-from transformers_moe_offload.hf.arguments import refuse_kernels, refuse_splits
+from transformers_moe_offload.hf.arguments import refuse_splits
 from transformers_moe_offload.hf.loading.attach import attach
 from transformers_moe_offload.hf.loading.checkpoint import Checkpoint, expect_unused, locate
 from transformers_moe_offload.hf.loading.discover import take_over
+from transformers_moe_offload.hf.loading.given import asked_for, to_save
 from transformers_moe_offload.hf.loading.quantize_on_load import codings_to_be, quantized
 from transformers_moe_offload.hf.loading.records import locate_records, record_keys
 from transformers_moe_offload.hf.model.dense import prepare_dense, quantize_dense, settle_dense
 from transformers_moe_offload.hf.model.placements import expect_enough_for
+from transformers_moe_offload.hf.model.places import refuse_kernels
 from transformers_moe_offload.hf.model.sparse_layer import SparseLayer
 from transformers_moe_offload.hf.model.state_dicts import with_experts
-from transformers_moe_offload.hf.prebuilt.layout import INDEX_NAME
 from transformers_moe_offload.hf.prebuilt.loading import DenseCheck
+from transformers_moe_offload.hf.prebuilt.names import INDEX_NAME
 from transformers_moe_offload.hf.upstream import (
     HfQuantizer,
     dtype_plan,
@@ -40,12 +41,6 @@ from transformers_moe_offload.policies import make_policy
 from transformers_moe_offload.store.encoding import num_encoded
 
 logger = logging.getLogger(__name__)
-
-asked_for: ContextVar[OffloadConfig | None] = ContextVar("asked_for", default=None)
-"""The config passed to the current `from_pretrained`. For a checkpoint with its own quantization config, Transformers
-does not pass it on to the quantizer."""
-to_save: ContextVar[Mapping[str, torch.Tensor] | None] = ContextVar("to_save", default=None)
-"""The `state_dict` passed to the current `save_pretrained`; Transformers does not pass it on to the quantizer."""
 
 
 class MoeOffloadQuantizer(HfQuantizer):

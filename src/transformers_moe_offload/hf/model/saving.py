@@ -5,7 +5,8 @@ A complete checkpoint in the folder is replaced as a whole, once the new one is 
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+import inspect
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -26,16 +27,12 @@ from transformers_moe_offload.expert import FieldSpec
 from transformers_moe_offload.formats.by_expert import LayerCodings
 from transformers_moe_offload.formats.coding import ExpertCoding
 from transformers_moe_offload.formats.foreign import ForeignCoding
+from transformers_moe_offload.hf.arguments import refuse_on_save
+from transformers_moe_offload.hf.loading.given import to_save
 from transformers_moe_offload.hf.model.experts_module import OffloadedExperts
 from transformers_moe_offload.hf.model.handle import OffloadRuntime
 from transformers_moe_offload.hf.model.own_experts import is_of_own_experts, named_own_experts
-from transformers_moe_offload.hf.prebuilt.layout import (
-    MARKS,
-    LayerContent,
-    plain_config,
-    prebuilt_config,
-    shards_of,
-)
+from transformers_moe_offload.hf.prebuilt.layout import MARKS, LayerContent, plain_config, prebuilt_config, shards_of
 from transformers_moe_offload.hf.prebuilt.writer import finish, write_shards
 from transformers_moe_offload.hf.upstream import has_peft_adapter, remove_tied_weights_from_state_dict
 from transformers_moe_offload.output.place import replacing
@@ -47,6 +44,35 @@ from transformers_moe_offload.tensor_files.writer import write_text
 
 _OTHERS = (ADAPTER_CONFIG_NAME, SAFE_WEIGHTS_NAME, SAFE_WEIGHTS_INDEX_NAME, WEIGHTS_NAME, WEIGHTS_INDEX_NAME)
 """Files of other checkpoints that Transformers would load instead of, or together with, a prebuilt one."""
+
+
+def save(plain: Callable[..., Any], model: Any, save_directory: Any, *args: Any, **kwargs: Any) -> Any:
+    """What `save_pretrained` does: quantized weights are saved as they are, other models with the given `state_dict` by
+    the `plain` method, and neither into a folder with an adapter."""
+    runtime = getattr(model, "moe_offload", None)
+    if not isinstance(runtime, OffloadRuntime):
+        expect_whole(model)
+        return plain(model, save_directory, *args, **kwargs)
+    options = inspect.signature(plain).bind(model, save_directory, *args, **kwargs).arguments
+    if not has_peft_adapter(model):
+        runtime.expect_in_place()
+        expect_no_adapter(Path(save_directory))
+    is_quantized = runtime.is_quantized and not has_peft_adapter(model)
+    refuse_on_save(options, is_quantized=is_quantized)
+    if not is_quantized:
+        token = to_save.set(options.get("state_dict"))
+        try:
+            return plain(model, save_directory, *args, **kwargs)
+        finally:
+            to_save.reset(token)
+    if not options.get("is_main_process", True):
+        return None
+    save_quantized(model, Path(save_directory), options.get("state_dict"), options.get("max_shard_size"))
+    if options.get("push_to_hub"):
+        repo = {"repo_id": Path(save_directory).name, "token": options.get("token")}
+        size = {name: options[name] for name in ("max_shard_size",) if name in options}
+        model.push_to_hub(**repo | size | options.get("kwargs", {}))
+    return None
 
 
 def expect_no_adapter(folder: Path) -> None:

@@ -6,7 +6,6 @@ Transformers. The experts stay in their stored form, in the files and in the cac
 
 from __future__ import annotations
 
-import functools
 import logging
 from collections.abc import Sequence
 from copy import deepcopy
@@ -15,25 +14,12 @@ from typing import Any
 from transformers_moe_offload.config import OffloadConfig
 from transformers_moe_offload.errors import UnsupportedModelError
 from transformers_moe_offload.hf.loading.checkpoint import locate
-from transformers_moe_offload.hf.loading.quantizer import MoeOffloadQuantizer, asked_for
+from transformers_moe_offload.hf.loading.quantizer import MoeOffloadQuantizer
 from transformers_moe_offload.hf.model.experts_module import OffloadedExperts
 from transformers_moe_offload.hf.other_quantizers.keep_encoded import as_stored
 from transformers_moe_offload.hf.upstream import HfQuantizer, WeightConverter, get_keys_to_not_convert
 
 logger = logging.getLogger(__name__)
-
-
-def delegating(plain: type[HfQuantizer]) -> Any:
-    """A replacement for a method's quantizer in Transformers' table: the same, unless `moe_offload=` was given."""
-
-    @functools.wraps(plain, updated=())
-    def quantizer(quantization_config: Any, **kwargs: Any) -> HfQuantizer:
-        method = plain(quantization_config, **kwargs)
-        config = asked_for.get()
-        return method if config is None else DelegatingQuantizer(config, method)
-
-    quantizer._is_of_moe_offload = True  # type: ignore[attr-defined]
-    return quantizer
 
 
 class DelegatingQuantizer(MoeOffloadQuantizer):

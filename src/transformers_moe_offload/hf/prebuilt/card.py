@@ -10,7 +10,7 @@ from yaml import YAMLError
 
 from transformers_moe_offload.config import ExpertFormats, OffloadConfig
 from transformers_moe_offload.hf.model.plan import readable
-from transformers_moe_offload.hf.prebuilt.layout import AUTO_CLASSES
+from transformers_moe_offload.hf.prebuilt.names import AUTO_CLASSES
 from transformers_moe_offload.hf.prebuilt.sizes import Sizes
 from transformers_moe_offload.hf.upstream import auto_classes_of
 from transformers_moe_offload.hub.fetch import Fetched

@@ -16,7 +16,6 @@ import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -26,22 +25,10 @@ from transformers_moe_offload.dtypes import dtype_name
 from transformers_moe_offload.expert import FieldSpec
 from transformers_moe_offload.formats.by_expert import LayerCodings
 from transformers_moe_offload.hf.loading.records import CHECKSUMS, HOT_RECORDS, RECORDS, Stack, described
+from transformers_moe_offload.hf.prebuilt.names import AUTO_CLASSES, GUARD, INDEX_NAME, RECIPE_NAME
 from transformers_moe_offload.output.place import Marks
 from transformers_moe_offload.output.shards import MAX_SHARD_BYTES, Content, Shard, grouped, shard_names, shard_of
 
-INDEX_NAME = "moe_offload.safetensors.index.json"
-RECIPE_NAME = "moe_offload.recipe.json"
-GUARD = Path(__file__).with_name("moe_offload_required.py")
-"""Copied into every prebuilt checkpoint unchanged."""
-AUTO_CLASSES = (
-    "AutoModel",
-    "AutoModelForCausalLM",
-    "AutoModelForImageTextToText",
-    "AutoModelForSeq2SeqLM",
-    "AutoModelForSequenceClassification",
-    "AutoModelForTokenClassification",
-)
-"""The Auto classes that the guard has a stand-in for."""
 MARKS = Marks(first=RECIPE_NAME, last=INDEX_NAME, prefix="moe_offload")
 
 

@@ -8,7 +8,7 @@ from pathlib import Path
 from huggingface_hub import HfApi
 
 from transformers_moe_offload.errors import CheckpointError
-from transformers_moe_offload.hf.prebuilt.layout import GUARD, INDEX_NAME
+from transformers_moe_offload.hf.prebuilt.names import GUARD, INDEX_NAME
 from transformers_moe_offload.hub.upload import Layout, expect_pushable, upload
 from transformers_moe_offload.tensor_files.checksum import check_file
 from transformers_moe_offload.tensor_files.index import check_index_file, read_index
