@@ -16,7 +16,7 @@ from transformers import AutoConfig
 from benchmarks.gpu.models import PUBLISHED, QUICK, blueprint, layers_that_fit, make
 from transformers_moe_offload.hf.prebuilt.layout import MARKS
 from transformers_moe_offload.hf.prebuilt.sizes import Sizes
-from transformers_moe_offload.output.place import is_complete
+from transformers_moe_offload.output.claim import is_complete
 
 
 def make_model(folder: str, model: str, nbits: int) -> dict[str, Any]:

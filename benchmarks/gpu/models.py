@@ -29,7 +29,7 @@ from transformers_moe_offload.hf.prebuilt.layout import MARKS, LayerContent, pla
 from transformers_moe_offload.hf.prebuilt.sizes import Sizes
 from transformers_moe_offload.hf.prebuilt.source import Quantization
 from transformers_moe_offload.hf.prebuilt.writer import Prebuilt, write_prebuilt
-from transformers_moe_offload.output.place import is_complete
+from transformers_moe_offload.output.claim import is_complete
 from transformers_moe_offload.output.shards import Advance, Content
 from transformers_moe_offload.output.text import as_json
 from transformers_moe_offload.store.record import RecordLayout

@@ -15,7 +15,8 @@ from transformers_moe_offload.expert import ExpertId, ExpertSpec, FieldSpec
 from transformers_moe_offload.hf.loading.quantizer import MoeOffloadQuantizer
 from transformers_moe_offload.hf.model import plan as planning
 from transformers_moe_offload.hf.model import room
-from transformers_moe_offload.hf.model.plan import Placement, make_plan, without_arenas
+from transformers_moe_offload.hf.model.plan import Placement
+from transformers_moe_offload.hf.model.planning import make_plan, without_arenas
 from transformers_moe_offload.hf.model.pools import build_caches
 
 EXACT = OffloadConfig(cache_budget="30%", arithmetic="exact")

@@ -16,7 +16,8 @@ import torch
 
 from transformers_moe_offload.errors import CheckpointError
 from transformers_moe_offload.expert import FieldSpec
-from transformers_moe_offload.output.place import Marks, expect_place, place_for, recover, replacing
+from transformers_moe_offload.output.claim import Marks
+from transformers_moe_offload.output.place import expect_place, place_for, recover, replacing
 from transformers_moe_offload.tensor_files.writer import PARTIAL, SafetensorsWriter, write_text
 
 MARKS = Marks(first="made_by.json", last="config.json", is_in_place=False)

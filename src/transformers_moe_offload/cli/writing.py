@@ -14,7 +14,8 @@ from rich.console import Console
 from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn
 
 from transformers_moe_offload.cli.failures import CommandError
-from transformers_moe_offload.output.place import Marks, unfinished
+from transformers_moe_offload.output.claim import Marks
+from transformers_moe_offload.output.place import unfinished
 
 
 @contextmanager

@@ -11,7 +11,8 @@ from forked import with_locks_of_its_own
 from transformers_moe_offload.errors import CheckpointError
 from transformers_moe_offload.hf.prebuilt.layout import MARKS
 from transformers_moe_offload.hf.prebuilt.names import INDEX_NAME, RECIPE_NAME
-from transformers_moe_offload.output.place import is_complete, place_for
+from transformers_moe_offload.output.claim import is_complete
+from transformers_moe_offload.output.place import place_for
 from transformers_moe_offload.tensor_files.checksum import check_file
 
 from .made import RECIPE, files, prebuilt, record, write

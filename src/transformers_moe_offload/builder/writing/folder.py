@@ -15,7 +15,8 @@ from transformers.utils import CONFIG_NAME
 from transformers_moe_offload.builder.recipe import MoeRecipe
 from transformers_moe_offload.builder.sources import Ancestor
 from transformers_moe_offload.errors import RecipeError
-from transformers_moe_offload.output.place import Marks, place_for
+from transformers_moe_offload.output.claim import Marks
+from transformers_moe_offload.output.place import place_for
 from transformers_moe_offload.tensor_files.fingerprint import fingerprint
 
 logger = logging.getLogger(__name__)

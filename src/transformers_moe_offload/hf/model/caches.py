@@ -36,13 +36,8 @@ from transformers_moe_offload.hf.model.paths.fast import FastPath
 from transformers_moe_offload.hf.model.paths.training import TrainingPath
 from transformers_moe_offload.hf.model.placements import placements
 from transformers_moe_offload.hf.model.places import is_in_place
-from transformers_moe_offload.hf.model.plan import (
-    OffloadPlan,
-    PoolPlan,
-    make_plan,
-    tried_out,
-    without_arenas,
-)
+from transformers_moe_offload.hf.model.plan import OffloadPlan, PoolPlan
+from transformers_moe_offload.hf.model.planning import make_plan, tried_out, without_arenas
 from transformers_moe_offload.hf.model.pools import build_caches
 from transformers_moe_offload.hf.model.sparse_layer import SparseLayer
 from transformers_moe_offload.hybrid.layer import HostSide

@@ -11,7 +11,6 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils.hooks import RemovableHandle
 
 from transformers_moe_offload.config import OffloadConfig
 from transformers_moe_offload.dtypes import dtype_name, torch_dtype
@@ -23,6 +22,7 @@ from transformers_moe_offload.hf.loading.placeholders import put_back
 from transformers_moe_offload.hf.model.caches import LayerCaches
 from transformers_moe_offload.hf.model.dense import restore_dense
 from transformers_moe_offload.hf.model.experts_module import OffloadedLayer, experts_at, offloaded, unbind
+from transformers_moe_offload.hf.model.forwards import announcing
 from transformers_moe_offload.hf.model.layer_forward import LayerForward
 from transformers_moe_offload.hf.model.own_experts import NAME as OWN_EXPERTS
 from transformers_moe_offload.hf.model.own_experts import put_among_the_others
@@ -31,7 +31,7 @@ from transformers_moe_offload.hf.model.places import expect_in_place
 from transformers_moe_offload.hf.model.plan import OffloadPlan
 from transformers_moe_offload.hf.model.sparse_layer import SparseLayer
 from transformers_moe_offload.hf.model.state_dicts import remove_state_dict_hooks
-from transformers_moe_offload.hf.upstream import COMPILED_CALL, arguments, tied_weights
+from transformers_moe_offload.hf.upstream import COMPILED_CALL, tied_weights
 from transformers_moe_offload.stats import CacheStats
 from transformers_moe_offload.store.layer_source import LayerSource
 from transformers_moe_offload.tracing import Trace, TraceRecorder
@@ -112,7 +112,7 @@ class OffloadRuntime:
         try:
             self._recorder = recorder
             self._caches.record(recorder)
-            hooks += _announcing(self._living_model(), recorder)
+            hooks += announcing(self._living_model(), recorder)
             yield recorder.trace
         finally:
             self._recorder = None
@@ -277,40 +277,6 @@ class OffloadRuntime:
                 "all of it, as in `model = ...from_pretrained(...)`, also if only a part of it or this handle is used"
             )
         return model
-
-
-def _announcing(model: nn.Module, recorder: TraceRecorder) -> list[RemovableHandle]:
-    """Hooks that tell a recorder where the model's forwards begin and end; compiled forwards are not reported."""
-
-    def begin(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        if not torch.compiler.is_compiling():
-            recorder.begin_forward(_num_tokens(module, arguments(module, args, kwargs)))
-
-    def end(*_: object) -> None:
-        if not torch.compiler.is_compiling():
-            recorder.end_forward()
-
-    return [
-        model.register_forward_pre_hook(begin, with_kwargs=True),
-        model.register_forward_hook(end, always_call=True),
-    ]
-
-
-def _num_tokens(model: nn.Module, given: Mapping[str, Any]) -> int:
-    """How many tokens each sparse layer routes in a forward with these arguments; 0 if not known.
-
-    In a forward that both encodes and decodes, the encoder's and decoder's layers route different numbers of tokens.
-    """
-    ids, embeds = given.get("input_ids"), given.get("inputs_embeds")
-    decoder_ids = given.get("decoder_input_ids")
-    is_encoder_decoder = getattr(getattr(model, "config", None), "is_encoder_decoder", False)
-    if (ids is not None or embeds is not None) and (decoder_ids is not None or is_encoder_decoder):
-        return 0  # without decoder_input_ids the decoder gets the labels, or the same tokens, shifted
-    if ids is not None:
-        return int(ids.numel())
-    if embeds is not None:
-        return int(embeds.shape[0] * embeds.shape[1])
-    return 0 if decoder_ids is None else int(decoder_ids.numel())
 
 
 def cache_stats(model: Any) -> CacheStats:

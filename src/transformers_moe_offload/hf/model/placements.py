@@ -8,7 +8,8 @@ from dataclasses import replace
 from transformers_moe_offload.compute.alignment import gives_equal_bits
 from transformers_moe_offload.config import OffloadConfig
 from transformers_moe_offload.formats.by_expert import LayerCodings
-from transformers_moe_offload.hf.model.plan import Placement, expect_enough
+from transformers_moe_offload.hf.model.plan import Placement
+from transformers_moe_offload.hf.model.planning import expect_enough
 from transformers_moe_offload.hf.model.sparse_layer import SparseLayer
 from transformers_moe_offload.store.expert_store import ExpertStore
 from transformers_moe_offload.store.layer_source import LayerSource

@@ -26,7 +26,7 @@ from transformers_moe_offload.expert import FieldSpec
 from transformers_moe_offload.formats.by_expert import LayerCodings
 from transformers_moe_offload.hf.loading.records import CHECKSUMS, HOT_RECORDS, RECORDS, Stack, described
 from transformers_moe_offload.hf.prebuilt.names import AUTO_CLASSES, GUARD, INDEX_NAME, RECIPE_NAME
-from transformers_moe_offload.output.place import Marks
+from transformers_moe_offload.output.claim import Marks
 from transformers_moe_offload.output.shards import MAX_SHARD_BYTES, Content, Shard, grouped, shard_names, shard_of
 
 MARKS = Marks(first=RECIPE_NAME, last=INDEX_NAME, prefix="moe_offload")
