@@ -14,7 +14,7 @@ from transformers_moe_offload import CapacityError, OffloadConfig
 from transformers_moe_offload.expert import ExpertId, ExpertSpec, FieldSpec
 from transformers_moe_offload.hf.loading.quantizer import MoeOffloadQuantizer
 from transformers_moe_offload.hf.model import plan as planning
-from transformers_moe_offload.hf.model import room
+from transformers_moe_offload.hf.model import planning
 from transformers_moe_offload.hf.model.plan import Placement
 from transformers_moe_offload.hf.model.planning import make_plan, without_arenas
 from transformers_moe_offload.hf.model.pools import build_caches
@@ -90,7 +90,7 @@ class TestPlan:
         assert str(plan).splitlines()[1].endswith("500.0 KiB")
 
     def test_an_automatic_budget_leaves_out_what_torch_cannot_use_of_its_segments(self, monkeypatch):
-        monkeypatch.setattr(room, "available_bytes", lambda device, held_bytes: 100 << 20)
+        monkeypatch.setattr(planning, "available_bytes", lambda device, held_bytes: 100 << 20)
         plans = [make_plan(on(device, layer(0, 7 << 20, 16)), OffloadConfig()) for device in ("cuda:0", "cpu")]
         assert [plan.num_slots for plan in plans] == [10, 14]
 

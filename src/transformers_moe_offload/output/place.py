@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from transformers_moe_offload.errors import CheckpointError
-from transformers_moe_offload.output.claim import Left, Marks, claimed, is_complete, read_recipe
+from transformers_moe_offload.output.claim import Left, Marks, claimed, expect_empty, is_complete, read_recipe
 from transformers_moe_offload.tensor_files.writer import PARTIAL, sync_folder, write_text
 
 logger = logging.getLogger(__name__)
