@@ -90,7 +90,7 @@ class TestPlan:
         assert str(plan).splitlines()[1].endswith("500.0 KiB")
 
     def test_an_automatic_budget_leaves_out_what_torch_cannot_use_of_its_segments(self, monkeypatch):
-        monkeypatch.setattr(planning, "available_bytes", lambda device, held_bytes: 100 << 20)
+        monkeypatch.setattr(planning, "available_bytes", lambda device, held_bytes=0: 100 << 20)
         plans = [make_plan(on(device, layer(0, 7 << 20, 16)), OffloadConfig()) for device in ("cuda:0", "cpu")]
         assert [plan.num_slots for plan in plans] == [10, 14]
 
