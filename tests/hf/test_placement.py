@@ -13,7 +13,6 @@ from stores import number, numbered_store
 from transformers_moe_offload import CapacityError, OffloadConfig
 from transformers_moe_offload.expert import ExpertId, ExpertSpec, FieldSpec
 from transformers_moe_offload.hf.loading.quantizer import MoeOffloadQuantizer
-from transformers_moe_offload.hf.model import plan as planning
 from transformers_moe_offload.hf.model import planning
 from transformers_moe_offload.hf.model.plan import Placement
 from transformers_moe_offload.hf.model.planning import make_plan, without_arenas
