@@ -125,5 +125,5 @@ class RecordedExpert:
             )
 
     def then_cast(self, dtype: str) -> RecordedExpert:
-        """A record stays what it is; its coding says what it is decoded to."""
+        """A record stays what it is; its codec says what it is decoded to."""
         return self

@@ -139,9 +139,9 @@ class ExpertStore:
 
 def _layouts(source: LayerSource) -> tuple[RecordLayout, ...]:
     """The record layout of each expert; one object for each way in which experts of the layer are stored."""
-    codings = source.codings
-    of_kind = {id(kind): RecordLayout(source.spec.fields if kind is None else kind.stored) for kind in codings.kinds}
-    return tuple(of_kind[id(codings.of(expert))] for expert in range(len(source.experts)))
+    codecs = source.codecs
+    of_kind = {id(kind): RecordLayout(source.spec.fields if kind is None else kind.stored) for kind in codecs.kinds}
+    return tuple(of_kind[id(codecs.of(expert))] for expert in range(len(source.experts)))
 
 
 class _Fill:

@@ -18,25 +18,25 @@ from transformers_moe_offload.cache.visit import Visit
 from transformers_moe_offload.dtypes import torch_dtype
 from transformers_moe_offload.errors import UnsupportedModelError
 from transformers_moe_offload.expert import ExpertSpec
-from transformers_moe_offload.formats.by_expert import LayerCodings
+from transformers_moe_offload.formats.by_expert import LayerCodecs
 from transformers_moe_offload.hf.layouts import ExpertField
 
 
 def fetch_from(
-    visit: Visit, spec: ExpertSpec, device: torch.device, *, codings: LayerCodings, cast_to: torch.dtype | None = None
+    visit: Visit, spec: ExpertSpec, device: torch.device, *, codecs: LayerCodecs, cast_to: torch.dtype | None = None
 ) -> Fetch:
     """A function that fetches wanted experts through a visit, and returns zeros for others.
 
     Some forwards index experts without rows, or with rows of weight zero only: their weights do not affect the output,
-    so they are not loaded. `codings` says how the visit returns each expert; `cast_to` is the dtype to return, None for
+    so they are not loaded. `codecs` says how the visit returns each expert; `cast_to` is the dtype to return, None for
     the experts' own.
     """
     by_name = {field.name: field for field in spec.fields}
 
     def fetch(name: str, expert: int) -> Tensor:
         if visit.wants(expert):
-            held, coding = visit.take(expert), codings.of(expert)
-            weight = held[name] if coding is None else coding.decode_field(name, held)
+            held, codec = visit.take(expert), codecs.of(expert)
+            weight = held[name] if codec is None else codec.decode_field(name, held)
             return weight if cast_to is None else weight.to(cast_to)
         field = by_name[name]
         return torch.zeros((), dtype=cast_to or torch_dtype(field.dtype), device=device).expand(field.shape)

@@ -14,7 +14,7 @@ from transformers_moe_offload.cache.capacity import PoolNeed, share_out, share_o
 from transformers_moe_offload.config import Budget, OffloadConfig
 from transformers_moe_offload.errors import ConfigError
 from transformers_moe_offload.expert import ExpertSpec
-from transformers_moe_offload.formats.by_expert import AS_USED, LayerCodings
+from transformers_moe_offload.formats.by_expert import AS_USED, LayerCodecs
 from transformers_moe_offload.hf.model.room import room_for_slots
 from transformers_moe_offload.notebook import html_paragraph, html_table
 from transformers_moe_offload.store.direct_io_probe import is_faster_past_cache
@@ -32,7 +32,7 @@ class Placement:
 
     spec: ExpertSpec
     device: torch.device
-    codings: LayerCodings = AS_USED
+    codecs: LayerCodecs = AS_USED
     """How its experts are quantized, if they are."""
     is_mappable: bool = False
     """Whether its experts can be used in place in the mapped files of the checkpoint."""
@@ -50,8 +50,8 @@ class Placement:
 
     @property
     def record_bytes(self) -> list[int]:
-        """Bytes of an expert's record for each coding of the layer."""
-        return [RecordLayout(self.spec.fields if c is None else c.stored).nbytes for c in self.codings.kinds]
+        """Bytes of an expert's record for each codec of the layer."""
+        return [RecordLayout(self.spec.fields if c is None else c.stored).nbytes for c in self.codecs.kinds]
 
 
 @dataclass(frozen=True)
@@ -317,7 +317,7 @@ def _need(members: Sequence[Placement], spare_bytes: int) -> PoolNeed:
     hot: Counter[int] = Counter()
     for member in members:
         for size in member.record_bytes[1:]:
-            hot[size + spare_bytes] += len(member.codings.hot_experts)
+            hot[size + spare_bytes] += len(member.codecs.hot_experts)
     num_experts = sum(member.spec.num_experts for member in members)
     return PoolNeed(len(members), num_experts, members[0].slot_bytes + spare_bytes, tuple(hot.items()))
 

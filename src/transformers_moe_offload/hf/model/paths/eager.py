@@ -48,7 +48,7 @@ class EagerPath:
                 experts.index, wanted, None if experts.look_ahead is None else experts.look_ahead(hidden)
             ) as visit,
         ):
-            fetch = fetch_from(visit, self.spec, hidden.device, codings=experts.codings, cast_to=cast_to)
+            fetch = fetch_from(visit, self.spec, hidden.device, codecs=experts.codecs, cast_to=cast_to)
             lending = Lending(fetch, lender.copy, call.adaptation)
             twin = twin_of(call.module, layer.plain_class, layer.fields, lending)
             try:
