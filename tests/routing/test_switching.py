@@ -10,7 +10,7 @@ import torch
 from hurried import run_at_once
 from transformers_moe_offload import ConfigError, MoeOffloadError, UnsupportedModelError, cache_stats, routing
 from transformers_moe_offload.routing.choice import Choice
-from transformers_moe_offload.routing.seam import Seam
+from transformers_moe_offload.routing.router_hook import RouterHook
 from transformers_moe_offload.routing.sites import find_sites
 from transformers_moe_offload.routing.switching import observe, stop_observing
 from zoo.build import build
@@ -287,10 +287,10 @@ def test_routing_one_tower_by_token_ids_leaves_the_other_out():
         assert torch.isfinite(model(input_ids=ids).logits).all()
 
 
-def test_a_seam_is_found_wherever_a_copy_took_it(plain):
+def test_a_hook_around_a_router_is_found_wherever_a_copy_took_it(plain):
     routing.set_routing(plain, "random")
     wrapped = peft.get_peft_model(plain, peft.LoraConfig(target_modules=["q_proj"], modules_to_save=["gate"]))
-    seams = [h.__self__ for m in wrapped.modules() for h in m._forward_hooks.values() if hasattr(h, "__self__")]
-    assert sum(isinstance(seam, Seam) for seam in seams) == 2 * NUM_LAYERS
+    router_hooks = [h.__self__ for m in wrapped.modules() for h in m._forward_hooks.values() if hasattr(h, "__self__")]
+    assert sum(isinstance(hook, RouterHook) for hook in router_hooks) == 2 * NUM_LAYERS
     routing.reset(wrapped)
     assert hooks_of(wrapped) == 0
