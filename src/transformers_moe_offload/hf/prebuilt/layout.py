@@ -41,7 +41,7 @@ AUTO_CLASSES = (
     "AutoModelForSequenceClassification",
     "AutoModelForTokenClassification",
 )
-"""The Auto classes that the guard has a stand-in for."""
+"""The Auto classes that the guard has a placeholder for."""
 MARKS = Marks(first=RECIPE_NAME, last=INDEX_NAME, prefix="moe_offload")
 
 
