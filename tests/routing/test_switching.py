@@ -161,10 +161,10 @@ def test_setting_a_strategy_again_repeats_its_choices_and_going_on_does_not(plai
 @pytest.mark.parametrize(
     ("layers", "message"),
     [
-        ([4], "layers has 4, but the model's routers are 0 to 3"),
-        ([-5], "layers has -5"),
-        (["model.layers.9"], "layers has 'model.layers.9', but there is no router there; the first is"),
-        ([], "names no layer"),
+        ([4], "layers names router 4, but the model has routers 0 to 3"),
+        ([-5], "layers names router -5"),
+        (["model.layers.9"], "layers names 'model.layers.9', but no router is at that path; the first is at"),
+        ([], "names no router"),
     ],
 )
 def test_an_unknown_layer_is_refused_and_nothing_changes(plain, token_ids, layers, message):
@@ -182,7 +182,7 @@ def test_a_forward_that_fails_leaves_the_model_usable(plain, token_ids):
     own = logits(plain, token_ids)
     with routing.set_routing(plain, "random"), pytest.raises(RuntimeError):
         plain(inputs_embeds=torch.zeros(1, 3, 5))
-    with routing.set_routing(plain, "hash"), pytest.raises(UnsupportedModelError, match="give it input_ids"):
+    with routing.set_routing(plain, "hash"), pytest.raises(UnsupportedModelError, match="pass input_ids"):
         plain(inputs_embeds=torch.zeros(1, 3, plain.config.hidden_size))
     assert torch.equal(logits(plain, token_ids), own)
     assert torch.zeros(3).topk(2).indices.shape == (2,), "torch functions are still being watched"
