@@ -10,6 +10,7 @@ import contextlib
 import dataclasses
 import io
 import re
+import runpy
 import shlex
 import tomllib
 from doctest import ELLIPSIS, NORMALIZE_WHITESPACE, OutputChecker
@@ -183,6 +184,18 @@ def test_the_layers_in_the_documentation_are_those_that_are_checked():
     contract = pyproject()["tool"]["importlinter"]["contracts"][0]["layers"]
     shown = read("docs/architecture.md").partition("## The layers")[2].partition("```text\n")[2].partition("```")[0]
     assert shown.splitlines() == [layer.replace("transformers_moe_offload.", "") for layer in contract]
+
+
+def test_the_pictures_are_what_their_script_draws():
+    drawn = {name: draw() for name, draw in runpy.run_path(str(ROOT / "docs/pictures/draw.py"))["PICTURES"].items()}
+    assert {path.name for path in (ROOT / "docs/pictures").glob("*.svg")} == drawn.keys()
+    stale = [name for name in drawn if read(f"docs/pictures/{name}") != drawn[name]]
+    assert stale == [], "run `python docs/pictures/draw.py`"
+
+
+def test_pictures_fetch_nothing_from_elsewhere():
+    for path in (ROOT / "docs/pictures").glob("*.svg"):
+        assert not re.search(r"href|url\(|@import|<script|<image", path.read_text("utf-8"))
 
 
 def test_every_dependency_has_its_reason():

@@ -35,7 +35,7 @@ def measure_bandwidths(folder: str, repeats: int) -> dict[str, Any]:
         found["driver"] = driver()
     source, token = model.moe_offload.source(layer), token_of(model, layer, model.moe_offload.spec(layer), layer.device)
     assert layer.mlp is not None
-    found["kernel"] = kernel_seconds(layer.mlp, module, token, record_layout(source), source.codings.usual)
+    found["kernel"] = kernel_seconds(layer.mlp, module, token, record_layout(source), source.codecs.usual)
     return found
 
 

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from transformers_moe_offload.compute.mlp import ExpertMlp
 from transformers_moe_offload.device_decode.forward import OnDevice
-from transformers_moe_offload.formats.base import Coding
+from transformers_moe_offload.formats.base import Codec
 from transformers_moe_offload.hybrid.profiling import fastest, made_records
 from transformers_moe_offload.store.record import RecordLayout
 
@@ -22,13 +22,13 @@ Triton's interpreter, which takes a thousand times as long: there it is one laye
 
 
 def kernel_seconds(
-    mlp: ExpertMlp, experts: nn.Module, token: Tensor, layout: RecordLayout, coding: Coding | None
+    mlp: ExpertMlp, experts: nn.Module, token: Tensor, layout: RecordLayout, codec: Codec | None
 ) -> dict[str, float]:
     """Seconds for each expert that a `token` (1, H) wants: in a slot, read in place, and to submit a whole layer."""
     records = made_records(layout.nbytes)[: None if token.is_cuda else 2]
     in_slots = [record.to(token.device) for record in records]
     in_place = [record.pin_memory() for record in records] if token.is_cuda else records
-    compute = OnDevice(mlp, layout, coding, len(records), experts)
+    compute = OnDevice(mlp, layout, codec, len(records), experts)
     num_layers = LAYERS if token.is_cuda else 1
 
     def layers(places: Sequence[Tensor]) -> Callable[[], None]:

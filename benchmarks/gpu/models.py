@@ -23,7 +23,7 @@ from torch import Tensor
 from benchmarks.harness.make_model import BIAS
 from transformers_moe_offload import HqqFormat, OffloadConfig
 from transformers_moe_offload.dtypes import torch_dtype
-from transformers_moe_offload.formats.coding import ExpertCoding
+from transformers_moe_offload.formats.codec import ExpertCodec
 from transformers_moe_offload.hf.loading.discover import take_over
 from transformers_moe_offload.hf.prebuilt.layout import MARKS, LayerContent, plain_config, prebuilt_config
 from transformers_moe_offload.hf.prebuilt.sizes import Sizes
@@ -183,10 +183,10 @@ def make(folder: Path, published: Published, nbits: int, layers: int, device: to
             LayerContent.coded(
                 layer.name,
                 layer.num_experts,
-                codings,
-                partial(_record, codings.usual, layer.name, device),
+                codecs,
+                partial(_record, codecs.usual, layer.name, device),
             )
-            for layer, codings in zip(quantization.layers, quantization.codings, strict=True)
+            for layer, codecs in zip(quantization.layers, quantization.codecs, strict=True)
         ],
         _dense_contents(quantization, device),
         texts={"config.json": as_json(prebuilt_config(_plain(quantization), config.recipe()))},
@@ -199,18 +199,18 @@ def _plain(quantization: Quantization) -> dict[str, Any]:
 
 
 @torch.no_grad()
-def _record(coding: ExpertCoding, layer: str, device: torch.device, expert: int) -> Tensor:
+def _record(codec: ExpertCodec, layer: str, device: torch.device, expert: int) -> Tensor:
     """One expert, drawn and quantized on the device: its record, uint8."""
     random = _generator(f"{layer}.{expert}", device)
     tensors = {}
-    for one in coding.fields:
-        fan_in = one.shape[0 if coding.is_transposed else -1]
+    for one in codec.fields:
+        fan_in = one.shape[0 if codec.is_transposed else -1]
         drawn = _drawn(one.shape, GAIN / fan_in**0.5, random) if len(one.shape) == 2 else _zeros(one.shape, device)
         tensors[one.name] = drawn.to(torch_dtype(one.dtype))
-    layout = RecordLayout(coding.stored)
+    layout = RecordLayout(codec.stored)
     row = torch.zeros(layout.nbytes, dtype=torch.uint8, device=device)
     views = layout.views(row)
-    for name, part in coding.encode(tensors, f"expert {expert} of {layer}").items():
+    for name, part in codec.encode(tensors, f"expert {expert} of {layer}").items():
         views[name].copy_(part)
     return row.cpu()  # sync: device -> host
 

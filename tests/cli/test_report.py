@@ -61,7 +61,7 @@ def routed(run, tiny_moe, tmp_path):
 
 def test_a_page_holds_everything_and_asks_for_nothing(run, routed, tmp_path):
     for trace, headings in (
-        (routed, ["Routers", "Sureness", "Load", "Reuse", "Company"]),
+        (routed, ["Routers", "Sureness", "Load", "Reuse", "Pairs"]),
         (tmp_path / "trace.npz", []),
     ):
         page = tmp_path / "report.html"

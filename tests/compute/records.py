@@ -9,8 +9,8 @@ from torch.nn import functional
 
 from transformers_moe_offload.compute.mlp import ExpertMlp
 from transformers_moe_offload.expert import FieldSpec
-from transformers_moe_offload.formats.by_expert import LayerCodings
-from transformers_moe_offload.formats.coding import ExpertCoding
+from transformers_moe_offload.formats.by_expert import LayerCodecs
+from transformers_moe_offload.formats.codec import ExpertCodec
 from transformers_moe_offload.store.record import RecordLayout
 
 
@@ -38,9 +38,9 @@ class Records:
             fields.append(FieldSpec(matrix, shape[::-1] if mlp.is_transposed else shape, name))
             if mlp.has_bias:
                 fields.append(FieldSpec(f"{matrix}_bias", shape[:1], name))
-        self.coding = None if format is None else ExpertCoding(tuple(fields), format, mlp.is_transposed)
-        self.layout = RecordLayout(fields if self.coding is None else self.coding.stored)
-        self.codings = LayerCodings(self.coding)
+        self.codec = None if format is None else ExpertCodec(tuple(fields), format, mlp.is_transposed)
+        self.layout = RecordLayout(fields if self.codec is None else self.codec.stored)
+        self.codecs = LayerCodecs(self.codec)
         self.weights = []
         self.records = torch.full((num_experts, self.layout.row_bytes), 255, dtype=torch.uint8)
         for record in self.records:
@@ -48,11 +48,11 @@ class Records:
                 field.name: (torch.randn(field.shape, generator=random) / field.shape[-1] ** 0.5).to(dtype)
                 for field in fields
             }
-            parts = weights if self.coding is None else self.coding.encode(weights)
+            parts = weights if self.codec is None else self.codec.encode(weights)
             for part, view in self.layout.views(record).items():
                 view.copy_(parts[part])
-            if self.coding is not None:  # what the codes stand for, before it is rounded to a dtype
-                weights = self.coding.cast("float32").decode(parts)
+            if self.codec is not None:  # what the codes stand for, before it is rounded to a dtype
+                weights = self.codec.cast("float32").decode(parts)
             self.weights.append({field: weight.double() for field, weight in weights.items()})
 
     def addresses(self, device="cpu", wanted=None):

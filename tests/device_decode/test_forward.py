@@ -25,8 +25,8 @@ from transformers_moe_offload.compute.token_grouping import group_by_expert
 from transformers_moe_offload.config.formats import HqqFormat
 from transformers_moe_offload.device_decode.forward import OnDevice, missing_on_device
 from transformers_moe_offload.expert import FieldSpec
-from transformers_moe_offload.formats.by_expert import LayerCodings
-from transformers_moe_offload.formats.foreign import ForeignCoding, ForeignField
+from transformers_moe_offload.formats.by_expert import LayerCodecs
+from transformers_moe_offload.formats.foreign import ForeignCodec, ForeignField
 from transformers_moe_offload.kernels.grouped import Activation
 from transformers_moe_offload.store.record import RecordLayout
 
@@ -42,13 +42,13 @@ HALF = [torch.bfloat16, torch.float16]
 
 def test_a_cpu_is_no_device_for_kernels_unless_they_are_interpreted():
     layer = Records(GATED, 2, 16, 16)
-    missing = missing_on_device(GATED, layer.layout, layer.codings, torch.device("cpu"))
+    missing = missing_on_device(GATED, layer.layout, layer.codecs, torch.device("cpu"))
     expected = "Triton's kernels do not support cpu" if torch.cuda.is_available() else "torch sees no GPU"
     assert missing is None if IS_INTERPRETED else expected in missing
 
 
 def on_device(layer, inputs, experts=EXPERTS, module=None, addresses=None):
-    compute = OnDevice(layer.mlp, layer.layout, layer.coding, layer.num_experts, module)
+    compute = OnDevice(layer.mlp, layer.layout, layer.codec, layer.num_experts, module)
     addresses = layer.addresses(DEVICE) if addresses is None else addresses
     return compute(experts, *(tensor.to(DEVICE) for tensor in inputs), addresses)
 
@@ -62,7 +62,7 @@ def test_every_combination_of_flags_computes_its_formula(has_gate, has_bias, is_
     mlp = ExpertMlp(has_gate, has_bias, is_transposed, has_post_expert_norm)
     for format, dtype in [(None, torch.float32), (FORMATS[2], torch.float16)]:
         layer = Records(mlp, 3, 16, 32, dtype, format)
-        assert missing_on_device(mlp, layer.layout, layer.codings, DEVICE) is None
+        assert missing_on_device(mlp, layer.layout, layer.codecs, DEVICE) is None
         for tokens in (1, 3):
             inputs = layer.inputs(tokens, 2)
             layer.assert_agrees(on_device(layer, inputs), inputs)
@@ -265,7 +265,7 @@ def test_nothing_is_read_on_the_host(tokens, is_prompt, monkeypatch):
         monkeypatch.setattr(grouped, "MOST_PAIRS", 0)
     layer = Records(ExpertMlp(has_bias=True), 3, 16, 16)
     inputs = [tensor.to(DEVICE) for tensor in layer.inputs(tokens, 2)]
-    compute = OnDevice(layer.mlp, layer.layout, layer.coding, layer.num_experts)
+    compute = OnDevice(layer.mlp, layer.layout, layer.codec, layer.num_experts)
     addresses = layer.addresses(DEVICE)
     expected = compute(EXPERTS, *inputs, addresses)
     with NoSync():
@@ -287,7 +287,7 @@ def test_held_experts_have_the_bits_together_that_they_have_alone(tokens, few_pa
         layer.records = layer.records.to(DEVICE)
 
         def rows_of(experts, inputs=(mlp, EXPERTS, hidden, grouping), layer=layer):
-            return grouped_resident.together(*inputs, layer.held(experts), layer.codings)
+            return grouped_resident.together(*inputs, layer.held(experts), layer.codecs)
 
         found = rows_of(grouping.experts)
         for expert in grouping.experts:
@@ -304,14 +304,14 @@ def test_held_experts_have_the_bits_together_that_they_have_alone(tokens, few_pa
 @gpu
 def test_what_cannot_be_computed_by_address_is_said():
     layer = Records(GATED, 2, 16, 16, format=FORMATS[1])
-    assert missing_on_device(GATED, layer.layout, LayerCodings(layer.coding), DEVICE) is None
-    some_hot = LayerCodings(layer.coding, None, frozenset({1}))
+    assert missing_on_device(GATED, layer.layout, LayerCodecs(layer.codec), DEVICE) is None
+    some_hot = LayerCodecs(layer.codec, None, frozenset({1}))
     assert "another format" in missing_on_device(GATED, layer.layout, some_hot, DEVICE)
     spec = FieldSpec("down_proj", (16, 16), "float32")
-    foreign = LayerCodings(ForeignCoding((ForeignField(spec, (spec,)),)))
+    foreign = LayerCodecs(ForeignCodec((ForeignField(spec, (spec,)),)))
     assert "no kernels" in missing_on_device(GATED, layer.layout, foreign, DEVICE)
     doubles = Records(GATED, 2, 16, 16, torch.float64)
-    assert "float64" in missing_on_device(GATED, doubles.layout, doubles.codings, DEVICE)
+    assert "float64" in missing_on_device(GATED, doubles.layout, doubles.codecs, DEVICE)
     more = RecordLayout([*Records(GATED, 2, 16, 16).layout.fields, FieldSpec("scale", (16,), "float32")])
-    assert "scale" in missing_on_device(GATED, more, LayerCodings(), DEVICE)
+    assert "scale" in missing_on_device(GATED, more, LayerCodecs(), DEVICE)
     assert swiglu(torch.ones(1, 2)).shape == (1, 1)

@@ -15,14 +15,14 @@ FILES = [unopened(f"file {number}", 20 * PAGE_BYTES) for number in range(2)]
 @st.composite
 def experts(draw):
     """Fields that lie in two files, one behind the other or with gaps between them, in any order."""
-    stretches = []
+    ranges = []
     for file in FILES:
         end = draw(st.integers(0, 2 * PAGE_BYTES))
         for _ in range(draw(st.integers(0, 3))):
             start = end + draw(st.sampled_from([0, 0, 8, PAGE_BYTES, 3 * PAGE_BYTES + 8]))
             end = start + draw(st.sampled_from([1, 100, PAGE_BYTES, 2 * PAGE_BYTES + 24]))
-            stretches.append(FileRange(file, start, end))
-    return draw(st.permutations(stretches)) if stretches else [FileRange(FILES[0], 0, 1)]
+            ranges.append(FileRange(file, start, end))
+    return draw(st.permutations(ranges)) if ranges else [FileRange(FILES[0], 0, 1)]
 
 
 def contents(read, nbytes=None):
@@ -31,29 +31,29 @@ def contents(read, nbytes=None):
 
 
 @given(experts())
-def test_every_field_is_where_its_place_says(stretches):
-    place = placed(stretches)
+def test_every_field_is_where_its_place_says(ranges):
+    place = placed(ranges)
     memory = [None] * place.nbytes
     for read in place.reads:
         memory[read.start : read.start + read.needed] = contents(read, read.needed)
-    for field, begins in zip(stretches, place.offsets, strict=True):
+    for field, begins in zip(ranges, place.offsets, strict=True):
         nbytes = field.stop - field.start
         assert memory[begins : begins + nbytes] == [(field.file, at) for at in range(field.start, field.stop)]
 
 
 @given(experts())
-def test_reads_are_whole_pages_and_no_more_than_was_planned_for(stretches):
-    place = placed(stretches)
+def test_reads_are_whole_pages_and_no_more_than_was_planned_for(ranges):
+    place = placed(ranges)
     for read in place.reads:
         assert read.offset % PAGE_BYTES == read.nbytes % PAGE_BYTES == read.start % PAGE_BYTES == 0
         assert read.nbytes - PAGE_BYTES < read.needed <= read.nbytes
-    wanted = sum(field.stop - field.start for field in stretches)
-    assert wanted <= place.nbytes <= wanted + most_spare_bytes(stretches)
+    wanted = sum(field.stop - field.start for field in ranges)
+    assert wanted <= place.nbytes <= wanted + most_spare_bytes(ranges)
 
 
 @given(experts(), st.integers(1, 4 * PAGE_BYTES))
-def test_parts_bring_the_same_pages(stretches, most):
-    for read in placed(stretches).reads:
+def test_parts_bring_the_same_pages(ranges, most):
+    for read in placed(ranges).reads:
         found = parts(read, most)
         assert [byte for part in found for byte in contents(part)] == contents(read)
         assert sum(part.needed for part in found) == read.needed

@@ -284,15 +284,15 @@ def entries(name: str, value: int) -> dict[str, np.ndarray]:
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (calls(3, -1), "do not follow one another"),
-        (calls(3, 0, 0, 10**6, 10**6), "do not follow one another"),
-        (calls(0, -1), "a call is of router -1"),
-        (calls(0, 7), "a call is of router 7, and there are 2"),
+        (calls(3, -1), "must count up from 0 without gaps"),
+        (calls(3, 0, 0, 10**6, 10**6), "numbered 0 to 1000000, but must count up from 0"),
+        (calls(0, -1), "a call of router -1"),
+        (calls(0, 7), "a call of router 7, but trace.json lists 2 routers"),
         (calls(2, -3), "a number of rows of -3"),
-        (calls(2, 2, 2, 2, 2), "do not have its rows one after the other"),
-        (calls(1, 1), "do not have its rows one after the other"),
-        (calls(4, 2), "routed more tokens than the 4"),
-        (calls(4, -2), "was called with tokens from -2"),
+        (calls(2, 2, 2, 2, 2), "a call from row 3 on, but the calls before it end at 2"),
+        (calls(1, 1), "a call from row 1 on, but the calls before it end at 0"),
+        (calls(4, 2), "but the part has 4 tokens"),
+        (calls(4, -2), "a call whose first token is -2"),
         (entries("sequence", 2**31 - 1), "its sequence has 2147483647"),
         (entries("token_ids", -5), "its token_ids has -5"),
         (entries("domain", 2), "its domain has 2"),
@@ -300,16 +300,19 @@ def entries(name: str, value: int) -> dict[str, np.ndarray]:
         (entries("experts.1", -2), "router 1 chose expert -2"),
         (entries("experts.1", 4), "router 1 chose expert 4"),
         ({"experts.0": np.zeros((4, 0), np.int16)}, "router 0 has choices of shape"),
-        ({"experts.0": np.zeros(4, np.int16)}, "has to have 2 dimensions"),
-        ({"calls": np.zeros(20, np.int64)}, "has to have 2 dimensions"),
-        ({"token_ids": np.zeros((4, 1), np.int32)}, "has to have 1 dimensions"),
+        ({"experts.0": np.zeros(4, np.int16)}, "must have 2 dimensions"),
+        ({"calls": np.zeros(20, np.int64)}, "must have 2 dimensions"),
+        ({"token_ids": np.zeros((4, 1), np.int32)}, "must have 1 dimensions"),
         ({"weights.0": np.zeros((4, 3), np.float32)}, "weights of shape"),
-        ({"scores.0": np.zeros((4, 9), np.float16)}, "router 0 scored 9 experts of 4"),
-        ({"scores.0": np.zeros((3, 4), np.float16)}, "but has 3 of scores"),
-        ({"scores.0": None}, "scores of router 0 are float16 of 4 columns, and were missing"),
-        ({"scores.0": np.zeros((4, 4), np.float32)}, "are float16 of 4 columns, and were float32 of 4 columns"),
-        ({"position": np.arange(4)}, "its position is int64, and has to be int32"),
-        ({"weights.1": np.zeros((4, 2), np.float16)}, r"its weights\.1 is float16, and has to be float32"),
+        ({"scores.0": np.zeros((4, 9), np.float16)}, "router 0 has 4 experts, but scores of 9"),
+        ({"scores.0": np.zeros((3, 4), np.float16)}, "but it has 3 of scores"),
+        ({"scores.0": None}, "scores of router 0 are float16 of 4 columns, but missing in the parts before"),
+        (
+            {"scores.0": np.zeros((4, 4), np.float32)},
+            "are float16 of 4 columns, but float32 of 4 columns in the parts before",
+        ),
+        ({"position": np.arange(4)}, "its position is int64, but must be int32"),
+        ({"weights.1": np.zeros((4, 2), np.float16)}, r"its weights\.1 is float16, but must be float32"),
     ],
 )
 def test_a_part_whose_numbers_do_not_belong_to_it_is_refused(tmp_path, change, message):
@@ -394,7 +397,7 @@ def test_a_recording_of_more_experts_than_a_table_of_pairs_can_have_is_refused(t
     without = {f"scores.{router}": None for router in range(2)}
     for name, content in recording(INDEX | first_router(num_experts=30000), without, without).items():
         (tmp_path / name).write_bytes(content)
-    with pytest.raises(TraceError, match=r"pairs of experts take a table of 30,000 by 30,000 entries"):
+    with pytest.raises(TraceError, match=r"pairs of experts need a table of 30,000 by 30,000 entries"):
         RoutingTrace.load(tmp_path).summary()
 
 

@@ -1,6 +1,7 @@
 """The way of a decode step through the package, on a CPU with everything resident."""
 
 import math
+import runpy
 import sys
 from pathlib import Path
 
@@ -15,6 +16,7 @@ from transformers_moe_offload.slots import mapped
 
 from .conftest import TINY_MOE
 
+DRAWING = Path(__file__).parents[2] / "docs/pictures/draw.py"
 PACKAGE = Path(transformers_moe_offload.__file__).parent
 
 IN_MANY_CALLS = {"cache/cache.py", "cache/visit.py"}
@@ -86,6 +88,13 @@ def test_a_step_enters_ten_modules_each_from_one_other_and_the_handle_is_none_of
     callers = step_with(mmap=False)
     assert callers.keys() == THE_WAY
     assert {module for module, froms in callers.items() if len(froms) > 1} <= IN_MANY_CALLS
+
+
+def test_the_picture_of_a_step_has_these_modules_each_under_one_that_calls_it():
+    steps = runpy.run_path(str(DRAWING))["steps"]()
+    assert sorted(step.module for step in steps) == sorted(THE_WAY)
+    callers = step_with(mmap=False)
+    assert [step for step in steps if step.caller not in callers[step.module]] == []
 
 
 def test_with_mapped_experts_a_step_also_looks_at_their_files(monkeypatch):

@@ -51,18 +51,16 @@ def test_a_predictor_of_ones_own_is_made_with_the_layers_and_routers(monkeypatch
 
 
 def test_routers_of_layers_that_do_not_exist_are_refused():
-    with pytest.raises(
-        ConfigError, match=r"routers of layers \[1\] were given, but the sparse layers are \[0, 2, 3, 7\]"
-    ):
+    with pytest.raises(ConfigError, match=r"routers has the layers \[1\], but the sparse layers are \[0, 2, 3, 7\]"):
         make_predictor("next_router", SHAPES, {1: lambda hidden: hidden})
 
 
 def test_two_layers_with_one_number_are_refused():
-    with pytest.raises(ConfigError, match="2 layers have 1 different numbers"):
+    with pytest.raises(ConfigError, match="2 sparse layers have 1 different numbers"):
         make_predictor("last_token", [LayerShape(0, 4, 1), LayerShape(0, 4, 1)], {})
 
 
 @pytest.mark.parametrize("top_k", [0, 5])
 def test_a_token_takes_one_expert_at_least_and_all_of_them_at_most(top_k):
-    with pytest.raises(ConfigError, match=f"layer 0 has 4 experts, of which a token cannot take {top_k}"):
+    with pytest.raises(ConfigError, match=f"layer 0 has top_k={top_k} and 4 experts; top_k must be 1 to 4"):
         make_predictor("last_token", [LayerShape(0, 4, top_k)], {})

@@ -16,7 +16,7 @@ import torch
 from torch import nn
 
 from transformers_moe_offload import UnsupportedModelError, routing
-from transformers_moe_offload.routing.seam import Decision
+from transformers_moe_offload.routing.router_hook import Decision
 from transformers_moe_offload.routing.sites import find_sites
 from transformers_moe_offload.routing.strategy import _strategies as known
 from transformers_moe_offload.routing.switching import observe, stop_observing

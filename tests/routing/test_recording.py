@@ -351,7 +351,7 @@ def test_two_runs_agree_wholly_or_by_chance(plain, token_ids, trace):
     with routing.set_routing(plain, "random"):
         by_chance = record(plain, token_ids)
     assert all(0.0 <= agreement < 0.5 for agreement in trace.agreement(by_chance))
-    with pytest.raises(TraceError, match="18 and 2 tokens, and not the same ones"):
+    with pytest.raises(TraceError, match="18 and 2 tokens, but not the same tokens"):
         trace.agreement(record(plain, token_ids[:, :1]))
 
 
@@ -379,7 +379,7 @@ def test_scores_can_be_left_out_and_then_nothing_is_made_of_them(plain, token_id
     [
         ({"scores": "int8"}, "scores='int8' is not one of"),
         ({"buffer_size": "10%"}, "buffer_size='10%' is not a number of bytes"),
-        ({"layers": [7]}, "the model's routers are 0 to 3"),
+        ({"layers": [7]}, "the model has routers 0 to 3"),
     ],
 )
 def test_an_option_that_cannot_be_is_refused(plain, options, message):
@@ -425,7 +425,7 @@ def test_a_recording_is_replaced_where_that_is_asked_for_and_nothing_else_is(pla
         (lambda folder: edit(folder, "parts", [1]), r"parts=\[1\] is not valid"),
         (lambda folder: edit(folder, "num_steps", "x"), "num_steps='x' is not valid"),
         (lambda folder: edit(folder, "routers", [{}]), "has the keys"),
-        (lambda folder: edit(folder, "routers", []), "a call is of router 3, and there are 0"),
+        (lambda folder: edit(folder, "routers", []), "a call of router 3, but trace.json lists 0 routers"),
     ],
 )
 def test_a_damaged_trace_is_refused_with_the_reason(plain, token_ids, tmp_path, damage, message):
@@ -456,7 +456,7 @@ def test_a_part_that_was_replaced_since_the_trace_was_loaded_is_refused(plain, t
     record(plain, token_ids.flip(1), tmp_path / "other")
     loaded = RoutingTrace.load(tmp_path / "one")
     (tmp_path / "other" / "part-00000.safetensors").replace(tmp_path / "one" / "part-00000.safetensors")
-    with pytest.raises(TraceError, match="was replaced or written to since the trace was loaded"):
+    with pytest.raises(TraceError, match="has changed since the trace was loaded"):
         loaded.summary()
 
 

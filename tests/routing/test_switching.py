@@ -10,7 +10,7 @@ import torch
 from hurried import run_at_once
 from transformers_moe_offload import ConfigError, MoeOffloadError, UnsupportedModelError, cache_stats, routing
 from transformers_moe_offload.routing.choice import Choice
-from transformers_moe_offload.routing.seam import Seam
+from transformers_moe_offload.routing.router_hook import RouterHook
 from transformers_moe_offload.routing.sites import find_sites
 from transformers_moe_offload.routing.switching import observe, stop_observing
 from zoo.build import build
@@ -161,10 +161,10 @@ def test_setting_a_strategy_again_repeats_its_choices_and_going_on_does_not(plai
 @pytest.mark.parametrize(
     ("layers", "message"),
     [
-        ([4], "layers has 4, but the model's routers are 0 to 3"),
-        ([-5], "layers has -5"),
-        (["model.layers.9"], "layers has 'model.layers.9', but there is no router there; the first is"),
-        ([], "names no layer"),
+        ([4], "layers names router 4, but the model has routers 0 to 3"),
+        ([-5], "layers names router -5"),
+        (["model.layers.9"], "layers names 'model.layers.9', but no router is at that path; the first is at"),
+        ([], "names no router"),
     ],
 )
 def test_an_unknown_layer_is_refused_and_nothing_changes(plain, token_ids, layers, message):
@@ -182,7 +182,7 @@ def test_a_forward_that_fails_leaves_the_model_usable(plain, token_ids):
     own = logits(plain, token_ids)
     with routing.set_routing(plain, "random"), pytest.raises(RuntimeError):
         plain(inputs_embeds=torch.zeros(1, 3, 5))
-    with routing.set_routing(plain, "hash"), pytest.raises(UnsupportedModelError, match="give it input_ids"):
+    with routing.set_routing(plain, "hash"), pytest.raises(UnsupportedModelError, match="pass input_ids"):
         plain(inputs_embeds=torch.zeros(1, 3, plain.config.hidden_size))
     assert torch.equal(logits(plain, token_ids), own)
     assert torch.zeros(3).topk(2).indices.shape == (2,), "torch functions are still being watched"
@@ -287,10 +287,10 @@ def test_routing_one_tower_by_token_ids_leaves_the_other_out():
         assert torch.isfinite(model(input_ids=ids).logits).all()
 
 
-def test_a_seam_is_found_wherever_a_copy_took_it(plain):
+def test_a_hook_around_a_router_is_found_wherever_a_copy_took_it(plain):
     routing.set_routing(plain, "random")
     wrapped = peft.get_peft_model(plain, peft.LoraConfig(target_modules=["q_proj"], modules_to_save=["gate"]))
-    seams = [h.__self__ for m in wrapped.modules() for h in m._forward_hooks.values() if hasattr(h, "__self__")]
-    assert sum(isinstance(seam, Seam) for seam in seams) == 2 * NUM_LAYERS
+    router_hooks = [h.__self__ for m in wrapped.modules() for h in m._forward_hooks.values() if hasattr(h, "__self__")]
+    assert sum(isinstance(hook, RouterHook) for hook in router_hooks) == 2 * NUM_LAYERS
     routing.reset(wrapped)
     assert hooks_of(wrapped) == 0

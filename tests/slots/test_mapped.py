@@ -150,7 +150,7 @@ def test_an_expert_in_two_files_is_copied(tmp_path):
     fields = (FieldSpec("gate_up", (4, 3), "float32"),)
     split = FieldSource((index["gate"], index["up"]), ("float32",))
     store = ExpertStore([LayerSource(ExpertSpec(0, "experts", 1, fields), (ScatteredExpert((split,)),))])
-    assert store.stretches(FIRST) is None
+    assert store.file_ranges(FIRST) is None
     assert not store.is_as_used(0)
     from_files, weights = bring_in(slots_of(store), FIRST)
     assert from_files == 48
@@ -207,8 +207,8 @@ def test_an_expert_whose_pages_the_kernel_took_back_is_not_there(large_store, tm
 
 def test_matrices_side_by_side_in_a_file_are_brought_in_as_one():
     one, other = unopened("one", 100), unopened("other", 100)
-    stretches = [FileRange(one, 30, 40), FileRange(other, 40, 50), FileRange(one, 10, 30), FileRange(one, 50, 60)]
-    assert sorted(joined(stretches), key=lambda s: (s.file.path, s.start)) == [
+    ranges = [FileRange(one, 30, 40), FileRange(other, 40, 50), FileRange(one, 10, 30), FileRange(one, 50, 60)]
+    assert sorted(joined(ranges), key=lambda s: (s.file.path, s.start)) == [
         FileRange(one, 10, 40),
         FileRange(one, 50, 60),
         FileRange(other, 40, 50),

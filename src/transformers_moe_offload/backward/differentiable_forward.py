@@ -24,7 +24,7 @@ from transformers_moe_offload.compute.forward import combine, opened
 from transformers_moe_offload.compute.mlp import ExpertMlp, ExpertWeights
 from transformers_moe_offload.compute.row_buckets import padded
 from transformers_moe_offload.compute.token_grouping import Grouping, group_by_expert
-from transformers_moe_offload.formats.by_expert import AS_USED, LayerCodings
+from transformers_moe_offload.formats.by_expert import AS_USED, LayerCodecs
 
 
 def adapted_forward(
@@ -38,7 +38,7 @@ def adapted_forward(
     *,
     adaptation: Adaptation,
     lender: Lender,
-    codings: LayerCodings = AS_USED,
+    codecs: LayerCodecs = AS_USED,
     cast_to: torch.dtype | None = None,
     started: Callable[[Sequence[int]], None] | None = None,
 ) -> Tensor:
@@ -68,7 +68,7 @@ def adapted_forward(
     lender.used(wanted)
     with cache.turn, cache.visit(layer, wanted, started) as visit:
         for expert, weights in visit.in_order() if is_taped or experts.training else visit:
-            outputs[expert] = computed(expert, opened(weights, codings.of(expert), cast_to))
+            outputs[expert] = computed(expert, opened(weights, codecs.of(expert), cast_to))
     return combine([outputs[expert] for expert in grouping.experts], grouping, hidden_states, top_k_weights)
 
 

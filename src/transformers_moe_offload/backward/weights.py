@@ -18,8 +18,8 @@ from transformers_moe_offload.backward.product import Use
 from transformers_moe_offload.cache.cache import ExpertCache
 from transformers_moe_offload.compute.forward import opened
 from transformers_moe_offload.expert import ExpertId
-from transformers_moe_offload.formats.base import Coding
-from transformers_moe_offload.formats.by_expert import LayerCodings
+from transformers_moe_offload.formats.base import Codec
+from transformers_moe_offload.formats.by_expert import LayerCodecs
 from transformers_moe_offload.slots.base import Weights
 
 
@@ -31,7 +31,7 @@ class Lent(Protocol):
         """Where they are resident."""
 
     @property
-    def codings(self) -> LayerCodings:
+    def codecs(self) -> LayerCodecs:
         """How they are stored."""
 
 
@@ -79,24 +79,24 @@ class Lender:
 
     def borrow(self, expert: int, use: Use) -> Tensor:
         """The result of `use` on an expert's weights, which are valid only during that call."""
-        return self._computed(expert, lambda held, coding: use(opened(held, coding, self._cast_to)))
+        return self._computed(expert, lambda held, codec: use(opened(held, codec, self._cast_to)))
 
     def copy(self, name: str, expert: int) -> Tensor:
         """A field of an expert, decoded, in memory of its own."""
 
-        def copied(held: Weights, coding: Coding | None) -> Tensor:
-            weight = held[name] if coding is None else coding.decode_field(name, held)
+        def copied(held: Weights, codec: Codec | None) -> Tensor:
+            weight = held[name] if codec is None else codec.decode_field(name, held)
             return weight.to(self._cast_to or weight.dtype, copy=True)
 
         return self._computed(expert, copied)
 
-    def _computed(self, expert: int, use: Callable[[Weights, Coding | None], Tensor]) -> Tensor:
+    def _computed(self, expert: int, use: Callable[[Weights, Codec | None], Tensor]) -> Tensor:
         lent = self._now()
-        cache, codings = lent.cache, lent.codings
+        cache, codecs = lent.cache, lent.codecs
         with cache.turn, cache.visit(self._layer, [expert]) as visit:
             held = visit.take(expert)
             self._load_ahead(self._upcoming(expert))
-            out = use(held, codings.of(expert))
+            out = use(held, codecs.of(expert))
         cache.give_back()
         return out
 

@@ -140,8 +140,8 @@ def _arithmetic(step: _Step) -> dict[int, Tensor]:
     assert step.layer.mlp is not None
     assert step.grouping is not None
     assert step.held is not None
-    codings = experts_of(step.module).codings
-    return computed(step.layer.mlp, step.module, _inputs(step)[0], step.grouping, step.held, codings)
+    codecs = experts_of(step.module).codecs
+    return computed(step.layer.mlp, step.module, _inputs(step)[0], step.grouping, step.held, codecs)
 
 
 def _inputs(step: _Step) -> tuple[Tensor, Tensor, Tensor]:

@@ -14,7 +14,7 @@ from rich.table import Table
 from transformers_moe_offload.cli import options
 from transformers_moe_offload.config import Budget, OffloadConfig
 from transformers_moe_offload.dtypes import dtype_name
-from transformers_moe_offload.formats.by_expert import LayerCodings
+from transformers_moe_offload.formats.by_expert import LayerCodecs
 from transformers_moe_offload.hf.loading.meta_model import MetaModel, meta_model
 from transformers_moe_offload.hf.model.plan import OffloadPlan, Placement, readable
 from transformers_moe_offload.hf.model.planning import make_plan
@@ -62,7 +62,7 @@ class _Weights:
     """A model's weights, as they are or quantized."""
 
     source: MetaModel
-    codings: tuple[LayerCodings, ...]
+    codecs: tuple[LayerCodecs, ...]
     formats: str
     """How experts are stored, as printed."""
     dense_bytes: int
@@ -78,20 +78,20 @@ class _Weights:
         stored = None if tensors is None else quantization.stored_bytes(tensors)
         sizes = Sizes.of(quantization, stored)
         is_in_ram = config.formats is not None and source.recipe is None
-        codings, bits = tuple(quantization.codings), None if config.formats is None else sizes.bits_per_expert_weight
+        codecs, bits = tuple(quantization.codecs), None if config.formats is None else sizes.bits_per_expert_weight
         dense_bytes = sizes.dense_bytes if config.dense is not None else source.dense_bytes
         if stored is not None and config.formats is None:
-            codings, bits = stored.codings, 8 * stored.expert_bytes / sizes.expert_weights
+            codecs, bits = stored.codecs, 8 * stored.expert_bytes / sizes.expert_weights
         if stored is not None and config.dense is None and source.keeps_dense:
             dense_bytes = stored.dense_bytes
-        return cls(source, codings, str(config.formats) if is_in_ram else "as stored", dense_bytes, bits, is_in_ram)
+        return cls(source, codecs, str(config.formats) if is_in_ram else "as stored", dense_bytes, bits, is_in_ram)
 
     def placements(self, device: torch.device) -> list[Placement]:
         """Every sparse layer on a device."""
-        pairs = zip(self.source.experts, self.codings, strict=True)
+        pairs = zip(self.source.experts, self.codecs, strict=True)
         is_mapped = self.is_in_ram and device.type == "cpu"
         return [
-            Placement(spec, device, codings, is_mappable=is_mapped, is_in_ram=self.is_in_ram) for spec, codings in pairs
+            Placement(spec, device, codecs, is_mappable=is_mapped, is_in_ram=self.is_in_ram) for spec, codecs in pairs
         ]
 
     @property

@@ -19,8 +19,8 @@ from transformers_moe_offload.compute.grouped_resident import are_computed_toget
 from transformers_moe_offload.compute.mlp import ExpertMlp, ExpertWeights
 from transformers_moe_offload.compute.row_buckets import padded
 from transformers_moe_offload.compute.token_grouping import FEW_PAIRS, Grouping, group_by_expert
-from transformers_moe_offload.formats.base import Coding
-from transformers_moe_offload.formats.by_expert import AS_USED, LayerCodings
+from transformers_moe_offload.formats.base import Codec
+from transformers_moe_offload.formats.by_expert import AS_USED, LayerCodecs
 from transformers_moe_offload.slots.base import Weights
 
 
@@ -54,7 +54,7 @@ def sparse_forward(
     top_k_index: Tensor,
     top_k_weights: Tensor,
     *,
-    codings: LayerCodings = AS_USED,
+    codecs: LayerCodecs = AS_USED,
     cast_to: torch.dtype | None = None,
     started: Callable[[Sequence[int]], None] | None = None,
     host: HostHelp | None = None,
@@ -62,7 +62,7 @@ def sparse_forward(
     """The experts' contribution to each token.
 
     hidden_states (T, H), top_k_index (T, K) int64, top_k_weights (T, K) -> (T, H) in the dtype of hidden_states.
-    `experts` is the module whose activation is used. `codings` says what the slots hold, expert by expert;
+    `experts` is the module whose activation is used. `codecs` says what the slots hold, expert by expert;
     `cast_to` is the dtype to multiply in, where that is another one.
     `started` is called with the wanted experts once their loads are in flight. `host` may compute some of those that
     are absent, meanwhile.
@@ -76,11 +76,11 @@ def sparse_forward(
     with cache.turn, cache.visit(layer, grouping.by_last_use, started, share) as visit:
         if is_ordered:
             for expert, weights in visit.in_order():
-                found = opened(weights, codings.of(expert), cast_to)
+                found = opened(weights, codecs.of(expert), cast_to)
                 outputs[expert] = mlp(experts, rows_of(hidden_states, grouping.tokens[expert]), found)
         else:
             for batch in visit.batches():
-                outputs |= computed(mlp, experts, hidden_states, grouping, batch, codings, cast_to)
+                outputs |= computed(mlp, experts, hidden_states, grouping, batch, codecs, cast_to)
         if computing is not None:
             outputs |= computing.finish()
     return combine([outputs[expert] for expert in grouping.experts], grouping, hidden_states, top_k_weights)
@@ -92,28 +92,28 @@ def computed(
     hidden_states: Tensor,
     grouping: Grouping,
     held: Mapping[int, Weights],
-    codings: LayerCodings,
+    codecs: LayerCodecs,
     cast_to: torch.dtype | None = None,
 ) -> dict[int, Tensor]:
     """The rows of some experts that are held: together where kernels can, on a CPU if they are few, else one by one.
 
     The rows of each expert are the same in all three cases.
     """
-    if hidden_states.is_cuda and are_computed_together(mlp, hidden_states, codings):
-        return together(mlp, experts, hidden_states, grouping, held, codings)
-    stored = [codings.of(expert) for expert in held] if codings.hot_experts else [codings.usual] * len(held)
+    if hidden_states.is_cuda and are_computed_together(mlp, hidden_states, codecs):
+        return together(mlp, experts, hidden_states, grouping, held, codecs)
+    stored = [codecs.of(expert) for expert in held] if codecs.hot_experts else [codecs.usual] * len(held)
     if len(held) > 1:
         wanting = [grouping.tokens[expert] for expert in held]
         counts = [len(tokens) for tokens in wanting]
         if sum(counts) <= FEW_PAIRS and mlp.takes_several(hidden_states, counts, stored):
-            weights = [opened(one, coding, cast_to) for one, coding in zip(held.values(), stored, strict=True)]
+            weights = [opened(one, codec, cast_to) for one, codec in zip(held.values(), stored, strict=True)]
             return dict(zip(held, mlp.several(experts, _stacked(hidden_states, wanting), counts, weights), strict=True))
     outputs = {}
-    for (expert, one), coding in zip(held.items(), stored, strict=True):
+    for (expert, one), codec in zip(held.items(), stored, strict=True):
         tokens = grouping.tokens[expert]
-        is_packed = coding is not None and coding.is_packed
+        is_packed = codec is not None and codec.is_packed
         rows = rows_of(hidden_states, tokens if is_packed else padded(tokens, hidden_states))
-        outputs[expert] = mlp(experts, rows, opened(one, coding, cast_to))[: len(tokens)]
+        outputs[expert] = mlp(experts, rows, opened(one, codec, cast_to))[: len(tokens)]
     return outputs
 
 
@@ -129,9 +129,9 @@ def _stacked(hidden_states: Tensor, wanting: list[Tensor | list[int]]) -> Tensor
     return hidden_states[[int(token) for tokens in wanting for token in tokens]]
 
 
-def opened(weights: Weights, coding: Coding | None, cast_to: torch.dtype | None = None) -> ExpertWeights:
+def opened(weights: Weights, codec: Codec | None, cast_to: torch.dtype | None = None) -> ExpertWeights:
     """The weights in a slot as matrices that can be multiplied with: those in low bits with rows of any dtype."""
-    matrices = weights if coding is None else coding.matrices(weights)
+    matrices = weights if codec is None else codec.matrices(weights)
     if cast_to is None:
         return matrices
     return {name: one.to(cast_to) if isinstance(one, Tensor) else one for name, one in matrices.items()}

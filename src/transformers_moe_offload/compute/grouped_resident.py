@@ -23,8 +23,8 @@ from transformers_moe_offload.compute.record_matrices import placed
 from transformers_moe_offload.compute.token_grouping import Grouping
 from transformers_moe_offload.dtypes import dtype_name
 from transformers_moe_offload.expert import FieldSpec
-from transformers_moe_offload.formats.by_expert import LayerCodings
-from transformers_moe_offload.formats.coding import ExpertCoding
+from transformers_moe_offload.formats.by_expert import LayerCodecs
+from transformers_moe_offload.formats.codec import ExpertCodec
 from transformers_moe_offload.kernels import gpu
 from transformers_moe_offload.kernels.grouped import Pairs
 from transformers_moe_offload.slots.base import Weights
@@ -33,19 +33,19 @@ FEW_TOKENS = 16
 """Dense experts are computed together for up to so many tokens: with more rows, torch's own matmul is better."""
 
 
-def are_computed_together(mlp: ExpertMlp, hidden_states: Tensor, codings: LayerCodings) -> bool:
+def are_computed_together(mlp: ExpertMlp, hidden_states: Tensor, codecs: LayerCodecs) -> bool:
     """Whether experts of a layer are computed by address on this device: packed ones, and dense ones for few tokens.
 
     hidden_states (T, H).
     """
-    if not hidden_states.is_cuda or hidden_states.dtype not in gpu.TYPES or len(codings.kinds) > 1:
+    if not hidden_states.is_cuda or hidden_states.dtype not in gpu.TYPES or len(codecs.kinds) > 1:
         return False
     if torch.is_autocast_enabled("cuda") or gpu.missing(hidden_states.device) is not None:
         return False
-    coding = codings.usual
-    if coding is None:
+    codec = codecs.usual
+    if codec is None:
         return len(hidden_states) <= FEW_TOKENS
-    return isinstance(coding, ExpertCoding) and coding.is_packed
+    return isinstance(codec, ExpertCodec) and codec.is_packed
 
 
 def together(
@@ -54,15 +54,15 @@ def together(
     hidden_states: Tensor,
     grouping: Grouping,
     held: Mapping[int, Weights],
-    codings: LayerCodings,
+    codecs: LayerCodecs,
 ) -> dict[int, Tensor]:
     """The rows of some experts, (N, H) each, of hidden_states (T, H)."""
     tokens = [grouping.tokens[expert] for expert in held]
     counts = [len(wanting) for wanting in tokens]
     records = list(held.values())
-    assert codings.usual is None or isinstance(codings.usual, ExpertCoding)
+    assert codecs.usual is None or isinstance(codecs.usual, ExpertCodec)
     first = min(records[0], key=lambda name: records[0][name].data_ptr())
-    compute = _by_address(mlp, codings.usual, _arrays(records[0], first))
+    compute = _by_address(mlp, codecs.usual, _arrays(records[0], first))
     addresses = [weights[first].data_ptr() for weights in records]
     device, count = hidden_states.device, sum(counts)
     rows_per_expert = -(-sum(map(len, grouping.tokens.values())) // len(grouping.tokens))
@@ -93,10 +93,10 @@ def _arrays(weights: Weights, first: str) -> tuple[tuple[FieldSpec, int], ...]:
 
 
 @lru_cache(maxsize=64)
-def _by_address(mlp: ExpertMlp, coding: ExpertCoding | None, arrays: tuple[tuple[FieldSpec, int], ...]) -> ByAddress:
+def _by_address(mlp: ExpertMlp, codec: ExpertCodec | None, arrays: tuple[tuple[FieldSpec, int], ...]) -> ByAddress:
     specs = {array.name: array for array, _ in arrays}
     places = {array.name: place for array, place in arrays}
-    first, second = (placed(mlp, specs, places, coding, name) for name in mlp.matrices)
+    first, second = (placed(mlp, specs, places, codec, name) for name in mlp.matrices)
     return ByAddress(mlp, first, second)
 
 

@@ -18,7 +18,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from transformers_moe_offload import kernels
-from transformers_moe_offload.formats.base import Coding
+from transformers_moe_offload.formats.base import Codec
 from transformers_moe_offload.kernels import Activations
 from transformers_moe_offload.kernels.packed import PackedMatrix
 
@@ -52,14 +52,14 @@ class ExpertMlp:
             return normalised
         return out
 
-    def takes_several(self, rows: Tensor, counts: Sequence[int], codings: Collection[Coding | None]) -> bool:
+    def takes_several(self, rows: Tensor, counts: Sequence[int], codecs: Collection[Codec | None]) -> bool:
         """Whether `several` computes experts that are stored in these ways, with so many of the rows each."""
         if self.has_bias or self.has_post_expert_norm:
             return False
-        if all(coding is None for coding in codings):  # weights are used together with rows of their own dtype
+        if all(codec is None for codec in codecs):  # weights are used together with rows of their own dtype
             are_few = max(counts) <= kernels.dense.FEW_ROWS
             return are_few and not self.is_transposed and kernels.dense.reads_fast(rows)
-        are_packed = all(coding is not None and coding.is_packed for coding in codings)
+        are_packed = all(codec is not None and codec.is_packed for codec in codecs)
         return are_packed and kernels.can_multiply_each(rows)
 
     def several(

@@ -17,30 +17,30 @@ from transformers_moe_offload.compute.grouped_mlp import ByAddress
 from transformers_moe_offload.compute.mlp import ExpertMlp
 from transformers_moe_offload.compute.record_matrices import placed
 from transformers_moe_offload.dtypes import torch_dtype
-from transformers_moe_offload.formats.base import Coding
-from transformers_moe_offload.formats.by_expert import LayerCodings
-from transformers_moe_offload.formats.coding import ExpertCoding
+from transformers_moe_offload.formats.base import Codec
+from transformers_moe_offload.formats.by_expert import LayerCodecs
+from transformers_moe_offload.formats.codec import ExpertCodec
 from transformers_moe_offload.kernels import gpu
 from transformers_moe_offload.kernels.grouped import Pairs
 from transformers_moe_offload.store.record import RecordLayout
 
 
-def missing_on_device(mlp: ExpertMlp, layout: RecordLayout, codings: LayerCodings, device: torch.device) -> str | None:
+def missing_on_device(mlp: ExpertMlp, layout: RecordLayout, codecs: LayerCodecs, device: torch.device) -> str | None:
     """Why a layer's experts cannot be computed by their addresses on this device; None if they can."""
     missing = gpu.missing(device)
     if missing is not None:
         return missing
-    if len(codings.kinds) > 1:
+    if len(codecs.kinds) > 1:
         return "some of its experts are stored in another format than the others"
-    coding = codings.usual
-    if coding is not None and not (isinstance(coding, ExpertCoding) and coding.is_packed):
+    codec = codecs.usual
+    if codec is not None and not (isinstance(codec, ExpertCodec) and codec.is_packed):
         return "its experts are stored in a format that has no kernels"
     expected = mlp.fields
-    found = [field.name for field in (layout.fields if coding is None else coding.fields)]
+    found = [field.name for field in (layout.fields if codec is None else codec.fields)]
     if sorted(found) != sorted(expected):
         return f"its experts have the fields {', '.join(found)} instead of {', '.join(expected)}"
     for field in layout.fields:
-        is_part = coding is not None and "." in field.name
+        is_part = codec is not None and "." in field.name
         if not is_part and torch_dtype(field.dtype) not in gpu.TYPES:
             return f"{field.name} is {field.dtype}, which the kernels do not take"
     return None
@@ -53,15 +53,15 @@ class OnDevice:
         self,
         mlp: ExpertMlp,
         layout: RecordLayout,
-        coding: Coding | None,
+        codec: Codec | None,
         num_experts: int,
         experts: nn.Module | None = None,
     ) -> None:
         """For layers for which `missing_on_device` is None. If kernels have the activation of the module `experts`,
         they compute it; if not, or without that module, the module of each call does."""
-        assert coding is None or isinstance(coding, ExpertCoding)
+        assert codec is None or isinstance(codec, ExpertCodec)
         arrays = {field.name: field for field in layout.fields}
-        first, second = (placed(mlp, arrays, layout.offsets, coding, name) for name in mlp.matrices)
+        first, second = (placed(mlp, arrays, layout.offsets, codec, name) for name in mlp.matrices)
         self._num_experts = num_experts
         self._experts = ByAddress(mlp, first, second, None if experts is None else recognised(mlp, experts))
 

@@ -16,12 +16,12 @@ class FileRange(NamedTuple):
     stop: int
 
 
-def joined(stretches: Iterable[FileRange]) -> list[FileRange]:
+def joined(ranges: Iterable[FileRange]) -> list[FileRange]:
     """The same bytes, with neighbours in a file made one: a checkpoint has an expert's matrices side by side."""
     found: list[FileRange] = []
-    for stretch in sorted(stretches, key=lambda stretch: (stretch.file.path, stretch.start)):
-        if found and found[-1].file is stretch.file and found[-1].stop == stretch.start:
-            found[-1] = found[-1]._replace(stop=stretch.stop)
+    for file_range in sorted(ranges, key=lambda file_range: (file_range.file.path, file_range.start)):
+        if found and found[-1].file is file_range.file and found[-1].stop == file_range.start:
+            found[-1] = found[-1]._replace(stop=file_range.stop)
         else:
-            found.append(stretch)
+            found.append(file_range)
     return found

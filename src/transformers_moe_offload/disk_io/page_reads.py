@@ -42,25 +42,25 @@ class Placed:
         return sum(read.nbytes for read in self.reads)
 
 
-def placed(stretches: Sequence[FileRange]) -> Placed:
+def placed(ranges: Sequence[FileRange]) -> Placed:
     """Place an expert, given the file range of each of its fields."""
     reads: list[PageRead] = []
     begins: list[tuple[FileRange, int]] = []
     room = 0
-    for stretch in joined(stretches):
-        first = stretch.start // PAGE_BYTES * PAGE_BYTES
-        needed = stretch.stop - first
+    for file_range in joined(ranges):
+        first = file_range.start // PAGE_BYTES * PAGE_BYTES
+        needed = file_range.stop - first
         nbytes = -(-needed // PAGE_BYTES) * PAGE_BYTES
-        reads.append(PageRead(stretch.file, first, nbytes, needed, room))
-        begins.append((stretch, room - first))
+        reads.append(PageRead(file_range.file, first, nbytes, needed, room))
+        begins.append((file_range, room - first))
         room += nbytes
-    shifts = [_shift_of(field, begins) for field in stretches]
-    return Placed(tuple(reads), tuple(field.start + shift for field, shift in zip(stretches, shifts, strict=True)))
+    shifts = [_shift_of(field, begins) for field in ranges]
+    return Placed(tuple(reads), tuple(field.start + shift for field, shift in zip(ranges, shifts, strict=True)))
 
 
-def most_spare_bytes(stretches: Sequence[FileRange]) -> int:
+def most_spare_bytes(ranges: Sequence[FileRange]) -> int:
     """The most bytes of memory that whole pages add to an expert with these ranges, wherever in a page they begin."""
-    return sum(PAGE_BYTES * (1 if (one.stop - one.start) % PAGE_BYTES == 0 else 2) for one in joined(stretches))
+    return sum(PAGE_BYTES * (1 if (one.stop - one.start) % PAGE_BYTES == 0 else 2) for one in joined(ranges))
 
 
 def parts(read: PageRead, most_bytes: int) -> list[PageRead]:

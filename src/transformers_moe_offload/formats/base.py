@@ -1,4 +1,4 @@
-"""The interface of every coding: a form in which experts are stored that differs from the form they are used in."""
+"""The interface of every codec: a form in which experts are stored that differs from the form they are used in."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from transformers_moe_offload.expert import FieldSpec
 from transformers_moe_offload.kernels.packed import PackedMatrix
 
 
-class Coding(Protocol):
+class Codec(Protocol):
     """How experts of a sparse layer are stored: the arrays of a record, and what they stand for."""
 
     @property
@@ -32,5 +32,5 @@ class Coding(Protocol):
     def matrices(self, parts: Mapping[str, Tensor]) -> Mapping[str, Tensor | PackedMatrix]:
         """The operands to compute with: packed matrices where there are kernels for them, decoded fields elsewhere."""
 
-    def cast(self, dtype: str) -> Coding:
-        """This coding for a model in another dtype: the stored arrays stay, and are decoded to `dtype`."""
+    def cast(self, dtype: str) -> Codec:
+        """This codec for a model in another dtype: the stored arrays stay, and are decoded to `dtype`."""

@@ -39,8 +39,8 @@ class ForeignField:
 
 
 @dataclass(frozen=True)
-class ForeignCoding:
-    """How the experts of one sparse layer are stored; a `Coding`."""
+class ForeignCodec:
+    """How the experts of one sparse layer are stored; a `Codec`."""
 
     fields: tuple[ForeignField, ...]
     casts: tuple[str, ...] = ()
@@ -72,8 +72,8 @@ class ForeignCoding:
         """All fields, decoded; fields that are stored as they are used are not copied."""
         return {field.field.name: field.decode(parts, self.casts) for field in self.fields}
 
-    def cast(self, dtype: str) -> ForeignCoding:
-        """This coding with one more cast after opening."""
+    def cast(self, dtype: str) -> ForeignCodec:
+        """This codec with one more cast after opening."""
         return replace(self, casts=(*self.casts, dtype))
 
     @cached_property

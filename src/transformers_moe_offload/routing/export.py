@@ -34,7 +34,7 @@ def to_arrow(trace: RecordedRouting) -> pyarrow.Table:
         for router in range(len(trace.routers))
     ]
     if not tables:
-        raise TraceError("the trace holds no forward; record one")
+        raise TraceError("the trace holds 0 forwards; run the model while it is recorded")
     return pyarrow.concat_tables(tables, promote_options="default")
 
 

@@ -23,8 +23,8 @@ def draw_sureness(statistics: Sequence[RouterStatistics]) -> Any:
     margins = [one.margin[np.isfinite(one.margin)] for one in statistics]
     _bands(left, [one.entropy / np.log2(max(2, one.num_experts)) for one in statistics], "C0")
     _bands(right, [margin if margin.size else np.zeros(1) for margin in margins], "C1")
-    left.set(title="How undecided routers are", ylabel="entropy, 1 = no preference", ylim=(0, 1))
-    right.set(title="By how much they prefer what they choose", ylabel="least chosen less best rejected, probability")
+    left.set(title="Entropy of the scores", ylabel="entropy, 1 = no preference", ylim=(0, 1))
+    right.set(title="Margin of chosen over rejected experts", ylabel="least chosen - best rejected, probability")
     right.axhline(0, color="0.5", lw=1)
     left.legend(loc="lower right", fontsize=9)
     _finish(left, right, xlabel="router")
@@ -36,7 +36,7 @@ def draw_load(statistics: Sequence[RouterStatistics]) -> Any:
     uses = np.full((len(statistics), max(one.num_experts for one in statistics)), np.nan)
     for row, one in enumerate(statistics):
         uses[row, : one.num_experts] = one.load / max(one.load.mean(), 1e-9)
-    return _heat_map(uses, "How often each expert was chosen", "router", vmax=2, label="1 = its router's average")
+    return _heat_map(uses, "Uses of each expert", "router", vmax=2, label="1 = its router's average")
 
 
 def draw_reuse(statistics: Sequence[RouterStatistics]) -> Any:
@@ -48,12 +48,12 @@ def draw_reuse(statistics: Sequence[RouterStatistics]) -> Any:
         rates = [100 * one.lru_hit_rate(num_slots) for num_slots in slots]
         colour = (0.1, 0.3, 0.6, 0.35 + 0.6 * number / max(1, len(statistics) - 1))
         left.plot([100 * num / one.num_experts for num in slots], rates, color=colour, lw=1.4)
-    left.set(title="Hits of a least-recently-used cache, a line for each router", xlim=(0, 100), ylim=(0, 100))
+    left.set(title="Hit rate of an LRU cache, a line for each router", xlim=(0, 100), ylim=(0, 100))
     left.set(ylabel="experts resident when asked for, %")
     by_chance = [100 * float(one.load.sum()) / max(1, one.num_tokens) / one.num_experts for one in statistics]
     right.bar(range(len(statistics)), [100 * one.repeat_rate for one in statistics], color="C0")
-    right.plot(range(len(statistics)), by_chance, "k--", lw=1.2, label="experts drawn by lot")
-    right.set(title="Experts that the token before had chosen, too", ylabel="%")
+    right.plot(range(len(statistics)), by_chance, "k--", lw=1.2, label="experts drawn at random")
+    right.set(title="Experts that the token before had chosen", ylabel="%")
     right.set_ylim(0, 1.2 * right.get_ylim()[1])  # room for the legend
     right.legend(fontsize=9)
     _finish(left, right, xlabel="router")
@@ -84,7 +84,7 @@ def draw_pairs(one: RouterStatistics, router: int) -> Any:
     together = one.co_activation.astype(np.float64)
     np.fill_diagonal(together, 0)
     _lift(left, together, one.load, f"Chosen by the same token, router {router}")
-    _lift(right, one.next_token.astype(np.float64), one.load, "Chosen by a token, and then by the next")
+    _lift(right, one.next_token.astype(np.float64), one.load, "Chosen by a token and by the next")
     left.set(xlabel="expert", ylabel="expert")
     right.set(xlabel="expert of the next token", ylabel="expert of a token")
     figure.colorbar(left.images[0], ax=[left, right], extend="max", label="1 = as often as by chance")
@@ -108,7 +108,7 @@ def _bands(axes: Any, values: Sequence[NDArray[np.float64]], colour: str) -> Non
         np.array([np.quantile(v, q) for v in values]) for q in (0.1, 0.25, 0.5, 0.75, 0.9)
     )
     axes.fill_between(places, tenth, nine, color=colour, alpha=0.15, lw=0, label="80% of the tokens")
-    axes.fill_between(places, quarter, three, color=colour, alpha=0.3, lw=0, label="half of them")
+    axes.fill_between(places, quarter, three, color=colour, alpha=0.3, lw=0, label="50% of the tokens")
     axes.plot(places, middle, color=colour, marker="o", ms=3.5, lw=1.5, label="median")
 
 

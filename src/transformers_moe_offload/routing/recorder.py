@@ -19,9 +19,9 @@ from transformers_moe_offload.config.budget import Budget
 from transformers_moe_offload.config.options import choose
 from transformers_moe_offload.errors import ConfigError, MoeOffloadError, UnsupportedModelError
 from transformers_moe_offload.routing.buffer import CallRecord, RoutingBuffer, StepRecord
+from transformers_moe_offload.routing.forward_context import ForwardContext, Past, forward_context_of
 from transformers_moe_offload.routing.moved_rows import Move
-from transformers_moe_offload.routing.passage import Passage, Past, passage_of
-from transformers_moe_offload.routing.seam import Decision
+from transformers_moe_offload.routing.router_hook import Decision
 from transformers_moe_offload.routing.sites import Site, find_sites, select, unwrapped
 from transformers_moe_offload.routing.switching import Layers, observe, stop_observing
 from transformers_moe_offload.routing.trace import RoutingTrace
@@ -118,7 +118,7 @@ class RoutingRecorder:
         self._buffer = RoutingBuffer(len(self._sites), self._scores)
         self._parts: list[Part] = []
         self._unwritten: Part | None = None
-        self._passage: Passage | None = None
+        self._context: ForwardContext | None = None
         self._gathered = _Gathered()
         self._writing = threading.Lock()
         self._process = os.getpid()
@@ -137,21 +137,21 @@ class RoutingRecorder:
     @property
     def trace(self) -> RoutingTrace:
         """The recording; raises `TraceError` before the `with` block has been left."""
-        if self._passage is not None:
+        if self._context is not None:
             raise TraceError("the recording is still running; read `trace` after the `with` block has been left")
         return RoutingTrace(self._index, self._folder if self._folder is not None else list(self._parts))
 
     def start(self) -> None:
         """Begin with the next forward."""
         observe(self._model, self._sites, self._observe)
-        self._passage = passage_of(self._base)
-        self._passage.listen(self)
+        self._context = forward_context_of(self._base)
+        self._context.listen(self)
 
     def stop(self) -> None:
         """End, and write what is in the buffer."""
-        if self._passage is not None:
-            self._passage.stop_listening(self)
-            self._passage = None
+        if self._context is not None:
+            self._context.stop_listening(self)
+            self._context = None
         stop_observing(self._model, self._observe)
         if self._is_forked:
             return
@@ -160,19 +160,19 @@ class RoutingRecorder:
             if self._folder is not None:
                 self._index.write(self._folder)
 
-    # Called by the passage and the seams.
+    # Called by the forward context and the hooks around routers.
 
-    def begin(self, passage: Passage) -> None:
+    def begin(self, context: ForwardContext) -> None:
         """A forward starts."""
-        before = passage.num_before  # now: the cache grows while the forward runs
+        before = context.num_before  # now: the cache grows while the forward runs
         if before is None or self._is_forked:  # None: the forward began before the recording did
             self._gathered.calls = None
             return
-        self._gathered.past, self._gathered.moves = passage.past, passage.moves
-        self._gathered.before, self._gathered.num_kept = before, passage.num_kept
+        self._gathered.past, self._gathered.moves = context.past, context.moves
+        self._gathered.before, self._gathered.num_kept = before, context.num_kept
         self._gathered.calls = []
 
-    def end(self, passage: Passage) -> None:
+    def end(self, context: ForwardContext) -> None:
         """A forward has succeeded: its decisions go into the buffer."""
         calls, self._gathered.calls = self._gathered.calls, None
         if not calls:
@@ -191,8 +191,8 @@ class RoutingRecorder:
         return os.getpid() != self._process
 
     def _observe(self, router: int, decision: Decision) -> None:
-        passage, calls = self._passage, self._gathered.calls
-        if passage is None or calls is None:  # another thread was in a forward when the recording began or ended
+        context, calls = self._context, self._gathered.calls
+        if context is None or calls is None:  # another thread was in a forward when the recording began or ended
             return
         place = self._place[router]
         with self._writing:
@@ -205,9 +205,9 @@ class RoutingRecorder:
                 decision.weights.clone(),  # a block may scale them in place
                 decision.is_kept,
                 decision.hidden.clone() if self._keeps_hidden else None,
-                passage.token_ids,
-                passage.is_padding,
-                passage.is_encoding,
+                context.token_ids,
+                context.is_padding,
+                context.is_encoding,
             )
         )
 

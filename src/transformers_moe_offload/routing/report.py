@@ -17,7 +17,7 @@ from transformers_moe_offload.tracing.page import Section
 def sections_of(trace: RoutingTrace) -> list[Section]:
     """A table of all routers, and plots of the data in the trace."""
     if not trace.num_steps:
-        raise TraceError("the trace holds no forward; record one")
+        raise TraceError("the trace holds 0 forwards; run the model while it is recorded")
     routers = range(len(trace.routers))
     statistics = [trace.statistics(router) for router in routers]
     rows = [
@@ -31,23 +31,32 @@ def sections_of(trace: RoutingTrace) -> list[Section]:
         Section(
             "Routers",
             "Means over tokens. Entropy in bits; margin: least probability of a chosen expert less the greatest of a "
-            "rejected one; confidence: share of the probability that the chosen experts have; load: 0 = all experts "
-            "alike; repeat rate: share of a token's experts that the token before had, too.",
+            "rejected one; confidence: share of the probability that the chosen experts have; load: 0 if all experts "
+            "are used equally; repeat rate: share of a token's experts that the token before it had chosen, too.",
             rows=rows,
         ),
         Section(
             "Sureness",
-            "Shaded: quarters and tenths of the tokens. A margin below zero means that a strategy chose in the "
-            "router's place."
+            "Line: median; shaded: the middle 50 % and 80 % of the tokens. The margin is negative where a strategy "
+            "chose in place of the router."
             if sure is not None
             else "The trace was recorded without scores.",
             sure,
         ),
-        Section("Load", "Red: chosen more often than the router's other experts.", draw_load(statistics)),
-        Section("Reuse", "What a cache can live on.", draw_reuse(statistics)),
         Section(
-            "Company",
-            "Of the router in the middle of the model. Diagonal on the right: experts that stay.",
+            "Load",
+            "Red: chosen more often than the average expert of its router; blue: less often.",
+            draw_load(statistics),
+        ),
+        Section(
+            "Reuse",
+            "Hit rate of an LRU cache by its size, and the share of experts that repeat from token to token.",
+            draw_reuse(statistics),
+        ),
+        Section(
+            "Pairs",
+            "Pairs of experts of the router in the middle of the model, compared with chance. Diagonal on the right: "
+            "the same expert for two tokens in a row.",
             draw_pairs(statistics[middle], trace.routers[middle].router),
         ),
     ]

@@ -57,7 +57,9 @@ def find_sites(model: Any) -> list[Site]:
     for layer, (path, _, num_experts) in enumerate(experts_of(base)):
         by_router.setdefault(_router_path(base, path), []).append((layer, path, num_experts))
     if not by_router:
-        raise UnsupportedModelError(f"{type(base).__name__} has no routed experts, so there is no router to work on")
+        raise UnsupportedModelError(
+            f"{type(base).__name__} has no routed experts, so it has no router; load a mixture of experts"
+        )
     return [_site(base, index, path, experts) for index, (path, experts) in enumerate(by_router.items())]
 
 
@@ -67,7 +69,7 @@ def select(sites: list[Site], layers: int | str | Iterable[int | str] | None) ->
         return sites
     asked = [layers] if isinstance(layers, int | str) else list(layers)
     if not asked:
-        raise ConfigError("layers=[] names no layer; leave it out to mean all of them")
+        raise ConfigError("layers=[] names no router; name at least one, or leave `layers` out for all of them")
     found = {site.index: site for layer in asked for site in [_named(sites, layer)]}
     return [found[index] for index in sorted(found)]
 
@@ -77,9 +79,9 @@ def _named(sites: list[Site], layer: int | str) -> Site:
         for site in sites:
             if layer in (site.path, *site.experts_paths):
                 return site
-        raise ConfigError(f"layers has {layer!r}, but there is no router there; the first is {sites[0].path!r}")
+        raise ConfigError(f"layers names {layer!r}, but no router is at that path; the first is at {sites[0].path!r}")
     if isinstance(layer, bool) or not isinstance(layer, int) or not -len(sites) <= layer < len(sites):
-        raise ConfigError(f"layers has {layer!r}, but the model's routers are 0 to {len(sites) - 1}")
+        raise ConfigError(f"layers names router {layer!r}, but the model has routers 0 to {len(sites) - 1}")
     return sites[layer]
 
 
@@ -87,9 +89,9 @@ def _site(base: nn.Module, index: int, path: str, experts: list[tuple[int, str, 
     module, first = base.get_submodule(path), experts[0][1]
     if hasattr(module, "second_expert_policy"):
         raise UnsupportedModelError(
-            f"{type(base).__name__}: {path} answers with a mask of experts, and the experts take its zeros and ones "
-            f"for indices (NLLB-MoE, Transformers 5.23), so experts 0 and 1 run whatever is chosen; there is nothing "
-            f"to swap"
+            f"{type(base).__name__}: {path} returns a mask of experts, and the experts module reads its zeros and "
+            f"ones as indices (NLLB-MoE, Transformers 5.23), so experts 0 and 1 run whatever is chosen; choose a "
+            f"model whose experts follow the router's choice"
         )
     return Site(
         index,
@@ -108,8 +110,8 @@ def _router_path(base: nn.Module, experts: str) -> str:
     router = find_router(base, experts)
     if router is None:
         raise UnsupportedModelError(
-            f"{type(base).__name__}: there is no router beside {experts}; a router is a module with a matrix of as "
-            f"many rows as there are experts, or one that is named gate or router, or of a class named so"
+            f"{type(base).__name__}: no router beside {experts}; a router is recognised by a matrix with a row for "
+            f"each expert, or by the name gate or router, its own or its class's"
         )
     block = router.path.rpartition(".")[0]
     # DBRX: the router only scores, and the block chooses

@@ -147,13 +147,19 @@ def agreement_of(one: RecordedRouting, other: RecordedRouting) -> list[float]:
     if [(facts.path, facts.num_experts) for facts in one.routers] != [
         (facts.path, facts.num_experts) for facts in other.routers
     ]:
-        raise TraceError(f"the traces are of {len(one.routers)} and {len(other.routers)} routers of different models")
+        raise TraceError(
+            f"the traces are of models with different routers ({len(one.routers)} and {len(other.routers)} of them); "
+            f"compare two recordings of one model"
+        )
     agreements = []
     for router, facts in enumerate(one.routers):
         first, second = ([*trace.rows(router)] for trace in (one, other))
         ids, others = _token_ids(first), _token_ids(second)
         if not np.array_equal(ids, others):
-            raise TraceError(f"the traces have {len(ids)} and {len(others)} tokens, and not the same ones in order")
+            raise TraceError(
+                f"the traces hold {len(ids)} and {len(others)} tokens, but not the same tokens in the same order; "
+                f"record both runs on the same texts"
+            )
         here, there = _stacked(first), _stacked(second)
         total = sum(
             float(measures.jaccard(here[block], there[block], facts.num_experts).sum())
@@ -166,7 +172,9 @@ def agreement_of(one: RecordedRouting, other: RecordedRouting) -> list[float]:
 def _expect_room(what: str, rows: int, columns: int) -> None:
     """Refuse to fill a table that would be too large."""
     if rows * columns > MAX_TABLE:
-        raise TraceError(f"{what} take a table of {rows:,} by {columns:,} entries, and {MAX_TABLE:,} are the most")
+        raise TraceError(
+            f"{what} need a table of {rows:,} by {columns:,} entries, but at most {MAX_TABLE:,} entries are supported"
+        )
 
 
 def _blocks(rows: Rows, num_experts: int) -> Iterator[Rows]:

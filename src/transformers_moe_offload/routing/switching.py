@@ -7,9 +7,9 @@ from typing import Any
 
 from torch import nn
 
+from transformers_moe_offload.routing.forward_context import drop_forward_context, forward_context_of
 from transformers_moe_offload.routing.hooks import Hooks
-from transformers_moe_offload.routing.passage import drop_passage, passage_of
-from transformers_moe_offload.routing.seam import Observer, Seam
+from transformers_moe_offload.routing.router_hook import Observer, RouterHook
 from transformers_moe_offload.routing.sites import Site, find_sites, select, unwrapped
 from transformers_moe_offload.routing.strategy import RoutingStrategy, make_strategy
 
@@ -31,7 +31,7 @@ class RoutingChange:
         base = unwrapped(self._model)
         sites = find_sites(base)
         for index, strategy in self._before.items():
-            seam_at(base, sites[index]).follow(strategy)
+            router_hook_at(base, sites[index]).follow(strategy)
         _tidy(base)
 
     def __repr__(self) -> str:
@@ -57,10 +57,10 @@ def set_routing(model: Any, strategy: str | RoutingStrategy, layers: Layers = No
     sites = select(find_sites(base), layers)
     for site in sites:
         made.check(site.index, site.num_experts, site.top_k)
-    seams = [seam_at(base, site) for site in sites]
-    before = {seam.index: seam.strategy for seam in seams}
-    for seam in seams:
-        seam.follow(made)
+    router_hooks = [router_hook_at(base, site) for site in sites]
+    before = {hook.index: hook.strategy for hook in router_hooks}
+    for hook in router_hooks:
+        hook.follow(made)
     return RoutingChange(model, before, made)
 
 
@@ -68,9 +68,9 @@ def reset(model: Any, layers: Layers = None) -> None:
     """Let the routers choose for themselves again; without `layers`, all of them. Recordings go on."""
     base = unwrapped(model)
     asked = None if layers is None else {site.index for site in select(find_sites(base), layers)}
-    for seam in Hooks(base).owners(Seam):
-        if asked is None or seam.index in asked:
-            seam.follow(None)
+    for hook in Hooks(base).owners(RouterHook):
+        if asked is None or hook.index in asked:
+            hook.follow(None)
     _tidy(base)
 
 
@@ -78,36 +78,36 @@ def observe(model: Any, sites: list[Site], observer: Observer) -> None:
     """Let an observer see every decision of some routers."""
     base = unwrapped(model)
     for site in sites:
-        seam_at(base, site).observers.append(observer)
+        router_hook_at(base, site).observers.append(observer)
 
 
 def stop_observing(model: Any, observer: Observer) -> None:
     """Undo `observe`."""
     base = unwrapped(model)
-    for seam in Hooks(base).owners(Seam):
-        if observer in seam.observers:
-            seam.observers.remove(observer)
+    for hook in Hooks(base).owners(RouterHook):
+        if observer in hook.observers:
+            hook.observers.remove(observer)
     _tidy(base)
 
 
-def seam_at(base: nn.Module, site: Site) -> Seam:
-    """The seam around a router, put there if there is none."""
-    for seam in Hooks(site.module).owners(Seam):
-        if seam.index == site.index:
-            assert isinstance(seam, Seam)
-            return seam
-    seam = Seam(site, passage_of(base))
-    seam.put_on(base, site)
-    return seam
+def router_hook_at(base: nn.Module, site: Site) -> RouterHook:
+    """The hook around a router, put there if there is none."""
+    for hook in Hooks(site.module).owners(RouterHook):
+        if hook.index == site.index:
+            assert isinstance(hook, RouterHook)
+            return hook
+    hook = RouterHook(site, forward_context_of(base))
+    hook.put_on(base, site)
+    return hook
 
 
 def _tidy(base: nn.Module) -> None:
     """Take out the hooks that do nothing any more."""
     hooks = Hooks(base)
-    seams = list(hooks.owners(Seam))
-    idle = [seam for seam in seams if seam.strategy is None and not seam.observers]
-    for seam in idle:
-        seam.break_off()
-        hooks.remove(seam)
-    if len(idle) == len(seams):
-        drop_passage(base)
+    router_hooks = list(hooks.owners(RouterHook))
+    idle = [hook for hook in router_hooks if hook.strategy is None and not hook.observers]
+    for hook in idle:
+        hook.break_off()
+        hooks.remove(hook)
+    if len(idle) == len(router_hooks):
+        drop_forward_context(base)

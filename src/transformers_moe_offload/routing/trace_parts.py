@@ -49,7 +49,7 @@ def read_parts(folder: Path, index: TraceIndex, files: Mapping[str, FileIdentity
     for name in index.parts:
         path = folder / name
         if name in files and file_of(folder, name) != files[name]:
-            raise TraceError(f"{path} was replaced or written to since the trace was loaded; load it again")
+            raise TraceError(f"{path} has changed since the trace was loaded; load the trace again")
         with reading_trace(path, KIND):
             _check_header(path, index)
             part: Part = load_file(path)
@@ -61,8 +61,8 @@ def read_parts(folder: Path, index: TraceIndex, files: Mapping[str, FileIdentity
     if (num_steps, num_tokens) != (index.num_steps, index.num_tokens):
         refuse_folder(
             folder,
-            f"its parts hold {num_steps:,} forwards of {num_tokens:,} tokens, but {INDEX} says {index.num_steps:,} of "
-            f"{index.num_tokens:,}",
+            f"its parts hold {num_steps:,} forwards of {num_tokens:,} tokens, but {INDEX} says {index.num_steps:,} "
+            f"forwards of {index.num_tokens:,} tokens",
         )
 
 
@@ -73,7 +73,10 @@ def _expect_alike(path: Path, part: Part, index: TraceIndex, before: dict[str, s
             rows = part.get(f"{name}.{router}")
             found = "missing" if rows is None else f"{rows.dtype} of {rows.shape[1]} columns"
             if before.setdefault(f"{name}.{router}", found) != found:
-                refuse_folder(path, f"{name} of router {router} are {found}, and were {before[f'{name}.{router}']}")
+                refuse_folder(
+                    path,
+                    f"{name} of router {router} are {found}, but {before[f'{name}.{router}']} in the parts before",
+                )
 
 
 def _check_header(path: Path, index: TraceIndex) -> None:
@@ -92,11 +95,9 @@ def _check_header(path: Path, index: TraceIndex) -> None:
             continue
         dtype = found[name].dtype if name in found else "missing"
         if dtype not in dtypes:
-            refuse_folder(path, f"its {name} is {dtype}, and has to be {' or '.join(dtypes)}")
+            refuse_folder(path, f"its {name} is {dtype}, but must be {' or '.join(dtypes)}")
         if len(found[name].shape) != rank:
-            refuse_folder(
-                path, f"its {name} is of shape {quoted(found[name].shape)}, and has to have {rank} dimensions"
-            )
+            refuse_folder(path, f"its {name} has shape {quoted(found[name].shape)}, but must have {rank} dimensions")
 
 
 def num_steps_of(part: Mapping[str, NDArray[Any]]) -> int:
@@ -111,10 +112,10 @@ def _check(
     """Refuse a part whose numbers contradict one another, the index, or the parts before it."""
     calls, num_tokens = part["calls"].astype(np.int64), len(part["token_ids"])
     if calls.shape[1] != 5:
-        refuse_folder(path, f"its calls are {calls.shape}, not (V, 5)")
+        refuse_folder(path, f"its calls have {calls.shape[1]} columns, but must have 5")
     for name in _COMMON:
         if name != "calls" and part[name].shape != (num_tokens,):
-            refuse_folder(path, f"it has {num_tokens} tokens, but {name} is {part[name].shape}")
+            refuse_folder(path, f"it has {num_tokens} token_ids, but {name} of shape {part[name].shape}")
     limits = {
         "token_ids": (-1, 2**31 - 1),
         "sequence": (0, tokens_before + num_tokens - 1),  # a text has a token at least
@@ -126,10 +127,13 @@ def _check(
         _expect_between(path, f"its {name} has", part[name], least, most)
     strange = calls[(calls[:, 0] < 0) | (calls[:, 0] >= len(index.routers)), 0]
     if len(strange):
-        refuse_folder(path, f"a call is of router {strange.max()}, and there are {len(index.routers)}")
+        refuse_folder(path, f"it has a call of router {strange.max()}, but {INDEX} lists {len(index.routers)} routers")
     steps = calls[:, 3]
     if len(steps) and (steps[0] != first_step or not np.isin(np.diff(steps), (0, 1)).all()):
-        refuse_folder(path, f"its forwards do not follow one another from forward {first_step} on")
+        refuse_folder(
+            path,
+            f"its forwards are numbered {steps[0]} to {steps[-1]}, but must count up from {first_step} without gaps",
+        )
     for router, facts in enumerate(index.routers):
         _check_router(path, part, calls[calls[:, 0] == router], router, facts)
 
@@ -140,25 +144,32 @@ def _check_router(
     """Refuse calls of one router, own (V, 5), that do not match its rows."""
     experts, num_tokens = part[f"experts.{router}"], len(part["token_ids"])
     first, num_rows, token = own[:, 1], own[:, 2], own[:, 4]
-    _expect_between(path, f"router {router} was called with a number of rows of", num_rows, 0, len(experts))
-    _expect_between(path, f"router {router} was called with tokens from", token, -1, num_tokens)
+    _expect_between(path, f"router {router} has a call with a number of rows of", num_rows, 0, len(experts))
+    _expect_between(path, f"router {router} has a call whose first token is", token, -1, num_tokens)
     for name in (*_OF_ROUTER, *_IF_RECORDED):
         rows = part.get(f"{name}.{router}")
         if rows is not None and len(rows) != num_rows.sum():
-            refuse_folder(path, f"router {router} was called with {num_rows.sum()} rows, but has {len(rows)} of {name}")
-    if (first != np.cumsum(num_rows) - num_rows).any():
-        refuse_folder(path, f"the calls of router {router} do not have its rows one after the other")
-    if ((token >= 0) & (token + num_rows > num_tokens)).any():
-        refuse_folder(path, f"router {router} routed more tokens than the {num_tokens} that there are")
+            refuse_folder(
+                path,
+                f"the calls of router {router} have {num_rows.sum()} rows in all, but it has {len(rows)} of {name}",
+            )
+    expected = np.cumsum(num_rows) - num_rows
+    wrong = np.flatnonzero(first != expected)
+    if len(wrong):
+        begin, before = first[wrong[0]], expected[wrong[0]]
+        refuse_folder(path, f"router {router} has a call from row {begin} on, but the calls before it end at {before}")
+    end = np.where(token >= 0, token + num_rows, 0).max(initial=0)
+    if end > num_tokens:
+        refuse_folder(path, f"router {router} has a call up to token {end}, but the part has {num_tokens} tokens")
     if not 1 <= experts.shape[1] <= facts.num_experts or part[f"weights.{router}"].shape != experts.shape:
         refuse_folder(
             path,
-            f"router {router} has choices of shape {experts.shape} among {facts.num_experts} experts, and weights of "
-            f"shape {part[f'weights.{router}'].shape}",
+            f"router {router} has choices of shape {experts.shape} and weights of shape "
+            f"{part[f'weights.{router}'].shape}; both must have the same shape, with 1 to {facts.num_experts} columns",
         )
     scores = part.get(f"scores.{router}")
     if scores is not None and scores.shape[1] != facts.num_experts:
-        refuse_folder(path, f"router {router} scored {scores.shape[1]} experts of {facts.num_experts}")
+        refuse_folder(path, f"router {router} has {facts.num_experts} experts, but scores of {scores.shape[1]}")
     _expect_between(path, f"router {router} chose expert", experts, -1, facts.num_experts - 1)
 
 
@@ -166,4 +177,4 @@ def _expect_between(path: Path, what: str, found: NDArray[Any], least: int, most
     """Refuse an array with an entry less than `least` or greater than `most`."""
     if found.size and not least <= found.min() <= found.max() <= most:
         wrong = found.min() if found.min() < least else found.max()
-        refuse_folder(path, f"{what} {wrong}, which is not within {least} and {most}")
+        refuse_folder(path, f"{what} {wrong}, but {least} to {most} are allowed")

@@ -97,8 +97,8 @@ class DirectSlots:
 
     def _place(self, expert: ExpertId) -> Placed | None:
         if expert not in self._places:
-            stretches = self._store.stretches(expert)
-            self._places[expert] = None if stretches is None else placed(stretches)
+            ranges = self._store.file_ranges(expert)
+            self._places[expert] = None if ranges is None else placed(ranges)
         return self._places[expert]
 
     def _fitting(self, slot: int, nbytes: int) -> Tensor:

@@ -112,8 +112,8 @@ class _MappedExpert:
             if not map.is_unchanged(now):
                 return False
         if now > self._last_use + _SURELY_THERE:
-            for map, stretch in self._pages:
-                if not map.is_cached(stretch.start, stretch.stop):
+            for map, file_range in self._pages:
+                if not map.is_cached(file_range.start, file_range.stop):
                     return False
         self._last_use = now
         return True
@@ -121,16 +121,16 @@ class _MappedExpert:
     def bring_in(self) -> int:
         """Map the expert's pages, or read a copy of it; returns the bytes of the files that are used."""
         self.weights = {}
-        layout, stretches = self._store.layout(*self._expert), self._store.stretches(self._expert)
+        layout, ranges = self._store.layout(*self._expert), self._store.file_ranges(self._expert)
         with torch.inference_mode(False):  # the weights outlive an inference-mode block that may be open
-            if stretches is None:
+            if ranges is None:
                 record = torch.empty(layout.nbytes, dtype=torch.uint8)
                 self._store.read_into(self._expert, record)
                 self.weights = layout.views(record)
                 return self.from_files
-            pages = self._pages = [(stretch.file.mapped(), stretch) for stretch in joined(stretches)]
-            for map, stretch in pages:
-                map.bring_in(stretch.start, stretch.stop)
+            pages = self._pages = [(file_range.file.mapped(), file_range) for file_range in joined(ranges)]
+            for map, file_range in pages:
+                map.bring_in(file_range.start, file_range.stop)
             if len(pages) == 1:
                 map, place = pages[0]
                 self._store.check(self._expert, map.bytes[place.start : place.stop])
@@ -139,7 +139,7 @@ class _MappedExpert:
                 .bytes[part.start : part.start + field.nbytes]
                 .view(torch_dtype(field.dtype))
                 .view(field.shape)
-                for field, part in zip(layout.fields, stretches, strict=True)
+                for field, part in zip(layout.fields, ranges, strict=True)
             }
         self._last_use = time.monotonic()
         return self.from_files
@@ -155,6 +155,6 @@ class _MappedExpert:
 
     def let_go(self) -> None:
         """Unmap the pages."""
-        for map, stretch in self._pages:
-            map.let_go(stretch.start, stretch.stop)
+        for map, file_range in self._pages:
+            map.let_go(file_range.start, file_range.stop)
         self.weights = {}

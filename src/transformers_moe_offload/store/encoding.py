@@ -10,9 +10,9 @@ from itertools import accumulate
 import torch
 from torch import Tensor
 
-from transformers_moe_offload.formats.base import Coding
-from transformers_moe_offload.formats.by_expert import LayerCodings
-from transformers_moe_offload.formats.coding import ExpertCoding
+from transformers_moe_offload.formats.base import Codec
+from transformers_moe_offload.formats.by_expert import LayerCodecs
+from transformers_moe_offload.formats.codec import ExpertCodec
 from transformers_moe_offload.store.expert_source import RecordedExpert
 from transformers_moe_offload.store.layer_source import LayerSource
 from transformers_moe_offload.store.ram_file import RamFile
@@ -21,38 +21,38 @@ from transformers_moe_offload.system.host_memory import host_bytes
 from transformers_moe_offload.tensor_files.index import StoredTensor
 
 
-def encoded_row(source: LayerSource, codings: LayerCodings, expert: int) -> Tensor:
+def encoded_row(source: LayerSource, codecs: LayerCodecs, expert: int) -> Tensor:
     """One expert's record and zeros up to the next row, uint8 (row bytes,).
 
     Raises `CheckpointError` for weights that the format cannot represent, with the expert's name.
     """
-    return row_of(source.read(expert), codings.of(expert), f"expert {expert} of {source.spec.name}")
+    return row_of(source.read(expert), codecs.of(expert), f"expert {expert} of {source.spec.name}")
 
 
-def row_of(weights: Mapping[str, Tensor], coding: Coding | None, name: str) -> Tensor:
+def row_of(weights: Mapping[str, Tensor], codec: Codec | None, name: str) -> Tensor:
     """The same for weights that are in memory; errors call them `name`."""
-    assert isinstance(coding, ExpertCoding)
-    layout = RecordLayout(coding.stored)
+    assert isinstance(codec, ExpertCodec)
+    layout = RecordLayout(codec.stored)
     row = torch.zeros(layout.row_bytes, dtype=torch.uint8)
     views = layout.views(row)
-    for part_name, part in coding.encode(weights, name).items():
+    for part_name, part in codec.encode(weights, name).items():
         views[part_name].copy_(part)
     return row
 
 
-def encoded_in_ram(source: LayerSource, codings: LayerCodings, workers: int, done: Callable[[], object]) -> LayerSource:
+def encoded_in_ram(source: LayerSource, codecs: LayerCodecs, workers: int, done: Callable[[], object]) -> LayerSource:
     """The same layer with its experts coded, in RAM; those that have no format stay where they are.
 
     `done` is called after each expert that is coded.
     """
-    rows = _rows(codings, len(source.experts))
+    rows = _rows(codecs, len(source.experts))
     if not rows:
         return source
     file = RamFile(source.spec.name, sum(rows.values()))
     starts = dict(zip(rows, accumulate(rows.values(), initial=0), strict=False))
 
     def encode(expert: int) -> None:
-        file.write(host_bytes(encoded_row(source, codings, expert)), starts[expert])
+        file.write(host_bytes(encoded_row(source, codecs, expert)), starts[expert])
         done()
 
     with ThreadPoolExecutor(workers, thread_name_prefix="moe-offload-quantize") as pool:
@@ -63,31 +63,29 @@ def encoded_in_ram(source: LayerSource, codings: LayerCodings, workers: int, don
         for expert, nbytes in rows.items()
     }
     experts = tuple(coded.get(expert, left) for expert, left in enumerate(source.experts))
-    as_it_was = source.codings.usual
-    usual, hot = (coding if _has_format(coding) else as_it_was for coding in (codings.usual, codings.hot))
-    return replace(source, experts=experts, codings=LayerCodings(usual, hot, codings.hot_experts))
+    as_it_was = source.codecs.usual
+    usual, hot = (codec if _has_format(codec) else as_it_was for codec in (codecs.usual, codecs.hot))
+    return replace(source, experts=experts, codecs=LayerCodecs(usual, hot, codecs.hot_experts))
 
 
-def encoded_bytes(codings: LayerCodings, num_experts: int) -> int:
+def encoded_bytes(codecs: LayerCodecs, num_experts: int) -> int:
     """Bytes of all rows that `encoded_in_ram` makes."""
-    return sum(_rows(codings, num_experts).values())
+    return sum(_rows(codecs, num_experts).values())
 
 
-def num_encoded(codings: LayerCodings, num_experts: int) -> int:
+def num_encoded(codecs: LayerCodecs, num_experts: int) -> int:
     """The number of these rows."""
-    return len(_rows(codings, num_experts))
+    return len(_rows(codecs, num_experts))
 
 
-def _rows(codings: LayerCodings, num_experts: int) -> dict[int, int]:
+def _rows(codecs: LayerCodecs, num_experts: int) -> dict[int, int]:
     """The experts that have a format, and the bytes of a row of each."""
     sizes = {
-        id(kind): RecordLayout(kind.stored).row_bytes
-        for kind in codings.kinds
-        if kind is not None and _has_format(kind)
+        id(kind): RecordLayout(kind.stored).row_bytes for kind in codecs.kinds if kind is not None and _has_format(kind)
     }
-    kinds = {expert: id(codings.of(expert)) for expert in range(num_experts)}
+    kinds = {expert: id(codecs.of(expert)) for expert in range(num_experts)}
     return {expert: sizes[kind] for expert, kind in kinds.items() if kind in sizes}
 
 
-def _has_format(coding: Coding | None) -> bool:
-    return isinstance(coding, ExpertCoding) and coding.format is not None
+def _has_format(codec: Codec | None) -> bool:
+    return isinstance(codec, ExpertCodec) and codec.format is not None

@@ -21,7 +21,7 @@ class ExpertSource(Protocol):
     def pieces(self) -> tuple[StoredTensor, ...]:
         """The stored tensors that it is read from."""
 
-    def stretches(self, layout: RecordLayout) -> tuple[FileRange, ...] | None:
+    def file_ranges(self, layout: RecordLayout) -> tuple[FileRange, ...] | None:
         """The file range of each field of a record, padding up to the next field included; None if a field is not
         stored as it is used."""
 
@@ -51,10 +51,10 @@ class ScatteredExpert:
         """The stored tensors of all fields."""
         return tuple(piece for field in self.fields for piece in field.pieces)
 
-    def stretches(self, layout: RecordLayout) -> tuple[FileRange, ...] | None:
+    def file_ranges(self, layout: RecordLayout) -> tuple[FileRange, ...] | None:
         """The file range of each field, if all fields lie in one piece."""
-        found = [field.stretch for field in self.fields]
-        return None if None in found else tuple(stretch for stretch in found if stretch is not None)
+        found = [field.file_range for field in self.fields]
+        return None if None in found else tuple(file_range for file_range in found if file_range is not None)
 
     def reads(self, layout: RecordLayout) -> list[Piece]:
         """Verbatim fields are read into their places, the others assembled there."""
@@ -95,7 +95,7 @@ class RecordedExpert:
         """The row."""
         return (self.row,)
 
-    def stretches(self, layout: RecordLayout) -> tuple[FileRange, ...] | None:
+    def file_ranges(self, layout: RecordLayout) -> tuple[FileRange, ...] | None:
         """The fields inside of the row."""
         if self.row.offset % ALIGNMENT:
             return None
@@ -125,5 +125,5 @@ class RecordedExpert:
             )
 
     def then_cast(self, dtype: str) -> RecordedExpert:
-        """A record stays what it is; its coding says what it is decoded to."""
+        """A record stays what it is; its codec says what it is decoded to."""
         return self

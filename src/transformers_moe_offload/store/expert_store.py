@@ -56,15 +56,15 @@ class ExpertStore:
         A few may not be: the expert at the end of a file has one part in the next file.
         """
         experts = range(len(self.layers[layer].experts))
-        return 2 * sum(self.stretches(ExpertId(layer, expert)) is not None for expert in experts) > len(experts)
+        return 2 * sum(self.file_ranges(ExpertId(layer, expert)) is not None for expert in experts) > len(experts)
 
     def spare_bytes(self, layer: int) -> int | None:
         """The most bytes of memory that whole pages of files add to the record of a layer's expert, as a rule; None if
         the layer's experts are in a `RamFile`, or are not stored as they are used."""
         if self.layers[layer].is_in_ram:
             return None
-        found = (self.stretches(ExpertId(layer, expert)) for expert in range(len(self.layers[layer].experts)))
-        return next((most_spare_bytes(stretches) for stretches in found if stretches is not None), None)
+        found = (self.file_ranges(ExpertId(layer, expert)) for expert in range(len(self.layers[layer].experts)))
+        return next((most_spare_bytes(ranges) for ranges in found if ranges is not None), None)
 
     def in_ram(self, expert: ExpertId) -> tuple[RamFile, int] | None:
         """The `RamFile` that an expert's record lies in, and its first byte there; None if it lies elsewhere."""
@@ -73,9 +73,9 @@ class ExpertStore:
             return source.row.file, source.row.offset
         return None
 
-    def stretches(self, expert: ExpertId) -> tuple[FileRange, ...] | None:
+    def file_ranges(self, expert: ExpertId) -> tuple[FileRange, ...] | None:
         """The file range of each field of an expert; None if a field is not stored as it is used."""
-        return self._source(expert).stretches(self.layout(*expert))
+        return self._source(expert).file_ranges(self.layout(*expert))
 
     def read_into(self, expert: ExpertId, record: Tensor) -> int:
         """Fill a record, (nbytes,) uint8 in host memory, and return the bytes read.
@@ -139,9 +139,9 @@ class ExpertStore:
 
 def _layouts(source: LayerSource) -> tuple[RecordLayout, ...]:
     """The record layout of each expert; one object for each way in which experts of the layer are stored."""
-    codings = source.codings
-    of_kind = {id(kind): RecordLayout(source.spec.fields if kind is None else kind.stored) for kind in codings.kinds}
-    return tuple(of_kind[id(codings.of(expert))] for expert in range(len(source.experts)))
+    codecs = source.codecs
+    of_kind = {id(kind): RecordLayout(source.spec.fields if kind is None else kind.stored) for kind in codecs.kinds}
+    return tuple(of_kind[id(codecs.of(expert))] for expert in range(len(source.experts)))
 
 
 class _Fill:

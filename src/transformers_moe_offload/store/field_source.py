@@ -47,7 +47,7 @@ class FieldSource:
         return self.assemble is None and all({piece.dtype} == set(self.casts) for piece in self.pieces)
 
     @cached_property
-    def stretch(self) -> FileRange | None:
+    def file_range(self) -> FileRange | None:
         """The file range of a field that is verbatim, in one piece, and aligned to its elements; else None."""
         if not self.is_verbatim or self.pieces[0].offset % ITEMSIZE[self.pieces[0].dtype]:
             return None

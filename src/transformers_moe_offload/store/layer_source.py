@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from transformers_moe_offload.expert import ExpertSpec, FieldSpec
-from transformers_moe_offload.formats.by_expert import AS_USED, LayerCodings
+from transformers_moe_offload.formats.by_expert import AS_USED, LayerCodecs
 from transformers_moe_offload.store.expert_source import ExpertSource, RecordedExpert
 from transformers_moe_offload.store.field_source import FieldSource
 from transformers_moe_offload.store.ram_file import RamFile
@@ -30,7 +30,7 @@ class LayerSource:
     spare: Mapping[str, tuple[FieldSource, ...]] = field(default_factory=dict)
     """By field, the parts that the checkpoint stores behind the last expert and that no expert uses; needed only to
     write the checkpoint again."""
-    codings: LayerCodings = AS_USED
+    codecs: LayerCodecs = AS_USED
     """How records stand for the fields of `spec`, expert by expert."""
 
     @property
@@ -45,24 +45,24 @@ class LayerSource:
 
     def stored(self, expert: int) -> tuple[FieldSpec, ...]:
         """What an expert's record is made of."""
-        coding = self.codings.of(expert)
-        return self.spec.fields if coding is None else coding.stored
+        codec = self.codecs.of(expert)
+        return self.spec.fields if codec is None else codec.stored
 
     def cast(self, dtype: str) -> LayerSource:
         """The same layer with every field cast to another dtype; a coded one is decoded to it."""
         spec = replace(self.spec, fields=tuple(f.cast(dtype) for f in self.spec.fields))
         experts = tuple(
-            one if self.codings.of(expert) is not None else one.then_cast(dtype)
+            one if self.codecs.of(expert) is not None else one.then_cast(dtype)
             for expert, one in enumerate(self.experts)
         )
         spare = {name: tuple(s.then_cast(dtype) for s in sources) for name, sources in self.spare.items()}
-        return LayerSource(spec, experts, spare, self.codings.cast(dtype))
+        return LayerSource(spec, experts, spare, self.codecs.cast(dtype))
 
     def read(self, expert: int) -> Weights:
         """One expert as the module knows it, in memory of its own."""
         record = self.read_record(expert)
-        weights, coding = RecordLayout(self.stored(expert)).views(record), self.codings.of(expert)
-        return weights if coding is None else coding.decode(weights)
+        weights, codec = RecordLayout(self.stored(expert)).views(record), self.codecs.of(expert)
+        return weights if codec is None else codec.decode(weights)
 
     def read_record(self, expert: int) -> Tensor:
         """One expert as it is stored, uint8 (nbytes,), its checksum compared."""

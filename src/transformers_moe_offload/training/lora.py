@@ -54,9 +54,9 @@ def save_merged(model: Any, folder: str | os.PathLike[str], **options: Any) -> N
     """
     runtime_of(model)  # raises if the model is not offloaded
     expect_no_adapter(Path(folder))
-    twin = deepcopy(model)
-    runtime_of(twin).restore()
-    twin.merge_and_unload().save_pretrained(folder, **options)
+    copied = deepcopy(model)
+    runtime_of(copied).restore()
+    copied.merge_and_unload().save_pretrained(folder, **options)
 
 
 def _expert_fields(model: nn.Module) -> list[str]:

@@ -234,4 +234,4 @@ def test_a_dynamic_cache_and_gradients_are_left_alone(small_checkpoint, caplog):
     (cache,) = past.values()
     assert cache.get_seq_length() == 5
     assert step.num_captured == 0
-    assert "its past is kept in a DynamicCache" in caplog.text
+    assert "the KV cache is a DynamicCache" in caplog.text

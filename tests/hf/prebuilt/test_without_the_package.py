@@ -45,7 +45,7 @@ def test_no_class_loads_it_without_the_package(prebuilt, tmp_path):
     assert all("pip install transformers-moe-offload" in answer for answer in trusting)
 
 
-def test_every_auto_class_that_the_config_refers_to_has_a_stand_in():
+def test_every_auto_class_that_the_config_refers_to_has_a_placeholder():
     assert all(hasattr(moe_offload_required, name) for name in AUTO_CLASSES)
 
 

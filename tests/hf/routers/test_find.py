@@ -61,7 +61,9 @@ def test_of_two_without_a_matrix_none_is_guessed_and_the_error_says_what_is_look
     rename(model, router_a=nn.Linear(3, 3), router_b=nn.Linear(3, 3))
     model.model.layers[1].mlp.scorer = nn.Linear(3, 3)
     assert find_router(model, EXPERTS) is None
-    with pytest.raises(UnsupportedModelError, match=r"no router beside model\.layers\.1\.mlp\.experts; a router is"):
+    with pytest.raises(
+        UnsupportedModelError, match=r"no router beside model\.layers\.1\.mlp\.experts; a router is recognised"
+    ):
         routing.record_routing(model).__enter__()
     with pytest.raises(UnsupportedModelError, match=r"no module beside model\.layers\.1\.mlp\.experts \(and 0 more\)"):
         training.set_trainable(model, "router")

@@ -19,14 +19,14 @@ WRITTEN = ("keys", "values", "cumulative_length")
 def unfit(cache: Any) -> str | None:
     """Why a step over this cache cannot be captured; None if it can."""
     if type(cache) is not StaticCache:
-        return f"its past is kept in a {type(cache).__name__}; generate(cache_implementation='static') has another"
+        return f"the KV cache is a {type(cache).__name__}; pass cache_implementation='static' to generate"
     if cache.offloading:
-        return "its past is kept in host memory"
+        return "the KV cache is offloaded to host memory"
     for layer in cache.layers:
         if type(layer) not in (StaticLayer, StaticSlidingWindowLayer):
-            return f"its past is kept in layers of {type(layer).__name__}"
+            return f"the KV cache has layers of {type(layer).__name__}, not StaticLayer or StaticSlidingWindowLayer"
         if not layer.is_initialized:
-            return "there is no past yet"
+            return "the KV cache is empty"
     return None
 
 

@@ -50,9 +50,9 @@ class DecodeSteps:
         self._lock = threading.Lock()
 
     def __deepcopy__(self, memo: dict[int, Any]) -> DecodeSteps:
-        twin = DecodeSteps(deepcopy(self._model, memo), deepcopy(self._decoding, memo))
-        memo[id(self)] = twin
-        return twin
+        copied = DecodeSteps(deepcopy(self._model, memo), deepcopy(self._decoding, memo))
+        memo[id(self)] = copied
+        return copied
 
     def get_compiled_call(self, compile_config: CompileConfig | None = None) -> DecodeStep:
         """Replaces the model's method of this name, which `generate` calls when a generation begins."""

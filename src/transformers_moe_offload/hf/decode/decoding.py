@@ -92,7 +92,7 @@ class Decoding:
         """Why a whole forward cannot run on the device; None if it can."""
         if self._obstacles:
             name, reason = next(iter(self._obstacles.items()))
-            return f"{name} is computed on the host's terms: {reason}"
+            return f"{name} cannot decode on the device: {reason}"
         return "the model is being traced" if self.is_traced else None
 
     @contextmanager

@@ -61,8 +61,8 @@ def addressed_layers(
         if layer.index in engines and layer.name not in obstacles:
             source = sources[layer.index]
             assert layer.mlp is not None
-            module, coding = experts_at(model, layer.name), source.codings.usual
-            compute = OnDevice(layer.mlp, record_layout(source), coding, layer.num_experts, module)
+            module, codec = experts_at(model, layer.name), source.codecs.usual
+            compute = OnDevice(layer.mlp, record_layout(source), codec, layer.num_experts, module)
             found[layer.index] = AddressedLayer(layer.index, compute, engines[layer.index])
     return found
 

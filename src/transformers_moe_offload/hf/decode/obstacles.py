@@ -30,13 +30,13 @@ def obstacle(layer: SparseLayer, source: LayerSource, config: OffloadConfig) -> 
         return "arithmetic='exact' computes with the model's own code"
     if layer.mlp is None:
         return f"the arithmetic of {layer.plain_class.__name__} is not supported"
-    return missing_on_device(layer.mlp, record_layout(source), source.codings, layer.device)
+    return missing_on_device(layer.mlp, record_layout(source), source.codecs, layer.device)
 
 
 def record_layout(source: LayerSource) -> RecordLayout:
     """The layout of the records of a layer's experts, except hot ones."""
-    coding = source.codings.usual
-    return RecordLayout(source.spec.fields if coding is None else coding.stored)
+    codec = source.codecs.usual
+    return RecordLayout(source.spec.fields if codec is None else codec.stored)
 
 
 def report(obstacles: Mapping[str, str], num_layers: int, config: OffloadConfig) -> None:

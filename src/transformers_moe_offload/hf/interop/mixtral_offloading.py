@@ -25,7 +25,7 @@ from transformers_moe_offload.config import ExpertFormats, HqqFormat
 from transformers_moe_offload.dtypes import torch_dtype
 from transformers_moe_offload.errors import CheckpointError, UnsupportedModelError
 from transformers_moe_offload.expert import FieldSpec
-from transformers_moe_offload.formats.by_expert import LayerCodings
+from transformers_moe_offload.formats.by_expert import LayerCodecs
 from transformers_moe_offload.formats.columns import brought_together
 from transformers_moe_offload.formats.meta import in_half
 from transformers_moe_offload.hf.model.experts_module import OffloadedExperts, layer_of
@@ -180,8 +180,8 @@ class MixtralOffloading:
     def contents(self, quantization: Quantization, fetched: Fetched) -> tuple[list[LayerContent], list[Content]]:
         """The content to write: sparse layers, in the formats that were found, and dense tensors."""
         layers = [
-            LayerContent.coded(layer.name, layer.num_experts, codings, partial(self._record, layer, codings))
-            for layer, codings in zip(quantization.layers, quantization.codings, strict=True)
+            LayerContent.coded(layer.name, layer.num_experts, codecs, partial(self._record, layer, codecs))
+            for layer, codecs in zip(quantization.layers, quantization.codecs, strict=True)
         ]
         return layers, self._dense(quantization)
 
@@ -234,11 +234,11 @@ class MixtralOffloading:
         full_name = f"{_stored_name(layer.name)}.{expert}.{name}"
         return Matrix(full_name, tensors, rows // len(_FIELDS[field.name]), cols)
 
-    def _record(self, layer: SparseLayer, codings: LayerCodings, expert: int) -> Tensor:
+    def _record(self, layer: SparseLayer, codecs: LayerCodecs, expert: int) -> Tensor:
         """One expert as a record in our format, uint8."""
-        coding = codings.of(expert)
-        assert coding is not None
-        layout = RecordLayout(coding.stored)
+        codec = codecs.of(expert)
+        assert codec is not None
+        layout = RecordLayout(codec.stored)
         record = torch.zeros(layout.nbytes, dtype=torch.uint8)
         views = layout.views(record)
         for field, names in _FIELDS.items():

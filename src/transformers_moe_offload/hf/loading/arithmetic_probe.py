@@ -56,8 +56,8 @@ def _is_as_exact(layer: SparseLayer, module: nn.Module, mlp: ExpertMlp, dtype: t
     weights = scores.to(dtype)
 
     def eager(dtype: torch.dtype) -> Tensor:
-        twin = with_attributes(module, layer.plain_class, {name: stack.to(dtype) for name, stack in stacks.items()})
-        return layer.eager_forward(twin, hidden.to(dtype), index, weights.to(dtype)).double()
+        copied = with_attributes(module, layer.plain_class, {name: stack.to(dtype) for name, stack in stacks.items()})
+        return layer.eager_forward(copied, hidden.to(dtype), index, weights.to(dtype)).double()
 
     with torch.no_grad():
         exact = eager(torch.float64)

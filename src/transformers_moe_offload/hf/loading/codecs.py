@@ -1,4 +1,4 @@
-"""Turn formats into codings for the experts of a layer: which matrices are quantized, and how each is stored."""
+"""Turn formats into codecs for the experts of a layer: which matrices are quantized, and how each is stored."""
 
 from __future__ import annotations
 
@@ -11,8 +11,8 @@ from transformers_moe_offload.config.formats import GROUP_SIZES
 from transformers_moe_offload.dtypes import dtype_name
 from transformers_moe_offload.errors import ConfigError
 from transformers_moe_offload.expert import FieldSpec
-from transformers_moe_offload.formats.by_expert import LayerCodings
-from transformers_moe_offload.formats.coding import ExpertCoding
+from transformers_moe_offload.formats.by_expert import LayerCodecs
+from transformers_moe_offload.formats.codec import ExpertCodec
 from transformers_moe_offload.hf.model.sparse_layer import SparseLayer
 
 
@@ -21,8 +21,8 @@ def plain_fields(layer: SparseLayer) -> tuple[FieldSpec, ...]:
     return tuple(FieldSpec(field.name, field.shape, dtype_name(field.dtype)) for field in layer.fields)
 
 
-def codings_of(model: Any, layer: SparseLayer, fields: Sequence[FieldSpec], formats: ExpertFormats) -> LayerCodings:
-    """How to store each expert of a layer; every coding is an `ExpertCoding`, also of experts that stay unquantized.
+def codecs_of(model: Any, layer: SparseLayer, fields: Sequence[FieldSpec], formats: ExpertFormats) -> LayerCodecs:
+    """How to store each expert of a layer; every codec is an `ExpertCodec`, also of experts that stay unquantized.
 
     Raises `ConfigError` if a group size does not divide a matrix, with the layer's name and the sizes that do.
     """
@@ -31,14 +31,14 @@ def codings_of(model: Any, layer: SparseLayer, fields: Sequence[FieldSpec], form
     if len(hot_experts) == layer.num_experts:
         usual = hot
     if not hot_experts or usual == hot:
-        return LayerCodings(_coding(layer.name, tuple(fields), usual, is_transposed))
-    usual_coding, hot_coding = (_coding(layer.name, tuple(fields), format, is_transposed) for format in (usual, hot))
-    return LayerCodings(usual_coding, hot_coding, hot_experts)
+        return LayerCodecs(_codec(layer.name, tuple(fields), usual, is_transposed))
+    usual_codec, hot_codec = (_codec(layer.name, tuple(fields), format, is_transposed) for format in (usual, hot))
+    return LayerCodecs(usual_codec, hot_codec, hot_experts)
 
 
-def _coding(name: str, fields: tuple[FieldSpec, ...], format: HqqFormat | None, is_transposed: bool) -> ExpertCoding:
+def _codec(name: str, fields: tuple[FieldSpec, ...], format: HqqFormat | None, is_transposed: bool) -> ExpertCodec:
     try:
-        return ExpertCoding(fields, format, is_transposed)
+        return ExpertCodec(fields, format, is_transposed)
     except ConfigError as error:
         assert format is not None
         sizes = [size for size in GROUP_SIZES if _fits(fields, replace(format, group_size=size), is_transposed)]
@@ -48,7 +48,7 @@ def _coding(name: str, fields: tuple[FieldSpec, ...], format: HqqFormat | None, 
 
 def _fits(fields: tuple[FieldSpec, ...], format: HqqFormat, is_transposed: bool) -> bool:
     try:
-        ExpertCoding(fields, format, is_transposed)
+        ExpertCodec(fields, format, is_transposed)
     except ConfigError:
         return False
     return True

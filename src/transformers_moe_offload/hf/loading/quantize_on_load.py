@@ -10,22 +10,20 @@ from transformers.utils import logging
 
 from transformers_moe_offload.config import ExpertFormats
 from transformers_moe_offload.errors import ConfigError
-from transformers_moe_offload.formats.by_expert import LayerCodings
-from transformers_moe_offload.hf.loading.codecs import codings_of
+from transformers_moe_offload.formats.by_expert import LayerCodecs
+from transformers_moe_offload.hf.loading.codecs import codecs_of
 from transformers_moe_offload.hf.model.sparse_layer import SparseLayer
 from transformers_moe_offload.store.encoding import encoded_bytes, encoded_in_ram, num_encoded
 from transformers_moe_offload.store.layer_source import LayerSource
 from transformers_moe_offload.system.free_memory import free_ram
 
 
-def codings_to_be(
+def codecs_to_be(
     model: nn.Module, layers: Sequence[SparseLayer], sources: Sequence[LayerSource], formats: ExpertFormats
-) -> list[LayerCodings]:
+) -> list[LayerCodecs]:
     """How the experts of each layer will be stored; raises `ConfigError` if the formats do not fit them."""
     formats.check([layer.num_experts for layer in layers])
-    return [
-        codings_of(model, layer, source.spec.fields, formats) for layer, source in zip(layers, sources, strict=True)
-    ]
+    return [codecs_of(model, layer, source.spec.fields, formats) for layer, source in zip(layers, sources, strict=True)]
 
 
 def quantized(
@@ -35,8 +33,8 @@ def quantized(
 
     Raises `ConfigError`, before quantizing any, if there is not enough RAM.
     """
-    pairs = list(zip(sources, codings_to_be(model, layers, sources, formats), strict=True))
-    needed = sum(encoded_bytes(codings, len(source.experts)) for source, codings in pairs)
+    pairs = list(zip(sources, codecs_to_be(model, layers, sources, formats), strict=True))
+    needed = sum(encoded_bytes(codecs, len(source.experts)) for source, codecs in pairs)
     free = free_ram()
     if needed > free:
         raise ConfigError(
@@ -44,6 +42,6 @@ def quantized(
             f"with `moe-offload quantize` and load what it wrote, or choose fewer bits"
         )
     workers = os.cpu_count() or 1
-    total = sum(num_encoded(codings, len(source.experts)) for source, codings in pairs)
+    total = sum(num_encoded(codecs, len(source.experts)) for source, codecs in pairs)
     with logging.tqdm(total=total, desc="Quantizing experts") as bar:
-        return [encoded_in_ram(source, codings, workers, bar.update) for source, codings in pairs]
+        return [encoded_in_ram(source, codecs, workers, bar.update) for source, codecs in pairs]

@@ -21,7 +21,7 @@ from transformers_moe_offload.hf.loading.attach import attach
 from transformers_moe_offload.hf.loading.checkpoint import Checkpoint, expect_unused, locate
 from transformers_moe_offload.hf.loading.discover import take_over
 from transformers_moe_offload.hf.loading.given import asked_for, to_save
-from transformers_moe_offload.hf.loading.quantize_on_load import codings_to_be, quantized
+from transformers_moe_offload.hf.loading.quantize_on_load import codecs_to_be, quantized
 from transformers_moe_offload.hf.loading.records import locate_records, record_keys
 from transformers_moe_offload.hf.model.dense import prepare_dense, quantize_dense, settle_dense
 from transformers_moe_offload.hf.model.placements import expect_enough_for
@@ -140,8 +140,8 @@ class MoeOffloadQuantizer(HfQuantizer):
         layers = [replace(layer, device=self._device) for layer in self._layers]
         config, coded = self.quantization_config, {}
         if config.formats is not None and not self._is_prebuilt:
-            codings = codings_to_be(model, self._layers, self._sources, config.formats)
-            pairs = zip(self._layers, codings, strict=True)
+            codecs = codecs_to_be(model, self._layers, self._sources, config.formats)
+            pairs = zip(self._layers, codecs, strict=True)
             coded = {layer.index: one for layer, one in pairs if num_encoded(one, layer.num_experts)}
         expect_enough_for(layers, {s.spec.layer: s for s in self._sources}, config, coded)
 

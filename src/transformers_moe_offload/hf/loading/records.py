@@ -18,7 +18,7 @@ from transformers_moe_offload.dtypes import dtype_name
 from transformers_moe_offload.errors import CheckpointError
 from transformers_moe_offload.expert import ITEMSIZE, ExpertSpec, FieldSpec
 from transformers_moe_offload.hf.loading.checkpoint import Checkpoint
-from transformers_moe_offload.hf.loading.codecs import codings_of
+from transformers_moe_offload.hf.loading.codecs import codecs_of
 from transformers_moe_offload.hf.model.sparse_layer import SparseLayer
 from transformers_moe_offload.store.expert_source import RecordedExpert
 from transformers_moe_offload.store.layer_source import LayerSource
@@ -32,7 +32,7 @@ RECORDS, HOT_RECORDS, CHECKSUMS = "records", "hot_records", "checksums"
 
 @dataclass(frozen=True)
 class Stack:
-    """The records of experts with one coding."""
+    """The records of experts with one codec."""
 
     tensor: FieldSpec
     """uint8 (experts, row bytes)."""
@@ -78,17 +78,17 @@ def _locate(model: Any, layer: SparseLayer, checkpoint: Checkpoint, formats: Exp
     held = {name: _fields_of(tensor) for name, tensor in _stacks(path, checkpoint.tensors).items()}
     stored = {field.name: field.dtype for fields in held.values() for field in fields}
     plain = tuple(field.cast(stored.get(field.name, field.dtype)) for field in loaded)
-    codings = codings_of(model, layer, plain, formats)
+    codecs = codecs_of(model, layer, plain, formats)
     rows: dict[int, StoredTensor] = {}
-    for name, coding, is_hot in zip((RECORDS, HOT_RECORDS), codings.kinds, (False, True), strict=False):
-        assert coding is not None
-        experts = [expert for expert in range(layer.num_experts) if (expert in codings.hot_experts) == is_hot]
-        stack = Stack.of(f"{path}.{name}", len(experts), coding.stored)
+    for name, codec, is_hot in zip((RECORDS, HOT_RECORDS), codecs.kinds, (False, True), strict=False):
+        assert codec is not None
+        experts = [expert for expert in range(layer.num_experts) if (expert in codecs.hot_experts) == is_hot]
+        stack = Stack.of(f"{path}.{name}", len(experts), codec.stored)
         rows |= dict(zip(experts, _rows(stack, len(experts), checkpoint.tensors, held), strict=True))
     sums = _checksums(path, layer.num_experts, checkpoint.tensors)
     spec = ExpertSpec(layer.index, layer.name, layer.num_experts, plain)
     stored_experts = tuple(RecordedExpert(rows[expert], sums[expert]) for expert in range(layer.num_experts))
-    return LayerSource(spec, stored_experts, codings=codings).cast(loaded[0].dtype)
+    return LayerSource(spec, stored_experts, codecs=codecs).cast(loaded[0].dtype)
 
 
 def _rows(

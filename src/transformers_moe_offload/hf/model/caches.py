@@ -118,7 +118,7 @@ class LayerCaches:
         found = LayerExperts(
             layer.index,
             self._of_layer[layer.index],
-            source.codings,
+            source.codecs,
             torch_dtype(source.spec.fields[0].dtype),
             None if self._lookahead is None else partial(self._lookahead.started, layer.index),
         )

@@ -56,10 +56,10 @@ class OffloadedLayer:
         self.key = custom_op.key_for(self)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> OffloadedLayer:
-        twin = OffloadedLayer(self.layer)
-        memo[id(self)] = twin
-        twin.handle = deepcopy(self.handle, memo)
-        return twin
+        copied = OffloadedLayer(self.layer)
+        memo[id(self)] = copied
+        copied.handle = deepcopy(self.handle, memo)
+        return copied
 
     def ready(self, device: torch.device) -> LayerForward:
         """What computes the layer for inputs on a device; builds caches if there are none."""

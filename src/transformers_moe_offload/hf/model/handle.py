@@ -246,17 +246,17 @@ class OffloadRuntime:
 
     def __deepcopy__(self, memo: dict[int, Any]) -> OffloadRuntime:
         old_model = self._living_model()
-        twin = object.__new__(OffloadRuntime)
-        memo[id(self)] = twin
-        twin.config = self.config
-        twin._model = weakref.ref(memo.get(id(old_model), old_model))
-        twin._sources = dict(self._sources)
-        twin._recorder = None
-        twin._is_closed = self._is_closed
-        twin._steps = deepcopy(self._steps, memo)
-        twin._experts = deepcopy(self._experts, memo)
-        twin._caches = LayerCaches(twin._experts)
-        return twin
+        copied = object.__new__(OffloadRuntime)
+        memo[id(self)] = copied
+        copied.config = self.config
+        copied._model = weakref.ref(memo.get(id(old_model), old_model))
+        copied._sources = dict(self._sources)
+        copied._recorder = None
+        copied._is_closed = self._is_closed
+        copied._steps = deepcopy(self._steps, memo)
+        copied._experts = deepcopy(self._experts, memo)
+        copied._caches = LayerCaches(copied._experts)
+        return copied
 
     def __repr__(self) -> str:
         return f"OffloadRuntime({self.config!r})\n{self.plan}"

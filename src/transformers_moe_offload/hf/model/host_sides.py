@@ -74,7 +74,7 @@ def miss_rates(
 ) -> MissRates:
     """Measured times to serve absent experts of one layer of a pool."""
     module, spec = experts_at(model, layer.name), store.layers[layer.index].spec
-    hot_experts = store.layers[layer.index].codings.hot_experts
+    hot_experts = store.layers[layer.index].codecs.hot_experts
     usual = spec.expert(next(expert for expert in range(spec.num_experts) if expert not in hot_experts))
     assert layer.mlp is not None
     return measured_rates(
@@ -111,5 +111,5 @@ def _side_of(model: nn.Module, layer: SparseLayer, pool: PoolPlan, host: HostTie
 
 
 def _opened(store: ExpertStore, expert: ExpertId, record: Tensor) -> Any:
-    weights, coding = store.layout(*expert).views(record), store.layers[expert.layer].codings.of(expert.expert)
-    return weights if coding is None else coding.matrices(weights)
+    weights, codec = store.layout(*expert).views(record), store.layers[expert.layer].codecs.of(expert.expert)
+    return weights if codec is None else codec.matrices(weights)

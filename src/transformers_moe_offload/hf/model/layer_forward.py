@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from transformers_moe_offload.cache.cache import ExpertCache
 from transformers_moe_offload.compute.deltas import Adaptation
-from transformers_moe_offload.formats.by_expert import LayerCodings
+from transformers_moe_offload.formats.by_expert import LayerCodecs
 
 
 class Call(NamedTuple):
@@ -52,7 +52,7 @@ class LayerExperts:
 
     index: int
     cache: ExpertCache
-    codings: LayerCodings
+    codecs: LayerCodecs
     """How each expert is stored."""
     dtype: torch.dtype
     """The dtype that experts have in a forward."""

@@ -1,7 +1,7 @@
 """Run Transformers' eager forward over weights that are fetched when it indexes them.
 
-The forward gets a *twin* of its module: a shallow copy in which stand-ins replace the expert weights and fetch an
-expert when they are indexed. This makes every kind of experts exact by construction, and is the reference for our own
+The forward gets a shallow copy of its module, in which placeholders replace the expert weights and fetch an expert
+when they are indexed. This makes every kind of experts exact by construction, and is the reference for our own
 forward.
 """
 
@@ -18,25 +18,25 @@ from transformers_moe_offload.cache.visit import Visit
 from transformers_moe_offload.dtypes import torch_dtype
 from transformers_moe_offload.errors import UnsupportedModelError
 from transformers_moe_offload.expert import ExpertSpec
-from transformers_moe_offload.formats.by_expert import LayerCodings
+from transformers_moe_offload.formats.by_expert import LayerCodecs
 from transformers_moe_offload.hf.layouts import ExpertField
 
 
 def fetch_from(
-    visit: Visit, spec: ExpertSpec, device: torch.device, *, codings: LayerCodings, cast_to: torch.dtype | None = None
+    visit: Visit, spec: ExpertSpec, device: torch.device, *, codecs: LayerCodecs, cast_to: torch.dtype | None = None
 ) -> Fetch:
     """A function that fetches wanted experts through a visit, and returns zeros for others.
 
     Some forwards index experts without rows, or with rows of weight zero only: their weights do not affect the output,
-    so they are not loaded. `codings` says how the visit returns each expert; `cast_to` is the dtype to return, None for
+    so they are not loaded. `codecs` says how the visit returns each expert; `cast_to` is the dtype to return, None for
     the experts' own.
     """
     by_name = {field.name: field for field in spec.fields}
 
     def fetch(name: str, expert: int) -> Tensor:
         if visit.wants(expert):
-            held, coding = visit.take(expert), codings.of(expert)
-            weight = held[name] if coding is None else coding.decode_field(name, held)
+            held, codec = visit.take(expert), codecs.of(expert)
+            weight = held[name] if codec is None else codec.decode_field(name, held)
             return weight if cast_to is None else weight.to(cast_to)
         field = by_name[name]
         return torch.zeros((), dtype=cast_to or torch_dtype(field.dtype), device=device).expand(field.shape)
@@ -44,17 +44,17 @@ def fetch_from(
     return fetch
 
 
-def twin_of(module: nn.Module, plain_class: type, fields: tuple[ExpertField, ...], fetch: Fetch) -> nn.Module:
+def copy_of(module: nn.Module, plain_class: type, fields: tuple[ExpertField, ...], fetch: Fetch) -> nn.Module:
     """A shallow copy of an experts module whose expert weights come from `fetch`."""
-    stand_ins: dict[str, Any] = {field.paths[0]: _Stack(field, fetch) for field in fields if field.is_stacked}
-    twin = with_attributes(module, plain_class, stand_ins)
+    placeholders: dict[str, Any] = {field.paths[0]: _Stack(field, fetch) for field in fields if field.is_stacked}
+    copied = with_attributes(module, plain_class, placeholders)
     if any(not field.is_stacked for field in fields):
-        vars(twin)["_modules"] = _Modules(module._modules, fields, fetch)
-    return twin
+        vars(copied)["_modules"] = _Modules(module._modules, fields, fetch)
+    return copied
 
 
 class _Stack:
-    """Stand-in for a parameter that stacks all experts along its first dimension."""
+    """Placeholder for a parameter that stacks all experts along its first dimension."""
 
     def __init__(self, field: ExpertField, fetch: Fetch) -> None:
         self._field = field
@@ -75,7 +75,7 @@ class _Stack:
 
 
 class _Modules(Mapping[str, nn.Module]):
-    """Stand-in for the modules of a `ModuleDict` whose experts are modules."""
+    """Placeholder for the modules of a `ModuleDict` whose experts are modules."""
 
     def __init__(self, modules: Mapping[str, Any], fields: tuple[ExpertField, ...], fetch: Fetch) -> None:
         self._plain = modules
@@ -99,19 +99,19 @@ class _Modules(Mapping[str, nn.Module]):
 
 def with_attributes(module: nn.Module, cls: type, values: Mapping[str, Any]) -> nn.Module:
     """A shallow copy of a module, as an instance of `cls`, with attributes set: path below the module -> value."""
-    twin: nn.Module = object.__new__(cls)
-    vars(twin).update(vars(module))
+    copied: nn.Module = object.__new__(cls)
+    vars(copied).update(vars(module))
     below: dict[str, dict[str, Any]] = {}
     for path, value in values.items():
         head, _, rest = path.partition(".")
         if rest:
             below.setdefault(head, {})[rest] = value
         else:
-            vars(twin)[head] = value
+            vars(copied)[head] = value
     if below:
         children = dict(module._modules)
         for name, inner in below.items():
             child = module.get_submodule(name)
             children[name] = with_attributes(child, type(child), inner)
-        vars(twin)["_modules"] = children
-    return twin
+        vars(copied)["_modules"] = children
+    return copied

@@ -7,7 +7,7 @@ from dataclasses import replace
 
 from transformers_moe_offload.compute.alignment import gives_equal_bits
 from transformers_moe_offload.config import OffloadConfig
-from transformers_moe_offload.formats.by_expert import LayerCodings
+from transformers_moe_offload.formats.by_expert import LayerCodecs
 from transformers_moe_offload.hf.model.plan import Placement
 from transformers_moe_offload.hf.model.planning import expect_enough
 from transformers_moe_offload.hf.model.sparse_layer import SparseLayer
@@ -27,7 +27,7 @@ def placements(
         Placement(
             sources[layer.index].spec,
             layer.device,
-            codings=sources[layer.index].codings,
+            codecs=sources[layer.index].codecs,
             is_mappable=config.mmap is not False and store.can_be_mapped() and is_as_used,
             is_in_ram=sources[layer.index].is_in_ram,
             is_addressed=layer.name not in on_the_host,
@@ -42,14 +42,14 @@ def expect_enough_for(
     layers: Sequence[SparseLayer],
     sources: Mapping[int, LayerSource],
     config: OffloadConfig,
-    coded: Mapping[int, LayerCodings],
+    coded: Mapping[int, LayerCodecs],
 ) -> None:
     """Raise `CapacityError` if the budget is too small, before anything is built or encoded.
 
-    `coded` are the codings of layers whose experts will be in RAM.
+    `coded` are the codecs of layers whose experts will be in RAM.
     """
     found = [
-        replace(one, codings=coded[layer], is_in_ram=True, is_mappable=one.device.type == "cpu", spare_bytes=None)
+        replace(one, codecs=coded[layer], is_in_ram=True, is_mappable=one.device.type == "cpu", spare_bytes=None)
         if (layer := one.spec.layer) in coded
         else one
         for one in placements(layers, sources, config)
@@ -64,6 +64,6 @@ def _is_as_used(layer: SparseLayer, source: LayerSource, store: ExpertStore) -> 
     if source.is_recorded:  # records begin at the same alignment everywhere
         return True
     fields = set(source.spec.fields)
-    kinds = [fields if kind is None else fields.intersection(kind.stored) for kind in source.codings.kinds]
+    kinds = [fields if kind is None else fields.intersection(kind.stored) for kind in source.codecs.kinds]
     used_in_place = set().union(*kinds)  # others are decoded first
     return all(gives_equal_bits(field.shape, field.dtype) for field in used_in_place)

@@ -9,7 +9,7 @@ import torch
 
 from transformers_moe_offload.cache.capacity import PoolNeed
 from transformers_moe_offload.expert import ExpertSpec
-from transformers_moe_offload.formats.by_expert import AS_USED, LayerCodings
+from transformers_moe_offload.formats.by_expert import AS_USED, LayerCodecs
 from transformers_moe_offload.notebook import html_paragraph, html_table
 from transformers_moe_offload.store.record import RecordLayout
 
@@ -22,7 +22,7 @@ class Placement:
 
     spec: ExpertSpec
     device: torch.device
-    codings: LayerCodings = AS_USED
+    codecs: LayerCodecs = AS_USED
     """How its experts are quantized, if they are."""
     is_mappable: bool = False
     """Whether its experts can be used in place in the mapped files of the checkpoint."""
@@ -40,8 +40,8 @@ class Placement:
 
     @property
     def record_bytes(self) -> list[int]:
-        """Bytes of an expert's record for each coding of the layer."""
-        return [RecordLayout(self.spec.fields if c is None else c.stored).nbytes for c in self.codings.kinds]
+        """Bytes of an expert's record for each codec of the layer."""
+        return [RecordLayout(self.spec.fields if c is None else c.stored).nbytes for c in self.codecs.kinds]
 
 
 @dataclass(frozen=True)

@@ -162,7 +162,7 @@ def _need(members: Sequence[Placement], spare_bytes: int) -> PoolNeed:
     hot: Counter[int] = Counter()
     for member in members:
         for size in member.record_bytes[1:]:
-            hot[size + spare_bytes] += len(member.codings.hot_experts)
+            hot[size + spare_bytes] += len(member.codecs.hot_experts)
     num_experts = sum(member.spec.num_experts for member in members)
     return PoolNeed(len(members), num_experts, members[0].slot_bytes + spare_bytes, tuple(hot.items()))
 

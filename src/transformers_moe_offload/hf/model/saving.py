@@ -24,9 +24,9 @@ from transformers_moe_offload.config.budget import Budget
 from transformers_moe_offload.dtypes import dtype_name
 from transformers_moe_offload.errors import CheckpointError, ConfigError, UnsupportedModelError
 from transformers_moe_offload.expert import FieldSpec
-from transformers_moe_offload.formats.by_expert import LayerCodings
-from transformers_moe_offload.formats.coding import ExpertCoding
-from transformers_moe_offload.formats.foreign import ForeignCoding
+from transformers_moe_offload.formats.by_expert import LayerCodecs
+from transformers_moe_offload.formats.codec import ExpertCodec
+from transformers_moe_offload.formats.foreign import ForeignCodec
 from transformers_moe_offload.hf.arguments import refuse_on_save
 from transformers_moe_offload.hf.loading.given import to_save
 from transformers_moe_offload.hf.model.experts_module import OffloadedExperts
@@ -152,19 +152,19 @@ def _layers(runtime: OffloadRuntime, state_dict: Mapping[str, Tensor]) -> Iterat
         for name, expert, field in named_own_experts(state_dict, layer.name):
             own.setdefault(expert, {})[field] = state_dict[name].detach()
         usual, hot = (
-            coding if isinstance(coding, ExpertCoding) else ExpertCoding(source.spec.fields, None)
-            for coding in (source.codings.usual, source.codings.hot)
+            codec if isinstance(codec, ExpertCodec) else ExpertCodec(source.spec.fields, None)
+            for codec in (source.codecs.usual, source.codecs.hot)
         )
-        codings = LayerCodings(usual, hot, source.codings.hot_experts)
-        yield LayerContent.coded(layer.name, layer.num_experts, codings, partial(_record, source, codings, own))
+        codecs = LayerCodecs(usual, hot, source.codecs.hot_experts)
+        yield LayerContent.coded(layer.name, layer.num_experts, codecs, partial(_record, source, codecs, own))
 
 
-def _record(source: LayerSource, codings: LayerCodings, own: Mapping[int, Mapping[str, Tensor]], expert: int) -> Tensor:
+def _record(source: LayerSource, codecs: LayerCodecs, own: Mapping[int, Mapping[str, Tensor]], expert: int) -> Tensor:
     """One expert's record: its stored bytes, decoded if in another method's format; the given weights if in `own`."""
     if expert in own:
-        return row_of(own[expert], codings.of(expert), f"expert {expert} of {source.spec.name}")
-    is_ours = not isinstance(source.codings.of(expert), ForeignCoding)
-    return source.read_record(expert) if is_ours else encoded_row(source, codings, expert)
+        return row_of(own[expert], codecs.of(expert), f"expert {expert} of {source.spec.name}")
+    is_ours = not isinstance(source.codecs.of(expert), ForeignCodec)
+    return source.read_record(expert) if is_ours else encoded_row(source, codecs, expert)
 
 
 def _dense(model: Any, state_dict: Mapping[str, Tensor]) -> Iterator[Content]:

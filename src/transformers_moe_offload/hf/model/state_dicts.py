@@ -146,7 +146,7 @@ def _load_experts(
     for expert in own:
         for field in fields:
             state_dict[f"{layer.name}.{NAME}.{expert}.{field.name}"] = _expert(model, layer, field, found, expert)
-    if fields and any(source.codings.of(expert) is not None for expert in frozen):
+    if fields and any(source.codecs.of(expert) is not None for expert in frozen):
         raise CheckpointError(
             f"the weights that are loaded have experts of {layer.name}, but this model's are in low bits and "
             f"constant; leave them out of what is loaded, or load these weights with from_pretrained"

@@ -44,7 +44,7 @@ def _check(runtime: OffloadRuntime, layer: SparseLayer, experts: Iterable[int]) 
             f"single experts of {layer.name} cannot be trained: they are not stacked in parameters of the module "
             f"itself; restore() the model to train all of them"
         )
-    if any(coding is not None for coding in runtime.source(layer).codings.kinds):
+    if any(codec is not None for codec in runtime.source(layer).codecs.kinds):
         raise ConfigError(
             f"the experts of {layer.name} are quantized and constant; load the model without experts= to train some "
             f"of them, or train LoRA on them"

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 
 from transformers_moe_offload.dtypes import dtype_name, torch_dtype
-from transformers_moe_offload.formats.by_expert import LayerCodings
+from transformers_moe_offload.formats.by_expert import LayerCodecs
 from transformers_moe_offload.hf.upstream import AutoHfQuantizer, HfQuantizer, get_model_conversion_mapping
 from transformers_moe_offload.store.layer_source import LayerSource
 from transformers_moe_offload.tensor_files.index import StoredTensor
@@ -77,7 +77,7 @@ class Opener:
 class StoredBytes:
     """Bytes of the weights of a checkpoint as another method has stored them."""
 
-    codings: tuple[LayerCodings, ...]
+    codecs: tuple[LayerCodecs, ...]
     """How the experts of each sparse layer are stored."""
     expert_bytes: int
     dense_bytes: int
@@ -87,4 +87,4 @@ class StoredBytes:
         """From all tensors of a checkpoint, and the layers whose experts are among them."""
         expert_bytes = sum(piece.nbytes for layer in layers for expert in layer.experts for piece in expert.pieces)
         total = sum(tensor.nbytes for tensor in tensors.values())
-        return cls(tuple(layer.codings for layer in layers), expert_bytes, total - expert_bytes)
+        return cls(tuple(layer.codecs for layer in layers), expert_bytes, total - expert_bytes)

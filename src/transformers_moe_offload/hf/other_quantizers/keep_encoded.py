@@ -10,8 +10,8 @@ import torch
 from transformers_moe_offload.dtypes import torch_dtype
 from transformers_moe_offload.errors import CheckpointError, UnsupportedModelError
 from transformers_moe_offload.expert import FieldSpec
-from transformers_moe_offload.formats.by_expert import LayerCodings
-from transformers_moe_offload.formats.foreign import ForeignCoding, ForeignField
+from transformers_moe_offload.formats.by_expert import LayerCodecs
+from transformers_moe_offload.formats.foreign import ForeignCodec, ForeignField
 from transformers_moe_offload.store.expert_source import ScatteredExpert
 from transformers_moe_offload.store.field_source import FieldSource
 from transformers_moe_offload.store.layer_source import LayerSource
@@ -42,7 +42,7 @@ def as_stored(source: LayerSource) -> LayerSource:
         for entries in zip(*by_field, strict=True)
     ]
     experts = tuple(ScatteredExpert(tuple(entries)) for entries in stored)
-    return replace(source, experts=experts, codings=LayerCodings(ForeignCoding(tuple(fields))))
+    return replace(source, experts=experts, codecs=LayerCodecs(ForeignCodec(tuple(fields))))
 
 
 def _fields(expert: object) -> tuple[FieldSource, ...]:

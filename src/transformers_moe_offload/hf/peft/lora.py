@@ -22,7 +22,7 @@ from transformers_moe_offload.errors import ConfigError, UnsupportedModelError
 from transformers_moe_offload.hf.model.dense import HqqLinear, no_merge
 from transformers_moe_offload.hf.model.experts_module import OffloadedExperts, layer_of, offloaded
 from transformers_moe_offload.hf.peft.active_deltas import adding
-from transformers_moe_offload.hf.peft.placeholders import is_adaptable, offloaded_layers, stand_in, stand_ins
+from transformers_moe_offload.hf.peft.placeholders import is_adaptable, offloaded_layers, placeholder_of, placeholders
 from transformers_moe_offload.hf.upstream import LoraLayer
 from transformers_moe_offload.hf.upstream import ParamWrapper as PlainParamWrapper
 
@@ -31,12 +31,12 @@ class ParamWrapper(PlainParamWrapper):
     """Wraps one parameter of an experts module. PEFT recognises its wrappers by the name of this class."""
 
     def get_param(self) -> nn.Parameter:
-        """The parameter, or its stand-in while the experts are offloaded."""
+        """The parameter, or its placeholder while the experts are offloaded."""
         experts = self.get_base_layer()
         if not isinstance(experts, OffloadedExperts):
             return super().get_param()
         held = offloaded(experts)
-        return stand_in(held, next(field for field in held.layer.fields if field.name == self.parameter_name))
+        return placeholder_of(held, next(field for field in held.layer.fields if field.name == self.parameter_name))
 
     @contextmanager
     def _activate_lora(self, active_adapters: list[str]) -> Iterator[None]:
@@ -71,8 +71,8 @@ class LoraModel(lora.LoraModel):
     """Injects LoRA adapters, also on offloaded experts."""
 
     def inject_adapter(self, model: nn.Module, adapter_name: str, *args: Any, **kwargs: Any) -> None:
-        """As in PEFT, with stand-ins for the parameters of offloaded experts."""
-        with stand_ins(model):
+        """As in PEFT, with placeholders for the parameters of offloaded experts."""
+        with placeholders(model):
             super().inject_adapter(model, adapter_name, *args, **kwargs)
 
     def _check_new_adapter_config(self, config: lora.LoraConfig) -> None:

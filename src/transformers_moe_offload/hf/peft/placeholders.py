@@ -1,6 +1,6 @@
-"""Give offloaded experts stand-in parameters while PEFT searches for parameters to adapt.
+"""Give offloaded experts placeholder parameters while PEFT searches for parameters to adapt.
 
-A stand-in has the shape, dtype and device of the parameter, and takes the memory of a single number.
+A placeholder has the shape, dtype and device of the parameter, and takes the memory of a single number.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ def is_adaptable(field: ExpertField) -> bool:
     return field.is_stacked and not field.is_flattened and len(field.shape) == 2 and "." not in field.name
 
 
-def stand_in(experts: OffloadedLayer, field: ExpertField) -> nn.Parameter:
+def placeholder_of(experts: OffloadedLayer, field: ExpertField) -> nn.Parameter:
     """A parameter (E, ...) like the one that holds a field in the plain model."""
     assert experts.handle is not None
     spec = next(spec for spec in experts.handle.spec(experts.layer).fields if spec.name == field.name)
@@ -36,18 +36,18 @@ def stand_in(experts: OffloadedLayer, field: ExpertField) -> nn.Parameter:
 
 
 @contextmanager
-def stand_ins(model: Any) -> Iterator[None]:
-    """Give offloaded experts stand-in parameters inside a `with` block."""
+def placeholders(model: Any) -> Iterator[None]:
+    """Give offloaded experts placeholder parameters inside a `with` block."""
     hidden = []
     try:
         for module in offloaded_layers(model).values():
             held = offloaded(module)
             for field in filter(is_adaptable, held.layer.fields):
-                parameter = stand_in(held, field)  # raises if the model was closed
+                parameter = placeholder_of(held, field)  # raises if the model was closed
                 hidden.append((module, field.name, vars(module).pop(field.name)))
                 module._parameters[field.name] = parameter
         yield
     finally:
-        for module, name, placeholder in hidden:
+        for module, name, unregistered in hidden:
             module._parameters.pop(name, None)
-            vars(module)[name] = placeholder
+            vars(module)[name] = unregistered

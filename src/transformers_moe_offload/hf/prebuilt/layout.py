@@ -23,7 +23,7 @@ from torch import Tensor
 
 from transformers_moe_offload.dtypes import dtype_name
 from transformers_moe_offload.expert import FieldSpec
-from transformers_moe_offload.formats.by_expert import LayerCodings
+from transformers_moe_offload.formats.by_expert import LayerCodecs
 from transformers_moe_offload.hf.loading.records import CHECKSUMS, HOT_RECORDS, RECORDS, Stack, described
 from transformers_moe_offload.hf.prebuilt.names import AUTO_CLASSES, GUARD, INDEX_NAME, RECIPE_NAME
 from transformers_moe_offload.output.claim import Marks
@@ -48,12 +48,10 @@ class LayerContent:
     hot_fields: tuple[FieldSpec, ...] = ()
 
     @classmethod
-    def coded(
-        cls, module: str, num_experts: int, codings: LayerCodings, record: Callable[[int], Tensor]
-    ) -> LayerContent:
-        """The content of a layer all of whose experts have a coding."""
-        fields, *hot = (coding.stored for coding in codings.kinds if coding is not None)
-        return cls(module, num_experts, fields, record, codings.hot_experts, *hot)
+    def coded(cls, module: str, num_experts: int, codecs: LayerCodecs, record: Callable[[int], Tensor]) -> LayerContent:
+        """The content of a layer all of whose experts have a codec."""
+        fields, *hot = (codec.stored for codec in codecs.kinds if codec is not None)
+        return cls(module, num_experts, fields, record, codecs.hot_experts, *hot)
 
     @cached_property
     def stacks(self) -> tuple[Stack, ...]:

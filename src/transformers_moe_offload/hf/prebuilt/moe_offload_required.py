@@ -15,10 +15,10 @@ except ImportError as error:
     ) from error
 
 
-def _stand_in_for(auto_class):
+def _placeholder_for(auto_class):
     """What an Auto class finds in place of a model class: itself, without remote code."""
 
-    class StandIn:
+    class Placeholder:
         @staticmethod
         def register_for_auto_class(auto_class):
             pass
@@ -31,12 +31,12 @@ def _stand_in_for(auto_class):
         def _from_config(config, **kwargs):
             return auto_class.from_config(config, **kwargs | {"trust_remote_code": False})
 
-    return StandIn
+    return Placeholder
 
 
-AutoModel = _stand_in_for(transformers.AutoModel)
-AutoModelForCausalLM = _stand_in_for(transformers.AutoModelForCausalLM)
-AutoModelForImageTextToText = _stand_in_for(transformers.AutoModelForImageTextToText)
-AutoModelForSeq2SeqLM = _stand_in_for(transformers.AutoModelForSeq2SeqLM)
-AutoModelForSequenceClassification = _stand_in_for(transformers.AutoModelForSequenceClassification)
-AutoModelForTokenClassification = _stand_in_for(transformers.AutoModelForTokenClassification)
+AutoModel = _placeholder_for(transformers.AutoModel)
+AutoModelForCausalLM = _placeholder_for(transformers.AutoModelForCausalLM)
+AutoModelForImageTextToText = _placeholder_for(transformers.AutoModelForImageTextToText)
+AutoModelForSeq2SeqLM = _placeholder_for(transformers.AutoModelForSeq2SeqLM)
+AutoModelForSequenceClassification = _placeholder_for(transformers.AutoModelForSequenceClassification)
+AutoModelForTokenClassification = _placeholder_for(transformers.AutoModelForTokenClassification)

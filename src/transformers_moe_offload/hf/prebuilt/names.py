@@ -16,4 +16,4 @@ AUTO_CLASSES = (
     "AutoModelForSequenceClassification",
     "AutoModelForTokenClassification",
 )
-"""The Auto classes that the guard has a stand-in for."""
+"""The Auto classes that the guard has a placeholder for."""

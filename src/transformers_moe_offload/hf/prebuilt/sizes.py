@@ -9,7 +9,7 @@ import torch
 
 from transformers_moe_offload.config import OffloadConfig
 from transformers_moe_offload.expert import ExpertSpec
-from transformers_moe_offload.formats.by_expert import LayerCodings
+from transformers_moe_offload.formats.by_expert import LayerCodecs
 from transformers_moe_offload.hf.loading.codecs import plain_fields
 from transformers_moe_offload.hf.model.plan import Placement
 from transformers_moe_offload.hf.model.planning import make_plan
@@ -57,8 +57,8 @@ class Sizes:
         specs = [
             ExpertSpec(layer.index, layer.name, layer.num_experts, plain_fields(layer)) for layer in quantization.layers
         ]
-        pairs = list(zip(specs, quantization.codings, strict=True))
-        placements = [Placement(spec, _CPU, codings) for spec, codings in pairs]
+        pairs = list(zip(specs, quantization.codecs, strict=True))
+        placements = [Placement(spec, _CPU, codecs) for spec, codecs in pairs]
         plan = make_plan(placements, OffloadConfig(cache_budget="100%", mmap=False, direct_io=False))
         saved = quantization.saved_names()
         checkpoint, tensors = quantization.checkpoint, quantization.checkpoint.parameters
@@ -68,7 +68,7 @@ class Sizes:
             num_experts=sum(spec.num_experts for spec in specs),
             expert_weights=sum(spec.num_experts * prod(field.shape) for spec in specs for field in spec.fields),
             plain_expert_bytes=plain_expert_bytes if stored is None else stored.expert_bytes,
-            expert_bytes=sum(_stored_bytes(spec, codings) for spec, codings in pairs),
+            expert_bytes=sum(_stored_bytes(spec, codecs) for spec, codecs in pairs),
             plain_dense_bytes=plain_dense_bytes if stored is None else stored.dense_bytes,
             dense_bytes=sum(part.nbytes for name in saved for part in quantization.parts_of(name)),
             cache_bytes=plan.expert_bytes,
@@ -76,7 +76,7 @@ class Sizes:
         )
 
 
-def _stored_bytes(spec: ExpertSpec, codings: LayerCodings) -> int:
+def _stored_bytes(spec: ExpertSpec, codecs: LayerCodecs) -> int:
     """Bytes of all experts of a layer, without padding."""
-    of_kind = {id(kind): sum(part.nbytes for part in kind.stored) for kind in codings.kinds if kind is not None}
-    return sum(of_kind[id(codings.of(expert))] for expert in range(spec.num_experts))
+    of_kind = {id(kind): sum(part.nbytes for part in kind.stored) for kind in codecs.kinds if kind is not None}
+    return sum(of_kind[id(codecs.of(expert))] for expert in range(spec.num_experts))

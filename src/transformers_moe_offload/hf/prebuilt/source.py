@@ -20,11 +20,11 @@ from transformers_moe_offload.config import ExpertFormats, HqqFormat, OffloadCon
 from transformers_moe_offload.dtypes import dtype_name, torch_dtype
 from transformers_moe_offload.errors import CheckpointError, ConfigError
 from transformers_moe_offload.expert import FieldSpec
-from transformers_moe_offload.formats.by_expert import LayerCodings
+from transformers_moe_offload.formats.by_expert import LayerCodecs
 from transformers_moe_offload.formats.hqq import packing_of, quantize
 from transformers_moe_offload.hf.layouts.base import parameter
 from transformers_moe_offload.hf.loading.checkpoint import Checkpoint, locate
-from transformers_moe_offload.hf.loading.codecs import codings_of, plain_fields
+from transformers_moe_offload.hf.loading.codecs import codecs_of, plain_fields
 from transformers_moe_offload.hf.loading.locate import ParameterSource, trace_parameters
 from transformers_moe_offload.hf.loading.meta_model import MetaModel
 from transformers_moe_offload.hf.model.dense import dense_linears
@@ -54,7 +54,7 @@ class Quantization:
 
     model: Any
     layers: Sequence[SparseLayer]
-    codings: Sequence[LayerCodings]
+    codecs: Sequence[LayerCodecs]
     """How to store the experts of each layer."""
     packed: frozenset[str]
     """Names of the dense weights that are quantized."""
@@ -77,13 +77,13 @@ class Quantization:
         formats.check([layer.num_experts for layer in layers])
         linears = dense_linears(model, layers, config.dense) if config.dense is not None else ()
         packed = frozenset(f"{name}.weight" for name, _ in linears)
-        codings = [codings_of(model, layer, plain_fields(layer), formats) for layer in layers]
+        codecs = [codecs_of(model, layer, plain_fields(layer), formats) for layer in layers]
         if config.dense is not None and not packed:
             raise ConfigError(
                 f"{config.dense} fits none of the model's attention and dense MLP matrices; leave dense out, or choose "
                 f"a group_size that divides their inputs"
             )
-        return cls(model, layers, codings, packed, config.dense, _undecided(model, layers, source.dtype), source.opener)
+        return cls(model, layers, codecs, packed, config.dense, _undecided(model, layers, source.dtype), source.opener)
 
     @property
     def left_as(self) -> str:
@@ -145,8 +145,8 @@ def contents(quantization: Quantization, fetched: Fetched) -> tuple[list[LayerCo
     )
     sources = quantization.located(checkpoint.tensors)
     layers = [
-        LayerContent.coded(source.spec.name, source.spec.num_experts, codings, partial(encoded_row, source, codings))
-        for source, codings in zip(sources, quantization.codings, strict=True)
+        LayerContent.coded(source.spec.name, source.spec.num_experts, codecs, partial(encoded_row, source, codecs))
+        for source, codecs in zip(sources, quantization.codecs, strict=True)
     ]
     traced = trace_parameters(model, checkpoint.parameters, quantization.conversions, checkpoint.tensors)
     return layers, list(_dense_contents(quantization, checkpoint, traced))

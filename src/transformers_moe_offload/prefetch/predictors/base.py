@@ -1,8 +1,8 @@
 """What a predictor answers, and the list of predictors by name.
 
-A predictor is told what each layer really used and is asked about layers ahead; whether a guess is worth a load is
-decided elsewhere. Confidences are shares of earlier guesses that came true, so that those of different predictors,
-layers and distances can be compared.
+A predictor is told which experts each layer has used, and is asked about layers ahead; whether a prediction is worth a
+load is decided in `prefetcher.py`. A confidence is the share of earlier predictions that were correct, so that those of
+different predictors, layers and distances can be compared.
 """
 
 # T tokens, E experts, H hidden
@@ -29,7 +29,7 @@ class LayerShape(NamedTuple):
 
     @property
     def num_ranked(self) -> int:
-        """Most experts that are guessed for one token: beyond twice what it takes, few guesses come true."""
+        """Most experts that are predicted for one token: beyond twice what it takes, few predictions are correct."""
         return min(2 * self.top_k, self.num_experts)
 
 
@@ -45,10 +45,10 @@ Router = Callable[[Tensor], Tensor]
 
 
 class Predictor(Protocol):
-    """Guesses the experts of layers ahead."""
+    """Predicts the experts of layers ahead."""
 
     def observe(self, layer: int, wanted: Sequence[int]) -> None:
-        """What a layer really used, each expert once. Called at every visit, in the order of the visits."""
+        """The experts that a layer has used, each once. Called at every visit, in the order of the visits."""
 
     def predict(self, layer: int, targets: Sequence[int], hidden: Tensor | None) -> list[Prediction]:
         """Experts that the layers in `targets` may want, best first, right after `layer` was observed.
@@ -84,12 +84,17 @@ def make_predictor(name: str, layers: Sequence[LayerShape], routers: Mapping[int
     for shape in layers:
         if not 1 <= shape.top_k <= shape.num_experts:
             raise ConfigError(
-                f"layer {shape.layer} has {shape.num_experts} experts, of which a token cannot take {shape.top_k}"
+                f"layer {shape.layer} has top_k={shape.top_k} and {shape.num_experts} experts; top_k must be 1 to "
+                f"{shape.num_experts}"
             )
     known = {shape.layer for shape in layers}
     if len(known) != len(layers):
-        raise ConfigError(f"{len(layers)} layers have {len(known)} different numbers; give each sparse layer its own")
-    strangers = sorted(set(routers) - known)
-    if strangers:
-        raise ConfigError(f"routers of layers {strangers} were given, but the sparse layers are {sorted(known)}")
+        raise ConfigError(
+            f"{len(layers)} sparse layers have {len(known)} different numbers; give each layer a number of its own"
+        )
+    unknown = sorted(set(routers) - known)
+    if unknown:
+        raise ConfigError(
+            f"routers has the layers {unknown}, but the sparse layers are {sorted(known)}; leave the others out"
+        )
     return factory(layers, routers)

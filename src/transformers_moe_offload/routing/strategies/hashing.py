@@ -34,8 +34,9 @@ class Hash(RoutingStrategy):
         """Rank experts by a hash of seed, layer, token id and expert: needs no table and spreads ids evenly."""
         if call.token_ids is None:
             raise UnsupportedModelError(
-                f"router {call.layer} routes {call.num_tokens} tokens whose ids are not known: the model was given "
-                f"embeddings, or what it routes there are no tokens of text; give it input_ids, or leave the layer out"
+                f"strategy 'hash' needs token ids, but the {call.num_tokens} tokens at router {call.layer} have none: "
+                f"the model was called with embeddings, or the router sees something else than text; pass input_ids, "
+                f"or leave router {call.layer} out of `layers`"
             )
         experts = torch.arange(call.num_experts, device=call.scores.device)
         of_token = _mixed(call.token_ids[:, None] + _mixed(torch.tensor(self.seed * 4096 + call.layer + 1).to(experts)))

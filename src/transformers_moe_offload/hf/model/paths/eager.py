@@ -15,7 +15,7 @@ from transformers_moe_offload.backward.saved_tensors import Lending
 from transformers_moe_offload.backward.weights import Lender
 from transformers_moe_offload.expert import ExpertSpec
 from transformers_moe_offload.hf.model.layer_forward import Call, LayerExperts
-from transformers_moe_offload.hf.model.lazy_experts import fetch_from, twin_of
+from transformers_moe_offload.hf.model.lazy_experts import copy_of, fetch_from
 from transformers_moe_offload.hf.model.sparse_layer import SparseLayer
 
 
@@ -48,12 +48,12 @@ class EagerPath:
                 experts.index, wanted, None if experts.look_ahead is None else experts.look_ahead(hidden)
             ) as visit,
         ):
-            fetch = fetch_from(visit, self.spec, hidden.device, codings=experts.codings, cast_to=cast_to)
+            fetch = fetch_from(visit, self.spec, hidden.device, codecs=experts.codecs, cast_to=cast_to)
             lending = Lending(fetch, lender.copy, call.adaptation)
-            twin = twin_of(call.module, layer.plain_class, layer.fields, lending)
+            copied = copy_of(call.module, layer.plain_class, layer.fields, lending)
             try:
                 with lending.recorded() if call.needs_grad else nullcontext():
-                    out = layer.eager_forward(twin, *call.inputs)
+                    out = layer.eager_forward(copied, *call.inputs)
             finally:
                 lending.end()
         if call.needs_grad:

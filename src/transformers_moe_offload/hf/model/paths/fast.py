@@ -37,7 +37,7 @@ class FastPath:
             self.mlp,
             call.module,
             *call.inputs,
-            codings=experts.codings,
+            codecs=experts.codecs,
             cast_to=cast_to,
             started=None if experts.look_ahead is None else experts.look_ahead(hidden),
             host=self.host if cast_to is None else None,

@@ -41,7 +41,7 @@ class TrainingPath:
             *call.inputs,
             adaptation=call.adaptation,
             lender=self.lend(cast_to),
-            codings=experts.codings,
+            codecs=experts.codecs,
             cast_to=cast_to,
             started=None if experts.look_ahead is None else experts.look_ahead(hidden),
         )

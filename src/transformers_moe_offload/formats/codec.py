@@ -21,7 +21,7 @@ from transformers_moe_offload.kernels.reference import dequantize
 
 
 @dataclass(frozen=True)
-class FieldCoding:
+class FieldCodec:
     """How one field of an expert is stored.
 
     A quantized field `gate_up_proj` becomes `gate_up_proj.codes`, `gate_up_proj.scale` and so on; a dense one, with no
@@ -91,7 +91,7 @@ class FieldCoding:
 
 
 @dataclass(frozen=True)
-class ExpertCoding:
+class ExpertCodec:
     """How experts of a sparse layer are stored.
 
     Matrices are quantized; biases, norms and all other fields without exactly two dimensions stay as they are.
@@ -105,29 +105,29 @@ class ExpertCoding:
     """Dtype that all fields are decoded to; None for the dtype that each has in `fields`."""
 
     def __post_init__(self) -> None:
-        _ = self.codings
+        _ = self.codecs
 
     @cached_property
-    def codings(self) -> tuple[FieldCoding, ...]:
+    def codecs(self) -> tuple[FieldCodec, ...]:
         """How each field is stored, in the order of the fields."""
         return tuple(
-            FieldCoding(field, self.format, self.is_transposed, self.loaded_dtype)
+            FieldCodec(field, self.format, self.is_transposed, self.loaded_dtype)
             if len(field.shape) == 2 and not field.name.endswith("_bias")
-            else FieldCoding(field, loaded_dtype=self.loaded_dtype)
+            else FieldCodec(field, loaded_dtype=self.loaded_dtype)
             for field in self.fields
         )
 
     @cached_property
     def stored(self) -> tuple[FieldSpec, ...]:
         """All arrays of an expert, in the order in which they are stored."""
-        return tuple(part for coding in self.codings for part in coding.parts)
+        return tuple(part for codec in self.codecs for part in codec.parts)
 
     def encode(self, tensors: Mapping[str, Tensor], name: str = "the expert") -> dict[str, Tensor]:
         """Quantize an expert: its fields -> the arrays of `stored`. Errors call it `name`."""
         parts: dict[str, Tensor] = {}
-        for coding in self.codings:
-            field = coding.field.name
-            parts |= coding.encode(tensors[field], f"{field} of {name}")
+        for codec in self.codecs:
+            field = codec.field.name
+            parts |= codec.encode(tensors[field], f"{field} of {name}")
         return parts
 
     def decode(self, parts: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -135,7 +135,7 @@ class ExpertCoding:
 
         The results never share memory with the arrays.
         """
-        fields = {coding.field.name: coding.decode(parts) for coding in self.codings}
+        fields = {codec.field.name: codec.decode(parts) for codec in self.codecs}
         return {name: field.clone() if field is parts.get(name) else field for name, field in fields.items()}
 
     def decode_field(self, name: str, parts: Mapping[str, Tensor]) -> Tensor:
@@ -144,12 +144,12 @@ class ExpertCoding:
 
     def packing(self, name: str) -> Packing | None:
         """How the matrix that `matrices` returns for a field is packed; None for a field that it decodes."""
-        coding = self._by_name[name]
-        return coding.packing if coding.has_arithmetic else None
+        codec = self._by_name[name]
+        return codec.packing if codec.has_arithmetic else None
 
     @cached_property
-    def _by_name(self) -> dict[str, FieldCoding]:
-        return {coding.field.name: coding for coding in self.codings}
+    def _by_name(self) -> dict[str, FieldCodec]:
+        return {codec.field.name: codec for codec in self.codecs}
 
     @cached_property
     def is_packed(self) -> bool:
@@ -160,10 +160,10 @@ class ExpertCoding:
         """The operands to compute with: packed matrices where there are kernels for them, without a copy, and decoded
         fields elsewhere."""
         return {
-            coding.field.name: coding.matrix(parts) if coding.has_arithmetic else coding.decode(parts)
-            for coding in self.codings
+            codec.field.name: codec.matrix(parts) if codec.has_arithmetic else codec.decode(parts)
+            for codec in self.codecs
         }
 
-    def cast(self, dtype: str) -> ExpertCoding:
-        """This coding for a model in another dtype: the stored arrays stay, and are decoded to `dtype`."""
+    def cast(self, dtype: str) -> ExpertCodec:
+        """This codec for a model in another dtype: the stored arrays stay, and are decoded to `dtype`."""
         return replace(self, loaded_dtype=dtype)

@@ -1,6 +1,7 @@
 """What a model is reading while its routers run: the number of the forward, and its tokens.
 
-One passage per model, shared by all its seams. It is an attribute of the model, so a copy of the model has its own.
+One context per model, shared by the hooks around all its routers. It is an attribute of the model, so a copy of the
+model has its own.
 """
 
 # B sequences, S their length
@@ -21,16 +22,16 @@ from transformers_moe_offload.routing.hooks import Hooks
 from transformers_moe_offload.routing.moved_rows import Move
 from transformers_moe_offload.routing.padding import expect_texts_apart, padding_of
 
-_ATTRIBUTE = "_moe_routing_passage"
+_ATTRIBUTE = "_moe_routing_context"
 
 
 class Listener(Protocol):
     """Is called where forwards begin and end."""
 
-    def begin(self, passage: Passage) -> None:
+    def begin(self, context: ForwardContext) -> None:
         """A forward is about to start."""
 
-    def end(self, passage: Passage) -> None:
+    def end(self, context: ForwardContext) -> None:
         """A forward has ended; not called for a forward that failed."""
 
 
@@ -78,7 +79,7 @@ class _Running(threading.local):
         self.forward: _Forward | None = None
 
 
-class Passage:
+class ForwardContext:
     """Counts the forwards of a model and keeps the token ids of the running one, for each thread."""
 
     def __init__(self, base: nn.Module) -> None:
@@ -116,11 +117,11 @@ class Passage:
         except UnsupportedModelError:
             past.keep(0)
 
-    def __deepcopy__(self, memo: dict[int, Any]) -> Passage:
-        twin = memo.get(id(self._base()))
-        if twin is None:  # only a part of the model is copied, as PEFT does; the copy stays inside the model
+    def __deepcopy__(self, memo: dict[int, Any]) -> ForwardContext:
+        base = memo.get(id(self._base()))
+        if base is None:  # only a part of the model is copied, as PEFT does; the copy stays inside the model
             return self
-        copied = memo[id(self)] = Passage(twin)
+        copied = memo[id(self)] = ForwardContext(base)
         copied.num_forwards = self.num_forwards
         copied._latest = _Forward(self.forward)
         return copied
@@ -271,28 +272,28 @@ class Passage:
         return base.get_encoder() if is_with_decoder and isinstance(base, PreTrainedModel) else None
 
 
-def passage_of(base: nn.Module) -> Passage:
-    """The passage of a model, made and hooked up if there is none."""
-    passage = vars(base).get(_ATTRIBUTE)
-    if passage is None:
-        passage = vars(base)[_ATTRIBUTE] = Passage(base)
+def forward_context_of(base: nn.Module) -> ForwardContext:
+    """The context of a model, made and hooked up if there is none."""
+    context = vars(base).get(_ATTRIBUTE)
+    if context is None:
+        context = vars(base)[_ATTRIBUTE] = ForwardContext(base)
         hooks = Hooks(base)
         # Inner models as well: the decoder may be called without its head.
         for module in base.modules():
             if isinstance(module, PreTrainedModel):
-                hooks.before(module, passage.begin)
-                hooks.after(module, passage.end)
+                hooks.before(module, context.begin)
+                hooks.after(module, context.end)
         for embedding in _embeddings(base):
-            hooks.before_args(embedding, passage.embed)
-    assert isinstance(passage, Passage)
-    return passage
+            hooks.before_args(embedding, context.embed)
+    assert isinstance(context, ForwardContext)
+    return context
 
 
-def drop_passage(base: nn.Module) -> None:
-    """Take the hooks of a model's passage out again."""
-    passage = vars(base).pop(_ATTRIBUTE, None)
-    if passage is not None:
-        Hooks(base).remove(passage)
+def drop_forward_context(base: nn.Module) -> None:
+    """Take the hooks of a model's context out again."""
+    context = vars(base).pop(_ATTRIBUTE, None)
+    if context is not None:
+        Hooks(base).remove(context)
 
 
 def _embeddings(base: nn.Module) -> list[nn.Module]:

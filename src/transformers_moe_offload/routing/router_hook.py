@@ -20,9 +20,9 @@ from transformers_moe_offload.errors import MoeOffloadError, UnsupportedModelErr
 from transformers_moe_offload.hf.routers.capture import is_asking
 from transformers_moe_offload.routing.answer import read_answer
 from transformers_moe_offload.routing.choice import Choice, RouterCall
+from transformers_moe_offload.routing.forward_context import ForwardContext
 from transformers_moe_offload.routing.hooks import Hooks
 from transformers_moe_offload.routing.interception import Interception
-from transformers_moe_offload.routing.passage import Passage
 from transformers_moe_offload.routing.reading import Reading, find_reading
 from transformers_moe_offload.routing.sites import Site
 from transformers_moe_offload.routing.strategy import RoutingStrategy
@@ -55,10 +55,10 @@ class _Watching(threading.local):
         self.seen: list[Interception | None] = []
 
 
-class Seam:
+class RouterHook:
     """The hooks around the router of a site."""
 
-    def __init__(self, site: Site, passage: Passage) -> None:
+    def __init__(self, site: Site, context: ForwardContext) -> None:
         self.index = site.index
         self.path = site.path
         self.strategy: RoutingStrategy | None = None
@@ -67,19 +67,19 @@ class Seam:
         self._num_experts = site.num_experts
         self._top_k = site.top_k
         self._has_groups = site.has_groups
-        self._passage = passage
+        self._context = context
         self._watching = _Watching()
         self._reading: Reading | None = None
         """How to read the answers that follow a prompt; None where they have to be watched."""
 
-    def __deepcopy__(self, memo: dict[int, Any]) -> Seam:
-        twin = object.__new__(Seam)
-        memo[id(self)] = twin
-        vars(twin).update(vars(self))  # strategies are immutable
-        twin.observers = []  # observers of this model do not observe its copies
-        twin._passage = deepcopy(self._passage, memo)
-        twin._watching, twin._reading = _Watching(), None
-        return twin
+    def __deepcopy__(self, memo: dict[int, Any]) -> RouterHook:
+        copied = object.__new__(RouterHook)
+        memo[id(self)] = copied
+        vars(copied).update(vars(self))  # strategies are immutable
+        copied.observers = []  # observers of this model do not observe its copies
+        copied._context = deepcopy(self._context, memo)
+        copied._watching, copied._reading = _Watching(), None
+        return copied
 
     def put_on(self, base: nn.Module, site: Site) -> None:
         """Add the hooks. Where the block around the router makes the choice, watching ends when experts are called."""
@@ -92,7 +92,7 @@ class Seam:
     def follow(self, strategy: RoutingStrategy | None) -> None:
         """Choose by a strategy from the next forward on; None lets the router choose."""
         self.strategy = strategy
-        self._first_forward = self._passage.num_forwards
+        self._first_forward = self._context.num_forwards
 
     def break_off(self) -> None:
         """Stop watching routers of a forward that this thread has not finished: Ctrl-C ends it without any hook."""
@@ -103,7 +103,7 @@ class Seam:
 
     def _enter(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         self.break_off()
-        is_read = self._reading is not None and self.strategy is None and (self._passage.num_before or 0) > 0
+        is_read = self._reading is not None and self.strategy is None and (self._context.num_before or 0) > 0
         if is_asking() or (self.strategy is None and not self.observers) or is_read:
             self._watching.seen.append(None)
             return
@@ -121,13 +121,13 @@ class Seam:
     ) -> Choice | None:
         if self.strategy is None:
             return None
-        token_ids = self._passage.token_ids
+        token_ids = self._context.token_ids
         call = RouterCall(
             scores,
             top_k,
             has_affinities,
             layer=self.index,
-            forward=max(0, self._passage.forward - self._first_forward),
+            forward=max(0, self._context.forward - self._first_forward),
             hidden=_hidden(args, kwargs),
             token_ids=token_ids.reshape(-1) if token_ids is not None and token_ids.numel() == len(scores) else None,
         )
@@ -167,9 +167,9 @@ class Seam:
         except UnsupportedModelError as error:
             by = "its own choice" if self.strategy is None else f"{self.strategy}"
             raise UnsupportedModelError(f"{self.path} with {by}: {error}") from error
-        self._reading = find_reading(answer, seen) if self.observers and self._passage.num_before == 0 else None
+        self._reading = find_reading(answer, seen) if self.observers and self._context.num_before == 0 else None
         # Outside of a forward a layer is recomputed for gradients, and was observed before.
-        if self._passage.is_running and self.observers:
+        if self._context.is_running and self.observers:
             assert seen.scores is not None
             assert seen.choice is not None
             is_kept = seen.choice.is_kept
@@ -180,7 +180,7 @@ class Seam:
 
     def _read(self, reading: Reading, outputs: tuple[Any, ...], hidden: Tensor) -> None:
         """Tell observers about a decision that was not watched."""
-        if not self._passage.is_running or self.strategy is not None:
+        if not self._context.is_running or self.strategy is not None:
             return
         scores = reading.scoring(outputs[reading.logits].detach().float())
         experts, weights = outputs[reading.experts], outputs[reading.weights].detach()
