@@ -72,7 +72,7 @@ class Measurement:
 
     def sizes(self, recipe: Recipe) -> dict[str, float]:
         """Bytes and bits per weight as they are stored, scales and zeros included."""
-        sizes = Sizes.of(Quantization.of(self._source, recipe.config))
+        sizes = Sizes.of(Quantization.of(self._source.model, recipe.config, self._source.dtype))
         return {
             "bits_per_expert_weight": sizes.bits_per_expert_weight,
             "bits_per_weight": 8 * self._source.dtype.itemsize * sizes.nbytes / sizes.plain_bytes,

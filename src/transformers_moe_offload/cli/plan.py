@@ -74,7 +74,8 @@ class _Weights:
     @classmethod
     def of(cls, source: MetaModel, config: OffloadConfig) -> _Weights:
         """A model's weights, quantized as a config says."""
-        quantization, tensors = Quantization.of(source, config), source.quantized_tensors()
+        quantization = Quantization.of(source.model, config, source.dtype, source.opener)
+        tensors = source.quantized_tensors()
         stored = None if tensors is None else quantization.stored_bytes(tensors)
         sizes = Sizes.of(quantization, stored)
         is_in_ram = config.formats is not None and source.recipe is None

@@ -20,7 +20,7 @@ FORMAT = HqqFormat(nbits=4, group_size=16)
 def quantize(source, folder, config):
     """The weight files that are written, by name."""
     planned = meta_model(str(source), local_files_only=True)
-    layers, dense = contents(Quantization.of(planned, config), planned.fetch())
+    layers, dense = contents(Quantization.of(planned.model, config, planned.dtype, planned.opener), planned.fetch())
     write_prebuilt(folder, Prebuilt(layers, dense, {}), {}, workers=1, advance=lambda nbytes: None)
     return {file.name: file.read_bytes() for file in folder.glob("*.safetensors")}
 

@@ -34,7 +34,8 @@ LOCAL = {"revision": "main", "token": None, "local_files_only": True}
 
 
 def quantization(folder: Path, config: OffloadConfig) -> Quantization:
-    return Quantization.of(meta_model(str(folder), **LOCAL), config)
+    source = meta_model(str(folder), **LOCAL)
+    return Quantization.of(source.model, config, source.dtype, source.opener)
 
 
 def quantize(source: Path, folder: Path, config: OffloadConfig) -> Sizes:

@@ -126,7 +126,7 @@ class QuantizationPlan:
             raise ConfigError(f"nothing to quantize; say how: experts={four_bits} or dense={four_bits}")
         if source.recipe is not None:
             raise ConfigError(f"{source.name!r} is quantized already; quantize the model that it was made from")
-        quantization = Quantization.of(source, config)
+        quantization = Quantization.of(source.model, config, source.dtype, source.opener)
         if any(layer.layout.has_own_files for layer in quantization.layers):
             raise UnsupportedModelError(
                 f"the experts of {source.name!r} are adapters in files of their own, which are written in no other "

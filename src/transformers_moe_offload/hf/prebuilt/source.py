@@ -26,7 +26,6 @@ from transformers_moe_offload.hf.layouts.base import parameter
 from transformers_moe_offload.hf.loading.checkpoint import Checkpoint, locate
 from transformers_moe_offload.hf.loading.codecs import codecs_of, plain_fields
 from transformers_moe_offload.hf.loading.locate import ParameterSource, trace_parameters
-from transformers_moe_offload.hf.loading.meta_model import MetaModel
 from transformers_moe_offload.hf.model.dense import dense_linears
 from transformers_moe_offload.hf.model.experts_module import OffloadedExperts, layer_of
 from transformers_moe_offload.hf.model.sparse_layer import SparseLayer
@@ -66,12 +65,11 @@ class Quantization:
     """Decodes weights that another method has quantized; None for a plain checkpoint."""
 
     @classmethod
-    def of(cls, source: MetaModel, config: OffloadConfig) -> Quantization:
-        """How to quantize a model as a config says.
+    def of(cls, model: Any, config: OffloadConfig, dtype: torch.dtype, opener: Opener | None = None) -> Quantization:
+        """How to quantize a model on meta, of this dtype, as a config says; `opener` decodes its weights.
 
         Raises `ConfigError` if a group size does not divide a matrix; the message lists sizes that do.
         """
-        model = source.model
         layers = [layer_of(module) for module in model.modules() if isinstance(module, OffloadedExperts)]
         formats = config.formats or ExpertFormats()
         formats.check([layer.num_experts for layer in layers])
@@ -83,7 +81,7 @@ class Quantization:
                 f"{config.dense} fits none of the model's attention and dense MLP matrices; leave dense out, or choose "
                 f"a group_size that divides their inputs"
             )
-        return cls(model, layers, codecs, packed, config.dense, _undecided(model, layers, source.dtype), source.opener)
+        return cls(model, layers, codecs, packed, config.dense, _undecided(model, layers, dtype), opener)
 
     @property
     def left_as(self) -> str:
