@@ -15,7 +15,7 @@ from transformers_moe_offload import ConfigError, OffloadConfig
 from transformers_moe_offload.disk_io import reader_pool
 from transformers_moe_offload.disk_io.mapped_file import MappedFile
 from transformers_moe_offload.errors import CheckpointError
-from transformers_moe_offload.hf.model import plan as planning
+from transformers_moe_offload.hf.model import planning
 from transformers_moe_offload.slots import inline_reads
 
 from .conftest import TINY_MOE

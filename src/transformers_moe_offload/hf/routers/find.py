@@ -66,12 +66,16 @@ def find_router(model: nn.Module, experts_path: str) -> Router | None:
 
 def _named_around(model: nn.Module, block_path: str, inside: str) -> str | None:
     """The path of the one module that is named like a router, in a block or the nearest one around it that has any;
-    None if none or several have such a name."""
+    None if none has such a name, or several that have parameters."""
     while True:
-        children = model.get_submodule(block_path).named_children()
-        named = [name for name, child in children if name != inside and _is_named_router(name, child)]
+        children = dict(model.get_submodule(block_path).named_children())
+        named = [name for name, child in children.items() if name != inside and _is_named_router(name, child)]
+        if len(named) > 1:
+            named = [name for name in named if next(children[name].parameters(), None) is not None]
+            if len(named) != 1:
+                return None
         if named:
-            return _join(block_path, named[0]) if len(named) == 1 else None
+            return _join(block_path, named[0])
         if not block_path:
             return None
         block_path, _, inside = block_path.rpartition(".")
@@ -88,8 +92,7 @@ def facts_of(experts: nn.Module) -> tuple[ExpertsLayout, int, tuple[ExpertField,
 
 
 def _is_named_router(name: str, child: nn.Module) -> bool:
-    is_named = name == "gate" or "router" in name or _CLASS.search(type(child).__name__) is not None
-    return is_named and next(child.parameters(), None) is not None
+    return name == "gate" or "router" in name or _CLASS.search(type(child).__name__) is not None
 
 
 def _join(block_path: str, name: str) -> str:
