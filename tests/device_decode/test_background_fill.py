@@ -8,10 +8,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from transformers_moe_offload.cache.bandwidth import Link
-from transformers_moe_offload.cache.cache import ExpertCache
 from transformers_moe_offload.cache.planner import plan_behind
 from transformers_moe_offload.cache.residency import Residency
-from transformers_moe_offload.device_decode.background_fill import Follower, Use
+from transformers_moe_offload.device_decode.background_fill import BackgroundFill, Use
+from transformers_moe_offload.device_decode.followed_cache import FollowedCache
 from transformers_moe_offload.device_decode.miss_priority import HALF_LIFE, Urgency
 from transformers_moe_offload.device_decode.token_bucket import LEAST_SHARE, MOST_WAITING, Pace
 from transformers_moe_offload.expert import ExpertId
@@ -34,8 +34,8 @@ def following(num_slots, layers=(0,), policy="lru", slots=None):
         clock.now += 1.0
         return clock.now
 
-    cache = ExpertCache(slots or NoSlots(), num_slots, dict.fromkeys(layers, 8), make_policy(policy))
-    return cache, Follower(cache, tick)
+    cache = FollowedCache(slots or NoSlots(), num_slots, dict.fromkeys(layers, 8), make_policy(policy))
+    return cache, BackgroundFill(cache, tick)
 
 
 def residents(cache):

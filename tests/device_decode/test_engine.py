@@ -8,10 +8,10 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from stores import number, numbered_store
-from transformers_moe_offload.cache.cache import ExpertCache
 from transformers_moe_offload.device_decode.arena import Arena
-from transformers_moe_offload.device_decode.background_fill import Follower, Use
+from transformers_moe_offload.device_decode.background_fill import BackgroundFill, Use
 from transformers_moe_offload.device_decode.engine import DeviceEngine
+from transformers_moe_offload.device_decode.followed_cache import FollowedCache
 from transformers_moe_offload.device_decode.streams import HostStreams
 from transformers_moe_offload.expert import ExpertId
 from transformers_moe_offload.policies import make_policy, policy_names
@@ -176,8 +176,8 @@ forwards = st.lists(st.dictionaries(st.sampled_from(LAYERS), wanted), max_size=1
 def test_hits_counted_on_the_device_are_those_of_a_replay_through_the_planner(store, arena, trace, num_slots, policy):
     """By a cache without memory, table or device, whose follower is told what it has itself."""
     engine = engine_of(arena, num_slots, policy)
-    cache = ExpertCache(TimedSlots(), num_slots, dict.fromkeys(LAYERS, NUM_EXPERTS), make_policy(policy))
-    follower = Follower(cache, seconds())
+    cache = FollowedCache(TimedSlots(), num_slots, dict.fromkeys(LAYERS, NUM_EXPERTS), make_policy(policy))
+    background = BackgroundFill(cache, seconds())
     for asked in trace:
         step(engine, asked)
         uses = [
@@ -188,8 +188,8 @@ def test_hits_counted_on_the_device_are_those_of_a_replay_through_the_planner(st
             )
             for layer in sorted(asked)
         ]
-        follower.follow([uses])
-        follower.receive()
+        background.follow([uses])
+        background.receive()
         assert set(engine.cache.residency.residents) == set(cache.residency.residents)
         assert everybody_is_where_the_table_says(engine, store)
     for layer, stats in engine.stats.items():

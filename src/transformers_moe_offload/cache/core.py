@@ -19,7 +19,7 @@ from collections.abc import Callable, Container, Iterable, Mapping, Sequence
 from transformers_moe_offload.cache.bandwidth import Link
 from transformers_moe_offload.cache.capacity import layer_floor
 from transformers_moe_offload.cache.change import NotStartedError, change
-from transformers_moe_offload.cache.planner import Load, plan, plan_behind
+from transformers_moe_offload.cache.planner import Load, plan
 from transformers_moe_offload.cache.residency import Residency
 from transformers_moe_offload.expert import ExpertId
 from transformers_moe_offload.policies import EvictionPolicy
@@ -34,7 +34,7 @@ logger = logging.getLogger(__name__)
 class CacheCore:
     """The resident experts of some sparse layers on one device, and what happens to them within a turn.
 
-    Its methods are called with the turn held: by `Visit`, `ExpertCache`, and the `Follower` of a device.
+    Its methods are called with the turn held: by `Visit`, `ExpertCache`.
     """
 
     def __init__(
@@ -205,29 +205,6 @@ class CacheCore:
         for expert in sorted(self._unannounced):
             self._admit(expert)
         self.is_whole = was_whole
-
-    @change
-    def used_in_place(self, layer: int, wanted: Sequence[int], hits: Container[int]) -> None:
-        """A device has used experts of a layer wherever they were: `hits` in slots, the others over the link."""
-        stats, experts = self.stats[layer], [ExpertId(layer, expert) for expert in wanted]
-        for expert in experts:
-            if expert.expert in hits:
-                stats.hits += 1
-                if expert in self._ahead:
-                    self._ahead.remove(expert)
-                    stats.prefetch_used += 1
-            else:
-                stats.misses += 1
-                stats.in_place += 1
-                stats.device_bytes += self.slots.device_bytes(expert)
-        self._policy.begin(layer, experts)
-        if self.on_visit is not None:
-            self.on_visit(layer, wanted)
-        self.announce(expert for expert in experts if self.residency.is_resident(expert))
-
-    def plan_behind(self, absent: Sequence[ExpertId], spared: Container[ExpertId]) -> list[Load]:
-        """Slots for absent experts that a device has used in place; `spared` experts are not evicted for them."""
-        return plan_behind(absent, self.residency, self._policy.candidates(), spared, self._floor)
 
     @change
     def start(self, load: Load) -> None:

@@ -10,7 +10,7 @@ import time
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 
-from transformers_moe_offload.cache.cache import ExpertCache
+from transformers_moe_offload.device_decode.followed_cache import FollowedCache
 from transformers_moe_offload.device_decode.miss_priority import Urgency
 from transformers_moe_offload.device_decode.token_bucket import Pace
 from transformers_moe_offload.expert import ExpertId
@@ -27,10 +27,10 @@ class Use:
     """Those of them that were resident; the others were read where they were."""
 
 
-class Follower:
+class BackgroundFill:
     """Loads experts into a cache that were absent when they were used."""
 
-    def __init__(self, cache: ExpertCache, clock: Callable[[], float] = time.perf_counter) -> None:
+    def __init__(self, cache: FollowedCache, clock: Callable[[], float] = time.perf_counter) -> None:
         self._cache = cache
         self._pace = Pace(cache.link)
         self._urgency = Urgency()

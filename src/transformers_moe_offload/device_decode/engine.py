@@ -4,7 +4,7 @@ During a forward the host receives nothing: a layer takes `addresses`, stores it
 Between two forwards, `between_steps` processes the counts of earlier ones that have arrived, plans, starts copies, and
 publishes the addresses of experts that have landed. The host waits for none of it.
 
-Prompts, and layers that the host drives, use the same slots through `cache`, an ordinary `ExpertCache`: experts that it
+Prompts, and layers that the host drives, use the same slots through `cache`: experts that it
 evicts are read in the arena again, and experts that it loads are read in a slot from the next `note` on. So there is
 one record of what is resident, one planner, and one policy that is told of every use.
 """
@@ -17,10 +17,10 @@ from collections.abc import Callable, Mapping
 import torch
 from torch import Tensor
 
-from transformers_moe_offload.cache.cache import ExpertCache
 from transformers_moe_offload.device_decode.arena import Arena
-from transformers_moe_offload.device_decode.background_fill import Follower
+from transformers_moe_offload.device_decode.background_fill import BackgroundFill
 from transformers_moe_offload.device_decode.counters import Counters
+from transformers_moe_offload.device_decode.followed_cache import FollowedCache
 from transformers_moe_offload.device_decode.slots import AddressedSlots
 from transformers_moe_offload.device_decode.streams import Streams, streams_of
 from transformers_moe_offload.device_decode.table import AddressTable
@@ -49,9 +49,9 @@ class DeviceEngine:
         self._table = AddressTable({layer: arena.addresses(layer) for layer in num_experts}, device, self._streams)
         self._counters = Counters(self._table, self._streams)
         self._slots = AddressedSlots(arena, SlotPool(arena.smallest, device), self._table, self._streams)
-        self.cache = ExpertCache(self._slots, num_slots, num_experts, policy)
+        self.cache = FollowedCache(self._slots, num_slots, num_experts, policy)
         """The resident experts, for prompts and all other code that holds experts."""
-        self._follower = Follower(self.cache, clock)
+        self._background = BackgroundFill(self.cache, clock)
         self.turn = self.cache.turn
         """To be held, where several threads share a model, from `note` until the kernels are submitted."""
 
@@ -89,8 +89,8 @@ class DeviceEngine:
         with self.turn:
             self._slots.table_is_read()
             self._counters.close()
-            self._follower.follow(self._counters.arrived())
-            self._follower.receive()
+            self._background.follow(self._counters.arrived())
+            self._background.receive()
             self._publish()
 
     @property
@@ -128,4 +128,4 @@ class DeviceEngine:
         if self._counters.has_notes:
             self._slots.table_is_read()
             self._counters.close()
-        self._follower.follow(self._counters.arrived(wait=True))
+        self._background.follow(self._counters.arrived(wait=True))

@@ -17,7 +17,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from transformers_moe_offload.routing.forward_context import Past
+from transformers_moe_offload.routing.forward_state import Past
 from transformers_moe_offload.routing.moved_rows import Move
 from transformers_moe_offload.routing.trace_file import Part
 

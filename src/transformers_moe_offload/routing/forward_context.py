@@ -18,6 +18,7 @@ from transformers import Cache, PreTrainedModel
 from transformers_moe_offload.errors import UnsupportedModelError
 from transformers_moe_offload.hf.upstream import arguments, kv_cache, kv_cache_of_output, num_tokens_in
 from transformers_moe_offload.routing import moved_rows
+from transformers_moe_offload.routing.forward_state import Forward, Past, Running
 from transformers_moe_offload.routing.hooks import Hooks
 from transformers_moe_offload.routing.moved_rows import Move
 from transformers_moe_offload.routing.padding import expect_texts_apart, padding_of
@@ -35,50 +36,6 @@ class Listener(Protocol):
         """A forward has ended; not called for a forward that failed."""
 
 
-class Past:
-    """Identifies the texts that one KV cache holds, without keeping the cache alive."""
-
-    def __init__(self) -> None:
-        self.moves: tuple[Move, ...] = ()
-        """How its rows have been moved since the last forward."""
-        self.num_kept: int | None = None
-        """The fewest tokens of each text that the cache has held since then; None before any was noted."""
-
-    def keep(self, num_tokens: int) -> None:
-        """Note how many tokens of each text the cache holds now."""
-        self.num_kept = num_tokens if self.num_kept is None else min(self.num_kept, num_tokens)
-
-
-class _Forward:
-    """One forward, or the time before the first."""
-
-    def __init__(self, number: int = -1) -> None:
-        self.number = number
-        self.is_running = False
-        self.token_ids: Tensor | None = None
-        self.is_padding: Tensor | None = None
-        self.is_encoding = self.has_encoded = False
-        self.past = Past()
-        self.moves: tuple[Move, ...] = ()
-        self.num_before: int | None = 0
-        self.num_kept = 0
-        self.inputs: dict[str, Any] = {}
-
-    def encoded(self) -> None:
-        """The encoder is done: drop its tokens, because the decoder may be given embeddings instead of tokens."""
-        self.token_ids = self.is_padding = None
-        self.is_encoding, self.has_encoded = False, True
-
-
-class _Running(threading.local):
-    """The models and the forward that run in a thread, or ran last in it."""
-
-    def __init__(self) -> None:
-        self.modules: list[nn.Module] = []
-        """The models, the outermost first."""
-        self.forward: _Forward | None = None
-
-
 class ForwardContext:
     """Counts the forwards of a model and keeps the token ids of the running one, for each thread."""
 
@@ -88,8 +45,8 @@ class ForwardContext:
         """Forwards of all threads so far, running ones included."""
         self._listeners: list[Listener] = []
         self._counting = threading.Lock()
-        self._latest = _Forward()
-        self._running = _Running()
+        self._latest = Forward()
+        self._running = Running()
         self._pasts: weakref.WeakKeyDictionary[Cache, Past] = weakref.WeakKeyDictionary()
         self._parts: weakref.WeakKeyDictionary[nn.Module, frozenset[int]] = weakref.WeakKeyDictionary()
 
@@ -123,7 +80,7 @@ class ForwardContext:
             return self
         copied = memo[id(self)] = ForwardContext(base)
         copied.num_forwards = self.num_forwards
-        copied._latest = _Forward(self.forward)
+        copied._latest = Forward(self.forward)
         return copied
 
     @property
@@ -177,7 +134,7 @@ class ForwardContext:
         return self._forward.inputs
 
     @property
-    def _forward(self) -> _Forward:
+    def _forward(self) -> Forward:
         """This thread's forward; in a thread without one (autograd's, which recompute layers), the latest of all."""
         return self._running.forward or self._latest
 
@@ -192,7 +149,7 @@ class ForwardContext:
         past, num_before = self._read_before(module, args, kwargs)
         running.append(module)
         with self._counting:
-            forward = _Forward(self.num_forwards)
+            forward = Forward(self.num_forwards)
             self.num_forwards += 1
         forward.inputs, forward.is_running = arguments(module, args, kwargs), True
         forward.past, forward.num_before = past, num_before
@@ -257,7 +214,7 @@ class ForwardContext:
                 ids = ids.clone()  # the caller may write the next ids into the same tensor
             forward.token_ids = ids
 
-    def _padding(self, forward: _Forward, ids: Tensor) -> Tensor | None:
+    def _padding(self, forward: Forward, ids: Tensor) -> Tensor | None:
         """Which of the ids that are about to be embedded are padding."""
         is_encoded = forward.inputs.get("encoder_outputs") is not None or forward.has_encoded
         is_decoder = is_encoded and self._encoder() is not None

@@ -19,7 +19,8 @@ from transformers_moe_offload.config.budget import Budget
 from transformers_moe_offload.config.options import choose
 from transformers_moe_offload.errors import ConfigError, MoeOffloadError, UnsupportedModelError
 from transformers_moe_offload.routing.buffer import CallRecord, RoutingBuffer, StepRecord
-from transformers_moe_offload.routing.forward_context import ForwardContext, Past, forward_context_of
+from transformers_moe_offload.routing.forward_context import ForwardContext, forward_context_of
+from transformers_moe_offload.routing.forward_state import Past
 from transformers_moe_offload.routing.moved_rows import Move
 from transformers_moe_offload.routing.router_hook import Decision
 from transformers_moe_offload.routing.sites import Site, find_sites, select, unwrapped

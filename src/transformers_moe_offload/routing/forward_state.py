@@ -1,0 +1,56 @@
+"""What is known of a forward while it runs, and of the tokens before it."""
+
+# B sequences, S their length
+
+from __future__ import annotations
+
+import threading
+from typing import Any
+
+from torch import Tensor, nn
+
+from transformers_moe_offload.routing.moved_rows import Move
+
+
+class Past:
+    """Identifies the texts that one KV cache holds, without keeping the cache alive."""
+
+    def __init__(self) -> None:
+        self.moves: tuple[Move, ...] = ()
+        """How its rows have been moved since the last forward."""
+        self.num_kept: int | None = None
+        """The fewest tokens of each text that the cache has held since then; None before any was noted."""
+
+    def keep(self, num_tokens: int) -> None:
+        """Note how many tokens of each text the cache holds now."""
+        self.num_kept = num_tokens if self.num_kept is None else min(self.num_kept, num_tokens)
+
+
+class Forward:
+    """One forward, or the time before the first."""
+
+    def __init__(self, number: int = -1) -> None:
+        self.number = number
+        self.is_running = False
+        self.token_ids: Tensor | None = None
+        self.is_padding: Tensor | None = None
+        self.is_encoding = self.has_encoded = False
+        self.past = Past()
+        self.moves: tuple[Move, ...] = ()
+        self.num_before: int | None = 0
+        self.num_kept = 0
+        self.inputs: dict[str, Any] = {}
+
+    def encoded(self) -> None:
+        """The encoder is done: drop its tokens, because the decoder may be given embeddings instead of tokens."""
+        self.token_ids = self.is_padding = None
+        self.is_encoding, self.has_encoded = False, True
+
+
+class Running(threading.local):
+    """The models and the forward that run in a thread, or ran last in it."""
+
+    def __init__(self) -> None:
+        self.modules: list[nn.Module] = []
+        """The models, the outermost first."""
+        self.forward: Forward | None = None
