@@ -45,7 +45,11 @@ STAYS_INSIDE = {
 CAUGHT = {("hf/routers/capture.py", "RuntimeError")}
 """By the caller in the same file."""
 
-PROTOCOLS = {("hf/prebuilt/moe_offload_required.py", "ImportError"), ("hf/upstream.py", "AttributeError")}
+PROTOCOLS = {
+    ("__init__.py", "AttributeError"),
+    ("hf/prebuilt/moe_offload_required.py", "ImportError"),
+    ("hf/upstream.py", "AttributeError"),
+}
 """To importers: by a checkpoint's own code where the package is missing, and for a name that a module lacks."""
 
 

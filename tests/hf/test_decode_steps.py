@@ -78,13 +78,12 @@ THE_WAY = {
     "cache/cache.py",
     "cache/visit.py",
     "policies/lru.py",
-    "slots/buffers.py",
     "compute/mlp.py",
     "kernels",
 }
 
 
-def test_a_step_enters_ten_modules_each_from_one_other_and_the_handle_is_none_of_them():
+def test_a_step_enters_nine_modules_each_from_one_other_and_the_handle_is_none_of_them():
     callers = step_with(mmap=False)
     assert callers.keys() == THE_WAY
     assert {module for module, froms in callers.items() if len(froms) > 1} <= IN_MANY_CALLS
@@ -101,5 +100,5 @@ def test_with_mapped_experts_a_step_also_looks_at_their_files(monkeypatch):
     monkeypatch.setattr(mapped, "_SURELY_THERE", math.inf)
     monkeypatch.setattr(opened_file, "_LOOK_EVERY", math.inf)
     callers = step_with(mmap=True)
-    assert callers.keys() == THE_WAY - {"slots/buffers.py"} | {"slots/mapped.py", "disk_io/opened_file.py"}
+    assert callers.keys() == THE_WAY | {"slots/mapped.py", "disk_io/opened_file.py"}
     assert {module for module, froms in callers.items() if len(froms) > 1} <= IN_MANY_CALLS

@@ -23,23 +23,36 @@ traces = st.lists(
 )
 
 
+class Held(dict):
+    """The weights in the slots of a witness, which is told whose are taken."""
+
+    def __init__(self, witness):
+        self.witness = witness
+
+    def __getitem__(self, slot):
+        assert slot in self.witness.inside
+        self.witness.held = slot
+        return {}
+
+
 class Witness(NoSlots):
     """Slots that know who is in them, and object to whatever would corrupt weights."""
+
+    is_asynchronous = True  # to be told what is not used any more
 
     def __init__(self):
         self.inside = {}
         self.held = None
+
+    @property
+    def weights(self):
+        return Held(self)
 
     def start(self, expert, slot, alongside=0):
         assert slot != self.held, f"{expert} overwrites {self.inside[slot]}, which is held"
         assert expert not in self.inside.values(), f"{expert} is brought into a second slot"
         self.inside[slot] = expert
         return Landed(from_files=0)
-
-    def weights(self, expert, slot):
-        assert self.inside[slot] == expert
-        self.held = slot
-        return {}
 
     def retire(self, slots):
         self.held = None

@@ -54,7 +54,7 @@ def slots_of(store, num_slots=1):
 
 def bring_in(slots, expert, slot=0):
     from_files = slots.start(expert, slot).finish()
-    return from_files, slots.weights(expert, slot)
+    return from_files, slots.weights[slot]
 
 
 @pytest.mark.usefixtures("way")
@@ -78,7 +78,7 @@ def test_large_experts_have_the_bytes_of_their_files(tmp_path):
     coming = [slots.start(ExpertId(0, expert), slot) for slot, expert in enumerate([2, 1])]
     for slot, expert in reversed(list(enumerate([2, 1]))):
         coming[slot].finish()
-        weights = slots.weights(ExpertId(0, expert), slot)
+        weights = slots.weights[slot]
         assert torch.equal(weights["down"], stacks["0.down"][expert])
         assert torch.equal(weights["gate_up"], stacks["0.gate_up"][expert])
 
@@ -92,7 +92,7 @@ def test_an_expert_that_has_to_be_cast_is_read_into_a_record(tmp_path):
     slots.add(0)
     _, weights = bring_in(slots, ExpertId(0, 1))
     assert torch.equal(weights["weight"], stacks["0.weight"][1].bfloat16())
-    assert slots.weights(ExpertId(0, 1), 0) is weights
+    assert slots.weights[0] is weights
 
 
 @pytest.mark.usefixtures("way")

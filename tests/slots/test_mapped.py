@@ -39,7 +39,7 @@ def slots_of(store, count=1):
 
 def bring_in(slots, expert, slot=0):
     from_files = slots.start(expert, slot).finish()
-    return from_files, slots.weights(expert, slot)
+    return from_files, slots.weights[slot]
 
 
 def numbers_in(weights):
@@ -53,7 +53,7 @@ def test_a_mapped_expert_is_the_expert_that_a_read_gives(store):
             expert = ExpertId(layer, index)
             record = torch.empty(store.layout(layer, 0).nbytes, dtype=torch.uint8)
             assert bring_in(slots, expert)[0] == store.read_into(expert, record)
-            read, mapped = store.layout(layer, 0).views(record), slots.weights(expert, 0)
+            read, mapped = store.layout(layer, 0).views(record), slots.weights[0]
             assert list(read) == list(mapped)
             assert all(torch.equal(read[name], mapped[name]) for name in read)
             assert all(read[name].dtype == mapped[name].dtype for name in read)
@@ -246,5 +246,5 @@ def test_who_has_left_is_unmapped_when_memory_is_to_be_given_back_and_who_return
     bring_in(slots, one)
     slots.give_back()
     assert not slots.lost([0])
-    assert numbers_in(slots.weights(one, 0)) == {1.0}
+    assert numbers_in(slots.weights[0]) == {1.0}
     assert 8 <= mapped_bytes(path) / 2**20 <= 8 + 6

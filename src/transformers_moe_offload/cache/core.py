@@ -120,7 +120,7 @@ class CacheCore:
             self._receive_ahead()
         residents = self.residency.residents
         slots = [residents[expert] for expert in wanted if expert in residents]
-        lost = self.slots.lost(slots)
+        lost = self.slots.lost(slots) if self.slots.can_lose else ()
         if lost:
             for expert in [expert for expert in wanted if residents.get(expert) in lost]:
                 self._evict(expert)
@@ -186,14 +186,16 @@ class CacheCore:
         """Whether an expert that is loading could be used without waiting."""
         return self._in_flight[expert].is_done()
 
-    def weights(self, expert: ExpertId) -> Weights:
-        """The weights of a resident."""
-        return self.slots.weights(expert, self.residency.residents[expert])
+    def weights(self, experts: Iterable[ExpertId]) -> dict[int, Weights]:
+        """The weights of some residents of one layer, by expert."""
+        residents, weights = self.residency.residents, self.slots.weights
+        return {expert.expert: weights[residents[expert]] for expert in experts}
 
     def retire(self, experts: Iterable[ExpertId]) -> None:
         """The work that reads some residents' weights has been submitted."""
-        residents = self.residency.residents
-        self.slots.retire([residents[expert] for expert in experts])
+        if self.slots.is_asynchronous:
+            residents = self.residency.residents
+            self.slots.retire([residents[expert] for expert in experts])
 
     def announce(self, used: Iterable[ExpertId]) -> None:
         """Tell the policy which experts were used, and which became resident without being used."""

@@ -77,7 +77,7 @@ class Visit:
             together = list(self._upcoming)
             self._used, self._upcoming = self._upcoming, {}
             self._tell_started()
-            yield {expert.expert: self._cache.weights(expert) for expert in together}
+            yield self._cache.weights(together)
             self._cache.retire(together)
             return
         self._begin_loads()
@@ -89,7 +89,7 @@ class Visit:
                     self._cache.finish_load(expert)
                 del self._upcoming[expert]
                 self._used[expert] = None
-            yield {expert.expert: self._cache.weights(expert) for expert in together}
+            yield self._cache.weights(together)
             self._cache.retire(together)
         for number, weights in self._one_by_one():
             yield {number: weights}
@@ -140,7 +140,7 @@ class Visit:
         if residency.is_loading(wanted):
             self._cache.finish_load(wanted)
         self._upcoming.pop(wanted, None)
-        self._held_weights = self._cache.weights(wanted)
+        self._held_weights = self._cache.weights((wanted,))[expert]
         self._held = wanted
         self._used[wanted] = None
         return self._held_weights

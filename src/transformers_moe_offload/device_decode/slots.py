@@ -28,6 +28,8 @@ class AddressedSlots:
 
     num_lanes = 1
     """One stream copies."""
+    is_asynchronous = True
+    can_lose = False
 
     def __init__(self, arena: Arena, pool: SlotPool, table: AddressTable, streams: Streams) -> None:
         self.pool = pool
@@ -36,6 +38,7 @@ class AddressedSlots:
         self._arena = arena
         self._table = table
         self._streams = streams
+        self.weights: dict[int, Weights] = {}
         self._occupant: dict[int, ExpertId] = {}
         self._last_use: dict[int, Mark] = {}
         """By slot, a mark behind the latest work of a cache's visits that uses it."""
@@ -51,6 +54,7 @@ class AddressedSlots:
         """Free a buffer. What is allocated on the compute stream next comes after the kernels that read it."""
         self._vacate(slot)
         del self._last_use[slot]
+        self.weights.pop(slot, None)
         self.pool.remove(slot)
 
     def table_is_read(self) -> None:
@@ -66,6 +70,7 @@ class AddressedSlots:
             self._last_use[slot] = self._streams.mark()
         if self._table_read is None:  # after the change: kernels submitted from now on do not find the slot
             self._table_read = self._streams.mark()
+        self.weights[slot] = self.pool.views(slot, self._arena.layout(expert))
         target = self.pool.record(slot)
         copy = self._streams.copy(target, source, (self._table_read, self._last_use[slot]))
         self._occupant[slot] = expert
@@ -75,12 +80,8 @@ class AddressedSlots:
         """Everything that a visit reads in these slots has been submitted."""
         self._last_use |= dict.fromkeys(slots, self._streams.mark())
 
-    def weights(self, expert: ExpertId, slot: int) -> Weights:
-        """The buffer seen as the expert."""
-        return self.pool.views(slot, self._arena.layout(expert))
-
     def lost(self, slots: Sequence[int]) -> Sequence[int]:
-        """None: the buffers are ours."""
+        """Always none."""
         return ()
 
     def give_back(self) -> None:

@@ -38,14 +38,20 @@ class Slots(Protocol):
         `alongside` is the number of other experts in flight.
         """
 
+    is_asynchronous: bool
+    """Whether work that was submitted may still read slots, so that they have to be retired."""
+    can_lose: bool
+    """Whether experts may not be there any more: the kernel can take pages of the page cache."""
+
+    @property
+    def weights(self) -> Mapping[int, Weights]:
+        """The weights of the expert in each slot, valid once its load has finished and until the next one begins."""
+
     def retire(self, slots: Sequence[int]) -> None:
         """Everything that reads these slots has been submitted; the next loads into them come after that."""
 
-    def weights(self, expert: ExpertId, slot: int) -> Weights:
-        """The weights of the expert in a slot, valid until the slot is given to another one."""
-
     def lost(self, slots: Sequence[int]) -> Sequence[int]:
-        """Those of some slots whose experts are not there any more: the kernel can take pages of the page cache."""
+        """Those of some slots whose experts are not there any more; called if slots `can_lose` experts."""
 
     def give_back(self) -> None:
         """Give back memory that evicted experts still take in case they return."""

@@ -92,12 +92,14 @@ class _Buffer(NamedTuple):
 class CopiedSlots:
     """Slots that are buffers, filled by a copier."""
 
+    can_lose = False
+
     def __init__(self, store: ExpertStore, pool: SlotPool, copier: Copier) -> None:
         self.pool = pool
         self._store = store
         self._copier = copier
-        self._seen: dict[int, tuple[ExpertId, Weights]] = {}
-        """By slot, the expert whose weights were asked for last, and these."""
+        self.is_asynchronous = copier.is_asynchronous
+        self.weights: dict[int, Weights] = {}
 
     @property
     def num_lanes(self) -> int:
@@ -112,33 +114,25 @@ class CopiedSlots:
     def remove(self, slot: int) -> None:
         """Free a buffer."""
         self._copier.retire(self.pool.record(slot))
-        self._seen.pop(slot, None)
+        self.weights.pop(slot, None)
         self.pool.remove(slot)
 
     def start(self, expert: ExpertId, slot: int, alongside: int = 0) -> Transfer:
         """Begin to fill the slot's buffer."""
-        nbytes = self._store.layout(*expert).nbytes
-        self._seen.pop(slot, None)
-        if self.pool.record(slot).nbytes != nbytes:
-            self.pool.fit(slot, nbytes)
+        layout = self._store.layout(*expert)
+        if self.pool.record(slot).nbytes != layout.nbytes:
+            self.pool.fit(slot, layout.nbytes)
             self._copier.retire(self.pool.record(slot))  # its memory may be another tensor's that kernels still read
+        self.weights[slot] = self.pool.views(slot, layout)
         return self._copier.start(expert, self.pool.record(slot), alongside)
 
     def retire(self, slots: Sequence[int]) -> None:
         """The next copies into these buffers come after the kernels that read them now."""
-        if self._copier.is_asynchronous:
-            for slot in slots:
-                self._copier.retire(self.pool.record(slot))
-
-    def weights(self, expert: ExpertId, slot: int) -> Weights:
-        """The buffer seen as the expert."""
-        seen = self._seen.get(slot)
-        if seen is None or seen[0] != expert:
-            seen = self._seen[slot] = expert, self.pool.views(slot, self._store.layout(*expert))
-        return seen[1]
+        for slot in slots:
+            self._copier.retire(self.pool.record(slot))
 
     def lost(self, slots: Sequence[int]) -> Sequence[int]:
-        """None: the buffers are ours."""
+        """Always none."""
         return ()
 
     def give_back(self) -> None:

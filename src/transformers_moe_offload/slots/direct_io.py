@@ -30,6 +30,10 @@ _Lie = tuple[RecordLayout, tuple[int, ...] | None]
 class DirectSlots:
     """Slots in host memory that begin at pages, equal unless they hold records of another size."""
 
+    is_asynchronous = False
+    """CPU kernels have finished when they return."""
+    can_lose = False
+
     def __init__(self, store: ExpertStore, slot_bytes: int, spare_bytes: int, workers: int) -> None:
         """`spare_bytes` of the `slot_bytes` are for the parts of pages that an expert does not fill."""
         self.reader = PageReader(workers)
@@ -40,6 +44,7 @@ class DirectSlots:
         self._memory = PageMemory()
         self._slots: dict[int, Tensor] = {}
         self._places: dict[ExpertId, Placed | None] = {}
+        self.weights: dict[int, Weights] = {}
         self._seen: dict[int, tuple[_Lie, Weights]] = {}
         """By slot, the placement of the expert whose weights were viewed last, and the views: experts of one file are
         placed alike, as a rule."""
@@ -56,31 +61,23 @@ class DirectSlots:
     def remove(self, slot: int) -> None:
         """Free the pages."""
         self._seen.pop(slot, None)
+        self.weights.pop(slot, None)
         self._memory.give_back(self._slots.pop(slot))
 
     def start(self, expert: ExpertId, slot: int, alongside: int = 0) -> Transfer:
         """Begin to read an expert into the slot's pages."""
         place, layout = self._place(expert), self._store.layout(*expert)
         memory = self._fitting(slot, layout.nbytes if place is None else place.nbytes)
+        self.weights[slot] = self._views(slot, (layout, None if place is None else place.offsets))
         if place is None:
             return self._copier.start(expert, memory[: layout.nbytes], alongside)
         return self.reader.start(place.reads, memory, partial(self._complete, expert, place, memory), alongside)
 
     def retire(self, slots: Sequence[int]) -> None:
-        """Nothing to do: CPU kernels have finished when they return."""
-
-    def weights(self, expert: ExpertId, slot: int) -> Weights:
-        """The expert's tensors in the slot's pages."""
-        place = self._place(expert)
-        lie = self._store.layout(*expert), None if place is None else place.offsets
-        seen = self._seen.get(slot)
-        if seen is None or seen[0] != lie:
-            with torch.inference_mode(False):  # a model that generates now may be trained later
-                seen = self._seen[slot] = lie, lie[0].views(self._slots[slot], lie[1])
-        return seen[1]
+        """Nothing to do."""
 
     def lost(self, slots: Sequence[int]) -> Sequence[int]:
-        """None: the buffers are ours."""
+        """Always none."""
         return ()
 
     def give_back(self) -> None:
@@ -94,6 +91,14 @@ class DirectSlots:
     def device_bytes(self, expert: ExpertId) -> int:
         """There is no accelerator."""
         return 0
+
+    def _views(self, slot: int, lie: _Lie) -> Weights:
+        """An expert's tensors in a slot's pages."""
+        seen = self._seen.get(slot)
+        if seen is None or seen[0] != lie:
+            with torch.inference_mode(False):  # a model that generates now may be trained later
+                seen = self._seen[slot] = lie, lie[0].views(self._slots[slot], lie[1])
+        return seen[1]
 
     def _place(self, expert: ExpertId) -> Placed | None:
         if expert not in self._places:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 
 import torch
 
@@ -30,12 +30,17 @@ class MappedSlots:
     expert that is not stored as it is used is copied instead.
     """
 
+    is_asynchronous = False
+    """CPU kernels have finished when they return."""
+    can_lose = True
+
     def __init__(self, store: ExpertStore, workers: int) -> None:
         self.num_lanes = workers
         self._store = store
         self._lanes = ReaderPool(workers)
         self._experts: dict[ExpertId, _MappedExpert] = {}
         self._inside: dict[int, _MappedExpert] = {}
+        self.weights = _Weights(self._inside)
         self._left: set[_MappedExpert] = set()
         """Experts that were replaced since the last `give_back`; some may have been loaded again."""
 
@@ -61,11 +66,7 @@ class MappedSlots:
         return self._lanes.start((), coming.bring_in)
 
     def retire(self, slots: Sequence[int]) -> None:
-        """Nothing to do: CPU kernels have finished when they return."""
-
-    def weights(self, expert: ExpertId, slot: int) -> Weights:
-        """The expert's tensors inside the mapped files."""
-        return self._inside[slot].weights
+        """Nothing to do."""
 
     def lost(self, slots: Sequence[int]) -> Sequence[int]:
         """The slots of experts whose pages are not in memory any more, or whose files have changed."""
@@ -85,6 +86,22 @@ class MappedSlots:
     def device_bytes(self, expert: ExpertId) -> int:
         """There is no accelerator."""
         return 0
+
+
+class _Weights(Mapping[int, Weights]):
+    """The tensors inside the mapped files, by slot: they are made when an expert is brought in."""
+
+    def __init__(self, inside: Mapping[int, _MappedExpert]) -> None:
+        self._inside = inside
+
+    def __getitem__(self, slot: int) -> Weights:
+        return self._inside[slot].weights
+
+    def __iter__(self) -> Iterator[int]:
+        return iter(self._inside)
+
+    def __len__(self) -> int:
+        return len(self._inside)
 
 
 class _MappedExpert:

@@ -7,6 +7,7 @@ for any policy, so the restrictions on other policies must not lower it.
 
 from __future__ import annotations
 
+from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
@@ -96,6 +97,13 @@ class NoSlots:
     """Slots that hold nothing: loads land at once."""
 
     num_lanes = 1
+    is_asynchronous = False
+    can_lose = False
+
+    @property
+    def weights(self) -> Mapping[int, Weights]:
+        """No weights in any slot."""
+        return defaultdict(dict)
 
     def add(self, slot: int) -> None:
         """Nothing to make."""
@@ -110,12 +118,8 @@ class NoSlots:
     def retire(self, slots: Sequence[int]) -> None:
         """Nothing is being read."""
 
-    def weights(self, expert: ExpertId, slot: int) -> Weights:
-        """No weights."""
-        return {}
-
     def lost(self, slots: Sequence[int]) -> Sequence[int]:
-        """None: nothing takes them away."""
+        """Always none."""
         return ()
 
     def give_back(self) -> None:

@@ -218,7 +218,7 @@ def test_what_only_python_sees_has_steps_computed_as_ever(small_checkpoint, eage
     adapted = get_peft_model(model, LoraConfig(r=2, target_modules=["q_proj"]))
     assert torch.equal(generate(adapted, prompt(), **static())[1], eager[1])
     assert step_of(model).num_captured == 0
-    for reason in ("has a hook, Passage.", "the model is being traced", "has an adapter"):
+    for reason in ("has a hook, ForwardContext.", "the model is being traced", "has an adapter"):
         assert caplog.text.count(reason) == 1
 
 
