@@ -34,7 +34,7 @@ class ExpertCache(CacheCore):
         goes in waves, which leaves no slot for other loads. Experts that are `computed` by the host are wanted like the
         others, but neither loaded nor given to the caller.
         """
-        return Visit(self, layer, [ExpertId(layer, expert) for expert in wanted], started, computed)
+        return Visit(self, layer, [*map(self._ids[layer].__getitem__, wanted)], started, computed)
 
     def load_ahead(self, expert: ExpertId, spared: Set[ExpertId] = frozenset()) -> bool:
         """Start to load an expert ahead of demand; returns whether the load was started.

@@ -56,6 +56,8 @@ class CacheCore:
         self.on_visit: Callable[[int, Sequence[int]], None] | None = None
         """Called at the beginning of each visit with the layer and the experts it wants."""
         self._num_experts = dict(num_experts)
+        self._ids = {layer: [ExpertId(layer, expert) for expert in range(num)] for layer, num in num_experts.items()}
+        """Made once: a visit needs them at every step."""
         self._policy = policy
         self._new_policy = new_policy or type(policy)
         self._in_flight: dict[ExpertId, Transfer] = {}
