@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 
 import torch
 
@@ -62,7 +62,8 @@ class MappedSlots:
             if left.is_copy and left not in self._inside.values():
                 left.leave()
         coming = self._inside[slot] = self._experts.setdefault(expert, _MappedExpert(self._store, expert))
-        if coming.is_there(time.monotonic()):
+        now = time.monotonic()
+        if coming.is_there(now, [map for map in coming.files if not map.is_unchanged(now)]):
             return Landed(coming.from_files)
         return self._lanes.start((), coming.bring_in)
 
@@ -72,7 +73,10 @@ class MappedSlots:
     def lost(self, slots: Sequence[int]) -> Sequence[int]:
         """The slots of experts whose pages are not in memory any more, or whose files have changed."""
         now = time.monotonic()
-        return [slot for slot in slots if not self._inside[slot].is_there(now)]
+        held = [self._inside[slot] for slot in slots]
+        files = {map for one in held for map in one.files}
+        changed = {map for map in files if not map.is_unchanged(now)}
+        return [slot for slot, one in zip(slots, held, strict=True) if not one.is_there(now, changed)]
 
     def start_over(self, held: Mapping[int, ExpertId]) -> None:
         """Wait until nothing is mapped any more."""
@@ -115,20 +119,19 @@ class _MappedExpert:
         self._expert = expert
         self._pages: list[tuple[MappedFile, FileRange]] = []
         """Where it is mapped; empty if it is a copy."""
+        self.files: tuple[MappedFile, ...] = ()
+        """The files that it is in."""
         self._last_use = -math.inf
         """When it was asked for last, in seconds of `time.monotonic`."""
 
-    def is_there(self, now: float) -> bool:
-        """Whether it can be used: it has been loaded, its files are unchanged, and its pages are in memory.
+    def is_there(self, now: float, changed: Collection[MappedFile]) -> bool:
+        """Whether it can be used: it has been loaded, is in none of the files that have `changed`, and is in memory.
 
         Touching a mapped page that its file has lost would end the process; a page that the kernel took back is only
         read again. Pages are not looked at if they were used, or seen, a moment before.
         """
-        if not self.weights:
+        if not self.weights or (changed and any(map in changed for map in self.files)):
             return False
-        for map, _ in self._pages:
-            if not map.is_unchanged(now):
-                return False
         if now > self._last_use + _SURELY_THERE:
             for map, file_range in self._pages:
                 if not map.is_cached(file_range.start, file_range.stop):
@@ -147,6 +150,7 @@ class _MappedExpert:
                 self.weights = layout.views(record)
                 return self.from_files
             pages = self._pages = [(file_range.file.mapped(), file_range) for file_range in joined(ranges)]
+            self.files = tuple(dict.fromkeys(map for map, _ in pages))
             for map, file_range in pages:
                 map.bring_in(file_range.start, file_range.stop)
             if len(pages) == 1:
