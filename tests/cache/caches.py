@@ -2,10 +2,11 @@
 
 import torch
 
+from copiers import FakeCopier
 from transformers_moe_offload.cache.cache import ExpertCache
 from transformers_moe_offload.policies import LRU
 from transformers_moe_offload.slots.buffers import CopiedSlots, SlotPool
-from transformers_moe_offload.slots.transfer import FakeCopier, HostCopier
+from transformers_moe_offload.slots.transfer import HostCopier
 
 NUM_LAYERS, NUM_EXPERTS = 3, 8
 CPU = torch.device("cpu")

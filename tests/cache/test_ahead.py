@@ -7,13 +7,14 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from copiers import FakeCopier
 from stores import number
 from transformers_moe_offload.cache.cache import ExpertCache
 from transformers_moe_offload.expert import ExpertId
 from transformers_moe_offload.policies import LRU
 from transformers_moe_offload.slots.buffers import CopiedSlots, SlotPool
 from transformers_moe_offload.slots.inline_reads import Announced, InlineReads
-from transformers_moe_offload.slots.transfer import FakeCopier, HostCopier
+from transformers_moe_offload.slots.transfer import HostCopier
 
 from .caches import NUM_EXPERTS, NUM_LAYERS, visit_all
 

@@ -3,9 +3,10 @@
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from copiers import FakeCopier
 from stores import number
 from transformers_moe_offload.expert import ExpertId
-from transformers_moe_offload.slots.transfer import FakeCopier, HostCopier
+from transformers_moe_offload.slots.transfer import HostCopier
 from transformers_moe_offload.stats import LayerStats
 from transformers_moe_offload.store.record_reader import whole
 

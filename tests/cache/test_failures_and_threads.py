@@ -5,9 +5,9 @@ import threading
 
 import pytest
 
+from copiers import FakeCopier
 from stores import number
 from transformers_moe_offload.expert import ExpertId
-from transformers_moe_offload.slots.transfer import FakeCopier
 
 from .caches import NUM_EXPERTS, NUM_LAYERS, cache_of, counts, numbers_in, reading_cache_of, residents, visit_all
 

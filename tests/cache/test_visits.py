@@ -5,12 +5,12 @@ import time
 
 import pytest
 
+from copiers import FakeCopier
 from stores import number
 from transformers_moe_offload.cache.cache import ExpertCache
 from transformers_moe_offload.expert import ExpertId
 from transformers_moe_offload.policies import LRU
 from transformers_moe_offload.slots.buffers import CopiedSlots, SlotPool
-from transformers_moe_offload.slots.transfer import FakeCopier
 
 from .caches import CPU, NUM_EXPERTS, cache_of, counts, numbers_in, reading_cache_of, residents, visit_all
 

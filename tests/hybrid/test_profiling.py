@@ -5,12 +5,13 @@ import torch
 from torch import nn
 
 from compute.layers import MLP, H, I
+from copiers import FakeCopier
 from transformers_moe_offload.expert import ExpertId, FieldSpec
 from transformers_moe_offload.hybrid import profiling
 from transformers_moe_offload.hybrid.cpu_experts import HostCompute
 from transformers_moe_offload.hybrid.profiling import fetch_seconds, host_seconds, measured_rates
 from transformers_moe_offload.slots.cuda.copier import CudaCopier
-from transformers_moe_offload.slots.transfer import FakeCopier, HostCopier
+from transformers_moe_offload.slots.transfer import HostCopier
 from transformers_moe_offload.store.record import RecordLayout
 from transformers_moe_offload.store.record_reader import whole
 

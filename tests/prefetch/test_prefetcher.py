@@ -1,5 +1,6 @@
 import torch
 
+from copiers import FakeCopier
 from stores import numbered_store
 from transformers_moe_offload.cache.cache import ExpertCache
 from transformers_moe_offload.expert import ExpertId
@@ -8,7 +9,6 @@ from transformers_moe_offload.prefetch.controller import Controller
 from transformers_moe_offload.prefetch.predictors import Prediction
 from transformers_moe_offload.prefetch.prefetcher import Prefetcher
 from transformers_moe_offload.slots.buffers import CopiedSlots, SlotPool
-from transformers_moe_offload.slots.transfer import FakeCopier
 
 NUM_LAYERS, NUM_EXPERTS = 4, 8
 RECORD_BYTES = 128

@@ -5,9 +5,10 @@ import time
 import pytest
 import torch
 
+from copiers import FakeCopier
 from transformers_moe_offload.errors import CheckpointError
 from transformers_moe_offload.expert import ExpertId
-from transformers_moe_offload.slots.transfer import FakeCopier, HostCopier
+from transformers_moe_offload.slots.transfer import HostCopier
 from transformers_moe_offload.store.record_reader import whole
 
 NBYTES = 32
