@@ -21,7 +21,7 @@ from transformers_moe_offload import (
     restore,
 )
 from transformers_moe_offload.errors import CheckpointError
-from transformers_moe_offload.hf.model.places import refuse_kernels
+from transformers_moe_offload.hf.loading.discover import refuse_kernels
 from transformers_moe_offload.training import unfreeze_experts
 from zoo.build import build
 

@@ -14,7 +14,7 @@ from stores import numbered_store
 from transformers_moe_offload import OffloadConfig
 from transformers_moe_offload.device_decode import arena
 from transformers_moe_offload.hf.decode.engines import build_engines
-from transformers_moe_offload.hf.model.plan import Placement
+from transformers_moe_offload.hf.model.placements import Placement
 from transformers_moe_offload.hf.model.planning import make_plan
 
 ERRORS = [MemoryError("no memory"), torch.OutOfMemoryError("no memory"), RuntimeError("no memory"), OSError(12, "none")]

@@ -14,7 +14,7 @@ from transformers_moe_offload import CapacityError, OffloadConfig
 from transformers_moe_offload.expert import ExpertId, ExpertSpec, FieldSpec
 from transformers_moe_offload.hf.loading.quantizer import MoeOffloadQuantizer
 from transformers_moe_offload.hf.model import planning
-from transformers_moe_offload.hf.model.plan import Placement
+from transformers_moe_offload.hf.model.placements import Placement
 from transformers_moe_offload.hf.model.planning import make_plan, without_arenas
 from transformers_moe_offload.hf.model.pools import build_caches
 

@@ -41,12 +41,12 @@ def order_of_use(wanted: Sequence[ExpertId], residency: Residency, num_slots: in
         worth_keeping = [expert for expert in wanted[-num_slots:] if residency.is_resident(expert)]
         kept = set(worth_keeping[-(num_slots - 2) :] if num_slots > 2 else ())
 
-    def turn(expert: ExpertId) -> int:
+    def rank(expert: ExpertId) -> int:
         if expert in kept:
             return 3
         return 0 if residency.is_resident(expert) else 1 if residency.is_loading(expert) else 2
 
-    return sorted(wanted, key=turn)
+    return sorted(wanted, key=rank)
 
 
 def plan(upcoming: Sequence[ExpertId], residency: Residency, candidates: Iterable[ExpertId], floor: int = 0) -> Plan:

@@ -1,9 +1,9 @@
 """One layer's use of the experts it wants.
 
-A layer opens a visit, and is given each expert once, held for as long as it is being used: `for expert, weights in
-visit` in the order in which they become available (residents first, then loads as they land), or `visit.take(expert)`
-in an order of its own. Loads for the rest of the visit go on meanwhile; if the layer wants more experts than there are
-slots, they pass through in waves.
+A visit yields each wanted expert once and holds it while it is used: `visit.batches()` yields those that are available
+together, `for expert, weights in visit` one after the other, residents first, then loads as they land, and
+`visit.take(expert)` the one that is asked for. Loads for the rest of the visit go on meanwhile; if the layer wants more
+experts than there are slots, they pass through in waves.
 """
 
 from __future__ import annotations
@@ -58,6 +58,7 @@ class Visit:
         self._let_go()
         if kind is not None:
             self._cache.settle()
+        # In waves only the last one is left to announce; and if all were resident, all of them were used in this order.
         if self._in_waves or (self._are_all_resident and len(self._used) == len(self._wanted)):
             self._cache.announce(self._used)
         else:

@@ -16,7 +16,8 @@ from transformers_moe_offload.config import Budget, OffloadConfig
 from transformers_moe_offload.dtypes import dtype_name
 from transformers_moe_offload.formats.by_expert import LayerCodecs
 from transformers_moe_offload.hf.loading.meta_model import MetaModel, meta_model
-from transformers_moe_offload.hf.model.plan import OffloadPlan, Placement, readable
+from transformers_moe_offload.hf.model.placements import Placement
+from transformers_moe_offload.hf.model.plan import OffloadPlan, readable
 from transformers_moe_offload.hf.model.planning import make_plan
 from transformers_moe_offload.hf.prebuilt.sizes import Sizes
 from transformers_moe_offload.hf.prebuilt.source import Quantization

@@ -42,7 +42,7 @@ class MappedSlots:
         self._experts: dict[ExpertId, _MappedExpert] = {}
         self._inside: dict[int, _MappedExpert] = {}
         self.weights = _Weights(self._inside)
-        self._left: set[_MappedExpert] = set()
+        self._replaced: set[_MappedExpert] = set()
         """Experts that were replaced since the last `give_back`; some may have been loaded again."""
 
     def add(self, slot: int) -> None:
@@ -52,20 +52,26 @@ class MappedSlots:
         """Unmap the expert in the slot."""
         left = self._inside.pop(slot, None)
         if left is not None and left not in self._inside.values():
-            left.let_go()
+            left.unmap()
 
     def start(self, expert: ExpertId, slot: int, alongside: int = 0) -> Transfer:
         """Begin to map an expert, in one go: all of its pages are announced to the kernel at once anyway."""
         left = self._inside.pop(slot, None)
         if left is not None:
-            self._left.add(left)
+            self._replaced.add(left)
             if left.is_copy and left not in self._inside.values():
-                left.leave()
-        coming = self._inside[slot] = self._experts.setdefault(expert, _MappedExpert(self._store, expert))
+                left.drop_copy()
+        coming = self._inside[slot] = self._mapped(expert)
         now = time.monotonic()
         if coming.is_there(now, [map for map in coming.files if not map.is_unchanged(now)]):
             return Landed(coming.from_files)
         return self._lanes.start((), coming.bring_in)
+
+    def _mapped(self, expert: ExpertId) -> _MappedExpert:
+        found = self._experts.get(expert)
+        if found is None:
+            found = self._experts[expert] = _MappedExpert(self._store, expert)
+        return found
 
     def retire(self, slots: Sequence[int]) -> None:
         """Nothing to do."""
@@ -79,14 +85,14 @@ class MappedSlots:
         return [slot for slot, one in zip(slots, held, strict=True) if not one.is_there(now, changed)]
 
     def start_over(self, held: Mapping[int, ExpertId]) -> None:
-        """Wait until nothing is mapped any more."""
+        """Wait for the reader threads; a slot's mapping is replaced when its next load begins."""
         self._lanes.drain()
 
     def give_back(self) -> None:
         """Unmap evicted experts."""
-        for expert in self._left.difference(self._inside.values()):
-            expert.let_go()
-        self._left.clear()
+        for expert in self._replaced.difference(self._inside.values()):
+            expert.unmap()
+        self._replaced.clear()
 
     def device_bytes(self, expert: ExpertId) -> int:
         """There is no accelerator."""
@@ -171,11 +177,11 @@ class _MappedExpert:
         """Whether it takes memory of its own, not pages that the kernel can take back."""
         return not self._pages
 
-    def leave(self) -> None:
+    def drop_copy(self) -> None:
         """Drop a copy."""
         self.weights = {}
 
-    def let_go(self) -> None:
+    def unmap(self) -> None:
         """Unmap the pages."""
         for map, file_range in self._pages:
             map.let_go(file_range.start, file_range.stop)

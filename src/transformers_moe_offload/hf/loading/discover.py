@@ -77,3 +77,14 @@ def _what_there_is(model: nn.Module) -> str:
         return f"it has modules named {', '.join(alike)}, but not of a kind that routes tokens to experts"
     kinds = sorted({type(m).__name__ for m in model.modules() if not type(m).__module__.startswith("torch.")})
     return f"its modules are {', '.join(kinds[:6])}{', ...' if len(kinds) > 6 else ''}"
+
+
+def refuse_kernels(model: nn.Module) -> None:
+    """Raise if `use_kernels` could replace a block with offloaded experts by a kernel from the Hub."""
+    for name, module in model.named_modules():
+        kernel = getattr(module, "kernel_layer_name", None)
+        if kernel is not None and any(isinstance(part, OffloadedExperts) for part in module.modules()):
+            raise UnsupportedModelError(
+                f"use_kernels would compute {name or type(model).__name__} with the kernel {kernel}, which reads "
+                f"experts as parameters, but they are offloaded; leave use_kernels and kernel_config out"
+            )

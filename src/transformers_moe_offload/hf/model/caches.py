@@ -1,7 +1,7 @@
 """Build and drop the caches of a model with their engines, host sides and prefetcher, and what computes each layer.
 
-They are built when first needed, and dropped when layers have moved; statistics outlive them. `plan.py` decides their
-sizes; `handle.py` calls this when caches are needed, and holds the sources of experts.
+They are built when first needed, and dropped when layers have moved; statistics outlive them. `planning.py` decides
+their sizes; `handle.py` calls this when caches are needed, and holds the sources of experts.
 """
 
 from __future__ import annotations
@@ -30,12 +30,12 @@ from transformers_moe_offload.hf.model.experts_module import OffloadedLayer
 from transformers_moe_offload.hf.model.host_sides import host_sides
 from transformers_moe_offload.hf.model.layer_forward import LayerExperts, LayerForward, Path
 from transformers_moe_offload.hf.model.lookahead import Lookahead, look_ahead_in
+from transformers_moe_offload.hf.model.module_paths import is_in_place
 from transformers_moe_offload.hf.model.paths.device import DevicePath
 from transformers_moe_offload.hf.model.paths.eager import EagerPath
 from transformers_moe_offload.hf.model.paths.fast import FastPath
 from transformers_moe_offload.hf.model.paths.training import TrainingPath
 from transformers_moe_offload.hf.model.placements import placements
-from transformers_moe_offload.hf.model.places import is_in_place
 from transformers_moe_offload.hf.model.plan import OffloadPlan, PoolPlan
 from transformers_moe_offload.hf.model.planning import make_plan, tried_out, without_arenas
 from transformers_moe_offload.hf.model.pools import build_caches
@@ -153,8 +153,8 @@ class LayerCaches:
         held: Counter[torch.device] = Counter()
         for pool in () if self.plan is None else self.plan.pools:
             held[pool.device] += 0 if pool.is_mapped else pool.cache_bytes
-        on_the_host = obstacles_of(self._layers, sources, config)
-        plan = make_plan(placements(self._layers, sources, config, on_the_host), config, held)
+        obstacles = obstacles_of(self._layers, sources, config)
+        plan = make_plan(placements(self._layers, sources, config, obstacles), config, held)
         if self.plan is None:
             return
         num_slots = {pool.layers: pool.num_slots for pool in plan.pools}

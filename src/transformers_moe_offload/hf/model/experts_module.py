@@ -1,4 +1,4 @@
-"""Experts modules while they are offloaded: in the model as before, with another class, whose forward this file has.
+"""The class and the forward of an experts module while its experts are offloaded.
 
 The module keeps its place and its attributes; a subclass of its class, with our `forward`, replaces the class.
 Restoring the class undoes this, and `deepcopy`, hooks and `isinstance` work as before.

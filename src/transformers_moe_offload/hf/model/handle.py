@@ -22,12 +22,12 @@ from transformers_moe_offload.hf.loading.placeholders import put_back
 from transformers_moe_offload.hf.model.caches import LayerCaches
 from transformers_moe_offload.hf.model.dense import restore_dense
 from transformers_moe_offload.hf.model.experts_module import OffloadedLayer, experts_at, offloaded, unbind
-from transformers_moe_offload.hf.model.forwards import announcing
+from transformers_moe_offload.hf.model.forward_hooks import announcing
 from transformers_moe_offload.hf.model.layer_forward import LayerForward
+from transformers_moe_offload.hf.model.module_paths import expect_in_place
 from transformers_moe_offload.hf.model.own_experts import NAME as OWN_EXPERTS
 from transformers_moe_offload.hf.model.own_experts import put_among_the_others
 from transformers_moe_offload.hf.model.parameters import parameters_of
-from transformers_moe_offload.hf.model.places import expect_in_place
 from transformers_moe_offload.hf.model.plan import OffloadPlan
 from transformers_moe_offload.hf.model.sparse_layer import SparseLayer
 from transformers_moe_offload.hf.model.state_dicts import remove_state_dict_hooks

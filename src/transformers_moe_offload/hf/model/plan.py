@@ -8,40 +8,9 @@ from dataclasses import dataclass
 import torch
 
 from transformers_moe_offload.cache.capacity import PoolNeed
-from transformers_moe_offload.expert import ExpertSpec
-from transformers_moe_offload.formats.by_expert import AS_USED, LayerCodecs
 from transformers_moe_offload.notebook import html_paragraph, html_table
-from transformers_moe_offload.store.record import RecordLayout
 
 logger = logging.getLogger(__name__)
-
-
-@dataclass(frozen=True)
-class Placement:
-    """One sparse layer and the device it computes on."""
-
-    spec: ExpertSpec
-    device: torch.device
-    codecs: LayerCodecs = AS_USED
-    """How its experts are quantized, if they are."""
-    is_mappable: bool = False
-    """Whether its experts can be used in place in the mapped files of the checkpoint."""
-    is_in_ram: bool = False
-    """Whether its experts are in our own memory instead of files."""
-    is_addressed: bool = False
-    """Whether its experts should be read by address if all of them fit into page-locked memory."""
-    spare_bytes: int | None = None
-    """Bytes of whole pages beyond the expert in them; None if experts cannot be used inside whole pages of a file."""
-
-    @property
-    def slot_bytes(self) -> int:
-        """Bytes of one expert's record, not counting hot experts, whose records may differ."""
-        return self.record_bytes[0]
-
-    @property
-    def record_bytes(self) -> list[int]:
-        """Bytes of an expert's record for each codec of the layer."""
-        return [RecordLayout(self.spec.fields if c is None else c.stored).nbytes for c in self.codecs.kinds]
 
 
 @dataclass(frozen=True)

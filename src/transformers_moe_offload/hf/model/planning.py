@@ -13,7 +13,10 @@ import torch
 from transformers_moe_offload.cache.capacity import PoolNeed, share_out, share_out_by_device, smallest_budget
 from transformers_moe_offload.config import Budget, OffloadConfig
 from transformers_moe_offload.errors import ConfigError
-from transformers_moe_offload.hf.model.plan import OffloadPlan, Placement, PoolPlan
+from transformers_moe_offload.formats.by_expert import LayerCodecs
+from transformers_moe_offload.hf.model.placements import Placement, placements
+from transformers_moe_offload.hf.model.plan import OffloadPlan, PoolPlan
+from transformers_moe_offload.hf.model.sparse_layer import SparseLayer
 from transformers_moe_offload.slots.buffers import allocated_bytes
 from transformers_moe_offload.store.direct_io_probe import is_faster_past_cache
 from transformers_moe_offload.store.expert_store import ExpertStore
@@ -83,6 +86,25 @@ def expect_enough(placements: Sequence[Placement], config: OffloadConfig) -> Non
     if not _is_automatic(config.budget):
         groups = _grouped(placements, config)
         _shared_out(config.budget, [device for device, *_ in groups], _needs(groups, config).of_pools, {})
+
+
+def expect_enough_for(
+    layers: Sequence[SparseLayer],
+    sources: Mapping[int, LayerSource],
+    config: OffloadConfig,
+    coded: Mapping[int, LayerCodecs],
+) -> None:
+    """Raise `CapacityError` if the budget is too small, before anything is built or encoded.
+
+    `coded` are the codecs of layers whose experts will be in RAM.
+    """
+    found = [
+        replace(one, codecs=coded[layer], is_in_ram=True, is_mappable=one.device.type == "cpu", spare_bytes=None)
+        if (layer := one.spec.layer) in coded
+        else one
+        for one in placements(layers, sources, config)
+    ]
+    expect_enough(found, config)
 
 
 def _is_automatic(budget: Budget) -> bool:

@@ -31,7 +31,7 @@ from transformers_moe_offload.output.shards import Advance, Content
 from transformers_moe_offload.output.text import as_json
 
 ContentsOf = Callable[[Quantization, Fetched], tuple[Sequence[LayerContent], Sequence[Content]]]
-"""Makes what is written, sparse layers and dense tensors, of the files of a checkpoint."""
+"""From a checkpoint's files: the sparse layers and the dense tensors to write."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -147,7 +147,8 @@ class QuantizationPlan:
         repo: str | None = None,
         base_model: str | None = None,
     ) -> PreparedCheckpoint:
-        """Download the weights, and compute all that is written but the weights; the arguments are the function's.
+        """Download the weights; make config, model card and recipe. `overwrite` and `base_model` are those of
+        `quantize_checkpoint`.
 
         `contents_of` encodes the weights of the `fetched` files; None downloads them. `repo` is where the caller will
         upload the checkpoint: the name on the model card, and an error if that cannot be.

@@ -11,7 +11,7 @@ from transformers_moe_offload.config import OffloadConfig
 from transformers_moe_offload.expert import ExpertSpec
 from transformers_moe_offload.formats.by_expert import LayerCodecs
 from transformers_moe_offload.hf.loading.codecs import plain_fields
-from transformers_moe_offload.hf.model.plan import Placement
+from transformers_moe_offload.hf.model.placements import Placement
 from transformers_moe_offload.hf.model.planning import make_plan
 from transformers_moe_offload.hf.other_quantizers.dequantize import StoredBytes
 from transformers_moe_offload.hf.prebuilt.source import Quantization

@@ -1,8 +1,8 @@
 """Find a sparse layer's router: the module beside the experts that scores them.
 
 A router has a matrix of (experts, hidden), perhaps with a correction that is added to its scores, and as a rule it is
-named so. One that is only named so is found, too, also around the block: wrappers of PEFT lie between the experts and
-it, and a mixture of adapters can have one router for all layers.
+named so. Without such a matrix, a module with a router's name is taken, in the block or in the nearest module around
+it: wrappers of PEFT lie between the experts and it, and a mixture of adapters can have one router for all layers.
 """
 
 from __future__ import annotations

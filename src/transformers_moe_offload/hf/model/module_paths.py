@@ -57,14 +57,3 @@ def _registered(module: nn.Module, layer: SparseLayer) -> str | None:
         if leaf in module.get_submodule(owner)._parameters:
             return path
     return None
-
-
-def refuse_kernels(model: nn.Module) -> None:
-    """Raise if `use_kernels` could replace a block with offloaded experts by a kernel from the Hub."""
-    for name, module in model.named_modules():
-        kernel = getattr(module, "kernel_layer_name", None)
-        if kernel is not None and any(isinstance(part, OffloadedExperts) for part in module.modules()):
-            raise UnsupportedModelError(
-                f"use_kernels would compute {name or type(model).__name__} with the kernel {kernel}, which reads "
-                f"experts as parameters, but they are offloaded; leave use_kernels and kernel_config out"
-            )
