@@ -298,3 +298,19 @@ class TestTheHandle:
             logits(model, token_ids)
         hook.remove()
         assert torch.equal(logits(model, token_ids), expected)
+
+
+@pytest.mark.parametrize("mmap", [False, "auto"])
+def test_a_forward_inside_of_a_layer_that_computes_is_refused_and_the_next_forward_is_right(
+    checkpoint, token_ids, mmap
+):
+    """It would replace experts that the layer is computing with."""
+    config = OffloadConfig(cache_budget="25%", mmap=mmap, arithmetic="exact")
+    model = AutoModelForCausalLM.from_pretrained(checkpoint, moe_offload=config).eval()
+    with torch.no_grad():
+        expected = model(token_ids).logits
+        hook = model.model.layers[1].mlp.experts.act_fn.register_forward_hook(lambda *_: model(token_ids) and None)
+        with pytest.raises(MoeOffloadError, match=r"while a layer of this model computes .* copy\.deepcopy of it"):
+            model(token_ids)
+        hook.remove()
+        assert torch.equal(model(token_ids).logits, expected)

@@ -10,11 +10,19 @@ from __future__ import annotations
 
 from collections.abc import Callable, Container, Iterator, Sequence
 from types import TracebackType
+from typing import Any
 
 from transformers_moe_offload.cache.core import CacheCore
 from transformers_moe_offload.cache.planner import order_of_use
+from transformers_moe_offload.errors import MoeOffloadError
 from transformers_moe_offload.expert import ExpertId
 from transformers_moe_offload.slots.base import Weights
+
+
+def _times_taken(turn: Any) -> int:
+    """How often the thread that has the turn has taken it; 1 where Python does not tell (before 3.11.5)."""
+    count = getattr(turn, "_recursion_count", None)
+    return 1 if count is None else int(count())
 
 
 class Visit:
@@ -45,6 +53,12 @@ class Visit:
 
     def __enter__(self) -> Visit:
         assert self._cache.turn._is_owned(), "open a visit with the turn: `with cache.turn, cache.visit(...) as visit`"  # type: ignore[attr-defined]
+        if _times_taken(self._cache.turn) > 1:
+            raise MoeOffloadError(
+                f"sparse layer {self._layer} is asked for experts while a layer of this model computes with others, "
+                f"which they could replace: a hook inside of an experts module calls the model. Call it before or "
+                f"after the outer forward, or call a copy.deepcopy of it"
+            )
         if not self._cache.is_whole:
             self._cache.repair()
         self._are_all_resident = self._cache.begin(self._layer, list(self._wanted), self._computed)

@@ -227,3 +227,10 @@ def test_it_is_uploaded_when_it_is_complete(plain, folder, monkeypatch):
     assert uploaded == [("me/quantized", True, True)]
     assert made.url == "https://hub/me/quantized"
     assert 'from_pretrained("me/quantized"' in (folder / "README.md").read_text()
+
+
+@pytest.mark.parametrize("workers", [0, -1, True, 1.5, "2"])
+def test_workers_that_are_no_number_are_refused_before_the_folder_is_touched(plain, folder, workers):
+    with pytest.raises(ConfigError, match=rf"workers={re.escape(repr(workers))} is not a positive number of experts"):
+        quantize(plain, folder, workers=workers)
+    assert not folder.exists()

@@ -26,6 +26,14 @@ def rename(model, **others):
     return router
 
 
+def rename_to_linear(model):
+    """The router of layer 1 with neither a name nor a class that tells it."""
+    rename(model)
+    rows, width = model.model.layers[1].mlp.scorer.weight.shape
+    model.model.layers[1].mlp.scorer = nn.Linear(width, rows, bias=False)
+    return model.model.layers[1].mlp.scorer
+
+
 def test_a_router_is_found_with_its_matrix(model):
     router = find_router(model, EXPERTS)
     assert router.path == "model.layers.1.mlp.gate"
@@ -55,6 +63,19 @@ def test_of_two_matrices_the_one_that_is_named_so_is_the_routers(model):
     block = model.model.layers[1].mlp
     block._modules = {"mixer": nn.Linear(width, rows), **block._modules}
     assert find_router(model, EXPERTS).path == "model.layers.1.mlp.gate"
+
+
+def test_a_matrix_beside_the_experts_comes_before_a_name_further_out(model):
+    selector = rename_to_linear(model)
+    model.router_stats = nn.Linear(2, 2)
+    model.model.layers[1].gate = nn.Linear(selector.in_features, 1)
+    assert find_router(model, EXPERTS).path == "model.layers.1.mlp.scorer"
+
+
+def test_of_two_matrices_without_names_none_is_guessed(model):
+    selector = rename_to_linear(model)
+    model.model.layers[1].mlp.other = nn.Linear(selector.in_features, selector.out_features)
+    assert find_router(model, EXPERTS) is None
 
 
 def test_of_two_without_a_matrix_none_is_guessed_and_the_error_says_what_is_looked_for(model):

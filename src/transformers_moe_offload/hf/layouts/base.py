@@ -67,6 +67,9 @@ class ExpertsLayout(ABC):
     def wanted(self, num_experts: int, *args: Any, keep_zero_weights: bool = False) -> list[int]:
         """The experts that a call of the module's forward needs, ascending."""
 
+    has_router_beside: bool = True
+    """Whether the module with the scores' matrix is beside the experts, whatever it is called."""
+
     has_own_files: bool = False
     """Whether experts are in files of their own instead of the files that the model is loaded from."""
 

@@ -33,6 +33,7 @@ class LoraLayout(ExpertsLayout):
     """`lora_A` (E, R, in) and `lora_B` (E, out, R) (`LoraExperts` of `models/adapter_moe`)."""
 
     has_own_files = True
+    has_router_beside = False  # beside them is the linear layer that they add to
 
     @staticmethod
     def matches(module: nn.Module) -> bool:

@@ -29,6 +29,7 @@ from transformers_moe_offload.hub.upload import expect_pushable
 from transformers_moe_offload.output.place import expect_place
 from transformers_moe_offload.output.shards import Advance, Content
 from transformers_moe_offload.output.text import as_json
+from transformers_moe_offload.untrusted import quoted
 
 ContentsOf = Callable[[Quantization, Fetched], tuple[Sequence[LayerContent], Sequence[Content]]]
 """From a checkpoint's files: the sparse layers and the dense tensors to write."""
@@ -99,6 +100,8 @@ def quantize_checkpoint(
         UploadError: if the Hub refuses the upload. The folder stays.
     """
     config = OffloadConfig(experts=experts, dense=dense)  # type: ignore[arg-type]
+    if workers is not None and (type(workers) is not int or workers < 1):
+        raise ConfigError(f"workers={quoted(workers)} is not a positive number of experts; leave it out")
     folder = Path(output)
     expect_place(folder, MARKS, overwrite=overwrite, model=model)
     source = meta_model(str(model), revision=revision, token=token, local_files_only=local_files_only)

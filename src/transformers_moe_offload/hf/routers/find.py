@@ -1,7 +1,7 @@
 """Find a sparse layer's router: the module beside the experts that scores them.
 
 A router has a matrix of (experts, hidden), perhaps with a correction that is added to its scores, and as a rule it is
-named so. Without such a matrix, a module with a router's name is taken, in the block or in the nearest module around
+named so. Without any such matrix, a module with a router's name is taken, in the block or in the nearest module around
 it: wrappers of PEFT lie between the experts and it, and a mixture of adapters can have one router for all layers.
 """
 
@@ -19,6 +19,7 @@ from transformers_moe_offload.hf.model.experts_module import OffloadedExperts, e
 _WRAPPED = ".base_layer"
 """Suffix of the path of a module that PEFT has wrapped."""
 
+_NAMES = ("gate", "router")
 _CLASS = re.compile(r"(Router|Gating)$")
 
 
@@ -49,36 +50,36 @@ class Router(NamedTuple):
 
 
 def find_router(model: nn.Module, experts_path: str) -> Router | None:
-    """The router of an experts module, by the module's path; None if none is found."""
-    _, num_experts, fields = facts_of(experts_at(model, experts_path))
+    """The router of an experts module, by the module's path; None if none is found, or several could be it."""
+    layout, num_experts, fields = facts_of(experts_at(model, experts_path))
     while experts_path.endswith(_WRAPPED):
         experts_path = experts_path.removesuffix(_WRAPPED)
     block_path, _, inside = experts_path.rpartition(".")
     block = model.get_submodule(block_path)
-    matrices = _matrices(block, inside, num_experts, fields[0].shape)
-    named = {name: weight for name, weight in matrices.items() if _is_named_router(name, block.get_submodule(name))}
-    if not named and (path := _named_around(model, block_path, inside)) is not None:
-        return Router(path, None, None)
-    for name, weight in (named or matrices).items():
-        return Router(_join(block_path, name), weight, _find_correction(block, inside, num_experts, weight))
+    matrices = _matrices(block, inside, num_experts, fields[0].shape) if layout.has_router_beside else {}
+    named = _named(block, inside)
+    candidates = [name for name in named if name in matrices] or named or list(matrices)
+    candidates = [name for name in candidates if name in _NAMES] or candidates
+    if len(candidates) > 1:
+        return None
+    for name in candidates:
+        weight = matrices.get(name)
+        correction = None if weight is None else _find_correction(block, inside, num_experts, weight)
+        return Router(_join(block_path, name), weight, correction)
+    while block_path:
+        block_path, _, inside = block_path.rpartition(".")
+        named = _named(model.get_submodule(block_path), inside)
+        if named:
+            return Router(_join(block_path, named[0]), None, None) if len(named) == 1 else None
     return None
 
 
-def _named_around(model: nn.Module, block_path: str, inside: str) -> str | None:
-    """The path of the one module that is named like a router, in a block or the nearest one around it that has any;
-    None if none has such a name, or several that have parameters."""
-    while True:
-        children = dict(model.get_submodule(block_path).named_children())
-        named = [name for name, child in children.items() if name != inside and _is_named_router(name, child)]
-        if len(named) > 1:
-            named = [name for name in named if next(children[name].parameters(), None) is not None]
-            if len(named) != 1:
-                return None
-        if named:
-            return _join(block_path, named[0])
-        if not block_path:
-            return None
-        block_path, _, inside = block_path.rpartition(".")
+def _named(block: nn.Module, inside: str) -> list[str]:
+    """The children of a block that are named like routers, without the one that has the experts `inside`; those without
+    parameters only if there are no others."""
+    children = {name: child for name, child in block.named_children() if name != inside}
+    found = [name for name, child in children.items() if _is_named_router(name, child)]
+    return [name for name in found if next(children[name].parameters(), None) is not None] or found
 
 
 def facts_of(experts: nn.Module) -> tuple[ExpertsLayout, int, tuple[ExpertField, ...]]:
