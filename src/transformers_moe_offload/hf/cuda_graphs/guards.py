@@ -8,6 +8,7 @@ from typing import Any
 
 from torch import nn
 
+from transformers_moe_offload.hf.model.forward_hooks import announcing
 from transformers_moe_offload.hf.upstream import OWN_HOOKS, attention_implementation, is_hooked_by_accelerate
 
 
@@ -42,7 +43,7 @@ def watched(model: Any) -> str | None:
     return None
 
 
-_TRACING = "transformers_moe_offload.hf.model.handle"
+_TRACING = announcing.__module__
 """The module of the hooks that report forwards to a trace. While one records, `Decoding.obstacle` prevents captures."""
 
 
