@@ -63,7 +63,7 @@ class MappedSlots:
                 left.drop_copy()
         coming = self._inside[slot] = self._mapped(expert)
         now = time.monotonic()
-        if coming.is_there(now, [map for map in coming.files if not map.is_unchanged(now)]):
+        if coming.look(now, [map for map in coming.files if not map.is_unchanged(now)]):
             return Landed(coming.from_files)
         return self._lanes.start((), coming.bring_in)
 
@@ -82,7 +82,7 @@ class MappedSlots:
         held = [self._inside[slot] for slot in slots]
         files = {map for one in held for map in one.files}
         changed = {map for map in files if not map.is_unchanged(now)}
-        return [slot for slot, one in zip(slots, held, strict=True) if not one.is_there(now, changed)]
+        return [slot for slot, one in zip(slots, held, strict=True) if not one.look(now, changed)]
 
     def start_over(self, held: Mapping[int, ExpertId]) -> None:
         """Wait for the reader threads; a slot's mapping is replaced when its next load begins."""
@@ -130,8 +130,8 @@ class _MappedExpert:
         self._last_use = -math.inf
         """When it was asked for last, in seconds of `time.monotonic`."""
 
-    def is_there(self, now: float, changed: Collection[MappedFile]) -> bool:
-        """Whether it can be used: it has been loaded, is in none of the files that have `changed`, and is in memory.
+    def look(self, now: float, changed: Collection[MappedFile]) -> bool:
+        """Look whether it can be used: it has been loaded, is in none of the `changed` files, and is in memory.
 
         Touching a mapped page that its file has lost would end the process; a page that the kernel took back is only
         read again. Pages are not looked at if they were used, or seen, a moment before.

@@ -24,7 +24,7 @@ from transformers_moe_offload.hf.loading.given import asked_for, to_save
 from transformers_moe_offload.hf.loading.quantize_on_load import codecs_to_be, quantized
 from transformers_moe_offload.hf.loading.records import locate_records, record_keys
 from transformers_moe_offload.hf.model.dense import prepare_dense, quantize_dense, settle_dense
-from transformers_moe_offload.hf.model.planning import expect_enough_for
+from transformers_moe_offload.hf.model.planning import expect_enough
 from transformers_moe_offload.hf.model.sparse_layer import SparseLayer
 from transformers_moe_offload.hf.model.state_dicts import with_experts
 from transformers_moe_offload.hf.prebuilt.loading import DenseCheck
@@ -142,7 +142,7 @@ class MoeOffloadQuantizer(HfQuantizer):
             codecs = codecs_to_be(model, self._layers, self._sources, config.formats)
             pairs = zip(self._layers, codecs, strict=True)
             coded = {layer.index: one for layer, one in pairs if num_encoded(one, layer.num_experts)}
-        expect_enough_for(layers, {s.spec.layer: s for s in self._sources}, config, coded)
+        expect_enough(layers, {s.spec.layer: s for s in self._sources}, config, coded)
 
     def _process_model_after_weight_loading(self, model: Any, **kwargs: Any) -> None:
         if self._dense_check is not None:

@@ -35,7 +35,7 @@ from transformers_moe_offload.hf.model.paths.device import DevicePath
 from transformers_moe_offload.hf.model.paths.eager import EagerPath
 from transformers_moe_offload.hf.model.paths.fast import FastPath
 from transformers_moe_offload.hf.model.paths.training import TrainingPath
-from transformers_moe_offload.hf.model.placements import placements
+from transformers_moe_offload.hf.model.placements import placements_of
 from transformers_moe_offload.hf.model.plan import OffloadPlan, PoolPlan
 from transformers_moe_offload.hf.model.planning import make_plan, tried_out, without_arenas
 from transformers_moe_offload.hf.model.pools import build_caches
@@ -82,7 +82,7 @@ class LayerCaches:
     def _build(self, model: Any, by_layer: Mapping[int, LayerSource], config: OffloadConfig) -> OffloadPlan:
         sources = list(by_layer.values())
         obstacles = obstacles_of(self._layers, by_layer, config)
-        plan = tried_out(make_plan(placements(self._layers, by_layer, config, obstacles), config), sources, config)
+        plan = tried_out(make_plan(placements_of(self._layers, by_layer, config, obstacles), config), sources, config)
         if plan.arena_bytes:
             try:
                 self._engines = build_engines(plan, sources, config)
@@ -154,7 +154,7 @@ class LayerCaches:
         for pool in () if self.plan is None else self.plan.pools:
             held[pool.device] += 0 if pool.is_mapped else pool.cache_bytes
         obstacles = obstacles_of(self._layers, sources, config)
-        plan = make_plan(placements(self._layers, sources, config, obstacles), config, held)
+        plan = make_plan(placements_of(self._layers, sources, config, obstacles), config, held)
         if self.plan is None:
             return
         num_slots = {pool.layers: pool.num_slots for pool in plan.pools}

@@ -45,7 +45,7 @@ class Placement:
         return [RecordLayout(self.spec.fields if c is None else c.stored).nbytes for c in self.codecs.kinds]
 
 
-def placements(
+def placements_of(
     layers: Sequence[SparseLayer],
     sources: Mapping[int, LayerSource],
     config: OffloadConfig,

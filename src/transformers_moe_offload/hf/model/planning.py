@@ -14,7 +14,7 @@ from transformers_moe_offload.cache.capacity import PoolNeed, share_out, share_o
 from transformers_moe_offload.config import Budget, OffloadConfig
 from transformers_moe_offload.errors import ConfigError
 from transformers_moe_offload.formats.by_expert import LayerCodecs
-from transformers_moe_offload.hf.model.placements import Placement, placements
+from transformers_moe_offload.hf.model.placements import Placement, placements_of
 from transformers_moe_offload.hf.model.plan import OffloadPlan, PoolPlan
 from transformers_moe_offload.hf.model.sparse_layer import SparseLayer
 from transformers_moe_offload.slots.buffers import allocated_bytes
@@ -81,30 +81,26 @@ def make_plan(
     )
 
 
-def expect_enough(placements: Sequence[Placement], config: OffloadConfig) -> None:
-    """Raise as `make_plan` would for a budget in bytes or a share. An "auto" budget is not known before loading."""
-    if not _is_automatic(config.budget):
-        groups = _grouped(placements, config)
-        _shared_out(config.budget, [device for device, *_ in groups], _needs(groups, config).of_pools, {})
-
-
-def expect_enough_for(
+def expect_enough(
     layers: Sequence[SparseLayer],
     sources: Mapping[int, LayerSource],
     config: OffloadConfig,
     coded: Mapping[int, LayerCodecs],
 ) -> None:
-    """Raise `CapacityError` if the budget is too small, before anything is built or encoded.
+    """Raise as `make_plan` would for a budget that is too small, before anything is built or encoded.
 
-    `coded` are the codecs of layers whose experts will be in RAM.
+    `coded` are the codecs of layers whose experts will be in RAM. An automatic budget is not known before loading.
     """
+    if _is_automatic(config.budget):
+        return
     found = [
         replace(one, codecs=coded[layer], is_in_ram=True, is_mappable=one.device.type == "cpu", spare_bytes=None)
         if (layer := one.spec.layer) in coded
         else one
-        for one in placements(layers, sources, config)
+        for one in placements_of(layers, sources, config)
     ]
-    expect_enough(found, config)
+    groups = _grouped(found, config)
+    _shared_out(config.budget, [device for device, *_ in groups], _needs(groups, config).of_pools, {})
 
 
 def _is_automatic(budget: Budget) -> bool:
