@@ -208,3 +208,11 @@ def test_a_cache_is_not_resized_under_somebody_who_uses_it(store):
         list(iterator)
     thread.join(10)
     assert cache.residency.num_slots == 1
+
+
+def test_the_policy_is_told_of_residents_in_the_order_in_which_they_were_asked_for(store):
+    cache = cache_of(store, 3)
+    visit_all(cache, 0, [0, 1, 2])
+    with cache.turn, cache.visit(0, [2, 0, 1]) as visit:
+        assert [expert for expert, _ in visit.in_order()] == [0, 1, 2]
+    assert [expert.expert for expert in cache._policy.candidates()] == [2, 0, 1]

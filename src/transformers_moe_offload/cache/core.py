@@ -34,7 +34,7 @@ logger = logging.getLogger(__name__)
 class CacheCore:
     """The resident experts of some sparse layers on one device, and what happens to them within a turn.
 
-    Its methods are called with the turn held: by `Visit`, `ExpertCache`.
+    Its methods are called with the turn held, by `Visit`, `ExpertCache` and what follows a device.
     """
 
     def __init__(

@@ -72,11 +72,8 @@ class Visit:
         self._let_go()
         if kind is not None:
             self._cache.settle()
-        # In waves only the last one is left to announce; and if all were resident, all of them were used in this order.
-        if self._in_waves or (self._are_all_resident and len(self._used) == len(self._wanted)):
-            self._cache.announce(self._used)
-        else:
-            self._cache.announce([expert for expert in self._wanted if expert in self._used])
+        order = self._used if self._in_waves else self._wanted
+        self._cache.announce([expert for expert in order if expert in self._used])
 
     def __iter__(self) -> Iterator[tuple[int, Weights]]:
         """Each wanted expert once, as it becomes available, with its weights; they are valid for one step."""
