@@ -17,9 +17,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from transformers_moe_offload.compute.grouped_mlp import ByAddress
+from transformers_moe_offload.compute.grouped_mlp import ByAddress, placed
 from transformers_moe_offload.compute.mlp import ExpertMlp
-from transformers_moe_offload.compute.record_matrices import placed
 from transformers_moe_offload.compute.token_grouping import Grouping
 from transformers_moe_offload.dtypes import dtype_name
 from transformers_moe_offload.expert import FieldSpec

@@ -13,9 +13,8 @@ import torch
 from torch import Tensor, nn
 
 from transformers_moe_offload.compute.activation import recognised
-from transformers_moe_offload.compute.grouped_mlp import ByAddress
+from transformers_moe_offload.compute.grouped_mlp import ByAddress, placed
 from transformers_moe_offload.compute.mlp import ExpertMlp
-from transformers_moe_offload.compute.record_matrices import placed
 from transformers_moe_offload.dtypes import torch_dtype
 from transformers_moe_offload.formats.base import Codec
 from transformers_moe_offload.formats.by_expert import LayerCodecs

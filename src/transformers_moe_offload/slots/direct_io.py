@@ -30,9 +30,8 @@ _Lie = tuple[RecordLayout, tuple[int, ...] | None]
 class DirectSlots:
     """Slots in host memory that begin at pages, equal unless they hold records of another size."""
 
-    is_asynchronous = False
-    """CPU kernels have finished when they return."""
-    can_lose = False
+    retire = None
+    lost = None
 
     def __init__(self, store: ExpertStore, slot_bytes: int, spare_bytes: int, workers: int) -> None:
         """`spare_bytes` of the `slot_bytes` are for the parts of pages that an expert does not fill."""
@@ -72,13 +71,6 @@ class DirectSlots:
         if place is None:
             return self._copier.start(expert, memory[: layout.nbytes], alongside)
         return self.reader.start(place.reads, memory, partial(self._complete, expert, place, memory), alongside)
-
-    def retire(self, slots: Sequence[int]) -> None:
-        """Nothing to do."""
-
-    def lost(self, slots: Sequence[int]) -> Sequence[int]:
-        """Always none."""
-        return ()
 
     def give_back(self) -> None:
         """Nothing to do: evicted experts are overwritten."""

@@ -17,7 +17,7 @@ import torch
 
 from transformers_moe_offload.backward.weights import Lenders
 from transformers_moe_offload.cache.cache import ExpertCache
-from transformers_moe_offload.cache.warmup import most_used
+from transformers_moe_offload.cache.capacity import most_used
 from transformers_moe_offload.config import OffloadConfig
 from transformers_moe_offload.device_decode.engine import DeviceEngine
 from transformers_moe_offload.dtypes import torch_dtype
