@@ -18,8 +18,7 @@ import torch
 from torch import Tensor
 
 from transformers_moe_offload.bench.page_cache import can_drop, drop, resident_share
-from transformers_moe_offload.disk_io.file import File
-from transformers_moe_offload.disk_io.file_range import FileRange, joined
+from transformers_moe_offload.disk_io.file import File, FileRange, joined
 from transformers_moe_offload.disk_io.page_reads import placed
 from transformers_moe_offload.slots.direct_io import PageReader
 from transformers_moe_offload.slots.transfer import Transfer

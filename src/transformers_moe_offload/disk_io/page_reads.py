@@ -11,8 +11,7 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import NamedTuple
 
-from transformers_moe_offload.disk_io.file import File
-from transformers_moe_offload.disk_io.file_range import FileRange, joined
+from transformers_moe_offload.disk_io.file import File, FileRange, joined
 from transformers_moe_offload.system.host_memory import PAGE_BYTES
 
 

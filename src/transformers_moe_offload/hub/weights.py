@@ -25,8 +25,7 @@ from transformers_moe_offload.dtypes import torch_dtype
 from transformers_moe_offload.errors import CheckpointError
 from transformers_moe_offload.expert import FieldSpec
 from transformers_moe_offload.hub.fetch import fetch
-from transformers_moe_offload.tensor_files.index import DTYPES, StoredTensor, read_header, read_index
-from transformers_moe_offload.tensor_files.weight_map import WeightMap
+from transformers_moe_offload.tensor_files.index import DTYPES, StoredTensor, WeightMap, read_header, read_index
 
 _PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt")
 _CONNECTION_FAILED: Any = HfHubHTTPError.__bases__[0]
