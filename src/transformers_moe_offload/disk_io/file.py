@@ -230,6 +230,11 @@ class FileRange(NamedTuple):
     start: int
     stop: int
 
+    @property
+    def nbytes(self) -> int:
+        """Number of bytes."""
+        return self.stop - self.start
+
 
 def joined(ranges: Iterable[FileRange]) -> list[FileRange]:
     """The same bytes, with neighbours in a file made one: a checkpoint has an expert's matrices side by side."""

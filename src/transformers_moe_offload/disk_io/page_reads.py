@@ -59,7 +59,7 @@ def placed(ranges: Sequence[FileRange]) -> Placed:
 
 def most_spare_bytes(ranges: Sequence[FileRange]) -> int:
     """The most bytes of memory that whole pages add to an expert with these ranges, wherever in a page they begin."""
-    return sum(PAGE_BYTES * (1 if (one.stop - one.start) % PAGE_BYTES == 0 else 2) for one in joined(ranges))
+    return sum(PAGE_BYTES * (1 if one.nbytes % PAGE_BYTES == 0 else 2) for one in joined(ranges))
 
 
 def parts(read: PageRead, most_bytes: int) -> list[PageRead]:
