@@ -74,17 +74,11 @@ class CacheStats(LayerStats):
         head = ["sparse layer", "asked for", "hits", "hit rate", "late hits", "misses", "MiB read", "ms waited"]
         rows = [
             [
-                path,
-                f"{layer.asked:,}",
-                f"{layer.hits:,}",
-                f"{layer.hit_rate:.1%}",
-                f"{layer.late_hits:,}",
-                f"{layer.misses:,}",
-                f"{layer.disk_bytes / 2**20:,.1f}",
-                f"{layer.stall_ms:,.0f}",
+                path, f"{layer.asked:,}", f"{layer.hits:,}", f"{layer.hit_rate:.1%}", f"{layer.late_hits:,}",
+                f"{layer.misses:,}", f"{layer.disk_bytes / 2**20:,.1f}", f"{layer.stall_ms:,.0f}",
             ]
             for path, layer in [("all", self), *self.per_layer.items()]
-        ]
+        ]  # fmt: skip
         return html_table(head, rows)
 
     def __str__(self) -> str:

@@ -10,7 +10,7 @@ from safetensors.torch import save_file
 from stores import cut_short, number, numbered_store, put_back, stacked_store, unopened
 from transformers_moe_offload.bench.page_cache import drop
 from transformers_moe_offload.disk_io import mapped_file, opened_file
-from transformers_moe_offload.disk_io.file_range import FileRange, joined
+from transformers_moe_offload.disk_io.file import FileRange, joined
 from transformers_moe_offload.errors import CheckpointError
 from transformers_moe_offload.expert import ExpertId, ExpertSpec, FieldSpec
 from transformers_moe_offload.slots import mapped

@@ -12,6 +12,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from statistics import median
 from typing import Any, NamedTuple
 
@@ -145,7 +146,7 @@ def _methods(rows: int, cols: int, cold_bytes: int) -> list[Method]:
     taken = {nbits: [matrix, *(_copied(matrix) for _ in range(copies - 1))] for nbits, matrix in packed.items()}
     methods = [
         Method(f"{nbits}-bit{suffix}", product, taken[nbits], packed[nbits].packing.nbytes, torch.float32)
-        for suffix, product in (("", kernels.linear), (", int8 input", _rounded))
+        for suffix, product in (("", kernels.linear), (", int8 input", partial(kernels.linear, activations="int8")))
         for nbits in NBITS
     ]
     methods.append(Method("4-bit, in torch", reference.linear, taken[4], packed[4].packing.nbytes, torch.float32))
@@ -159,10 +160,6 @@ def _methods(rows: int, cols: int, cold_bytes: int) -> list[Method]:
         )
         for dtype, matrix in dense.items()
     ]
-
-
-def _rounded(rows: Tensor, matrix: PackedMatrix) -> Tensor:
-    return kernels.linear(rows, matrix, activations="int8")
 
 
 def _packed(rows: int, cols: int, nbits: int) -> PackedMatrix:

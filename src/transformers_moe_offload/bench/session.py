@@ -8,9 +8,10 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import asdict
 from datetime import UTC, datetime
+from itertools import chain
 from pathlib import Path
 from statistics import median
 from typing import Any, NamedTuple
@@ -24,8 +25,15 @@ from transformers_moe_offload.bench.layers import files_of, sparse_layers, store
 from transformers_moe_offload.bench.limit import Crossing, least_s
 from transformers_moe_offload.bench.page_cache import can_drop, drop, warm
 from transformers_moe_offload.bench.passage import Passage
-from transformers_moe_offload.bench.protocol import Protocol, max_positions, workloads
-from transformers_moe_offload.bench.workload import Run, Workload, run, seconds_per_forward
+from transformers_moe_offload.bench.workload import (
+    Protocol,
+    Run,
+    Workload,
+    max_positions,
+    run,
+    seconds_per_forward,
+    workloads,
+)
 from transformers_moe_offload.disk_io.reader_pool import default_workers
 from transformers_moe_offload.system.free_memory import available_bytes
 
@@ -52,27 +60,22 @@ def measure(model: Any, passage: Passage, protocol: Protocol, progress: Progress
     prompt = passage.sequences(1, protocol.prompt_tokens).to(model.device)
     result["dispatch"] = dispatch(model, prompt, protocol.dispatch_passes)
     states = [state for state in STATES if _is_possible(state, model, notes)]
-    result["workloads"] = {work.name: {"workload": asdict(work)} for work in works}
+    done: dict[str, dict[str, list[Run]]] = {work.name: {} for work in works}
     for work in works:
         for state in states:
             progress(f"{work.name}, {state}")
-            runs = repeated(model, work, passage, protocol.runs, state, protocol.row_s)
-            result["workloads"][work.name][state] = [asdict(one) for one in runs]
+            done[work.name][state] = repeated(model, work, passage, protocol.runs, state, protocol.row_s)
     resident = _resident(model, works, passage, protocol, notes, progress)
     result["dispatch_resident"] = resident.dispatch
+    result["workloads"] = {}
     for work in works:
-        entry = result["workloads"][work.name]
-        resident_s = resident.seconds.get(work.name)
-        if resident_s is None:
-            resident_s = _without_stalls([Run(**one) for state in states for one in entry[state]])
-        entry["resident_s"] = resident_s
+        runs = done[work.name]
+        resident_s = resident.seconds.get(work.name) or _without_stalls(chain.from_iterable(runs.values()))
+        entry = result["workloads"][work.name] = {"workload": asdict(work), "resident_s": resident_s}
         for state in states:
-            entry[f"{state}_summary"] = summary(
-                [Run(**one) for one in entry[state]],
-                work,
-                resident_s,
-                _speeds(state, result["bandwidth"], is_mapped=result["model"]["is_mapped"]),
-            )
+            speeds = _speeds(state, result["bandwidth"], is_mapped=result["model"]["is_mapped"])
+            entry[state] = [asdict(one) for one in runs[state]]
+            entry[f"{state}_summary"] = summary(runs[state], work, resident_s, speeds)
     return result
 
 
@@ -210,7 +213,7 @@ def _resident(
         runtime.resize(budget)
 
 
-def _without_stalls(runs: list[Run]) -> float:
+def _without_stalls(runs: Iterable[Run]) -> float:
     return min((one.elapsed_s - one.stall_ms / 1e3) / len(one.forward_s) for one in runs)
 
 

@@ -8,33 +8,12 @@ from __future__ import annotations
 
 import sys
 import time
-from typing import Protocol
 
 from rich.console import Console, Group
 from rich.live import Live
 from rich.text import Text
 
 from transformers_moe_offload.hf.model.handle import OffloadRuntime
-from transformers_moe_offload.stats import CacheStats
-
-
-class Display(Protocol):
-    """Shows one answer."""
-
-    def write(self, text: str) -> None:
-        """More of the answer. A `status` follows soon."""
-
-    def status(self, line: str) -> None:
-        """Show speed and hit rate so far."""
-
-    def close(self, summary: str) -> None:
-        """The answer is complete, or has been stopped."""
-
-
-def make_display() -> Display:
-    """The display for a terminal, or for any other stdout."""
-    console = Console(highlight=False)
-    return LiveDisplay(console) if console.is_terminal else PlainDisplay()
 
 
 class PlainDisplay:
@@ -96,6 +75,16 @@ class LiveDisplay:
         self._console.print(Text(summary, style="dim"))
 
 
+Display = PlainDisplay | LiveDisplay
+"""Shows one answer: `write` takes more of it, `status` speed and hit rate so far, `close` ends it, whole or stopped."""
+
+
+def make_display() -> Display:
+    """The display for a terminal, or for any other stdout."""
+    console = Console(highlight=False)
+    return LiveDisplay(console) if console.is_terminal else PlainDisplay()
+
+
 class Meter:
     """Measures from its creation to each call of `summary`."""
 
@@ -121,7 +110,7 @@ class Meter:
 
     def summary(self) -> str:
         """One line: tokens, speed, hit rate, bytes read."""
-        stats: CacheStats = self._runtime.stats()
+        stats = self._runtime.stats()
         return (
             f"{self.num_tokens} tokens, {self.tokens_per_s:.1f} tokens/s, first after {self._first_s:.1f} s, "
             f"hit rate {stats.hit_rate:.1%}, {stats.disk_bytes / 2**20:.1f} MiB read"

@@ -21,8 +21,9 @@ def push(
     token: str | None,
 ) -> None:
     """Check the folder, upload it, and say where it is."""
+    upload = publish_prebuilt
     if is_built(folder):
         expect_pushable(HfApi(token=token), repo)
-    upload = publish if is_built(folder) else publish_prebuilt
+        upload = publish
     url = upload(folder, repo, private=private or None, revision=revision, create_pr=create_pr, token=token)
     typer.echo(f"pushed to {url}")

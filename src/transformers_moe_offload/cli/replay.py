@@ -37,8 +37,7 @@ def replay(
     console = Console()
     console.print(f"{trace}: {recorded}", style="bold", soft_wrap=True, highlight=False)
     console.print(_table(replays, sizes, recorded.total_experts))
-    if json_file is not None:
-        write_json(json_file, _as_json(recorded, replays))
+    write_json(json_file, _as_json(recorded, replays))
 
 
 def visits_of(path: Path) -> tuple[Trace, RoutingTrace | None]:

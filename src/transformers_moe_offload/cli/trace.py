@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from contextlib import nullcontext
 from pathlib import Path
-from typing import Any
+from typing import Any, Unpack
 
 import torch
 import typer
@@ -39,21 +39,12 @@ def trace(
     temperature: float | None,
     top_p: float | None,
     seed: int,
-    dtype: str,
-    device_map: str | None,
-    revision: str,
-    token: str | None,
-    local_files_only: bool,
-    trust_remote_code: bool,
+    **typed: Unpack[options.Loading],
 ) -> None:
     """Generate from each prompt and record the experts that the layers wanted."""
     config = OffloadConfig(cache_budget=cache_budget, policy=policy)
     sampling = Sampling(max_new_tokens, temperature, top_p)
-    origin = options.origin(revision, token, local_files_only, trust_remote_code)
-    loading = origin | {
-        "dtype": options.parse_dtype(dtype) or "auto",
-        "device_map": options.parse_device_map(device_map),
-    }
+    origin, loading = options.parse_loading(typed)
     texts = _texts(prompt, prompts)
     expect_file("--output", output)
     if routing is not None:

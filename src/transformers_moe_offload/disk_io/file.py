@@ -13,9 +13,10 @@ from __future__ import annotations
 import errno
 import threading
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
+from typing import NamedTuple
 
 from transformers_moe_offload.disk_io.direct_reader import DirectReader
 from transformers_moe_offload.disk_io.file_identity import FileIdentity
@@ -118,13 +119,12 @@ class File:
             yield
         except OSError as error:
             self.close()
-            raise self._unreadable(error) from error
+            raise CheckpointError(
+                f"cannot read {self.path}: {error.strerror}; put the file back and try again"
+            ) from error
         except CheckpointError:
             self.close()
             raise
-
-    def _unreadable(self, error: OSError) -> CheckpointError:
-        return CheckpointError(f"cannot read {self.path}: {error.strerror}; put the file back and try again")
 
     def _fill(self, opened: OpenedFile, targets: list[memoryview], offset: int) -> None:
         end = offset + sum(len(target) for target in targets)
@@ -221,3 +221,27 @@ def _without_first(targets: list[memoryview], count: int) -> list[memoryview]:
         count -= len(targets[0])
         targets = targets[1:]
     return [targets[0][count:], *targets[1:]] if targets else []
+
+
+class FileRange(NamedTuple):
+    """Stored bytes that lie in one piece."""
+
+    file: File
+    start: int
+    stop: int
+
+    @property
+    def nbytes(self) -> int:
+        """Number of bytes."""
+        return self.stop - self.start
+
+
+def joined(ranges: Iterable[FileRange]) -> list[FileRange]:
+    """The same bytes, with neighbours in a file made one: a checkpoint has an expert's matrices side by side."""
+    found: list[FileRange] = []
+    for file_range in sorted(ranges, key=lambda file_range: (file_range.file.path, file_range.start)):
+        if found and found[-1].file is file_range.file and found[-1].stop == file_range.start:
+            found[-1] = found[-1]._replace(stop=file_range.stop)
+        else:
+            found.append(file_range)
+    return found

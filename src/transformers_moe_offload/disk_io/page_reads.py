@@ -11,8 +11,7 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import NamedTuple
 
-from transformers_moe_offload.disk_io.file import File
-from transformers_moe_offload.disk_io.file_range import FileRange, joined
+from transformers_moe_offload.disk_io.file import File, FileRange, joined
 from transformers_moe_offload.system.host_memory import PAGE_BYTES
 
 
@@ -60,7 +59,7 @@ def placed(ranges: Sequence[FileRange]) -> Placed:
 
 def most_spare_bytes(ranges: Sequence[FileRange]) -> int:
     """The most bytes of memory that whole pages add to an expert with these ranges, wherever in a page they begin."""
-    return sum(PAGE_BYTES * (1 if (one.stop - one.start) % PAGE_BYTES == 0 else 2) for one in joined(ranges))
+    return sum(PAGE_BYTES * (1 if one.nbytes % PAGE_BYTES == 0 else 2) for one in joined(ranges))
 
 
 def parts(read: PageRead, most_bytes: int) -> list[PageRead]:

@@ -8,10 +8,14 @@ from pathlib import Path
 from typing import Any
 
 from huggingface_hub import snapshot_download
+from huggingface_hub.errors import HfHubHTTPError
 
 from transformers_moe_offload.errors import CheckpointError
 from transformers_moe_offload.hf.upstream import resolved_checkpoint_files
 from transformers_moe_offload.hub.companions import CARD, COMPANIONS, companions_in, files_in
+
+CONNECTION_FAILED: Any = HfHubHTTPError.__bases__[0]
+"""What the HTTP client of huggingface_hub raises; which client that is depends on the version."""
 
 
 @dataclass(frozen=True)

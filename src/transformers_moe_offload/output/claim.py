@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import errno
-import json
 import logging
 import os
 import shutil
@@ -15,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from transformers_moe_offload.errors import CheckpointError
-from transformers_moe_offload.tensor_files.writer import PARTIAL, write_text
+from transformers_moe_offload.tensor_files.writer import PARTIAL, as_json, write_text
 from transformers_moe_offload.untrusted import json_file, one_line, quoted
 
 try:
@@ -82,7 +81,7 @@ def claimed(
         for left_over in folder.glob(f"{marks.prefix if left is Left.SHARED else ''}*{PARTIAL}"):
             left_over.unlink()
         if not (folder / marks.first).exists():
-            write_text(folder / marks.first, json.dumps(recipe, indent=2, sort_keys=True) + "\n")
+            write_text(folder / marks.first, as_json(recipe))
         yield
     except discards:
         empty(folder, marks)

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from transformers_moe_offload.disk_io.aio_queue import AioQueue
 from transformers_moe_offload.disk_io.page_reads import PageRead, Placed, parts, placed
+from transformers_moe_offload.disk_io.read import Work
 from transformers_moe_offload.disk_io.reader_pool import ReaderPool, chunk_bytes
 from transformers_moe_offload.expert import ExpertId
 from transformers_moe_offload.slots.base import Weights
@@ -142,7 +143,7 @@ class PageReader:
             return self._queue.start(reads, memory, complete)
         most, raw = chunk_bytes(memory.nbytes, self._workers, alongside), host_bytes(memory)
         chunks = [part for read in reads for part in parts(read, most or read.nbytes)]
-        return self._lanes.start([partial(_read, chunk, raw) for chunk in chunks], complete)
+        return self._lanes.start(Work([partial(_read, chunk, raw) for chunk in chunks], complete))
 
     def drain(self) -> None:
         """Wait until nothing is read any more."""

@@ -8,8 +8,9 @@ from collections.abc import Collection, Mapping, Sequence
 
 import torch
 
-from transformers_moe_offload.disk_io.file_range import FileRange, joined
+from transformers_moe_offload.disk_io.file import FileRange, joined
 from transformers_moe_offload.disk_io.mapped_file import MappedFile
+from transformers_moe_offload.disk_io.read import Work
 from transformers_moe_offload.disk_io.reader_pool import ReaderPool
 from transformers_moe_offload.dtypes import torch_dtype
 from transformers_moe_offload.expert import ExpertId
@@ -65,7 +66,7 @@ class MappedSlots:
         now = time.monotonic()
         if coming.look(now, [map for map in coming.files if not map.is_unchanged(now)]):
             return Landed(coming.from_files)
-        return self._lanes.start((), coming.bring_in)
+        return self._lanes.start(Work((), coming.bring_in))
 
     def _mapped(self, expert: ExpertId) -> _MappedExpert:
         found = self._experts.get(expert)

@@ -12,7 +12,7 @@ from itertools import islice
 from statistics import median
 
 from transformers_moe_offload.disk_io.chunks import Run
-from transformers_moe_offload.disk_io.file_range import FileRange
+from transformers_moe_offload.disk_io.file import FileRange
 from transformers_moe_offload.disk_io.page_reads import placed
 from transformers_moe_offload.expert import ExpertId
 from transformers_moe_offload.store.expert_store import ExpertStore

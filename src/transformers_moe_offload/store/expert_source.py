@@ -3,40 +3,14 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Protocol
 from zlib import crc32
 
 from transformers_moe_offload.disk_io.chunks import Piece, Run, Segment, joined_runs
-from transformers_moe_offload.disk_io.file_range import FileRange
+from transformers_moe_offload.disk_io.file import FileRange
 from transformers_moe_offload.errors import CheckpointError
 from transformers_moe_offload.store.field_source import AssembledField, FieldSource
 from transformers_moe_offload.store.record import ALIGNMENT, RecordLayout
 from transformers_moe_offload.tensor_files.index import StoredTensor
-
-
-class ExpertSource(Protocol):
-    """The stored bytes of one expert."""
-
-    @property
-    def pieces(self) -> tuple[StoredTensor, ...]:
-        """The stored tensors that it is read from."""
-
-    def file_ranges(self, layout: RecordLayout) -> tuple[FileRange, ...] | None:
-        """The file range of each field of a record, padding up to the next field included; None if a field is not
-        stored as it is used."""
-
-    def reads(self, layout: RecordLayout) -> list[Piece]:
-        """The pieces that fill a record, in the order of the files."""
-
-    @property
-    def has_checksum(self) -> bool:
-        """Whether `check` has a checksum to compare."""
-
-    def check(self, record: memoryview) -> None:
-        """Raise `CheckpointError` if there is a checksum and a record does not match it."""
-
-    def then_cast(self, dtype: str) -> ExpertSource:
-        """The same expert with its fields cast once more."""
 
 
 @dataclass(frozen=True)
@@ -52,12 +26,14 @@ class ScatteredExpert:
         return tuple(piece for field in self.fields for piece in field.pieces)
 
     def file_ranges(self, layout: RecordLayout) -> tuple[FileRange, ...] | None:
-        """The file range of each field, if all fields lie in one piece."""
+        """The file range of each field of a record, padding up to the next field included; None if a field is not
+        stored as it is used."""
         found = [field.file_range for field in self.fields]
         return None if None in found else tuple(file_range for file_range in found if file_range is not None)
 
     def reads(self, layout: RecordLayout) -> list[Piece]:
-        """Verbatim fields are read into their places, the others assembled there."""
+        """The pieces that fill a record, in the order of the files: verbatim fields are read into their places, the
+        others assembled there."""
         runs: list[Run] = []
         assembled: list[Piece] = []
         for spec, source in zip(layout.fields, self.fields, strict=True):
@@ -77,7 +53,7 @@ class ScatteredExpert:
         """There is nothing to compare with."""
 
     def then_cast(self, dtype: str) -> ScatteredExpert:
-        """Every field cast once more."""
+        """The same expert with every field cast once more."""
         return ScatteredExpert(tuple(field.then_cast(dtype) for field in self.fields))
 
 
@@ -96,7 +72,7 @@ class RecordedExpert:
         return (self.row,)
 
     def file_ranges(self, layout: RecordLayout) -> tuple[FileRange, ...] | None:
-        """The fields inside of the row."""
+        """The fields inside of the row, padding included; None if records would not be aligned there."""
         if self.row.offset % ALIGNMENT:
             return None
         starts = [self.row.offset + layout.offsets[field.name] for field in layout.fields]
@@ -113,7 +89,7 @@ class RecordedExpert:
         return self.checksum is not None
 
     def check(self, record: memoryview) -> None:
-        """Compare the checksum."""
+        """Raise `CheckpointError` if there is a checksum and a record does not match it."""
         if self.checksum is None:
             return
         found = crc32(bytes(self.row.nbytes - len(record)), crc32(record))
@@ -127,3 +103,7 @@ class RecordedExpert:
     def then_cast(self, dtype: str) -> RecordedExpert:
         """A record stays what it is; its codec says what it is decoded to."""
         return self
+
+
+ExpertSource = ScatteredExpert | RecordedExpert
+"""The stored bytes of one expert."""

@@ -9,7 +9,7 @@ from itertools import chain
 from torch import Tensor
 
 from transformers_moe_offload.disk_io.chunks import Chunk, Piece, Run, cut
-from transformers_moe_offload.disk_io.file_range import FileRange
+from transformers_moe_offload.disk_io.file import FileRange
 from transformers_moe_offload.disk_io.open_files import OPEN_FILES
 from transformers_moe_offload.disk_io.page_reads import most_spare_bytes
 from transformers_moe_offload.expert import ExpertId

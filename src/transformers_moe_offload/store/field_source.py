@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from transformers_moe_offload.disk_io.chunks import Run, Segment, joined_runs
-from transformers_moe_offload.disk_io.file_range import FileRange
+from transformers_moe_offload.disk_io.file import FileRange
 from transformers_moe_offload.dtypes import torch_dtype
 from transformers_moe_offload.expert import ITEMSIZE, FieldSpec
 from transformers_moe_offload.system.host_memory import host_bytes

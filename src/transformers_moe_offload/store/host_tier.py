@@ -30,12 +30,8 @@ class HostTier:
         self._lock = threading.Lock()
         self._entries: OrderedDict[ExpertId, _Entry] = OrderedDict()
         self._spare: dict[int, list[Tensor]] = {}
-        self._nbytes = 0
-
-    @property
-    def nbytes(self) -> int:
+        self.nbytes = 0
         """Bytes that the tier holds."""
-        return self._nbytes
 
     def fill(self, expert: ExpertId, chunk_bytes: int | None = None) -> Fill:
         """Begin to fill a record with an expert; what is kept already comes from memory."""
@@ -102,7 +98,7 @@ class HostTier:
         with self._lock:
             if self._entries.get(expert) is entry:
                 del self._entries[expert]
-                self._nbytes -= entry.record.nbytes
+                self.nbytes -= entry.record.nbytes
         entry.is_ready.set()
 
     def let_go(self, entry: _Entry) -> None:
@@ -112,12 +108,12 @@ class HostTier:
 
     def _make_room(self, nbytes: int) -> Tensor | None:
         """Memory for a record: spare, new within the budget, or of evicted entries: longest unused, without users."""
-        while self._nbytes + nbytes > self.budget_bytes:
+        while self.nbytes + nbytes > self.budget_bytes:
             victim = next((expert for expert, entry in self._entries.items() if not entry.num_users), None)
             if victim is None:
                 return None
             freed = self._entries.pop(victim).record
-            self._nbytes -= freed.nbytes
+            self.nbytes -= freed.nbytes
             self._spare.setdefault(freed.nbytes, []).append(freed)
         if self._spare.get(nbytes):
             record = self._spare[nbytes].pop()
@@ -125,7 +121,7 @@ class HostTier:
             self._spare.clear()  # records of another size: their memory is needed
             with torch.inference_mode(False):
                 record = torch.empty(nbytes, dtype=torch.uint8)
-        self._nbytes += nbytes
+        self.nbytes += nbytes
         return record
 
 

@@ -6,7 +6,6 @@ An expert is whole when all its chunks have been read and `finish` has returned;
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from typing import Protocol
 
 import torch
@@ -53,38 +52,29 @@ def whole(read: ReadInto, nbytes: int) -> OpenFill:
 
 
 class _Whole:
+    """An expert that a function reads in one go: a fill, and the only piece of its only chunk."""
+
     is_checked = False
+    is_verbatim = True
 
     def __init__(self, read: ReadInto, expert: ExpertId, nbytes: int) -> None:
-        self.chunks = (Chunk((_Record((Segment(0, nbytes),), self._read_all),)),)
+        self.segments = (Segment(0, nbytes),)
+        self.chunks = (Chunk((self,)),)
         self._read = read
         self._expert = expert
         self._from_files = 0
 
-    def _read_all(self, record: memoryview) -> None:
-        self._from_files = self._read(self._expert, torch.frombuffer(record, dtype=torch.uint8))
+    def read_into(self, targets: Sequence[memoryview], *, past_cache: bool = False) -> None:
+        self._from_files = self._read(self._expert, torch.frombuffer(targets[0], dtype=torch.uint8))
+
+    def split(self, nbytes: int, *, anywhere: bool) -> None:
+        return None
 
     def read(self, chunk: Chunk, targets: Sequence[memoryview]) -> None:
-        chunk.read_into(targets)
+        self.read_into(targets)
 
     def finish(self, record: Tensor | None) -> int:
         return self._from_files
 
     def give_up(self) -> None:
         pass
-
-
-@dataclass(frozen=True)
-class _Record:
-    """A whole record, which is read by a function."""
-
-    segments: tuple[Segment, ...]
-    read: Callable[[memoryview], None]
-
-    is_verbatim = True
-
-    def read_into(self, targets: Sequence[memoryview], *, past_cache: bool = False) -> None:
-        self.read(targets[0])
-
-    def split(self, nbytes: int, *, anywhere: bool) -> None:
-        return None

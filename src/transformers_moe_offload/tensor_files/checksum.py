@@ -5,9 +5,9 @@ A checksum finds bytes that a disk or a download damaged; it does not protect ag
 
 from __future__ import annotations
 
-import zlib
 from collections.abc import Iterable
 from pathlib import Path
+from zlib import crc32
 
 from transformers_moe_offload.errors import CheckpointError
 from transformers_moe_offload.tensor_files.index import StoredTensor, read_header, read_metadata
@@ -16,11 +16,6 @@ METADATA_KEY = "crc32"
 """Where a safetensors header keeps the checksums of its tensors: in the order of their data, eight hex digits each."""
 
 _CHUNK_BYTES = 8 * 2**20  # reads of this size run at the disk's full speed
-
-
-def checksum(data: memoryview | bytes, before: int = 0) -> int:
-    """The CRC-32 of some bytes, continued from `before`, the CRC-32 of the bytes in front of them; releases the GIL."""
-    return zlib.crc32(data, before)
 
 
 def as_metadata(checksums: Iterable[int]) -> str:
@@ -69,7 +64,7 @@ def check_tensor(tensor: StoredTensor, expected: str) -> None:
                 chunk = stream.read(min(left, _CHUNK_BYTES))
                 if not chunk:
                     raise CheckpointError(f"{tensor.file.path} became shorter while it was read")
-                found, left = checksum(chunk, found), left - len(chunk)
+                found, left = crc32(chunk, found), left - len(chunk)
     except OSError as error:
         raise CheckpointError(f"cannot read {tensor.file.path}: {error.strerror}") from error
     if f"{found:08x}" != expected:

@@ -15,20 +15,15 @@ _SAMPLE_BYTES = 2**16  # 1 MiB of each file tells two fine-tunes of one model ap
 
 def fingerprint(path: Path) -> dict[str, Any]:
     """A file's size, and a hash of its header and of parts of its data."""
-    return {"bytes": path.stat().st_size, "sample": _sample(path)}
-
-
-def _sample(path: Path) -> str:
-    """A hash of a safetensors file's header and of parts of its data."""
-    digest = hashlib.sha256()
+    nbytes, digest = path.stat().st_size, hashlib.sha256()
     try:
         with path.open("rb") as stream:
             (header_bytes,) = struct.unpack("<Q", stream.read(8))
             digest.update(stream.read(header_bytes))
-            data_start, end = stream.tell(), path.stat().st_size
+            data_start = stream.tell()
             for number in range(_SAMPLES):
-                stream.seek(data_start + (end - data_start) * number // _SAMPLES)
+                stream.seek(data_start + (nbytes - data_start) * number // _SAMPLES)
                 digest.update(stream.read(_SAMPLE_BYTES))
     except (OSError, struct.error, OverflowError) as error:
         raise CheckpointError(f"cannot read {path}: {error}") from error
-    return digest.hexdigest()[:32]
+    return {"bytes": nbytes, "sample": digest.hexdigest()[:32]}

@@ -28,8 +28,7 @@ from transformers_moe_offload.builder.weights.blocks import Block, Part
 from transformers_moe_offload.builder.weights.tensor_reader import TensorReader
 from transformers_moe_offload.dtypes import dtype_name, torch_dtype
 from transformers_moe_offload.tensor_files.index import StoredTensor
-from transformers_moe_offload.tensor_files.mapped_tensors import MappedTensors
-from transformers_moe_offload.tensor_files.reading import read_stored
+from transformers_moe_offload.tensor_files.reading import MappedTensors, read_stored
 
 NUM_TOKENS = 12
 """In each text: enough for attention to matter, few enough that reading blocks takes longer than computing them."""

@@ -34,10 +34,9 @@ from transformers_moe_offload.output.shards import (
     shard_of,
     write_contents,
 )
-from transformers_moe_offload.output.text import as_json
 from transformers_moe_offload.tensor_files.index import StoredTensor
 from transformers_moe_offload.tensor_files.reading import read_stored
-from transformers_moe_offload.tensor_files.writer import write_bytes, write_text
+from transformers_moe_offload.tensor_files.writer import as_json, write_bytes, write_text
 from transformers_moe_offload.untrusted import json_object
 
 

@@ -22,8 +22,7 @@ from transformers_moe_offload.builder.writing.folder import CARD_NAME, INFO_NAME
 from transformers_moe_offload.builder.writing.info import CheckReport, MoeBuildInfo
 from transformers_moe_offload.builder.writing.weight_files import weight_shards, write_weights
 from transformers_moe_offload.dtypes import dtype_name
-from transformers_moe_offload.output.shards import Advance
-from transformers_moe_offload.output.syncing import Syncing
+from transformers_moe_offload.output.shards import Advance, Syncing
 from transformers_moe_offload.tensor_files.index import read_index
 from transformers_moe_offload.tensor_files.writer import write_bytes, write_text
 

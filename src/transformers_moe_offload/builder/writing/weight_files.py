@@ -24,6 +24,7 @@ from transformers_moe_offload.output.shards import (
     Advance,
     Content,
     Shard,
+    Syncing,
     expect_room,
     fill_shards,
     grouped,
@@ -31,9 +32,7 @@ from transformers_moe_offload.output.shards import (
     shard_names,
     shard_of,
 )
-from transformers_moe_offload.output.syncing import Syncing
-from transformers_moe_offload.output.text import as_json
-from transformers_moe_offload.tensor_files.writer import SafetensorsWriter, write_text
+from transformers_moe_offload.tensor_files.writer import SafetensorsWriter, as_json, write_text
 
 WeightShard = Shard[Sequence[PlannedTensor]]
 

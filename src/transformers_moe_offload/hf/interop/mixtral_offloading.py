@@ -37,9 +37,8 @@ from transformers_moe_offload.kernels.packed import Packing
 from transformers_moe_offload.kernels.packing import pack
 from transformers_moe_offload.output.shards import Content
 from transformers_moe_offload.store.record import RecordLayout
-from transformers_moe_offload.tensor_files.index import StoredTensor, read_header
+from transformers_moe_offload.tensor_files.index import StoredTensor, WeightMap, read_header
 from transformers_moe_offload.tensor_files.reading import read_stored
-from transformers_moe_offload.tensor_files.weight_map import WeightMap
 from transformers_moe_offload.untrusted import quoted
 
 INDEX_NAME = "model.safetensors.index.json"

@@ -37,10 +37,9 @@ from transformers_moe_offload.hf.prebuilt.writer import finish, write_shards
 from transformers_moe_offload.hf.upstream import has_peft_adapter, remove_tied_weights_from_state_dict
 from transformers_moe_offload.output.place import replacing
 from transformers_moe_offload.output.shards import MAX_SHARD_BYTES, Content
-from transformers_moe_offload.output.text import as_json
 from transformers_moe_offload.store.encoding import encoded_row, row_of
 from transformers_moe_offload.store.layer_source import LayerSource
-from transformers_moe_offload.tensor_files.writer import write_text
+from transformers_moe_offload.tensor_files.writer import as_json, write_text
 
 _OTHERS = (ADAPTER_CONFIG_NAME, SAFE_WEIGHTS_NAME, SAFE_WEIGHTS_INDEX_NAME, WEIGHTS_NAME, WEIGHTS_INDEX_NAME)
 """Files of other checkpoints that Transformers would load instead of, or together with, a prebuilt one."""

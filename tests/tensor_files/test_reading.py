@@ -9,7 +9,7 @@ from safetensors.torch import save_file
 
 from transformers_moe_offload.errors import CheckpointError
 from transformers_moe_offload.tensor_files.index import read_index
-from transformers_moe_offload.tensor_files.mapped_tensors import MappedTensors
+from transformers_moe_offload.tensor_files.reading import MappedTensors
 
 
 @pytest.fixture

@@ -1,4 +1,4 @@
-"""Quote untrusted values in messages, each on part of a line.
+"""Messages about what is untrusted: values quoted on part of a line, and errors of other libraries as one of ours.
 
 A value of a file may be a megabyte of text, be nested a thousand levels deep, hold a million others through YAML's
 aliases, or have no `repr` at all: an integer with more digits than Python converts.
@@ -6,7 +6,11 @@ aliases, or have no `repr` at all: an integer with more digits than Python conve
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from reprlib import Repr
+
+from transformers_moe_offload.errors import CheckpointError, MoeOffloadError
 
 _MAX_CHARACTERS = 160
 """Longest quoted value; a message with one fills a line or two."""
@@ -42,3 +46,29 @@ def one_line(text: object, max_characters: int = 300) -> str:
     cut = text[: 4 * max_characters]
     line = " ".join(cut.split()).encode("utf-8", "backslashreplace").decode()
     return line if len(cut) == len(text) and len(line) <= max_characters else f"{line[: max_characters - 3]}..."
+
+
+@contextmanager
+def reading(what: str) -> Iterator[None]:
+    """Turn every error of the block into a `CheckpointError` whose message `what` begins; ours stay as they are.
+
+    This covers every exception, because a config that no model can be built from may raise anything.
+    """
+    try:
+        yield
+    except MoeOffloadError:
+        raise
+    except OSError as error:
+        raise CheckpointError(f"{what}: {system_words(error, what)}") from error
+    except (ValueError, ImportError) as error:
+        raise CheckpointError(f"{what}: {error}") from error
+    except Exception as error:
+        raise CheckpointError(f"{what}: {type(error).__name__}: {error}") from error
+
+
+def system_words(error: OSError, before: str) -> str:
+    """The system's message, with the file's name unless `before` contains it; unchanged without `strerror`."""
+    if error.strerror is None:
+        return str(error)
+    is_named = error.filename is None or str(error.filename) in before
+    return error.strerror if is_named else f"{error.strerror}: {error.filename}"
