@@ -9,21 +9,20 @@ Layout and formula: PEFT 0.21, `tuners/lora/layer.py`; W + scale * B A (arXiv 21
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
 from huggingface_hub import snapshot_download
-from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
 from torch import Tensor
 
 from transformers_moe_offload.builder.sources.adapter_config import CONFIG_NAME, AdapterConfig
 from transformers_moe_offload.builder.sources.base import Ancestor, DerivedSource, Source
 from transformers_moe_offload.errors import CheckpointError
-from transformers_moe_offload.expert import FieldSpec
 from transformers_moe_offload.tensor_files.index import StoredTensor, read_index
 from transformers_moe_offload.tensor_files.reading import read_stored
+from transformers_moe_offload.untrusted import one_line
 
 _WEIGHTS = "adapter_model.safetensors"
 _CARD = "README.md"
@@ -35,10 +34,7 @@ class AdapterSource(DerivedSource):
 
     def __init__(self, base: Source, folder: Path, ancestor: Ancestor) -> None:
         """Raises an error of ours for tensors of the adapter that would not be merged."""
-        super().__init__(base)
-        self._base = base
-        self._ancestor = ancestor
-        self._config = AdapterConfig.read(folder)
+        self._base, self._ancestor, self._config = base, ancestor, AdapterConfig.read(folder)
         weights = folder / _WEIGHTS
         if not weights.is_file():
             raise CheckpointError(
@@ -46,6 +42,10 @@ class AdapterSource(DerivedSource):
                 f"and call save_pretrained"
             )
         self._pairs, self._whole = self._parts(read_index([weights]))
+        super().__init__(base, self._pairs.keys() | self._whole.keys())
+        self.name = f"{base.name}+{ancestor.name}"
+        self.ancestors = (*base.ancestors, ancestor)
+        self.config, self.companions = base.config, base.companions
 
     @classmethod
     def open(cls, base: Source, name: str, options: Mapping[str, Any]) -> AdapterSource:
@@ -54,28 +54,12 @@ class AdapterSource(DerivedSource):
             return cls(base, Path(name), _ancestor(Path(name).resolve().name, None, Path(name)))
         try:
             folder = Path(snapshot_download(name, allow_patterns=[CONFIG_NAME, _WEIGHTS, _CARD], **options))
-        except (HfHubHTTPError, LocalEntryNotFoundError, OSError, ValueError) as error:
+        except (OSError, ValueError) as error:
             raise CheckpointError(
                 f"cannot read the adapter {name}: there is no such folder, and from the Hub it cannot be read: "
-                f"{' '.join(str(error).split())}"
+                f"{one_line(error, 600)}"
             ) from error
         return cls(base, folder, _ancestor(name, folder.name, folder))
-
-    @property
-    def name(self) -> str:
-        """`base+adapter`."""
-        return f"{self._base.name}+{self._ancestor.name}"
-
-    @property
-    def ancestors(self) -> tuple[Ancestor, ...]:
-        """The base model and the adapter."""
-        return (*self._base.ancestors, self._ancestor)
-
-    @property
-    def tensors(self) -> Mapping[str, FieldSpec]:
-        """The base model's, those that the adapter changes in float32."""
-        changed = self._pairs.keys() | self._whole.keys()
-        return {name: one.cast("float32") if name in changed else one for name, one in self._base.tensors.items()}
 
     def read(self, name: str) -> Tensor:
         """One tensor, merged."""
@@ -87,20 +71,6 @@ class AdapterSource(DerivedSource):
         scale = self._config.scale_of(name.removesuffix(".weight"))
         product = second @ first
         return torch.add(tensor.float(), product if product.shape == tensor.shape else product.T, alpha=scale)
-
-    def read_rows(self, name: str, start: int, stop: int) -> Tensor:
-        """Some rows of it, merged; where the adapter changes nothing, only these are read."""
-        if name in self._whole or name in self._pairs:
-            return self.read(name)[start:stop]
-        return self._base.read_rows(name, start, stop)
-
-    def stored(self, name: str) -> StoredTensor | None:
-        """The stored tensor if the adapter does not change it; else None."""
-        return None if name in self._whole or name in self._pairs else self._base.stored(name)
-
-    def bring(self, names: Iterable[str]) -> None:
-        """Download the base model's files; the adapter is on this machine."""
-        self._base.bring(names)
 
     def _parts(
         self, stored: Mapping[str, StoredTensor]

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import hashlib
 import logging
+import os
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -83,13 +84,6 @@ def without_places(value: Any) -> Any:
         return {key: without_places(one) for key, one in value.items()}
     if isinstance(value, list | tuple):
         return [without_places(one) for one in value]
-    if isinstance(value, str) and _is_path(value):
+    if isinstance(value, str) and os.path.exists(value):
         return Path(value).resolve().name
     return value
-
-
-def _is_path(text: str) -> bool:
-    try:
-        return Path(text).exists()
-    except (OSError, ValueError):  # too long for a file name, or with bytes that no file name has
-        return False
