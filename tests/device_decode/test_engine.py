@@ -9,9 +9,8 @@ from hypothesis import strategies as st
 
 from stores import number, numbered_store
 from transformers_moe_offload.device_decode.arena import Arena
-from transformers_moe_offload.device_decode.background_fill import BackgroundFill, Use
+from transformers_moe_offload.device_decode.background_fill import BackgroundFill, FollowedCache, Use
 from transformers_moe_offload.device_decode.engine import DeviceEngine
-from transformers_moe_offload.device_decode.followed_cache import FollowedCache
 from transformers_moe_offload.device_decode.streams import HostStreams
 from transformers_moe_offload.expert import ExpertId
 from transformers_moe_offload.policies import make_policy, policy_names

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from transformers_moe_offload import kernels
-from transformers_moe_offload.kernels import dequantized, gpu, reference
+from transformers_moe_offload.kernels import gpu, reference
 from transformers_moe_offload.kernels.grouped import Activation, PlacedMatrix
 from transformers_moe_offload.kernels.packed import PackedMatrix, Packing
 
@@ -23,13 +23,13 @@ def test_dequantizing_first_gives_what_the_reference_gives(nbits, group_size):
     for meta_nbits, matrix_rows, weights in [(8, 45, 7 * 3 * group_size), (16, 3, 1), (8, 1, 1 << 22)]:
         matrix = random_matrix(matrix_rows, 3 * group_size, nbits, group_size, meta_nbits)
         rows = random_rows(5, 3 * group_size)
-        found = dequantized.linear(rows, matrix, weights)
+        found = gpu.linear_dequantized(rows, matrix, weights)
         torch.testing.assert_close(found, reference.linear(rows, matrix), rtol=1e-5, atol=1e-4)
 
 
 def test_dequantizing_first_rounds_weights_to_the_type_of_the_rows():
     matrix, rows = random_matrix(21, 128), torch.eye(128, dtype=torch.bfloat16)
-    assert torch.equal(dequantized.linear(rows, matrix), reference.dequantize(matrix, torch.bfloat16).t())
+    assert torch.equal(gpu.linear_dequantized(rows, matrix), reference.dequantize(matrix, torch.bfloat16).t())
 
 
 def test_what_there_is_for_a_gpu_is_said_whether_there_is_one_or_not():
@@ -114,7 +114,7 @@ def matrices(packing):
 def test_products_on_a_gpu_are_those_of_the_reference(dtype, count):
     matrix, rows = random_matrix(45, 256), random_rows(count, 256, dtype)
     expected = reference.linear(rows, matrix)
-    for linear in (kernels.linear, dequantized.linear):
+    for linear in (kernels.linear, gpu.linear_dequantized):
         found = linear(rows.cuda(), on_device(matrix))
         assert found.dtype == dtype
         torch.testing.assert_close(found.cpu(), expected, rtol=2e-2, atol=2e-2)

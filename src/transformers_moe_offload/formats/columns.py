@@ -14,18 +14,13 @@ _STACKED = {"gate_up_proj": 2}
 """Fields that stack several matrices, each with groups of its own."""
 
 
-def num_stacked(field: str) -> int:
-    """How many matrices, S, a field of an expert stacks."""
-    return _STACKED.get(field.rpartition(".")[2], 1)
-
-
 def brought_together(weights: Tensor, group_size: int) -> Tensor:
     """weights (N, K), or their codes, of a single matrix -> (K, N), each group in one piece."""
     rows, cols = weights.shape
     return weights.reshape(group_size, rows // group_size, cols).permute(2, 1, 0).reshape(cols, rows)
 
 
-def put_back(weights: Tensor, group_size: int, stacked: int = 1) -> Tensor:
-    """Undo `brought_together` for S matrices, each brought together on its own: (K, N) -> (N, K)."""
-    cols, rows = weights.shape
+def put_back(weights: Tensor, group_size: int, field: str) -> Tensor:
+    """Undo `brought_together` for the S matrices of a field, each brought together on its own: (K, N) -> (N, K)."""
+    (cols, rows), stacked = weights.shape, _STACKED.get(field.rpartition(".")[2], 1)
     return weights.view(cols, stacked, -1, group_size).permute(1, 3, 2, 0).reshape(rows, cols)

@@ -48,6 +48,7 @@ def linear_each(
     """rows (T, K) -> (T, N): the next `counts[i]` rows times `matrices[i]`; all matrices have one shape and kind.
 
     One call computes all products, so threads are distributed once. Each row's product has the same bits as on its own.
+    Rows must satisfy `kernels.can_multiply_each`, or, for plain bfloat16 matrices, `dense.reads_fast`.
     """
     library = native.library()
     assert library is not None

@@ -13,11 +13,8 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-from transformers_moe_offload.kernels.packed import META_BLOCK, PackedMatrix
-from transformers_moe_offload.kernels.packing import unpack, unpack_rows
+from transformers_moe_offload.kernels.packed import META_BLOCK, PackedMatrix, unpack_rows
 from transformers_moe_offload.kernels.scratch import scratch
-
-__all__ = ["dequantize", "linear", "linear_transposed", "scales_and_zeros", "unpack"]
 
 TILE_ROWS = 64
 """Rows of a matrix that are dequantized at a time: 14336 columns of them in float32 are 3.5 MiB, which the L2 or L3

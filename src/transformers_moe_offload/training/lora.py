@@ -15,7 +15,7 @@ from transformers_moe_offload.hf.model.experts_module import OffloadedExperts, l
 from transformers_moe_offload.hf.model.handle import runtime_of
 from transformers_moe_offload.hf.model.saving import expect_no_adapter
 from transformers_moe_offload.hf.peft.placeholders import is_adaptable
-from transformers_moe_offload.training.parts import attention, experts_paths, router_paths
+from transformers_moe_offload.training.recipes import attention, experts_paths, router_paths
 
 if TYPE_CHECKING:
     from peft import LoraConfig

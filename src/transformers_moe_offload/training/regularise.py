@@ -23,7 +23,7 @@ from torch.nn import functional
 
 from transformers_moe_offload.errors import ConfigError
 from transformers_moe_offload.hf.routers.top_k import experts_per_token
-from transformers_moe_offload.training.parts import experts_paths, router_paths
+from transformers_moe_offload.training.recipes import experts_paths, router_paths
 from transformers_moe_offload.training.routing import RouterWatch
 
 

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from transformers_moe_offload.hf.layouts import layout_of
 from transformers_moe_offload.hf.model.experts_module import OffloadedExperts, layer_of
-from transformers_moe_offload.training.parts import experts_paths, router_paths
+from transformers_moe_offload.training.recipes import experts_paths, router_paths
 
 
 class RouterWatch:

@@ -11,7 +11,7 @@ from transformers_moe_offload.config.formats import GROUP_SIZES
 from transformers_moe_offload.dtypes import dtype_name
 from transformers_moe_offload.errors import ConfigError
 from transformers_moe_offload.expert import FieldSpec
-from transformers_moe_offload.formats.by_expert import LayerCodecs
+from transformers_moe_offload.formats.base import LayerCodecs
 from transformers_moe_offload.formats.codec import ExpertCodec
 from transformers_moe_offload.hf.model.sparse_layer import SparseLayer
 

@@ -10,7 +10,7 @@ from transformers.utils import logging
 
 from transformers_moe_offload.config import ExpertFormats
 from transformers_moe_offload.errors import ConfigError
-from transformers_moe_offload.formats.by_expert import LayerCodecs
+from transformers_moe_offload.formats.base import LayerCodecs
 from transformers_moe_offload.hf.loading.codecs import codecs_of
 from transformers_moe_offload.hf.model.sparse_layer import SparseLayer
 from transformers_moe_offload.store.encoding import encoded_bytes, encoded_in_ram, num_encoded
