@@ -4,12 +4,17 @@ Four forms of Transformers 5.23: experts and weights for each token (nearly all)
 experts but the chosen ones (Llama 4); a one-hot row for one expert (Switch Transformers); and pairs sorted by expert
 (JetMoE). An output in another form, or with another choice than the strategy's, raises an error; otherwise a model
 could ignore a strategy silently.
+
+Watching every function of a router costs as much as the router. Most routers return logits, weights and experts, and
+rank experts by the logits themselves, their softmax or their sigmoid. `find_reading` checks that while a prompt is
+watched; the decode steps that follow are then read without watching. The next prompt is watched again.
 """
 
 # B sequences, S their length, T = B * S tokens, K experts per token, E experts, P = T * K pairs
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
@@ -120,3 +125,42 @@ def _masked(weights: Tensor, seen: Interception) -> Tensor:
     assert seen.choice is not None
     is_kept = seen.choice.is_kept
     return weights if is_kept is None else weights.masked_fill(~is_kept, 0)
+
+
+_SCORINGS: tuple[Callable[[Tensor], Tensor], ...] = (
+    lambda logits: logits,
+    lambda logits: logits.softmax(-1),
+    lambda logits: logits.sigmoid(),
+)
+
+
+class Reading(NamedTuple):
+    """How to read an answer."""
+
+    logits: int
+    """Place of the (T, E) logits in the answer."""
+    experts: int
+    weights: int
+    scoring: Callable[[Tensor], Tensor]
+    """From logits to the scores that experts are ranked by."""
+    has_affinities: bool
+
+    def fits(self, outputs: Any) -> bool:
+        """Whether an output has all three places."""
+        return isinstance(outputs, tuple) and len(outputs) > max(self.logits, self.experts, self.weights)
+
+
+def find_reading(answer: Answer, seen: Interception) -> Reading | None:
+    """How to read outputs like the watched one; None where they do not contain the whole decision."""
+    if answer.places is None or seen.is_ours or seen.scores is None or seen.choice is None:
+        return None
+    experts, weights = answer.places
+    if not torch.equal(answer.outputs[experts], seen.choice.experts):
+        return None
+    for place, logits in enumerate(answer.outputs):
+        if place in answer.places or not isinstance(logits, Tensor) or logits.shape != seen.scores.shape:
+            continue
+        for scoring in _SCORINGS:
+            if torch.equal(scoring(logits.detach().float()).to(seen.scores.dtype), seen.scores):
+                return Reading(place, experts, weights, scoring, seen.has_affinities)
+    return None

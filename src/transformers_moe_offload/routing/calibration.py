@@ -21,11 +21,10 @@ from torch.nn import functional
 from transformers_moe_offload.config.options import choose
 from transformers_moe_offload.errors import ConfigError
 from transformers_moe_offload.routing import measures
-from transformers_moe_offload.routing.options import check_count
 from transformers_moe_offload.routing.recorder import record_routing
 from transformers_moe_offload.routing.sites import find_sites, select
 from transformers_moe_offload.routing.statistics import statistics_of
-from transformers_moe_offload.routing.strategy import RoutingStrategy, make_strategy
+from transformers_moe_offload.routing.strategy import RoutingStrategy, check_count, make_strategy
 from transformers_moe_offload.routing.switching import Layers, set_routing
 
 Measure = Literal["margin", "confidence", "entropy"]

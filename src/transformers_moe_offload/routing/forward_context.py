@@ -80,63 +80,18 @@ class ForwardContext:
             return self
         copied = memo[id(self)] = ForwardContext(base)
         copied.num_forwards = self.num_forwards
-        copied._latest = Forward(self.forward)
+        copied._latest = Forward(self.forward.number)
         return copied
 
     @property
-    def forward(self) -> int:
-        """The number of the forward that runs, or ran last."""
-        return self._forward.number
+    def forward(self) -> Forward:
+        """This thread's forward; in a thread without one (autograd's, which recompute layers), the latest of all."""
+        return self._running.forward or self._latest
 
     @property
     def is_running(self) -> bool:
         """Whether a forward runs in this thread."""
         return self._running.forward is not None and self._running.forward.is_running
-
-    @property
-    def token_ids(self) -> Tensor | None:
-        """(B, S) int64: the tokens embedded last; None where a forward was not given tokens."""
-        return self._forward.token_ids
-
-    @property
-    def is_padding(self) -> Tensor | None:
-        """(B, S) bool: which of `token_ids` are padding; None where there is no padding, or no listener."""
-        return self._forward.is_padding
-
-    @property
-    def is_encoding(self) -> bool:
-        """Whether `token_ids` are those of the encoder inside an encoder-decoder model: a text of its own."""
-        return self._forward.is_encoding
-
-    @property
-    def num_before(self) -> int | None:
-        """Tokens of each text that earlier forwards have read; None if the KV cache does not say."""
-        return self._forward.num_before
-
-    @property
-    def num_kept(self) -> int:
-        """How many of those tokens have stayed in the KV cache since the last forward that read it."""
-        return self._forward.num_kept
-
-    @property
-    def past(self) -> Past:
-        """Identifies the texts: the same object in all forwards that continue them, in any thread."""
-        return self._forward.past
-
-    @property
-    def moves(self) -> tuple[Move, ...]:
-        """How the rows of those texts have been moved between the last forward that read them and this one."""
-        return self._forward.moves
-
-    @property
-    def inputs(self) -> dict[str, Any]:
-        """The arguments of the forward that runs, by name."""
-        return self._forward.inputs
-
-    @property
-    def _forward(self) -> Forward:
-        """This thread's forward; in a thread without one (autograd's, which recompute layers), the latest of all."""
-        return self._running.forward or self._latest
 
     def begin(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """Hook: the model, or a model within it, starts a forward."""
@@ -165,19 +120,21 @@ class ForwardContext:
         running = self._running.modules
         if running:
             running.pop()
+        forward = self.forward
         if running:
-            if self._forward.is_encoding and module is self._encoder():
-                self._forward.encoded()
+            if forward.is_encoding and module is self._encoder():
+                forward.encoded()
             return
         if output is not None:
-            self.past.moves = self.past.moves[len(self.moves) :]  # kept if the forward failed: it has not read them
-            self.past.num_kept = None
+            past = forward.past
+            past.moves = past.moves[len(forward.moves) :]  # kept if the forward failed: it has not read them
+            past.num_kept = None
             cache = kv_cache_of_output(output)
             if cache is not None:  # possibly created by the model
-                self._pasts[cache] = self.past
+                self._pasts[cache] = past
             for listener in self._listeners:
                 listener.end(self)
-        self._forward.inputs, self._forward.is_running = {}, False
+        forward.inputs, forward.is_running = {}, False
 
     def _read_before(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Past, int | None]:
         """The texts that a forward continues, and how many tokens of each were read before.
@@ -202,11 +159,11 @@ class ForwardContext:
             found = self._parts[module] = frozenset(map(id, parts))
         return found
 
-    def embed(self, module: nn.Module, args: tuple[Any, ...]) -> None:
+    def embed(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """Hook: tokens are about to be embedded. An encoder's are embedded and routed before its decoder's."""
         if args and isinstance(args[0], Tensor) and args[0].dim() == 2:
             ids = args[0].detach()
-            forward, running = self._forward, self._running.modules
+            forward, running = self.forward, self._running.modules
             forward.is_encoding = len(running) > 1 and running[-1] is self._encoder()
             if self._listeners:
                 forward.is_padding = self._padding(forward, ids)
@@ -241,7 +198,7 @@ def forward_context_of(base: nn.Module) -> ForwardContext:
                 hooks.before(module, context.begin)
                 hooks.after(module, context.end)
         for embedding in _embeddings(base):
-            hooks.before_args(embedding, context.embed)
+            hooks.before(embedding, context.embed)
     assert isinstance(context, ForwardContext)
     return context
 

@@ -32,14 +32,23 @@ class Forward:
     def __init__(self, number: int = -1) -> None:
         self.number = number
         self.is_running = False
-        self.token_ids: Tensor | None = None
-        self.is_padding: Tensor | None = None
-        self.is_encoding = self.has_encoded = False
-        self.past = Past()
-        self.moves: tuple[Move, ...] = ()
-        self.num_before: int | None = 0
-        self.num_kept = 0
         self.inputs: dict[str, Any] = {}
+        """Its arguments by name, while it runs."""
+        self.token_ids: Tensor | None = None
+        """(B, S) int64: the tokens embedded last; None where it was not given tokens."""
+        self.is_padding: Tensor | None = None
+        """(B, S) bool: which of `token_ids` are padding; None where there is no padding, or no listener."""
+        self.is_encoding = self.has_encoded = False
+        """Whether `token_ids` are those of the encoder inside an encoder-decoder model, a text of its own."""
+        self.past = Past()
+        """Identifies the texts: the same object in all forwards that continue them, in any thread."""
+        self.moves: tuple[Move, ...] = ()
+        """How the rows of those texts have been moved between the last forward that read them and this one."""
+        self.num_before: int | None = 0
+        """Tokens of each text that earlier forwards have read; None if the KV cache does not say."""
+        self.num_kept = 0
+        """How many of those have stayed in the KV cache since the last forward that read it; the others were dropped
+        and read again."""
 
     def encoded(self) -> None:
         """The encoder is done: drop its tokens, because the decoder may be given embeddings instead of tokens."""

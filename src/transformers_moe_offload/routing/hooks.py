@@ -23,10 +23,6 @@ class Hooks:
         """Call `method(module, args, kwargs)` before the module's forward."""
         module.register_forward_pre_hook(method, with_kwargs=True)
 
-    def before_args(self, module: nn.Module, method: Callable[..., Any]) -> None:
-        """Call `method(module, args)` before the module's forward."""
-        module.register_forward_pre_hook(method)
-
     def after(self, module: nn.Module, method: Callable[..., Any]) -> None:
         """Call `method(module, args, kwargs, output)` after the module's forward; output is None where that failed."""
         module.register_forward_hook(method, with_kwargs=True, always_call=True)

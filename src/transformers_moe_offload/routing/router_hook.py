@@ -18,12 +18,11 @@ from torch import Tensor, nn
 
 from transformers_moe_offload.errors import MoeOffloadError, UnsupportedModelError
 from transformers_moe_offload.hf.routers.capture import is_asking
-from transformers_moe_offload.routing.answer import read_answer
+from transformers_moe_offload.routing.answer import Reading, find_reading, read_answer
 from transformers_moe_offload.routing.choice import Choice, RouterCall
 from transformers_moe_offload.routing.forward_context import ForwardContext
 from transformers_moe_offload.routing.hooks import Hooks
 from transformers_moe_offload.routing.interception import Interception
-from transformers_moe_offload.routing.reading import Reading, find_reading
 from transformers_moe_offload.routing.sites import Site
 from transformers_moe_offload.routing.strategy import RoutingStrategy
 
@@ -103,7 +102,7 @@ class RouterHook:
 
     def _enter(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         self.break_off()
-        is_read = self._reading is not None and self.strategy is None and (self._context.num_before or 0) > 0
+        is_read = self._reading is not None and self.strategy is None and (self._context.forward.num_before or 0) > 0
         if is_asking() or (self.strategy is None and not self.observers) or is_read:
             self._watching.seen.append(None)
             return
@@ -121,13 +120,13 @@ class RouterHook:
     ) -> Choice | None:
         if self.strategy is None:
             return None
-        token_ids = self._context.token_ids
+        token_ids = self._context.forward.token_ids
         call = RouterCall(
             scores,
             top_k,
             has_affinities,
             layer=self.index,
-            forward=max(0, self._context.forward - self._first_forward),
+            forward=max(0, self._context.forward.number - self._first_forward),
             hidden=_hidden(args, kwargs),
             token_ids=token_ids.reshape(-1) if token_ids is not None and token_ids.numel() == len(scores) else None,
         )
@@ -167,7 +166,7 @@ class RouterHook:
         except UnsupportedModelError as error:
             by = "its own choice" if self.strategy is None else f"{self.strategy}"
             raise UnsupportedModelError(f"{self.path} with {by}: {error}") from error
-        self._reading = find_reading(answer, seen) if self.observers and self._context.num_before == 0 else None
+        self._reading = find_reading(answer, seen) if self.observers and self._context.forward.num_before == 0 else None
         # Outside of a forward a layer is recomputed for gradients, and was observed before.
         if self._context.is_running and self.observers:
             assert seen.scores is not None

@@ -95,11 +95,8 @@ def statistics_of(trace: RecordedRouting, router: int) -> RouterStatistics:
             to_next, followers = _to_next_token(rows, mask, last)
             onwards += to_next
             num_followers += followers
-            if rows.scores is not None:
-                chances = trace.probabilities(rows, router)
-                per_token["entropy"].append(measures.entropy(chances))
-                per_token["margin"].append(measures.margin(chances, rows.experts))
-                per_token["confidence"].append(measures.confidence(chances, rows.experts))
+            for name, values in sureness_of(trace, rows, router).items():
+                per_token[name].append(values)
     joined = {name: np.concatenate([np.empty(0), *many]) for name, many in per_token.items()}
     return RouterStatistics(
         num_experts,
@@ -112,6 +109,18 @@ def statistics_of(trace: RecordedRouting, router: int) -> RouterStatistics:
         num_tokens=num_rows,
         num_followers=num_followers,
     )
+
+
+def sureness_of(trace: RecordedRouting, rows: Rows, router: int) -> dict[str, NDArray[np.float64]]:
+    """Entropy, margin and confidence of a router's decisions, (N,) each; nothing where no scores were recorded."""
+    if rows.scores is None:
+        return {}
+    chances, experts = trace.probabilities(rows, router), rows.experts
+    return {
+        "entropy": measures.entropy(chances),
+        "margin": measures.margin(chances, experts),
+        "confidence": measures.confidence(chances, experts),
+    }
 
 
 def token_counts_of(trace: RecordedRouting) -> dict[str, list[int]]:
@@ -154,19 +163,25 @@ def agreement_of(one: RecordedRouting, other: RecordedRouting) -> list[float]:
     agreements = []
     for router, facts in enumerate(one.routers):
         first, second = ([*trace.rows(router)] for trace in (one, other))
-        ids, others = _token_ids(first), _token_ids(second)
+        ids, others = (np.concatenate([_NO_IDS, *(rows.token_ids for rows in many)]) for many in (first, second))
         if not np.array_equal(ids, others):
             raise TraceError(
                 f"the traces hold {len(ids)} and {len(others)} tokens, but not the same tokens in the same order; "
                 f"record both runs on the same texts"
             )
-        here, there = _stacked(first), _stacked(second)
+        here, there = (
+            measures.stacked([_NO_EXPERTS, *(rows.experts for rows in many)], -1) for many in (first, second)
+        )
         total = sum(
             float(measures.jaccard(here[block], there[block], facts.num_experts).sum())
             for block in measures.blocks(len(ids), facts.num_experts)
         )
         agreements.append(total / len(ids) if len(ids) else 1.0)
     return agreements
+
+
+_NO_IDS, _NO_EXPERTS = np.empty(0, np.int32), np.empty((0, 1), np.int16)
+"""Tokens and choices of an empty trace."""
 
 
 def _expect_room(what: str, rows: int, columns: int) -> None:
@@ -182,16 +197,6 @@ def _blocks(rows: Rows, num_experts: int) -> Iterator[Rows]:
     for block in measures.blocks(len(rows.experts), num_experts):
         columns: list[Any] = [None if column is None else column[block] for column in rows]
         yield Rows(*columns)
-
-
-def _token_ids(many: list[Rows]) -> NDArray[np.int32]:
-    return np.concatenate([rows.token_ids for rows in many]) if many else np.empty(0, np.int32)
-
-
-def _stacked(many: list[Rows]) -> NDArray[np.int16]:
-    width = max((rows.experts.shape[1] for rows in many), default=1)
-    padded = [np.pad(r.experts, ((0, 0), (0, width - r.experts.shape[1])), constant_values=-1) for r in many]
-    return np.concatenate(padded) if padded else np.empty((0, 1), np.int16)
 
 
 def _to_next_token(

@@ -1,6 +1,6 @@
-"""`RoutingTrace`: a recording of the routing, with its statistics, tables and cache trace."""
+"""`RoutingTrace`: a recording of the routing, with its statistics, cache trace and tables (the only use of pyarrow)."""
 
-# N tokens at one router, E experts
+# N tokens at one router, K experts per token, E experts
 
 from __future__ import annotations
 
@@ -11,16 +11,17 @@ import torch
 from numpy.typing import NDArray
 
 from transformers_moe_offload.compute.token_grouping import group_by_expert
-from transformers_moe_offload.routing.export import to_arrow
 from transformers_moe_offload.routing.statistics import (
     RouterStatistics,
     agreement_of,
     preferences_of,
     statistics_of,
+    sureness_of,
     token_counts_of,
 )
-from transformers_moe_offload.routing.trace_data import RecordedRouting
-from transformers_moe_offload.tracing import RecordedVisit, Trace, hottest_experts
+from transformers_moe_offload.routing.trace_data import RecordedRouting, rows_of
+from transformers_moe_offload.routing.trace_file import Part
+from transformers_moe_offload.tracing import RecordedVisit, Trace, TraceError, hottest_experts
 
 if TYPE_CHECKING:
     import pandas
@@ -69,8 +70,23 @@ class RoutingTrace(RecordedRouting):
         return self.to_arrow().to_pandas()
 
     def to_arrow(self) -> pyarrow.Table:
-        """A row for every token and router. Needs the extra `research`."""
-        return to_arrow(self)
+        """A row for every token and router, with its experts and weights. Needs the extra `research`.
+
+        Columns: router, token_id, sequence, position, turn, domain, experts, weights and, where scores were recorded,
+        entropy, margin and confidence. `turn` counts the router's earlier calls with the same token in the same
+        forward.
+        """
+        try:
+            import pyarrow
+        except ImportError as error:
+            raise TraceError(
+                "tables need pyarrow and pandas; run: pip install 'transformers-moe-offload[research]'"
+            ) from error
+        routers = range(len(self.routers))
+        tables = [pyarrow.table(_columns(self, part, router, pyarrow)) for part in self.parts() for router in routers]
+        if not tables:
+            raise TraceError("the trace holds 0 forwards; run the model while it is recorded")
+        return pyarrow.concat_tables(tables, promote_options="default")
 
     def to_cache_trace(self) -> Trace:
         """The visits that an offloaded model would make for these decisions, for `tracing.replay`.
@@ -102,3 +118,21 @@ class RoutingTrace(RecordedRouting):
                     RecordedVisit(place[layer], tuple(grouping.by_last_use), step) for layer in facts.layers
                 ]
         return trace
+
+
+def _columns(trace: RoutingTrace, part: Part, router: int, arrow: Any) -> dict[str, Any]:
+    rows = rows_of(part, router)
+    kept = rows.experts >= 0
+    ends = np.r_[0, kept.sum(axis=1).cumsum()].astype(np.int32)
+    names = np.array([*trace.domains, None], dtype=object)
+    columns = {
+        "router": np.full(len(kept), trace.routers[router].router, np.int32),
+        "token_id": rows.token_ids,
+        "sequence": rows.sequence,
+        "position": rows.position,
+        "turn": rows.turn,
+        "domain": arrow.array(names[rows.domain], arrow.string()),
+        "experts": arrow.ListArray.from_arrays(ends, rows.experts[kept]),
+        "weights": arrow.ListArray.from_arrays(ends, rows.weights[kept]),
+    }
+    return columns | sureness_of(trace, rows, router)

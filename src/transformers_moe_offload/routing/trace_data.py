@@ -1,6 +1,6 @@
 """Routers' decisions for every token of some forwards, read part by part.
 
-So a recording may be larger than memory. Statistics are in `statistics.py`, tables in `export.py`.
+So a recording may be larger than memory. Statistics are in `statistics.py`, tables in `trace.py`.
 """
 
 # N tokens at one router, M tokens, K experts per token, E experts, H hidden
@@ -63,6 +63,14 @@ class RecordedRouting:
         self._index = index
         self._source = source
         self._files = files or {}
+        self.model = index.model
+        """The class of the model."""
+        self.routers: Sequence[RouterFacts] = tuple(index.routers)
+        """Facts about each router: path, number of experts and so on."""
+        self.domains: Sequence[str] = tuple(index.domains)
+        """The domains that tokens were assigned to, in the order of their first token."""
+        self.num_tokens, self.num_steps = index.num_tokens, index.num_steps
+        """Tokens of text, padding included, and forwards."""
 
     @classmethod
     def load(cls, path: str | os.PathLike[str]) -> Self:
@@ -80,41 +88,14 @@ class RecordedRouting:
         TraceIndex(**{**vars(self._index), "parts": names}).write(folder)
 
     @property
-    def model(self) -> str:
-        """The class of the model."""
-        return self._index.model
-
-    @property
-    def routers(self) -> Sequence[RouterFacts]:
-        """Facts about each router: path, number of experts and so on."""
-        return tuple(self._index.routers)
-
-    @property
-    def domains(self) -> Sequence[str]:
-        """The domains that tokens were assigned to, in the order of their first token."""
-        return tuple(self._index.domains)
-
-    @property
-    def num_tokens(self) -> int:
-        """Tokens of text, padding included."""
-        return self._index.num_tokens
-
-    @property
-    def num_steps(self) -> int:
-        """Forwards."""
-        return self._index.num_steps
-
-    @property
     def has_scores(self) -> bool:
         """Whether the scores of all experts were recorded."""
         return any(f"scores.{router}" in part for part in self.parts() for router in range(len(self.routers)))
 
     def parts(self) -> Iterator[Part]:
         """The parts, one at a time."""
-        if isinstance(self._source, list):
-            yield from self._source
-            return
-        yield from read_parts(self._source, self._index, self._files)
+        source = self._source
+        yield from source if isinstance(source, list) else read_parts(source, self._index, self._files)
 
     def rows(self, router: int, *, padding: bool = False) -> Iterator[Rows]:
         """What a router did, part by part; rows of padding are left out unless `padding`."""

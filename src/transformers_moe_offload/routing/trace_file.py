@@ -15,19 +15,19 @@ from __future__ import annotations
 import json
 import os
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any, NoReturn
 
 import numpy as np
 from numpy.typing import NDArray
-from safetensors import SafetensorError
 from safetensors.numpy import save_file
 
 from transformers_moe_offload.disk_io.file_identity import FileIdentity
 from transformers_moe_offload.tensor_files.writer import new_file
-from transformers_moe_offload.tracing.trace_file import TraceError, expect_table, reading_trace, refuse
+from transformers_moe_offload.tracing.trace_file import TraceError, expect_table, reading_trace, refuse, whole_file
 from transformers_moe_offload.untrusted import quoted
 
 FORMAT = 1
@@ -50,6 +50,15 @@ Part = dict[str, NDArray[Any]]
     scores.R       (N, E) float16 or float32, if they were recorded
     hidden.R       (N, H) float32, if it was recorded
 """
+
+TOKEN_DTYPES = {
+    "token_ids": "int32",
+    "sequence": "int32",
+    "position": "int32",
+    "is_padding": "uint8",
+    "domain": "int16",
+}
+"""The arrays of a part that have an entry for each token."""
 
 KIND = "routing trace"
 _MAX_INDEX_BYTES = 16 * 2**20
@@ -92,7 +101,8 @@ class TraceIndex:
     def write(self, folder: Path) -> None:
         """Replace `trace.json`, wholly or not at all."""
         text = json.dumps({"format": FORMAT, **asdict(self)}, indent=1)
-        _write(folder / INDEX, lambda path: path.write_text(text + "\n", encoding="utf-8"))
+        with _whole_file(folder / INDEX) as path:
+            path.write_text(text + "\n", encoding="utf-8")
 
     @classmethod
     def read(cls, folder: Path) -> TraceIndex:
@@ -226,7 +236,8 @@ def new_folder(folder: str | os.PathLike[str], *, overwrite: bool = False) -> Pa
 def write_part(folder: Path, number: int, part: Part) -> str:
     """Write a part -> its name."""
     name = f"part-{number:05}.safetensors"
-    _write(folder / name, lambda path: save_file({key: np.ascontiguousarray(one) for key, one in part.items()}, path))
+    with _whole_file(folder / name) as path:
+        save_file({key: np.ascontiguousarray(one) for key, one in part.items()}, path)
     return name
 
 
@@ -239,17 +250,12 @@ def file_of(folder: Path, name: str) -> FileIdentity:
         raise TraceError(f"cannot read {folder / name}: {error}") from error
 
 
-def _write(path: Path, write: Any) -> None:
-    unfinished = path.with_name(f".{path.name}.{os.getpid()}")
-    try:
-        try:
-            new_file(unfinished).close()
-            write(unfinished)
-            unfinished.replace(path)
-        finally:
-            unfinished.unlink(missing_ok=True)
-    except (OSError, SafetensorError) as error:
-        raise TraceError(f"cannot write {path}: {error}") from error
+@contextmanager
+def _whole_file(path: Path) -> Iterator[Path]:
+    """As `whole_file`, with an empty file to begin with, so that a link of that name is not written through."""
+    with whole_file(path, "the file") as unfinished:
+        new_file(unfinished).close()
+        yield unfinished
 
 
 def refuse_folder(path: Path, reason: str) -> NoReturn:

@@ -17,8 +17,7 @@ import torch
 from torch import Tensor
 
 from transformers_moe_offload.errors import ConfigError
-from transformers_moe_offload.routing.options import check_count, check_seed
-from transformers_moe_offload.routing.strategy import make_strategy
+from transformers_moe_offload.routing.strategy import check_count, check_seed, make_strategy
 from transformers_moe_offload.routing.switching import Layers, set_routing
 
 

@@ -22,6 +22,7 @@ from typing import Any, NoReturn
 import numpy as np
 from numpy.lib import format as npy
 from numpy.typing import NDArray
+from safetensors import SafetensorError
 
 from transformers_moe_offload.errors import MoeOffloadError
 from transformers_moe_offload.tensor_files.writer import new_file
@@ -105,19 +106,26 @@ def write_arrays(path: Path, arrays: Arrays) -> None:
     """Write the file; it is there complete or not at all."""
     expect_table(path, arrays["num_experts"].tolist(), "layers")
     members: dict[str, Any] = dict(arrays)
+    with whole_file(path, "the trace") as unfinished:
+        with new_file(unfinished) as file:
+            np.savez_compressed(file, **members)
+        if sum(array.nbytes for array in arrays.values()) > 0.9 * _most_bytes(unfinished.stat().st_size):
+            with unfinished.open("wb") as file:  # a reader would refuse the compressed file as a zip bomb
+                np.savez(file, **members)
+
+
+@contextmanager
+def whole_file(path: Path, kind: str) -> Iterator[Path]:
+    """A name to write a file under, which takes its place when the block ends, and is gone if the block fails."""
     unfinished = path.with_name(f".{path.name}.{os.getpid()}")
     try:
         try:
-            with new_file(unfinished) as file:
-                np.savez_compressed(file, **members)
-            if sum(array.nbytes for array in arrays.values()) > 0.9 * _most_bytes(unfinished.stat().st_size):
-                with unfinished.open("wb") as file:  # a reader would refuse the compressed file as a zip bomb
-                    np.savez(file, **members)
+            yield unfinished
             unfinished.replace(path)
         finally:
             unfinished.unlink(missing_ok=True)
-    except OSError as error:
-        raise TraceError(f"cannot write the trace {path}: {error.strerror}") from error
+    except (OSError, SafetensorError) as error:
+        raise TraceError(f"cannot write {kind} {path}: {getattr(error, 'strerror', None) or error}") from error
 
 
 def read_arrays(path: Source) -> dict[str, Array]:

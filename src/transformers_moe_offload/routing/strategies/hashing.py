@@ -11,8 +11,7 @@ from torch import Tensor
 
 from transformers_moe_offload.errors import UnsupportedModelError
 from transformers_moe_offload.routing.choice import Choice, RouterCall, best
-from transformers_moe_offload.routing.options import check_seed
-from transformers_moe_offload.routing.strategy import RoutingStrategy, register_strategy
+from transformers_moe_offload.routing.strategy import RoutingStrategy, check_seed, register_strategy
 
 
 @register_strategy("hash")

@@ -10,8 +10,13 @@ import torch
 
 from transformers_moe_offload.errors import ConfigError
 from transformers_moe_offload.routing.choice import Choice, RouterCall, best, packed
-from transformers_moe_offload.routing.options import check_count, check_fits, check_number
-from transformers_moe_offload.routing.strategy import RoutingStrategy, register_strategy
+from transformers_moe_offload.routing.strategy import (
+    RoutingStrategy,
+    check_count,
+    check_fits,
+    check_number,
+    register_strategy,
+)
 
 
 @register_strategy("top_k")

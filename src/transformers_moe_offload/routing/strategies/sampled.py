@@ -16,8 +16,7 @@ from torch import Tensor
 
 from transformers_moe_offload.config.options import choose
 from transformers_moe_offload.routing.choice import Choice, RouterCall, best
-from transformers_moe_offload.routing.options import check_number, check_seed
-from transformers_moe_offload.routing.strategy import RoutingStrategy, register_strategy
+from transformers_moe_offload.routing.strategy import RoutingStrategy, check_number, check_seed, register_strategy
 
 Weighting = Literal["uniform", "proportional"]
 
