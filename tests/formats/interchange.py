@@ -21,8 +21,7 @@ from torch.nn import functional
 
 from transformers_moe_offload.config.formats import GROUP_SIZES, NBITS, HqqFormat
 from transformers_moe_offload.errors import CheckpointError, ConfigError
-from transformers_moe_offload.formats.hqq import packing_of
-from transformers_moe_offload.formats.meta import in_half
+from transformers_moe_offload.formats.hqq import in_half, packing_of
 from transformers_moe_offload.kernels.packed import PackedMatrix, Packing, pack, unpack
 from transformers_moe_offload.kernels.reference import scales_and_zeros
 

@@ -70,15 +70,15 @@ def test_a_gate_is_activated_where_its_up_is_in_the_same_program(rows, nbits, is
 def test_every_kernel_compiles_for_a_gpu(capability, height, tmp_path, monkeypatch):
     """With loads of 16 bytes, also at addresses from a table, and in the shared memory that every GPU has."""
     monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
-    from transformers_moe_offload.kernels.triton import grouped, launch, sizes
+    from transformers_moe_offload.kernels.triton import grouped, row, sizes, tile
 
     packing = Packing(1536, 2048, *((3, 64, 8) if capability == 80 else (4, 128, 16)))
     cut = sizes.row_sizes(packing)
-    instructions, shared = assembly(launch.row_kernel, "bfloat16", capability, sizes.formats(packing) | cut)
+    instructions, shared = assembly(row.row_kernel, "bfloat16", capability, sizes.formats(packing) | cut)
     assert bytes_loaded_at_once(instructions) == 16
     assert shared <= SHARED_MEMORY
     cut = sizes.tile_sizes(packing, torch.float32, 32)
-    instructions, shared = assembly(launch.tile_kernel, "float32", capability, sizes.formats(packing) | cut)
+    instructions, shared = assembly(tile.tile_kernel, "float32", capability, sizes.formats(packing) | cut)
     assert "mma" not in instructions
     assert shared <= SHARED_MEMORY
     for matrix, activation in matrices(packing):

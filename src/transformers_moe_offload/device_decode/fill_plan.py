@@ -20,7 +20,7 @@ from transformers_moe_offload.cache.bandwidth import Link
 from transformers_moe_offload.expert import ExpertId
 
 HALF_LIFE = 16
-"""Forwards after which a miss counts half, as a use does in `policies/lfru.py`."""
+"""Forwards after which a miss counts half, as a use does in `policies/lfu.py`."""
 
 LEAST = 0.3
 """Smaller counts are dropped: one miss is, after two half-lives."""

@@ -1,7 +1,13 @@
 """How one expert is stored: which of its fields are quantized, and what arrays each field becomes.
 
 A record, a slot or a file holds these arrays like any other tensors, so no other code depends on the format.
+
+Groups along the outputs of a matrix, hqq's axis 0, can be read, but not quantized. Such a group is g weights of one
+column, N / g rows apart. With each group brought together, column after column, the weights form a (K, N) matrix whose
+groups lie along its rows, as with axis 1; that matrix is packed.
 """
+
+# N rows (outputs), K columns (inputs), S matrices stacked along the rows, g group size
 
 from __future__ import annotations
 
@@ -15,10 +21,24 @@ from torch import Tensor
 from transformers_moe_offload.config.formats import HqqFormat
 from transformers_moe_offload.expert import FieldSpec
 from transformers_moe_offload.formats.base import Codec
-from transformers_moe_offload.formats.columns import put_back
 from transformers_moe_offload.formats.hqq import packing_of, quantize
 from transformers_moe_offload.kernels.packed import PackedMatrix, Packing
 from transformers_moe_offload.kernels.reference import dequantize
+
+_STACKED = {"gate_up_proj": 2}
+"""Fields that stack several matrices, each with groups of its own."""
+
+
+def brought_together(weights: Tensor, group_size: int) -> Tensor:
+    """weights (N, K), or their codes, of a single matrix -> (K, N), each group in one piece."""
+    rows, cols = weights.shape
+    return weights.reshape(group_size, rows // group_size, cols).permute(2, 1, 0).reshape(cols, rows)
+
+
+def put_back(weights: Tensor, group_size: int, field: str) -> Tensor:
+    """Undo `brought_together` for the S matrices of a field, each brought together on its own: (K, N) -> (N, K)."""
+    (cols, rows), stacked = weights.shape, _STACKED.get(field.rpartition(".")[2], 1)
+    return weights.view(cols, stacked, -1, group_size).permute(1, 3, 2, 0).reshape(rows, cols)
 
 
 @dataclass(frozen=True)
@@ -86,7 +106,7 @@ class FieldCodec:
         return weight.t().contiguous() if self.is_transposed else weight
 
     def matrix(self, parts: Mapping[str, Tensor]) -> PackedMatrix:
-        """The packed matrix of a quantized field, sharing the arrays: (out, in), or as in `columns.py` for axis 0."""
+        """The packed matrix of a quantized field, sharing the arrays: (out, in), or (in, out) for axis 0."""
         assert self.packing is not None
         return PackedMatrix(self.packing, {own: parts[part] for own, part in self._part_names})
 

@@ -1,8 +1,8 @@
 """Quantize a matrix: code its groups in chunks that fit a CPU cache, then pack the codes.
 
 Of each group the scale comes first, for it follows from the group's range alone; then the zero that suits the scale as
-stored; then the codes nearest to the weights under both as stored. `kernels/solver.py` has the arithmetic, `meta.py`
-the storage of scales and zeros.
+stored; then the codes nearest to the weights under both as stored. `kernels/solver.py` has the arithmetic. Scales and
+zeros are stored as float16, or in 8 bits with a minimum and a step for each `META_BLOCK` of them.
 
 hqq spans the codes from a group's smallest to its largest weight. This is inexact where 0 lies far outside the range:
 nearly equal weights get an enormous zero, which float16 rounds coarsely, and which in 8 bits widens the steps of all
@@ -10,8 +10,8 @@ zeros of its block. So where all weights of a group have one sign, other spans a
 smallest error is kept.
 """
 
-# N rows (outputs), K columns (inputs), g group size, G = K / g groups in a row, M groups,
-# U units: groups stored together, each single or META_BLOCK of them
+# N rows (outputs), K columns (inputs), g group size, G = K / g groups in a row, M groups, or their values,
+# U units: groups stored together, each single or META_BLOCK of them, B = ceil(M / META_BLOCK) blocks
 
 from __future__ import annotations
 
@@ -24,9 +24,67 @@ from torch.nn import functional
 
 from transformers_moe_offload.config.formats import HqqFormat
 from transformers_moe_offload.errors import CheckpointError, ConfigError
-from transformers_moe_offload.formats.meta import LARGEST, SMALLEST, from_eight_bits, stored
 from transformers_moe_offload.kernels.packed import META_BLOCK, PackedMatrix, Packing, pack
 from transformers_moe_offload.kernels.solver import Solver, solver_for
+
+LARGEST = 65504.0
+"""Largest finite float16."""
+SMALLEST = 2.0**-24
+"""Smallest positive float16, subnormal."""
+
+
+def stored(values: Tensor, meta_nbits: int, name: str) -> tuple[dict[str, Tensor], Tensor]:
+    """The arrays that hold values (M,) float32, under the names of `Packing.parts`, and the values read back (M,).
+
+    The rest of a matrix is fitted to the latter.
+    """
+    if meta_nbits == 16:
+        half = in_half(values)
+        return {name: half}, half.float()
+    codes, ranges = in_eight_bits(values)
+    return {name: codes, f"{name}_range": ranges}, from_eight_bits(codes, ranges)
+
+
+def in_half(values: Tensor) -> Tensor:
+    """values (M,) float32 -> (M,) float16, the nearest finite ones."""
+    return values.clamp(-LARGEST, LARGEST).half()
+
+
+def in_eight_bits(values: Tensor) -> tuple[Tensor, Tensor]:
+    """values (M,) float32 -> steps (M,) uint8, and minimum and step of each block (B, 2) float16.
+
+    The minimum is rounded down and the step up, so that every value within float16's range is stored to within half a
+    step.
+    """
+    finite = values.clamp(-LARGEST, LARGEST)
+    blocks = _in_blocks(finite)
+    minimum = _half_at_most(blocks.amin(1))
+    span = blocks.amax(1) - minimum.float()
+    step = -_half_at_most(-span / 255)
+    divisor = torch.where(step == 0, 1, step).float()
+    codes = ((blocks - minimum.float()[:, None]) / divisor[:, None]).round_().clamp_(0, 255)
+    return codes.view(-1)[: len(values)].to(torch.uint8), torch.stack([minimum, step], 1)
+
+
+def from_eight_bits(codes: Tensor, ranges: Tensor) -> Tensor:
+    """The values that `in_eight_bits` stored, (M,) float32."""
+    minimum, step = ranges.float().unbind(1)
+    values = _in_blocks(codes.float()).mul(step[:, None]).add_(minimum[:, None])
+    return values.view(-1)[: len(codes)]
+
+
+def _in_blocks(values: Tensor) -> Tensor:
+    """values (M,) -> (B, META_BLOCK), the last block filled up with the last value."""
+    missing = -len(values) % META_BLOCK
+    return torch.cat([values, values[-1:].expand(missing)]).view(-1, META_BLOCK)
+
+
+def _half_at_most(values: Tensor) -> Tensor:
+    """values (B,) float32 -> float16, rounded down."""
+    half = values.half()
+    lower = (values - values.abs() * 2**-10 - SMALLEST).clamp_(min=-LARGEST).half()
+    return torch.where(half.float() > values, lower, half)
+
 
 FARTHEST = LARGEST * LARGEST
 """Largest weight that a zero and a scale in float16 can express."""

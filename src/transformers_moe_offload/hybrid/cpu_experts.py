@@ -68,10 +68,6 @@ class HostRows:
         self._work = work
         self._device = device
 
-    def is_done(self) -> bool:
-        """Whether `finish` would return at once."""
-        return self._work.done()
-
     def finish(self) -> dict[int, Tensor]:
         """Each expert's rows, (N, H) on the device of the tokens, or raise what went wrong."""
         return {
@@ -127,7 +123,7 @@ class HostSide:
         absent = [expert for expert in grouping.by_last_use if cache.is_absent(ExpertId(layer, expert))]
         tokens = {expert: len(grouping.tokens[expert]) for expert in absent}
         at_hand = {expert for expert in absent if self.is_at_hand(ExpertId(layer, expert))}
-        computed = split(tokens, self.rates, at_hand, loads_under_way).computed
+        computed, _ = split(tokens, self.rates, at_hand, loads_under_way)
         return {expert: list(grouping.tokens[expert]) for expert in computed}
 
     def start(self, mlp: ExpertMlp, experts: nn.Module, hidden_states: Tensor, layer: int, share: Share) -> HostRows:

@@ -24,7 +24,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from transformers_moe_offload.kernels import cpu, native
-from transformers_moe_offload.kernels.scratch import scratch
+from transformers_moe_offload.kernels.reference import scratch
 
 TILE_ROWS = 512
 """Rows of a matrix that are cast at a time, as in the 152 ms measurement above."""
@@ -73,13 +73,8 @@ def linear_in_tiles(rows: Tensor, weight: Tensor) -> Tensor:
 
 def linear_transposed(rows: Tensor, weight: Tensor) -> Tensor:
     """rows (T, N), weight (N, K) -> (T, K), the gradient of `linear`, in float32 tiles where that is faster."""
-    if rows.device.type == "cpu" and wants_tiles(len(rows), rows.dtype, has_units=has_bfloat16_units()):
-        return linear_transposed_in_tiles(rows, weight)
-    return rows @ weight
-
-
-def linear_transposed_in_tiles(rows: Tensor, weight: Tensor) -> Tensor:
-    """rows (T, N), weight (N, K) -> (T, K) in the rows' dtype, added up in float32."""
+    if rows.device.type != "cpu" or not wants_tiles(len(rows), rows.dtype, has_units=has_bfloat16_units()):
+        return rows @ weight
     inputs = rows.float()
     out = torch.zeros((len(rows), weight.shape[1]))
     for some, tile in _tiles(weight):

@@ -22,7 +22,7 @@ from transformers_moe_offload.kernels.packed import PackedMatrix, Packing
 def best_linear(rows: Tensor, matrix: PackedMatrix, activations: Activations) -> Tensor:
     """rows (T, K) -> (T, N), by the best kernel available for their device and dtype."""
     if rows.device.type == "cpu" and rows.dtype in cpu.TYPES and native.library() is not None:
-        return cpu.linear(rows, matrix, activations)
+        return cpu.linear_each(rows, [len(rows)], [matrix], activations)
     if rows.device.type == "cuda":
         return gpu.linear(rows, matrix)
     return reference.linear(rows, matrix)

@@ -124,9 +124,8 @@ class Prefetcher:
     def _look_ahead(self, layer: int, hidden: Tensor | None) -> None:
         ahead = {self._layers[place]: visits for place, visits in self._route.ahead(self._lookahead).items()}
         targets = [target for target in ahead if not self._caches[target].holds_all(target)]
-        if not targets:
-            return
-        self._start(ahead, self._predictor.predict(layer, targets, hidden))
+        if targets:
+            self._start(ahead, self._predictor.predict(layer, targets, hidden))
 
     def _start(self, ahead: Mapping[int, int], predictions: Sequence[Prediction]) -> None:
         """Start predicted loads, the most confident first, that can begin before their layer is reached, until the

@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from transformers_moe_offload.routing import measures
-from transformers_moe_offload.routing.forward_state import Forward, Past
+from transformers_moe_offload.routing.forward_context import Forward, Past
 from transformers_moe_offload.routing.moved_rows import Move
 from transformers_moe_offload.routing.trace_file import TOKEN_DTYPES, Part
 
@@ -93,7 +93,14 @@ class RoutingBuffer:
         self._settle()
         if not self._calls:
             return None
-        part = _joined(self._calls, self._tokens, self._rows, self._num_routers)
+        part: Part = {"calls": np.array(self._calls, np.int64)}
+        for router in range(self._num_routers):
+            part[f"experts.{router}"] = np.empty((0, 1), np.int16)
+            part[f"weights.{router}"] = np.empty((0, 1), np.float32)
+        for name, many in self._tokens.items():
+            part[name] = np.concatenate([np.empty(0, TOKEN_DTYPES[name]), *many])
+        for name, many in self._rows.items():
+            part[name] = measures.stacked(many, -1 if name.startswith("experts") else 0)
         self._clear()
         return part
 
@@ -225,20 +232,3 @@ def _arrays(tensors: Sequence[Tensor | None], dtype: torch.dtype | None) -> list
         for place, array in zip(places, together.numpy(), strict=True):
             arrays[place] = array
     return arrays
-
-
-def _joined(
-    calls: list[tuple[int, int, int, int, int]],
-    tokens: dict[str, list[NDArray[Any]]],
-    rows: dict[str, list[NDArray[Any]]],
-    num_routers: int,
-) -> Part:
-    part: Part = {"calls": np.array(calls, np.int64)}
-    for router in range(num_routers):
-        part[f"experts.{router}"] = np.empty((0, 1), np.int16)
-        part[f"weights.{router}"] = np.empty((0, 1), np.float32)
-    for name, many in tokens.items():
-        part[name] = np.concatenate([np.empty(0, TOKEN_DTYPES[name]), *many])
-    for name, many in rows.items():
-        part[name] = measures.stacked(many, -1 if name.startswith("experts") else 0)
-    return part

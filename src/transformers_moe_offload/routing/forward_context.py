@@ -1,4 +1,4 @@
-"""What a model is reading while its routers run: the number of the forward, and its tokens.
+"""What a model is reading while its routers run: the number of the forward, its tokens, and the tokens before them.
 
 One context per model, shared by the hooks around all its routers. It is an attribute of the model, so a copy of the
 model has its own.
@@ -17,11 +17,63 @@ from transformers import Cache, PreTrainedModel
 
 from transformers_moe_offload.errors import UnsupportedModelError
 from transformers_moe_offload.hf.upstream import arguments, kv_cache, kv_cache_of_output, num_tokens_in
-from transformers_moe_offload.routing import moved_rows
-from transformers_moe_offload.routing.forward_state import Forward, Past, Running
-from transformers_moe_offload.routing.hooks import Hooks
+from transformers_moe_offload.routing import hooks, moved_rows
 from transformers_moe_offload.routing.moved_rows import Move
 from transformers_moe_offload.routing.padding import expect_texts_apart, padding_of
+
+
+class Past:
+    """Identifies the texts that one KV cache holds, without keeping the cache alive."""
+
+    def __init__(self) -> None:
+        self.moves: tuple[Move, ...] = ()
+        """How its rows have been moved since the last forward."""
+        self.num_kept: int | None = None
+        """The fewest tokens of each text that the cache has held since then; None before any was noted."""
+
+    def keep(self, num_tokens: int) -> None:
+        """Note how many tokens of each text the cache holds now."""
+        self.num_kept = num_tokens if self.num_kept is None else min(self.num_kept, num_tokens)
+
+
+class Forward:
+    """One forward, or the time before the first."""
+
+    def __init__(self, number: int = -1) -> None:
+        self.number = number
+        self.is_running = False
+        self.inputs: dict[str, Any] = {}
+        """Its arguments by name, while it runs."""
+        self.token_ids: Tensor | None = None
+        """(B, S) int64: the tokens embedded last; None where it was not given tokens."""
+        self.is_padding: Tensor | None = None
+        """(B, S) bool: which of `token_ids` are padding; None where there is no padding, or no listener."""
+        self.is_encoding = self.has_encoded = False
+        """Whether `token_ids` are those of the encoder inside an encoder-decoder model, a text of its own."""
+        self.past = Past()
+        """Identifies the texts: the same object in all forwards that continue them, in any thread."""
+        self.moves: tuple[Move, ...] = ()
+        """How the rows of those texts have been moved between the last forward that read them and this one."""
+        self.num_before: int | None = 0
+        """Tokens of each text that earlier forwards have read; None if the KV cache does not say."""
+        self.num_kept = 0
+        """How many of those have stayed in the KV cache since the last forward that read it; the others were dropped
+        and read again."""
+
+    def encoded(self) -> None:
+        """The encoder is done: drop its tokens, because the decoder may be given embeddings instead of tokens."""
+        self.token_ids = self.is_padding = None
+        self.is_encoding, self.has_encoded = False, True
+
+
+class Running(threading.local):
+    """The models and the forward that run in a thread, or ran last in it."""
+
+    def __init__(self) -> None:
+        self.modules: list[nn.Module] = []
+        """The models, the outermost first."""
+        self.forward: Forward | None = None
+
 
 _ATTRIBUTE = "_moe_routing_context"
 
@@ -191,7 +243,6 @@ def forward_context_of(base: nn.Module) -> ForwardContext:
     context = vars(base).get(_ATTRIBUTE)
     if context is None:
         context = vars(base)[_ATTRIBUTE] = ForwardContext(base)
-        hooks = Hooks(base)
         # Inner models as well: the decoder may be called without its head.
         for module in base.modules():
             if isinstance(module, PreTrainedModel):
@@ -207,7 +258,7 @@ def drop_forward_context(base: nn.Module) -> None:
     """Take the hooks of a model's context out again."""
     context = vars(base).pop(_ATTRIBUTE, None)
     if context is not None:
-        Hooks(base).remove(context)
+        hooks.remove(base, context)
 
 
 def _embeddings(base: nn.Module) -> list[nn.Module]:

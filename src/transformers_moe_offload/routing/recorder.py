@@ -184,19 +184,11 @@ class RoutingRecorder:
         place = self._place[router]
         with self._writing:
             self._note_form(place, decision)
-        calls.append(
-            CallRecord(
-                place,
-                decision.scores if self._scores is not None else None,
-                decision.experts,
-                decision.weights.clone(),  # a block may scale them in place
-                decision.is_kept,
-                decision.hidden.clone() if self._keeps_hidden else None,
-                context.forward.token_ids,
-                context.forward.is_padding,
-                context.forward.is_encoding,
-            )
-        )
+        scores = decision.scores if self._scores is not None else None
+        weights = decision.weights.clone()  # a block may scale them in place
+        hidden = decision.hidden.clone() if self._keeps_hidden else None
+        tokens = context.forward.token_ids, context.forward.is_padding, context.forward.is_encoding
+        calls.append(CallRecord(place, scores, decision.experts, weights, decision.is_kept, hidden, *tokens))
 
     def _note_form(self, place: int, decision: Decision) -> None:
         facts = self._index.routers[place]
@@ -236,13 +228,5 @@ def _facts(site: Site) -> RouterFacts:
             f"{site.path} chooses among {site.num_experts:,} experts; a recording supports at most {MAX_CHOICES:,}: "
             "leave it out with `layers`"
         )
-    return RouterFacts(
-        site.index,
-        site.path,
-        site.num_experts,
-        site.num_experts,
-        site.top_k,
-        has_affinities=False,
-        layers=site.layers,
-        experts_paths=site.experts_paths,
-    )
+    own = site.index, site.path, site.num_experts, site.num_experts, site.top_k
+    return RouterFacts(*own, has_affinities=False, layers=site.layers, experts_paths=site.experts_paths)

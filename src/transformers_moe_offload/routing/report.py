@@ -47,9 +47,7 @@ def sections_of(trace: RoutingTrace) -> list[Section]:
             sure,
         ),
         Section(
-            "Load",
-            "Red: chosen more often than the average expert of its router; blue: less often.",
-            _load(statistics),
+            "Load", "Red: chosen more often than the average expert of its router; blue: less often.", _load(statistics)
         ),
         Section(
             "Reuse",
@@ -121,9 +119,8 @@ def _preferences(preferences: Sequence[NDArray[np.float64]], domains: Sequence[s
     """Heat maps of each domain's preferences, side by side: each row a router, each column an expert."""
     width = max(one.shape[1] for one in preferences)
     figure = make_figure(min(16, 3 + 3.6 * len(domains)), min(8, 1.8 + 0.3 * len(preferences)))
-    for number, (axes, domain) in enumerate(
-        zip(figure.subplots(1, len(domains), squeeze=False)[0], domains, strict=True)
-    ):
+    panels = figure.subplots(1, len(domains), squeeze=False)[0]
+    for number, (axes, domain) in enumerate(zip(panels, domains, strict=True)):
         values = np.full((len(preferences), width), np.nan)
         for row, one in enumerate(preferences):
             values[row, : one.shape[1]] = one[number]

@@ -11,6 +11,7 @@ from __future__ import annotations
 import threading
 from collections.abc import Callable
 from copy import deepcopy
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
@@ -18,10 +19,10 @@ from torch import Tensor, nn
 
 from transformers_moe_offload.errors import MoeOffloadError, UnsupportedModelError
 from transformers_moe_offload.hf.routers.capture import is_asking
+from transformers_moe_offload.routing import hooks
 from transformers_moe_offload.routing.answer import Reading, find_reading, read_answer
 from transformers_moe_offload.routing.choice import Choice, RouterCall
 from transformers_moe_offload.routing.forward_context import ForwardContext
-from transformers_moe_offload.routing.hooks import Hooks
 from transformers_moe_offload.routing.interception import Interception
 from transformers_moe_offload.routing.sites import Site
 from transformers_moe_offload.routing.strategy import RoutingStrategy
@@ -80,9 +81,8 @@ class RouterHook:
         copied._watching, copied._reading = _Watching(), None
         return copied
 
-    def put_on(self, base: nn.Module, site: Site) -> None:
+    def put_on(self, site: Site) -> None:
         """Add the hooks. Where the block around the router makes the choice, watching ends when experts are called."""
-        hooks = Hooks(base)
         hooks.before(site.module, self._enter)
         if site.ends_at is not None:
             hooks.before(site.ends_at, self._reach_experts)
@@ -106,12 +106,8 @@ class RouterHook:
         if is_asking() or (self.strategy is None and not self.observers) or is_read:
             self._watching.seen.append(None)
             return
-        seen = Interception(
-            self._num_experts,
-            self._top_k,
-            lambda scores, top_k, has_affinities: self._choose(args, kwargs, scores, top_k, has_affinities),
-            has_groups=self._has_groups,
-        )
+        choose = partial(self._choose, args, kwargs)
+        seen = Interception(self._num_experts, self._top_k, choose, has_groups=self._has_groups)
         self._watching.seen.append(seen)
         seen.__enter__()  # type: ignore[no-untyped-call]
 
@@ -173,8 +169,7 @@ class RouterHook:
             assert seen.choice is not None
             is_kept = seen.choice.is_kept
             decision = Decision(seen.scores, seen.has_affinities, answer.experts, answer.weights, hidden, is_kept)
-            for observe in self.observers:
-                observe(self.index, decision)
+            self._tell(decision)
         return answer.outputs
 
     def _read(self, reading: Reading, outputs: tuple[Any, ...], hidden: Tensor) -> None:
@@ -183,7 +178,9 @@ class RouterHook:
             return
         scores = reading.scoring(outputs[reading.logits].detach().float())
         experts, weights = outputs[reading.experts], outputs[reading.weights].detach()
-        decision = Decision(scores, reading.has_affinities, experts, weights, hidden)
+        self._tell(Decision(scores, reading.has_affinities, experts, weights, hidden))
+
+    def _tell(self, decision: Decision) -> None:
         for observe in self.observers:
             observe(self.index, decision)
 

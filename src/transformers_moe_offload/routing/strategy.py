@@ -84,11 +84,3 @@ def check_count(option: str, value: object, *, least: int = 1) -> None:
 def check_seed(value: object) -> None:
     """Raise `ConfigError` unless the value is a seed: an integer of at least 0."""
     check_count("seed", value, least=0)
-
-
-def check_fits(option: str, count: int, layer: int, num_experts: int) -> None:
-    """Raise `ConfigError` for more experts than a router has."""
-    if count > num_experts:
-        raise ConfigError(
-            f"{option}={count}, but router {layer} has {num_experts} experts; choose {num_experts} or fewer"
-        )

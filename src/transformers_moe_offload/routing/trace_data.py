@@ -19,14 +19,7 @@ from numpy.typing import NDArray
 from transformers_moe_offload.disk_io.file_identity import FileIdentity
 from transformers_moe_offload.errors import ConfigError
 from transformers_moe_offload.routing import measures
-from transformers_moe_offload.routing.trace_file import (
-    Part,
-    RouterFacts,
-    TraceIndex,
-    file_of,
-    new_folder,
-    write_part,
-)
+from transformers_moe_offload.routing.trace_file import Part, RouterFacts, TraceIndex, file_of, new_folder, write_part
 from transformers_moe_offload.routing.trace_parts import read_parts
 from transformers_moe_offload.tracing import TraceError
 
@@ -51,6 +44,11 @@ class Rows(NamedTuple):
     turn: NDArray[np.int16]
     """(N,): how many earlier calls of the router in the same forward had these tokens: above 0 only where layers run
     several times in a forward."""
+
+    def at(self, places: Any) -> Rows:
+        """What it did with some of these tokens."""
+        columns: list[Any] = [None if column is None else column[places] for column in self]
+        return Rows(*columns)
 
 
 class RecordedRouting:
@@ -111,14 +109,8 @@ class RecordedRouting:
 
     def sparse_layers(self) -> list[tuple[int, str, RouterFacts]]:
         """The recorded sparse layers in the order of the model: number, path of the experts module, and its router."""
-        return sorted(
-            (
-                (layer, path, facts)
-                for facts in self.routers
-                for layer, path in zip(facts.layers, facts.experts_paths, strict=True)
-            ),
-            key=lambda one: one[0],
-        )
+        layers = ((facts, zip(facts.layers, facts.experts_paths, strict=True)) for facts in self.routers)
+        return sorted((layer, path, facts) for facts, own in layers for layer, path in own)
 
     def __repr__(self) -> str:
         return f"{type(self).__name__}({self})"
@@ -146,19 +138,10 @@ def rows_of(part: Part, router: int, *, padding: bool = False) -> Rows:
 
     is_padding = is_text & (of_tokens("is_padding") == 1)
     kept = slice(None) if padding or not is_padding.any() else ~is_padding
-    scores, hidden = part.get(f"scores.{router}"), part.get(f"hidden.{router}")
-    return Rows(
-        part[f"experts.{router}"][kept],
-        part[f"weights.{router}"][kept],
-        None if scores is None else scores[kept],
-        None if hidden is None else hidden[kept],
-        of_tokens("token_ids")[kept],
-        of_tokens("sequence")[kept],
-        of_tokens("position")[kept],
-        of_tokens("domain")[kept],
-        is_padding[kept],
-        turns_of(part, router)[kept],
-    )
+    of_router = (part.get(f"{name}.{router}") for name in ("experts", "weights", "scores", "hidden"))
+    of_token = (of_tokens(name) for name in ("token_ids", "sequence", "position", "domain"))
+    columns: list[Any] = [*of_router, *of_token, is_padding, turns_of(part, router)]
+    return Rows(*columns).at(kept)
 
 
 def tokens_of(part: Part, router: int) -> NDArray[np.int64]:

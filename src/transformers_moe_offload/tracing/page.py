@@ -12,7 +12,6 @@ from pathlib import Path
 from typing import Any
 
 from transformers_moe_offload.notebook import html_table
-from transformers_moe_offload.tensor_files.writer import new_file
 from transformers_moe_offload.tracing.trace_file import whole_file
 
 _STYLE = """
@@ -60,8 +59,8 @@ def make_page(title: str, text: str, sections: Sequence[Section]) -> str:
 
 def save_page(page: str, path: str | os.PathLike[str]) -> None:
     """Write a page, wholly or not at all."""
-    with whole_file(Path(path), "the page") as unfinished, new_file(unfinished) as file:
-        file.write(page.encode())
+    with whole_file(Path(path), "the page") as unfinished:
+        unfinished.write_bytes(page.encode())
 
 
 def _section(section: Section) -> str:

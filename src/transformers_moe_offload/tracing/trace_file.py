@@ -84,9 +84,7 @@ def reading_trace(path: Source, kind: str = "trace") -> Iterator[None]:
         ) from error
     except OSError as error:
         raise TraceError(f"cannot read the {kind} {path}: {_why(path, error)}") from error
-    except (
-        Exception
-    ) as error:  # TokenError, SyntaxError, RecursionError, MemoryError, ...: no list covers all errors of damage
+    except Exception as error:  # SyntaxError, RecursionError, MemoryError, ...: no list covers all errors of damage
         raise TraceError(
             f"cannot read the {kind} {path}: it is damaged ({type(error).__name__}: {one_line(error)})"
         ) from error
@@ -107,7 +105,7 @@ def write_arrays(path: Path, arrays: Arrays) -> None:
     expect_table(path, arrays["num_experts"].tolist(), "layers")
     members: dict[str, Any] = dict(arrays)
     with whole_file(path, "the trace") as unfinished:
-        with new_file(unfinished) as file:
+        with unfinished.open("wb") as file:
             np.savez_compressed(file, **members)
         if sum(array.nbytes for array in arrays.values()) > 0.9 * _most_bytes(unfinished.stat().st_size):
             with unfinished.open("wb") as file:  # a reader would refuse the compressed file as a zip bomb
@@ -116,10 +114,11 @@ def write_arrays(path: Path, arrays: Arrays) -> None:
 
 @contextmanager
 def whole_file(path: Path, kind: str) -> Iterator[Path]:
-    """A name to write a file under, which takes its place when the block ends, and is gone if the block fails."""
+    """An empty file beside a path, to be written: it takes its place when the block ends, and is gone if that fails."""
     unfinished = path.with_name(f".{path.name}.{os.getpid()}")
     try:
         try:
+            new_file(unfinished).close()
             yield unfinished
             unfinished.replace(path)
         finally:

@@ -67,14 +67,13 @@ def _expert_fields(model: nn.Module) -> list[str]:
         module = model.get_submodule(path)
         fields = layer_of(module).fields if isinstance(module, OffloadedExperts) else plain[path]
         for field in fields:
-            if not is_adaptable(field):
-                if len(field.shape) == 2 and not field.name.endswith("_bias"):
-                    raise UnsupportedModelError(
-                        f"{field.name} of {path} is not a matrix for each expert stacked in one parameter, which is "
-                        f"what LoRA on experts needs; use experts=False"
-                    )
-                continue
-            found.add(f"{path.rpartition('.')[2]}.{field.name}")
+            if is_adaptable(field):
+                found.add(f"{path.rpartition('.')[2]}.{field.name}")
+            elif len(field.shape) == 2 and not field.name.endswith("_bias"):
+                raise UnsupportedModelError(
+                    f"{field.name} of {path} is not a matrix for each expert stacked in one parameter, which is "
+                    f"what LoRA on experts needs; use experts=False"
+                )
     return sorted(found)
 
 

@@ -26,8 +26,8 @@ from transformers_moe_offload.dtypes import torch_dtype
 from transformers_moe_offload.errors import CheckpointError, UnsupportedModelError
 from transformers_moe_offload.expert import FieldSpec
 from transformers_moe_offload.formats.base import LayerCodecs
-from transformers_moe_offload.formats.columns import brought_together
-from transformers_moe_offload.formats.meta import in_half
+from transformers_moe_offload.formats.codec import brought_together
+from transformers_moe_offload.formats.hqq import in_half
 from transformers_moe_offload.hf.model.experts_module import OffloadedExperts, layer_of
 from transformers_moe_offload.hf.model.sparse_layer import SparseLayer
 from transformers_moe_offload.hf.prebuilt.layout import LayerContent
