@@ -9,8 +9,7 @@ from torch import nn
 from compute.layers import MLP, E, Layer, inputs
 from transformers_moe_offload.compute.forward import sparse_forward
 from transformers_moe_offload.expert import ExpertId
-from transformers_moe_offload.hybrid.cpu_experts import HostCompute
-from transformers_moe_offload.hybrid.layer import HostSide
+from transformers_moe_offload.hybrid.cpu_experts import HostCompute, HostSide
 from transformers_moe_offload.hybrid.split import MissRates
 
 SLOW_LINK = MissRates(fetch_s=1.0, expert_s=0.0, row_s=0.0, trip_s=0.0)

@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from transformers_moe_offload.prefetch.comparison import Comparison
+from transformers_moe_offload.prefetch.controller import Comparison
 
 seconds = st.floats(1e-4, 1e2)
 blocks = st.lists(seconds, min_size=3, max_size=5)

@@ -1,6 +1,6 @@
 """Which layers come next is what the last forward did."""
 
-from transformers_moe_offload.prefetch.route import Route
+from transformers_moe_offload.prefetch.prefetcher import Route
 
 LOOPED = [0, 1, 2, 3, 2, 3, 2, 3, 4, 5]
 

@@ -17,7 +17,7 @@ from transformers_moe_offload.errors import ConfigError, MoeOffloadError
 from transformers_moe_offload.hf.loading.meta_model import MetaModel, read_config
 from transformers_moe_offload.routing import RoutingTrace
 from transformers_moe_offload.tracing import Trace
-from transformers_moe_offload.tracing.use import parse_share
+from transformers_moe_offload.tracing.trace import parse_share
 from transformers_moe_offload.untrusted import reading
 
 

@@ -15,7 +15,7 @@ from rich.table import Table
 from transformers_moe_offload.cli import options
 from transformers_moe_offload.config import Budget, OffloadConfig
 from transformers_moe_offload.dtypes import dtype_name
-from transformers_moe_offload.formats.by_expert import LayerCodecs
+from transformers_moe_offload.formats.base import LayerCodecs
 from transformers_moe_offload.hf.loading.meta_model import MetaModel, meta_model
 from transformers_moe_offload.hf.model.placements import Placement
 from transformers_moe_offload.hf.model.plan import OffloadPlan, readable

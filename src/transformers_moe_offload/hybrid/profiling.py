@@ -7,7 +7,7 @@ On made-up experts, before any real one is loaded: only their size matters. All 
 
 from __future__ import annotations
 
-import time
+import timeit
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
 
@@ -125,9 +125,4 @@ def _no_expert(expert: int) -> AbstractContextManager[ExpertWeights]:
 def fastest(work: Callable[[], object]) -> float:
     """Seconds of the fastest of some calls, after one that is not counted."""
     work()
-    seconds = []
-    for _ in range(PASSES):
-        started = time.perf_counter()
-        work()
-        seconds.append(time.perf_counter() - started)
-    return min(seconds)
+    return min(timeit.repeat(work, number=1, repeat=PASSES))

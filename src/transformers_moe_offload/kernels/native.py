@@ -50,7 +50,12 @@ def opened(path: Path) -> Native:
         return Native(None, missing=f"{path} is not the library of this package: {error}")
     if abi != ABI:
         return Native(None, missing=f"{path} has interface {abi}, not {ABI}; install this package again")
-    _declare(found)
+    number, size, pointer = ctypes.c_int, ctypes.c_int64, ctypes.c_void_p
+    found.moe_choose.restype = ctypes.c_char_p
+    found.moe_choose.argtypes = (ctypes.c_char_p,)
+    found.moe_set_parallel.restype = None
+    found.moe_set_parallel.argtypes = (pointer,)
+    found.moe_linear.argtypes = (size, pointer, *[number] * 3)
     _share_threads(found)
     return Native(found, kernels=choose(found))
 
@@ -59,15 +64,6 @@ def choose(found: ctypes.CDLL, name: str | None = None) -> str | None:
     """Select the kernels `avx512`, `avx2` or `portable`, by default the best; returns the name, None if unsupported."""
     chosen = found.moe_choose(None if name is None else name.encode())
     return None if chosen is None else chosen.decode()
-
-
-def _declare(found: ctypes.CDLL) -> None:
-    number, size, pointer = ctypes.c_int, ctypes.c_int64, ctypes.c_void_p
-    found.moe_choose.restype = ctypes.c_char_p
-    found.moe_choose.argtypes = (ctypes.c_char_p,)
-    found.moe_set_parallel.restype = None
-    found.moe_set_parallel.argtypes = (pointer,)
-    found.moe_linear.argtypes = (size, pointer, *[number] * 3)
 
 
 def _share_threads(found: ctypes.CDLL) -> None:

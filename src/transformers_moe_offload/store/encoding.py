@@ -10,8 +10,7 @@ from itertools import accumulate
 import torch
 from torch import Tensor
 
-from transformers_moe_offload.formats.base import Codec
-from transformers_moe_offload.formats.by_expert import LayerCodecs
+from transformers_moe_offload.formats.base import Codec, LayerCodecs
 from transformers_moe_offload.formats.codec import ExpertCodec
 from transformers_moe_offload.store.expert_source import RecordedExpert
 from transformers_moe_offload.store.layer_source import LayerSource

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from transformers_moe_offload.expert import ExpertSpec, FieldSpec
-from transformers_moe_offload.formats.by_expert import AS_USED, LayerCodecs
+from transformers_moe_offload.formats.base import AS_USED, LayerCodecs
 from transformers_moe_offload.store.expert_source import ExpertSource, RecordedExpert
 from transformers_moe_offload.store.field_source import FieldSource
 from transformers_moe_offload.store.ram_file import RamFile

@@ -16,7 +16,7 @@ from transformers_moe_offload.config.formats import GROUP_SIZES
 from transformers_moe_offload.dtypes import dtype_name
 from transformers_moe_offload.errors import ConfigError
 from transformers_moe_offload.expert import FieldSpec
-from transformers_moe_offload.formats.by_expert import LayerCodecs
+from transformers_moe_offload.formats.base import LayerCodecs
 from transformers_moe_offload.formats.codec import ExpertCodec
 from transformers_moe_offload.hf.model.sparse_layer import SparseLayer
 from transformers_moe_offload.store.encoding import encoded_bytes, encoded_in_ram, num_encoded

@@ -40,7 +40,7 @@ from transformers_moe_offload.hf.model.plan import OffloadPlan, PoolPlan
 from transformers_moe_offload.hf.model.planning import make_plan, tried_out, without_arenas
 from transformers_moe_offload.hf.model.pools import build_caches
 from transformers_moe_offload.hf.model.sparse_layer import SparseLayer
-from transformers_moe_offload.hybrid.layer import HostSide
+from transformers_moe_offload.hybrid.cpu_experts import HostSide
 from transformers_moe_offload.stats import LayerStats
 from transformers_moe_offload.store.layer_source import LayerSource
 from transformers_moe_offload.system.forks import FORKS, Rank

@@ -23,8 +23,7 @@ from transformers_moe_offload.hf.model.plan import OffloadPlan, PoolPlan
 from transformers_moe_offload.hf.model.pools import copier_for
 from transformers_moe_offload.hf.model.sparse_layer import SparseLayer
 from transformers_moe_offload.hf.routers.top_k import experts_per_token
-from transformers_moe_offload.hybrid.cpu_experts import HostCompute, is_portable
-from transformers_moe_offload.hybrid.layer import HostSide
+from transformers_moe_offload.hybrid.cpu_experts import HostCompute, HostSide, is_portable
 from transformers_moe_offload.hybrid.profiling import measured_rates
 from transformers_moe_offload.hybrid.split import MissRates, pays
 from transformers_moe_offload.store.expert_store import ExpertStore

@@ -10,7 +10,7 @@ import torch
 from transformers_moe_offload.compute.alignment import gives_equal_bits
 from transformers_moe_offload.config import OffloadConfig
 from transformers_moe_offload.expert import ExpertSpec
-from transformers_moe_offload.formats.by_expert import AS_USED, LayerCodecs
+from transformers_moe_offload.formats.base import AS_USED, LayerCodecs
 from transformers_moe_offload.hf.model.sparse_layer import SparseLayer
 from transformers_moe_offload.store.expert_store import ExpertStore
 from transformers_moe_offload.store.layer_source import LayerSource

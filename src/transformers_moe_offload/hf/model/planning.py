@@ -13,7 +13,7 @@ import torch
 from transformers_moe_offload.cache.capacity import PoolNeed, share_out, share_out_by_device, smallest_budget
 from transformers_moe_offload.config import Budget, OffloadConfig
 from transformers_moe_offload.errors import ConfigError
-from transformers_moe_offload.formats.by_expert import LayerCodecs
+from transformers_moe_offload.formats.base import LayerCodecs
 from transformers_moe_offload.hf.model.placements import Placement, placements_of
 from transformers_moe_offload.hf.model.plan import OffloadPlan, PoolPlan
 from transformers_moe_offload.hf.model.sparse_layer import SparseLayer

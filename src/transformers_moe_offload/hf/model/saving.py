@@ -24,7 +24,7 @@ from transformers_moe_offload.config.budget import Budget
 from transformers_moe_offload.dtypes import dtype_name
 from transformers_moe_offload.errors import CheckpointError, ConfigError, UnsupportedModelError
 from transformers_moe_offload.expert import FieldSpec
-from transformers_moe_offload.formats.by_expert import LayerCodecs
+from transformers_moe_offload.formats.base import LayerCodecs
 from transformers_moe_offload.formats.codec import ExpertCodec
 from transformers_moe_offload.formats.foreign import ForeignCodec
 from transformers_moe_offload.hf.arguments import refuse_on_save

@@ -10,7 +10,7 @@ import torch
 from transformers_moe_offload.dtypes import torch_dtype
 from transformers_moe_offload.errors import CheckpointError, UnsupportedModelError
 from transformers_moe_offload.expert import FieldSpec
-from transformers_moe_offload.formats.by_expert import LayerCodecs
+from transformers_moe_offload.formats.base import LayerCodecs
 from transformers_moe_offload.formats.foreign import ForeignCodec, ForeignField
 from transformers_moe_offload.store.expert_source import ScatteredExpert
 from transformers_moe_offload.store.field_source import FieldSource

@@ -5,8 +5,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from transformers_moe_offload.kernels.packed import PackedMatrix, Packing
-from transformers_moe_offload.kernels.packing import pack, unpack, unpack_rows
+from transformers_moe_offload.kernels.packed import PackedMatrix, Packing, pack, unpack, unpack_rows
 
 from .matrices import NBITS, random_codes
 

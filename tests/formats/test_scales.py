@@ -3,7 +3,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from transformers_moe_offload.formats.meta import LARGEST, from_eight_bits, in_eight_bits, in_half, stored
+from transformers_moe_offload.formats.hqq import LARGEST, from_eight_bits, in_eight_bits, in_half, stored
 from transformers_moe_offload.kernels.packed import META_BLOCK
 
 finite = st.floats(-LARGEST, LARGEST, width=32)
