@@ -18,7 +18,7 @@ from transformers_moe_offload.expert import ExpertId
 
 
 class FollowedCache(ExpertCache):
-    """It is told afterwards which experts the device has used; `background_fill.py` loads those that were absent."""
+    """It is told afterwards which experts the device has used; `BackgroundFill` loads those that were absent."""
 
     @change
     def used_in_place(self, layer: int, wanted: Sequence[int], hits: Container[int]) -> None:
