@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import signal
 import threading
+from collections.abc import Callable
 from dataclasses import dataclass
 from types import FrameType, TracebackType
 from typing import Any
@@ -34,14 +35,14 @@ class Sampling:
 
 
 def generate(
-    model: Any, tokenizer: Any, inputs: dict[str, Any], sampling: Sampling, *criteria: StoppingCriteria, **options: Any
+    model: Any, tokenizer: Any, inputs: dict[str, Any], sampling: Sampling, criterion: StoppingCriteria, **options: Any
 ) -> Tensor:
     """The tokens that the model generates from the inputs, after theirs."""
     tokens: Tensor = model.generate(
         **{name: value.to(model.device) for name, value in inputs.items()},
         **sampling.options(),
         **options,
-        stopping_criteria=StoppingCriteriaList(criteria),
+        stopping_criteria=StoppingCriteriaList([criterion]),
         pad_token_id=tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id,
     )
     return tokens
@@ -76,8 +77,10 @@ class Interruption(StoppingCriteria):
     sets a flag, which `generate` checks after each token. The second one is an ordinary interrupt.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, after_token: Callable[[], object] = lambda: None) -> None:
+        """`after_token` is called after each token."""
         self.happened = False
+        self._after_token = after_token
         self._previous: Any = None
 
     def __enter__(self) -> Interruption:
@@ -93,6 +96,7 @@ class Interruption(StoppingCriteria):
 
     def __call__(self, input_ids: Tensor, scores: Any, **kwargs: Any) -> Tensor:
         """Whether to stop, for each sequence: input_ids (B, T) int64 -> (B,) bool."""
+        self._after_token()
         return torch.full((len(input_ids),), self.happened, dtype=torch.bool, device=input_ids.device)
 
     def _note(self, signum: int, frame: FrameType | None) -> None:

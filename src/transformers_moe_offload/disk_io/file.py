@@ -21,8 +21,7 @@ from typing import NamedTuple
 from transformers_moe_offload.disk_io.direct_reader import DirectReader
 from transformers_moe_offload.disk_io.file_identity import FileIdentity
 from transformers_moe_offload.disk_io.mapped_file import MappedFile
-from transformers_moe_offload.disk_io.open_files import OPEN_FILES
-from transformers_moe_offload.disk_io.opened_file import OpenedFile
+from transformers_moe_offload.disk_io.opened_file import OPEN_FILES, OpenedFile
 from transformers_moe_offload.errors import CheckpointError
 from transformers_moe_offload.system.forks import FORKS, Rank
 from transformers_moe_offload.system.host_memory import copy_bytes

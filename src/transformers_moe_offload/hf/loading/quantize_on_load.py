@@ -13,7 +13,7 @@ from transformers_moe_offload.errors import ConfigError
 from transformers_moe_offload.formats.by_expert import LayerCodecs
 from transformers_moe_offload.hf.loading.codecs import codecs_of
 from transformers_moe_offload.hf.model.sparse_layer import SparseLayer
-from transformers_moe_offload.store.encoding import encoded_bytes, encoded_in_ram, num_encoded
+from transformers_moe_offload.store.encoding import encoded_in_ram, row_sizes
 from transformers_moe_offload.store.layer_source import LayerSource
 from transformers_moe_offload.system.free_memory import free_ram
 
@@ -34,7 +34,8 @@ def quantized(
     Raises `ConfigError`, before quantizing any, if there is not enough RAM.
     """
     pairs = list(zip(sources, codecs_to_be(model, layers, sources, formats), strict=True))
-    needed = sum(encoded_bytes(codecs, len(source.experts)) for source, codecs in pairs)
+    sizes = [row_sizes(codecs, len(source.experts)) for source, codecs in pairs]
+    needed = sum(sum(of_layer.values()) for of_layer in sizes)
     free = free_ram()
     if needed > free:
         raise ConfigError(
@@ -42,6 +43,5 @@ def quantized(
             f"with `moe-offload quantize` and load what it wrote, or choose fewer bits"
         )
     workers = os.cpu_count() or 1
-    total = sum(num_encoded(codecs, len(source.experts)) for source, codecs in pairs)
-    with logging.tqdm(total=total, desc="Quantizing experts") as bar:
+    with logging.tqdm(total=sum(map(len, sizes)), desc="Quantizing experts") as bar:
         return [encoded_in_ram(source, codecs, workers, bar.update) for source, codecs in pairs]

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from transformers_moe_offload.config import OffloadConfig
-from transformers_moe_offload.tensor_files.fingerprint import fingerprint
+from transformers_moe_offload.tensor_files.checksum import fingerprint
 
 
 def recipe_of(
