@@ -1,6 +1,6 @@
 """Cut the reads of one expert into chunks, which can be done in any order and in parallel.
 
-Pure, but for the reads that a piece stands for. `store/record_reader.py` asks for chunks, and the threads of
+Pure, but for the reads that a piece stands for. `store/record.py` asks for chunks, and the threads of
 `reader_pool.py` read them.
 """
 

@@ -2,7 +2,7 @@
 
 `pread` with the GIL released, from any number of threads: no page faults in the middle of a matmul, no unwanted
 readahead, and no shared file position. Files are opened on first use and must be what they were when the checkpoint was
-indexed, which is compared whenever one is opened or mapped (`file_identity.py`); a file that vanished, shrank, was
+indexed, which is compared whenever one is opened or mapped (`opened_file.py`); a file that vanished, shrank, was
 replaced or written to is an error at the read that needs it, and the next read opens its path again. A file stays open
 until a read of it fails or too many files are open. While it is open, it is mapped and opened past the page cache
 through its descriptor, so its path may be moved or replaced meanwhile.
@@ -19,9 +19,8 @@ from pathlib import Path
 from typing import NamedTuple
 
 from transformers_moe_offload.disk_io.direct_reader import DirectReader
-from transformers_moe_offload.disk_io.file_identity import FileIdentity
 from transformers_moe_offload.disk_io.mapped_file import MappedFile
-from transformers_moe_offload.disk_io.opened_file import OPEN_FILES, OpenedFile
+from transformers_moe_offload.disk_io.opened_file import OPEN_FILES, FileIdentity, OpenedFile
 from transformers_moe_offload.errors import CheckpointError
 from transformers_moe_offload.system.forks import FORKS, Rank
 from transformers_moe_offload.system.host_memory import copy_bytes

@@ -25,7 +25,7 @@ from numpy.typing import NDArray
 from safetensors import SafetensorError
 from safetensors.numpy import save_file
 
-from transformers_moe_offload.disk_io.file_identity import FileIdentity
+from transformers_moe_offload.disk_io.opened_file import FileIdentity
 from transformers_moe_offload.tensor_files.writer import new_file
 from transformers_moe_offload.tracing.trace_file import TraceError, expect_table, reading_trace, refuse
 from transformers_moe_offload.untrusted import quoted

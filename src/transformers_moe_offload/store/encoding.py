@@ -13,8 +13,7 @@ from torch import Tensor
 from transformers_moe_offload.formats.base import Codec
 from transformers_moe_offload.formats.by_expert import LayerCodecs
 from transformers_moe_offload.formats.codec import ExpertCodec
-from transformers_moe_offload.store.expert_source import RecordedExpert
-from transformers_moe_offload.store.layer_source import LayerSource
+from transformers_moe_offload.store.layer_source import LayerSource, RecordedExpert
 from transformers_moe_offload.store.ram_file import RamFile
 from transformers_moe_offload.store.record import RecordLayout
 from transformers_moe_offload.system.host_memory import host_bytes

@@ -13,11 +13,9 @@ from transformers_moe_offload.disk_io.file import FileRange
 from transformers_moe_offload.disk_io.opened_file import OPEN_FILES
 from transformers_moe_offload.disk_io.page_reads import most_spare_bytes
 from transformers_moe_offload.expert import ExpertId
-from transformers_moe_offload.store.expert_source import ExpertSource, RecordedExpert
-from transformers_moe_offload.store.layer_source import LayerSource
+from transformers_moe_offload.store.layer_source import ExpertSource, LayerSource, RecordedExpert
 from transformers_moe_offload.store.ram_file import RamFile
-from transformers_moe_offload.store.record import RecordLayout
-from transformers_moe_offload.store.record_reader import Fill
+from transformers_moe_offload.store.record import Fill, RecordLayout
 from transformers_moe_offload.system.host_memory import host_bytes
 
 

@@ -36,11 +36,6 @@ class FieldSource:
     assemble: Assemble | None = None
     """None where the pieces, one after another, are the field."""
 
-    @property
-    def nbytes(self) -> int:
-        """Bytes that have to be read."""
-        return sum(piece.nbytes for piece in self.pieces)
-
     @cached_property
     def is_verbatim(self) -> bool:
         """Whether the stored bytes can go into a record as they are."""

@@ -13,7 +13,7 @@ from torch import Tensor
 from transformers_moe_offload.disk_io.chunks import Chunk
 from transformers_moe_offload.expert import ExpertId
 from transformers_moe_offload.store.expert_store import ExpertStore
-from transformers_moe_offload.store.record_reader import Fill
+from transformers_moe_offload.store.record import Fill
 from transformers_moe_offload.system.host_memory import copy_bytes, host_bytes
 
 

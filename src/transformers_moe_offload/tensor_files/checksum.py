@@ -14,6 +14,7 @@ from zlib import crc32
 
 from transformers_moe_offload.errors import CheckpointError
 from transformers_moe_offload.tensor_files.index import StoredTensor, read_header, read_metadata
+from transformers_moe_offload.untrusted import reading
 
 METADATA_KEY = "crc32"
 """Where a safetensors header keeps the checksums of its tensors: in the order of their data, eight hex digits each."""
@@ -62,16 +63,13 @@ def _by_place(path: Path) -> list[StoredTensor]:
 def check_tensor(tensor: StoredTensor, expected: str) -> None:
     """Read a tensor and compare it with its checksum; raises `CheckpointError` if it is not what was written."""
     found, left = 0, tensor.nbytes
-    try:
-        with tensor.file.path.open("rb") as stream:
-            stream.seek(tensor.offset)
-            while left:
-                chunk = stream.read(min(left, _CHUNK_BYTES))
-                if not chunk:
-                    raise CheckpointError(f"{tensor.file.path} became shorter while it was read")
-                found, left = crc32(chunk, found), left - len(chunk)
-    except OSError as error:
-        raise CheckpointError(f"cannot read {tensor.file.path}: {error.strerror}") from error
+    with reading(f"cannot read {tensor.file.path}"), tensor.file.path.open("rb") as stream:
+        stream.seek(tensor.offset)
+        while left:
+            chunk = stream.read(min(left, _CHUNK_BYTES))
+            if not chunk:
+                raise CheckpointError(f"{tensor.file.path} became shorter while it was read")
+            found, left = crc32(chunk, found), left - len(chunk)
     if f"{found:08x}" != expected:
         raise CheckpointError(
             f"{tensor.file.path} holds tensor {tensor.name} with checksum {found:08x}, but it was written with "
@@ -83,14 +81,11 @@ def fingerprint(path: Path) -> dict[str, Any]:
     """A file's size, and a hash of its header and of parts of its data: two fine-tunes of one model have equal names
     and sizes."""
     nbytes, digest = path.stat().st_size, hashlib.sha256()
-    try:
-        with path.open("rb") as stream:
-            (header_bytes,) = struct.unpack("<Q", stream.read(8))
-            digest.update(stream.read(header_bytes))
-            data_start = stream.tell()
-            for number in range(_SAMPLES):
-                stream.seek(data_start + (nbytes - data_start) * number // _SAMPLES)
-                digest.update(stream.read(_SAMPLE_BYTES))
-    except (OSError, struct.error, OverflowError) as error:
-        raise CheckpointError(f"cannot read {path}: {error}") from error
+    with reading(f"cannot read {path}"), path.open("rb") as stream:
+        (header_bytes,) = struct.unpack("<Q", stream.read(8))
+        digest.update(stream.read(header_bytes))
+        data_start = stream.tell()
+        for number in range(_SAMPLES):
+            stream.seek(data_start + (nbytes - data_start) * number // _SAMPLES)
+            digest.update(stream.read(_SAMPLE_BYTES))
     return {"bytes": nbytes, "sample": digest.hexdigest()[:32]}
