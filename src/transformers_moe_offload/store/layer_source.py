@@ -17,7 +17,7 @@ from transformers_moe_offload.disk_io.file import FileRange
 from transformers_moe_offload.errors import CheckpointError
 from transformers_moe_offload.expert import ExpertSpec, FieldSpec
 from transformers_moe_offload.formats.by_expert import AS_USED, LayerCodecs
-from transformers_moe_offload.store.field_source import AssembledField, FieldSource
+from transformers_moe_offload.store.field_source import FieldSource
 from transformers_moe_offload.store.ram_file import RamFile
 from transformers_moe_offload.store.record import ALIGNMENT, RecordLayout
 from transformers_moe_offload.system.host_memory import host_bytes
@@ -55,7 +55,7 @@ class ScatteredExpert:
             if source.is_verbatim:
                 runs += source.runs(start)
             else:
-                assembled.append(AssembledField(source, spec, (Segment(start, start + spec.nbytes),)))
+                assembled.append(source.assembled(start, spec))
         return [*joined_runs(runs), *assembled]
 
     @property

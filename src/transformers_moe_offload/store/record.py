@@ -8,12 +8,11 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from functools import partial
 
 import torch
 from torch import Tensor
 
-from transformers_moe_offload.disk_io.chunks import Chunk, Segment
+from transformers_moe_offload.disk_io.chunks import Chunk, Segment, Solid
 from transformers_moe_offload.dtypes import torch_dtype
 from transformers_moe_offload.expert import ExpertId, FieldSpec
 from transformers_moe_offload.system.host_memory import PAGE_BYTES
@@ -87,24 +86,13 @@ def whole(read: ReadInto, nbytes: int) -> OpenFill:
     """Fill records of `nbytes` by a function that fills them in one go."""
 
     def fill(expert: ExpertId, chunk_bytes: int | None) -> Fill:
-        piece = _Whole(partial(read, expert), nbytes)
-        return Fill((Chunk((piece,)),), Chunk.read_into, lambda record: piece.from_files)
+        from_files = 0
+
+        def read_all(record: memoryview) -> None:
+            nonlocal from_files
+            from_files = read(expert, torch.frombuffer(record, dtype=torch.uint8))
+
+        chunk = Chunk((Solid(Segment(0, nbytes), read_all, is_verbatim=True),))
+        return Fill((chunk,), Chunk.read_into, lambda record: from_files)
 
     return fill
-
-
-class _Whole:
-    """A piece that is all of a record, which a function reads."""
-
-    is_verbatim = True
-
-    def __init__(self, read: Callable[[Tensor], int], nbytes: int) -> None:
-        self.segments = (Segment(0, nbytes),)
-        self.from_files = 0
-        self._read = read
-
-    def read_into(self, targets: Sequence[memoryview], *, past_cache: bool = False) -> None:
-        self.from_files = self._read(torch.frombuffer(targets[0], dtype=torch.uint8))
-
-    def split(self, nbytes: int, *, anywhere: bool) -> None:
-        return None
