@@ -58,7 +58,3 @@ class ExpertSpec:
     def expert_nbytes(self) -> int:
         """Bytes of one expert's tensors, without padding."""
         return sum(field.nbytes for field in self.fields)
-
-    def expert(self, index: int) -> ExpertId:
-        """The id of one of the layer's experts."""
-        return ExpertId(self.layer, index)

@@ -37,11 +37,6 @@ class LayerStats:
     stall_ms: float = 0.0
     """Time the layer waited for loads, in milliseconds."""
 
-    def add(self, other: LayerStats) -> None:
-        """Add another layer's counts to these."""
-        for f in fields(LayerStats):
-            setattr(self, f.name, getattr(self, f.name) + getattr(other, f.name))
-
     @property
     def asked(self) -> int:
         """Experts asked for."""
@@ -62,10 +57,8 @@ class CacheStats(LayerStats):
     @classmethod
     def total(cls, per_layer: Mapping[str, LayerStats]) -> CacheStats:
         """Sum up the layers' counts."""
-        stats = cls(per_layer=per_layer)
-        for layer in per_layer.values():
-            stats.add(layer)
-        return stats
+        sums = {f.name: sum(getattr(layer, f.name) for layer in per_layer.values()) for f in fields(LayerStats)}
+        return cls(**sums, per_layer=per_layer)
 
     def __repr__(self) -> str:
         return f"CacheStats({self})"

@@ -14,8 +14,7 @@ from transformers_moe_offload.disk_io.aio_queue import AT_ONCE, MOST_BYTES, MOST
 from transformers_moe_offload.disk_io.file import File, FileRange
 from transformers_moe_offload.disk_io.page_reads import placed
 from transformers_moe_offload.errors import CheckpointError
-from transformers_moe_offload.system.host_memory import PAGE_BYTES
-from transformers_moe_offload.system.page_memory import PageMemory
+from transformers_moe_offload.system.host_memory import PAGE_BYTES, PageMemory
 
 NUM_PAGES = 64
 CONTENT = os.urandom(NUM_PAGES * PAGE_BYTES + 1234)

@@ -15,10 +15,9 @@ from transformers_moe_offload.errors import CheckpointError
 from transformers_moe_offload.expert import ExpertId, ExpertSpec, FieldSpec
 from transformers_moe_offload.slots import mapped
 from transformers_moe_offload.slots.mapped import MappedSlots
-from transformers_moe_offload.store.expert_source import ScatteredExpert
 from transformers_moe_offload.store.expert_store import ExpertStore
 from transformers_moe_offload.store.field_source import FieldSource
-from transformers_moe_offload.store.layer_source import LayerSource
+from transformers_moe_offload.store.layer_source import LayerSource, ScatteredExpert
 from transformers_moe_offload.tensor_files.index import read_index
 
 FIRST, SECOND = ExpertId(0, 0), ExpertId(0, 1)

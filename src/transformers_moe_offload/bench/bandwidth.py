@@ -19,8 +19,7 @@ from transformers_moe_offload.disk_io.page_reads import placed
 from transformers_moe_offload.slots.direct_io import PageReader
 from transformers_moe_offload.slots.transfer import Transfer
 from transformers_moe_offload.store.expert_store import ExpertStore
-from transformers_moe_offload.system.host_memory import host_bytes
-from transformers_moe_offload.system.page_memory import PageMemory
+from transformers_moe_offload.system.host_memory import PageMemory, host_bytes
 
 SAMPLE_BYTES = 2 << 30
 """Most that one pass reads: some seconds of a slow drive, and more than any drive's own buffer."""

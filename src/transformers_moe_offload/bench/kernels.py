@@ -102,7 +102,7 @@ def _table(found: dict[str, Any], inputs: Sequence[int]) -> Table:
 def _measure(rows: int, cols: int, protocol: KernelProtocol, threads: int) -> list[dict[str, Any]]:
     """Of each method, the median seconds for each number of rows of input."""
     methods, clock = _methods(rows, cols, protocol.cold_bytes), _clock(threads)
-    medians: list[list[float]] = [[] for _ in methods]
+    found: list[dict[str, Any]] = [{"name": one.name, "nbytes": one.nbytes, "seconds": []} for one in methods]
     for count in protocol.inputs:
         taken: list[list[float]] = [[] for _ in methods]
         for turn in range(protocol.rounds * len(methods[0].matrices) + 1):
@@ -112,12 +112,9 @@ def _measure(rows: int, cols: int, protocol: KernelProtocol, threads: int) -> li
                 started = clock()
                 method.product(inputs, matrix)
                 seconds.append(clock() - started)
-        for found, seconds in zip(medians, taken, strict=True):
-            found.append(median(seconds[1:]))
-    return [
-        {"name": method.name, "nbytes": method.nbytes, "seconds": found}
-        for method, found in zip(methods, medians, strict=True)
-    ]
+        for one, seconds in zip(found, taken, strict=True):
+            one["seconds"].append(median(seconds[1:]))
+    return found
 
 
 def _clock(threads: int) -> Callable[[], float]:

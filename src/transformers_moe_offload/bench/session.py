@@ -14,7 +14,7 @@ from datetime import UTC, datetime
 from itertools import chain
 from pathlib import Path
 from statistics import median
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 
@@ -65,12 +65,11 @@ def measure(model: Any, passage: Passage, protocol: Protocol, progress: Progress
         for state in states:
             progress(f"{work.name}, {state}")
             done[work.name][state] = repeated(model, work, passage, protocol.runs, state, protocol.row_s)
-    resident = _resident(model, works, passage, protocol, notes, progress)
-    result["dispatch_resident"] = resident.dispatch
+    resident, result["dispatch_resident"] = _resident(model, works, passage, protocol, notes, progress)
     result["workloads"] = {}
     for work in works:
         runs = done[work.name]
-        resident_s = resident.seconds.get(work.name) or _without_stalls(chain.from_iterable(runs.values()))
+        resident_s = resident.get(work.name) or _without_stalls(chain.from_iterable(runs.values()))
         entry = result["workloads"][work.name] = {"workload": asdict(work), "resident_s": resident_s}
         for state in states:
             speeds = _speeds(state, result["bandwidth"], is_mapped=result["model"]["is_mapped"])
@@ -179,17 +178,10 @@ def _speeds(state: str, bandwidth: dict[str, Any], *, is_mapped: bool) -> dict[s
     return speeds
 
 
-class _Resident(NamedTuple):
-    """Times of the workloads and of a layer with every expert in the cache; empty where there is no room for all."""
-
-    seconds: dict[str, float]
-    """Seconds of a forward, by workload."""
-    dispatch: dict[str, Any] | None
-
-
 def _resident(
     model: Any, works: list[Workload], passage: Passage, protocol: Protocol, notes: list[str], progress: Progress
-) -> _Resident:
+) -> tuple[dict[str, float], dict[str, Any] | None]:
+    """Seconds of a forward by workload, and `dispatch`, with every expert in the cache; empty if that has no room."""
     runtime = model.moe_offload
     budget, plan = runtime.config.cache_budget, runtime.plan
     room = sum(available_bytes(device) for device in {pool.device for pool in plan.pools}) + plan.cache_bytes
@@ -198,7 +190,7 @@ def _resident(
             f"all experts take {plan.expert_bytes:,} bytes, but there is room for {room:,}: the time of resident "
             f"compute is that of each workload without its stalls, which is more than it would be"
         )
-        return _Resident({}, None)
+        return {}, None
     runtime.resize("100%")
     try:
         seconds = {}
@@ -208,7 +200,7 @@ def _resident(
             seconds[work.name] = seconds_per_forward(runs)
         progress("dispatch, resident")
         prompt = passage.sequences(1, protocol.prompt_tokens).to(model.device)
-        return _Resident(seconds, dispatch(model, prompt, protocol.dispatch_passes))
+        return seconds, dispatch(model, prompt, protocol.dispatch_passes)
     finally:
         runtime.resize(budget)
 

@@ -28,7 +28,7 @@ from transformers_moe_offload.builder.writing.folder import build_place
 from transformers_moe_offload.builder.writing.info import MoeBuildInfo
 from transformers_moe_offload.builder.writing.mixture import write_mixture
 from transformers_moe_offload.errors import RecipeError
-from transformers_moe_offload.hub.companions import is_tokenizer_file, published
+from transformers_moe_offload.hub.fetch import is_tokenizer_file, published
 from transformers_moe_offload.output.shards import Advance
 
 

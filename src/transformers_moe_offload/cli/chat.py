@@ -75,15 +75,12 @@ class Conversation:
     def __init__(self, tokenizer: Any, system: str | None) -> None:
         self._tokenizer = tokenizer
         self._has_template = bool(getattr(tokenizer, "chat_template", None))
+        self.kind = "chat" if self._has_template else "plain continuation, for there is no chat template"
+        """What the model does with a prompt, in a word or two."""
         if system is not None and not self._has_template:
             raise CommandError("--system needs a model with a chat template, and this one only continues text")
         expect_utf8(system, "--system")
         self._messages = [] if system is None else [{"role": "system", "content": system}]
-
-    @property
-    def kind(self) -> str:
-        """What the model does with a prompt, in a word or two."""
-        return "chat" if self._has_template else "plain continuation, for there is no chat template"
 
     def ask(self, prompt: str) -> dict[str, Any]:
         """The inputs for `generate` that end with this prompt."""

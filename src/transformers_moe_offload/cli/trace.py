@@ -6,12 +6,10 @@ from contextlib import nullcontext
 from pathlib import Path
 from typing import Any, Unpack
 
-import torch
 import typer
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
-from torch import Tensor
-from transformers import StoppingCriteria, set_seed
+from transformers import set_seed
 
 from transformers_moe_offload.cli import options
 from transformers_moe_offload.cli.answer import Interruption, Sampling, generate
@@ -84,14 +82,11 @@ def _record(model: Any, tokenizer: Any, inputs: list[dict[str, Any]], sampling: 
     """The trace of generating from each of the inputs, and whether Ctrl-C ended it."""
     columns = TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn()
     console = Console(stderr=True)
-    with (
-        Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as progress,
-        Interruption() as interruption,
-        model.moe_offload.trace() as recorded,
-    ):
-        task = progress.add_task("tokens", total=len(inputs) * sampling.max_new_tokens)
+    progress = Progress(*columns, console=console, transient=True, disable=not console.is_terminal)
+    task = progress.add_task("tokens", total=len(inputs) * sampling.max_new_tokens)
+    with progress, Interruption(lambda: progress.advance(task)) as interruption, model.moe_offload.trace() as recorded:
         for number, prompt in enumerate(inputs, start=1):
-            generate(model, tokenizer, prompt, sampling, interruption, _Ticks(progress, task))
+            generate(model, tokenizer, prompt, sampling, interruption)
             if interruption.happened:
                 break
             progress.update(task, completed=number * sampling.max_new_tokens)
@@ -99,16 +94,3 @@ def _record(model: Any, tokenizer: Any, inputs: list[dict[str, Any]], sampling: 
     if None not in per_token:
         recorded.experts_per_token = tuple(per_token)
     return recorded, interruption.happened
-
-
-class _Ticks(StoppingCriteria):
-    """Never stops; moves the progress bar on by a token."""
-
-    def __init__(self, progress: Progress, task: Any) -> None:
-        self._progress = progress
-        self._task = task
-
-    def __call__(self, input_ids: Tensor, scores: Any, **kwargs: Any) -> Tensor:
-        """Whether to stop, for each sequence: input_ids (B, T) int64 -> (B,) bool."""
-        self._progress.advance(self._task)
-        return torch.zeros(len(input_ids), dtype=torch.bool, device=input_ids.device)

@@ -13,8 +13,7 @@ import threading
 import weakref
 from pathlib import Path
 
-from transformers_moe_offload.system.host_memory import PAGE_BYTES
-from transformers_moe_offload.system.page_memory import new_area
+from transformers_moe_offload.system.host_memory import PAGE_BYTES, new_area
 
 
 class DirectReader:

@@ -19,7 +19,7 @@ from transformers_moe_offload.expert import ExpertId
 from transformers_moe_offload.hybrid.cpu_experts import HostCompute
 from transformers_moe_offload.hybrid.split import MissRates
 from transformers_moe_offload.slots.transfer import Copier
-from transformers_moe_offload.store.record_reader import ReadInto
+from transformers_moe_offload.store.record import ReadInto
 
 COLD_BYTES = 128 << 20
 """Bytes of the experts that are computed one after another, so that each one's weights come from memory: more than the

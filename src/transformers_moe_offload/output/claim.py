@@ -15,7 +15,7 @@ from typing import Any
 
 from transformers_moe_offload.errors import CheckpointError
 from transformers_moe_offload.tensor_files.writer import PARTIAL, as_json, write_text
-from transformers_moe_offload.untrusted import json_file, one_line, quoted
+from transformers_moe_offload.untrusted import json_file, one_line, quoted, reading
 
 try:
     import fcntl
@@ -68,11 +68,9 @@ def claimed(
     discards: tuple[type[Exception], ...] = (),
 ) -> Iterator[None]:
     """Lock a folder for this process, and prepare it to be written by this recipe."""
-    try:
+    with reading(f"cannot write to {folder}"):
         folder.mkdir(parents=True, exist_ok=True)
         lock = _lock(folder)
-    except OSError as error:
-        raise CheckpointError(f"cannot write to {folder}: {error.strerror}") from error
     try:
         if left is Left.EXPECTED:
             _expect(folder, recipe, marks)

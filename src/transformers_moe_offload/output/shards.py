@@ -22,6 +22,7 @@ from transformers_moe_offload.expert import ITEMSIZE, FieldSpec
 from transformers_moe_offload.tensor_files.checksum import check_file
 from transformers_moe_offload.tensor_files.index import read_metadata
 from transformers_moe_offload.tensor_files.writer import SafetensorsWriter, file_bytes, sync, sync_folder
+from transformers_moe_offload.untrusted import reading
 
 C = TypeVar("C")
 Advance = Callable[[int], None]
@@ -184,8 +185,6 @@ class Syncing:
 
 
 def _sync(path: Path) -> None:
-    try:
+    with reading(f"cannot bring {path} to disk"):
         sync(path, os.O_RDWR)  # Windows only syncs files that are open for writing
         sync_folder(path.parent)
-    except OSError as error:
-        raise CheckpointError(f"cannot bring {path} to disk: {error.strerror}") from error

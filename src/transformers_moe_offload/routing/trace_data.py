@@ -16,7 +16,7 @@ from typing import Any, NamedTuple, Self
 import numpy as np
 from numpy.typing import NDArray
 
-from transformers_moe_offload.disk_io.file_identity import FileIdentity
+from transformers_moe_offload.disk_io.opened_file import FileIdentity
 from transformers_moe_offload.errors import ConfigError
 from transformers_moe_offload.routing import measures
 from transformers_moe_offload.routing.trace_file import Part, RouterFacts, TraceIndex, file_of, new_folder, write_part

@@ -24,7 +24,7 @@ import numpy as np
 from numpy.typing import NDArray
 from safetensors.numpy import save_file
 
-from transformers_moe_offload.disk_io.file_identity import FileIdentity
+from transformers_moe_offload.disk_io.opened_file import FileIdentity
 from transformers_moe_offload.tracing.trace_file import TraceError, expect_table, reading_trace, refuse, whole_file
 from transformers_moe_offload.untrusted import quoted
 

@@ -21,8 +21,7 @@ from transformers_moe_offload.slots.base import Weights
 from transformers_moe_offload.slots.transfer import HostCopier, Transfer
 from transformers_moe_offload.store.expert_store import ExpertStore
 from transformers_moe_offload.store.record import RecordLayout
-from transformers_moe_offload.system.host_memory import host_bytes
-from transformers_moe_offload.system.page_memory import PageMemory
+from transformers_moe_offload.system.host_memory import PageMemory, host_bytes
 
 _Lie = tuple[RecordLayout, tuple[int, ...] | None]
 """An expert's record layout, and where its fields begin; None if they begin where they do in a record."""

@@ -15,7 +15,7 @@ from torch import Tensor
 from transformers_moe_offload.disk_io.read import Work
 from transformers_moe_offload.disk_io.reader_pool import ReaderPool, chunk_bytes
 from transformers_moe_offload.expert import ExpertId
-from transformers_moe_offload.store.record_reader import OpenFill
+from transformers_moe_offload.store.record import OpenFill
 from transformers_moe_offload.system.host_memory import host_bytes
 
 

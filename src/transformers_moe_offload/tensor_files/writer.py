@@ -15,6 +15,7 @@ import struct
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
+from itertools import accumulate
 from pathlib import Path
 from types import TracebackType
 from typing import Any, BinaryIO
@@ -60,7 +61,8 @@ class SafetensorsWriter:
         self._partial = path.with_name(path.name + PARTIAL)
         self._tensors = {tensor.name: tensor for tensor in tensors}
         assert len(self._tensors) == len(tensors), "two tensors of one name"
-        self._starts = _starts(tensors, _data_start(tensors, self._metadata))
+        data_start = _data_start(tensors, self._metadata)
+        self._starts = {tensor.name: data_start + start for tensor, start in _starts(tensors).items()}
         self._written = dict.fromkeys(self._tensors, 0)
         self._checksums = dict.fromkeys(self._tensors, 0)
         # CRC-32 runs beside writes: it takes as long as copying into the page cache, and neither holds the GIL.
@@ -196,26 +198,18 @@ def _header(tensors: Sequence[FieldSpec], metadata: Mapping[str, str], checksums
     entries: dict[str, object] = {
         "__metadata__": {"format": "pt", **metadata, METADATA_KEY: as_metadata(checksums)},
     }
-    start = 0
-    for tensor in tensors:
-        end = start + tensor.nbytes
-        entries[tensor.name] = {
-            "dtype": _CODES[tensor.dtype],
-            "shape": list(tensor.shape),
-            "data_offsets": [start, end],
-        }
-        start = end
+    for tensor, start in _starts(tensors).items():
+        offsets = [start, start + tensor.nbytes]
+        entries[tensor.name] = {"dtype": _CODES[tensor.dtype], "shape": list(tensor.shape), "data_offsets": offsets}
     text = json.dumps(entries, separators=(",", ":")).encode()
     return text + b" " * (-(8 + len(text)) % PAGE_BYTES)
 
 
-def _starts(tensors: Sequence[FieldSpec], data_start: int) -> dict[str, int]:
-    """Where in the file each tensor begins."""
-    starts = {}
-    for tensor in tensors:
-        assert data_start % ITEMSIZE[tensor.dtype] == 0, f"{tensor.name} is not aligned: declare wider dtypes first"
-        starts[tensor.name] = data_start
-        data_start += tensor.nbytes
+def _starts(tensors: Sequence[FieldSpec]) -> dict[FieldSpec, int]:
+    """Where in the data, which begin at a page, each tensor begins."""
+    starts = dict(zip(tensors, accumulate((tensor.nbytes for tensor in tensors), initial=0), strict=False))
+    for tensor, start in starts.items():
+        assert start % ITEMSIZE[tensor.dtype] == 0, f"{tensor.name} is not aligned: declare wider dtypes first"
     return starts
 
 

@@ -29,8 +29,7 @@ from transformers_moe_offload.builder.writing.folder import MARKS, build_place
 from transformers_moe_offload.builder.writing.info import MoeBuildInfo
 from transformers_moe_offload.builder.writing.mixture import write_mixture
 from transformers_moe_offload.errors import CheckpointError, RecipeError
-from transformers_moe_offload.hub.companions import published
-from transformers_moe_offload.hub.fetch import fetch
+from transformers_moe_offload.hub.fetch import fetch, published
 from transformers_moe_offload.models.adapter_moe import AdapterMoeConfig
 from transformers_moe_offload.models.adapter_moe.adapter_folders import FOLDER, WEIGHTS_NAME
 from transformers_moe_offload.output.place import expect_place

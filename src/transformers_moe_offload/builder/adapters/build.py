@@ -26,7 +26,7 @@ from transformers_moe_offload.builder.writing.weight_files import content_shards
 from transformers_moe_offload.dtypes import torch_dtype
 from transformers_moe_offload.expert import FieldSpec
 from transformers_moe_offload.hf.upstream import custom_object_save
-from transformers_moe_offload.hub.companions import published
+from transformers_moe_offload.hub.fetch import published
 from transformers_moe_offload.models.adapter_moe import adapter_folders as folders
 from transformers_moe_offload.output.shards import Advance, Content, expect_room, fill_shards, write_contents
 from transformers_moe_offload.tensor_files.writer import as_json, write_bytes, write_text

@@ -24,7 +24,7 @@ from transformers_moe_offload.builder.writing.weight_files import content_shards
 from transformers_moe_offload.dtypes import torch_dtype
 from transformers_moe_offload.errors import RecipeError, UnsupportedModelError
 from transformers_moe_offload.expert import FieldSpec
-from transformers_moe_offload.hub.companions import companions_in, published
+from transformers_moe_offload.hub.fetch import companions_in, published
 from transformers_moe_offload.output.place import place_for
 from transformers_moe_offload.output.shards import Content, expect_room, fill_shards, write_contents
 from transformers_moe_offload.tensor_files.reading import read_stored

@@ -23,7 +23,7 @@ from transformers_moe_offload.builder.gates.statistics import STATISTICS_NAME
 from transformers_moe_offload.builder.writing.folder import CARD_NAME, INFO_NAME, MARKS, RECIPE_NAME, without_places
 from transformers_moe_offload.dtypes import torch_dtype
 from transformers_moe_offload.expert import FieldSpec
-from transformers_moe_offload.hub.companions import companions_in, published
+from transformers_moe_offload.hub.fetch import companions_in, published
 from transformers_moe_offload.output.place import place_for, replacing
 from transformers_moe_offload.output.shards import (
     Content,

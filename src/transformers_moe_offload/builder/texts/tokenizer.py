@@ -16,7 +16,7 @@ from transformers_moe_offload.builder.recipe import MoeRecipe
 from transformers_moe_offload.builder.recipe.routers import DRAWN
 from transformers_moe_offload.builder.sources import Source
 from transformers_moe_offload.errors import CheckpointError
-from transformers_moe_offload.hub.companions import TOKENIZER_FILES, files_in, is_tokenizer_file
+from transformers_moe_offload.hub.fetch import TOKENIZER_FILES, files_in, is_tokenizer_file
 
 
 def tokenizer_for(recipe: MoeRecipe, base: Source) -> Any:

@@ -18,7 +18,7 @@ from transformers_moe_offload.builder.sources import Ancestor
 from transformers_moe_offload.errors import RecipeError
 from transformers_moe_offload.output.claim import Marks
 from transformers_moe_offload.output.place import place_for
-from transformers_moe_offload.tensor_files.fingerprint import fingerprint
+from transformers_moe_offload.tensor_files.checksum import fingerprint
 
 logger = logging.getLogger(__name__)
 

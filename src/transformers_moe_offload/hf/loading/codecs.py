@@ -19,7 +19,7 @@ from transformers_moe_offload.expert import FieldSpec
 from transformers_moe_offload.formats.base import LayerCodecs
 from transformers_moe_offload.formats.codec import ExpertCodec
 from transformers_moe_offload.hf.model.sparse_layer import SparseLayer
-from transformers_moe_offload.store.encoding import encoded_bytes, encoded_in_ram, num_encoded
+from transformers_moe_offload.store.encoding import encoded_in_ram, row_sizes
 from transformers_moe_offload.store.layer_source import LayerSource
 from transformers_moe_offload.system.free_memory import free_ram
 
@@ -78,7 +78,8 @@ def quantized(
     Raises `ConfigError`, before quantizing any, if there is not enough RAM.
     """
     pairs = list(zip(sources, codecs_to_be(model, layers, sources, formats), strict=True))
-    needed = sum(encoded_bytes(codecs, len(source.experts)) for source, codecs in pairs)
+    sizes = [row_sizes(codecs, len(source.experts)) for source, codecs in pairs]
+    needed = sum(sum(of_layer.values()) for of_layer in sizes)
     free = free_ram()
     if needed > free:
         raise ConfigError(
@@ -86,6 +87,5 @@ def quantized(
             f"with `moe-offload quantize` and load what it wrote, or choose fewer bits"
         )
     workers = os.cpu_count() or 1
-    total = sum(num_encoded(codecs, len(source.experts)) for source, codecs in pairs)
-    with logging.tqdm(total=total, desc="Quantizing experts") as bar:
+    with logging.tqdm(total=sum(map(len, sizes)), desc="Quantizing experts") as bar:
         return [encoded_in_ram(source, codecs, workers, bar.update) for source, codecs in pairs]

@@ -37,7 +37,7 @@ from transformers_moe_offload.hf.upstream import (
     has_peft_adapter,
 )
 from transformers_moe_offload.policies import make_policy
-from transformers_moe_offload.store.encoding import num_encoded
+from transformers_moe_offload.store.encoding import row_sizes
 
 logger = logging.getLogger(__name__)
 
@@ -141,7 +141,7 @@ class MoeOffloadQuantizer(HfQuantizer):
         if config.formats is not None and not self._is_prebuilt:
             codecs = codecs_to_be(model, self._layers, self._sources, config.formats)
             pairs = zip(self._layers, codecs, strict=True)
-            coded = {layer.index: one for layer, one in pairs if num_encoded(one, layer.num_experts)}
+            coded = {layer.index: one for layer, one in pairs if row_sizes(one, layer.num_experts)}
         expect_enough(layers, {s.spec.layer: s for s in self._sources}, config, coded)
 
     def _process_model_after_weight_loading(self, model: Any, **kwargs: Any) -> None:

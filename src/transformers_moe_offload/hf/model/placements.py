@@ -58,7 +58,7 @@ def placements_of(
             sources[layer.index].spec,
             layer.device,
             codecs=sources[layer.index].codecs,
-            is_mappable=config.mmap is not False and store.can_be_mapped() and is_as_used,
+            is_mappable=config.mmap is not False and store.can_be_mapped and is_as_used,
             is_in_ram=sources[layer.index].is_in_ram,
             is_addressed=layer.name not in obstacles,
             spare_bytes=store.spare_bytes(layer.index) if is_as_used else None,

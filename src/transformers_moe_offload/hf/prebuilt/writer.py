@@ -22,7 +22,7 @@ from transformers.utils.logging import tqdm
 
 from transformers_moe_offload.hf.prebuilt.layout import MARKS, Contents, LayerContent, shards_of
 from transformers_moe_offload.hf.prebuilt.names import GUARD, INDEX_NAME
-from transformers_moe_offload.hub.companions import published
+from transformers_moe_offload.hub.fetch import published
 from transformers_moe_offload.output.place import place_for
 from transformers_moe_offload.output.shards import (
     Advance,

@@ -8,7 +8,7 @@ import pytest
 from stores import numbered_store
 from transformers_moe_offload.disk_io import file as file_module
 from transformers_moe_offload.disk_io.file import File
-from transformers_moe_offload.disk_io.open_files import OpenFiles, default_limit
+from transformers_moe_offload.disk_io.opened_file import OpenFiles, default_limit
 from transformers_moe_offload.store import expert_store
 
 
@@ -92,6 +92,6 @@ def test_half_of_what_the_system_allows_is_left_to_others():
 
 
 def test_experts_in_more_files_than_may_be_open_are_not_mapped(tmp_path, monkeypatch):
-    assert numbered_store(tmp_path, 1, 2).can_be_mapped()
+    assert numbered_store(tmp_path, 1, 2).can_be_mapped
     monkeypatch.setattr(expert_store, "OPEN_FILES", OpenFiles(0))
-    assert not numbered_store(tmp_path, 1, 2).can_be_mapped()
+    assert not numbered_store(tmp_path, 1, 2).can_be_mapped

@@ -8,8 +8,7 @@ import pytest
 import transformers
 
 from transformers_moe_offload.errors import CheckpointError
-from transformers_moe_offload.hub.companions import companions_in, is_tokenizer_file, published
-from transformers_moe_offload.hub.fetch import fetch_small
+from transformers_moe_offload.hub.fetch import companions_in, fetch_small, is_tokenizer_file, published
 
 
 def names(folder) -> list[str]:

@@ -8,8 +8,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from transformers_moe_offload.system.host_memory import PAGE_BYTES
-from transformers_moe_offload.system.page_memory import AREA_BYTES, PageMemory
+from transformers_moe_offload.system.host_memory import AREA_BYTES, PAGE_BYTES, PageMemory
 
 
 def places(memory):

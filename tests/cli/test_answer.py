@@ -6,7 +6,7 @@ import re
 import pytest
 from rich.console import Console
 
-from transformers_moe_offload.cli.display import LiveDisplay, PlainDisplay
+from transformers_moe_offload.cli.answer import LiveDisplay, PlainDisplay
 
 ANSI = re.compile(r"\x1b\[[0-9;?]*[A-Za-z]")
 
