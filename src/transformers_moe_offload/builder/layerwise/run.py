@@ -11,7 +11,7 @@ is left as soon as layer n has answered.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack
 from functools import partial
 from typing import Any, Protocol
 
@@ -84,71 +84,42 @@ def run(
             stream[number] = embedded
         for index in range(num_layers):
             paths = watched.get(index, ())
-            with model.layer(index), _replayed(model.decoder_layers, index) as replay:
+            with model.layer(index):
                 for number, batch in enumerate(batches):
                     hidden = stream[number].to(device)  # copy: host -> device
-                    replay.hidden = hidden
-                    with _watching(model.causal, paths, partial(_tell, watcher, index, number)):
-                        stream[number] = _answer(model.causal, model.decoder_layers[index], batch, hidden)
+                    watchers = {path: partial(watcher.seen, index, path, number) for path in paths}
+                    stream[number] = _answer(model, index, batch, hidden, watchers)
             if paths:
                 watcher.passed(index)
             (advance or bar.update)(1)
 
 
-def _tell(watcher: Watcher, layer: int, batch: int, path: str, hidden: Tensor) -> None:
-    watcher.seen(layer, path, batch, hidden)
-
-
-class _Replay:
-    hidden: Tensor
-
-
-@contextmanager
-def _replayed(layers: nn.ModuleList, index: int) -> Any:
-    """Have the layers below `index` answer with the residual stream, without computing."""
-    replay = _Replay()
-    skipped = list(layers)[:index]
-    try:
-        for layer in skipped:
-            layer.forward = lambda *_, **__: replay.hidden
-        yield replay
-    finally:
-        for layer in skipped:
-            del layer.forward
-
-
-@contextmanager
-def _watching(model: nn.Module, paths: Sequence[str], seen: Callable[[str, Tensor], None]) -> Any:
-    def hook(path: str) -> Callable[..., None]:
-        def look(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-            seen(path, args[0] if args else next(iter(kwargs.values())))
-
-        return look
-
-    handles = [model.get_submodule(path).register_forward_pre_hook(hook(path), with_kwargs=True) for path in paths]
-    try:
-        yield
-    finally:
-        for handle in handles:
-            handle.remove()
-
-
-def _answer(model: nn.Module, layer: nn.Module, batch: Windows, hidden: Tensor) -> Tensor:
-    """A layer's output for one batch."""
+def _answer(
+    model: Skeleton, index: int, batch: Windows, hidden: Tensor, watchers: Mapping[str, Callable[[Tensor], None]]
+) -> Tensor:
+    """A layer's output for one batch; the layers below answer with the residual stream, without computing."""
 
     def leave(_: nn.Module, __: Any, answer: Any) -> None:
         raise _AnsweredError(answer[0] if isinstance(answer, tuple) else answer)
 
+    def watch(seen: Callable[[Tensor], None], _: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        seen(args[0] if args else next(iter(kwargs.values())))
+
     mask = batch.attention_mask
-    handle = layer.register_forward_hook(leave)
-    try:
-        model(
-            inputs_embeds=hidden,
-            attention_mask=mask if mask is None else mask.to(hidden.device),
-            use_cache=False,
-        )
-    except _AnsweredError as answered:
-        return answered.hidden
-    finally:
-        handle.remove()
+    with ExitStack() as undone:
+        for below in list(model.decoder_layers)[:index]:
+            below.forward = lambda *_, **__: hidden
+            undone.callback(delattr, below, "forward")
+        for path, seen in watchers.items():
+            module = model.causal.get_submodule(path)
+            undone.enter_context(module.register_forward_pre_hook(partial(watch, seen), with_kwargs=True))
+        undone.enter_context(model.decoder_layers[index].register_forward_hook(leave))
+        try:
+            model.causal(
+                inputs_embeds=hidden,
+                attention_mask=mask if mask is None else mask.to(hidden.device),
+                use_cache=False,
+            )
+        except _AnsweredError as answered:
+            return answered.hidden
     raise AssertionError("the model has not called its own layer")
