@@ -12,7 +12,7 @@ from benchmarks.gpu.kernel import kernel_seconds
 from transformers_moe_offload import OffloadConfig
 from transformers_moe_offload.bench.bandwidth import RAM_BYTES, best_s, link_bandwidth, ram_bandwidth
 from transformers_moe_offload.bench.layers import sparse_layers, store_of
-from transformers_moe_offload.hf.decode.obstacles import record_layout
+from transformers_moe_offload.hf.decode.engines import record_layout
 from transformers_moe_offload.hf.model.host_sides import token_of
 
 DEVICE_COPIES = 16

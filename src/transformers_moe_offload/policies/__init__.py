@@ -3,10 +3,12 @@
 from transformers_moe_offload.policies.base import ORACLE, EvictionPolicy, make_policy, policy_names, register_policy
 from transformers_moe_offload.policies.belady import Belady
 from transformers_moe_offload.policies.least_stale import LeastStale
-from transformers_moe_offload.policies.lfu import LFRU, LFU
-from transformers_moe_offload.policies.lru import LRU, SLRU
+from transformers_moe_offload.policies.lfru import LFRU
+from transformers_moe_offload.policies.lfu import LFU
+from transformers_moe_offload.policies.lru import LRU
 from transformers_moe_offload.policies.random import Random
 from transformers_moe_offload.policies.sieve import Sieve
+from transformers_moe_offload.policies.slru import SLRU
 
 __all__ = [
     "LFRU",

@@ -16,12 +16,11 @@ import torch
 
 from transformers_moe_offload.config import ExpertFormats, OffloadConfig
 from transformers_moe_offload.errors import CheckpointError
-from transformers_moe_offload.hf.arguments import refuse_splits
+from transformers_moe_offload.hf.arguments import asked_for, refuse_splits, to_save
 from transformers_moe_offload.hf.loading.attach import attach
 from transformers_moe_offload.hf.loading.checkpoint import Checkpoint, expect_unused, locate
 from transformers_moe_offload.hf.loading.codecs import codecs_to_be, quantized
 from transformers_moe_offload.hf.loading.discover import refuse_kernels, take_over
-from transformers_moe_offload.hf.loading.given import asked_for, to_save
 from transformers_moe_offload.hf.loading.records import locate_records, record_keys
 from transformers_moe_offload.hf.model.dense import prepare_dense, quantize_dense, settle_dense
 from transformers_moe_offload.hf.model.planning import expect_enough

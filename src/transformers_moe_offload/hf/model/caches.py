@@ -24,8 +24,7 @@ from transformers_moe_offload.dtypes import torch_dtype
 from transformers_moe_offload.errors import PageLockError
 from transformers_moe_offload.expert import ExpertId
 from transformers_moe_offload.hf.decode.decoding import Decoding
-from transformers_moe_offload.hf.decode.engines import addressed_layers, build_engines
-from transformers_moe_offload.hf.decode.obstacles import obstacles_of, report
+from transformers_moe_offload.hf.decode.engines import addressed_layers, build_engines, obstacles_of, report
 from transformers_moe_offload.hf.model.experts_module import OffloadedLayer
 from transformers_moe_offload.hf.model.host_sides import host_sides
 from transformers_moe_offload.hf.model.layer_forward import LayerExperts, LayerForward, Path

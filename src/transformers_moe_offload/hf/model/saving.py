@@ -27,8 +27,7 @@ from transformers_moe_offload.expert import FieldSpec
 from transformers_moe_offload.formats.base import LayerCodecs
 from transformers_moe_offload.formats.codec import ExpertCodec
 from transformers_moe_offload.formats.foreign import ForeignCodec
-from transformers_moe_offload.hf.arguments import refuse_on_save
-from transformers_moe_offload.hf.loading.given import to_save
+from transformers_moe_offload.hf.arguments import refuse_on_save, to_save
 from transformers_moe_offload.hf.model.experts_module import OffloadedExperts
 from transformers_moe_offload.hf.model.handle import OffloadRuntime
 from transformers_moe_offload.hf.model.own_experts import is_of_own_experts, named_own_experts
