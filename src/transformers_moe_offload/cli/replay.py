@@ -23,12 +23,7 @@ from transformers_moe_offload.tracing import replay as replay_trace
 from transformers_moe_offload.untrusted import quoted
 
 
-def replay(
-    trace: Path,
-    policy: list[str] | None,
-    slots: str,
-    json_file: Path | None,
-) -> None:
+def replay(trace: Path, policy: list[str] | None, slots: str, json_file: Path | None) -> None:
     """Print the hit rates of each policy and size, Belady's oracle last."""
     expect_file("--json", json_file)
     recorded, _ = visits_of(trace)

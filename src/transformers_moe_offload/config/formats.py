@@ -86,11 +86,6 @@ class HqqFormat:
         return cls(nbits=nbits, group_size=group_size, meta_nbits=meta_nbits)
 
 
-def plain_format(value: HqqFormat | None) -> dict[str, Any] | None:
-    """A format as JSON values."""
-    return None if value is None else asdict(value)
-
-
 def make_format(option: str, value: object) -> HqqFormat | None:
     """The format that an option stands for, given a format, a dictionary of its fields, or None."""
     if value is None or isinstance(value, HqqFormat):
@@ -201,9 +196,9 @@ class ExpertFormats:
         """The fields as JSON values, `hot` and `hot_experts` only if there are hot experts."""
         hot = {key: list(experts) for key, experts in self.hot_experts.items()}
         return {
-            "default": plain_format(self.default),
-            "layers": {key: plain_format(value) for key, value in self.layers.items()},
-        } | ({"hot": plain_format(self.hot), "hot_experts": hot} if hot else {})
+            "default": self.default and asdict(self.default),
+            "layers": {key: value and asdict(value) for key, value in self.layers.items()},
+        } | ({"hot": self.hot and asdict(self.hot), "hot_experts": hot} if hot else {})
 
     @classmethod
     def make(cls, value: object) -> ExpertFormats | None:

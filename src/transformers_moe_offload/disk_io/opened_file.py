@@ -6,7 +6,7 @@ whose header was read. A file counts as the same if its inode, its length and it
 On a filesystem that gives one file several inode numbers (some that run in user space do), opening it again is an
 error: nothing there tells a file from its replacement.
 
-Its identity is compared when it is opened, and at most a hundred times a second while it is used: on two busy cores a
+A file is compared when it is opened, and at most a hundred times a second while it is used: on two busy cores a
 check took 0.06 ms. Bytes that are written between two checks are read as they are.
 
 A model comes in a few files, a thousand adapters come in a thousand, and many systems let a process have 1,024. Those

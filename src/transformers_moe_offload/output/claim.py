@@ -61,11 +61,7 @@ def is_complete(folder: Path, marks: Marks) -> bool:
 
 @contextmanager
 def claimed(
-    folder: Path,
-    recipe: Mapping[str, Any],
-    marks: Marks,
-    left: Left,
-    discards: tuple[type[Exception], ...] = (),
+    folder: Path, recipe: Mapping[str, Any], marks: Marks, left: Left, discards: tuple[type[Exception], ...] = ()
 ) -> Iterator[None]:
     """Lock a folder for this process, and prepare it to be written by this recipe."""
     with reading(f"cannot write to {folder}"):

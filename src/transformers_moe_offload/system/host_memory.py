@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import contextlib
 import mmap
-from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -41,7 +40,8 @@ class PageMemory:
     """Hands out memory on the CPU, and takes it back."""
 
     def __init__(self) -> None:
-        self._rest = _Rest(0, torch.empty(0, dtype=torch.uint8))
+        self._rest = 0, torch.empty(0, dtype=torch.uint8)
+        """The address of the latest area, and the part of it that was never handed out."""
         self._areas: dict[int, mmap.mmap] = {}
         """Areas by the address at which they begin."""
         self._owners: dict[int, int] = {}
@@ -59,7 +59,7 @@ class PageMemory:
         if memory.nbytes < room:
             area, memory = self._new_area(max(AREA_BYTES, room))
         self._owners[memory.data_ptr()] = area
-        self._rest = _Rest(area, memory[room:])
+        self._rest = area, memory[room:]
         return memory[:nbytes]
 
     @torch.inference_mode(False)
@@ -71,19 +71,11 @@ class PageMemory:
             self._areas[begins].madvise(mmap.MADV_DONTNEED, address - begins, room)
         self._spare.setdefault(room, []).append(memory.as_strided((room,), (1,)))
 
-    def _new_area(self, nbytes: int) -> _Rest:
+    def _new_area(self, nbytes: int) -> tuple[int, Tensor]:
         area = new_area(nbytes)
         memory = torch.frombuffer(area, dtype=torch.uint8)
         self._areas[memory.data_ptr()] = area
-        return _Rest(memory.data_ptr(), memory)
-
-
-class _Rest(NamedTuple):
-    """The part of the latest area that was never handed out."""
-
-    area: int
-    """The address at which the area begins."""
-    memory: Tensor
+        return memory.data_ptr(), memory
 
 
 def new_area(nbytes: int) -> mmap.mmap:

@@ -44,12 +44,7 @@ class SafetensorsWriter:
     """
 
     def __init__(
-        self,
-        path: Path,
-        tensors: Sequence[FieldSpec],
-        metadata: Mapping[str, str] | None = None,
-        *,
-        syncs: bool = True,
+        self, path: Path, tensors: Sequence[FieldSpec], metadata: Mapping[str, str] | None = None, *, syncs: bool = True
     ) -> None:
         """Declare the tensors by name, shape and dtype, and further metadata for the header.
 

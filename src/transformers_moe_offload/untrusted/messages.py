@@ -58,12 +58,10 @@ def reading(what: str) -> Iterator[None]:
         yield
     except MoeOffloadError:
         raise
-    except OSError as error:
-        raise CheckpointError(f"{what}: {system_words(error, what)}") from error
-    except (ValueError, ImportError) as error:
-        raise CheckpointError(f"{what}: {error}") from error
     except Exception as error:
-        raise CheckpointError(f"{what}: {type(error).__name__}: {error}") from error
+        said = system_words(error, what) if isinstance(error, OSError) else str(error)
+        kind = "" if isinstance(error, OSError | ValueError | ImportError) else f"{type(error).__name__}: "
+        raise CheckpointError(f"{what}: {kind}{said}") from error
 
 
 def system_words(error: OSError, before: str) -> str:
