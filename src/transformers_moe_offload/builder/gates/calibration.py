@@ -69,11 +69,7 @@ class _Taker:
     """Sums of the current layer; those of the layer before are dropped."""
 
     def __init__(
-        self,
-        windows: Windows,
-        ffn: Mapping[int, str],
-        sites: Mapping[str, bool],
-        take: Callable[[int, Seen], None],
+        self, windows: Windows, ffn: Mapping[int, str], sites: Mapping[str, bool], take: Callable[[int, Seen], None]
     ) -> None:
         self._windows, self._ffn, self._sites, self._take = windows, ffn, sites, take
         self._begin()

@@ -12,8 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from transformers_moe_offload.builder.gates.rows import READ
-from transformers_moe_offload.builder.gates.scale import Scores, entropy, scale_for
+from transformers_moe_offload.builder.gates.rows import READ, Scores, entropy, scale_for
 from transformers_moe_offload.builder.gates.statistics import RidgeStatistics
 from transformers_moe_offload.builder.recipe import Gate
 from transformers_moe_offload.errors import RecipeError

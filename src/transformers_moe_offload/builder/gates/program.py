@@ -19,8 +19,14 @@ from torch import Tensor
 from transformers_moe_offload.builder.gates.calibration import Seen, calibrate, embedding_rows
 from transformers_moe_offload.builder.gates.fitted import Fitted, Gates, unscaled_gates
 from transformers_moe_offload.builder.gates.mergekit import expect_mergekit, mergekit_rows
-from transformers_moe_offload.builder.gates.rows import NEED_SECOND_MOMENT, READ, drawn_rows, programmed_rows, targets
-from transformers_moe_offload.builder.gates.scale import Scores
+from transformers_moe_offload.builder.gates.rows import (
+    NEED_SECOND_MOMENT,
+    READ,
+    Scores,
+    drawn_rows,
+    programmed_rows,
+    targets,
+)
 from transformers_moe_offload.builder.gates.statistics import About, LayerStatistics, RidgeStatistics, StatisticsWriter
 from transformers_moe_offload.builder.recipe import Expert, Gate
 from transformers_moe_offload.builder.recipe.routers import BAKED, DRAWN

@@ -1,4 +1,8 @@
-"""The rows of routers: from sums over a layer's hidden states, or drawn. Pure; no model, no file.
+"""The rows of routers: from sums over a layer's hidden states, or drawn; and their scale. Pure; no model, no file.
+
+A router's softmax is as sharp as its rows are long. Their length says nothing by itself (hidden states differ in size
+from layer to layer and from model to model), so it is calibrated: routing weights over all experts are to have a given
+entropy on the texts of the experts.
 
 Memory does not depend on how much text there is: O(H^2) where the second moment is wanted, O(E H) else.
 """
@@ -9,6 +13,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from typing import Literal
 
 import torch
 from torch import Generator, Tensor
@@ -21,6 +26,12 @@ READ = ("ridge", "mean", "hidden", "hidden_avg", "base_first")
 """Modes that need hidden states."""
 
 NEED_SECOND_MOMENT = ("ridge", "base_first")
+
+Scores = Literal["softmax", "sigmoid"]
+"""How routers turn logits into scores; weights are the scores divided by their sum."""
+
+_OCTAVES = (-20, 40)
+"""Scales that are tried, as powers of 2; the first of them makes any gate flat."""
 
 SAMPLE_DTYPE = torch.bfloat16
 """The sample is rounded when it is taken, so that a file of statistics holds what was used."""
@@ -180,3 +191,44 @@ def drawn_rows(
             f"{num_experts} experts cannot have orthogonal gates in {hidden_size} dimensions; set gate.mode to random"
         )
     return torch.linalg.qr(rows.mT).Q.mT.contiguous()
+
+
+def entropy(logits: Tensor, scores: Scores = "softmax") -> Tensor:
+    """Entropy of routing weights before the top k are taken, as a share of its maximum: (N, E) -> (N,) float64."""
+    num_experts = logits.shape[-1]
+    if num_experts == 1:
+        return torch.zeros(logits.shape[:-1], dtype=torch.float64)
+    logits = logits.double()
+    if scores == "sigmoid":
+        logits = torch.nn.functional.logsigmoid(logits)
+    log_weights = logits.log_softmax(-1)
+    return -(log_weights.exp() * log_weights).sum(-1) / math.log(num_experts)
+
+
+def scale_for(logits: Tensor, target: float, scores: Scores = "softmax") -> float | None:
+    """The factor on logits (N, E) at which their mean entropy is `target`; None where none comes close.
+
+    The smallest such factor: softmax has one, sigmoid may have several, as its weights are flat again where all scores
+    saturate.
+    """
+
+    def at(scale: float) -> float:
+        return entropy(logits * scale, scores).mean().item()
+
+    if logits.shape[-1] == 1 or not logits.numel():
+        return None
+    spread = (logits - logits.mean(-1, keepdim=True)).abs().mean().item()
+    if spread == 0:
+        return None
+    low = 2.0 ** _OCTAVES[0] / spread
+    for _ in range(_OCTAVES[1] - _OCTAVES[0]):
+        high = low * 2
+        if at(high) <= target:
+            break
+        low = high
+    else:
+        return None
+    for _ in range(50):  # float64 has 52 bits
+        middle = math.sqrt(low * high)
+        low, high = (middle, high) if at(middle) > target else (low, middle)
+    return high

@@ -17,8 +17,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from transformers_moe_offload.builder.gates.rows import SAMPLE_DTYPE
-from transformers_moe_offload.builder.gates.scale import Scores
+from transformers_moe_offload.builder.gates.rows import SAMPLE_DTYPE, Scores
 from transformers_moe_offload.builder.recipe import Gate
 from transformers_moe_offload.dtypes import dtype_name
 from transformers_moe_offload.errors import CheckpointError, RecipeError

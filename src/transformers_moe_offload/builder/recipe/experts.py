@@ -85,7 +85,7 @@ class Upcycle(Section):
     seed: int = 0
 
     def __post_init__(self) -> None:
-        self._expect_positive("num_experts", "granularity")
+        self._expect_whole("num_experts", "granularity", least=1)
         self._expect_numbers("reinitialize")
         self._expect_whole("seed")
         if not 0 <= self.reinitialize < 1:
@@ -112,7 +112,7 @@ class Split(Section):
     seed: int = 0
 
     def __post_init__(self) -> None:
-        self._expect_positive("num_experts")
+        self._expect_whole("num_experts", least=1)
         self._expect_choice("method", SPLIT_METHODS)
         self._expect_whole("shared", "seed")
         if self.shared >= self.num_experts:

@@ -34,7 +34,7 @@ class Origin(Section):
 
     def __post_init__(self) -> None:
         self._expect_texts("model", "revision", "adapter")
-        self._expect_positive("extract_rank")
+        self._expect_whole("extract_rank", least=1)
         if self.adapter is not None and self.extract_rank is not None:
             raise RecipeError(
                 f"adapter={quoted(self.adapter)} and extract_rank={self.extract_rank} exclude each other: an adapter "
@@ -119,4 +119,4 @@ class Dataset(Section):
 
     def __post_init__(self) -> None:
         self._expect_texts("path", "split", "text")
-        self._expect_positive("max_tokens")
+        self._expect_whole("max_tokens", least=1)

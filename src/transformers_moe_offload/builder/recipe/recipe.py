@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from transformers_moe_offload.builder.recipe.experts import Expert, SharedExpert, Split, Upcycle
-from transformers_moe_offload.builder.recipe.mergekit import is_mergekit, translated
+from transformers_moe_offload.builder.recipe.mergekit import translated
 from transformers_moe_offload.builder.recipe.origin import Dataset, Origin, Stem, as_origin
 from transformers_moe_offload.builder.recipe.reading import Place, as_plain, load_yaml, read
 from transformers_moe_offload.builder.recipe.result import Checks, Hub, Output
@@ -76,7 +76,7 @@ class MoeRecipe(Section):
             self._set("gate", Gate(mode="ridge" if self.kind in ("moe", "adapter_moe") else "noise"))
         self._expect_choice("dtype", (None, "float32", "bfloat16", "float16"))
         self._expect_texts("container", "tokenizer")
-        self._expect_positive("experts_per_token")
+        self._expect_whole("experts_per_token", least=1)
         self._expect_whole("seed")
         for name in ("experts", "shared_experts"):
             self._set(name, tuple(getattr(self, name)))
@@ -144,7 +144,7 @@ class MoeRecipe(Section):
         """
         if not isinstance(values, Mapping):
             raise RecipeError(f"{quoted(values)} is not a mapping with the keys of a recipe")
-        if is_mergekit(values):
+        if "schema" not in values:  # ours name it
             values = translated(values)
         values = dict(values)
         schema = values.pop("schema", None)

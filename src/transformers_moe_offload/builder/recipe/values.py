@@ -23,6 +23,9 @@ class Section:
     def _set(self, name: str, value: Any) -> None:
         object.__setattr__(self, name, value)
 
+    def _is_optional(self, name: str) -> bool:
+        return next(field for field in fields(self) if field.name == name).default is None
+
     def _expect_choice(self, name: str, choices: Sequence[str | None]) -> None:
         """Refuse a value that is not one of these."""
         value = getattr(self, name)
@@ -36,27 +39,21 @@ class Section:
         """Texts that are not empty, and short enough to name something; None where that is the default."""
         for name in names:
             value = getattr(self, name)
-            is_optional = next(f for f in fields(self) if f.name == name).default is None
-            if value is None and is_optional:
+            if value is None and self._is_optional(name):
                 continue
             if not (isinstance(value, str) and value and _can_be_written(value)):
                 raise RecipeError(f"{name}={quoted(value)} is not a text")
             if any(len(part) > MAX_NAME for part in value.split("/")):
                 raise RecipeError(f"{name}={quoted(value)} is longer than the name of a file or a repository can be")
 
-    def _expect_positive(self, *names: str) -> None:
-        """Whole numbers from 1 on, or None."""
+    def _expect_whole(self, *names: str, least: int = 0) -> None:
+        """Whole numbers from `least` on; None where that is the default."""
         for name in names:
             value = getattr(self, name)
-            if value is not None and (type(value) is not int or not 1 <= value < 2**63):
-                raise RecipeError(f"{name}={quoted(value)} is not a whole number of at least 1")
-
-    def _expect_whole(self, *names: str) -> None:
-        """Whole numbers from 0 on."""
-        for name in names:
-            value = getattr(self, name)
-            if type(value) is not int or not 0 <= value < 2**63:
-                raise RecipeError(f"{name}={quoted(value)} is not a whole number of at least 0, below 2**63")
+            if value is None and self._is_optional(name):
+                continue
+            if type(value) is not int or not least <= value < 2**63:
+                raise RecipeError(f"{name}={quoted(value)} is not a whole number of at least {least}, below 2**63")
 
     def _expect_numbers(self, *names: str) -> None:
         """Numbers, whole or not, that are not infinite."""

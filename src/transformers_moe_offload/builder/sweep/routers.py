@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from transformers_moe_offload.builder.gates.scale import Scores, entropy
+from transformers_moe_offload.builder.gates.rows import Scores, entropy
 from transformers_moe_offload.errors import RecipeError
 
 

@@ -59,11 +59,7 @@ def resume_key(recipe: MoeRecipe, container: str, ancestors: Sequence[Ancestor])
         "recipe": without_places(recipe.to_dict()),
         "container": container,
         "sources": [
-            {
-                "name": one.name,
-                "revision": one.revision,
-                "files": {file.name: fingerprint(file) for file in one.files},
-            }
+            {"name": one.name, "revision": one.revision, "files": {file.name: fingerprint(file) for file in one.files}}
             for one in ancestors
         ],
         "texts": {Path(dataset.path).name: _digest(Path(dataset.path)) for dataset in recipe.datasets},

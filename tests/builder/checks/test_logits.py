@@ -6,7 +6,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import nn
 
-from transformers_moe_offload.builder.checks.products import WidenedProducts, product
+from transformers_moe_offload.builder.checks.logits import WidenedProducts, product
 
 
 @given(

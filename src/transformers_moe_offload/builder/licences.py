@@ -1,35 +1,81 @@
 """The licence of a mixture, from what the cards of its sources say; and whether those licences exclude each other.
 
-Decides from identifiers alone, and errs on the side of caution: licences that are not in `table.py` are reported as
-unknown. This is bookkeeping and no legal advice; the publisher has the last word (`hub.license`).
+Decides from identifiers alone, by a table of their kinds, and errs on the side of caution: licences that are not in it
+are reported as unknown. This is bookkeeping and no legal advice; the publisher has the last word (`hub.license`).
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
 from itertools import combinations
 from pathlib import Path
 from typing import Any
 
-from transformers_moe_offload.builder.licences.table import (
-    COMMUNITY,
-    COPYLEFT,
-    NO_DERIVATIVES,
-    NON_COMMERCIAL,
-    NON_COMMERCIAL_ALIKE,
-    NOTICES,
-    PERMISSIVE,
-    PERMISSIVES,
-    UNKNOWN,
-    WITHOUT_APACHE,
-    kind_of,
-    passed_on,
-)
 from transformers_moe_offload.builder.recipe import MoeRecipe
 from transformers_moe_offload.builder.sources import Ancestor
 from transformers_moe_offload.errors import RecipeError
 from transformers_moe_offload.untrusted import one_line, parse_yaml
+
+PERMISSIVE, COPYLEFT, NON_COMMERCIAL, COMMUNITY, NO_DERIVATIVES, UNKNOWN = (
+    "permissive",
+    "copyleft",
+    "non-commercial",
+    "community",
+    "no-derivatives",
+    "unknown",
+)
+
+_PERMISSIVES = (
+    "cc0-1.0", "unlicense", "wtfpl", "pddl", "mit", "isc", "zlib", "ncsa", "postgresql", "bsl-1.0", "bsd",
+    "bsd-2-clause", "bsd-3-clause", "bsd-3-clause-clear", "afl-3.0", "ms-pl", "openmdw-1.0", "cdla-permissive-1.0",
+    "cdla-permissive-2.0", "odc-by", "etalab-2.0", "ecl-2.0", "cc-by-2.0", "cc-by-2.5", "cc-by-3.0", "cc-by-4.0",
+    "artistic-2.0", "apache-2.0",
+)  # fmt: skip
+"""From the least demanding to the most demanding: a mixture of two is under the later one, whose conditions on notices
+are at least those of the other."""
+
+_COPYLEFT: Mapping[str, tuple[str, ...]] = {
+    "mpl-2.0": ("gpl-3.0", "lgpl-3.0", "agpl-3.0"),
+    "lgpl-2.1": ("gpl-2.0", "gpl-3.0"),
+    "lgpl-3.0": ("gpl-3.0", "agpl-3.0"),
+    "lgpl": (),
+    "gpl": (),
+    "gpl-2.0": (),
+    "gpl-3.0": ("agpl-3.0",),
+    "agpl-3.0": (),
+    "cc-by-sa-3.0": ("cc-by-sa-4.0",),
+    "cc-by-sa-4.0": ("gpl-3.0",),
+    "eupl-1.2": ("gpl-3.0", "agpl-3.0"),
+    "osl-3.0": (),
+    "odbl": (),
+    "cdla-sharing-1.0": (),
+}
+"""Licence -> others that something under it may be passed on under, as part of a whole: what the FSF (license list,
+gnu.org), Creative Commons (compatible licenses) and the EUPL's appendix say."""
+
+_NON_COMMERCIAL = (
+    "cc-by-nc-2.0", "cc-by-nc-3.0", "cc-by-nc-4.0", "fair-noncommercial-research-license", "intel-research",
+    "h-research", "apple-amlr", "deepfloyd-if-license",
+)  # fmt: skip
+_NON_COMMERCIAL_ALIKE = ("cc-by-nc-sa-2.0", "cc-by-nc-sa-3.0", "cc-by-nc-sa-4.0")
+_NO_DERIVATIVES = ("cc-by-nd-4.0", "cc-by-nc-nd-3.0", "cc-by-nc-nd-4.0")
+_COMMUNITY = (
+    "llama2", "llama3", "llama3.1", "llama3.2", "llama3.3", "llama4", "gemma", "openrail", "openrail++",
+    "bigscience-openrail-m", "creativeml-openrail-m", "bigscience-bloom-rail-1.0", "bigcode-openrail-m",
+    "grok2-community",
+)  # fmt: skip
+"""Works under them may be used and changed freely, within limits that have to be passed on."""
+
+_NOTICES = {
+    "llama": "Built with Llama. The Llama licence asks for this notice, for a copy of the licence, and for a name of "
+    "the model that begins with Llama.",
+    "gemma": "Gemma is provided under and subject to the Gemma Terms of Use found at ai.google.dev/gemma/terms",
+}
+"""The notice that a licence requires, by the beginning of its identifier."""
+
+_WITHOUT_APACHE = ("gpl-2.0",)
+"""Licences that exclude Apache 2.0: its patent clause counts as a further restriction."""
 
 _MAX_CARD = 1_000_000
 """Characters of a card that are read; its metadata is at the beginning."""
@@ -48,8 +94,16 @@ class Licence:
 
     @property
     def kind(self) -> str:
-        """What sort of licence it is."""
-        return kind_of(self.id)
+        """What sort of licence it is; UNKNOWN for those that are not in the table."""
+        if self.id in _PERMISSIVES:
+            return PERMISSIVE
+        if self.id in _COPYLEFT or self.id in _NON_COMMERCIAL_ALIKE:
+            return COPYLEFT
+        if self.id in _NON_COMMERCIAL:
+            return NON_COMMERCIAL
+        if self.id in _NO_DERIVATIVES:
+            return NO_DERIVATIVES
+        return COMMUNITY if self.id in _COMMUNITY else UNKNOWN
 
     def __str__(self) -> str:
         return self.name if self.id == "other" and self.name else self.id or "no licence"
@@ -70,10 +124,6 @@ class Verdict:
     notices: tuple[str, ...]
     """Notices that the licences require."""
     sources: tuple[Licence, ...]
-
-    def as_dict(self) -> dict[str, Any]:
-        """The same for JSON."""
-        return asdict(self)
 
 
 def licence_of(source: str, card: Path | None) -> Licence:
@@ -128,7 +178,7 @@ def judged(licences: Sequence[Licence], level: str = "error", override: str | No
     warnings = () if level == "off" else (*conflicts, *_unknown(licences), *_mixed(licences))
     id, name, link = (override, None, None) if override else _of_the_whole(licences)
     notices = tuple(
-        text for start, text in NOTICES.items() if any((one.id or "").startswith(start) for one in licences)
+        text for start, text in _NOTICES.items() if any((one.id or "").startswith(start) for one in licences)
     )
     return Verdict(id, name, link, conflicts, warnings, notices, tuple(licences))
 
@@ -146,16 +196,16 @@ def _conflicts(licences: Sequence[Licence]) -> Iterable[str]:
 
 def _exclusion(one: Licence, other: Licence) -> str | None:
     """Why the first licence excludes the second; None if it does not."""
-    if one.id in WITHOUT_APACHE and other.id == "apache-2.0":
+    if one.id in _WITHOUT_APACHE and other.id == "apache-2.0":
         return f"{one} counts the patent clause of {other} as a further restriction"
     if one.kind != COPYLEFT or one.id is None:
         return None
     if other.kind == COPYLEFT:
         assert other.id is not None
-        if other.id in passed_on(one.id) or one.id in passed_on(other.id):
+        if other.id in _passed_on(one.id) or one.id in _passed_on(other.id):
             return None
         return "both require the whole work to be under themselves"
-    if other.kind == COMMUNITY or (other.kind == NON_COMMERCIAL and one.id not in NON_COMMERCIAL_ALIKE):
+    if other.kind == COMMUNITY or (other.kind == NON_COMMERCIAL and one.id not in _NON_COMMERCIAL_ALIKE):
         return f"{one} requires the whole work to be under it, and {other} adds restrictions"
     return None
 
@@ -169,12 +219,12 @@ def _of_the_whole(licences: Sequence[Licence]) -> tuple[str | None, str | None, 
         return distinct[0].id, distinct[0].name, distinct[0].link
     demanding = [one for one in distinct if one.kind != PERMISSIVE]
     if not demanding:
-        return max(distinct, key=lambda one: PERMISSIVES.index(str(one.id))).id, None, None
+        return max(distinct, key=lambda one: _PERMISSIVES.index(str(one.id))).id, None, None
     if len(demanding) == 1 and demanding[0].kind != UNKNOWN:
         return demanding[0].id, demanding[0].name, demanding[0].link
     for one in demanding if len(demanding) > 1 else ():
         rest = [other for other in demanding if other is not one]
-        if all(other.kind == COPYLEFT and one.id in passed_on(str(other.id)) for other in rest):
+        if all(other.kind == COPYLEFT and one.id in _passed_on(str(other.id)) for other in rest):
             return one.id, None, None
     return "other", " and ".join(sorted(str(one) for one in distinct)), None
 
@@ -203,3 +253,10 @@ def _family(licence: Licence) -> str:
 def _distinct(licences: Sequence[Licence]) -> list[Licence]:
     """One of each licence, in the order in which they come."""
     return list({(one.id, one.name): one for one in reversed(licences)}.values())[::-1]
+
+
+def _passed_on(id: str) -> tuple[str, ...]:
+    """Other copyleft licences that something under this one may be passed on under."""
+    if id in _NON_COMMERCIAL_ALIKE:
+        return _NON_COMMERCIAL_ALIKE[_NON_COMMERCIAL_ALIKE.index(id) :]
+    return _COPYLEFT[id]
