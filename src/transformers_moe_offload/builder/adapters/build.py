@@ -1,8 +1,8 @@
-"""Write a mixture of adapters with its card, check it, and put it in its place."""
+"""Write a mixture of adapters, check it, and put it in its place."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from functools import partial
 from math import prod
@@ -15,6 +15,7 @@ from transformers import AutoModelForCausalLM
 from transformers.utils import CONFIG_NAME
 from transformers.utils.logging import tqdm
 
+from transformers_moe_offload.builder.adapters.card import adapters_card
 from transformers_moe_offload.builder.adapters.plan import PREFIX, AdapterPlan, plan_adapters
 from transformers_moe_offload.builder.adapters.routers import router_rows
 from transformers_moe_offload.builder.checks import CheckFailedError
@@ -22,7 +23,6 @@ from transformers_moe_offload.builder.gates import GateReport
 from transformers_moe_offload.builder.publish import published_after
 from transformers_moe_offload.builder.recipe import MoeRecipe
 from transformers_moe_offload.builder.sources.model_class import on_meta
-from transformers_moe_offload.builder.writing.card import filled_card, linked, table
 from transformers_moe_offload.builder.writing.folder import CARD_NAME, INFO_NAME, build_place
 from transformers_moe_offload.builder.writing.weight_files import write_checkpoint
 from transformers_moe_offload.dtypes import torch_dtype
@@ -40,34 +40,6 @@ TOLERANCE = 1e-4
 """Of the largest logit: in float32, rounding gives 1e-6."""
 NUM_CHECKED = 8
 """Number of adapters whose logits are compared, spread evenly over all."""
-TAGS = ("moe", "lora", "moe-offload")
-
-_TEXT = """\
-# {title}
-
-A mixture of {num_adapters} LoRA adapters around {base}, built with
-[transformers-moe-offload](https://pypi.org/project/transformers-moe-offload/) {version}. A token takes
-{per_token} of them{routers}.
-
-## Load
-
-With the adapters in their files and a cache of them in memory (`pip install transformers-moe-offload`):
-
-```python
-import transformers_moe_offload
-from transformers import AutoModelForCausalLM, AutoTokenizer
-
-model = AutoModelForCausalLM.from_pretrained("{name}", moe_offload={{"cache_budget": "auto"}})
-tokenizer = AutoTokenizer.from_pretrained("{name}")
-```
-
-Without the package, with all adapters in memory, `trust_remote_code=True` does. Each folder in `adapters` is an adapter
-of PEFT, which loads any one of them alone.
-
-## Parameters
-
-{parameters}
-"""
 
 
 @dataclass(frozen=True)
@@ -133,7 +105,7 @@ def build_adapter_moe(
             )
             write_text(place / INFO_NAME, as_json(info.as_dict()))
             name = push or recipe.hub.repo_id or folder.resolve().name
-            write_text(place / CARD_NAME, _card(name, plan, info.parameters))
+            write_text(place / CARD_NAME, adapters_card(name, plan, info.parameters))
             return info
 
 
@@ -162,29 +134,6 @@ def _parameters(plan: AdapterPlan) -> dict[str, int]:
             assert found is not None
             in_adapters += sum(matrix.numel() for matrix in found)
     return {"dense": count(plan.dense.values()), "routers": count(plan.routers.values()), "adapters": in_adapters}
-
-
-def _card(name: str, plan: AdapterPlan, parameters: Mapping[str, int]) -> str:
-    """The card of the mixture `name`, an id on the Hub or a folder's.
-
-    `base_model` names the base model alone: the Hub shows a list as a merge.
-    """
-    base = plan.base.ancestors[0]
-    origin = {"base_model": base.name, "base_model_relation": "adapter"} if base.revision else {}
-    recipe, routing = plan.recipe, plan.recipe.adapter_moe
-    assert routing is not None
-    parts = {
-        "num_adapters": len(plan.adapters),
-        "base": linked(base),
-        "per_token": plan.config.num_experts_per_tok,
-        "routers": "" if routing.scoring == "uniform" else f", chosen by a router per {routing.router_per}",
-        "parameters": table(
-            ("", "parameters"),
-            [(part, f"{count:,}") for part, count in parameters.items()] + [("all", f"{sum(parameters.values()):,}")],
-        ),
-    }
-    tags = (*TAGS, *recipe.hub.tags)
-    return filled_card(_TEXT, parts, name, plan.ancestors, recipe.to_dict(), plan.licence, origin, tags)
 
 
 @torch.no_grad()
