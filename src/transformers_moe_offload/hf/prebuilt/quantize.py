@@ -27,7 +27,7 @@ from transformers_moe_offload.hub.fetch import Fetched
 from transformers_moe_offload.hub.upload import expect_pushable
 from transformers_moe_offload.output.place import expect_place
 from transformers_moe_offload.output.shards import Advance, Content
-from transformers_moe_offload.tensor_files.fingerprint import fingerprint
+from transformers_moe_offload.tensor_files.checksum import fingerprint
 from transformers_moe_offload.tensor_files.writer import as_json
 from transformers_moe_offload.untrusted import quoted
 
