@@ -12,12 +12,11 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from transformers_moe_offload.disk_io.file import File
-from transformers_moe_offload.disk_io.file_identity import FileIdentity
+from transformers_moe_offload.disk_io.opened_file import FileIdentity
 from transformers_moe_offload.expert import ExpertId, ExpertSpec, FieldSpec
-from transformers_moe_offload.store.expert_source import ScatteredExpert
 from transformers_moe_offload.store.expert_store import ExpertStore
 from transformers_moe_offload.store.field_source import FieldSource
-from transformers_moe_offload.store.layer_source import LayerSource
+from transformers_moe_offload.store.layer_source import LayerSource, ScatteredExpert
 from transformers_moe_offload.tensor_files.index import StoredTensor, read_index
 
 WIDTH = 3

@@ -166,18 +166,28 @@ def test_the_list_of_supported_models_is_that_of_the_installed_transformers():
 
 
 def test_the_tree_in_the_documentation_is_the_tree():
+    """It shows every folder of the package; one of which it shows files, it shows with all of them."""
+    shown = {path for path in paths_of_the_tree() if path.suffix == ".py"}
+    folders = set(paths_of_the_tree()) - shown
+    assert [path for path in paths_of_the_tree() if not (SOURCES / path).exists()] == []
+    assert {path.relative_to(SOURCES) for path in SOURCES.iterdir() if (path / "__init__.py").exists()} <= folders
+    for folder in {path.parent for path in shown}:
+        there = {path.relative_to(SOURCES) for path in (SOURCES / folder).glob("*.py")}
+        if folder != Path():
+            there.discard(folder / "__init__.py")
+        assert {path for path in shown if path.parent == folder} == there
+        inside = {path.parent.relative_to(SOURCES) for path in (SOURCES / folder).glob("*/__init__.py")}
+        assert inside <= folders
+
+
+def paths_of_the_tree() -> list[Path]:
+    """The files and folders that the documentation's tree shows, relative to the package."""
     tree = read("docs/architecture.md").partition("## The tree")[2].partition("## The layers")[0]
-    named = re.findall(r"[├└]── ([\w/]+(?:\.py)?)", tree)
-    folders = {path.name + "/" for path in SOURCES.rglob("*") if path.is_dir() and path.name != "__pycache__"}
-    files = {path.name for path in SOURCES.rglob("*.py")}
-    assert [name for name in named if name not in folders | files] == []
-    assert sorted(folders - set(named)) == []
-    of_bytes = ("system", "disk_io", "tensor_files", "store", "slots", "slots/cuda")
-    of_layers = ("cache", "compute", "backward", "hybrid", "device_decode")
-    of_hf = ("hf", "hf/loading", "hf/model", "hf/routers")
-    shown_in_full = [SOURCES / folder for folder in (".", "policies", *of_bytes, *of_layers, *of_hf)]
-    there = {path.name for folder in shown_in_full for path in folder.glob("*.py")}
-    assert sorted(there - set(named) - {"__init__.py"}) == []
+    found, above = [], []
+    for bars, name in re.findall(r"^([│ ]*)[├└]── ([\w/]+(?:\.py)?)", tree, re.M):
+        above = [*above[: len(bars) // 4], name]
+        found.append(Path(*above))
+    return found
 
 
 def test_the_layers_in_the_documentation_are_those_that_are_checked():

@@ -8,13 +8,13 @@ from typing import Any
 from transformers import AutoModelForCausalLM
 
 from transformers_moe_offload import OffloadConfig, PrefetchConfig
-from transformers_moe_offload.bench.bandwidth import Range, expert_ranges, read_all, read_all_past_cache, sample
+from transformers_moe_offload.bench.bandwidth import expert_ranges, read_all, read_all_past_cache, sample
 from transformers_moe_offload.bench.layers import files_of, store_of
 from transformers_moe_offload.bench.page_cache import drop
 from transformers_moe_offload.bench.passage import passage_for
-from transformers_moe_offload.bench.protocol import max_positions
 from transformers_moe_offload.bench.session import facts, repeated, unmap_dense
-from transformers_moe_offload.bench.workload import Workload, run, seconds_per_forward
+from transformers_moe_offload.bench.workload import Workload, max_positions, run, seconds_per_forward
+from transformers_moe_offload.disk_io.file import FileRange
 from transformers_moe_offload.disk_io.reader_pool import default_workers
 
 SAMPLE_BYTES = 512 << 20
@@ -54,7 +54,7 @@ def measure_from_disk(
     return answer
 
 
-def _disk(files: list[Any], ranges: list[Range], threads: int) -> float:
+def _disk(files: list[Any], ranges: list[FileRange], threads: int) -> float:
     """Bytes per second of cold experts, through the page cache or past it, whichever is faster."""
     speeds = []
     for read in (read_all, read_all_past_cache):

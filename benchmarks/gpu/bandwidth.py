@@ -5,14 +5,18 @@ from __future__ import annotations
 import subprocess
 from typing import Any
 
+import torch
 from transformers import AutoModelForCausalLM
 
 from benchmarks.gpu.kernel import kernel_seconds
 from transformers_moe_offload import OffloadConfig
-from transformers_moe_offload.bench.bandwidth import device_bandwidth, link_bandwidth, ram_bandwidth
+from transformers_moe_offload.bench.bandwidth import RAM_BYTES, best_s, link_bandwidth, ram_bandwidth
 from transformers_moe_offload.bench.layers import sparse_layers, store_of
-from transformers_moe_offload.hf.decode.obstacles import record_layout
+from transformers_moe_offload.hf.decode.engines import record_layout
 from transformers_moe_offload.hf.model.host_sides import token_of
+
+DEVICE_COPIES = 16
+"""Copies in a row: a GPU finishes one before the host has submitted the next."""
 
 
 def measure_bandwidths(folder: str, repeats: int) -> dict[str, Any]:
@@ -37,6 +41,19 @@ def measure_bandwidths(folder: str, repeats: int) -> dict[str, Any]:
     assert layer.mlp is not None
     found["kernel"] = kernel_seconds(layer.mlp, module, token, record_layout(source), source.codecs.usual)
     return found
+
+
+def device_bandwidth(device: torch.device, repeats: int) -> float:
+    """Bytes per second that a GPU reads and writes in its own memory, by a copy: each byte counts for both."""
+    source = torch.ones(RAM_BYTES, dtype=torch.uint8, device=device)
+    target = torch.empty_like(source)
+
+    def copy() -> None:
+        for _ in range(DEVICE_COPIES):
+            target.copy_(source)
+        torch.cuda.synchronize(device)
+
+    return 2 * DEVICE_COPIES * RAM_BYTES / best_s(copy, repeats)
 
 
 def driver() -> str:

@@ -31,8 +31,8 @@ from transformers_moe_offload.hf.prebuilt.source import Quantization
 from transformers_moe_offload.hf.prebuilt.writer import Prebuilt, write_prebuilt
 from transformers_moe_offload.output.claim import is_complete
 from transformers_moe_offload.output.shards import Advance, Content
-from transformers_moe_offload.output.text import as_json
 from transformers_moe_offload.store.record import RecordLayout
+from transformers_moe_offload.tensor_files.writer import as_json
 
 POPULARITY = 0.7
 """Spread of a bias of the routers' logits over that of the logits themselves: see `Shape.popularity` in `shape.py`,

@@ -28,7 +28,7 @@ from transformers_moe_offload.config.formats import HqqFormat
 from transformers_moe_offload.formats.hqq import quantize
 from transformers_moe_offload.kernels import native
 from transformers_moe_offload.kernels.reference import dequantize
-from transformers_moe_offload.kernels.solver import FusedSolver, TorchSolver
+from transformers_moe_offload.kernels.solver import FusedSolver, Solver
 
 SHAPES = ((2048, 1024), (1024, 2048))
 FORMATS = ("8x128m16", "4x64", "3x64", "2x64", "2x16")
@@ -80,11 +80,11 @@ def ways() -> dict[str, Way]:
     """What can be compared here, hqq first."""
     library = native.library()
     found: dict[str, Way] = {"hqq": by_hqq} if find_spec("hqq") else {}
-    found["torch"] = ours(TorchSolver())
+    found["torch"] = ours(Solver())
     if library is not None:
         found["fused"] = ours(FusedSolver(library))
         found["fused, to the nearest"] = ours(FusedSolver(library), optimize=False)
-    found["torch, to the nearest"] = ours(TorchSolver(), optimize=False)
+    found["torch, to the nearest"] = ours(Solver(), optimize=False)
     return found
 
 
@@ -102,7 +102,7 @@ def by_hqq(weight: Tensor, format: HqqFormat) -> Restored:
     return lambda: Quantizer.dequantize(codes, meta | {"compute_dtype": torch.float32})
 
 
-def ours(solver: TorchSolver | FusedSolver, *, optimize: bool = True) -> Way:
+def ours(solver: Solver | FusedSolver, *, optimize: bool = True) -> Way:
     def way(weight: Tensor, format: HqqFormat) -> Restored:
         of_kind = HqqFormat(
             nbits=format.nbits, group_size=format.group_size, meta_nbits=format.meta_nbits, optimize=optimize

@@ -11,24 +11,11 @@ from math import prod
 from typing import NamedTuple
 
 ITEMSIZE = {
-    "float64": 8,
-    "float32": 4,
-    "bfloat16": 2,
-    "float16": 2,
-    "float8_e4m3fn": 1,
-    "float8_e5m2": 1,
-    "float8_e8m0fnu": 1,
-    "complex64": 8,
-    "int64": 8,
-    "int32": 4,
-    "int16": 2,
-    "int8": 1,
-    "uint64": 8,
-    "uint32": 4,
-    "uint16": 2,
-    "uint8": 1,
-    "bool": 1,
-}
+    "float64": 8, "float32": 4, "float16": 2, "bfloat16": 2,
+    "float8_e4m3fn": 1, "float8_e5m2": 1, "float8_e8m0fnu": 1,
+    "int64": 8, "int32": 4, "int16": 2, "int8": 1,
+    "uint64": 8, "uint32": 4, "uint16": 2, "uint8": 1, "bool": 1, "complex64": 8,
+}  # fmt: skip
 """Bytes of one element, by the name torch gives the dtype."""
 
 
@@ -71,7 +58,3 @@ class ExpertSpec:
     def expert_nbytes(self) -> int:
         """Bytes of one expert's tensors, without padding."""
         return sum(field.nbytes for field in self.fields)
-
-    def expert(self, index: int) -> ExpertId:
-        """The id of one of the layer's experts."""
-        return ExpertId(self.layer, index)

@@ -37,11 +37,6 @@ class LayerStats:
     stall_ms: float = 0.0
     """Time the layer waited for loads, in milliseconds."""
 
-    def add(self, other: LayerStats) -> None:
-        """Add another layer's counts to these."""
-        for f in fields(LayerStats):
-            setattr(self, f.name, getattr(self, f.name) + getattr(other, f.name))
-
     @property
     def asked(self) -> int:
         """Experts asked for."""
@@ -62,10 +57,8 @@ class CacheStats(LayerStats):
     @classmethod
     def total(cls, per_layer: Mapping[str, LayerStats]) -> CacheStats:
         """Sum up the layers' counts."""
-        stats = cls(per_layer=per_layer)
-        for layer in per_layer.values():
-            stats.add(layer)
-        return stats
+        sums = {f.name: sum(getattr(layer, f.name) for layer in per_layer.values()) for f in fields(LayerStats)}
+        return cls(**sums, per_layer=per_layer)
 
     def __repr__(self) -> str:
         return f"CacheStats({self})"
@@ -74,17 +67,11 @@ class CacheStats(LayerStats):
         head = ["sparse layer", "asked for", "hits", "hit rate", "late hits", "misses", "MiB read", "ms waited"]
         rows = [
             [
-                path,
-                f"{layer.asked:,}",
-                f"{layer.hits:,}",
-                f"{layer.hit_rate:.1%}",
-                f"{layer.late_hits:,}",
-                f"{layer.misses:,}",
-                f"{layer.disk_bytes / 2**20:,.1f}",
-                f"{layer.stall_ms:,.0f}",
+                path, f"{layer.asked:,}", f"{layer.hits:,}", f"{layer.hit_rate:.1%}", f"{layer.late_hits:,}",
+                f"{layer.misses:,}", f"{layer.disk_bytes / 2**20:,.1f}", f"{layer.stall_ms:,.0f}",
             ]
             for path, layer in [("all", self), *self.per_layer.items()]
-        ]
+        ]  # fmt: skip
         return html_table(head, rows)
 
     def __str__(self) -> str:

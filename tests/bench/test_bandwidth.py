@@ -8,7 +8,6 @@ import pytest
 
 from stores import numbered_store
 from transformers_moe_offload.bench.bandwidth import (
-    Range,
     disk_bandwidth,
     expert_ranges,
     ram_bandwidth,
@@ -17,6 +16,7 @@ from transformers_moe_offload.bench.bandwidth import (
 )
 from transformers_moe_offload.bench.layers import files_of, store_of
 from transformers_moe_offload.bench.page_cache import drop, resident_share, warm
+from transformers_moe_offload.disk_io.file import File, FileRange
 from transformers_moe_offload.expert import ExpertId
 from transformers_moe_offload.kernels import native
 
@@ -36,7 +36,9 @@ def test_stacked_tensors_of_an_expert_are_ranges_of_their_own(tmp_path):
 
 
 def test_a_sample_is_spread_evenly_and_no_larger_than_asked(tmp_path):
-    ranges = [Range(tmp_path, start, 10) for start in range(0, 1000, 10)]
+    (tmp_path / "file").touch()
+    file = File.now(tmp_path / "file")
+    ranges = [FileRange(file, start, start + 10) for start in range(0, 1000, 10)]
     chosen = sample(ranges, most_bytes=250)
     assert sum(found.nbytes for found in chosen) <= 250
     assert [found.start for found in chosen] == list(range(0, 1000, 40))

@@ -6,9 +6,8 @@ from dataclasses import replace
 import pytest
 
 from transformers_moe_offload.bench import session
-from transformers_moe_offload.bench.protocol import QUICK
 from transformers_moe_offload.bench.report import facts, tables
-from transformers_moe_offload.bench.workload import Run, Workload
+from transformers_moe_offload.bench.workload import QUICK, Run, Workload
 
 SHORT = replace(QUICK, prompt_tokens=4, decode_tokens=2, prefill_tokens=(16,), batch=2, beams=2, dispatch_passes=1)
 

@@ -1,4 +1,4 @@
-"""A run does what its workload says, and its counts are true."""
+"""A run does what its workload says, its counts are true, and models with few positions have shorter workloads."""
 
 from itertools import pairwise
 
@@ -7,7 +7,15 @@ import torch
 
 from transformers_moe_offload.bench.layers import sparse_layers
 from transformers_moe_offload.bench.passage import random_passage
-from transformers_moe_offload.bench.workload import Workload, run, seconds_per_forward
+from transformers_moe_offload.bench.workload import (
+    Protocol,
+    Workload,
+    max_positions,
+    run,
+    seconds_per_forward,
+    workloads,
+)
+from transformers_moe_offload.errors import ConfigError
 
 DECODE = Workload(name="decode", prompt_tokens=8, steps=3)
 LAYERS, TOP_K = 8, 4
@@ -80,3 +88,26 @@ def test_a_token_takes_what_its_forwards_take_in_the_median_run(model, passage):
 def test_a_plain_model_has_nothing_to_measure():
     with pytest.raises(Exception, match="has no offloaded experts to measure"):
         sparse_layers(torch.nn.Linear(2, 2))
+
+
+def test_a_model_with_enough_positions_is_measured_in_full():
+    works, notes = workloads(Protocol(), max_positions=4096)
+    assert [work.name for work in works] == [
+        "decode", "prefill 128", "prefill 512", "prefill 2048", "batch 8", "beam 5",
+    ]  # fmt: skip
+    assert notes == []
+
+
+def test_prefill_is_shortened_to_the_positions_there_are_and_said_so():
+    works, notes = workloads(Protocol(), max_positions=512)
+    assert [work.prompt_tokens for work in works if work.is_prefill] == [128, 512]
+    assert notes == ["prefill of 2048 tokens: the model has 512 positions, so 512 tokens are measured instead"]
+
+
+def test_a_model_too_short_to_decode_is_refused_with_both_numbers():
+    with pytest.raises(ConfigError, match=r"has 32 positions, but decoding is measured over 33"):
+        workloads(Protocol(), max_positions=32)
+
+
+def test_positions_are_read_from_the_config(model):
+    assert max_positions(model) == 512

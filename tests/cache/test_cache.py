@@ -8,7 +8,7 @@ from stores import number
 from transformers_moe_offload.expert import ExpertId
 from transformers_moe_offload.slots.transfer import HostCopier
 from transformers_moe_offload.stats import LayerStats
-from transformers_moe_offload.store.record_reader import whole
+from transformers_moe_offload.store.record import whole
 
 from .caches import NUM_EXPERTS, NUM_LAYERS, cache_of, counts, numbers_in, reading_cache_of, residents, visit_all
 

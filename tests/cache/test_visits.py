@@ -149,7 +149,6 @@ def test_what_is_resident_after_a_visit_does_not_depend_on_what_arrived_first(st
 
 def test_an_expert_that_the_system_took_back_is_a_miss_and_comes_in_again(store):
     class Borrowed(CopiedSlots):
-        can_lose = True
         taken_back = frozenset()
 
         def lost(self, slots):

@@ -6,7 +6,7 @@ import signal
 import pytest
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
-from transformers_moe_offload.cli.display import Meter
+from transformers_moe_offload.cli.answer import Meter
 
 from .conftest import the_error
 

@@ -3,8 +3,8 @@ import math
 
 import pytest
 
-from transformers_moe_offload.cli.failures import CommandError
 from transformers_moe_offload.cli.writing import write_json
+from transformers_moe_offload.errors import CheckpointError
 
 
 def test_what_is_written_is_read_again_and_nothing_lies_beside_it(tmp_path):
@@ -26,6 +26,6 @@ def test_a_result_that_is_no_json_leaves_the_file_as_it_was(tmp_path):
 def test_a_file_that_cannot_be_replaced_is_an_error_that_leaves_nothing_behind(tmp_path):
     taken = tmp_path / "result.json"
     taken.mkdir()
-    with pytest.raises(CommandError, match=r"cannot write .*result\.json"):
+    with pytest.raises(CheckpointError, match=r"cannot write .*result\.json"):
         write_json(taken, {"tokens_per_s": 5.5})
     assert list(tmp_path.iterdir()) == [taken]

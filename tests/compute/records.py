@@ -9,7 +9,7 @@ from torch.nn import functional
 
 from transformers_moe_offload.compute.mlp import ExpertMlp
 from transformers_moe_offload.expert import FieldSpec
-from transformers_moe_offload.formats.by_expert import LayerCodecs
+from transformers_moe_offload.formats.base import LayerCodecs
 from transformers_moe_offload.formats.codec import ExpertCodec
 from transformers_moe_offload.store.record import RecordLayout
 

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from transformers_moe_offload.compute.forward import computed
 from transformers_moe_offload.compute.row_buckets import padded, padded_count
 from transformers_moe_offload.compute.token_grouping import group_by_expert
-from transformers_moe_offload.formats.by_expert import AS_USED
+from transformers_moe_offload.formats.base import AS_USED
 from transformers_moe_offload.kernels.dense import FEW_ROWS
 
 HALF, FLOAT = torch.empty(0, dtype=torch.float16), torch.empty(0)

@@ -14,9 +14,8 @@ from transformers_moe_offload.device_decode import arena as arena_module
 from transformers_moe_offload.device_decode.arena import Arena
 from transformers_moe_offload.errors import CheckpointError, ConfigError
 from transformers_moe_offload.expert import ExpertId, ExpertSpec, FieldSpec
-from transformers_moe_offload.store.expert_source import RecordedExpert
 from transformers_moe_offload.store.expert_store import ExpertStore
-from transformers_moe_offload.store.layer_source import LayerSource
+from transformers_moe_offload.store.layer_source import LayerSource, RecordedExpert
 from transformers_moe_offload.store.ram_file import RamFile
 from transformers_moe_offload.store.record import RecordLayout
 from transformers_moe_offload.system.host_memory import host_bytes

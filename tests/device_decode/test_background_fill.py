@@ -10,10 +10,8 @@ from hypothesis import strategies as st
 from transformers_moe_offload.cache.bandwidth import Link
 from transformers_moe_offload.cache.planner import plan_behind
 from transformers_moe_offload.cache.residency import Residency
-from transformers_moe_offload.device_decode.background_fill import BackgroundFill, Use
-from transformers_moe_offload.device_decode.followed_cache import FollowedCache
-from transformers_moe_offload.device_decode.miss_priority import HALF_LIFE, Urgency
-from transformers_moe_offload.device_decode.token_bucket import LEAST_SHARE, MOST_WAITING, Pace
+from transformers_moe_offload.device_decode.background_fill import BackgroundFill, FollowedCache, Use
+from transformers_moe_offload.device_decode.fill_plan import HALF_LIFE, LEAST_SHARE, MOST_WAITING, Pace, Urgency
 from transformers_moe_offload.expert import ExpertId
 from transformers_moe_offload.policies import make_policy
 from transformers_moe_offload.slots.transfer import Landed

@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 
 from transformers_moe_offload.device_decode.background_fill import Use
 from transformers_moe_offload.device_decode.counters import MOST_PAIRS, Counters
-from transformers_moe_offload.device_decode.streams import HostStreams
+from transformers_moe_offload.device_decode.streams import Streams
 from transformers_moe_offload.device_decode.table import AddressTable
 from transformers_moe_offload.errors import MoeOffloadError
 from transformers_moe_offload.expert import ExpertId
@@ -16,7 +16,7 @@ NUM_EXPERTS = {0: 4, 5: 6}
 
 
 def counters(streams=None):
-    streams = streams or HostStreams()
+    streams = streams or Streams()
     homes = {layer: [1000 * (layer + 1) + e for e in range(number)] for layer, number in NUM_EXPERTS.items()}
     table = AddressTable(homes, torch.device("cpu"), streams)
     return Counters(table, streams), table
@@ -83,7 +83,7 @@ def test_a_layer_that_is_used_twice_in_a_forward_is_heard_of_twice():
 
 
 def test_that_cannot_be_captured_and_is_refused():
-    counting, _ = counters(type("Capturing", (HostStreams,), {"is_capturing": lambda self: True})())
+    counting, _ = counters(type("Capturing", (Streams,), {"is_capturing": lambda self: True})())
     counting.note(0, routed([0, 1]))
     with pytest.raises(MoeOffloadError, match="layer 0 is used twice"):
         counting.note(0, routed([1, 2]))

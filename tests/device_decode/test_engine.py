@@ -9,10 +9,9 @@ from hypothesis import strategies as st
 
 from stores import number, numbered_store
 from transformers_moe_offload.device_decode.arena import Arena
-from transformers_moe_offload.device_decode.background_fill import BackgroundFill, Use
+from transformers_moe_offload.device_decode.background_fill import BackgroundFill, FollowedCache, Use
 from transformers_moe_offload.device_decode.engine import DeviceEngine
-from transformers_moe_offload.device_decode.followed_cache import FollowedCache
-from transformers_moe_offload.device_decode.streams import HostStreams
+from transformers_moe_offload.device_decode.streams import Streams
 from transformers_moe_offload.expert import ExpertId
 from transformers_moe_offload.policies import make_policy, policy_names
 from transformers_moe_offload.slots.transfer import Landed
@@ -128,7 +127,7 @@ def test_what_was_only_captured_is_not_counted(arena):
     assert set(engine.cache.residency.residents) == {ExpertId(0, 5)}
 
 
-class Capturing(HostStreams):
+class Capturing(Streams):
     """A graph may be being captured; then nothing may be queued but what layers do."""
 
     now = False
@@ -208,7 +207,7 @@ def test_where_copies_take_no_time_one_layer_has_the_hits_of_a_cache_that_waits(
     assert engine.stats[0].hits == replay(trace, policy, num_slots).hits
 
 
-class FailingStreams(HostStreams):
+class FailingStreams(Streams):
     """Some copies cannot be queued."""
 
     def __init__(self, failing):

@@ -25,7 +25,7 @@ from transformers_moe_offload.compute.token_grouping import group_by_expert
 from transformers_moe_offload.config.formats import HqqFormat
 from transformers_moe_offload.device_decode.forward import OnDevice, missing_on_device
 from transformers_moe_offload.expert import FieldSpec
-from transformers_moe_offload.formats.by_expert import LayerCodecs
+from transformers_moe_offload.formats.base import LayerCodecs
 from transformers_moe_offload.formats.foreign import ForeignCodec, ForeignField
 from transformers_moe_offload.kernels.grouped import Activation
 from transformers_moe_offload.store.record import RecordLayout

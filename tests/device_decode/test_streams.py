@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from slots.cuda_streams import Machine
-from transformers_moe_offload.device_decode.streams import CudaStreams, HostStreams, streams_of
+from transformers_moe_offload.device_decode.streams import CudaStreams, Streams, streams_of
 
 GPU = torch.device("cuda", 0)
 
@@ -85,7 +85,7 @@ def test_memory_that_is_copied_to_is_kept_for_the_copy_stream(machine):
 
 def test_on_a_cpu_everything_has_happened_when_the_call_returns():
     streams, target, done = streams_of(torch.device("cpu")), torch.zeros(4, dtype=torch.uint8), []
-    assert isinstance(streams, HostStreams)
+    assert type(streams) is Streams
     copy = streams.copy(target, sevens(), [streams.mark()])
     streams.join(copy)
     assert target.tolist() == [7] * 4

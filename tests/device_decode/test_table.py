@@ -2,7 +2,7 @@
 
 import torch
 
-from transformers_moe_offload.device_decode.streams import HostStreams
+from transformers_moe_offload.device_decode.streams import Streams
 from transformers_moe_offload.device_decode.table import NO_EXPERT, AddressTable
 from transformers_moe_offload.expert import ExpertId
 
@@ -10,7 +10,7 @@ HOMES = {3: [100, 200], 7: [300, 400, 500]}
 CPU = torch.device("cpu")
 
 
-class Counting(HostStreams):
+class Counting(Streams):
     num_queued = 0
 
     def compute(self, work):
@@ -19,7 +19,7 @@ class Counting(HostStreams):
 
 
 def table():
-    return AddressTable(HOMES, CPU, HostStreams())
+    return AddressTable(HOMES, CPU, Streams())
 
 
 def test_everybody_is_at_home_at_first():

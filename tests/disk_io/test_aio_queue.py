@@ -11,12 +11,10 @@ import pytest
 from stores import cut_short, put_back
 from transformers_moe_offload.disk_io import aio_queue, direct_reader
 from transformers_moe_offload.disk_io.aio_queue import AT_ONCE, MOST_BYTES, MOST_READS, AioQueue
-from transformers_moe_offload.disk_io.file import File
-from transformers_moe_offload.disk_io.file_range import FileRange
+from transformers_moe_offload.disk_io.file import File, FileRange
 from transformers_moe_offload.disk_io.page_reads import placed
 from transformers_moe_offload.errors import CheckpointError
-from transformers_moe_offload.system.host_memory import PAGE_BYTES
-from transformers_moe_offload.system.page_memory import PageMemory
+from transformers_moe_offload.system.host_memory import PAGE_BYTES, PageMemory
 
 NUM_PAGES = 64
 CONTENT = os.urandom(NUM_PAGES * PAGE_BYTES + 1234)

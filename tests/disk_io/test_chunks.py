@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from transformers_moe_offload.disk_io.chunks import Chunk, Run, Segment, cut, joined_runs
+from transformers_moe_offload.disk_io.chunks import Chunk, Run, Segment, Solid, cut, joined_runs
 from transformers_moe_offload.disk_io.file import File
 from transformers_moe_offload.system.host_memory import PAGE_BYTES
 
@@ -20,19 +20,8 @@ def file(tmp_path_factory):
     return File.now(path)
 
 
-class Solid:
-    """A piece that cannot be taken apart."""
-
-    is_verbatim = False
-
-    def __init__(self, start, stop):
-        self.segments = (Segment(start, stop),)
-
-    def split(self, nbytes, *, anywhere):
-        return None
-
-    def read_into(self, targets, *, past_cache=False):
-        targets[0][:] = bytes([7]) * len(targets[0])
+def sevens(target):
+    target[:] = bytes([7]) * len(target)
 
 
 @st.composite
@@ -46,7 +35,7 @@ def experts(draw):
             segments.append(Segment(start, start + nbytes))
             start += nbytes
         if draw(st.integers(0, 4)) == 0:
-            pieces += [Solid(*segment) for segment in segments]
+            pieces += [Solid(segment, sevens) for segment in segments]
         else:
             offset = draw(st.integers(0, len(CONTENT) - sum(lengths)))
             pieces.append((offset, tuple(segments)))

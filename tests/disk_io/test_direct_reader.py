@@ -7,8 +7,9 @@ from stores import cut_short, put_back
 from transformers_moe_offload.disk_io import direct_reader
 from transformers_moe_offload.disk_io.file import File
 from transformers_moe_offload.errors import CheckpointError
+from transformers_moe_offload.system.host_memory import PAGE_BYTES
 
-CONTENT = os.urandom(3 * direct_reader.BLOCK + 1234)
+CONTENT = os.urandom(3 * PAGE_BYTES + 1234)
 
 
 @pytest.fixture

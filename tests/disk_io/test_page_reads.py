@@ -5,7 +5,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from stores import unopened
-from transformers_moe_offload.disk_io.file_range import FileRange
+from transformers_moe_offload.disk_io.file import FileRange
 from transformers_moe_offload.disk_io.page_reads import most_spare_bytes, parts, placed
 from transformers_moe_offload.system.host_memory import PAGE_BYTES
 

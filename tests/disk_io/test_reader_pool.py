@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from stores import cut_short, put_back, stacked_store
-from transformers_moe_offload.disk_io.read import Read
+from transformers_moe_offload.disk_io.read import Read, Work
 from transformers_moe_offload.disk_io.reader_pool import LEAST_CHUNK, ReaderPool, chunk_bytes, default_workers
 from transformers_moe_offload.errors import CheckpointError
 from transformers_moe_offload.expert import ExpertId
@@ -51,14 +51,14 @@ class TestRead:
             together.wait(10)  # all three, or nobody gets past
             done.append(number)
 
-        read = lanes.start([partial(chunk, n) for n in range(3)], lambda: done.append("whole") or 42, never)
+        read = lanes.start(Work([partial(chunk, n) for n in range(3)], lambda: done.append("whole") or 42, never))
         assert read.finish() == 42
         assert sorted(done[:3]) == [0, 1, 2]
         assert done[3:] == ["whole"]
 
     def test_it_is_not_done_before_its_last_chunk(self):
         lanes, go = ReaderPool(2), threading.Event()
-        read = lanes.start([lambda: None, lambda: go.wait(10)], lambda: 0, never)
+        read = lanes.start(Work([lambda: None, lambda: go.wait(10)], lambda: 0, never))
         time.sleep(0.05)
         assert not read.is_done()
         go.set()
@@ -81,7 +81,7 @@ class TestRead:
         def dropped():
             events.append("read in vain")
 
-        read = lanes.start([slow, failing, *[dropped] * 5], never, lambda: events.append("given up"))
+        read = lanes.start(Work([slow, failing, *[dropped] * 5], never, lambda: events.append("given up")))
         with pytest.raises(CheckpointError, match="torn"):
             read.finish()
         assert events == ["slow one ended", "given up"]
@@ -92,17 +92,17 @@ class TestRead:
 
         given_up = []
         with pytest.raises(CheckpointError, match="checksum"):
-            ReaderPool(1).start([lambda: None], damaged, lambda: given_up.append(1)).finish()
+            ReaderPool(1).start(Work([lambda: None], damaged, lambda: given_up.append(1))).finish()
         assert given_up == [1]
 
     def test_one_that_nobody_has_begun_is_given_up_and_never_read(self):
         lanes, go, events = ReaderPool(1), threading.Event(), []
-        busy = lanes.start([lambda: go.wait(10)], lambda: 0, never)
-        read = lanes.start([lambda: events.append("read")] * 3, never, lambda: events.append("given up"))
+        busy = lanes.start(Work([lambda: go.wait(10)], lambda: 0, never))
+        read = lanes.start(Work([lambda: events.append("read")] * 3, never, lambda: events.append("given up")))
         assert read.cancel()
         go.set()
         busy.finish()
-        lanes.start([lambda: None], lambda: 0, never).finish()  # behind it in the queue
+        lanes.start(Work([lambda: None], lambda: 0, never)).finish()  # behind it in the queue
         assert events == ["given up"]
 
     def test_one_that_was_begun_cannot_be_cancelled_and_arrives_whole(self):
@@ -113,7 +113,7 @@ class TestRead:
             go.wait(10)
             done.append(0)
 
-        read = lanes.start([first, lambda: done.append(1)], lambda: 7, never)
+        read = lanes.start(Work([first, lambda: done.append(1)], lambda: 7, never))
         assert begun.wait(10)
         assert not read.cancel()
         go.set()
@@ -128,7 +128,7 @@ class TestRead:
             if len(attempts) == 1:
                 raise KeyboardInterrupt
 
-        read = Read([interrupted_once, lambda: None], lambda: 5, never)  # nobody but the waiter
+        read = Read(Work([interrupted_once, lambda: None], lambda: 5, never))  # nobody but the waiter
         with pytest.raises(KeyboardInterrupt):
             read.finish()
         assert not read.is_done()
@@ -136,7 +136,7 @@ class TestRead:
         assert len(attempts) == 2
 
     def test_time_counts_for_every_lane(self):
-        read = ReaderPool(2).start([lambda: time.sleep(0.03)] * 2, lambda: 0, never)
+        read = ReaderPool(2).start(Work([lambda: time.sleep(0.03)] * 2, lambda: 0, never))
         read.finish()
         assert read.seconds >= 0.06
 
@@ -169,7 +169,11 @@ class TestRead:
 
         reads = [
             lanes.start(
-                [partial(chunk, e, outcome) for outcome in plan], partial(end, e, "whole"), partial(end, e, "given up")
+                Work(
+                    [partial(chunk, e, outcome) for outcome in plan],
+                    partial(end, e, "whole"),
+                    partial(end, e, "given up"),
+                )
             )
             for e, plan in enumerate(plans)
         ]
@@ -227,7 +231,7 @@ def test_one_miss_uses_all_lanes(large):
         threads.add(threading.get_ident())
         fill.read(chunk, chunk.inside(record))
 
-    ReaderPool(3).start([partial(read, n, c) for n, c in enumerate(fill.chunks)], lambda: 0, never).finish()
+    ReaderPool(3).start(Work([partial(read, n, c) for n, c in enumerate(fill.chunks)], lambda: 0, never)).finish()
     assert len(threads) >= 3
 
 

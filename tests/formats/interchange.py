@@ -21,11 +21,9 @@ from torch.nn import functional
 
 from transformers_moe_offload.config.formats import GROUP_SIZES, NBITS, HqqFormat
 from transformers_moe_offload.errors import CheckpointError, ConfigError
-from transformers_moe_offload.formats.hqq import packing_of
-from transformers_moe_offload.formats.meta import in_half
-from transformers_moe_offload.kernels.packed import PackedMatrix, Packing
-from transformers_moe_offload.kernels.packing import pack
-from transformers_moe_offload.kernels.reference import scales_and_zeros, unpack
+from transformers_moe_offload.formats.hqq import in_half, packing_of
+from transformers_moe_offload.kernels.packed import PackedMatrix, Packing, pack, unpack
+from transformers_moe_offload.kernels.reference import scales_and_zeros
 
 PACKINGS = {8: "8bit_u8", 4: "4bit_u8", 3: "3bit_32", 2: "2bit_u8", 1: "1bit_u8"}
 """hqq's names, by bits of a code."""

@@ -10,8 +10,9 @@ from formats.weights import KINDS, made, relative_error
 from transformers_moe_offload.config.formats import GROUP_SIZES, NBITS, HqqFormat
 from transformers_moe_offload.errors import CheckpointError, ConfigError
 from transformers_moe_offload.formats.hqq import packing_of, quantize
-from transformers_moe_offload.kernels.reference import dequantize, scales_and_zeros, unpack
-from transformers_moe_offload.kernels.solver import TorchSolver
+from transformers_moe_offload.kernels.packed import unpack
+from transformers_moe_offload.kernels.reference import dequantize, scales_and_zeros
+from transformers_moe_offload.kernels.solver import Solver
 
 LARGE = (128, 1024)
 
@@ -190,5 +191,5 @@ def test_a_gpu_comes_as_near_as_a_cpu():
         format = HqqFormat(nbits=nbits, meta_nbits=meta_nbits)
         on_gpu = quantize(weight.cuda(), format)
         assert all(part.is_cuda for part in on_gpu.parts.values())
-        on_cpu = relative_error(restored(quantize(weight, format, solver=TorchSolver())), weight)
+        on_cpu = relative_error(restored(quantize(weight, format, solver=Solver())), weight)
         assert relative_error(restored(on_gpu).cpu(), weight) == pytest.approx(on_cpu, rel=0.01)

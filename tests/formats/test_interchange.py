@@ -10,7 +10,8 @@ from formats.weights import made, relative_error
 from transformers_moe_offload.config.formats import GROUP_SIZES, NBITS, HqqFormat
 from transformers_moe_offload.errors import CheckpointError, ConfigError
 from transformers_moe_offload.formats.hqq import quantize
-from transformers_moe_offload.kernels.reference import dequantize, unpack
+from transformers_moe_offload.kernels.packed import unpack
+from transformers_moe_offload.kernels.reference import dequantize
 
 from .interchange import from_hqq, to_hqq
 

@@ -14,7 +14,8 @@ import yaml
 from fuzz.fuzzing import expect_no_faults
 from fuzz.mutations import damaged, mutated
 from transformers_moe_offload.builder.licences import judged, licence_of
-from transformers_moe_offload.builder.sources.adapter_config import AdapterConfig
+from transformers_moe_offload.builder.sources.adapter import read_config
+from transformers_moe_offload.models.adapter_moe.adapter_folders import rank_of, scaling
 
 _CONFIG = {
     "peft_type": "LORA", "r": 8, "lora_alpha": 16, "rank_pattern": {"q_proj": 4, r"layers\.\d+\.up": 2}, "bias": "none",
@@ -52,9 +53,9 @@ def run(case: tuple[str, bytes]) -> None:
             judged([licence_of("a", folder / "README.md"), licence_of("b", None)])
             return
         (folder / "adapter_config.json").write_bytes(content)
-        config = AdapterConfig.read(folder)
-        assert config.rank_of(_PATH) > 0
-        assert config.scale_of(_PATH) > 0
+        config = read_config(folder)
+        assert rank_of(config, _PATH) > 0
+        assert scaling(config, _PATH) > 0
 
 
 def test_only_errors_of_ours():

@@ -13,8 +13,7 @@ from pathlib import Path
 from fuzz.fuzzing import expect_no_faults
 from fuzz.mutations import damaged, mutated
 from transformers_moe_offload import CheckpointError
-from transformers_moe_offload.tensor_files.index import check_index_file
-from transformers_moe_offload.tensor_files.weight_map import WeightMap
+from transformers_moe_offload.tensor_files.index import WeightMap, check_index_file
 
 _INDEX = {
     "metadata": {"total_size": 1024, "total_parameters": 256},

@@ -17,7 +17,7 @@ from transformers_moe_offload.compute.mlp import ExpertMlp
 from transformers_moe_offload.device_decode.forward import OnDevice, missing_on_device
 from transformers_moe_offload.dtypes import dtype_name
 from transformers_moe_offload.expert import FieldSpec
-from transformers_moe_offload.formats.by_expert import AS_USED
+from transformers_moe_offload.formats.base import AS_USED
 from transformers_moe_offload.hf.layouts.stacked import StackedLayout
 from transformers_moe_offload.store.record import RecordLayout
 from zoo.build import build

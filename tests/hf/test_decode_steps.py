@@ -19,19 +19,22 @@ from .conftest import TINY_MOE
 DRAWING = Path(__file__).parents[2] / "docs/pictures/draw.py"
 PACKAGE = Path(transformers_moe_offload.__file__).parent
 
+HALVES = {"cache/core.py": "cache/cache.py", "policies/unused_first.py": "policies/lru.py"}
+"""Files of base classes, which are one module with the class that is used."""
+
 IN_MANY_CALLS = {"cache/cache.py", "cache/visit.py"}
 """A step goes back and forth between these two, and with the layer's forward."""
 
 
 def module_of(frame):
-    """The file of a frame that runs our code; the kernels are one module, and so are the two halves of the cache."""
+    """The file of a frame that runs our code; the kernels are one module."""
     path = Path(frame.f_code.co_filename)
     if not path.is_relative_to(PACKAGE):
         return None
     found = str(path.relative_to(PACKAGE))
     if found.startswith("kernels/"):
         return "kernels"
-    return "cache/cache.py" if found == "cache/core.py" else found
+    return HALVES.get(found, found)
 
 
 def modules_of_step(model, token):

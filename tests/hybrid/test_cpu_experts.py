@@ -86,10 +86,10 @@ def test_the_caller_goes_on_while_the_host_computes(host, tmp_path):
         yield {"up_proj": torch.ones(24, 16), "down_proj": torch.ones(16, 24)}
 
     rows = host.start(MLP, Experts(), torch.ones(1, 16), {0: [0]}, late)
-    assert not rows.is_done()
+    assert not rows._work.done()
     may_go_on.set()
     assert rows.finish()[0].shape == (1, 16)
-    assert rows.is_done()
+    assert rows._work.done()
 
 
 def test_an_expert_that_cannot_be_opened_is_an_error_of_the_layer_and_of_no_other(host, tmp_path):

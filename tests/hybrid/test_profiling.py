@@ -12,8 +12,7 @@ from transformers_moe_offload.hybrid.cpu_experts import HostCompute
 from transformers_moe_offload.hybrid.profiling import fetch_seconds, host_seconds, measured_rates
 from transformers_moe_offload.slots.cuda.copier import CudaCopier
 from transformers_moe_offload.slots.transfer import HostCopier
-from transformers_moe_offload.store.record import RecordLayout
-from transformers_moe_offload.store.record_reader import whole
+from transformers_moe_offload.store.record import RecordLayout, whole
 
 
 class Experts(nn.Module):

@@ -1,16 +1,25 @@
 """The split of absent experts between link and host is the fastest there is, and moves what is worth keeping."""
 
 from itertools import combinations
+from types import SimpleNamespace
 
 from hypothesis import given
 from hypothesis import strategies as st
 
-from transformers_moe_offload.hybrid.split import MOST_PAIRS, MissRates, pays, split
+from transformers_moe_offload.hybrid.split import MOST_PAIRS, MissRates, pays
+from transformers_moe_offload.hybrid.split import split as computed_of
 
 seconds = st.integers(0, 20).map(float)
 """Whole numbers, of which sums are exact."""
 all_rates = st.builds(MissRates, fetch_s=seconds, expert_s=seconds, row_s=seconds, trip_s=seconds)
 absent = st.lists(st.integers(1, 8), max_size=7).map(lambda counts: dict(enumerate(counts)))
+
+
+def split(tokens, *arguments):
+    """What the host computes, and what is fetched: all others, in the order in which they were asked for."""
+    computed, seconds = computed_of(tokens, *arguments)
+    fetched = tuple(expert for expert in tokens if expert not in computed)
+    return SimpleNamespace(fetched=fetched, computed=tuple(computed), seconds=seconds)
 
 
 def seconds_of(fetched, computed, tokens, rates, loads_under_way=0):

@@ -4,8 +4,7 @@
 
 import torch
 
-from transformers_moe_offload.kernels.packed import META_BLOCK, PackedMatrix, Packing
-from transformers_moe_offload.kernels.packing import pack
+from transformers_moe_offload.kernels.packed import META_BLOCK, PackedMatrix, Packing, pack
 
 NBITS = (8, 4, 3, 2, 1)
 GROUP_SIZES = (16, 32, 64, 128)

@@ -14,6 +14,11 @@ ROUNDING = 5e-7
 """Of a float32 sum, relative to the sum of the magnitudes: some last places."""
 
 
+def linear(rows, matrix, activations="exact", threads=None):
+    """The products of all rows with one matrix."""
+    return cpu.linear_each(rows, [len(rows)], [matrix], activations, threads)
+
+
 def largest_error(found, rows, matrix):
     """Of products (T, N), relative to the sums of their terms' magnitudes."""
     exact = reference.dequantize(matrix, torch.float32).double()
@@ -29,7 +34,7 @@ def test_products_agree_with_the_weights_for_every_shape(instruction_set, nbits,
         for matrix_rows, groups, count in shapes:
             matrix = random_matrix(matrix_rows, groups * group_size, nbits, group_size, meta_nbits)
             rows = random_rows(count, groups * group_size)
-            assert largest_error(cpu.linear(rows, matrix), rows, matrix) < ROUNDING
+            assert largest_error(linear(rows, matrix), rows, matrix) < ROUNDING
 
 
 @pytest.mark.parametrize("nbits", NBITS)
@@ -39,7 +44,7 @@ def test_weights_are_rounded_as_the_reference_rounds_them(instruction_set, nbits
         weights = reference.dequantize(matrix, torch.float32)
         for count in (640, 1):  # a row of the identity picks a weight
             rows = torch.eye(640)[:count]
-            assert torch.equal(cpu.linear(rows, matrix), weights.t()[:count])
+            assert torch.equal(linear(rows, matrix), weights.t()[:count])
 
 
 @pytest.mark.parametrize("nbits", NBITS)
@@ -62,7 +67,7 @@ def test_extreme_scales_zeros_and_rows_come_out_right(instruction_set, nbits, ac
         for size in (1e-30, 1.0, 1e25):
             for count in (1, 3):
                 rows = random_rows(count, 256) * size
-                error = largest_error(cpu.linear(rows, extreme, activations), rows, extreme)
+                error = largest_error(linear(rows, extreme, activations), rows, extreme)
                 assert error < (ROUNDING if activations == "exact" else 0.02), what
 
 
@@ -72,8 +77,8 @@ def test_half_precision_is_only_a_matter_of_storage(instruction_set, dtype, acti
     matrix = random_matrix(33, 320, 4, 32)
     for size in (1e-3, 1.0, 300.0):  # products beyond float16's subnormals, in its range, and beyond it
         rows = (random_rows(3, 320) * size).to(dtype)
-        rounded = cpu.linear(rows.float(), matrix, activations).to(dtype)
-        assert torch.equal(cpu.linear(rows, matrix, activations), rounded)
+        rounded = linear(rows.float(), matrix, activations).to(dtype)
+        assert torch.equal(linear(rows, matrix, activations), rounded)
 
 
 def test_every_half_precision_number_is_read_and_written_exactly(instruction_set):
@@ -84,16 +89,16 @@ def test_every_half_precision_number_is_read_and_written_exactly(instruction_set
         finite = every[every.isfinite()]
         rows = torch.zeros(len(finite), 16, dtype=dtype)
         rows[:, 5] = finite
-        assert torch.equal(cpu.linear(rows, matrix)[:, 0], -finite)
+        assert torch.equal(linear(rows, matrix)[:, 0], -finite)
 
 
 @pytest.mark.parametrize("activations", ["exact", "int8"])
 def test_numbers_that_are_none_spoil_their_own_row_only(instruction_set, activations):
     matrix, rows = random_matrix(9, 192, 4, 64), random_rows(3, 192)
-    clean = cpu.linear(rows, matrix, activations)
+    clean = linear(rows, matrix, activations)
     for broken in (float("nan"), float("inf")):
         rows[1, 70] = broken
-        found = cpu.linear(rows, matrix, activations)
+        found = linear(rows, matrix, activations)
         assert not found[1].isfinite().any()
         assert torch.equal(found[::2], clean[::2])
 
@@ -102,12 +107,12 @@ def test_numbers_that_are_none_spoil_their_own_row_only(instruction_set, activat
 @pytest.mark.parametrize("activations", ["exact", "int8"])
 def test_results_are_the_same_bits_for_any_number_of_threads_and_of_rows(instruction_set, nbits, activations):
     matrix, rows = random_matrix(203, 512, nbits), random_rows(101, 512)
-    alone = cpu.linear(rows, matrix, activations, threads=1)
+    alone = linear(rows, matrix, activations, threads=1)
     for threads in (2, 3, 7):
-        assert torch.equal(cpu.linear(rows, matrix, activations, threads=threads), alone)
+        assert torch.equal(linear(rows, matrix, activations, threads=threads), alone)
     if activations == "exact":
         for start, stop in ((0, 1), (100, 101), (3, 5), (10, 60)):
-            assert torch.equal(cpu.linear(rows[start:stop], matrix), alone[start:stop])
+            assert torch.equal(linear(rows[start:stop], matrix), alone[start:stop])
 
 
 @pytest.mark.parametrize("group_size", GROUP_SIZES)
@@ -120,18 +125,18 @@ def test_rounding_rows_to_int8_costs_at_most_half_a_step_of_each_group(instructi
             step = rows.view(count, groups, group_size).abs().amax(2) / 127
             weight = reference.dequantize(matrix, torch.float32).view(matrix_rows, groups, group_size).abs().sum(2)
             most = step.double() @ weight.double().t() / 2
-            exact = cpu.linear(rows, matrix)
-            assert ((cpu.linear(rows, matrix, "int8") - exact).abs() <= most + 1e-5 * exact.abs().max()).all()
+            exact = linear(rows, matrix)
+            assert ((linear(rows, matrix, "int8") - exact).abs() <= most + 1e-5 * exact.abs().max()).all()
 
 
 def test_calls_from_several_threads_do_not_disturb_each_other(instruction_set):
     matrices = [random_matrix(300, 512, nbits, seed=nbits) for nbits in NBITS]
     rows = random_rows(3, 512).bfloat16()
-    expected = [cpu.linear(rows, matrix, threads=1) for matrix in matrices]
+    expected = [linear(rows, matrix, threads=1) for matrix in matrices]
     found = {}
 
     def work(number):
-        found[number] = [cpu.linear(rows, matrices[number], threads=2) for _ in range(20)]
+        found[number] = [linear(rows, matrices[number], threads=2) for _ in range(20)]
 
     threads = [threading.Thread(target=work, args=(number,)) for number in range(len(matrices))]
     for thread in threads:
@@ -144,12 +149,12 @@ def test_calls_from_several_threads_do_not_disturb_each_other(instruction_set):
 
 def test_rows_that_are_not_contiguous_are_read_right(instruction_set):
     matrix, wide = random_matrix(16, 128), random_rows(4, 256)
-    assert torch.equal(cpu.linear(wide[:, ::2], matrix), cpu.linear(wide[:, ::2].contiguous(), matrix))
+    assert torch.equal(linear(wide[:, ::2], matrix), linear(wide[:, ::2].contiguous(), matrix))
 
 
 def test_no_rows_have_no_products(instruction_set):
     for dtype in (torch.float32, torch.bfloat16):
-        assert cpu.linear(torch.empty(0, 128, dtype=dtype), random_matrix(16, 128)).shape == (0, 16)
+        assert linear(torch.empty(0, 128, dtype=dtype), random_matrix(16, 128)).shape == (0, 16)
 
 
 def test_an_instruction_set_that_does_not_exist_is_not_chosen(instruction_set):
@@ -165,7 +170,7 @@ def test_several_products_at_once_have_the_bits_of_each_on_its_own(threads, dtyp
     rows = torch.randn(sum(counts), 128, generator=torch.Generator().manual_seed(0)).to(dtype)
     found = cpu.linear_each(rows, counts, matrices, activations, threads)
     parts = zip(rows.split(counts), matrices, strict=True)
-    assert torch.equal(found, torch.cat([cpu.linear(some, matrix, activations, 1) for some, matrix in parts]))
+    assert torch.equal(found, torch.cat([linear(some, matrix, activations, 1) for some, matrix in parts]))
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32, torch.float16])
@@ -175,7 +180,7 @@ def test_plain_matrices_are_multiplied_as_exactly_as_float32_can(instruction_set
         exact = rows.double() @ weight.double().t()
         magnitudes = rows.double().abs() @ weight.double().abs().t()
         rounding = ROUNDING if dtype == torch.float32 else torch.finfo(dtype).eps
-        error = (cpu.linear(rows, weight).double() - exact).abs() - torch.finfo(dtype).smallest_normal
+        error = (linear(rows, weight).double() - exact).abs() - torch.finfo(dtype).smallest_normal
         assert (error <= rounding * magnitudes).all()
 
 
@@ -184,9 +189,9 @@ def test_a_row_of_a_plain_matrix_has_the_same_bits_wherever_it_is_and_whoever_is
     weight, rows = random_rows(21, 77, torch.bfloat16, seed=2), random_rows(11, 77, torch.bfloat16)
     raw = torch.empty(weight.nbytes + 64, dtype=torch.uint8)
     moved = raw[offset : offset + weight.nbytes].view(torch.bfloat16).view(weight.shape).copy_(weight)
-    alone = torch.cat([cpu.linear(row, weight) for row in rows.split(1)])
-    assert torch.equal(cpu.linear(rows, moved), alone)
-    assert torch.equal(cpu.linear(rows, moved, threads=2), alone)
+    alone = torch.cat([linear(row, weight) for row in rows.split(1)])
+    assert torch.equal(linear(rows, moved), alone)
+    assert torch.equal(linear(rows, moved, threads=2), alone)
     counts, matrices = [3, 0, 7, 1], [moved, weight, weight, moved]
     assert torch.equal(cpu.linear_each(rows, counts, matrices), alone)
 
@@ -194,7 +199,7 @@ def test_a_row_of_a_plain_matrix_has_the_same_bits_wherever_it_is_and_whoever_is
 def test_one_row_is_shown_to_every_matrix_without_being_copied(instruction_set):
     matrices = [random_rows(5, 40, torch.bfloat16, seed=seed) for seed in range(4)]
     row = random_rows(1, 40, torch.bfloat16)
-    expected = torch.cat([cpu.linear(row, matrix) for matrix in matrices])
+    expected = torch.cat([linear(row, matrix) for matrix in matrices])
     assert torch.equal(cpu.linear_each(row.expand(4, -1), [1] * 4, matrices), expected)
     assert torch.equal(cpu.linear_each(row.expand(4, -1), [2, 2], matrices[:2]), expected[:2].repeat_interleave(2, 0))
     assert torch.equal(cpu.linear_each(row.expand(2, -1), [2, 0], matrices[:2]), expected[:1].repeat_interleave(2, 0))
@@ -204,7 +209,7 @@ def test_one_row_is_shown_to_every_matrix_without_being_copied(instruction_set):
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32, torch.float16])
 @pytest.mark.parametrize("count", [0, 1, 100])
 def test_a_matrix_without_columns_gives_zeros(instruction_set, dtype, count):
-    found = cpu.linear(torch.empty(count, 0, dtype=dtype), torch.empty(5, 0, dtype=torch.bfloat16))
+    found = linear(torch.empty(count, 0, dtype=dtype), torch.empty(5, 0, dtype=torch.bfloat16))
     assert torch.equal(found, torch.zeros(count, 5, dtype=dtype))
 
 

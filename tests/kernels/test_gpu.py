@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from transformers_moe_offload import kernels
-from transformers_moe_offload.kernels import dequantized, gpu, reference
+from transformers_moe_offload.kernels import gpu, reference
 from transformers_moe_offload.kernels.grouped import Activation, PlacedMatrix
 from transformers_moe_offload.kernels.packed import PackedMatrix, Packing
 
@@ -23,13 +23,13 @@ def test_dequantizing_first_gives_what_the_reference_gives(nbits, group_size):
     for meta_nbits, matrix_rows, weights in [(8, 45, 7 * 3 * group_size), (16, 3, 1), (8, 1, 1 << 22)]:
         matrix = random_matrix(matrix_rows, 3 * group_size, nbits, group_size, meta_nbits)
         rows = random_rows(5, 3 * group_size)
-        found = dequantized.linear(rows, matrix, weights)
+        found = gpu.linear_dequantized(rows, matrix, weights)
         torch.testing.assert_close(found, reference.linear(rows, matrix), rtol=1e-5, atol=1e-4)
 
 
 def test_dequantizing_first_rounds_weights_to_the_type_of_the_rows():
     matrix, rows = random_matrix(21, 128), torch.eye(128, dtype=torch.bfloat16)
-    assert torch.equal(dequantized.linear(rows, matrix), reference.dequantize(matrix, torch.bfloat16).t())
+    assert torch.equal(gpu.linear_dequantized(rows, matrix), reference.dequantize(matrix, torch.bfloat16).t())
 
 
 def test_what_there_is_for_a_gpu_is_said_whether_there_is_one_or_not():
@@ -70,15 +70,15 @@ def test_a_gate_is_activated_where_its_up_is_in_the_same_program(rows, nbits, is
 def test_every_kernel_compiles_for_a_gpu(capability, height, tmp_path, monkeypatch):
     """With loads of 16 bytes, also at addresses from a table, and in the shared memory that every GPU has."""
     monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
-    from transformers_moe_offload.kernels.triton import grouped, launch, sizes
+    from transformers_moe_offload.kernels.triton import grouped, row, sizes, tile
 
     packing = Packing(1536, 2048, *((3, 64, 8) if capability == 80 else (4, 128, 16)))
     cut = sizes.row_sizes(packing)
-    instructions, shared = assembly(launch.row_kernel, "bfloat16", capability, sizes.formats(packing) | cut)
+    instructions, shared = assembly(row.row_kernel, "bfloat16", capability, sizes.formats(packing) | cut)
     assert bytes_loaded_at_once(instructions) == 16
     assert shared <= SHARED_MEMORY
     cut = sizes.tile_sizes(packing, torch.float32, 32)
-    instructions, shared = assembly(launch.tile_kernel, "float32", capability, sizes.formats(packing) | cut)
+    instructions, shared = assembly(tile.tile_kernel, "float32", capability, sizes.formats(packing) | cut)
     assert "mma" not in instructions
     assert shared <= SHARED_MEMORY
     for matrix, activation in matrices(packing):
@@ -114,7 +114,7 @@ def matrices(packing):
 def test_products_on_a_gpu_are_those_of_the_reference(dtype, count):
     matrix, rows = random_matrix(45, 256), random_rows(count, 256, dtype)
     expected = reference.linear(rows, matrix)
-    for linear in (kernels.linear, dequantized.linear):
+    for linear in (kernels.linear, gpu.linear_dequantized):
         found = linear(rows.cuda(), on_device(matrix))
         assert found.dtype == dtype
         torch.testing.assert_close(found.cpu(), expected, rtol=2e-2, atol=2e-2)

@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from transformers_moe_offload.kernels import reference
+from transformers_moe_offload.kernels.packed import unpack
 
 from .matrices import GROUP_SIZES, META_NBITS, NBITS, random_matrix, random_rows, weights
 
@@ -26,7 +27,7 @@ def test_the_hqq_package_dequantizes_to_the_same_weights(nbits, group_size):
     quantizer = pytest.importorskip("hqq.core.quantize").Quantizer
     matrix = random_matrix(16, 2 * group_size, nbits, group_size)
     scale, zero = (meta.view(-1, 1) for meta in reference.scales_and_zeros(matrix))
-    codes = reference.unpack(matrix).view(-1, group_size)
+    codes = unpack(matrix).view(-1, group_size)
     packing = quantizer.bit_to_packing[nbits]
     meta = {"nbits": nbits, "group_size": group_size, "shape": (16, 2 * group_size), "scale": scale, "zero": zero}
     meta |= {"axis": 1, "packing": packing, "view_as_float": False, "unpack_view_dtype": torch.uint8}

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from transformers_moe_offload.kernels import native
-from transformers_moe_offload.kernels.solver import FusedSolver, TorchSolver, solver_for
+from transformers_moe_offload.kernels.solver import FusedSolver, Solver, solver_for
 
 GROUP_SIZES = (16, 32, 64, 128)
 
@@ -12,7 +12,7 @@ GROUP_SIZES = (16, 32, 64, 128)
 @pytest.fixture(params=["torch", "fused"])
 def solver(request):
     if request.param == "torch":
-        return TorchSolver()
+        return Solver()
     return fused()
 
 
@@ -133,6 +133,6 @@ def test_two_threads_get_what_each_gets_alone(solver):
 
 
 def test_the_fused_solver_serves_matrices_on_the_cpu_where_it_was_built():
-    expected = TorchSolver if native.library() is None else FusedSolver
+    expected = Solver if native.library() is None else FusedSolver
     assert type(solver_for(torch.zeros(2, 16))) is expected
-    assert type(solver_for(torch.zeros(2, 16, device="meta"))) is TorchSolver
+    assert type(solver_for(torch.zeros(2, 16, device="meta"))) is Solver

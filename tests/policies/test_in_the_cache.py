@@ -38,8 +38,6 @@ class Held(dict):
 class Witness(NoSlots):
     """Slots that know who is in them, and object to whatever would corrupt weights."""
 
-    is_asynchronous = True  # to be told what is not used any more
-
     def __init__(self):
         self.inside = {}
         self.held = None

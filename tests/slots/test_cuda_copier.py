@@ -18,7 +18,7 @@ from transformers_moe_offload.slots.cuda.copier import CudaCopier
 from transformers_moe_offload.slots.cuda.staging_ring import RING_BYTES, StagingRing, ring_shape
 from transformers_moe_offload.slots.transfer import HostCopier
 from transformers_moe_offload.store.host_tier import HostTier
-from transformers_moe_offload.store.record_reader import whole
+from transformers_moe_offload.store.record import whole
 
 NBYTES = 32
 FIRST, SECOND, THIRD = (ExpertId(0, i) for i in range(1, 4))

@@ -14,10 +14,9 @@ from transformers_moe_offload.errors import CheckpointError
 from transformers_moe_offload.expert import ExpertId, ExpertSpec, FieldSpec
 from transformers_moe_offload.slots import direct_io
 from transformers_moe_offload.slots.direct_io import DirectSlots
-from transformers_moe_offload.store.expert_source import RecordedExpert, ScatteredExpert
 from transformers_moe_offload.store.expert_store import ExpertStore
 from transformers_moe_offload.store.field_source import FieldSource
-from transformers_moe_offload.store.layer_source import LayerSource
+from transformers_moe_offload.store.layer_source import LayerSource, RecordedExpert, ScatteredExpert
 from transformers_moe_offload.store.record import ALIGNMENT, RecordLayout
 from transformers_moe_offload.system.host_memory import PAGE_BYTES
 from transformers_moe_offload.tensor_files.index import read_index

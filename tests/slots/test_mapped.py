@@ -10,15 +10,14 @@ from safetensors.torch import save_file
 from stores import cut_short, number, numbered_store, put_back, stacked_store, unopened
 from transformers_moe_offload.bench.page_cache import drop
 from transformers_moe_offload.disk_io import mapped_file, opened_file
-from transformers_moe_offload.disk_io.file_range import FileRange, joined
+from transformers_moe_offload.disk_io.file import FileRange, joined
 from transformers_moe_offload.errors import CheckpointError
 from transformers_moe_offload.expert import ExpertId, ExpertSpec, FieldSpec
 from transformers_moe_offload.slots import mapped
 from transformers_moe_offload.slots.mapped import MappedSlots
-from transformers_moe_offload.store.expert_source import ScatteredExpert
 from transformers_moe_offload.store.expert_store import ExpertStore
 from transformers_moe_offload.store.field_source import FieldSource
-from transformers_moe_offload.store.layer_source import LayerSource
+from transformers_moe_offload.store.layer_source import LayerSource, ScatteredExpert
 from transformers_moe_offload.tensor_files.index import read_index
 
 FIRST, SECOND = ExpertId(0, 0), ExpertId(0, 1)

@@ -9,7 +9,7 @@ from copiers import FakeCopier
 from transformers_moe_offload.errors import CheckpointError
 from transformers_moe_offload.expert import ExpertId
 from transformers_moe_offload.slots.transfer import HostCopier
-from transformers_moe_offload.store.record_reader import whole
+from transformers_moe_offload.store.record import whole
 
 NBYTES = 32
 FIRST, SECOND, THIRD = (ExpertId(0, i) for i in range(1, 4))

@@ -14,10 +14,9 @@ from stores import cut_short, number, numbered_store, put_back
 from transformers_moe_offload.dtypes import dtype_name, torch_dtype
 from transformers_moe_offload.errors import CheckpointError
 from transformers_moe_offload.expert import ExpertId, ExpertSpec, FieldSpec
-from transformers_moe_offload.store.expert_source import ScatteredExpert
 from transformers_moe_offload.store.expert_store import ExpertStore
 from transformers_moe_offload.store.field_source import FieldSource
-from transformers_moe_offload.store.layer_source import LayerSource
+from transformers_moe_offload.store.layer_source import LayerSource, ScatteredExpert
 from transformers_moe_offload.tensor_files.index import read_index
 
 FLOATS = [torch.float32, torch.bfloat16, torch.float16, torch.float64]

@@ -15,7 +15,7 @@ from transformers_moe_offload.expert import ExpertId
 from transformers_moe_offload.slots.cuda.copier import CudaCopier
 from transformers_moe_offload.slots.transfer import HostCopier
 from transformers_moe_offload.store.host_tier import HostTier
-from transformers_moe_offload.store.record_reader import whole
+from transformers_moe_offload.store.record import whole
 
 RECORD = 128
 EXPERTS = [ExpertId(layer, expert) for layer in range(2) for expert in range(4)]

@@ -4,7 +4,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from transformers_moe_offload.dtypes import dtype_name, torch_dtype
-from transformers_moe_offload.expert import ITEMSIZE, ExpertId, ExpertSpec, FieldSpec
+from transformers_moe_offload.expert import ITEMSIZE, ExpertSpec, FieldSpec
 from transformers_moe_offload.store.record import ALIGNMENT, RecordLayout
 
 shapes = st.lists(st.integers(0, 7), max_size=3).map(tuple)
@@ -75,7 +75,6 @@ def test_an_expert_without_tensors_still_has_a_record():
 def test_a_spec_counts_bytes_without_padding_and_names_its_experts():
     spec = ExpertSpec(3, "experts", 8, (FieldSpec("a", (2, 3), "bfloat16"), FieldSpec("b", (), "float32")))
     assert spec.expert_nbytes == 16
-    assert spec.expert(5) == ExpertId(layer=3, expert=5)
 
 
 def test_a_cast_field_keeps_its_name_and_shape():

@@ -15,6 +15,7 @@ from forked import Child, in_a_child
 from stores import stacked_store
 from transformers_moe_offload.cache.cache import ExpertCache
 from transformers_moe_offload.disk_io.file import File
+from transformers_moe_offload.disk_io.read import Work
 from transformers_moe_offload.disk_io.reader_pool import ReaderPool
 from transformers_moe_offload.expert import ExpertId
 from transformers_moe_offload.policies import make_policy
@@ -136,7 +137,7 @@ def test_a_fork_waits_for_what_threads_are_reading():
         time.sleep(0.1)
         memory[place] = 1
 
-    read = ReaderPool(1).start([lambda: slowly(0), lambda: slowly(1)], lambda: 7)
+    read = ReaderPool(1).start(Work([lambda: slowly(0), lambda: slowly(1)], lambda: 7))
     has_begun.wait()
     assert in_a_child(lambda: (read.is_done(), read.finish(), bytes(memory))) == (True, 7, b"\1\1")
     assert read.finish() == 7
@@ -144,11 +145,11 @@ def test_a_fork_waits_for_what_threads_are_reading():
 
 def test_a_child_has_threads_that_read():
     lanes = ReaderPool(2)
-    assert lanes.start([int], lambda: 1).finish() == 1
+    assert lanes.start(Work([int], lambda: 1)).finish() == 1
 
     def reads_beside():
         is_over = threading.Event()
-        lanes.start([is_over.set], lambda: 1)
+        lanes.start(Work([is_over.set], lambda: 1))
         return is_over.wait(30)
 
     assert in_a_child(reads_beside)

@@ -15,7 +15,7 @@ from transformers_moe_offload.dtypes import torch_dtype
 from transformers_moe_offload.errors import CheckpointError
 from transformers_moe_offload.expert import ITEMSIZE, FieldSpec
 from transformers_moe_offload.system.host_memory import host_bytes
-from transformers_moe_offload.tensor_files.checksum import check_file, checksum
+from transformers_moe_offload.tensor_files.checksum import check_file
 from transformers_moe_offload.tensor_files.index import read_header
 from transformers_moe_offload.tensor_files.writer import PAGE_BYTES, PARTIAL, SafetensorsWriter, file_bytes, write_text
 
@@ -229,7 +229,3 @@ def test_a_file_of_somebody_else_has_no_checksums_to_check(path, metadata):
     save_file({"w": torch.ones(3)}, path, metadata=metadata)
     with pytest.raises(CheckpointError, match="not written by moe-offload"):
         check_file(path)
-
-
-def test_a_checksum_taken_in_pieces_is_that_of_the_whole():
-    assert checksum(b"6789", checksum(b"12345")) == checksum(b"123456789") == 0xCBF43926

@@ -13,7 +13,8 @@ from transformers_moe_offload.tracing import RecordedVisit, Trace, TraceError, T
 
 
 def small_trace(**changes):
-    recorder = TraceRecorder(["layers.0.experts", "layers.1.experts"], [4, 8], experts_per_token=[2, 3])
+    recorder = TraceRecorder(["layers.0.experts", "layers.1.experts"], [4, 8])
+    recorder.trace.experts_per_token = (2, 3)
     for layer, wanted in [(0, [3, 1]), (1, [0, 7, 2]), (0, [1, 2]), (1, [5])]:
         recorder.record(layer, wanted)
     for name, value in changes.items():
@@ -42,9 +43,9 @@ def test_a_trace_comes_back_as_it_was_saved(tmp_path_factory, data):
     recorder = TraceRecorder(
         [f"Schichten.{i}.größte" for i in range(len(num_experts))],
         num_experts,
-        experts_per_token=data.draw(st.none() | st.just([1] * len(num_experts))),
         stall_ms=data.draw(st.none() | st.just(lambda: 0.5)),
     )
+    recorder.trace.experts_per_token = data.draw(st.none() | st.just((1,) * len(num_experts)))
     for layer in data.draw(st.lists(layers, max_size=12)):
         recorder.record(layer, data.draw(st.permutations(range(num_experts[layer])))[: data.draw(st.integers(0, 5))])
     recorder.trace.step_tokens = [data.draw(st.integers(0, 9)) for _ in recorder.trace.step_tokens]

@@ -5,7 +5,7 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from transformers_moe_offload import ConfigError, UnsupportedModelError, training
-from transformers_moe_offload.training.parts import experts
+from transformers_moe_offload.training.recipes import experts
 from zoo.build import build, zoo_model, zoo_names
 
 

@@ -16,15 +16,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from transformers_moe_offload.backward.product import borrowed_product
-from transformers_moe_offload.backward.weights import Lender
+from transformers_moe_offload.backward.weights import Lender, borrowed_product
 from transformers_moe_offload.cache.cache import ExpertCache
 from transformers_moe_offload.compute.deltas import Adaptation
 from transformers_moe_offload.compute.forward import combine, opened
 from transformers_moe_offload.compute.mlp import ExpertMlp, ExpertWeights
 from transformers_moe_offload.compute.row_buckets import padded
 from transformers_moe_offload.compute.token_grouping import Grouping, group_by_expert
-from transformers_moe_offload.formats.by_expert import AS_USED, LayerCodecs
+from transformers_moe_offload.formats.base import AS_USED, LayerCodecs
 
 
 def adapted_forward(

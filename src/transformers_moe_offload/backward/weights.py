@@ -1,25 +1,29 @@
 """Provide a layer's experts to the backward pass, and start loads of the experts that it needs next.
 
-The backward pass needs the experts of the forward pass in reverse, those of the last layer first, so these loads are
-never wrong.
+Autograd would keep every expert's weights until the backward pass, and they are views of slots that other experts will
+have overwritten by then. So a product keeps a callback that fetches them again: the backward pass borrows one expert
+after the other, in the order in which autograd comes to them, and nothing is computed twice. It needs the experts of
+the forward pass in reverse, those of the last layer first, so loads that are started ahead are never wrong.
 """
+
+# N rows
 
 from __future__ import annotations
 
 import weakref
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from itertools import chain, islice
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
-from transformers_moe_offload.backward.product import Use
 from transformers_moe_offload.cache.cache import ExpertCache
 from transformers_moe_offload.compute.forward import opened
+from transformers_moe_offload.compute.mlp import ExpertMlp, ExpertWeights
 from transformers_moe_offload.expert import ExpertId
-from transformers_moe_offload.formats.base import Codec
-from transformers_moe_offload.formats.by_expert import LayerCodecs
+from transformers_moe_offload.formats.base import Codec, LayerCodecs
 from transformers_moe_offload.slots.base import Weights
 
 
@@ -109,3 +113,29 @@ class Lender:
 
 _AHEAD = 2
 """Loads in flight while one expert is in use: one for the time that it takes, one more so that the link never idles."""
+
+
+Use = Callable[[ExpertWeights], Tensor]
+"""Computes something with an expert's weights, and keeps none of them."""
+
+Again = Callable[[Use], Tensor]
+"""Fetches the expert whose weights a product had, and returns what is computed with it."""
+
+
+def borrowed_product(mlp: ExpertMlp, rows: Tensor, weights: ExpertWeights, name: str, again: Again) -> Tensor:
+    """rows (N, in) -> their product with one field of an expert, (N, out); differentiable in the rows."""
+    out: Tensor = _BorrowedProduct.apply(rows, mlp, weights, name, again)  # type: ignore[no-untyped-call]
+    return out
+
+
+class _BorrowedProduct(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, rows: Tensor, mlp: ExpertMlp, weights: ExpertWeights, name: str, again: Again) -> Tensor:
+        ctx.mlp, ctx.name, ctx.again, ctx.dtype = mlp, name, again, rows.dtype
+        return mlp.project(rows, weights, name)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor | None, ...]:
+        gradient = ctx.again(lambda weights: ctx.mlp.gradient(grad_outputs[0], weights, ctx.name))
+        return gradient.to(ctx.dtype), None, None, None, None

@@ -7,26 +7,22 @@ from __future__ import annotations
 
 import time
 from collections import deque
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
 from functools import partial
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from transformers_moe_offload.bench.page_cache import can_drop, drop, resident_share
-from transformers_moe_offload.disk_io.file import File
-from transformers_moe_offload.disk_io.file_range import FileRange, joined
+from transformers_moe_offload.disk_io.file import FileRange, joined
 from transformers_moe_offload.disk_io.page_reads import placed
 from transformers_moe_offload.kernels import cpu, native
 from transformers_moe_offload.slots.direct_io import PageReader
 from transformers_moe_offload.slots.transfer import Transfer
 from transformers_moe_offload.store.expert_store import ExpertStore
-from transformers_moe_offload.system.host_memory import host_bytes
-from transformers_moe_offload.system.page_memory import PageMemory
+from transformers_moe_offload.system.host_memory import PageMemory, host_bytes
 
 SAMPLE_BYTES = 2 << 30
 """Most that one pass reads: some seconds of a slow drive, and more than any drive's own buffer."""
@@ -37,42 +33,28 @@ RAM_BYTES = 256 << 20
 _AT_ONCE = 8
 """Reads past the page cache that are in flight at once."""
 
-DEVICE_COPIES = 16
-"""Copies in a row: a GPU finishes one before the host has submitted the next."""
 
-
-class Range(NamedTuple):
-    """Bytes of a file that are read in one piece."""
-
-    path: Path
-    start: int
-    nbytes: int
-
-
-def expert_ranges(store: ExpertStore) -> list[Range]:
+def expert_ranges(store: ExpertStore) -> list[FileRange]:
     """The ranges to read for each expert in turn; tensors that lie next to each other in a file are one range."""
-    ranges: list[Range] = []
-    for source in store.layers.values():
-        for expert in source.experts:
-            stored = [FileRange(p.file, p.offset, p.offset + p.nbytes) for p in expert.pieces]
-            ranges += [Range(found.file.path, found.start, found.stop - found.start) for found in joined(stored)]
-    return ranges
+    experts = [expert for source in store.layers.values() for expert in source.experts]
+    stored = ([FileRange(p.file, p.offset, p.offset + p.nbytes) for p in expert.pieces] for expert in experts)
+    return [found for ranges in stored for found in joined(ranges)]
 
 
-def sample(ranges: Sequence[Range], most_bytes: int = SAMPLE_BYTES) -> list[Range]:
+def sample(ranges: Sequence[FileRange], most_bytes: int = SAMPLE_BYTES) -> list[FileRange]:
     """As many of the ranges as come to `most_bytes`, evenly spread."""
     total = sum(found.nbytes for found in ranges)
     step = max(1, -(-total // most_bytes))
     return list(ranges[::step])
 
 
-def disk_bandwidth(ranges: Sequence[Range], threads: int, repeats: int) -> dict[str, float | None]:
+def disk_bandwidth(ranges: Sequence[FileRange], threads: int, repeats: int) -> dict[str, float | None]:
     """Bytes per second, cold and warm, and how much of the files was cached before the cold passes.
 
     Cold is through the page cache or past it, whichever is faster; None where the page cache cannot be emptied.
     """
     chosen = sample(ranges)
-    files = sorted({found.path for found in chosen})
+    files = sorted({found.file.path for found in chosen})
     cold, cached = [], []
     for _ in range(repeats if can_drop() else 0):
         drop(files)
@@ -90,53 +72,40 @@ def disk_bandwidth(ranges: Sequence[Range], threads: int, repeats: int) -> dict[
     }
 
 
-def read_all(ranges: Sequence[Range], threads: int) -> float:
+def read_all(ranges: Sequence[FileRange], threads: int) -> float:
     """Bytes per second over all ranges, read through the page cache by some threads into existing buffers."""
     largest = max(found.nbytes for found in ranges)
     buffers = [torch.ones(largest, dtype=torch.uint8) for _ in range(threads)]  # ones: every page is touched
 
-    def read(files: Mapping[Path, File], worker: int) -> None:
+    def read(worker: int) -> None:
         target = host_bytes(buffers[worker])
         for found in ranges[worker::threads]:
-            files[found.path].scatter_into([target[: found.nbytes]], found.start)
+            found.file.read_into(target[: found.nbytes], found.start)
 
-    with _opened(ranges) as files, ThreadPoolExecutor(threads) as pool:
+    with ThreadPoolExecutor(threads) as pool:
         started = time.perf_counter()
-        list(pool.map(partial(read, files), range(threads)))
+        list(pool.map(read, range(threads)))
         elapsed_s = time.perf_counter() - started
     return sum(found.nbytes for found in ranges) / elapsed_s
 
 
-def read_all_past_cache(ranges: Sequence[Range], threads: int) -> float:
+def read_all_past_cache(ranges: Sequence[FileRange], threads: int) -> float:
     """The same past the page cache, with the reader that fills slots."""
     reader, memory = PageReader(threads), PageMemory()
-    with _opened(ranges) as files:
-        wanted = [placed([FileRange(files[one.path], one.start, one.start + one.nbytes)]) for one in ranges]
-        largest = max(place.nbytes for place in wanted)
-        spare = deque(memory.take(largest).fill_(1) for _ in range(_AT_ONCE))
-        coming: deque[tuple[Transfer, Tensor]] = deque()
-        started = time.perf_counter()
-        for place in wanted:
-            if not spare:
-                transfer, buffer = coming.popleft()
-                transfer.finish()
-                spare.append(buffer)
-            coming.append((reader.start(place.reads, spare[0], int), spare.popleft()))
-        for transfer, _ in coming:
+    wanted = [placed([found]) for found in ranges]
+    largest = max(place.nbytes for place in wanted)
+    spare = deque(memory.take(largest).fill_(1) for _ in range(_AT_ONCE))
+    coming: deque[tuple[Transfer, Tensor]] = deque()
+    started = time.perf_counter()
+    for place in wanted:
+        if not spare:
+            transfer, buffer = coming.popleft()
             transfer.finish()
-        elapsed_s = time.perf_counter() - started
-    return sum(found.nbytes for found in ranges) / elapsed_s
-
-
-@contextmanager
-def _opened(ranges: Sequence[Range]) -> Iterator[dict[Path, File]]:
-    """The files of some ranges, closed again afterwards."""
-    files = {path: File.now(path) for path in {found.path for found in ranges}}
-    try:
-        yield files
-    finally:
-        for file in files.values():
-            file.close()
+            spare.append(buffer)
+        coming.append((reader.start(place.reads, spare[0], int), spare.popleft()))
+    for transfer, _ in coming:
+        transfer.finish()
+    return sum(found.nbytes for found in ranges) / (time.perf_counter() - started)
 
 
 def ram_bandwidth(repeats: int) -> dict[str, Any]:
@@ -145,7 +114,7 @@ def ram_bandwidth(repeats: int) -> dict[str, Any]:
     target = torch.zeros_like(source) + 1
     read = read_bandwidth(RAM_BYTES, repeats)
     return {
-        "copy_bytes_per_s": RAM_BYTES / _best_s(lambda: target.copy_(source), repeats),
+        "copy_bytes_per_s": RAM_BYTES / best_s(lambda: target.copy_(source), repeats),
         "read_bytes_per_s": read.bytes_per_s,
         "fastest_read": read.way,
     }
@@ -170,11 +139,11 @@ def read_bandwidth(nbytes: int, repeats: int, clock: Callable[[], float] = time.
     ordinary, huge = torch.ones(nbytes, dtype=torch.uint8), PageMemory().take(nbytes).fill_(1)
     matrix = ordinary[: nbytes // (4 * columns) * 4 * columns].view(torch.float32).view(-1, columns)
     vector = torch.ones(columns)
-    ways = [ReadSpeed(matrix.nbytes / _best_s(lambda: torch.mv(matrix, vector), repeats, clock), "a matvec in torch")]
+    ways = [ReadSpeed(matrix.nbytes / best_s(lambda: torch.mv(matrix, vector), repeats, clock), "a matvec in torch")]
     if native.library() is not None:
         for pages, memory in (("ordinary", ordinary), ("huge", huge)):
             for streams in cpu.STREAMS:
-                seconds = _best_s(partial(cpu.read_memory, memory, streams, threads), repeats, clock)
+                seconds = best_s(partial(cpu.read_memory, memory, streams, threads), repeats, clock)
                 ways.append(ReadSpeed(nbytes / seconds, f"{streams} at a time from {pages} pages"))
     return max(ways)
 
@@ -190,7 +159,7 @@ def link_bandwidth(device: torch.device, record_bytes: int, repeats: int) -> dic
                 target.copy_(source, non_blocking=True)  # copy: host -> device, async
             torch.cuda.synchronize(device)
 
-        return copies * record_bytes / _best_s(carry, repeats)
+        return copies * record_bytes / best_s(carry, repeats)
 
     ordinary = torch.ones(record_bytes, dtype=torch.uint8)
     return {
@@ -200,20 +169,7 @@ def link_bandwidth(device: torch.device, record_bytes: int, repeats: int) -> dic
     }
 
 
-def device_bandwidth(device: torch.device, repeats: int) -> float:
-    """Bytes per second that a GPU reads and writes in its own memory, by a copy: each byte counts for both."""
-    source = torch.ones(RAM_BYTES, dtype=torch.uint8, device=device)
-    target = torch.empty_like(source)
-
-    def copy() -> None:
-        for _ in range(DEVICE_COPIES):
-            target.copy_(source)
-        torch.cuda.synchronize(device)
-
-    return 2 * DEVICE_COPIES * RAM_BYTES / _best_s(copy, repeats)
-
-
-def _best_s(work: Callable[[], object], repeats: int, clock: Callable[[], float] = time.perf_counter) -> float:
+def best_s(work: Callable[[], object], repeats: int, clock: Callable[[], float] = time.perf_counter) -> float:
     """Seconds of the fastest of some calls, after one that is not counted."""
     work()
     seconds = []

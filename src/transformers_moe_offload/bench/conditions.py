@@ -7,6 +7,7 @@ import platform
 import subprocess
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
+from typing import Any
 
 import psutil
 import torch
@@ -35,19 +36,15 @@ def conditions(files: Path | None = None, num_threads: int | None = None) -> dic
     }
 
 
-def described(conditions: dict[str, object]) -> dict[str, str]:
+def described(conditions: dict[str, Any]) -> dict[str, str]:
     """The facts as lines of text."""
-    packages = conditions["packages"]
-    ram_bytes = conditions["ram_bytes"]
-    assert isinstance(packages, dict)
-    assert isinstance(ram_bytes, int)
     gpu = f", {conditions['gpu']}" if conditions["gpu"] else ""
-    load = conditions["load_average"]
+    load, ram_gib = conditions["load_average"], conditions["ram_bytes"] / 2**30
     return {
-        "machine": f"{conditions['cpu']}, {conditions['cores']} cores, {ram_bytes / 2**30:.1f} GiB RAM{gpu}",
+        "machine": f"{conditions['cpu']}, {conditions['cores']} cores, {ram_gib:.1f} GiB RAM{gpu}",
         "system": f"{conditions['os']}, files on {conditions['file_system']}, "
         f"load average {f'{load:.2f}' if isinstance(load, float) else 'unknown'} before",
-        "software": ", ".join(f"{name} {number}" for name, number in packages.items()),
+        "software": ", ".join(f"{name} {number}" for name, number in conditions["packages"].items()),
         "commit": str(conditions["commit"]),
     }
 

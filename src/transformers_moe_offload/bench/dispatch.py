@@ -8,9 +8,9 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from functools import partial
 from statistics import median
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -20,20 +20,19 @@ from transformers_moe_offload.compute.forward import combine, computed
 from transformers_moe_offload.compute.token_grouping import Grouping, group_by_expert
 from transformers_moe_offload.hf.model.sparse_layer import SparseLayer
 from transformers_moe_offload.hf.upstream import kv_cache_argument
-from transformers_moe_offload.slots.base import Weights
 
 
-@dataclass
-class _Step:
-    """One layer, its inputs, and the results that parts of its forward take from each other."""
+class _Step(NamedTuple):
+    """One layer and its inputs."""
 
     module: nn.Module
     layer: SparseLayer
     args: tuple[Any, ...]
     kwargs: dict[str, Any]
-    grouping: Grouping | None = None
-    held: dict[int, Weights] | None = None
-    outputs: list[Tensor] | None = None
+
+
+Parts = dict[str, Callable[[], object]]
+"""What is timed of one layer, by name."""
 
 
 def dispatch(model: Any, prompt: Tensor, passes: int) -> dict[str, Any]:
@@ -43,21 +42,26 @@ def dispatch(model: Any, prompt: Tensor, passes: int) -> dict[str, Any]:
     forward, which cannot be taken apart.
     """
     steps = _caught(model, prompt)
+    wholes: list[Callable[[], object]] = [partial(step.module, *step.args, **step.kwargs) for step in steps]
     runtime = model.moe_offload
     with torch.inference_mode():
-        for step in steps:
-            _whole(step)
+        for whole in wholes:
+            whole()
         runtime.reset_stats()
-        for step in steps:
-            _whole(step)
-        _prepare(steps, is_resident=runtime.stats().hit_rate == 1)
+        for whole in wholes:
+            whole()
+        is_resident = runtime.stats().hit_rate == 1
+        layers: list[Parts] = [{"whole": whole} for whole in wholes]
+        if all(step.layer.mlp is not None for step in steps):
+            for layer, step in zip(layers, steps, strict=True):
+                layer.update(_parts(step, is_resident=is_resident))
         runtime.reset_stats()
-        timed = _time(steps, {"whole": _whole} | _parts(steps), passes)
+        timed = _time(layers, steps[0].layer.device, passes)
     overhead = {name: timed.get(name) for name in ("whole", "grouping", "visit", "arithmetic", "combine")}
-    whole, arithmetic = timed["whole"], timed.get("arithmetic")
+    whole_us, arithmetic = timed["whole"], timed.get("arithmetic")
     if arithmetic is not None:
-        overhead["overhead"] = whole - arithmetic
-        overhead["rest"] = whole - sum(timed[name] for name in ("grouping", "visit", "arithmetic", "combine"))
+        overhead["overhead"] = whole_us - arithmetic
+        overhead["rest"] = whole_us - sum(timed[name] for name in ("grouping", "visit", "arithmetic", "combine"))
     return {
         "us_per_layer": overhead,
         "layers": len(steps),
@@ -86,91 +90,63 @@ def _caught(model: Any, prompt: Tensor) -> list[_Step]:
     return list(caught.values())
 
 
-def _whole(step: _Step) -> object:
-    return step.module(*step.args, **step.kwargs)
-
-
-def _prepare(steps: list[_Step], *, is_resident: bool) -> None:
-    """Take each forward apart once.
+def _parts(step: _Step, *, is_resident: bool) -> Parts:
+    """Take the forward of one layer apart: each part as a function.
 
     If all experts are resident, weights are used in their slots, so that memory is as fast for the arithmetic alone as
     it is for the whole; otherwise they are copied, as a view of a slot is invalid once the expert is evicted.
     """
-    for step in steps:
-        if step.layer.mlp is None:
-            continue
-        _, top_k_index, top_k_weights = _inputs(step)
-        cache = experts_of(step.module).cache
-        step.grouping = group_by_expert(top_k_index, top_k_weights, cache.num_experts(step.layer.index))
-        step.held = {}
-        with cache.turn, cache.visit(step.layer.index, step.grouping.by_last_use) as visit:
-            for expert, weights in visit:
-                step.held[expert] = weights if is_resident else {name: one.clone() for name, one in weights.items()}
-        outputs = _arithmetic(step)
-        step.outputs = [outputs[expert] for expert in step.grouping.experts]
+    hidden_states, top_k_index, top_k_weights = (*step.args, *step.kwargs.values())[:3]
+    layer, experts = step.layer.index, experts_of(step.module)
+    cache, mlp = experts.cache, step.layer.mlp
+    assert mlp is not None
 
+    def group() -> Grouping:
+        return group_by_expert(top_k_index, top_k_weights, cache.num_experts(layer))
 
-def _parts(steps: list[_Step]) -> dict[str, Callable[[_Step], object]]:
-    """Each part as a function of one layer; empty where a layer cannot be taken apart."""
-    if any(step.layer.mlp is None for step in steps):
-        return {}
+    grouping, held = group(), {}
+    with cache.turn, cache.visit(layer, grouping.by_last_use) as visit:
+        for expert, weights in visit:
+            held[expert] = weights if is_resident else {name: one.clone() for name, one in weights.items()}
 
-    def grouping(step: _Step) -> None:
-        _, top_k_index, top_k_weights = _inputs(step)
-        group_by_expert(top_k_index, top_k_weights, experts_of(step.module).cache.num_experts(step.layer.index))
-
-    def visit(step: _Step) -> None:
-        assert step.grouping is not None
-        cache = experts_of(step.module).cache
-        with cache.turn, cache.visit(step.layer.index, step.grouping.by_last_use) as opened:
+    def visited() -> None:
+        with cache.turn, cache.visit(layer, grouping.by_last_use) as opened:
             for _ in opened.batches():
                 pass
 
-    def combination(step: _Step) -> None:
-        assert step.grouping is not None
-        assert step.outputs is not None
-        hidden_states, _, top_k_weights = _inputs(step)
-        combine(step.outputs, step.grouping, hidden_states, top_k_weights)
+    def arithmetic() -> dict[int, Tensor]:
+        return computed(mlp, step.module, hidden_states, grouping, held, experts.codecs)
 
-    return {"grouping": grouping, "visit": visit, "arithmetic": _arithmetic, "combine": combination}
-
-
-def _arithmetic(step: _Step) -> dict[int, Tensor]:
-    """The products of all experts that the step wants, together as in its forward."""
-    assert step.layer.mlp is not None
-    assert step.grouping is not None
-    assert step.held is not None
-    codecs = experts_of(step.module).codecs
-    return computed(step.layer.mlp, step.module, _inputs(step)[0], step.grouping, step.held, codecs)
+    outputs = arithmetic()
+    in_order = [outputs[expert] for expert in grouping.experts]
+    return {
+        "grouping": group,
+        "visit": visited,
+        "arithmetic": arithmetic,
+        "combine": lambda: combine(in_order, grouping, hidden_states, top_k_weights),
+    }
 
 
-def _inputs(step: _Step) -> tuple[Tensor, Tensor, Tensor]:
-    hidden_states, top_k_index, top_k_weights = (*step.args, *step.kwargs.values())[:3]
-    return hidden_states, top_k_index, top_k_weights
-
-
-def _time(steps: list[_Step], parts: dict[str, Callable[[_Step], object]], passes: int) -> dict[str, float]:
+def _time(layers: list[Parts], device: torch.device, passes: int) -> dict[str, float]:
     """Microseconds per layer of each part, the median over passes in which the parts take turns.
 
     The small parts are timed after a layer's arithmetic, which is not counted: in the whole forward, too, the weights
     that stream through have pushed everything else out of the processor's caches.
     """
-    seconds: dict[str, list[float]] = {name: [] for name in parts}
-    device = steps[0].layer.device
+    seconds: dict[str, list[float]] = {name: [] for name in layers[0]}
     for _ in range(passes + 1):
-        for name, work in parts.items():
-            stream = parts["arithmetic"] if name not in ("whole", "arithmetic") else None
+        for name, of_pass in seconds.items():
             taken = 0.0
-            for step in steps:
-                if stream is not None:
-                    stream(step)
+            for parts in layers:
+                if name not in ("whole", "arithmetic"):
+                    parts["arithmetic"]()
                 _wait_for(device)
                 started = time.perf_counter()
-                work(step)
+                parts[name]()
                 _wait_for(device)
                 taken += time.perf_counter() - started
-            seconds[name].append(taken)
-    return {name: median(taken[1:]) / len(steps) * 1e6 for name, taken in seconds.items()}
+            of_pass.append(taken)
+    return {name: median(taken[1:]) / len(layers) * 1e6 for name, taken in seconds.items()}
 
 
 def _wait_for(device: torch.device) -> None:

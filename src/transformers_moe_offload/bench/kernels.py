@@ -12,6 +12,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from statistics import median
 from typing import Any, NamedTuple
 
@@ -103,7 +104,7 @@ def _table(found: dict[str, Any], inputs: Sequence[int]) -> Table:
 def _measure(rows: int, cols: int, protocol: KernelProtocol, threads: int) -> list[dict[str, Any]]:
     """Of each method, the median seconds for each number of rows of input."""
     methods, clock = _methods(rows, cols, protocol.cold_bytes), _clock(threads)
-    medians: list[list[float]] = [[] for _ in methods]
+    found: list[dict[str, Any]] = [{"name": one.name, "nbytes": one.nbytes, "seconds": []} for one in methods]
     for count in protocol.inputs:
         taken: list[list[float]] = [[] for _ in methods]
         for turn in range(protocol.rounds * len(methods[0].matrices) + 1):
@@ -113,12 +114,9 @@ def _measure(rows: int, cols: int, protocol: KernelProtocol, threads: int) -> li
                 started = clock()
                 method.product(inputs, matrix)
                 seconds.append(clock() - started)
-        for found, seconds in zip(medians, taken, strict=True):
-            found.append(median(seconds[1:]))
-    return [
-        {"name": method.name, "nbytes": method.nbytes, "seconds": found}
-        for method, found in zip(methods, medians, strict=True)
-    ]
+        for one, seconds in zip(found, taken, strict=True):
+            one["seconds"].append(median(seconds[1:]))
+    return found
 
 
 def _clock(threads: int) -> Callable[[], float]:
@@ -135,7 +133,7 @@ def _methods(rows: int, cols: int, cold_bytes: int) -> list[Method]:
     taken = {nbits: [matrix, *(_copied(matrix) for _ in range(copies - 1))] for nbits, matrix in packed.items()}
     methods = [
         Method(f"{nbits}-bit{suffix}", product, taken[nbits], packed[nbits].packing.nbytes, torch.float32)
-        for suffix, product in (("", kernels.linear), (", int8 input", _rounded))
+        for suffix, product in (("", kernels.linear), (", int8 input", partial(kernels.linear, activations="int8")))
         for nbits in NBITS
     ]
     methods.append(Method("4-bit, in torch", reference.linear, taken[4], packed[4].packing.nbytes, torch.float32))
@@ -149,10 +147,6 @@ def _methods(rows: int, cols: int, cold_bytes: int) -> list[Method]:
         )
         for dtype, matrix in dense.items()
     ]
-
-
-def _rounded(rows: Tensor, matrix: PackedMatrix) -> Tensor:
-    return kernels.linear(rows, matrix, activations="int8")
 
 
 def _packed(rows: int, cols: int, nbits: int) -> PackedMatrix:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -40,10 +39,5 @@ def store_of(model: Any) -> ExpertStore:
 
 def files_of(store: ExpertStore) -> list[Path]:
     """Every file that holds experts."""
-    return sorted({piece.file.path for piece in _pieces(store)})
-
-
-def _pieces(store: ExpertStore) -> Iterator[Any]:
-    for source in store.layers.values():
-        for expert in source.experts:
-            yield from expert.pieces
+    experts = [expert for source in store.layers.values() for expert in source.experts]
+    return sorted({piece.file.path for expert in experts for piece in expert.pieces})

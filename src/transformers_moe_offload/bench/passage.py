@@ -73,9 +73,5 @@ def text_passage(tokenizer: Any, text: str, source: str) -> Passage:
 def house_text() -> str:
     """A text that is at hand wherever the package is: the beginning of its own sources."""
     folder = Path(transformers_moe_offload.__file__).parent
-    text = ""
-    for path in sorted(folder.rglob("*.py")):
-        text += path.read_text(encoding="utf-8") + "\n"
-        if len(text) >= HOUSE_CHARACTERS:
-            break
-    return text[:HOUSE_CHARACTERS]
+    sources = (path.read_text(encoding="utf-8") for path in sorted(folder.rglob("*.py")))
+    return "\n".join(sources)[:HOUSE_CHARACTERS]

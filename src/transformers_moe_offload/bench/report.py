@@ -65,18 +65,9 @@ def _dispatch(found: dict[str, Any], resident: dict[str, Any] | None) -> Table:
 def _workloads(result: dict[str, Any], state: str) -> Table:
     title = f"Page cache {state} (disk: MiB per forward; stall: ms per forward; limit: tokens/s)"
     header = [
-        "workload",
-        "runs",
-        "tokens/s",
-        "min to max",
-        "hit rate",
-        "disk",
-        "stall",
-        "limit",
-        "by",
-        "reached",
-        "of resident",
-    ]
+        "workload", "runs", "tokens/s", "min to max", "hit rate", "disk", "stall",
+        "limit", "by", "reached", "of resident",
+    ]  # fmt: skip
     rows = []
     for name, entry in result["workloads"].items():
         found = entry[f"{state}_summary"]

@@ -8,12 +8,13 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import asdict
 from datetime import UTC, datetime
+from itertools import chain
 from pathlib import Path
 from statistics import median
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 
@@ -24,8 +25,15 @@ from transformers_moe_offload.bench.layers import files_of, sparse_layers, store
 from transformers_moe_offload.bench.limit import Crossing, least_s
 from transformers_moe_offload.bench.page_cache import can_drop, drop, warm
 from transformers_moe_offload.bench.passage import Passage
-from transformers_moe_offload.bench.protocol import Protocol, max_positions, workloads
-from transformers_moe_offload.bench.workload import Run, Workload, run, seconds_per_forward
+from transformers_moe_offload.bench.workload import (
+    Protocol,
+    Run,
+    Workload,
+    max_positions,
+    run,
+    seconds_per_forward,
+    workloads,
+)
 from transformers_moe_offload.disk_io.reader_pool import default_workers
 from transformers_moe_offload.system.free_memory import available_bytes
 
@@ -52,27 +60,21 @@ def measure(model: Any, passage: Passage, protocol: Protocol, progress: Progress
     prompt = passage.sequences(1, protocol.prompt_tokens).to(model.device)
     result["dispatch"] = dispatch(model, prompt, protocol.dispatch_passes)
     states = [state for state in STATES if _is_possible(state, model, notes)]
-    result["workloads"] = {work.name: {"workload": asdict(work)} for work in works}
+    done: dict[str, dict[str, list[Run]]] = {work.name: {} for work in works}
     for work in works:
         for state in states:
             progress(f"{work.name}, {state}")
-            runs = repeated(model, work, passage, protocol.runs, state, protocol.row_s)
-            result["workloads"][work.name][state] = [asdict(one) for one in runs]
-    resident = _resident(model, works, passage, protocol, notes, progress)
-    result["dispatch_resident"] = resident.dispatch
+            done[work.name][state] = repeated(model, work, passage, protocol.runs, state, protocol.row_s)
+    resident, result["dispatch_resident"] = _resident(model, works, passage, protocol, notes, progress)
+    result["workloads"] = {}
     for work in works:
-        entry = result["workloads"][work.name]
-        resident_s = resident.seconds.get(work.name)
-        if resident_s is None:
-            resident_s = _without_stalls([Run(**one) for state in states for one in entry[state]])
-        entry["resident_s"] = resident_s
+        runs = done[work.name]
+        resident_s = resident.get(work.name) or _without_stalls(chain.from_iterable(runs.values()))
+        entry = result["workloads"][work.name] = {"workload": asdict(work), "resident_s": resident_s}
         for state in states:
-            entry[f"{state}_summary"] = summary(
-                [Run(**one) for one in entry[state]],
-                work,
-                resident_s,
-                _speeds(state, result["bandwidth"], is_mapped=result["model"]["is_mapped"]),
-            )
+            speeds = _speeds(state, result["bandwidth"], is_mapped=result["model"]["is_mapped"])
+            entry[state] = [asdict(one) for one in runs[state]]
+            entry[f"{state}_summary"] = summary(runs[state], work, resident_s, speeds)
     return result
 
 
@@ -176,17 +178,10 @@ def _speeds(state: str, bandwidth: dict[str, Any], *, is_mapped: bool) -> dict[s
     return speeds
 
 
-class _Resident(NamedTuple):
-    """Times of the workloads and of a layer with every expert in the cache; empty where there is no room for all."""
-
-    seconds: dict[str, float]
-    """Seconds of a forward, by workload."""
-    dispatch: dict[str, Any] | None
-
-
 def _resident(
     model: Any, works: list[Workload], passage: Passage, protocol: Protocol, notes: list[str], progress: Progress
-) -> _Resident:
+) -> tuple[dict[str, float], dict[str, Any] | None]:
+    """Seconds of a forward by workload, and `dispatch`, with every expert in the cache; empty if that has no room."""
     runtime = model.moe_offload
     budget, plan = runtime.config.cache_budget, runtime.plan
     room = sum(available_bytes(device) for device in {pool.device for pool in plan.pools}) + plan.cache_bytes
@@ -195,7 +190,7 @@ def _resident(
             f"all experts take {plan.expert_bytes:,} bytes, but there is room for {room:,}: the time of resident "
             f"compute is that of each workload without its stalls, which is more than it would be"
         )
-        return _Resident({}, None)
+        return {}, None
     runtime.resize("100%")
     try:
         seconds = {}
@@ -205,12 +200,12 @@ def _resident(
             seconds[work.name] = seconds_per_forward(runs)
         progress("dispatch, resident")
         prompt = passage.sequences(1, protocol.prompt_tokens).to(model.device)
-        return _Resident(seconds, dispatch(model, prompt, protocol.dispatch_passes))
+        return seconds, dispatch(model, prompt, protocol.dispatch_passes)
     finally:
         runtime.resize(budget)
 
 
-def _without_stalls(runs: list[Run]) -> float:
+def _without_stalls(runs: Iterable[Run]) -> float:
     return min((one.elapsed_s - one.stall_ms / 1e3) / len(one.forward_s) for one in runs)
 
 

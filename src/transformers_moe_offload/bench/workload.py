@@ -1,4 +1,4 @@
-"""The work that a model does while it is measured, and one run of it."""
+"""The work that a model does while it is measured, how much of it there is, and one run of it."""
 
 from __future__ import annotations
 
@@ -15,6 +15,7 @@ from transformers import LogitsProcessorList
 from transformers_moe_offload.bench.clock import Restrict, StepClock, among, laid_down
 from transformers_moe_offload.bench.layers import sparse_layers, store_of
 from transformers_moe_offload.bench.passage import Passage
+from transformers_moe_offload.errors import ConfigError
 from transformers_moe_offload.expert import ExpertId
 
 CANDIDATES_PER_BEAM = 4
@@ -47,6 +48,58 @@ class Workload:
         return max(1, self.steps)
 
 
+@dataclass(frozen=True, kw_only=True)
+class Protocol:
+    """Medians are taken over `runs`, after one run that is not counted.
+
+    A row that takes long has fewer: after `row_s` seconds no further run begins, once there are two.
+    """
+
+    prompt_tokens: int = 16
+    """Before the tokens that are decoded."""
+    decode_tokens: int = 16
+    prefill_tokens: tuple[int, ...] = (128, 512, 2048)
+    batch: int = 8
+    beams: int = 5
+    runs: int = 5
+    row_s: float = 10.0
+    dispatch_passes: int = 50
+    bandwidth_repeats: int = 3
+
+
+QUICK = Protocol(decode_tokens=4, prefill_tokens=(128,), runs=1, dispatch_passes=3, bandwidth_repeats=1)
+"""Every measurement once; the figures mean little."""
+
+
+def workloads(protocol: Protocol, max_positions: int | None) -> tuple[list[Workload], list[str]]:
+    """What to measure, and notes on what is shortened because the model has no more positions."""
+    decoding = protocol.prompt_tokens + protocol.decode_tokens + 1
+    if max_positions is not None and max_positions < decoding:
+        raise ConfigError(
+            f"the model has {max_positions} positions, but decoding is measured over {decoding}; "
+            f"it is too short to be measured"
+        )
+    lengths = [min(tokens, max_positions or tokens) for tokens in protocol.prefill_tokens]
+    notes = [
+        f"prefill of {tokens} tokens: the model has {length} positions, so {length} tokens are measured instead"
+        for tokens, length in zip(protocol.prefill_tokens, lengths, strict=True)
+        if length < tokens
+    ]
+    common = {"prompt_tokens": protocol.prompt_tokens, "steps": protocol.decode_tokens}
+    return [
+        Workload(name="decode", **common),
+        *(Workload(name=f"prefill {length}", prompt_tokens=length) for length in dict.fromkeys(lengths)),
+        Workload(name=f"batch {protocol.batch}", batch=protocol.batch, **common),
+        Workload(name=f"beam {protocol.beams}", beams=protocol.beams, **common),
+    ], notes
+
+
+def max_positions(model: Any) -> int | None:
+    """How many positions the model has; None where its config does not say."""
+    found = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+    return found if isinstance(found, int) else None
+
+
 @dataclass(frozen=True)
 class Run:
     """Times and counts of one run. Counts are those of the measured forwards."""
@@ -65,6 +118,20 @@ class Run:
     needed_bytes: int
     """Bytes of the experts that were asked for and had to be loaded, ahead of time or not."""
     layer_misses: list[int] = field(default_factory=list)
+
+
+_COUNTED = (
+    "asked",
+    "hits",
+    "late_hits",
+    "misses",
+    "prefetch_used",
+    "prefetch_wasted",
+    "disk_bytes",
+    "device_bytes",
+    "stall_ms",
+)
+"""The fields of `Run` that `CacheStats` has, too."""
 
 
 def run(
@@ -136,15 +203,7 @@ def _run_of(model: Any, seconds: list[float]) -> Run:
     return Run(
         elapsed_s=sum(seconds),
         forward_s=seconds,
-        asked=stats.asked,
-        hits=stats.hits,
-        late_hits=stats.late_hits,
-        misses=stats.misses,
-        prefetch_used=stats.prefetch_used,
-        prefetch_wasted=stats.prefetch_wasted,
-        disk_bytes=stats.disk_bytes,
-        device_bytes=stats.device_bytes,
-        stall_ms=stats.stall_ms,
         needed_bytes=needed_bytes,
         layer_misses=misses,
+        **{name: getattr(stats, name) for name in _COUNTED},
     )

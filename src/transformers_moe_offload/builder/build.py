@@ -5,7 +5,9 @@ The sources are opened and the gates computed from here; `writing` writes the ch
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -20,15 +22,15 @@ from transformers_moe_offload.builder.plan.compatibility import expect_mergeable
 from transformers_moe_offload.builder.plan.mixture import origins_of
 from transformers_moe_offload.builder.publish import published_after
 from transformers_moe_offload.builder.recipe import Expert, MoeRecipe
-from transformers_moe_offload.builder.sources import Source, open_source
+from transformers_moe_offload.builder.sources import open_source
 from transformers_moe_offload.builder.texts.expert_texts import expect_files
 from transformers_moe_offload.builder.texts.tokenizer import tokenizer_files, tokenizer_for
 from transformers_moe_offload.builder.weights.tensor_reader import TensorReader
+from transformers_moe_offload.builder.writing.card import MoeBuildInfo
 from transformers_moe_offload.builder.writing.folder import build_place
-from transformers_moe_offload.builder.writing.info import MoeBuildInfo
 from transformers_moe_offload.builder.writing.mixture import write_mixture
 from transformers_moe_offload.errors import RecipeError
-from transformers_moe_offload.hub.companions import is_tokenizer_file, published
+from transformers_moe_offload.hub.fetch import is_tokenizer_file, published
 from transformers_moe_offload.output.shards import Advance
 
 
@@ -40,13 +42,11 @@ def validate_recipe(recipe: MoeRecipe, *, token: str | None = None, local_files_
     if recipe.kind == "adapter_moe":
         raise RecipeError("kind: adapter_moe is built by build_adapter_moe, which takes the same arguments")
 
-    def opened(origin: Any, base: Source | None) -> Source:
-        return open_source(origin, base=base, token=token, local_files_only=local_files_only)
-
     expect_files(recipe.experts)
-    base = opened(recipe.base_model, None)
-    sources = [base, *(opened(origin, base) for origin in origins_of(recipe)[1:])]
-    stem = base if recipe.stem.source is None else opened(recipe.stem.source, base)
+    opened = partial(open_source, token=token, local_files_only=local_files_only)
+    base = opened(recipe.base_model)
+    sources = [base, *(opened(origin, base=base) for origin in origins_of(recipe)[1:])]
+    stem = base if recipe.stem.source is None else opened(recipe.stem.source, base=base)
     merged = sources[1:] if recipe.stem.method != "base" else ()
     plan = plan_build(recipe, sources, [stem, *merged])
     expect_mergeable(plan.stems, plan.stem_names)
@@ -85,7 +85,7 @@ def build_moe(
     folder = Path(folder)
     with published_after(folder, recipe.hub, push, overwrite=overwrite, token=token):
         plan = validate_recipe(recipe, token=token, local_files_only=local_files_only)
-        companions = _companions(plan, token=token, local_files_only=local_files_only)
+        companions = _companions(plan, {"token": token, "local_files_only": local_files_only})
         for source, names in plan.read_of:
             source.bring(names)
         plan = compared(plan)
@@ -123,11 +123,11 @@ def _calibrated(plan: BuildPlan, device: str, place: Path) -> tuple[Gates, Tenso
     return gates, TensorReader(plan, rows, shared_rows, channels)
 
 
-def _companions(plan: BuildPlan, *, token: str | None, local_files_only: bool) -> dict[str, bytes]:
+def _companions(plan: BuildPlan, options: Mapping[str, Any]) -> dict[str, bytes]:
     """Small files that go along: the tokenizer, its chat template, generation settings, licences."""
     files = {file.name: file for file in plan.base.companions}
     if plan.recipe.tokenizer is not None:
-        theirs = tokenizer_files(plan.recipe.tokenizer, token=token, local_files_only=local_files_only)
+        theirs = tokenizer_files(plan.recipe.tokenizer, options)
         files = {name: file for name, file in files.items() if not is_tokenizer_file(name)}
         files |= {file.name: file for file in theirs}
     return {name: published(file) for name, file in files.items()}

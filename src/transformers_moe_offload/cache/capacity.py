@@ -1,4 +1,4 @@
-"""Turn a budget in bytes into slots.
+"""Turn a budget in bytes into slots, and choose the experts that are loaded into them before the first forward.
 
 Layers whose experts live on one device and have records of one size share a pool of slots; the budget is shared out
 among the pools in proportion to the bytes of their experts. Single experts of a pool may have records of another size:
@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from typing import TypeVar
 
 from transformers_moe_offload.errors import CapacityError
+from transformers_moe_offload.expert import ExpertId
 
 D = TypeVar("D", bound=Hashable)
 """A device."""
@@ -112,3 +113,19 @@ def share_out_by_device(
 def layer_floor(num_slots: int, num_layers: int) -> int:
     """Slots that the other layers must leave to each layer of a pool."""
     return int(num_slots / num_layers * FLOOR_SHARE)
+
+
+def most_used(counts: Mapping[int, Sequence[float]], num_slots: int) -> list[ExpertId]:
+    """The experts with the highest counts, `counts[layer][expert]`, for so many slots; the highest first.
+
+    Each layer gets its floor first, as it would once all layers have asked; the slots that are left go to the highest
+    counts of all. Experts that were never used get no slot.
+    """
+    ranked = sorted(
+        (ExpertId(layer, expert) for layer, uses in counts.items() for expert, count in enumerate(uses) if count > 0),
+        key=lambda expert: (-counts[expert.layer][expert.expert], expert),
+    )
+    floor = layer_floor(num_slots, len(counts)) if counts else 0
+    chosen = [expert for layer in counts for expert in [e for e in ranked if e.layer == layer][:floor]]
+    left = [expert for expert in ranked if expert not in set(chosen)]
+    return sorted(chosen + left[: max(0, num_slots - len(chosen))], key=ranked.index)

@@ -122,7 +122,7 @@ class CacheCore:
             self._receive_ahead()
         residents = self.residency.residents
         slots = [residents[expert] for expert in wanted if expert in residents]
-        lost = self.slots.lost(slots) if self.slots.can_lose else ()
+        lost = () if self.slots.lost is None else self.slots.lost(slots)
         if lost:
             for expert in [expert for expert in wanted if residents.get(expert) in lost]:
                 self._evict(expert)
@@ -195,7 +195,7 @@ class CacheCore:
 
     def retire(self, experts: Iterable[ExpertId]) -> None:
         """The work that reads some residents' weights has been submitted."""
-        if self.slots.is_asynchronous:
+        if self.slots.retire is not None:
             residents = self.residency.residents
             self.slots.retire([residents[expert] for expert in experts])
 

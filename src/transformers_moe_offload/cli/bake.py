@@ -14,14 +14,7 @@ from transformers_moe_offload.cli.writing import resumable
 from transformers_moe_offload.output.place import expect_place
 
 
-def bake(
-    source: Path,
-    folder: Path,
-    container: str,
-    dtype: str | None,
-    resume: bool,
-    overwrite: bool,
-) -> None:
+def bake(source: Path, folder: Path, container: str, dtype: str | None, resume: bool, overwrite: bool) -> None:
     """Write the mixture of feed-forward blocks, and say what was checked."""
     if not source.is_dir():
         raise CommandError(f"there is no folder {source}; name one that `moe-offload build` or training has written")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Unpack
 
 from rich.console import Console
 
@@ -22,18 +23,17 @@ def build(
     overwrite: bool,
     push: str | None,
     device: str,
-    token: str | None,
-    local_files_only: bool,
+    **hub: Unpack[options.Hub],
 ) -> None:
     """Show the plan, then build, check and upload as asked."""
     options.expect_device("--device", device)
     asked, console = MoeRecipe.from_file(recipe), Console()
     is_of_adapters = asked.kind == "adapter_moe"
     if is_of_adapters:
-        adapters = plan_adapters(asked, token=token, local_files_only=local_files_only)
+        adapters = plan_adapters(asked, **hub)
         shown, nbytes = adapters_shown(adapters), adapters.nbytes
     else:
-        plan = validate_recipe(asked, token=token, local_files_only=local_files_only)
+        plan = validate_recipe(asked, **hub)
         shown, nbytes = mixture_shown(plan), plan.nbytes
     shown.print(console)
     if dry_run:
@@ -50,9 +50,8 @@ def build(
             resume=resume,
             overwrite=overwrite,
             push=push,
-            token=token,
-            local_files_only=local_files_only,
             advance=advance,
+            **hub,
         )
     console.print(outcome(info), soft_wrap=True, markup=False)
     if push is not None:

@@ -7,7 +7,7 @@ import importlib
 import sys
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, Unpack
 
 import typer
 from transformers import set_seed
@@ -42,12 +42,7 @@ def chat(
     seed: int,
     system: str | None,
     prompt: str | None,
-    dtype: str,
-    device_map: str | None,
-    revision: str,
-    token: str | None,
-    local_files_only: bool,
-    trust_remote_code: bool,
+    **typed: Unpack[options.Loading],
 ) -> None:
     """Load the model and answer prompts until there are no more."""
     asked = options.parse_formats(experts, layers, hot, trace, hot_share, dense)
@@ -59,15 +54,11 @@ def chat(
         dense=asked.dense,
     )
     sampling = Sampling(max_new_tokens, temperature, top_p)
-    origin = options.origin(revision, token, local_files_only, trust_remote_code)
-    loading = origin | {
-        "dtype": options.parse_dtype(dtype) or "auto",
-        "device_map": options.parse_device_map(device_map),
-    }
+    origin, loading = options.parse_loading(typed)
     if prompt is not None and not prompt.strip():
         raise CommandError("--prompt is empty; write something, or leave it out to be asked")
     if trace is not None:
-        asked.expect_traced(meta_model(model, options.parse_dtype(dtype), **origin))
+        asked.expect_traced(meta_model(model, options.parse_dtype(typed["dtype"]), **origin))
     tokenizer = options.load_tokenizer(model, **origin)
     conversation = Conversation(tokenizer, system)
     with options.loaded(model, config, **loading) as offloaded:
@@ -84,15 +75,12 @@ class Conversation:
     def __init__(self, tokenizer: Any, system: str | None) -> None:
         self._tokenizer = tokenizer
         self._has_template = bool(getattr(tokenizer, "chat_template", None))
+        self.kind = "chat" if self._has_template else "plain continuation, for there is no chat template"
+        """What the model does with a prompt, in a word or two."""
         if system is not None and not self._has_template:
             raise CommandError("--system needs a model with a chat template, and this one only continues text")
         expect_utf8(system, "--system")
         self._messages = [] if system is None else [{"role": "system", "content": system}]
-
-    @property
-    def kind(self) -> str:
-        """What the model does with a prompt, in a word or two."""
-        return "chat" if self._has_template else "plain continuation, for there is no chat template"
 
     def ask(self, prompt: str) -> dict[str, Any]:
         """The inputs for `generate` that end with this prompt."""
@@ -131,7 +119,8 @@ def _talk(
     is_interactive = prompt is None and sys.stdin.isatty()
     if is_interactive:
         _greet(model, conversation)
-    for text in _typed() if is_interactive else _piped() if prompt is None else [prompt]:
+    given = (line.rstrip("\n") for line in sys.stdin if line.strip()) if prompt is None else [prompt]
+    for text in _typed() if is_interactive else given:
         try:
             reply = answer(model, tokenizer, conversation.ask(text), sampling)
         except MoeOffloadError as error:
@@ -156,11 +145,6 @@ def _typed() -> Iterator[str]:
             return
         if prompt.strip():
             yield prompt
-
-
-def _piped() -> Iterator[str]:
-    """Prompts from the lines of stdin."""
-    return (line.rstrip("\n") for line in sys.stdin if line.strip())
 
 
 def _greet(model: Any, conversation: Conversation) -> None:

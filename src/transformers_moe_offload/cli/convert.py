@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Unpack
 
 import torch
 from rich.console import Console
 
+from transformers_moe_offload.cli.options import Commit
 from transformers_moe_offload.cli.writing import progress, resumable
 from transformers_moe_offload.config import OffloadConfig
 from transformers_moe_offload.hf.interop.mixtral_offloading import MixtralOffloading
@@ -23,13 +25,11 @@ def convert(
     workers: int | None,
     overwrite: bool,
     base_model: str | None,
-    revision: str,
-    token: str | None,
-    local_files_only: bool,
+    **commit: Unpack[Commit],
 ) -> None:
     """Write the checkpoint, its codes as they were."""
     dtype = torch.float16  # the dtype that mixtral-offloading computes in, also if the config names another
-    model = meta_model(source, dtype, revision=revision, token=token, local_files_only=local_files_only)
+    model = meta_model(source, dtype, **commit)
     expect_place(folder, MARKS, overwrite=overwrite, model=source)
     fetched = model.fetch()
     found = MixtralOffloading.open(fetched.weights[0].parent, model.model)

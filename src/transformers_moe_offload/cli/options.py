@@ -6,7 +6,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, TypedDict
 
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -17,13 +17,43 @@ from transformers_moe_offload.errors import ConfigError, MoeOffloadError
 from transformers_moe_offload.hf.loading.meta_model import MetaModel, read_config
 from transformers_moe_offload.routing import RoutingTrace
 from transformers_moe_offload.tracing import Trace
-from transformers_moe_offload.tracing.use import parse_share
+from transformers_moe_offload.tracing.trace import parse_share
 from transformers_moe_offload.untrusted import reading
 
 
-def origin(revision: str, token: str | None, local_files_only: bool, trust_remote_code: bool) -> dict[str, Any]:
+class Hub(TypedDict):
+    """How to ask the Hub."""
+
+    token: str | None
+    local_files_only: bool
+
+
+class Commit(Hub):
+    """Where a checkpoint comes from."""
+
+    revision: str
+
+
+class Origin(Commit):
     """Where a model comes from, as the keywords of every `from_pretrained`."""
-    return dict(locals())
+
+    trust_remote_code: bool
+
+
+class Loading(Origin):
+    """Where a model comes from, and how it is loaded."""
+
+    dtype: str
+    device_map: str | None
+
+
+def parse_loading(typed: Loading) -> tuple[Origin, dict[str, Any]]:
+    """The keywords of every `from_pretrained`, and all those of a model's."""
+    loading: dict[str, Any] = {**typed}
+    loading["dtype"] = parse_dtype(typed["dtype"]) or "auto"
+    loading["device_map"] = parse_device_map(typed["device_map"])
+    origin: Any = {name: value for name, value in typed.items() if name in Origin.__annotations__}
+    return origin, loading
 
 
 def parse_dtype(name: str) -> torch.dtype | None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Unpack
 
 import torch
 from rich import box
@@ -14,7 +15,7 @@ from rich.table import Table
 from transformers_moe_offload.cli import options
 from transformers_moe_offload.config import Budget, OffloadConfig
 from transformers_moe_offload.dtypes import dtype_name
-from transformers_moe_offload.formats.by_expert import LayerCodecs
+from transformers_moe_offload.formats.base import LayerCodecs
 from transformers_moe_offload.hf.loading.meta_model import MetaModel, meta_model
 from transformers_moe_offload.hf.model.placements import Placement
 from transformers_moe_offload.hf.model.plan import OffloadPlan, readable
@@ -38,15 +39,11 @@ def plan(
     hot_share: str | None,
     dense: str | None,
     dtype: str,
-    revision: str,
-    token: str | None,
-    local_files_only: bool,
-    trust_remote_code: bool,
+    **origin: Unpack[options.Origin],
 ) -> None:
     """Print where weights would be, how many experts fit into the cache, and what a token would read."""
     asked = options.parse_formats(experts, layers, hot, trace, hot_share, dense)
     config = OffloadConfig(cache_budget=cache_budget, experts=asked.experts, dense=asked.dense)
-    origin = options.origin(revision, token, local_files_only, trust_remote_code)
     source = meta_model(model, options.parse_dtype(dtype), **origin)
     asked.expect_traced(source)
     weights = _Weights.of(source, config if source.recipe is None else source.recipe.override(config))
@@ -102,34 +99,6 @@ class _Weights:
         return 1.0 if self.source.recipe is not None else self.source.read_share
 
 
-@dataclass(frozen=True)
-class _Traffic:
-    """Expected reads of one decoded token, with uniform routing and a full cache."""
-
-    experts_per_token: int
-    """Over all sparse layers."""
-    nbytes: float
-    """Bytes that are not in the cache."""
-
-
-def _expected(source: MetaModel, plan: OffloadPlan, read_share: float) -> _Traffic | None:
-    """The traffic under a plan, or None where the model does not say how many experts a token takes.
-
-    `read_share` is how many bytes are read for each byte in a slot, when the files have another dtype.
-    """
-    total, nbytes = 0, 0.0
-    by_layer = {spec.layer: spec for spec in source.experts}
-    for pool in plan.pools:
-        absent = 1 - pool.num_slots / pool.need.num_experts
-        for layer in pool.layers:
-            count = experts_per_token(source.model, by_layer[layer].name)
-            if count is None:
-                return None
-            total += count
-            nbytes += count * pool.need.all_bytes / pool.need.num_experts * absent * read_share
-    return _Traffic(total, nbytes)
-
-
 def _settled(config: OffloadConfig, weights: _Weights, device: torch.device) -> OffloadConfig:
     """The config with the budget `auto` replaced by the bytes that the dense weights will leave."""
     if config.budget != Budget():
@@ -157,7 +126,6 @@ def _facts(weights: _Weights, plan: OffloadPlan) -> Table:
     table = Table.grid(padding=(0, 2))
     table.add_column(no_wrap=True)
     table.add_column(overflow="fold")
-    traffic = _expected(source, plan, weights.read_share)
     table.add_row("sparse layers", str(len(source.experts)))
     table.add_row("experts", f"{plan.num_experts}, {_range([spec.num_experts for spec in source.experts])} per layer")
     table.add_row("experts per token", _experts_per_token(source))
@@ -169,8 +137,7 @@ def _facts(weights: _Weights, plan: OffloadPlan) -> Table:
     table.add_row("dense weights", readable(weights.dense_bytes))
     table.add_row("slots", f"{plan.num_slots} in a cache budget of {readable(plan.budget_bytes)}")
     table.add_row("smallest budget", f"{readable(plan.smallest_budget)} ({plan.smallest_budget:,} bytes)")
-    store = "RAM" if weights.is_in_ram else "disk"
-    table.add_row("expected bytes per token", _expected_bytes(traffic, plan, store))
+    table.add_row("expected bytes per token", _expected_bytes(weights, plan))
     table.add_row("checkpoint", _cross_check(source))
     return table
 
@@ -187,13 +154,21 @@ def _experts_per_token(source: MetaModel) -> str:
     return f"{_range(known)} per layer" if len(known) == len(counts) else "unknown: the model does not say"
 
 
-def _expected_bytes(traffic: _Traffic | None, plan: OffloadPlan, store: str) -> str:
-    if traffic is None:
-        return "unknown, because the experts per token are"
-    absent = 1 - plan.num_slots / plan.num_experts
+def _expected_bytes(weights: _Weights, plan: OffloadPlan) -> str:
+    """What one decoded token reads with uniform routing and a full cache, over all sparse layers."""
+    num_experts, nbytes = 0, 0.0
+    by_layer = {spec.layer: spec for spec in weights.source.experts}
+    for pool in plan.pools:
+        absent = 1 - pool.num_slots / pool.need.num_experts
+        for layer in pool.layers:
+            count = experts_per_token(weights.source.model, by_layer[layer].name)
+            if count is None:
+                return "unknown, because the experts per token are"
+            num_experts += count
+            nbytes += count * pool.need.all_bytes / pool.need.num_experts * absent * weights.read_share
     return (
-        f"{readable(traffic.nbytes)} from {store}, if routing is uniform: {traffic.experts_per_token} experts a "
-        f"token, {absent:.0%} of them not in the cache"
+        f"{readable(nbytes)} from {'RAM' if weights.is_in_ram else 'disk'}, if routing is uniform: {num_experts} "
+        f"experts a token, {1 - plan.num_slots / plan.num_experts:.0%} of them not in the cache"
     )
 
 

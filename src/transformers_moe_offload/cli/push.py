@@ -12,17 +12,11 @@ from transformers_moe_offload.hf.prebuilt.publish import publish as publish_preb
 from transformers_moe_offload.hub.upload import expect_pushable
 
 
-def push(
-    folder: Path,
-    repo: str,
-    private: bool,
-    revision: str | None,
-    create_pr: bool,
-    token: str | None,
-) -> None:
+def push(folder: Path, repo: str, private: bool, revision: str | None, create_pr: bool, token: str | None) -> None:
     """Check the folder, upload it, and say where it is."""
+    upload = publish_prebuilt
     if is_built(folder):
         expect_pushable(HfApi(token=token), repo)
-    upload = publish if is_built(folder) else publish_prebuilt
+        upload = publish
     url = upload(folder, repo, private=private or None, revision=revision, create_pr=create_pr, token=token)
     typer.echo(f"pushed to {url}")

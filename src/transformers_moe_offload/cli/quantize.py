@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Unpack
 
 from rich import box
 from rich.console import Console
@@ -34,13 +35,11 @@ def quantize(
     push: str | None,
     private: bool,
     base_model: str | None,
-    revision: str,
-    token: str | None,
-    local_files_only: bool,
+    **commit: Unpack[options.Commit],
 ) -> None:
     """Show the formats and sizes of the weights, write the checkpoint, and upload it if asked to."""
     asked = options.parse_formats(experts, layers, hot, trace, hot_share, dense, optimize=not no_optimize)
-    model = meta_model(source, revision=revision, token=token, local_files_only=local_files_only)
+    model = meta_model(source, **commit)
     asked.expect_traced(model)
     plan = QuantizationPlan.of(model, OffloadConfig(experts=asked.experts, dense=asked.dense))
     console = Console()
@@ -53,7 +52,7 @@ def quantize(
         prepared.write(workers=workers, advance=advance)
     console.print(f"wrote {folder}", soft_wrap=True)
     if push is not None:
-        push_folder(folder, push, private, revision=None, create_pr=False, token=token)
+        push_folder(folder, push, private, revision=None, create_pr=False, token=commit["token"])
 
 
 def _table(plan: QuantizationPlan) -> Table:

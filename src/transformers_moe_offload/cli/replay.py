@@ -23,12 +23,7 @@ from transformers_moe_offload.tracing import replay as replay_trace
 from transformers_moe_offload.untrusted import quoted
 
 
-def replay(
-    trace: Path,
-    policy: list[str] | None,
-    slots: str,
-    json_file: Path | None,
-) -> None:
+def replay(trace: Path, policy: list[str] | None, slots: str, json_file: Path | None) -> None:
     """Print the hit rates of each policy and size, Belady's oracle last."""
     expect_file("--json", json_file)
     recorded, _ = visits_of(trace)
@@ -37,8 +32,7 @@ def replay(
     console = Console()
     console.print(f"{trace}: {recorded}", style="bold", soft_wrap=True, highlight=False)
     console.print(_table(replays, sizes, recorded.total_experts))
-    if json_file is not None:
-        write_json(json_file, _as_json(recorded, replays))
+    write_json(json_file, _as_json(recorded, replays))
 
 
 def visits_of(path: Path) -> tuple[Trace, RoutingTrace | None]:

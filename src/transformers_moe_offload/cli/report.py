@@ -21,12 +21,7 @@ from transformers_moe_offload.tracing.report import (
 from transformers_moe_offload.untrusted import reading
 
 
-def report(
-    trace: Path,
-    output: Path,
-    policy: list[str] | None,
-    slots: str | None,
-) -> None:
+def report(trace: Path, output: Path, policy: list[str] | None, slots: str | None) -> None:
     """Draw the trace into a folder of plots, or one page."""
     recorded, routed = visits_of(trace)
     make_figure()  # raises without matplotlib: after errors in the input, and before the replays, which take a while

@@ -4,14 +4,12 @@ from __future__ import annotations
 
 from contextlib import nullcontext
 from pathlib import Path
-from typing import Any
+from typing import Any, Unpack
 
-import torch
 import typer
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
-from torch import Tensor
-from transformers import StoppingCriteria, set_seed
+from transformers import set_seed
 
 from transformers_moe_offload.cli import options
 from transformers_moe_offload.cli.answer import Interruption, Sampling, generate
@@ -39,21 +37,12 @@ def trace(
     temperature: float | None,
     top_p: float | None,
     seed: int,
-    dtype: str,
-    device_map: str | None,
-    revision: str,
-    token: str | None,
-    local_files_only: bool,
-    trust_remote_code: bool,
+    **typed: Unpack[options.Loading],
 ) -> None:
     """Generate from each prompt and record the experts that the layers wanted."""
     config = OffloadConfig(cache_budget=cache_budget, policy=policy)
     sampling = Sampling(max_new_tokens, temperature, top_p)
-    origin = options.origin(revision, token, local_files_only, trust_remote_code)
-    loading = origin | {
-        "dtype": options.parse_dtype(dtype) or "auto",
-        "device_map": options.parse_device_map(device_map),
-    }
+    origin, loading = options.parse_loading(typed)
     texts = _texts(prompt, prompts)
     expect_file("--output", output)
     if routing is not None:
@@ -93,14 +82,11 @@ def _record(model: Any, tokenizer: Any, inputs: list[dict[str, Any]], sampling: 
     """The trace of generating from each of the inputs, and whether Ctrl-C ended it."""
     columns = TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn()
     console = Console(stderr=True)
-    with (
-        Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as progress,
-        Interruption() as interruption,
-        model.moe_offload.trace() as recorded,
-    ):
-        task = progress.add_task("tokens", total=len(inputs) * sampling.max_new_tokens)
+    progress = Progress(*columns, console=console, transient=True, disable=not console.is_terminal)
+    task = progress.add_task("tokens", total=len(inputs) * sampling.max_new_tokens)
+    with progress, Interruption(lambda: progress.advance(task)) as interruption, model.moe_offload.trace() as recorded:
         for number, prompt in enumerate(inputs, start=1):
-            generate(model, tokenizer, prompt, sampling, interruption, _Ticks(progress, task))
+            generate(model, tokenizer, prompt, sampling, interruption)
             if interruption.happened:
                 break
             progress.update(task, completed=number * sampling.max_new_tokens)
@@ -108,16 +94,3 @@ def _record(model: Any, tokenizer: Any, inputs: list[dict[str, Any]], sampling: 
     if None not in per_token:
         recorded.experts_per_token = tuple(per_token)
     return recorded, interruption.happened
-
-
-class _Ticks(StoppingCriteria):
-    """Never stops; moves the progress bar on by a token."""
-
-    def __init__(self, progress: Progress, task: Any) -> None:
-        self._progress = progress
-        self._task = task
-
-    def __call__(self, input_ids: Tensor, scores: Any, **kwargs: Any) -> Tensor:
-        """Whether to stop, for each sequence: input_ids (B, T) int64 -> (B,) bool."""
-        self._progress.advance(self._task)
-        return torch.zeros(len(input_ids), dtype=torch.bool, device=input_ids.device)

@@ -16,6 +16,7 @@ from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeR
 from transformers_moe_offload.cli.failures import CommandError
 from transformers_moe_offload.output.claim import Marks
 from transformers_moe_offload.output.place import unfinished
+from transformers_moe_offload.tensor_files.writer import write_text
 
 
 @contextmanager
@@ -51,18 +52,7 @@ def expect_file(option: str, path: Path | None) -> None:
         raise CommandError(f"cannot write {option} {path}: {path.parent} cannot be written to; name another folder")
 
 
-def write_json(path: Path, result: Any) -> None:
-    """Write a result as JSON: the file is complete afterwards, or as it was before.
-
-    A file that cannot be written is a `CommandError` and leaves nothing behind.
-    """
-    text = json.dumps(result, indent=1) + "\n"
-    beside = path.with_name(f".{path.name}.{os.getpid()}")
-    try:
-        try:
-            beside.write_text(text, encoding="utf-8")
-            beside.replace(path)
-        finally:
-            beside.unlink(missing_ok=True)
-    except OSError as error:
-        raise CommandError(f"cannot write {path}: {error.strerror}") from error
+def write_json(path: Path | None, result: Any) -> None:
+    """Write a result as JSON, if a file is named: it is complete afterwards, or as it was before."""
+    if path is not None:
+        write_text(path, json.dumps(result, indent=1) + "\n")

@@ -19,8 +19,7 @@ from transformers_moe_offload.compute.grouped_resident import are_computed_toget
 from transformers_moe_offload.compute.mlp import ExpertMlp, ExpertWeights
 from transformers_moe_offload.compute.row_buckets import padded
 from transformers_moe_offload.compute.token_grouping import FEW_PAIRS, Grouping, group_by_expert
-from transformers_moe_offload.formats.base import Codec
-from transformers_moe_offload.formats.by_expert import AS_USED, LayerCodecs
+from transformers_moe_offload.formats.base import AS_USED, Codec, LayerCodecs
 from transformers_moe_offload.slots.base import Weights
 
 
@@ -32,7 +31,7 @@ class HostWork(Protocol):
 
 
 class HostHelp(Protocol):
-    """A host that computes some of the experts that an accelerator lacks (`hybrid/layer.py`)."""
+    """A host that computes some of the experts that an accelerator lacks (`hybrid/cpu_experts.py`)."""
 
     def share(
         self, cache: ExpertCache, layer: int, grouping: Grouping, loads_under_way: int = 0

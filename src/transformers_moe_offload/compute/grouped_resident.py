@@ -17,13 +17,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from transformers_moe_offload.compute.grouped_mlp import ByAddress
+from transformers_moe_offload.compute.grouped_mlp import ByAddress, placed
 from transformers_moe_offload.compute.mlp import ExpertMlp
-from transformers_moe_offload.compute.record_matrices import placed
 from transformers_moe_offload.compute.token_grouping import Grouping
 from transformers_moe_offload.dtypes import dtype_name
 from transformers_moe_offload.expert import FieldSpec
-from transformers_moe_offload.formats.by_expert import LayerCodecs
+from transformers_moe_offload.formats.base import LayerCodecs
 from transformers_moe_offload.formats.codec import ExpertCodec
 from transformers_moe_offload.kernels import gpu
 from transformers_moe_offload.kernels.grouped import Pairs

@@ -13,8 +13,7 @@ from functools import partial
 from typing import Any, ClassVar, Literal, get_args
 
 from transformers_moe_offload.config.budget import Budget
-from transformers_moe_offload.config.expert_formats import ExpertFormats
-from transformers_moe_offload.config.formats import HqqFormat, make_format
+from transformers_moe_offload.config.formats import ExpertFormats, HqqFormat, make_format
 from transformers_moe_offload.config.options import choose, parsed, with_options
 from transformers_moe_offload.config.prefetch import PrefetchConfig
 from transformers_moe_offload.errors import ConfigError

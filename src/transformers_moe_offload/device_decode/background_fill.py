@@ -1,4 +1,4 @@
-"""Fill a cache behind a device that uses experts wherever they are, and waits for none.
+"""Fill a cache behind a device that uses experts wherever they are, in slots or over the link, and waits for none.
 
 The device reports afterwards which experts its layers used, and which of them were resident. The policy is told of that
 layer by layer, as of visits; absent experts are loaded for the next time, as far as the link has time for it.
@@ -7,13 +7,41 @@ layer by layer, as of visits; absent experts are loaded for the next time, as fa
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Container, Iterable, Sequence
 from dataclasses import dataclass
 
-from transformers_moe_offload.device_decode.followed_cache import FollowedCache
-from transformers_moe_offload.device_decode.miss_priority import Urgency
-from transformers_moe_offload.device_decode.token_bucket import Pace
+from transformers_moe_offload.cache.cache import ExpertCache
+from transformers_moe_offload.cache.change import change
+from transformers_moe_offload.cache.planner import Load, plan_behind
+from transformers_moe_offload.device_decode.fill_plan import Pace, Urgency
 from transformers_moe_offload.expert import ExpertId
+
+
+class FollowedCache(ExpertCache):
+    """It is told afterwards which experts the device has used; `BackgroundFill` loads those that were absent."""
+
+    @change
+    def used_in_place(self, layer: int, wanted: Sequence[int], hits: Container[int]) -> None:
+        """A device has used experts of a layer wherever they were: `hits` in slots, the others over the link."""
+        stats, experts = self.stats[layer], [ExpertId(layer, expert) for expert in wanted]
+        for expert in experts:
+            if expert.expert in hits:
+                stats.hits += 1
+                if expert in self._ahead:
+                    self._ahead.remove(expert)
+                    stats.prefetch_used += 1
+            else:
+                stats.misses += 1
+                stats.in_place += 1
+                stats.device_bytes += self.slots.device_bytes(expert)
+        self._policy.begin(layer, experts)
+        if self.on_visit is not None:
+            self.on_visit(layer, wanted)
+        self.announce(expert for expert in experts if self.residency.is_resident(expert))
+
+    def plan_behind(self, absent: Sequence[ExpertId], spared: Container[ExpertId]) -> list[Load]:
+        """Slots for absent experts that a device has used in place; `spared` experts are not evicted for them."""
+        return plan_behind(absent, self.residency, self._policy.candidates(), spared, self._floor)
 
 
 @dataclass(frozen=True)

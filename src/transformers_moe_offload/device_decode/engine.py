@@ -18,9 +18,8 @@ import torch
 from torch import Tensor
 
 from transformers_moe_offload.device_decode.arena import Arena
-from transformers_moe_offload.device_decode.background_fill import BackgroundFill
+from transformers_moe_offload.device_decode.background_fill import BackgroundFill, FollowedCache
 from transformers_moe_offload.device_decode.counters import Counters
-from transformers_moe_offload.device_decode.followed_cache import FollowedCache
 from transformers_moe_offload.device_decode.slots import AddressedSlots
 from transformers_moe_offload.device_decode.streams import Streams, streams_of
 from transformers_moe_offload.device_decode.table import AddressTable

@@ -13,12 +13,10 @@ import torch
 from torch import Tensor, nn
 
 from transformers_moe_offload.compute.activation import recognised
-from transformers_moe_offload.compute.grouped_mlp import ByAddress
+from transformers_moe_offload.compute.grouped_mlp import ByAddress, placed
 from transformers_moe_offload.compute.mlp import ExpertMlp
-from transformers_moe_offload.compute.record_matrices import placed
 from transformers_moe_offload.dtypes import torch_dtype
-from transformers_moe_offload.formats.base import Codec
-from transformers_moe_offload.formats.by_expert import LayerCodecs
+from transformers_moe_offload.formats.base import Codec, LayerCodecs
 from transformers_moe_offload.formats.codec import ExpertCodec
 from transformers_moe_offload.kernels import gpu
 from transformers_moe_offload.kernels.grouped import Pairs

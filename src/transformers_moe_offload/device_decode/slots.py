@@ -28,8 +28,7 @@ class AddressedSlots:
 
     num_lanes = 1
     """One stream copies."""
-    is_asynchronous = True
-    can_lose = False
+    lost = None
 
     def __init__(self, arena: Arena, pool: SlotPool, table: AddressTable, streams: Streams) -> None:
         self.pool = pool
@@ -79,10 +78,6 @@ class AddressedSlots:
     def retire(self, slots: Sequence[int]) -> None:
         """Everything that a visit reads in these slots has been submitted."""
         self._last_use |= dict.fromkeys(slots, self._streams.mark())
-
-    def lost(self, slots: Sequence[int]) -> Sequence[int]:
-        """Always none."""
-        return ()
 
     def give_back(self) -> None:
         """Nothing to do: evicted experts are overwritten."""

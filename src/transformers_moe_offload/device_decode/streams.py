@@ -1,7 +1,7 @@
 """What the engine needs of a device's streams: one that computes, one that copies beside it, and marks to wait for.
 
-`HostStreams` are those of a CPU, where everything has happened when the call returns. Tests have streams of their own,
-that do what is queued as late and in as odd an order as the marks allow (`tests/device_decode/streams.py`).
+`Streams` are a CPU's, where everything has happened when the call returns. Tests have streams of their own, that
+do what is queued as late and in as odd an order as the marks allow (`tests/device_decode/streams.py`).
 
 The compute stream is torch's current one. Threads that share a model have to share it, as they do by default.
 """
@@ -34,61 +34,36 @@ class Copy(Mark, Protocol):
         """How long the copy took, without what it waited for; None until that is known."""
 
 
-class Streams(Protocol):
-    """A device's compute stream, and one more that copies."""
+class Streams:
+    """A device's compute stream, and one more that copies. These are a CPU's: queued work is done at once."""
 
     def compute(self, work: Callable[[], Any]) -> None:
         """Queue work that does nothing but torch operations on the device, on the compute stream."""
+        work()  # on a GPU, torch queues its operations by itself
 
     def mark(self) -> Mark:
         """This point of the compute stream."""
+        return _Done(None)
 
     def copy(self, target: Tensor, source: Tensor, after: Sequence[Mark]) -> Copy:
         """Queue a copy on the other stream, for when these marks have been reached."""
+        began = time.perf_counter()
+        target.copy_(source)
+        return _Done(time.perf_counter() - began)
 
     def join(self, copy: Copy) -> None:
         """Work queued on the compute stream from now on comes after the copy."""
 
     def host_memory(self, shape: Sequence[int], dtype: torch.dtype) -> Tensor:
         """Memory of the host that the device can write to while the host does other things."""
-
-    def is_capturing(self) -> bool:
-        """Whether queued work is captured in a graph, to be replayed later, and not done."""
-
-    def synchronize(self) -> None:
-        """Block the host until everything is done."""
-
-
-class HostStreams:
-    """Streams of a CPU: queued work is done at once."""
-
-    def compute(self, work: Callable[[], Any]) -> None:
-        """Do the work."""
-        work()
-
-    def mark(self) -> Mark:
-        """Everything before it is done."""
-        return _Done(None)
-
-    def copy(self, target: Tensor, source: Tensor, after: Sequence[Mark]) -> Copy:
-        """Copy."""
-        began = time.perf_counter()
-        target.copy_(source)
-        return _Done(time.perf_counter() - began)
-
-    def join(self, copy: Copy) -> None:
-        """Nothing to do: the copy is done."""
-
-    def host_memory(self, shape: Sequence[int], dtype: torch.dtype) -> Tensor:
-        """Pageable memory."""
         return torch.empty(tuple(shape), dtype=dtype)
 
     def is_capturing(self) -> bool:
-        """Always False: a CPU has no graphs."""
+        """Whether queued work is captured in a graph, to be replayed later, and not done; a CPU has no graphs."""
         return False
 
     def synchronize(self) -> None:
-        """Nothing to do: everything is done."""
+        """Block the host until everything is done."""
 
 
 class _Done:
@@ -102,16 +77,12 @@ class _Done:
         pass
 
 
-class CudaStreams:
+class CudaStreams(Streams):
     """Streams of a GPU."""
 
     def __init__(self, device: torch.device) -> None:
         self._device = device
         self._copies = torch.cuda.Stream(device)
-
-    def compute(self, work: Callable[[], Any]) -> None:
-        """Torch queues its operations by itself."""
-        work()
 
     def mark(self) -> Mark:
         """An event on the current stream."""
@@ -173,4 +144,4 @@ class _CudaCopy(_CudaMark):
 
 def streams_of(device: torch.device) -> Streams:
     """The streams of a device."""
-    return CudaStreams(device) if device.type == "cuda" else HostStreams()
+    return CudaStreams(device) if device.type == "cuda" else Streams()

@@ -1,15 +1,15 @@
 """Cut the reads of one expert into chunks, which can be done in any order and in parallel.
 
-Pure, but for the reads that a piece stands for. `store/record_reader.py` asks for chunks, and the threads of
+Pure, but for the reads that a piece stands for. `store/record.py` asks for chunks, and the threads of
 `reader_pool.py` read them.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from typing import NamedTuple, Protocol
+from typing import NamedTuple
 
 from transformers_moe_offload.disk_io.file import File
 from transformers_moe_offload.system.host_memory import PAGE_BYTES
@@ -30,25 +30,6 @@ class Segment(NamedTuple):
         """The same bytes in parts of at most so many."""
         starts = range(self.start, self.stop, most_bytes)
         return [Segment(start, min(start + most_bytes, self.stop)) for start in starts]
-
-
-class Piece(Protocol):
-    """Something that is read in one go, and where in a record it belongs."""
-
-    @property
-    def segments(self) -> tuple[Segment, ...]:
-        """The parts of the record that it fills, in the order of its bytes."""
-
-    @property
-    def is_verbatim(self) -> bool:
-        """Whether its bytes are those of a file, so that they can be read to any address."""
-
-    def read_into(self, targets: Sequence[memoryview], *, past_cache: bool = False) -> None:
-        """Fill memory for each of the segments, or raise `CheckpointError`."""
-
-    def split(self, nbytes: int, *, anywhere: bool) -> tuple[Piece, Piece] | None:
-        """Two pieces with the same bytes, the first of at most `nbytes`; None if it must not be cut there. `anywhere`
-        allows a cut that makes reads more expensive."""
 
 
 @dataclass(frozen=True)
@@ -76,7 +57,11 @@ class Run:
         self.file.scatter_into(targets, self.offset, past_cache=past_cache)
 
     def split(self, nbytes: int, *, anywhere: bool) -> tuple[Run, Run] | None:
-        """Cut at a page boundary of the file: reads past the page cache would read a page with a cut inside twice."""
+        """Two pieces with the same bytes, the first of at most `nbytes`; None if it must not be cut there.
+
+        The cut is at a page boundary of the file, as reads past the page cache would read a page with a cut inside
+        twice; `anywhere` allows others.
+        """
         end = (self.offset + nbytes) // PAGE_BYTES * PAGE_BYTES
         if end > self.offset:
             nbytes = end - self.offset
@@ -91,6 +76,32 @@ class Run:
             after += [Segment(middle, segment.stop)] if middle < segment.stop else []
         rest = Run(self.file, self.offset + _nbytes(before), tuple(after))
         return Run(self.file, self.offset, tuple(before)), rest
+
+
+@dataclass(frozen=True)
+class Solid:
+    """A part of a record that a function fills."""
+
+    segment: Segment
+    fill: Callable[[memoryview], None]
+    is_verbatim: bool = False
+
+    @property
+    def segments(self) -> tuple[Segment, ...]:
+        """The one part."""
+        return (self.segment,)
+
+    def read_into(self, targets: Sequence[memoryview], *, past_cache: bool = False) -> None:
+        """Fill the target."""
+        self.fill(targets[0])
+
+    def split(self, nbytes: int, *, anywhere: bool) -> None:
+        """None: it is filled as a whole."""
+
+
+Piece = Run | Solid
+"""Something that is read in one go. `segments` are the parts of the record that it fills, in the order of its bytes;
+`is_verbatim`, that its bytes are those of a file, so that they can be read to any address."""
 
 
 def joined_runs(runs: Iterable[Run]) -> list[Run]:

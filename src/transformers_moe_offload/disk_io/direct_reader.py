@@ -2,8 +2,8 @@
 
 If the experts do not fit into free RAM, the page cache can hold few of them, and costs a copy and an eviction at every
 read: 4.5 MiB pieces of a cold file came at 1.0 GiB/s through it and at 1.3 to 2.0 past it (ext4 on a virtual disk, 1 to
-4 threads). Offsets, lengths and addresses of direct reads have to be whole blocks, so reads go through an aligned
-buffer, one for each thread.
+4 threads). Offsets, lengths and addresses of direct reads have to be whole blocks of the disk, which divide a
+page, so reads go through an aligned buffer, one for each thread.
 """
 
 from __future__ import annotations
@@ -13,10 +13,7 @@ import threading
 import weakref
 from pathlib import Path
 
-from transformers_moe_offload.system.page_memory import new_area
-
-BLOCK = 4096
-"""Bytes. Every common disk's block divides it."""
+from transformers_moe_offload.system.host_memory import PAGE_BYTES, new_area
 
 
 class DirectReader:
@@ -34,8 +31,8 @@ class DirectReader:
 
     def read(self, offset: int, nbytes: int) -> memoryview:
         """The file's bytes from `offset` on, fewer than `nbytes` at its end; valid until the thread's next read."""
-        first = offset // BLOCK * BLOCK
-        length = -(-(offset + nbytes - first) // BLOCK) * BLOCK
+        first = offset // PAGE_BYTES * PAGE_BYTES
+        length = -(-(offset + nbytes - first) // PAGE_BYTES) * PAGE_BYTES
         buffer = _buffer(length)
         filled = self.read_into(buffer[:length], first)
         return buffer[offset - first : min(offset - first + nbytes, filled)]
@@ -47,7 +44,7 @@ class DirectReader:
         while filled < len(target):
             count = os.preadv(self.descriptor, [target[filled:]], offset + filled)
             filled += count
-            if count % BLOCK or count == 0:  # the end of the file
+            if count % PAGE_BYTES or count == 0:  # the end of the file
                 break
         return filled
 

@@ -2,7 +2,7 @@
 
 `pread` with the GIL released, from any number of threads: no page faults in the middle of a matmul, no unwanted
 readahead, and no shared file position. Files are opened on first use and must be what they were when the checkpoint was
-indexed, which is compared whenever one is opened or mapped (`file_identity.py`); a file that vanished, shrank, was
+indexed, which is compared whenever one is opened or mapped (`opened_file.py`); a file that vanished, shrank, was
 replaced or written to is an error at the read that needs it, and the next read opens its path again. A file stays open
 until a read of it fails or too many files are open. While it is open, it is mapped and opened past the page cache
 through its descriptor, so its path may be moved or replaced meanwhile.
@@ -13,15 +13,14 @@ from __future__ import annotations
 import errno
 import threading
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
+from typing import NamedTuple
 
 from transformers_moe_offload.disk_io.direct_reader import DirectReader
-from transformers_moe_offload.disk_io.file_identity import FileIdentity
 from transformers_moe_offload.disk_io.mapped_file import MappedFile
-from transformers_moe_offload.disk_io.open_files import OPEN_FILES
-from transformers_moe_offload.disk_io.opened_file import OpenedFile
+from transformers_moe_offload.disk_io.opened_file import OPEN_FILES, FileIdentity, OpenedFile
 from transformers_moe_offload.errors import CheckpointError
 from transformers_moe_offload.system.forks import FORKS, Rank
 from transformers_moe_offload.system.host_memory import copy_bytes
@@ -57,10 +56,16 @@ class File:
 
         `past_cache` leaves the page cache aside, where the system and the filesystem allow it.
         """
+        nbytes, found = sum(map(len, targets)), None
         with self._closed_if_it_fails():
-            direct = self._opened_directly() if past_cache else None
-            if direct is None or not self._fill_directly(direct, targets, offset):
+            if past_cache:
+                found = self._read_directly(lambda direct: direct.read(offset, nbytes), offset, nbytes)
+            if found is None:
                 self._fill(self._open(), list(targets), offset)
+                return
+            for target in targets:
+                copy_bytes(target, found[: len(target)])
+                found = found[len(target) :]
 
     def scatter_cached_into(self, targets: Sequence[memoryview], offset: int) -> bool:
         """The same from the page cache, without waiting for the disk; returns whether all bytes were there.
@@ -88,8 +93,7 @@ class File:
         The last page of a file may be partial: `needed` bytes have to be there.
         """
         with self._closed_if_it_fails():
-            direct = self._opened_directly()
-            if direct is None or not self._fill_pages(direct, target, offset, needed):
+            if self._read_directly(lambda direct: target[: direct.read_into(target, offset)], offset, needed) is None:
                 self._fill(self._open(), [target[:needed]], offset)
 
     def directly(self) -> DirectReader | None:
@@ -118,13 +122,12 @@ class File:
             yield
         except OSError as error:
             self.close()
-            raise self._unreadable(error) from error
+            raise CheckpointError(
+                f"cannot read {self.path}: {error.strerror}; put the file back and try again"
+            ) from error
         except CheckpointError:
             self.close()
             raise
-
-    def _unreadable(self, error: OSError) -> CheckpointError:
-        return CheckpointError(f"cannot read {self.path}: {error.strerror}; put the file back and try again")
 
     def _fill(self, opened: OpenedFile, targets: list[memoryview], offset: int) -> None:
         end = offset + sum(len(target) for target in targets)
@@ -160,36 +163,19 @@ class File:
             f"put the file back and try again"
         )
 
-    def _fill_directly(self, direct: DirectReader, targets: Sequence[memoryview], offset: int) -> bool:
-        """Fill the targets; returns False if direct reads turn out to be refused."""
-        nbytes = sum(len(target) for target in targets)
+    def _read_directly(self, read: Callable[[DirectReader], memoryview], offset: int, needed: int) -> memoryview | None:
+        """What a read past the page cache returns, `needed` bytes from `offset` on or more; None if it is refused."""
+        direct = self._opened_directly()
         try:
-            found = direct.read(offset, nbytes)
+            found = None if direct is None else read(direct)
         except OSError as error:
-            return self._has_refused(error)
-        if len(found) < nbytes:
-            raise self._too_short(direct.size(), offset + nbytes)
-        for target in targets:
-            copy_bytes(target, found[: len(target)])
-            found = found[len(target) :]
-        return True
-
-    def _fill_pages(self, direct: DirectReader, target: memoryview, offset: int, needed: int) -> bool:
-        """The same with whole pages."""
-        try:
-            count = direct.read_into(target, offset)
-        except OSError as error:
-            return self._has_refused(error)
-        if count < needed:
+            if error.errno != errno.EINVAL:
+                raise
+            self._refuses_direct = True
+            return None
+        if direct is not None and found is not None and len(found) < needed:
             raise self._too_short(direct.size(), offset + needed)
-        return True
-
-    def _has_refused(self, error: OSError) -> bool:
-        """For an error of a direct read: False, and remembered, if they are refused; other errors are raised."""
-        if error.errno != errno.EINVAL:
-            raise error
-        self._refuses_direct = True
-        return False
+        return found
 
     def close(self) -> None:
         """Forget the open file; reads that use it finish first, the next read opens it again."""
@@ -221,3 +207,27 @@ def _without_first(targets: list[memoryview], count: int) -> list[memoryview]:
         count -= len(targets[0])
         targets = targets[1:]
     return [targets[0][count:], *targets[1:]] if targets else []
+
+
+class FileRange(NamedTuple):
+    """Stored bytes that lie in one piece."""
+
+    file: File
+    start: int
+    stop: int
+
+    @property
+    def nbytes(self) -> int:
+        """Number of bytes."""
+        return self.stop - self.start
+
+
+def joined(ranges: Iterable[FileRange]) -> list[FileRange]:
+    """The same bytes, with neighbours in a file made one: a checkpoint has an expert's matrices side by side."""
+    found: list[FileRange] = []
+    for file_range in sorted(ranges, key=lambda file_range: (file_range.file.path, file_range.start)):
+        if found and found[-1].file is file_range.file and found[-1].stop == file_range.start:
+            found[-1] = found[-1]._replace(stop=file_range.stop)
+        else:
+            found.append(file_range)
+    return found

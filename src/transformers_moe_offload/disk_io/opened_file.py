@@ -1,7 +1,16 @@
-"""A file that is open for reading, and checks that it is still the file that was indexed.
+"""Files that are open for reading: is each still the file whose header was read, and how many are open at once?
 
-Its identity is compared when it is opened, and at most a hundred times a second while it is used: on two busy cores a
+Two fine-tunes of one model have files of equal names and sizes, so neither tells whether a path still leads to the file
+whose header was read. A file counts as the same if its inode, its length and its time of modification are the same.
+
+On a filesystem that gives one file several inode numbers (some that run in user space do), opening it again is an
+error: nothing there tells a file from its replacement.
+
+A file is compared when it is opened, and at most a hundred times a second while it is used: on two busy cores a
 check took 0.06 ms. Bytes that are written between two checks are read as they are.
+
+A model comes in a few files, a thousand adapters come in a thousand, and many systems let a process have 1,024. Those
+that were opened first are closed first; the next read opens them again.
 """
 
 from __future__ import annotations
@@ -10,16 +19,85 @@ import os
 import threading
 import time
 import weakref
+from collections import OrderedDict
 from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from datetime import UTC, datetime
 from pathlib import Path
+from typing import Protocol
 
-from transformers_moe_offload.disk_io.file_identity import FileIdentity
+from transformers_moe_offload.errors import CheckpointError
+from transformers_moe_offload.system.forks import FORKS, Rank
+
+try:
+    import resource
+except ImportError:  # Windows
+    resource = None  # type: ignore[assignment]
 
 _LOOK_EVERY = 0.01
 """Seconds."""
 
 _OWN_DESCRIPTORS = Path("/proc/self/fd")
 """Where Linux lists the open files of a process, by descriptor, also after their paths have changed."""
+
+_HANDLES_PER_FILE = 3
+"""One for reads, one for the mapping, and one for reads past the page cache."""
+
+_LIMIT_WITHOUT_LIMITS = 512
+
+
+@dataclass(frozen=True, kw_only=True)
+class FileIdentity:
+    """What a file was when its header was read."""
+
+    nbytes: int
+    device: int
+    inode: int
+    modified_ns: int | None
+    """When it was last written to, in nanoseconds since 1970; None where that does not matter."""
+
+    @classmethod
+    def of(cls, descriptor: int) -> FileIdentity:
+        """The identity of an open file."""
+        found = os.fstat(descriptor)
+        return cls(nbytes=found.st_size, device=found.st_dev, inode=found.st_ino, modified_ns=found.st_mtime_ns)
+
+    def whenever_written(self) -> FileIdentity:
+        """The same for a file that may be written to."""
+        return replace(self, modified_ns=None)
+
+    def is_of(self, descriptor: int) -> bool:
+        """Whether an open file is the same, and was not written to since."""
+        return self._found(descriptor) == self
+
+    def expect(self, descriptor: int, path: Path) -> None:
+        """Raise `CheckpointError` if the file that was opened as `path` is another one, or was written to since."""
+        found = self._found(descriptor)
+        if found == self:
+            return
+        differences = []
+        if found.nbytes != self.nbytes:
+            differences.append(f"has {found.nbytes:,} bytes, but had {self.nbytes:,}")
+        if found.modified_ns != self.modified_ns:
+            differences.append(f"was written at {_time(found.modified_ns)}, but had been at {_time(self.modified_ns)}")
+        if (found.device, found.inode) != (self.device, self.inode):
+            differences.append(
+                f"is inode {found.inode} of device {found.device}, but was inode {self.inode} of device {self.device}"
+            )
+        raise CheckpointError(
+            f"{path} is not what it was when the model was loaded: it {'; it '.join(differences)}. Load the model "
+            f"again, or put the original file back"
+        )
+
+    def _found(self, descriptor: int) -> FileIdentity:
+        found = FileIdentity.of(descriptor)
+        return found.whenever_written() if self.modified_ns is None else found
+
+
+def _time(nanoseconds: int | None) -> str:
+    """Down to the nanosecond: the times of files that are written one after the other differ by little."""
+    seconds, rest = divmod(nanoseconds or 0, 10**9)
+    return f"{datetime.fromtimestamp(seconds, UTC):%Y-%m-%d %H:%M:%S}.{rest:09} UTC"
 
 
 class OpenedFile:
@@ -86,3 +164,44 @@ class OpenedFile:
             return False
         os.posix_fadvise(self.descriptor, offset, nbytes, os.POSIX_FADV_WILLNEED)
         return True
+
+
+class _Closable(Protocol):
+    def close(self) -> None:
+        """Close all handles."""
+
+
+class OpenFiles:
+    """Files that are open, oldest first. Safe to use from several threads."""
+
+    def __init__(self, limit: int) -> None:
+        self.limit = limit
+        self._lock = FORKS.with_lock(threading.Lock(), Rank.SHORT)
+        self._files: OrderedDict[int, weakref.ref[_Closable]] = OrderedDict()
+
+    def add(self, file: _Closable) -> None:
+        """Note that a file has been opened, and close the oldest where there are too many.
+
+        Not to be called with a lock held that closing another file waits for.
+        """
+        with self._lock:
+            self._files[id(file)] = weakref.ref(file)
+            self._files.move_to_end(id(file))
+            surplus = [self._files.popitem(last=False)[1] for _ in range(len(self._files) - self.limit)]
+        for oldest in (reference() for reference in surplus):
+            if oldest is not None and oldest is not file:
+                oldest.close()
+
+
+def default_limit() -> int:
+    """Files that half of this process's handles are enough for; the other half is left to other code."""
+    if resource is None:
+        return _LIMIT_WITHOUT_LIMITS // _HANDLES_PER_FILE
+    handles = resource.getrlimit(resource.RLIMIT_NOFILE)[0]
+    if handles == resource.RLIM_INFINITY:
+        handles = 1 << 20
+    return max(8, handles // 2 // _HANDLES_PER_FILE)
+
+
+OPEN_FILES = OpenFiles(default_limit())
+"""The open files of this process, which the limit applies to."""

@@ -6,13 +6,12 @@ an expert's file ranges begin as far behind a page boundary in memory as in the 
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import NamedTuple
 
-from transformers_moe_offload.disk_io.file import File
-from transformers_moe_offload.disk_io.file_range import FileRange, joined
+from transformers_moe_offload.disk_io.file import File, FileRange, joined
 from transformers_moe_offload.system.host_memory import PAGE_BYTES
 
 
@@ -54,13 +53,20 @@ def placed(ranges: Sequence[FileRange]) -> Placed:
         reads.append(PageRead(file_range.file, first, nbytes, needed, room))
         begins.append((file_range, room - first))
         room += nbytes
-    shifts = [_shift_of(field, begins) for field in ranges]
-    return Placed(tuple(reads), tuple(field.start + shift for field, shift in zip(ranges, shifts, strict=True)))
+
+    def place_of(field: FileRange) -> int:
+        return next(
+            field.start + shift
+            for whole, shift in begins
+            if whole.file is field.file and whole.start <= field.start and field.stop <= whole.stop
+        )
+
+    return Placed(tuple(reads), tuple(map(place_of, ranges)))
 
 
 def most_spare_bytes(ranges: Sequence[FileRange]) -> int:
     """The most bytes of memory that whole pages add to an expert with these ranges, wherever in a page they begin."""
-    return sum(PAGE_BYTES * (1 if (one.stop - one.start) % PAGE_BYTES == 0 else 2) for one in joined(ranges))
+    return sum(PAGE_BYTES * (1 if one.nbytes % PAGE_BYTES == 0 else 2) for one in joined(ranges))
 
 
 def parts(read: PageRead, most_bytes: int) -> list[PageRead]:
@@ -71,12 +77,3 @@ def parts(read: PageRead, most_bytes: int) -> list[PageRead]:
         for done in range(0, read.nbytes, step)
         for nbytes in [min(step, read.nbytes - done)]
     ]
-
-
-def _shift_of(field: FileRange, begins: Iterable[tuple[FileRange, int]]) -> int:
-    """The difference between a field's place in memory and its place in its file."""
-    return next(
-        shift
-        for whole, shift in begins
-        if whole.file is field.file and whole.start <= field.start and field.stop <= whole.stop
-    )

@@ -41,18 +41,10 @@ class Crew(Protocol):
 class Read:
     """One expert in flight. Reader threads read its chunks, and so does the thread that waits for it, one at a time."""
 
-    def __init__(
-        self,
-        chunks: Sequence[Callable[[], None]],
-        complete: Callable[[], int],
-        give_up: Callable[[], None] = lambda: None,
-        *,
-        crew: Crew | None = None,
-        unfinished: set[Read] | None = None,
-    ) -> None:
-        self._steps = list(chunks)
-        self._complete = complete
-        self._give_up = give_up
+    def __init__(self, work: Work, crew: Crew | None = None, unfinished: set[Read] | None = None) -> None:
+        self._steps = list(work.chunks)
+        self._complete = work.complete
+        self._give_up = work.give_up
         self._crew = crew
         self._unfinished = set() if unfinished is None else unfinished
         self._is_for_all = True

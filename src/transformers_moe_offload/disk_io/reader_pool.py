@@ -12,7 +12,7 @@ import threading
 import time
 import weakref
 from _thread import start_new_thread
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from contextlib import suppress
 from queue import SimpleQueue
 
@@ -54,21 +54,14 @@ class ReaderPool:
         self._crew: _Crew | None = None
         self._unfinished: set[Read] = set()
 
-    def start(
-        self,
-        chunks: Sequence[Callable[[], None]],
-        complete: Callable[[], int],
-        give_up: Callable[[], None] = lambda: None,
-    ) -> Read:
-        """Begin to read an expert: `chunks` in any order and at once, then `complete`, which returns the bytes that
-        came from files. `give_up` is called instead if a chunk fails or the read is cancelled. Each may be called
-        twice."""
-        return self._started(Read(chunks, complete, give_up, crew=self._living_crew(), unfinished=self._unfinished))
+    def start(self, work: Work) -> Read:
+        """Begin to read an expert."""
+        return self._started(Read(work, self._living_crew(), self._unfinished))
 
     def open(self, opened: Callable[[], Work]) -> Read:
         """Begin to read an expert that Ctrl-C must never interrupt in the middle: a reader thread calls `opened`, which
         returns the steps, and only reader threads do them."""
-        read = Read((), _nothing, crew=self._living_crew(), unfinished=self._unfinished)
+        read = Read(Work((), int), self._living_crew(), self._unfinished)  # `int` returns 0
         read.opens(opened)
         return self._started(read)
 
@@ -183,7 +176,3 @@ def _serve(calls: SimpleQueue[Read | None], working: threading.Lock) -> None:
 
 _LOOK_AGAIN_S = 0.0005
 """Seconds between a fork's checks whether reader threads are idle; a chunk takes as long, or longer."""
-
-
-def _nothing() -> int:
-    return 0

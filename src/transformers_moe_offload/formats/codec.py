@@ -1,7 +1,13 @@
 """How one expert is stored: which of its fields are quantized, and what arrays each field becomes.
 
 A record, a slot or a file holds these arrays like any other tensors, so no other code depends on the format.
+
+Groups along the outputs of a matrix, hqq's axis 0, can be read, but not quantized. Such a group is g weights of one
+column, N / g rows apart. With each group brought together, column after column, the weights form a (K, N) matrix whose
+groups lie along its rows, as with axis 1; that matrix is packed.
 """
+
+# N rows (outputs), K columns (inputs), S matrices stacked along the rows, g group size
 
 from __future__ import annotations
 
@@ -14,10 +20,25 @@ from torch import Tensor
 
 from transformers_moe_offload.config.formats import HqqFormat
 from transformers_moe_offload.expert import FieldSpec
-from transformers_moe_offload.formats.columns import num_stacked, put_back
+from transformers_moe_offload.formats.base import Codec
 from transformers_moe_offload.formats.hqq import packing_of, quantize
 from transformers_moe_offload.kernels.packed import PackedMatrix, Packing
 from transformers_moe_offload.kernels.reference import dequantize
+
+_STACKED = {"gate_up_proj": 2}
+"""Fields that stack several matrices, each with groups of its own."""
+
+
+def brought_together(weights: Tensor, group_size: int) -> Tensor:
+    """weights (N, K), or their codes, of a single matrix -> (K, N), each group in one piece."""
+    rows, cols = weights.shape
+    return weights.reshape(group_size, rows // group_size, cols).permute(2, 1, 0).reshape(cols, rows)
+
+
+def put_back(weights: Tensor, group_size: int, field: str) -> Tensor:
+    """Undo `brought_together` for the S matrices of a field, each brought together on its own: (K, N) -> (N, K)."""
+    (cols, rows), stacked = weights.shape, _STACKED.get(field.rpartition(".")[2], 1)
+    return weights.view(cols, stacked, -1, group_size).permute(1, 3, 2, 0).reshape(rows, cols)
 
 
 @dataclass(frozen=True)
@@ -81,17 +102,17 @@ class FieldCodec:
             return parts[self.field.name].to(dtype)
         weight = dequantize(self.matrix(parts), dtype)
         if self.format.axis == 0:
-            weight = put_back(weight, self.format.group_size, num_stacked(self.field.name))
+            weight = put_back(weight, self.format.group_size, self.field.name)
         return weight.t().contiguous() if self.is_transposed else weight
 
     def matrix(self, parts: Mapping[str, Tensor]) -> PackedMatrix:
-        """The packed matrix of a quantized field, sharing the arrays: (out, in), or as in `columns.py` for axis 0."""
+        """The packed matrix of a quantized field, sharing the arrays: (out, in), or (in, out) for axis 0."""
         assert self.packing is not None
         return PackedMatrix(self.packing, {own: parts[part] for own, part in self._part_names})
 
 
 @dataclass(frozen=True)
-class ExpertCodec:
+class ExpertCodec(Codec):
     """How experts of a sparse layer are stored.
 
     Matrices are quantized; biases, norms and all other fields without exactly two dimensions stay as they are.
@@ -117,11 +138,6 @@ class ExpertCodec:
             for field in self.fields
         )
 
-    @cached_property
-    def stored(self) -> tuple[FieldSpec, ...]:
-        """All arrays of an expert, in the order in which they are stored."""
-        return tuple(part for codec in self.codecs for part in codec.parts)
-
     def encode(self, tensors: Mapping[str, Tensor], name: str = "the expert") -> dict[str, Tensor]:
         """Quantize an expert: its fields -> the arrays of `stored`. Errors call it `name`."""
         parts: dict[str, Tensor] = {}
@@ -130,40 +146,24 @@ class ExpertCodec:
             parts |= codec.encode(tensors[field], f"{field} of {name}")
         return parts
 
-    def decode(self, parts: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """The fields of an expert from the arrays of `stored`, in their shapes and the dtype they are loaded in.
-
-        The results never share memory with the arrays.
-        """
-        fields = {codec.field.name: codec.decode(parts) for codec in self.codecs}
-        return {name: field.clone() if field is parts.get(name) else field for name, field in fields.items()}
-
-    def decode_field(self, name: str, parts: Mapping[str, Tensor]) -> Tensor:
-        """One of the fields that `decode` returns; may share memory with the arrays."""
-        return self._by_name[name].decode(parts)
-
     def packing(self, name: str) -> Packing | None:
         """How the matrix that `matrices` returns for a field is packed; None for a field that it decodes."""
-        codec = self._by_name[name]
-        return codec.packing if codec.has_arithmetic else None
+        return next(
+            codec.packing if codec.has_arithmetic else None for codec in self.codecs if codec.field.name == name
+        )
 
-    @cached_property
-    def _by_name(self) -> dict[str, FieldCodec]:
-        return {codec.field.name: codec for codec in self.codecs}
-
-    @cached_property
+    @property
     def is_packed(self) -> bool:
         """Whether all matrices are in low bits that there are kernels for."""
         return self.format is not None and self.format.axis == 1
 
     def matrices(self, parts: Mapping[str, Tensor]) -> dict[str, Tensor | PackedMatrix]:
-        """The operands to compute with: packed matrices where there are kernels for them, without a copy, and decoded
-        fields elsewhere."""
+        """As in `Codec`."""
         return {
             codec.field.name: codec.matrix(parts) if codec.has_arithmetic else codec.decode(parts)
             for codec in self.codecs
         }
 
     def cast(self, dtype: str) -> ExpertCodec:
-        """This codec for a model in another dtype: the stored arrays stay, and are decoded to `dtype`."""
+        """As in `Codec`."""
         return replace(self, loaded_dtype=dtype)

@@ -1,4 +1,5 @@
-"""Reject arguments of Transformers' own methods that an offloaded model does not support, before anything is done.
+"""Arguments of Transformers' own methods: those that an offloaded model does not support, refused before anything is
+done, and those that Transformers does not pass on to the quantizer.
 
 All other arguments keep their meaning. `tests/hf/test_arguments.py` lists every argument of the methods that
 `install.py` wraps, and how it is handled.
@@ -7,9 +8,21 @@ All other arguments keep their meaning. `tests/hf/test_arguments.py` lists every
 from __future__ import annotations
 
 from collections.abc import Mapping
+from contextvars import ContextVar
 from typing import Any
 
+import torch
+
+from transformers_moe_offload.config import OffloadConfig
 from transformers_moe_offload.errors import ConfigError, UnsupportedModelError
+
+asked_for: ContextVar[OffloadConfig | None] = ContextVar("asked_for", default=None)
+"""The config passed to the current `from_pretrained`. For a checkpoint with its own quantization config, Transformers
+does not pass it on to the quantizer."""
+
+to_save: ContextVar[Mapping[str, torch.Tensor] | None] = ContextVar("to_save", default=None)
+"""The `state_dict` passed to the current `save_pretrained`; Transformers does not pass it on to the quantizer."""
+
 
 _SPLITS = {
     "tp_size": "tensor parallelism",

@@ -23,9 +23,8 @@ from transformers import AutoConfig, PretrainedConfig, PreTrainedModel
 import transformers_moe_offload.models.adapter_moe  # noqa: F401 -- registers its model type
 from transformers_moe_offload.config import OffloadConfig
 from transformers_moe_offload.errors import CheckpointError, ConfigError
-from transformers_moe_offload.hf.arguments import refuse_on_load
+from transformers_moe_offload.hf.arguments import asked_for, refuse_on_load
 from transformers_moe_offload.hf.loading.damage import HUB_OPTIONS, expect_layers, explaining
-from transformers_moe_offload.hf.loading.given import asked_for
 from transformers_moe_offload.hf.other_quantizers.methods import DELEGATED, refusal
 from transformers_moe_offload.hf.peft.register import uninstall_adapters
 from transformers_moe_offload.hf.upstream import (

@@ -16,7 +16,9 @@ from huggingface_hub import HfApi
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalTokenNotFoundError
 
 from transformers_moe_offload.errors import MoeOffloadError
+from transformers_moe_offload.hub.fetch import CONNECTION_FAILED
 from transformers_moe_offload.tensor_files.writer import PARTIAL
+from transformers_moe_offload.untrusted import one_line
 
 T = TypeVar("T")
 logger = logging.getLogger(__name__)
@@ -32,11 +34,7 @@ _ADVICE = {
     409: "another commit is being written to it; run it again",
 }
 
-
-_ConnectionFailed: Any = HfHubHTTPError.__bases__[0]
-"""What the HTTP client of huggingface_hub raises; which client that is depends on the version."""
-
-_Failures: Any = (HfHubHTTPError, HFValidationError, LocalTokenNotFoundError, _ConnectionFailed, OSError, RuntimeError)
+_Failures: Any = (HfHubHTTPError, HFValidationError, LocalTokenNotFoundError, CONNECTION_FAILED, OSError, RuntimeError)
 
 
 class UploadError(MoeOffloadError):
@@ -111,7 +109,7 @@ def expect_pushable(api: HfApi, repo: str) -> None:
         api.repo_exists(repo)
         api.whoami()
     except _Failures as error:
-        raise UploadError(f"cannot upload to {repo!r}: {_one_line(error)}") from error
+        raise UploadError(f"cannot upload to {repo!r}: {_said(error)}") from error
 
 
 def _patiently(call: Callable[[], T], folder: Path, repo: str) -> T:
@@ -121,13 +119,13 @@ def _patiently(call: Callable[[], T], folder: Path, repo: str) -> T:
             return call()
         except _Failures as error:
             status = _status(error)
-            may_pass = isinstance(error, _ConnectionFailed) if status is None else _passes(status)
+            may_pass = isinstance(error, CONNECTION_FAILED) if status is None else _passes(status)
             if wait is None or not may_pass:
                 raise UploadError(
-                    f"cannot upload {folder} to {repo!r}: {_one_line(error)}; {_advice(status)}. The folder is as it "
+                    f"cannot upload {folder} to {repo!r}: {_said(error)}; {_advice(status)}. The folder is as it "
                     f"was, and what the Hub has already is not sent again"
                 ) from error
-            logger.warning("The Hub answers %s; trying again in %g s.", status or _one_line(error), wait)
+            logger.warning("The Hub answers %s; trying again in %g s.", status or _said(error), wait)
             time.sleep(wait)
     raise AssertionError("the last attempt returns or raises")
 
@@ -153,5 +151,5 @@ def _advice(status: int | None) -> str:
     return _ADVICE.get(status or 0, "see what it says, and run it again")
 
 
-def _one_line(error: BaseException) -> str:
-    return " ".join(str(error).split())
+def _said(error: BaseException) -> str:
+    return one_line(error, 1000)  # long enough for the advice that ends the Hub's messages

@@ -16,21 +16,19 @@ from typing import Any
 
 import torch
 from huggingface_hub import HfApi, hf_hub_download
-from huggingface_hub.errors import EntryNotFoundError, HfHubHTTPError, OfflineModeIsEnabled, SafetensorsParsingError
+from huggingface_hub.errors import EntryNotFoundError, OfflineModeIsEnabled, SafetensorsParsingError
 from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME, cached_file
 
 from transformers_moe_offload.disk_io.file import File
-from transformers_moe_offload.disk_io.file_identity import FileIdentity
+from transformers_moe_offload.disk_io.opened_file import FileIdentity
 from transformers_moe_offload.dtypes import torch_dtype
 from transformers_moe_offload.errors import CheckpointError
 from transformers_moe_offload.expert import FieldSpec
-from transformers_moe_offload.hub.fetch import fetch
-from transformers_moe_offload.tensor_files.index import DTYPES, StoredTensor, read_header, read_index
-from transformers_moe_offload.tensor_files.weight_map import WeightMap
+from transformers_moe_offload.hub.fetch import CONNECTION_FAILED, fetch
+from transformers_moe_offload.tensor_files.index import DTYPES, StoredTensor, WeightMap, read_header, read_index
+from transformers_moe_offload.untrusted import one_line
 
 _PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt")
-_CONNECTION_FAILED: Any = HfHubHTTPError.__bases__[0]
-"""What the HTTP client of huggingface_hub raises; which client that is depends on the version."""
 _NOWHERE = FileIdentity(nbytes=0, device=0, inode=0, modified_ns=None)
 """Identity of files on the Hub, which are not opened."""
 _AT_ONCE = 8
@@ -85,9 +83,9 @@ class HubWeights:
         except EntryNotFoundError as error:
             there = api.list_repo_files(self.repo, revision=self.folder.name)
             raise without_safetensors(self.repo, there) from error
-        except (_CONNECTION_FAILED, SafetensorsParsingError) as error:
+        except (CONNECTION_FAILED, SafetensorsParsingError) as error:
             raise CheckpointError(
-                f"cannot read the header of {name} of {self.repo}: {' '.join(str(error).split())}"
+                f"cannot read the header of {name} of {self.repo}: {one_line(error, 1000)}"
             ) from error
         return tuple(_spec(one) for one in _tensors_of(self.repo, name, header))
 

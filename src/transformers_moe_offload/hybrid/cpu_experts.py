@@ -1,4 +1,4 @@
-"""Compute experts on the host while the accelerator and the link are busy with others.
+"""The host's part in one sparse layer: it computes some absent experts while the accelerator and the link are busy.
 
 Tokens come down from the device and rows go back up; the weights stay in host memory. The results are those of
 `ExpertMlp` on a CPU, which are not bit for bit those on an accelerator.
@@ -11,11 +11,16 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import AbstractContextManager
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 
+from transformers_moe_offload.cache.cache import ExpertCache
 from transformers_moe_offload.compute.mlp import ExpertMlp, ExpertWeights
+from transformers_moe_offload.compute.token_grouping import Grouping
+from transformers_moe_offload.expert import ExpertId
+from transformers_moe_offload.hybrid.split import MissRates, split
 
 Hold = Callable[[int], AbstractContextManager[ExpertWeights]]
 """Opens an expert of the layer in host memory, by its index; its weights are valid until it is closed."""
@@ -63,10 +68,6 @@ class HostRows:
         self._work = work
         self._device = device
 
-    def is_done(self) -> bool:
-        """Whether `finish` would return at once."""
-        return self._work.done()
-
     def finish(self) -> dict[int, Tensor]:
         """Each expert's rows, (N, H) on the device of the tokens, or raise what went wrong."""
         return {
@@ -99,3 +100,32 @@ def _pinned(outputs: dict[int, Tensor], device: torch.device) -> dict[int, Tenso
     """Rows in page-locked memory, for asynchronous copies to the device. torch keeps it until they are over."""
     with torch.cuda.device(device):
         return {expert: rows.pin_memory() for expert, rows in outputs.items()}
+
+
+Share = dict[int, Sequence[int]]
+"""The experts that the host computes, each with the tokens that want it."""
+
+
+@dataclass(frozen=True)
+class HostSide:
+    """What the host can do for the layers of one accelerator."""
+
+    compute: HostCompute
+    rates: MissRates
+    is_at_hand: Callable[[ExpertId], bool]
+    """Whether an expert is in host memory."""
+    hold: Callable[[ExpertId], AbstractContextManager[ExpertWeights]]
+    """Opens an expert in host memory; its weights are valid until it is closed."""
+
+    def share(self, cache: ExpertCache, layer: int, grouping: Grouping, loads_under_way: int = 0) -> Share:
+        """The experts that the host should compute in a layer that is about to be visited. Another thread's visit may
+        come between; experts that it loads are then computed here for nothing."""
+        absent = [expert for expert in grouping.by_last_use if cache.is_absent(ExpertId(layer, expert))]
+        tokens = {expert: len(grouping.tokens[expert]) for expert in absent}
+        at_hand = {expert for expert in absent if self.is_at_hand(ExpertId(layer, expert))}
+        computed, _ = split(tokens, self.rates, at_hand, loads_under_way)
+        return {expert: list(grouping.tokens[expert]) for expert in computed}
+
+    def start(self, mlp: ExpertMlp, experts: nn.Module, hidden_states: Tensor, layer: int, share: Share) -> HostRows:
+        """Begin to compute a share: hidden_states (T, H) on the accelerator."""
+        return self.compute.start(mlp, experts, hidden_states, share, lambda expert: self.hold(ExpertId(layer, expert)))

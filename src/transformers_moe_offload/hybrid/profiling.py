@@ -7,7 +7,7 @@ On made-up experts, before any real one is loaded: only their size matters. All 
 
 from __future__ import annotations
 
-import time
+import timeit
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
 
@@ -19,7 +19,7 @@ from transformers_moe_offload.expert import ExpertId
 from transformers_moe_offload.hybrid.cpu_experts import HostCompute
 from transformers_moe_offload.hybrid.split import MissRates
 from transformers_moe_offload.slots.transfer import Copier
-from transformers_moe_offload.store.record_reader import ReadInto
+from transformers_moe_offload.store.record import ReadInto
 
 COLD_BYTES = 128 << 20
 """Bytes of the experts that are computed one after another, so that each one's weights come from memory: more than the
@@ -125,9 +125,4 @@ def _no_expert(expert: int) -> AbstractContextManager[ExpertWeights]:
 def fastest(work: Callable[[], object]) -> float:
     """Seconds of the fastest of some calls, after one that is not counted."""
     work()
-    seconds = []
-    for _ in range(PASSES):
-        started = time.perf_counter()
-        work()
-        seconds.append(time.perf_counter() - started)
-    return min(seconds)
+    return min(timeit.repeat(work, number=1, repeat=PASSES))

@@ -35,20 +35,13 @@ class MissRates:
         return self.expert_s + self.row_s * (num_tokens - 1)
 
 
-@dataclass(frozen=True)
-class Split:
-    """Which of a layer's absent experts are moved, and which the host computes."""
-
-    fetched: tuple[int, ...]
-    """Those that are moved, in the order in which they were asked for."""
-    computed: tuple[int, ...]
-    """Those that the host computes, in the same order."""
-    seconds: float
-    """How long the slower side takes, by the rates."""
-
-
-def split(tokens: Mapping[int, int], rates: MissRates, at_hand: Container[int], loads_under_way: int = 0) -> Split:
+def split(
+    tokens: Mapping[int, int], rates: MissRates, at_hand: Container[int], loads_under_way: int = 0
+) -> tuple[list[int], float]:
     """The fastest split of absent experts, each with the number of tokens that want it, those worth keeping last.
+
+    Returns those that the host computes, in that order, and how many seconds the slower side takes by the rates; the
+    others are moved.
 
     Only experts `at_hand`, in host memory, can be computed there; the others have to be read from disk first, which
     takes so long that it makes no difference where they go then. `loads_under_way` keep the link busy already.
@@ -68,15 +61,10 @@ def split(tokens: Mapping[int, int], rates: MissRates, at_hand: Container[int], 
         seconds = max(link_s + (len(movable) - number) * rates.fetch_s, rates.trip_s + work_s)
         if seconds < best:
             best, num_computed = seconds, number
-    computed = set(movable[:num_computed])
-    return Split(
-        tuple(expert for expert in tokens if expert not in computed),
-        tuple(expert for expert in tokens if expert in computed),
-        best,
-    )
+    return sorted(movable[:num_computed], key=place.__getitem__), best
 
 
 def pays(rates: MissRates, num_absent: int) -> bool:
     """Whether to use the host by default, where a token finds so many experts absent."""
     asked = dict.fromkeys(range(num_absent), 1)
-    return split(asked, rates, asked).seconds < (1 - WORTHWHILE) * num_absent * rates.fetch_s
+    return split(asked, rates, asked)[1] < (1 - WORTHWHILE) * num_absent * rates.fetch_s

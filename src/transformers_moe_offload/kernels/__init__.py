@@ -6,17 +6,15 @@ else torch; `available` says which of them can be used, and why the others canno
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
 import torch
 from torch import Tensor
 
 from transformers_moe_offload.config.options import choose
-from transformers_moe_offload.kernels import cpu, dense, gpu, native, reference
-from transformers_moe_offload.kernels.cpu import Activations
-from transformers_moe_offload.kernels.gradient import Linear
-from transformers_moe_offload.kernels.operator import best_linear, compiled_linear
+from transformers_moe_offload.kernels import cpu, dense, gpu, native
+from transformers_moe_offload.kernels.cpu import Activations, linear_each
+from transformers_moe_offload.kernels.operator import Linear, best_linear, compiled_linear
 from transformers_moe_offload.kernels.packed import PackedMatrix, Packing
+from transformers_moe_offload.kernels.reference import linear_transposed
 
 __all__ = [
     "Activations",
@@ -40,7 +38,7 @@ def linear(rows: Tensor, matrix: PackedMatrix, *, activations: Activations = "ex
     if activations != "exact":
         choose("activations", activations, ("exact", "int8"))
     if rows.requires_grad and torch.is_grad_enabled():
-        out: Tensor = Linear.apply(rows, matrix, activations, best_linear)  # type: ignore[no-untyped-call]
+        out: Tensor = Linear.apply(rows, matrix, activations)  # type: ignore[no-untyped-call]
         return out
     if torch.compiler.is_compiling():
         return compiled_linear(rows, matrix, activations)
@@ -55,25 +53,6 @@ def can_multiply_each(rows: Tensor) -> bool:
         and not (rows.requires_grad and torch.is_grad_enabled())
         and native.library() is not None
     )
-
-
-def linear_each(
-    rows: Tensor,
-    counts: Sequence[int],
-    matrices: Sequence[PackedMatrix | Tensor],
-    *,
-    activations: Activations = "exact",
-) -> Tensor:
-    """rows (T, K), the next `counts[i]` of them times `matrices[i]`, all of one shape -> (T, N), in one call.
-
-    Rows must satisfy `can_multiply_each`, or, for plain bfloat16 matrices, `dense.reads_fast`.
-    """
-    return cpu.linear_each(rows, counts, matrices, activations)
-
-
-def linear_transposed(rows: Tensor, matrix: PackedMatrix) -> Tensor:
-    """rows (T, N) of any float dtype -> their products with the columns of the matrix, (T, K): a gradient."""
-    return reference.linear_transposed(rows, matrix)
 
 
 def available() -> dict[str, str]:

@@ -27,17 +27,6 @@ BYTES_PER_THREAD = 1 << 18
 """Bytes of a matrix, times rows of input, per additional thread."""
 
 
-def linear(
-    rows: Tensor, matrix: PackedMatrix | Tensor, activations: Activations = "exact", threads: int | None = None
-) -> Tensor:
-    """rows (T, K) float32, bfloat16 or float16 -> their products with the rows of the matrix, (T, N).
-
-    The matrix is packed, or bfloat16 (N, K) and contiguous. For packed matrices `int8` rounds each group of a row of
-    input to 8-bit integers: faster, and about 1 % off. `threads` defaults to at most `torch.get_num_threads()`.
-    """
-    return linear_each(rows, [len(rows)], [matrix], activations, threads)
-
-
 def linear_each(
     rows: Tensor,
     counts: Sequence[int],
@@ -47,7 +36,12 @@ def linear_each(
 ) -> Tensor:
     """rows (T, K) -> (T, N): the next `counts[i]` rows times `matrices[i]`; all matrices have one shape and kind.
 
+    Rows are float32, bfloat16 or float16. Matrices are packed, or bfloat16 (N, K) and contiguous. For packed ones
+    `int8` rounds each group of a row of input to 8-bit integers: faster, and about 1 % off. `threads` defaults to at
+    most `torch.get_num_threads()`.
+
     One call computes all products, so threads are distributed once. Each row's product has the same bits as on its own.
+    Rows must satisfy `kernels.can_multiply_each`, or, for plain bfloat16 matrices, `dense.reads_fast`.
     """
     library = native.library()
     assert library is not None

@@ -17,13 +17,14 @@ from __future__ import annotations
 
 import functools
 import platform
+from collections.abc import Iterator
 
 import torch
 from torch import Tensor
 from torch.nn import functional
 
 from transformers_moe_offload.kernels import cpu, native
-from transformers_moe_offload.kernels.scratch import scratch
+from transformers_moe_offload.kernels.reference import scratch
 
 TILE_ROWS = 512
 """Rows of a matrix that are cast at a time, as in the 152 ms measurement above."""
@@ -65,29 +66,26 @@ def linear_in_tiles(rows: Tensor, weight: Tensor) -> Tensor:
     """rows (T, K), weight (N, K) -> (T, N) in the rows' dtype, added up in float32."""
     out = torch.empty((len(rows), len(weight)), dtype=rows.dtype)
     inputs = rows.float()
-    for start in range(0, len(weight), TILE_ROWS):
-        some = weight[start : start + TILE_ROWS]
-        tile = scratch("dense", (len(some), weight.shape[1]), torch.float32, weight.device).copy_(some)
-        out[:, start : start + len(some)] = inputs @ tile.t()
+    for some, tile in _tiles(weight):
+        out[:, some] = inputs @ tile.t()
     return out
 
 
 def linear_transposed(rows: Tensor, weight: Tensor) -> Tensor:
     """rows (T, N), weight (N, K) -> (T, K), the gradient of `linear`, in float32 tiles where that is faster."""
-    if rows.device.type == "cpu" and wants_tiles(len(rows), rows.dtype, has_units=has_bfloat16_units()):
-        return linear_transposed_in_tiles(rows, weight)
-    return rows @ weight
-
-
-def linear_transposed_in_tiles(rows: Tensor, weight: Tensor) -> Tensor:
-    """rows (T, N), weight (N, K) -> (T, K) in the rows' dtype, added up in float32."""
+    if rows.device.type != "cpu" or not wants_tiles(len(rows), rows.dtype, has_units=has_bfloat16_units()):
+        return rows @ weight
     inputs = rows.float()
     out = torch.zeros((len(rows), weight.shape[1]))
-    for start in range(0, len(weight), TILE_ROWS):
-        some = weight[start : start + TILE_ROWS]
-        tile = scratch("dense", (len(some), weight.shape[1]), torch.float32, weight.device).copy_(some)
-        out.addmm_(inputs[:, start : start + len(some)], tile)
+    for some, tile in _tiles(weight):
+        out.addmm_(inputs[:, some], tile)
     return out.to(rows.dtype)
+
+
+def _tiles(weight: Tensor) -> Iterator[tuple[slice, Tensor]]:
+    """Which rows of the matrix, and their float32 weights. The next tile overwrites the last one."""
+    for some in (slice(start, start + TILE_ROWS) for start in range(0, len(weight), TILE_ROWS)):
+        yield some, scratch("dense", tuple(weight[some].shape), torch.float32, weight.device).copy_(weight[some])
 
 
 @functools.cache

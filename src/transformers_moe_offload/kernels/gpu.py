@@ -1,6 +1,7 @@
 """Which kernels a GPU can run, and products by the best of them.
 
 Triton comes with torch's builds for GPUs but is optional. It is imported when first needed, which takes a second.
+Without it a matrix is dequantized, then multiplied by torch's matmul.
 """
 
 # T rows of input, N rows and K columns of the matrix
@@ -14,8 +15,8 @@ import os
 import torch
 from torch import Tensor
 
-from transformers_moe_offload.kernels import dequantized
-from transformers_moe_offload.kernels.packed import PackedMatrix
+from transformers_moe_offload.kernels.packed import PackedMatrix, unpack_rows
+from transformers_moe_offload.kernels.reference import scales_and_zeros
 
 TYPES = (torch.float32, torch.bfloat16, torch.float16)
 """Dtypes of rows that the Triton kernels accept."""
@@ -30,7 +31,7 @@ def linear(rows: Tensor, matrix: PackedMatrix) -> Tensor:
         from transformers_moe_offload.kernels import triton
 
         return triton.linear(rows, matrix)
-    return dequantized.linear(rows, matrix)
+    return linear_dequantized(rows, matrix)
 
 
 @functools.cache
@@ -53,3 +54,29 @@ def missing(device: torch.device | None = None) -> str | None:
     if found < CAPABILITY:
         return f"{torch.cuda.get_device_name(device)} has compute capability {found}, not at least {CAPABILITY}"
     return None
+
+
+WEIGHTS = 1 << 22
+"""Weights dequantized at a time: enough to keep a GPU busy while the next step is launched; 16 MiB in float32."""
+
+
+def linear_dequantized(rows: Tensor, matrix: PackedMatrix, weights: int = WEIGHTS) -> Tensor:
+    """rows (T, K) of any float dtype -> their products with the rows of the matrix, (T, N), without Triton.
+
+    Weights are computed in float32 and rounded to the rows' dtype, some millions at a time, in memory that torch's
+    allocator reuses.
+    """
+    packing, device = matrix.packing, rows.device
+    out = torch.empty((len(rows), packing.rows), dtype=rows.dtype, device=device)
+    step = min(max(1, weights // packing.cols), packing.rows)
+    with torch.no_grad(), torch.autocast(device.type, enabled=False):
+        scale, zero = (meta.unsqueeze(-1) for meta in scales_and_zeros(matrix))
+        codes = torch.empty((step, packing.cols), dtype=torch.uint8, device=device)
+        high = torch.empty_like(codes) if packing.nbits == 3 else None
+        for start in range(0, packing.rows, step):
+            stop = min(start + step, packing.rows)
+            unpack_rows(matrix, start, codes[: stop - start], None if high is None else high[: stop - start])
+            grouped = codes[: stop - start].view(stop - start, packing.groups, packing.group_size)
+            tile = ((grouped - zero[start:stop]) * scale[start:stop]).view(stop - start, packing.cols)
+            out[:, start:stop] = rows @ tile.to(rows.dtype).t()
+    return out

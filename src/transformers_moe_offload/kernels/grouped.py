@@ -38,10 +38,6 @@ class Activation:
     slope: float = 1.0
     shift: float = 0.0
 
-    def outputs(self, rows: int) -> int:
-        """Number of outputs for a matrix with `rows` rows."""
-        return rows // 2 if self.has_gate else rows
-
 
 @dataclass(frozen=True)
 class PlacedMatrix:

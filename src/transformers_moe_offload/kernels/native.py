@@ -50,18 +50,6 @@ def opened(path: Path) -> Native:
         return Native(None, missing=f"{path} is not the library of this package: {error}")
     if abi != ABI:
         return Native(None, missing=f"{path} has interface {abi}, not {ABI}; install this package again")
-    _declare(found)
-    _share_threads(found)
-    return Native(found, kernels=choose(found))
-
-
-def choose(found: ctypes.CDLL, name: str | None = None) -> str | None:
-    """Select the kernels `avx512`, `avx2` or `portable`, by default the best; returns the name, None if unsupported."""
-    chosen = found.moe_choose(None if name is None else name.encode())
-    return None if chosen is None else chosen.decode()
-
-
-def _declare(found: ctypes.CDLL) -> None:
     number, size, pointer = ctypes.c_int, ctypes.c_int64, ctypes.c_void_p
     found.moe_choose.restype = ctypes.c_char_p
     found.moe_choose.argtypes = (ctypes.c_char_p,)
@@ -70,6 +58,14 @@ def _declare(found: ctypes.CDLL) -> None:
     found.moe_linear.argtypes = (size, pointer, *[number] * 3)
     found.moe_read.restype = ctypes.c_uint64
     found.moe_read.argtypes = (pointer, size, number, number)
+    _share_threads(found)
+    return Native(found, kernels=choose(found))
+
+
+def choose(found: ctypes.CDLL, name: str | None = None) -> str | None:
+    """Select the kernels `avx512`, `avx2` or `portable`, by default the best; returns the name, None if unsupported."""
+    chosen = found.moe_choose(None if name is None else name.encode())
+    return None if chosen is None else chosen.decode()
 
 
 def _share_threads(found: ctypes.CDLL) -> None:

@@ -1,14 +1,18 @@
-"""The product with a packed matrix as one custom operator, because `torch.compile` cannot trace its kernels.
+"""The product with a packed matrix, for autograd and for `torch.compile`: differentiable in the rows, and one operator.
 
-They are called through ctypes on a CPU, and under another current device on a GPU: either would be a graph break.
+`torch.compile` cannot trace its kernels: they are called through ctypes on a CPU, and under another current device on a
+GPU, and either would be a graph break.
 """
 
 # T rows of input, N rows and K columns of the matrix
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 from transformers_moe_offload.kernels import cpu, gpu, native, reference
 from transformers_moe_offload.kernels.cpu import Activations
@@ -18,7 +22,7 @@ from transformers_moe_offload.kernels.packed import PackedMatrix, Packing
 def best_linear(rows: Tensor, matrix: PackedMatrix, activations: Activations) -> Tensor:
     """rows (T, K) -> (T, N), by the best kernel available for their device and dtype."""
     if rows.device.type == "cpu" and rows.dtype in cpu.TYPES and native.library() is not None:
-        return cpu.linear(rows, matrix, activations)
+        return cpu.linear_each(rows, [len(rows)], [matrix], activations)
     if rows.device.type == "cuda":
         return gpu.linear(rows, matrix)
     return reference.linear(rows, matrix)
@@ -44,3 +48,22 @@ def packed_linear(rows: Tensor, parts: list[Tensor], packing: list[int], activat
 @packed_linear.register_fake
 def _shape(rows: Tensor, parts: list[Tensor], packing: list[int], activations: str) -> Tensor:
     return rows.new_empty(rows.shape[0], packing[0])
+
+
+class Linear(torch.autograd.Function):
+    """`best_linear`, differentiable in the rows.
+
+    Keeps a reference to the matrix: its bytes must not change before the backward pass.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, rows: Tensor, matrix: PackedMatrix, activations: Activations) -> Tensor:
+        """rows (T, K) -> (T, N)."""
+        ctx.matrix = matrix
+        return best_linear(rows, matrix, activations)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor, None, None]:
+        """Gradient of the output (T, N) -> that of the rows, (T, K)."""
+        return reference.linear_transposed(grad_outputs[0], ctx.matrix), None, None

@@ -8,16 +8,36 @@ pages cost more than the arithmetic (4096 x 14336, one Zen 3 core: 600 ms at onc
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Iterator
+from math import prod
 
 import torch
 from torch import Tensor
 
-from transformers_moe_offload.kernels.packed import META_BLOCK, PackedMatrix
-from transformers_moe_offload.kernels.packing import unpack, unpack_rows
-from transformers_moe_offload.kernels.scratch import scratch
+from transformers_moe_offload.kernels.packed import META_BLOCK, PackedMatrix, unpack_rows
 
-__all__ = ["dequantize", "linear", "linear_transposed", "scales_and_zeros", "unpack"]
+
+class _Buffers(threading.local):
+    """Per thread, the largest buffer requested so far for each purpose."""
+
+    def __init__(self) -> None:
+        self.largest: dict[tuple[str, torch.dtype, torch.device], Tensor] = {}
+
+
+_BUFFERS = _Buffers()
+
+
+def scratch(purpose: str, shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
+    """An uninitialised buffer of this thread, valid until the thread requests one for the same purpose again."""
+    key, size = (purpose, dtype, device), prod(shape)
+    found = _BUFFERS.largest.get(key)
+    if found is None or found.numel() < size:
+        with torch.inference_mode(False):
+            found = torch.empty(size, dtype=dtype, device=device)
+        _BUFFERS.largest[key] = found
+    return found[:size].view(shape)
+
 
 TILE_ROWS = 64
 """Rows of a matrix that are dequantized at a time: 14336 columns of them in float32 are 3.5 MiB, which the L2 or L3

@@ -15,7 +15,6 @@ afterwards; here the scale is the one that is stored.
 from __future__ import annotations
 
 import ctypes
-from typing import Protocol
 
 import torch
 from torch import Tensor
@@ -28,36 +27,26 @@ SHRUNK_AWAY = BETA ** (-1 / (2 - LP_NORM))
 """Residuals up to this size, 0.17, shrink to zero: there |r| <= |r|^(p - 1) / beta."""
 
 
-class Solver(Protocol):
-    """The steps of quantizing groups (M, g) float32, contiguous, with scale (M,) and zero (M,) float32."""
+class Solver:
+    """The steps of quantizing groups (M, g) float32, contiguous, with scale (M,) and zero (M,) float32.
+
+    In torch, on any device.
+    """
 
     def chunk_of(self, groups: Tensor) -> int:
-        """How many weights to pass at a time."""
+        """How many weights to pass at a time: on a CPU 128 KiB, which fits one core's cache, elsewhere all.
 
-    def ranges(self, groups: Tensor) -> tuple[Tensor, Tensor]:
-        """The smallest and the largest weight of each group, (M,) each; not finite where a weight is not."""
-
-    def fit_zeros(self, groups: Tensor, scale: Tensor, start: Tensor, max_code: int) -> Tensor:
-        """The zeros that fit the scales, (M,), searched for from `start` (M,)."""
-
-    def nearest_codes(self, groups: Tensor, scale: Tensor, zero: Tensor, max_code: int) -> Tensor:
-        """The codes of which `(code - zero) * scale` is nearest to the weights, (M, g) uint8; 0 where scale is 0."""
-
-
-class TorchSolver:
-    """The solver in torch, on any device."""
-
-    def chunk_of(self, groups: Tensor) -> int:
-        """On a CPU 128 KiB, which fits one core's cache. torch also never splits so few weights among threads, which
-        would let the rounding of powers depend on the number of threads. Elsewhere, all weights."""
+        torch never splits so few weights among threads, which would let the rounding of powers depend on the number of
+        threads.
+        """
         return 1 << 15 if groups.device.type == "cpu" else groups.numel()
 
     def ranges(self, groups: Tensor) -> tuple[Tensor, Tensor]:
-        """As in the protocol."""
+        """The smallest and the largest weight of each group, (M,) each; not finite where a weight is not."""
         return groups.amin(1), groups.amax(1)
 
     def fit_zeros(self, groups: Tensor, scale: Tensor, start: Tensor, max_code: int) -> Tensor:
-        """As in the protocol."""
+        """The zeros that fit the scales, (M,), searched for from `start` (M,)."""
         scale = torch.where(scale == 0, 1.0, scale)
         scaled, zero = groups / scale[:, None], start
         mean, low, high = scaled.mean(1), scaled.amin(1), scaled.amax(1)
@@ -75,15 +64,15 @@ class TorchSolver:
         return zero
 
     def nearest_codes(self, groups: Tensor, scale: Tensor, zero: Tensor, max_code: int) -> Tensor:
-        """As in the protocol."""
+        """The codes of which `(code - zero) * scale` is nearest to the weights, (M, g) uint8; 0 where scale is 0."""
         codes = (groups / torch.where(scale == 0, 1.0, scale)[:, None]).add_(zero[:, None]).round_()
         return codes.clamp_(0, max_code).mul_((scale != 0)[:, None]).to(torch.uint8)
 
 
-class FusedSolver:
+class FusedSolver(Solver):
     """The solver in C (`csrc/hqq_solver.c`), on the CPU, in the calling thread, which releases the GIL.
 
-    Its zeros are those of `TorchSolver` except for rounding, and the same on every processor. It finds them eight times
+    Its zeros are those of `Solver` except for rounding, and the same on every processor. It finds them eight times
     as fast, and quantizes matrices four times as fast in all (2048 x 1024, 4 bits, groups of 64, one Xeon core: 100
     million weights a second against 24).
     """
@@ -96,19 +85,19 @@ class FusedSolver:
         return 1 << 17
 
     def ranges(self, groups: Tensor) -> tuple[Tensor, Tensor]:
-        """As in the protocol."""
+        """As in `Solver`."""
         low, high = groups.new_empty(len(groups)), groups.new_empty(len(groups))
         self._library.moe_hqq_ranges(*_described(groups), _address(low), _address(high))
         return low, high
 
     def fit_zeros(self, groups: Tensor, scale: Tensor, start: Tensor, max_code: int) -> Tensor:
-        """As in the protocol."""
+        """As in `Solver`."""
         zero = start.clone()
         self._library.moe_hqq_fit_zeros(*_described(groups), _address(scale), _address(zero), max_code)
         return zero
 
     def nearest_codes(self, groups: Tensor, scale: Tensor, zero: Tensor, max_code: int) -> Tensor:
-        """As in the protocol."""
+        """As in `Solver`."""
         codes = torch.empty(groups.shape, dtype=torch.uint8)
         self._library.moe_hqq_nearest_codes(
             *_described(groups), _address(scale), _address(zero), max_code, _address(codes)
@@ -119,7 +108,7 @@ class FusedSolver:
 def solver_for(weight: Tensor) -> Solver:
     """The fastest solver available for a matrix."""
     library = native.library() if weight.device.type == "cpu" else None
-    return TorchSolver() if library is None else FusedSolver(library)
+    return Solver() if library is None else FusedSolver(library)
 
 
 def _described(groups: Tensor) -> tuple[ctypes.c_void_p, ctypes.c_int64, ctypes.c_int]:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import errno
-import json
 import logging
 import os
 import shutil
@@ -15,8 +14,8 @@ from pathlib import Path
 from typing import Any
 
 from transformers_moe_offload.errors import CheckpointError
-from transformers_moe_offload.tensor_files.writer import PARTIAL, write_text
-from transformers_moe_offload.untrusted import json_file, one_line, quoted
+from transformers_moe_offload.tensor_files.writer import PARTIAL, as_json, write_text
+from transformers_moe_offload.untrusted import json_file, one_line, quoted, reading
 
 try:
     import fcntl
@@ -62,18 +61,12 @@ def is_complete(folder: Path, marks: Marks) -> bool:
 
 @contextmanager
 def claimed(
-    folder: Path,
-    recipe: Mapping[str, Any],
-    marks: Marks,
-    left: Left,
-    discards: tuple[type[Exception], ...] = (),
+    folder: Path, recipe: Mapping[str, Any], marks: Marks, left: Left, discards: tuple[type[Exception], ...] = ()
 ) -> Iterator[None]:
     """Lock a folder for this process, and prepare it to be written by this recipe."""
-    try:
+    with reading(f"cannot write to {folder}"):
         folder.mkdir(parents=True, exist_ok=True)
         lock = _lock(folder)
-    except OSError as error:
-        raise CheckpointError(f"cannot write to {folder}: {error.strerror}") from error
     try:
         if left is Left.EXPECTED:
             _expect(folder, recipe, marks)
@@ -82,7 +75,7 @@ def claimed(
         for left_over in folder.glob(f"{marks.prefix if left is Left.SHARED else ''}*{PARTIAL}"):
             left_over.unlink()
         if not (folder / marks.first).exists():
-            write_text(folder / marks.first, json.dumps(recipe, indent=2, sort_keys=True) + "\n")
+            write_text(folder / marks.first, as_json(recipe))
         yield
     except discards:
         empty(folder, marks)

@@ -20,6 +20,7 @@ from typing import Any
 from transformers_moe_offload.errors import CheckpointError
 from transformers_moe_offload.output.claim import Left, Marks, claimed, expect_empty, is_complete, read_recipe
 from transformers_moe_offload.tensor_files.writer import PARTIAL, sync_folder, write_text
+from transformers_moe_offload.untrusted import reading
 
 logger = logging.getLogger(__name__)
 
@@ -86,7 +87,7 @@ def replacing(
 
 def _change_places(folder: Path) -> None:
     """Move the checkpoint from beside the folder into its place, and remove the old one."""
-    try:
+    with reading(f"the checkpoint is complete in {_beside(folder)}, but cannot be moved to {folder}"):
         if folder.exists():
             before = _before(folder)
             before.mkdir(exist_ok=True)
@@ -94,10 +95,6 @@ def _change_places(folder: Path) -> None:
             folder.rename(before / _CONTENT)
         _beside(folder).rename(folder)
         sync_folder(folder.parent)
-    except OSError as error:
-        raise CheckpointError(
-            f"the checkpoint is complete in {_beside(folder)}, but cannot be moved to {folder}: {error.strerror}"
-        ) from error
     _remove_replaced(folder)
 
 

@@ -6,20 +6,23 @@ The caller names the tensors and files, and passes the function that fills a fil
 from __future__ import annotations
 
 import logging
+import os
 import shutil
 from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
+from types import TracebackType
 from typing import Any, Generic, TypeVar
 
 from torch import Tensor
 
 from transformers_moe_offload.errors import CheckpointError
 from transformers_moe_offload.expert import ITEMSIZE, FieldSpec
-from transformers_moe_offload.output.syncing import Syncing
 from transformers_moe_offload.tensor_files.checksum import check_file
 from transformers_moe_offload.tensor_files.index import read_metadata
-from transformers_moe_offload.tensor_files.writer import SafetensorsWriter, file_bytes
+from transformers_moe_offload.tensor_files.writer import SafetensorsWriter, file_bytes, sync, sync_folder
+from transformers_moe_offload.untrusted import reading
 
 C = TypeVar("C")
 Advance = Callable[[int], None]
@@ -151,3 +154,37 @@ def expect_room(folder: Path, shards: Sequence[Shard[Any]], advice: str) -> None
         raise CheckpointError(
             f"the checkpoint takes {needed:,} more bytes in {folder}, but {free:,} are free; free some, {advice}"
         )
+
+
+class Syncing:
+    """Sync written files to disk on a thread while other work goes on; all are on disk when the `with` block ends.
+
+    Without it, writing waits for the disk, and then the disk idles while files are checked. Until the block ends, a
+    power failure may leave a file with its name but not its bytes, so this is for folders that are not in use yet and
+    whose checksums tell unfinished files from finished ones (`is_finished`).
+    """
+
+    def __init__(self) -> None:
+        self._started: list[Future[None]] = []
+
+    def __enter__(self) -> Syncing:
+        self._thread = ThreadPoolExecutor(1, thread_name_prefix="moe-offload-sync")
+        return self
+
+    def file(self, path: Path) -> None:
+        """Start syncing a file to disk."""
+        self._started.append(self._thread.submit(_sync, path))
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        self._thread.shutdown(cancel_futures=kind is not None)
+        if kind is None:
+            for one in self._started:
+                one.result()
+
+
+def _sync(path: Path) -> None:
+    with reading(f"cannot bring {path} to disk"):
+        sync(path, os.O_RDWR)  # Windows only syncs files that are open for writing
+        sync_folder(path.parent)

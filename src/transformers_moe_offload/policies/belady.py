@@ -30,12 +30,13 @@ class Belady:
         self._now += 1
 
     def admit(self, expert: ExpertId) -> None:
-        """An expert has become resident."""
-        self._rank(expert)
+        """An expert has become resident, or is being used: it is ranked by its next use after this one."""
+        visits = self._visits_of[expert]
+        after = bisect_right(visits, self._now)
+        next_use = visits[after] if after < len(visits) else self._num_visits
+        self._ranking.put(expert, (-next_use, 0))
 
-    def use(self, expert: ExpertId) -> None:
-        """A resident is being used: it is ranked by its next use after this one."""
-        self._rank(expert)
+    use = admit
 
     def forget(self, expert: ExpertId) -> None:
         """A resident has left."""
@@ -44,9 +45,3 @@ class Belady:
     def candidates(self) -> Iterator[ExpertId]:
         """Residents: those never wanted again at the front, then the others, the furthest next use first."""
         return iter(self._ranking)
-
-    def _rank(self, expert: ExpertId) -> None:
-        visits = self._visits_of[expert]
-        after = bisect_right(visits, self._now)
-        next_use = visits[after] if after < len(visits) else self._num_visits
-        self._ranking.put(expert, (-next_use, 0))

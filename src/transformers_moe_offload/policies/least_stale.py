@@ -12,10 +12,11 @@ from itertools import chain
 from transformers_moe_offload.expert import ExpertId
 from transformers_moe_offload.policies.base import register_policy
 from transformers_moe_offload.policies.passes import Passes
+from transformers_moe_offload.policies.unused_first import UnusedFirst
 
 
 @register_policy("least_stale")
-class LeastStale:
+class LeastStale(UnusedFirst):
     """Three groups, the first to leave in front:
 
     1. stale: left from an earlier pass, and their layer has had its turn in this one without wanting them;
@@ -28,8 +29,8 @@ class LeastStale:
     """
 
     def __init__(self) -> None:
+        super().__init__()
         self._passes = Passes()
-        self._unused: OrderedDict[ExpertId, None] = OrderedDict()
         self._older: dict[int, OrderedDict[ExpertId, None]] = {}
         """By layer: residents that its last visit did not use, by recency."""
         self._latest: dict[int, OrderedDict[ExpertId, None]] = {}
@@ -47,10 +48,6 @@ class LeastStale:
             self._older[layer].update(self._latest[layer])
             self._latest[layer].clear()
 
-    def admit(self, expert: ExpertId) -> None:
-        """An expert has become resident."""
-        self._unused[expert] = None
-
     def use(self, expert: ExpertId) -> None:
         """A resident is being used."""
         self._unused.pop(expert, None)
@@ -59,20 +56,17 @@ class LeastStale:
         latest[expert] = None
         latest.move_to_end(expert)
 
-    def forget(self, expert: ExpertId) -> None:
-        """A resident has left."""
-        if expert in self._unused:
-            del self._unused[expert]
-        elif expert in self._latest[expert.layer]:
+    def _forget_used(self, expert: ExpertId) -> None:
+        if expert in self._latest[expert.layer]:
             del self._latest[expert.layer][expert]
         else:
             del self._older[expert.layer][expert]
 
-    def candidates(self) -> Iterator[ExpertId]:
-        """Those never used, then the stale, the current, those ahead."""
+    def _used(self) -> Iterator[ExpertId]:
+        """The stale, then the current, then those ahead."""
         stale = chain.from_iterable(self._older.get(layer, ()) for layer in self._passed)
         current = chain.from_iterable(self._latest.get(layer, ()) for layer in self._passed)
-        return chain(self._unused, stale, current, self._ahead())
+        return chain(stale, current, self._ahead())
 
     def _ahead(self) -> Iterator[ExpertId]:
         for layer in sorted(self._older.keys() - self._passed.keys(), reverse=True):

@@ -5,24 +5,21 @@ from __future__ import annotations
 import heapq
 from collections import OrderedDict
 from collections.abc import Iterator, Sequence
-from itertools import chain
 from math import log2
 from operator import itemgetter
 
 from transformers_moe_offload.expert import ExpertId
 from transformers_moe_offload.policies.base import register_policy
+from transformers_moe_offload.policies.lfu import HALF_LIFE
 from transformers_moe_offload.policies.passes import Passes
-
-HALF_LIFE = 16
-"""Forward passes after which a use counts half. On the trace that chose it for `lfu.py`, with slots for 50 % of the
-experts: half-life 4 passes 68 %, 16 passes 69 %, 64 passes 68 %, without decay 68 %."""
+from transformers_moe_offload.policies.unused_first import UnusedFirst
 
 NUM_CLASSES = 8
 """Classes of frequency: used about once, twice, 4, 8, ... times."""
 
 
 @register_policy("lfru")
-class LFRU:
+class LFRU(UnusedFirst):
     """Age divided by frequency, with frequency rounded to a power of two.
 
     The quotient of every resident changes with time, so it cannot be kept sorted; but among experts of one class of
@@ -31,9 +28,9 @@ class LFRU:
     """
 
     def __init__(self) -> None:
+        super().__init__()
         self._passes = Passes()
         self._num_visits = 0
-        self._unused: OrderedDict[ExpertId, None] = OrderedDict()
         self._uses: dict[ExpertId, tuple[float, int]] = {}
         """Decayed number of uses, and the pass of the last one."""
         self._class_of: dict[ExpertId, int] = {}
@@ -45,10 +42,6 @@ class LFRU:
         self._passes.begin(layer)
         self._num_visits += 1
 
-    def admit(self, expert: ExpertId) -> None:
-        """An expert has become resident."""
-        self._unused[expert] = None
-
     def use(self, expert: ExpertId) -> None:
         """A resident is being used: its age is zero, and it may move up a class."""
         self.forget(expert)
@@ -59,17 +52,13 @@ class LFRU:
         self._class_of[expert] = min(round(log2(uses)), NUM_CLASSES - 1)
         self._classes[self._class_of[expert]][expert] = self._num_visits
 
-    def forget(self, expert: ExpertId) -> None:
-        """A resident has left."""
-        if expert in self._unused:
-            del self._unused[expert]
-        else:
-            del self._classes[self._class_of[expert]][expert]
+    def _forget_used(self, expert: ExpertId) -> None:
+        del self._classes[self._class_of[expert]][expert]
 
-    def candidates(self) -> Iterator[ExpertId]:
-        """Those never used, then the others, oldest for their frequency first."""
+    def _used(self) -> Iterator[ExpertId]:
+        """Oldest for their frequency first."""
         by_class = [self._aged(number) for number in range(NUM_CLASSES)]
-        return chain(self._unused, (expert for _, expert in heapq.merge(*by_class, key=itemgetter(0))))
+        return (expert for _, expert in heapq.merge(*by_class, key=itemgetter(0)))
 
     def _aged(self, number: int) -> Iterator[tuple[float, ExpertId]]:
         """The experts of a class, oldest first, each with its negative age divided by the class's frequency."""

@@ -3,36 +3,28 @@
 from __future__ import annotations
 
 import random
-from collections import OrderedDict
-from collections.abc import Iterator, Sequence
-from itertools import chain
+from collections.abc import Iterator
 
 from transformers_moe_offload.expert import ExpertId
 from transformers_moe_offload.policies.base import register_policy
+from transformers_moe_offload.policies.unused_first import UnusedFirst
 
 SEED = 0
 
 
 @register_policy("random")
-class Random:
+class Random(UnusedFirst):
     """Residents in a list that is shuffled lazily, as far as the candidates are iterated; every operation is O(1).
 
     A new order is drawn after each eviction, from a fixed seed, so a run can be repeated.
     """
 
     def __init__(self) -> None:
-        self._unused: OrderedDict[ExpertId, None] = OrderedDict()
+        super().__init__()
         self._experts: list[ExpertId] = []
         self._place: dict[ExpertId, int] = {}
         self._lots = random.Random(SEED)
         self._lot = self._lots.getrandbits(32)
-
-    def begin(self, layer: int, wanted: Sequence[ExpertId]) -> None:
-        """A layer is about to use experts: no effect."""
-
-    def admit(self, expert: ExpertId) -> None:
-        """An expert has become resident."""
-        self._unused[expert] = None
 
     def use(self, expert: ExpertId) -> None:
         """A resident is being used: only the first use has an effect."""
@@ -41,22 +33,15 @@ class Random:
             self._place[expert] = len(self._experts)
             self._experts.append(expert)
 
-    def forget(self, expert: ExpertId) -> None:
-        """A resident has left: the last of the list takes its place."""
-        if expert in self._unused:
-            del self._unused[expert]
-            return
+    def _forget_used(self, expert: ExpertId) -> None:
+        """The last of the list takes its place."""
         last, place = self._experts.pop(), self._place.pop(expert)
         if last != expert:
             self._experts[place] = last
             self._place[last] = place
         self._lot = self._lots.getrandbits(32)
 
-    def candidates(self) -> Iterator[ExpertId]:
-        """Those never used, then the others in random order."""
-        return chain(self._unused, self._shuffled())
-
-    def _shuffled(self) -> Iterator[ExpertId]:
+    def _used(self) -> Iterator[ExpertId]:
         """The shuffle of Fisher and Yates, one step at a time; it leaves the list unchanged."""
         lots, count = random.Random(self._lot), len(self._experts)
         moved: dict[int, int] = {}

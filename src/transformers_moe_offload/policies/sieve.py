@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Iterator, Sequence
-from itertools import chain
+from collections.abc import Iterator
 
 from transformers_moe_offload.expert import ExpertId
 from transformers_moe_offload.policies.base import register_policy
+from transformers_moe_offload.policies.unused_first import UnusedFirst
 
 
 @register_policy("sieve")
-class Sieve:
+class Sieve(UnusedFirst):
     """A queue by age with a mark on those used again, and a hand that goes from old to new and takes marks away.
 
     The queue is cut where the hand is. A use is O(1). An eviction moves the hand past the experts that were passed over
@@ -20,18 +20,11 @@ class Sieve:
     """
 
     def __init__(self) -> None:
-        self._unused: OrderedDict[ExpertId, None] = OrderedDict()
+        super().__init__()
         self._behind: OrderedDict[ExpertId, bool] = OrderedDict()
         """From the oldest to the hand: whether each is marked."""
         self._ahead: OrderedDict[ExpertId, bool] = OrderedDict()
         """From the hand to the newest."""
-
-    def begin(self, layer: int, wanted: Sequence[ExpertId]) -> None:
-        """A layer is about to use experts: nothing to do before `use`."""
-
-    def admit(self, expert: ExpertId) -> None:
-        """An expert has become resident."""
-        self._unused[expert] = None
 
     def use(self, expert: ExpertId) -> None:
         """A resident is being used: it joins the queue, or is marked."""
@@ -43,11 +36,8 @@ class Sieve:
         else:
             self._behind[expert] = True
 
-    def forget(self, expert: ExpertId) -> None:
-        """A resident has left: the hand moves to its place."""
-        if expert in self._unused:
-            del self._unused[expert]
-            return
+    def _forget_used(self, expert: ExpertId) -> None:
+        """The hand moves to its place."""
         has_left = False
         while not has_left:
             first, is_marked = self._ahead.popitem(last=False)
@@ -57,10 +47,8 @@ class Sieve:
             if not self._ahead:  # past the newest, the hand is at the oldest again, before another expert joins
                 self._ahead, self._behind = self._behind, self._ahead
 
-    def candidates(self) -> Iterator[ExpertId]:
-        """Those never used, then those without a mark and those with one, both as the hand would come to them."""
-        return chain(self._unused, self._from_hand(is_marked=False), self._from_hand(is_marked=True))
-
-    def _from_hand(self, *, is_marked: bool) -> Iterator[ExpertId]:
-        for part in (self._ahead, self._behind):
-            yield from (expert for expert, mark in part.items() if mark == is_marked)
+    def _used(self) -> Iterator[ExpertId]:
+        """Those without a mark, then those with one, both as the hand would come to them."""
+        for is_marked in (False, True):
+            for part in (self._ahead, self._behind):
+                yield from (expert for expert, mark in part.items() if mark == is_marked)

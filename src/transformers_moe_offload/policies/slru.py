@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from itertools import chain
 
 from transformers_moe_offload.expert import ExpertId
 from transformers_moe_offload.policies.base import register_policy
+from transformers_moe_offload.policies.unused_first import UnusedFirst
 
 PROTECTED_SHARE = 0.8
 """Most of the residents that may be protected at once. On the trace of `lfu.py`, with slots for 10, 50 and 75 % of the
@@ -15,7 +16,7 @@ experts: share 0.5 gives 11, 68, 88 % hits, 0.8 gives 10, 68, 88 %, 0.9 gives 9,
 
 
 @register_policy("slru")
-class SLRU:
+class SLRU(UnusedFirst):
     """Two recency orders; every operation is O(1).
 
     A second use protects an expert. When too many are protected, the one of them that has gone unused for longest is on
@@ -23,16 +24,9 @@ class SLRU:
     """
 
     def __init__(self) -> None:
-        self._unused: OrderedDict[ExpertId, None] = OrderedDict()
+        super().__init__()
         self._on_probation: OrderedDict[ExpertId, None] = OrderedDict()
         self._protected: OrderedDict[ExpertId, None] = OrderedDict()
-
-    def begin(self, layer: int, wanted: Sequence[ExpertId]) -> None:
-        """A layer is about to use experts: nothing to do before `use`."""
-
-    def admit(self, expert: ExpertId) -> None:
-        """An expert has become resident."""
-        self._unused[expert] = None
 
     def use(self, expert: ExpertId) -> None:
         """A resident is being used: on probation for the first time, protected from the second time on."""
@@ -47,13 +41,8 @@ class SLRU:
             oldest, _ = self._protected.popitem(last=False)
             self._on_probation[oldest] = None
 
-    def forget(self, expert: ExpertId) -> None:
-        """A resident has left."""
-        for segment in (self._unused, self._on_probation, self._protected):
-            if expert in segment:
-                del segment[expert]
-                return
+    def _forget_used(self, expert: ExpertId) -> None:
+        del (self._protected if expert in self._protected else self._on_probation)[expert]
 
-    def candidates(self) -> Iterator[ExpertId]:
-        """Those never used, those on probation, those protected, each group longest unused first."""
-        return chain(self._unused, self._on_probation, self._protected)
+    def _used(self) -> Iterator[ExpertId]:
+        return chain(self._on_probation, self._protected)

@@ -4,16 +4,56 @@ Loads ahead of demand take slots, and time of the link and the processor, so whe
 the model and the text. In a trial, steps with and without them take turns until it is clear which are faster; then that
 way is kept until the next trial. Prefetching is kept only while it pays: once steps with it take longer than those
 without it did in the trial, the next trial begins.
+
+A trial compares pairs of neighbouring blocks, one of each way: a temporary slowdown of the machine slows both blocks of
+a pair down, and if it hits only one of them, that pair stands out from the others instead of passing for a difference.
 """
 
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Generator
+from collections.abc import Generator, Sequence
+from dataclasses import dataclass
 from itertools import chain
-from statistics import median
+from math import exp, inf, log, sqrt
+from statistics import median, stdev
 
-from transformers_moe_offload.prefetch.comparison import Comparison
+CLEAR = 4.0
+"""Standard errors that a clear difference exceeds. They are estimated from four pairs or more, and compared again each
+time pairs are added, each time with another chance of a false result."""
+
+_SHORTEST = 1e-9
+"""Seconds: times that are no longer than this are taken for this, so that they have a logarithm."""
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """How much time the second way saves, on the scale of logarithms."""
+
+    saved: float
+    """Median over the pairs."""
+    error: float
+    """Standard error of the mean over the pairs; infinite with fewer than four."""
+
+    @classmethod
+    def of(cls, pairs: Sequence[tuple[Sequence[float], Sequence[float]]]) -> Comparison:
+        """Compare the times of blocks, each pair one of the first way and one of the second."""
+        saved = [_typical(first) - _typical(second) for first, second in pairs]
+        return cls(median(saved), stdev(saved) / sqrt(len(saved)) if len(saved) >= 4 else inf)
+
+    @property
+    def gain(self) -> float:
+        """Part of the time that is saved; negative where the second way takes longer."""
+        return 1 - exp(-self.saved)
+
+    def is_clear(self, least_gain: float) -> bool:
+        """Whether the gain is above, or below, `least_gain` by more than chance explains."""
+        return abs(self.saved + log(1 - least_gain)) > CLEAR * self.error
+
+
+def _typical(times: Sequence[float]) -> float:
+    return log(max(median(times), _SHORTEST))
+
 
 WARM_UP = 16
 """Steps with prefetching at the beginning of a trial that are not counted: the predictor learns only while it is asked,

@@ -4,18 +4,24 @@ Four forms of Transformers 5.23: experts and weights for each token (nearly all)
 experts but the chosen ones (Llama 4); a one-hot row for one expert (Switch Transformers); and pairs sorted by expert
 (JetMoE). An output in another form, or with another choice than the strategy's, raises an error; otherwise a model
 could ignore a strategy silently.
+
+Watching every function of a router costs as much as the router. Most routers return logits, weights and experts, and
+rank experts by the logits themselves, their softmax or their sigmoid. `find_reading` checks that while a prompt is
+watched; the decode steps that follow are then read without watching. The next prompt is watched again.
 """
 
 # B sequences, S their length, T = B * S tokens, K experts per token, E experts, P = T * K pairs
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from transformers_moe_offload.errors import UnsupportedModelError
+from transformers_moe_offload.routing.choice import Choice
 from transformers_moe_offload.routing.interception import Interception
 
 
@@ -40,62 +46,59 @@ def read_answer(outputs: tuple[Any, ...], seen: Interception) -> Answer:
         )
     if seen.own_experts is not None:
         outputs = tuple(seen.choice.experts if out is seen.own_experts else out for out in outputs)
-    found = _indexed(outputs, seen) or _dense(outputs, seen) or _one_hot(outputs, seen) or _sorted(outputs, seen)
-    if found is None:
-        shapes = ", ".join(str(tuple(out.shape)) for out in outputs if isinstance(out, Tensor))
-        raise UnsupportedModelError(
-            f"the router was to take experts {tuple(seen.choice.experts.shape)} and answered with {shapes}, in which "
-            f"they cannot be found; it may be made for its own number of experts alone"
-        )
-    return found
+    for read in (_indexed, _dense, _one_hot, _sorted):
+        found = read(outputs, seen, seen.choice)
+        if found is not None:
+            return found
+    shapes = ", ".join(str(tuple(out.shape)) for out in outputs if isinstance(out, Tensor))
+    raise UnsupportedModelError(
+        f"the router was to take experts {tuple(seen.choice.experts.shape)} and answered with {shapes}, in which "
+        f"they cannot be found; it may be made for its own number of experts alone"
+    )
 
 
-def _indexed(outputs: tuple[Any, ...], seen: Interception) -> Answer | None:
+def _indexed(outputs: tuple[Any, ...], seen: Interception, choice: Choice) -> Answer | None:
     """(T, K) experts and (T, K) weights."""
-    assert seen.choice is not None
-    shape = seen.choice.experts.shape
+    shape = choice.experts.shape
     experts = next((i for i, out in enumerate(outputs) if _is_indices(out) and out.shape == shape), None)
     place = next((i for i, out in enumerate(outputs) if _is_later(out, seen) and out.shape == shape), None)
     if experts is None or place is None:
         return None
-    weights = _masked(outputs[place], seen)
+    weights = outputs[place] if choice.is_kept is None else outputs[place].masked_fill(~choice.is_kept, 0)
     outputs = (*outputs[:place], weights, *outputs[place + 1 :])
-    return Answer(outputs, seen.choice.experts, weights.detach(), (experts, place))
+    return Answer(outputs, choice.experts, weights.detach(), (experts, place))
 
 
-def _dense(outputs: tuple[Any, ...], seen: Interception) -> Answer | None:
+def _dense(outputs: tuple[Any, ...], seen: Interception, choice: Choice) -> Answer | None:
     """(T, E) scores, zero for the experts that are not chosen."""
     assert seen.scores is not None
-    assert seen.choice is not None
     if any(_is_indices(out) for out in outputs):
         return None
     place = next((i for i, out in enumerate(outputs) if _is_later(out, seen) and out.shape == seen.scores.shape), None)
     if place is None:
         return None
-    experts, is_kept = seen.choice
+    experts, is_kept = choice
     if is_kept is not None:
         kept = torch.zeros_like(outputs[place], dtype=torch.bool).scatter(1, experts, is_kept)
         outputs = (*outputs[:place], outputs[place].masked_fill(~kept, 0), *outputs[place + 1 :])
     return Answer(outputs, experts, outputs[place].detach().gather(1, experts))
 
 
-def _one_hot(outputs: tuple[Any, ...], seen: Interception) -> Answer | None:
+def _one_hot(outputs: tuple[Any, ...], seen: Interception, choice: Choice) -> Answer | None:
     """(B, S, E) zeros and a one, and (B, S, 1) weights."""
     assert seen.scores is not None
-    assert seen.choice is not None
     hot = next((out for out in outputs if _is_indices(out) and out.shape[-1] == seen.scores.shape[-1]), None)
     weights = next((out for out in outputs if _is_later(out, seen) and out.shape[-1] == 1), None)
-    if hot is None or hot.dim() != 3 or weights is None or seen.choice.experts.shape[-1] != 1:
+    if hot is None or hot.dim() != 3 or weights is None or choice.experts.shape[-1] != 1:
         return None
     # Tokens beyond an expert's capacity are dropped: their row is all zeros.
-    is_routed = hot.reshape(seen.scores.shape).gather(1, seen.choice.experts)
-    return Answer(outputs, seen.choice.experts, weights.detach().reshape(-1, 1) * is_routed)
+    is_routed = hot.reshape(seen.scores.shape).gather(1, choice.experts)
+    return Answer(outputs, choice.experts, weights.detach().reshape(-1, 1) * is_routed)
 
 
-def _sorted(outputs: tuple[Any, ...], seen: Interception) -> Answer | None:
+def _sorted(outputs: tuple[Any, ...], seen: Interception, choice: Choice) -> Answer | None:
     """(P,) places of pairs in the order of their experts, (P,) their tokens, (P,) their weights."""
-    assert seen.choice is not None
-    experts, is_kept = seen.choice
+    experts, is_kept = choice
     order, tokens, weights = (*outputs, None, None, None)[:3]
     if not all(isinstance(out, Tensor) and out.shape == (experts.numel(),) for out in (order, tokens, weights)):
         return None
@@ -116,7 +119,36 @@ def _is_later(out: Any, seen: Interception) -> bool:
     return isinstance(out, Tensor) and seen.came_later(out) and out.is_floating_point()
 
 
-def _masked(weights: Tensor, seen: Interception) -> Tensor:
-    assert seen.choice is not None
-    is_kept = seen.choice.is_kept
-    return weights if is_kept is None else weights.masked_fill(~is_kept, 0)
+_SCORINGS: tuple[Callable[[Tensor], Tensor], ...] = (lambda x: x, lambda x: x.softmax(-1), torch.sigmoid)
+
+
+class Reading(NamedTuple):
+    """How to read an answer."""
+
+    logits: int
+    """Place of the (T, E) logits in the answer."""
+    experts: int
+    weights: int
+    scoring: Callable[[Tensor], Tensor]
+    """From logits to the scores that experts are ranked by."""
+    has_affinities: bool
+
+    def fits(self, outputs: Any) -> bool:
+        """Whether an output has all three places."""
+        return isinstance(outputs, tuple) and len(outputs) > max(self.logits, self.experts, self.weights)
+
+
+def find_reading(answer: Answer, seen: Interception) -> Reading | None:
+    """How to read outputs like the watched one; None where they do not contain the whole decision."""
+    if answer.places is None or seen.is_ours or seen.scores is None or seen.choice is None:
+        return None
+    experts, weights = answer.places
+    if not torch.equal(answer.outputs[experts], seen.choice.experts):
+        return None
+    for place, logits in enumerate(answer.outputs):
+        if place in answer.places or not isinstance(logits, Tensor) or logits.shape != seen.scores.shape:
+            continue
+        for scoring in _SCORINGS:
+            if torch.equal(scoring(logits.detach().float()).to(seen.scores.dtype), seen.scores):
+                return Reading(place, experts, weights, scoring, seen.has_affinities)
+    return None

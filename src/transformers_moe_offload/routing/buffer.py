@@ -9,7 +9,7 @@ each router, and copying each by itself would cost more than the routing.
 from __future__ import annotations
 
 import weakref
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -17,9 +17,10 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from transformers_moe_offload.routing.forward_state import Past
+from transformers_moe_offload.routing import measures
+from transformers_moe_offload.routing.forward_context import Forward, Past
 from transformers_moe_offload.routing.moved_rows import Move
-from transformers_moe_offload.routing.trace_file import Part
+from transformers_moe_offload.routing.trace_file import TOKEN_DTYPES, Part
 
 _FEW_ROWS = 512
 """Rows of all routers that may wait to be copied: some dozens of decode steps, or one prompt."""
@@ -45,14 +46,7 @@ class StepRecord(NamedTuple):
     """One forward."""
 
     calls: list[CallRecord]
-    past: Past
-    """The texts that it continues."""
-    moves: tuple[Move, ...]
-    """How the rows of those texts have been moved since the last forward that read them."""
-    before: int
-    """Tokens of each text that earlier forwards have read."""
-    num_kept: int
-    """How many of these have stayed in the KV cache since the last forward; the others were dropped and read again."""
+    forward: Forward
     domain: int
 
 
@@ -99,7 +93,14 @@ class RoutingBuffer:
         self._settle()
         if not self._calls:
             return None
-        part = _joined(self._calls, self._tokens, self._rows, self._num_routers)
+        part: Part = {"calls": np.array(self._calls, np.int64)}
+        for router in range(self._num_routers):
+            part[f"experts.{router}"] = np.empty((0, 1), np.int16)
+            part[f"weights.{router}"] = np.empty((0, 1), np.float32)
+        for name, many in self._tokens.items():
+            part[name] = np.concatenate([np.empty(0, TOKEN_DTYPES[name]), *many])
+        for name, many in self._rows.items():
+            part[name] = measures.stacked(many, -1 if name.startswith("experts") else 0)
         self._clear()
         return part
 
@@ -109,7 +110,7 @@ class RoutingBuffer:
         self._calls: list[tuple[int, int, int, int, int]] = []
         self._num_rows = [0] * self._num_routers
         self._rows: dict[str, list[NDArray[Any]]] = {}
-        self._tokens: dict[str, list[NDArray[Any]]] = {name: [] for name in _TOKEN_DTYPES}
+        self._tokens: dict[str, list[NDArray[Any]]] = {name: [] for name in TOKEN_DTYPES}
 
     def _settle(self) -> None:
         """Copy the waiting steps into arrays."""
@@ -136,8 +137,8 @@ class RoutingBuffer:
                         self._rows.setdefault(f"{name}.{call.router}", []).append(array)
                         self._nbytes += array.nbytes
                 number += 1
-            if not any(_is_of_text(call) and not call.is_encoding for call in step.calls):
-                self._pass_by(step)
+            if not any(_is_of_text(call) and not call.is_encoding for call in step.calls):  # embeddings, no tokens
+                self._texts_of[step.forward.past] = self._texts_before(step)
             self.num_steps += 1
         self._waiting = []
         self._waiting_rows = self._waiting_bytes = 0
@@ -160,20 +161,17 @@ class RoutingBuffer:
         numbers = self._texts_before(step).numbers
         if len(numbers) != batch:
             numbers = self._new_numbers(batch)
-        self._texts_of[step.past] = _Texts(numbers, step.before + length)
-        return numbers, step.before
-
-    def _pass_by(self, step: StepRecord) -> None:
-        """Keep track of the texts of a step that has read embeddings instead of tokens."""
-        self._texts_of[step.past] = self._texts_before(step)
+        before = step.forward.num_before or 0
+        self._texts_of[step.forward.past] = _Texts(numbers, before + length)
+        return numbers, before
 
     def _texts_before(self, step: StepRecord) -> _Texts:
         """The texts that a step continues; empty where they are not known."""
-        numbers, num_tokens = self._texts_of.get(step.past, _Texts((), 0))
+        numbers, num_tokens = self._texts_of.get(step.forward.past, _Texts((), 0))
         # A cache that has dropped tokens, such as rejected drafts, continues with another text.
-        if step.before == 0 or step.num_kept < num_tokens or not numbers:
+        if not step.forward.num_before or step.forward.num_kept < num_tokens or not numbers:
             return _Texts((), 0)
-        return _Texts(self._moved(numbers, step.moves), num_tokens)
+        return _Texts(self._moved(numbers, step.forward.moves), num_tokens)
 
     def _moved(self, numbers: tuple[int, ...], moves: tuple[Move, ...]) -> tuple[int, ...]:
         """The texts of rows after moves. Of several rows that continue one text, the first keeps its number."""
@@ -197,18 +195,16 @@ class RoutingBuffer:
     ) -> None:
         batch, length = ids.shape
         padding = np.zeros((batch, length), np.uint8) if is_padding is None else is_padding.cpu().numpy()
-        sequences = np.array(numbers, np.int32)
-        positions = np.arange(before, before + length, dtype=np.int32)
         found: dict[str, NDArray[Any]] = {
-            "token_ids": ids.reshape(-1).cpu().numpy().astype(np.int32),
-            "sequence": np.repeat(sequences, length),
-            "position": np.tile(positions, batch),
-            "is_padding": padding.reshape(-1).astype(np.uint8),
-            "domain": np.full(batch * length, domain, np.int16),
+            "token_ids": ids.reshape(-1).cpu().numpy(),
+            "sequence": np.repeat(numbers, length),
+            "position": np.tile(np.arange(before, before + length), batch),
+            "is_padding": padding.reshape(-1),
+            "domain": np.full(batch * length, domain),
         }
         for name, array in found.items():
-            self._tokens[name].append(array)
-            self._nbytes += array.nbytes
+            self._tokens[name].append(array.astype(TOKEN_DTYPES[name]))
+            self._nbytes += self._tokens[name][-1].nbytes
         self._part_tokens += batch * length
         self.num_tokens += batch * length
 
@@ -220,15 +216,6 @@ def _is_of_text(call: CallRecord) -> bool:
 
 def _nbytes(call: CallRecord) -> int:
     return sum(one.nbytes for one in (call.scores, call.experts, call.weights, call.hidden) if one is not None)
-
-
-_TOKEN_DTYPES: dict[str, np.dtype[Any]] = {
-    "token_ids": np.dtype(np.int32),
-    "sequence": np.dtype(np.int32),
-    "position": np.dtype(np.int32),
-    "is_padding": np.dtype(np.uint8),
-    "domain": np.dtype(np.int16),
-}
 
 
 def _arrays(tensors: Sequence[Tensor | None], dtype: torch.dtype | None) -> list[NDArray[Any] | None]:
@@ -245,29 +232,3 @@ def _arrays(tensors: Sequence[Tensor | None], dtype: torch.dtype | None) -> list
         for place, array in zip(places, together.numpy(), strict=True):
             arrays[place] = array
     return arrays
-
-
-def _joined(
-    calls: list[tuple[int, int, int, int, int]],
-    tokens: dict[str, list[NDArray[Any]]],
-    rows: dict[str, list[NDArray[Any]]],
-    num_routers: int,
-) -> Part:
-    part: Part = {"calls": np.array(calls, np.int64)}
-    for router in range(num_routers):
-        part[f"experts.{router}"] = np.empty((0, 1), np.int16)
-        part[f"weights.{router}"] = np.empty((0, 1), np.float32)
-    for name, many in tokens.items():
-        part[name] = np.concatenate([np.empty(0, _TOKEN_DTYPES[name]), *many])
-    for name, many in rows.items():
-        part[name] = np.concatenate(_widened(many, -1 if name.startswith("experts") else 0))
-    return part
-
-
-def _widened(many: list[NDArray[Any]], filling: int) -> list[NDArray[Any]]:
-    """Arrays (N, K), all filled up with `filling` to the largest K."""
-    width = max(array.shape[1] for array in many)
-    if all(array.shape[1] == width for array in many):
-        return many
-    pad: Callable[..., NDArray[Any]] = np.pad
-    return [pad(array, ((0, 0), (0, width - array.shape[1])), constant_values=filling) for array in many]

@@ -1,4 +1,4 @@
-"""What a model is reading while its routers run: the number of the forward, and its tokens.
+"""What a model is reading while its routers run: the number of the forward, its tokens, and the tokens before them.
 
 One context per model, shared by the hooks around all its routers. It is an attribute of the model, so a copy of the
 model has its own.
@@ -17,11 +17,63 @@ from transformers import Cache, PreTrainedModel
 
 from transformers_moe_offload.errors import UnsupportedModelError
 from transformers_moe_offload.hf.upstream import arguments, kv_cache, kv_cache_of_output, num_tokens_in
-from transformers_moe_offload.routing import moved_rows
-from transformers_moe_offload.routing.forward_state import Forward, Past, Running
-from transformers_moe_offload.routing.hooks import Hooks
+from transformers_moe_offload.routing import hooks, moved_rows
 from transformers_moe_offload.routing.moved_rows import Move
 from transformers_moe_offload.routing.padding import expect_texts_apart, padding_of
+
+
+class Past:
+    """Identifies the texts that one KV cache holds, without keeping the cache alive."""
+
+    def __init__(self) -> None:
+        self.moves: tuple[Move, ...] = ()
+        """How its rows have been moved since the last forward."""
+        self.num_kept: int | None = None
+        """The fewest tokens of each text that the cache has held since then; None before any was noted."""
+
+    def keep(self, num_tokens: int) -> None:
+        """Note how many tokens of each text the cache holds now."""
+        self.num_kept = num_tokens if self.num_kept is None else min(self.num_kept, num_tokens)
+
+
+class Forward:
+    """One forward, or the time before the first."""
+
+    def __init__(self, number: int = -1) -> None:
+        self.number = number
+        self.is_running = False
+        self.inputs: dict[str, Any] = {}
+        """Its arguments by name, while it runs."""
+        self.token_ids: Tensor | None = None
+        """(B, S) int64: the tokens embedded last; None where it was not given tokens."""
+        self.is_padding: Tensor | None = None
+        """(B, S) bool: which of `token_ids` are padding; None where there is no padding, or no listener."""
+        self.is_encoding = self.has_encoded = False
+        """Whether `token_ids` are those of the encoder inside an encoder-decoder model, a text of its own."""
+        self.past = Past()
+        """Identifies the texts: the same object in all forwards that continue them, in any thread."""
+        self.moves: tuple[Move, ...] = ()
+        """How the rows of those texts have been moved between the last forward that read them and this one."""
+        self.num_before: int | None = 0
+        """Tokens of each text that earlier forwards have read; None if the KV cache does not say."""
+        self.num_kept = 0
+        """How many of those have stayed in the KV cache since the last forward that read it; the others were dropped
+        and read again."""
+
+    def encoded(self) -> None:
+        """The encoder is done: drop its tokens, because the decoder may be given embeddings instead of tokens."""
+        self.token_ids = self.is_padding = None
+        self.is_encoding, self.has_encoded = False, True
+
+
+class Running(threading.local):
+    """The models and the forward that run in a thread, or ran last in it."""
+
+    def __init__(self) -> None:
+        self.modules: list[nn.Module] = []
+        """The models, the outermost first."""
+        self.forward: Forward | None = None
+
 
 _ATTRIBUTE = "_moe_routing_context"
 
@@ -80,63 +132,18 @@ class ForwardContext:
             return self
         copied = memo[id(self)] = ForwardContext(base)
         copied.num_forwards = self.num_forwards
-        copied._latest = Forward(self.forward)
+        copied._latest = Forward(self.forward.number)
         return copied
 
     @property
-    def forward(self) -> int:
-        """The number of the forward that runs, or ran last."""
-        return self._forward.number
+    def forward(self) -> Forward:
+        """This thread's forward; in a thread without one (autograd's, which recompute layers), the latest of all."""
+        return self._running.forward or self._latest
 
     @property
     def is_running(self) -> bool:
         """Whether a forward runs in this thread."""
         return self._running.forward is not None and self._running.forward.is_running
-
-    @property
-    def token_ids(self) -> Tensor | None:
-        """(B, S) int64: the tokens embedded last; None where a forward was not given tokens."""
-        return self._forward.token_ids
-
-    @property
-    def is_padding(self) -> Tensor | None:
-        """(B, S) bool: which of `token_ids` are padding; None where there is no padding, or no listener."""
-        return self._forward.is_padding
-
-    @property
-    def is_encoding(self) -> bool:
-        """Whether `token_ids` are those of the encoder inside an encoder-decoder model: a text of its own."""
-        return self._forward.is_encoding
-
-    @property
-    def num_before(self) -> int | None:
-        """Tokens of each text that earlier forwards have read; None if the KV cache does not say."""
-        return self._forward.num_before
-
-    @property
-    def num_kept(self) -> int:
-        """How many of those tokens have stayed in the KV cache since the last forward that read it."""
-        return self._forward.num_kept
-
-    @property
-    def past(self) -> Past:
-        """Identifies the texts: the same object in all forwards that continue them, in any thread."""
-        return self._forward.past
-
-    @property
-    def moves(self) -> tuple[Move, ...]:
-        """How the rows of those texts have been moved between the last forward that read them and this one."""
-        return self._forward.moves
-
-    @property
-    def inputs(self) -> dict[str, Any]:
-        """The arguments of the forward that runs, by name."""
-        return self._forward.inputs
-
-    @property
-    def _forward(self) -> Forward:
-        """This thread's forward; in a thread without one (autograd's, which recompute layers), the latest of all."""
-        return self._running.forward or self._latest
 
     def begin(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """Hook: the model, or a model within it, starts a forward."""
@@ -165,19 +172,21 @@ class ForwardContext:
         running = self._running.modules
         if running:
             running.pop()
+        forward = self.forward
         if running:
-            if self._forward.is_encoding and module is self._encoder():
-                self._forward.encoded()
+            if forward.is_encoding and module is self._encoder():
+                forward.encoded()
             return
         if output is not None:
-            self.past.moves = self.past.moves[len(self.moves) :]  # kept if the forward failed: it has not read them
-            self.past.num_kept = None
+            past = forward.past
+            past.moves = past.moves[len(forward.moves) :]  # kept if the forward failed: it has not read them
+            past.num_kept = None
             cache = kv_cache_of_output(output)
             if cache is not None:  # possibly created by the model
-                self._pasts[cache] = self.past
+                self._pasts[cache] = past
             for listener in self._listeners:
                 listener.end(self)
-        self._forward.inputs, self._forward.is_running = {}, False
+        forward.inputs, forward.is_running = {}, False
 
     def _read_before(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Past, int | None]:
         """The texts that a forward continues, and how many tokens of each were read before.
@@ -202,11 +211,11 @@ class ForwardContext:
             found = self._parts[module] = frozenset(map(id, parts))
         return found
 
-    def embed(self, module: nn.Module, args: tuple[Any, ...]) -> None:
+    def embed(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """Hook: tokens are about to be embedded. An encoder's are embedded and routed before its decoder's."""
         if args and isinstance(args[0], Tensor) and args[0].dim() == 2:
             ids = args[0].detach()
-            forward, running = self._forward, self._running.modules
+            forward, running = self.forward, self._running.modules
             forward.is_encoding = len(running) > 1 and running[-1] is self._encoder()
             if self._listeners:
                 forward.is_padding = self._padding(forward, ids)
@@ -234,14 +243,13 @@ def forward_context_of(base: nn.Module) -> ForwardContext:
     context = vars(base).get(_ATTRIBUTE)
     if context is None:
         context = vars(base)[_ATTRIBUTE] = ForwardContext(base)
-        hooks = Hooks(base)
         # Inner models as well: the decoder may be called without its head.
         for module in base.modules():
             if isinstance(module, PreTrainedModel):
                 hooks.before(module, context.begin)
                 hooks.after(module, context.end)
         for embedding in _embeddings(base):
-            hooks.before_args(embedding, context.embed)
+            hooks.before(embedding, context.embed)
     assert isinstance(context, ForwardContext)
     return context
 
@@ -250,7 +258,7 @@ def drop_forward_context(base: nn.Module) -> None:
     """Take the hooks of a model's context out again."""
     context = vars(base).pop(_ATTRIBUTE, None)
     if context is not None:
-        Hooks(base).remove(context)
+        hooks.remove(base, context)
 
 
 def _embeddings(base: nn.Module) -> list[nn.Module]:

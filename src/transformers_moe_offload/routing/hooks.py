@@ -8,45 +8,36 @@ Hooks rather than a swapped class or a replaced `forward`, because accelerate re
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from typing import Any
+from typing import Any, TypeVar
 
 from torch import nn
 
+Owner = TypeVar("Owner")
 
-class Hooks:
-    """Adds hooks to modules of a model, and takes them out again."""
 
-    def __init__(self, base: nn.Module) -> None:
-        self._base = base
+def before(module: nn.Module, method: Callable[..., Any]) -> None:
+    """Call `method(module, args, kwargs)` before the module's forward."""
+    module.register_forward_pre_hook(method, with_kwargs=True)
 
-    def before(self, module: nn.Module, method: Callable[..., Any]) -> None:
-        """Call `method(module, args, kwargs)` before the module's forward."""
-        module.register_forward_pre_hook(method, with_kwargs=True)
 
-    def before_args(self, module: nn.Module, method: Callable[..., Any]) -> None:
-        """Call `method(module, args)` before the module's forward."""
-        module.register_forward_pre_hook(method)
+def after(module: nn.Module, method: Callable[..., Any]) -> None:
+    """Call `method(module, args, kwargs, output)` after the module's forward; output is None where that failed."""
+    module.register_forward_hook(method, with_kwargs=True, always_call=True)
 
-    def after(self, module: nn.Module, method: Callable[..., Any]) -> None:
-        """Call `method(module, args, kwargs, output)` after the module's forward; output is None where that failed."""
-        module.register_forward_hook(method, with_kwargs=True, always_call=True)
 
-    def remove(self, owner: object) -> None:
-        """Take out every hook that is a method of `owner`."""
-        for module in self._base.modules():
-            for key in [key for key, hook in _hooks(module) if getattr(hook, "__self__", None) is owner]:
-                for hooks in _dictionaries(module):
-                    hooks.pop(key, None)
+def remove(base: nn.Module, owner: object) -> None:
+    """Take out every hook inside `base` that is a method of `owner`."""
+    for module in base.modules():
+        for key in [key for key, hook in _hooks(module) if getattr(hook, "__self__", None) is owner]:
+            for hooks in _dictionaries(module):
+                hooks.pop(key, None)
 
-    def owners(self, kind: type) -> Iterator[Any]:
-        """The objects of a class whose methods are hooks here, each once, in the order of the modules."""
-        found: dict[int, Any] = {}
-        for module in self._base.modules():
-            for _, hook in _hooks(module):
-                owner = getattr(hook, "__self__", None)
-                if isinstance(owner, kind):
-                    found[id(owner)] = owner
-        yield from found.values()
+
+def owners(base: nn.Module, kind: type[Owner]) -> list[Owner]:
+    """The objects of a class whose methods are hooks inside `base`, each once, in the order of the modules."""
+    hooks = (hook for module in base.modules() for _, hook in _hooks(module))
+    found = (getattr(hook, "__self__", None) for hook in hooks)
+    return list({id(owner): owner for owner in found if isinstance(owner, kind)}.values())
 
 
 def _hooks(module: nn.Module) -> Iterator[tuple[int, Any]]:

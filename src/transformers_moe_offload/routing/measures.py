@@ -7,7 +7,7 @@ Pure; `statistics.py` supplies the arrays.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import numpy as np
@@ -68,6 +68,15 @@ def blocks(num_rows: int, num_columns: int) -> Iterator[slice]:
     """Slices of a table's rows, each of a few MiB."""
     step = max(1, _BLOCK_ENTRIES // num_columns)
     return (slice(start, min(start + step, num_rows)) for start in range(0, num_rows, step))
+
+
+def stacked(many: Sequence[NDArray[Any]], filling: int) -> NDArray[Any]:
+    """Arrays (N, K) below one another, all filled up with `filling` to the largest K."""
+    width = max(array.shape[1] for array in many)
+    pad: Callable[..., NDArray[Any]] = np.pad
+    return np.concatenate(
+        [pad(array, ((0, 0), (0, width - array.shape[1])), constant_values=filling) for array in many]
+    )
 
 
 def jaccard(one: Ints, other: Ints, num_experts: int) -> Floats:

@@ -20,8 +20,6 @@ from transformers_moe_offload.config.options import choose
 from transformers_moe_offload.errors import ConfigError, MoeOffloadError, UnsupportedModelError
 from transformers_moe_offload.routing.buffer import CallRecord, RoutingBuffer, StepRecord
 from transformers_moe_offload.routing.forward_context import ForwardContext, forward_context_of
-from transformers_moe_offload.routing.forward_state import Past
-from transformers_moe_offload.routing.moved_rows import Move
 from transformers_moe_offload.routing.router_hook import Decision
 from transformers_moe_offload.routing.sites import Site, find_sites, select, unwrapped
 from transformers_moe_offload.routing.switching import Layers, observe, stop_observing
@@ -79,13 +77,9 @@ def record_routing(
 
 
 class _Gathered(threading.local):
-    """The decisions so far in the forward that runs in a thread; `calls` is None while nothing is recorded."""
+    """The decisions so far in the forward that runs in a thread; None while nothing is recorded."""
 
-    def __init__(self) -> None:
-        self.calls: list[CallRecord] | None = None
-        self.past = Past()
-        self.moves: tuple[Move, ...] = ()
-        self.before = self.num_kept = 0
+    calls: list[CallRecord] | None = None
 
 
 class RoutingRecorder:
@@ -165,24 +159,16 @@ class RoutingRecorder:
 
     def begin(self, context: ForwardContext) -> None:
         """A forward starts."""
-        before = context.num_before  # now: the cache grows while the forward runs
-        if before is None or self._is_forked:  # None: the forward began before the recording did
-            self._gathered.calls = None
-            return
-        self._gathered.past, self._gathered.moves = context.past, context.moves
-        self._gathered.before, self._gathered.num_kept = before, context.num_kept
-        self._gathered.calls = []
+        # None: the forward began before the recording did
+        self._gathered.calls = None if context.forward.num_before is None or self._is_forked else []
 
     def end(self, context: ForwardContext) -> None:
         """A forward has succeeded: its decisions go into the buffer."""
         calls, self._gathered.calls = self._gathered.calls, None
         if not calls:
             return
-        found = self._gathered
         with self._writing:
-            self._buffer.add(
-                StepRecord(calls, found.past, found.moves, found.before, found.num_kept, self._domain_number())
-            )
+            self._buffer.add(StepRecord(calls, context.forward, self._domain_number()))
             if self._buffer.nbytes >= self._buffer_bytes:
                 self._flush()
 
@@ -198,19 +184,11 @@ class RoutingRecorder:
         place = self._place[router]
         with self._writing:
             self._note_form(place, decision)
-        calls.append(
-            CallRecord(
-                place,
-                decision.scores if self._scores is not None else None,
-                decision.experts,
-                decision.weights.clone(),  # a block may scale them in place
-                decision.is_kept,
-                decision.hidden.clone() if self._keeps_hidden else None,
-                context.token_ids,
-                context.is_padding,
-                context.is_encoding,
-            )
-        )
+        scores = decision.scores if self._scores is not None else None
+        weights = decision.weights.clone()  # a block may scale them in place
+        hidden = decision.hidden.clone() if self._keeps_hidden else None
+        tokens = context.forward.token_ids, context.forward.is_padding, context.forward.is_encoding
+        calls.append(CallRecord(place, scores, decision.experts, weights, decision.is_kept, hidden, *tokens))
 
     def _note_form(self, place: int, decision: Decision) -> None:
         facts = self._index.routers[place]
@@ -250,13 +228,5 @@ def _facts(site: Site) -> RouterFacts:
             f"{site.path} chooses among {site.num_experts:,} experts; a recording supports at most {MAX_CHOICES:,}: "
             "leave it out with `layers`"
         )
-    return RouterFacts(
-        site.index,
-        site.path,
-        site.num_experts,
-        site.num_experts,
-        site.top_k,
-        has_affinities=False,
-        layers=site.layers,
-        experts_paths=site.experts_paths,
-    )
+    own = site.index, site.path, site.num_experts, site.num_experts, site.top_k
+    return RouterFacts(*own, has_affinities=False, layers=site.layers, experts_paths=site.experts_paths)

@@ -11,6 +11,7 @@ from __future__ import annotations
 import threading
 from collections.abc import Callable
 from copy import deepcopy
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
@@ -18,12 +19,11 @@ from torch import Tensor, nn
 
 from transformers_moe_offload.errors import MoeOffloadError, UnsupportedModelError
 from transformers_moe_offload.hf.routers.capture import is_asking
-from transformers_moe_offload.routing.answer import read_answer
+from transformers_moe_offload.routing import hooks
+from transformers_moe_offload.routing.answer import Reading, find_reading, read_answer
 from transformers_moe_offload.routing.choice import Choice, RouterCall
 from transformers_moe_offload.routing.forward_context import ForwardContext
-from transformers_moe_offload.routing.hooks import Hooks
 from transformers_moe_offload.routing.interception import Interception
-from transformers_moe_offload.routing.reading import Reading, find_reading
 from transformers_moe_offload.routing.sites import Site
 from transformers_moe_offload.routing.strategy import RoutingStrategy
 
@@ -81,9 +81,8 @@ class RouterHook:
         copied._watching, copied._reading = _Watching(), None
         return copied
 
-    def put_on(self, base: nn.Module, site: Site) -> None:
+    def put_on(self, site: Site) -> None:
         """Add the hooks. Where the block around the router makes the choice, watching ends when experts are called."""
-        hooks = Hooks(base)
         hooks.before(site.module, self._enter)
         if site.ends_at is not None:
             hooks.before(site.ends_at, self._reach_experts)
@@ -103,16 +102,12 @@ class RouterHook:
 
     def _enter(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         self.break_off()
-        is_read = self._reading is not None and self.strategy is None and (self._context.num_before or 0) > 0
+        is_read = self._reading is not None and self.strategy is None and (self._context.forward.num_before or 0) > 0
         if is_asking() or (self.strategy is None and not self.observers) or is_read:
             self._watching.seen.append(None)
             return
-        seen = Interception(
-            self._num_experts,
-            self._top_k,
-            lambda scores, top_k, has_affinities: self._choose(args, kwargs, scores, top_k, has_affinities),
-            has_groups=self._has_groups,
-        )
+        choose = partial(self._choose, args, kwargs)
+        seen = Interception(self._num_experts, self._top_k, choose, has_groups=self._has_groups)
         self._watching.seen.append(seen)
         seen.__enter__()  # type: ignore[no-untyped-call]
 
@@ -121,13 +116,13 @@ class RouterHook:
     ) -> Choice | None:
         if self.strategy is None:
             return None
-        token_ids = self._context.token_ids
+        token_ids = self._context.forward.token_ids
         call = RouterCall(
             scores,
             top_k,
             has_affinities,
             layer=self.index,
-            forward=max(0, self._context.forward - self._first_forward),
+            forward=max(0, self._context.forward.number - self._first_forward),
             hidden=_hidden(args, kwargs),
             token_ids=token_ids.reshape(-1) if token_ids is not None and token_ids.numel() == len(scores) else None,
         )
@@ -167,15 +162,14 @@ class RouterHook:
         except UnsupportedModelError as error:
             by = "its own choice" if self.strategy is None else f"{self.strategy}"
             raise UnsupportedModelError(f"{self.path} with {by}: {error}") from error
-        self._reading = find_reading(answer, seen) if self.observers and self._context.num_before == 0 else None
+        self._reading = find_reading(answer, seen) if self.observers and self._context.forward.num_before == 0 else None
         # Outside of a forward a layer is recomputed for gradients, and was observed before.
         if self._context.is_running and self.observers:
             assert seen.scores is not None
             assert seen.choice is not None
             is_kept = seen.choice.is_kept
             decision = Decision(seen.scores, seen.has_affinities, answer.experts, answer.weights, hidden, is_kept)
-            for observe in self.observers:
-                observe(self.index, decision)
+            self._tell(decision)
         return answer.outputs
 
     def _read(self, reading: Reading, outputs: tuple[Any, ...], hidden: Tensor) -> None:
@@ -184,7 +178,9 @@ class RouterHook:
             return
         scores = reading.scoring(outputs[reading.logits].detach().float())
         experts, weights = outputs[reading.experts], outputs[reading.weights].detach()
-        decision = Decision(scores, reading.has_affinities, experts, weights, hidden)
+        self._tell(Decision(scores, reading.has_affinities, experts, weights, hidden))
+
+    def _tell(self, decision: Decision) -> None:
         for observe in self.observers:
             observe(self.index, decision)
 

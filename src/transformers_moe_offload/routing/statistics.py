@@ -95,11 +95,8 @@ def statistics_of(trace: RecordedRouting, router: int) -> RouterStatistics:
             to_next, followers = _to_next_token(rows, mask, last)
             onwards += to_next
             num_followers += followers
-            if rows.scores is not None:
-                chances = trace.probabilities(rows, router)
-                per_token["entropy"].append(measures.entropy(chances))
-                per_token["margin"].append(measures.margin(chances, rows.experts))
-                per_token["confidence"].append(measures.confidence(chances, rows.experts))
+            for name, values in sureness_of(trace, rows, router).items():
+                per_token[name].append(values)
     joined = {name: np.concatenate([np.empty(0), *many]) for name, many in per_token.items()}
     return RouterStatistics(
         num_experts,
@@ -114,16 +111,16 @@ def statistics_of(trace: RecordedRouting, router: int) -> RouterStatistics:
     )
 
 
-def token_counts_of(trace: RecordedRouting) -> dict[str, list[int]]:
-    """How many tokens chose each expert that has weights, by the path of the experts module, in the order of layers."""
-    loads = [np.zeros(facts.num_with_weights, np.int64) for facts in trace.routers]
-    for part in trace.parts():
-        for router, load in enumerate(loads):
-            rows = rows_of(part, router)
-            counts = (rows.experts >= 0) & (rows.experts < len(load)) & (rows.weights != 0)  # (N, K)
-            load += np.bincount(rows.experts[counts], minlength=len(load))
-    load_of = {facts.router: load.tolist() for facts, load in zip(trace.routers, loads, strict=True)}
-    return {path: list(load_of[facts.router]) for _, path, facts in trace.sparse_layers()}
+def sureness_of(trace: RecordedRouting, rows: Rows, router: int) -> dict[str, NDArray[np.float64]]:
+    """Entropy, margin and confidence of a router's decisions, (N,) each; nothing where no scores were recorded."""
+    if rows.scores is None:
+        return {}
+    chances, experts = trace.probabilities(rows, router), rows.experts
+    return {
+        "entropy": measures.entropy(chances),
+        "margin": measures.margin(chances, experts),
+        "confidence": measures.confidence(chances, experts),
+    }
 
 
 def preferences_of(trace: RecordedRouting, router: int) -> NDArray[np.float64]:
@@ -142,33 +139,6 @@ def preferences_of(trace: RecordedRouting, router: int) -> NDArray[np.float64]:
     return np.where(mean > 0, shares / np.where(mean > 0, mean, 1), 1.0)
 
 
-def agreement_of(one: RecordedRouting, other: RecordedRouting) -> list[float]:
-    """For each router, the mean Jaccard index of the choices of two runs."""
-    if [(facts.path, facts.num_experts) for facts in one.routers] != [
-        (facts.path, facts.num_experts) for facts in other.routers
-    ]:
-        raise TraceError(
-            f"the traces are of models with different routers ({len(one.routers)} and {len(other.routers)} of them); "
-            f"compare two recordings of one model"
-        )
-    agreements = []
-    for router, facts in enumerate(one.routers):
-        first, second = ([*trace.rows(router)] for trace in (one, other))
-        ids, others = _token_ids(first), _token_ids(second)
-        if not np.array_equal(ids, others):
-            raise TraceError(
-                f"the traces hold {len(ids)} and {len(others)} tokens, but not the same tokens in the same order; "
-                f"record both runs on the same texts"
-            )
-        here, there = _stacked(first), _stacked(second)
-        total = sum(
-            float(measures.jaccard(here[block], there[block], facts.num_experts).sum())
-            for block in measures.blocks(len(ids), facts.num_experts)
-        )
-        agreements.append(total / len(ids) if len(ids) else 1.0)
-    return agreements
-
-
 def _expect_room(what: str, rows: int, columns: int) -> None:
     """Refuse to fill a table that would be too large."""
     if rows * columns > MAX_TABLE:
@@ -180,18 +150,7 @@ def _expect_room(what: str, rows: int, columns: int) -> None:
 def _blocks(rows: Rows, num_experts: int) -> Iterator[Rows]:
     """The same rows in blocks of `measures.blocks`, small enough for a table with a column for each expert."""
     for block in measures.blocks(len(rows.experts), num_experts):
-        columns: list[Any] = [None if column is None else column[block] for column in rows]
-        yield Rows(*columns)
-
-
-def _token_ids(many: list[Rows]) -> NDArray[np.int32]:
-    return np.concatenate([rows.token_ids for rows in many]) if many else np.empty(0, np.int32)
-
-
-def _stacked(many: list[Rows]) -> NDArray[np.int16]:
-    width = max((rows.experts.shape[1] for rows in many), default=1)
-    padded = [np.pad(r.experts, ((0, 0), (0, width - r.experts.shape[1])), constant_values=-1) for r in many]
-    return np.concatenate(padded) if padded else np.empty((0, 1), np.int16)
+        yield rows.at(block)
 
 
 def _to_next_token(
@@ -248,9 +207,6 @@ def _to_next_layer(part: Part, router: int, following: int, num_experts: int, co
 
 def _visits(part: Part, router: int) -> list[list[int]]:
     """The experts wanted in each call of a router, ascending."""
-    experts = part[f"experts.{router}"]
-    calls = part["calls"]
-    return [
-        sorted({int(expert) for expert in np.unique(experts[first : first + count]) if expert >= 0})
-        for _, first, count, *_ in calls[calls[:, 0] == router].tolist()
-    ]
+    experts, calls = part[f"experts.{router}"], part["calls"]
+    own = calls[calls[:, 0] == router].tolist()
+    return [[e for e in np.unique(experts[first : first + count]).tolist() if e >= 0] for _, first, count, *_ in own]

@@ -1,10 +1,11 @@
-"""What a routing strategy is, and the list of strategies by name."""
+"""What a routing strategy is, the list of strategies by name, and checks that their options share."""
 
 # T tokens, K experts per token, E experts
 
 from __future__ import annotations
 
 import inspect
+import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
 from typing import Any, TypeVar
@@ -57,10 +58,29 @@ def make_strategy(strategy: str | RoutingStrategy, options: Mapping[str, Any]) -
         raise ConfigError(f"strategy={strategy!r} is neither a name nor a RoutingStrategy")
     kind = _strategies[strategy]
     parameters = inspect.signature(kind).parameters
-    if not any(parameter.kind is inspect.Parameter.VAR_KEYWORD for parameter in parameters.values()):
-        refuse_unknown(f"strategy {strategy!r}", options, list(parameters))
-    missing = [name for name, one in parameters.items() if one.default is one.empty and name not in options]
-    missing = [name for name in missing if parameters[name].kind is not inspect.Parameter.VAR_KEYWORD]
+    named = {name: one for name, one in parameters.items() if one.kind is not one.VAR_KEYWORD}
+    if named == parameters:  # it takes no others
+        refuse_unknown(f"strategy {strategy!r}", options, list(named))
+    missing = [name for name, one in named.items() if one.default is one.empty and name not in options]
     if missing:
         raise ConfigError(f"strategy {strategy!r} needs {' and '.join(missing)}; pass {missing[0]}=...")
     return kind(**options)
+
+
+def check_number(option: str, value: object, *, above: float | None = None, least: float | None = None) -> None:
+    """Raise `ConfigError` unless the value is a finite number, above `above` and at least `least` where given."""
+    is_number = isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+    if not is_number or (above is not None and value <= above) or (least is not None and value < least):  # type: ignore[operator]
+        bound = f" above {above:g}" if above is not None else f" of at least {least:g}" if least is not None else ""
+        raise ConfigError(f"{option}={value!r} is not a number{bound}")
+
+
+def check_count(option: str, value: object, *, least: int = 1) -> None:
+    """Raise `ConfigError` unless the value is an integer of at least `least`."""
+    if isinstance(value, bool) or not isinstance(value, int) or value < least:
+        raise ConfigError(f"{option}={value!r} is not an integer of at least {least}")
+
+
+def check_seed(value: object) -> None:
+    """Raise `ConfigError` unless the value is a seed: an integer of at least 0."""
+    check_count("seed", value, least=0)

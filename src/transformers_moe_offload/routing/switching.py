@@ -7,8 +7,8 @@ from typing import Any
 
 from torch import nn
 
+from transformers_moe_offload.routing import hooks
 from transformers_moe_offload.routing.forward_context import drop_forward_context, forward_context_of
-from transformers_moe_offload.routing.hooks import Hooks
 from transformers_moe_offload.routing.router_hook import Observer, RouterHook
 from transformers_moe_offload.routing.sites import Site, find_sites, select, unwrapped
 from transformers_moe_offload.routing.strategy import RoutingStrategy, make_strategy
@@ -68,7 +68,7 @@ def reset(model: Any, layers: Layers = None) -> None:
     """Let the routers choose for themselves again; without `layers`, all of them. Recordings go on."""
     base = unwrapped(model)
     asked = None if layers is None else {site.index for site in select(find_sites(base), layers)}
-    for hook in Hooks(base).owners(RouterHook):
+    for hook in hooks.owners(base, RouterHook):
         if asked is None or hook.index in asked:
             hook.follow(None)
     _tidy(base)
@@ -84,7 +84,7 @@ def observe(model: Any, sites: list[Site], observer: Observer) -> None:
 def stop_observing(model: Any, observer: Observer) -> None:
     """Undo `observe`."""
     base = unwrapped(model)
-    for hook in Hooks(base).owners(RouterHook):
+    for hook in hooks.owners(base, RouterHook):
         if observer in hook.observers:
             hook.observers.remove(observer)
     _tidy(base)
@@ -92,22 +92,20 @@ def stop_observing(model: Any, observer: Observer) -> None:
 
 def router_hook_at(base: nn.Module, site: Site) -> RouterHook:
     """The hook around a router, put there if there is none."""
-    for hook in Hooks(site.module).owners(RouterHook):
+    for hook in hooks.owners(site.module, RouterHook):
         if hook.index == site.index:
-            assert isinstance(hook, RouterHook)
             return hook
     hook = RouterHook(site, forward_context_of(base))
-    hook.put_on(base, site)
+    hook.put_on(site)
     return hook
 
 
 def _tidy(base: nn.Module) -> None:
     """Take out the hooks that do nothing any more."""
-    hooks = Hooks(base)
-    router_hooks = list(hooks.owners(RouterHook))
+    router_hooks = hooks.owners(base, RouterHook)
     idle = [hook for hook in router_hooks if hook.strategy is None and not hook.observers]
     for hook in idle:
         hook.break_off()
-        hooks.remove(hook)
+        hooks.remove(base, hook)
     if len(idle) == len(router_hooks):
         drop_forward_context(base)

@@ -1,6 +1,6 @@
-"""`RoutingTrace`: a recording of the routing, with its statistics, tables and cache trace."""
+"""`RoutingTrace`: a recording of the routing, with its statistics, cache trace and tables (the only use of pyarrow)."""
 
-# N tokens at one router, E experts
+# N tokens at one router, K experts per token, E experts
 
 from __future__ import annotations
 
@@ -11,20 +11,19 @@ import torch
 from numpy.typing import NDArray
 
 from transformers_moe_offload.compute.token_grouping import group_by_expert
-from transformers_moe_offload.routing.export import to_arrow
-from transformers_moe_offload.routing.statistics import (
-    RouterStatistics,
-    agreement_of,
-    preferences_of,
-    statistics_of,
-    token_counts_of,
-)
-from transformers_moe_offload.routing.trace_data import RecordedRouting
-from transformers_moe_offload.tracing import RecordedVisit, Trace, hottest_experts
+from transformers_moe_offload.routing import measures
+from transformers_moe_offload.routing.statistics import RouterStatistics, preferences_of, statistics_of, sureness_of
+from transformers_moe_offload.routing.trace_data import RecordedRouting, rows_of
+from transformers_moe_offload.routing.trace_file import Part
+from transformers_moe_offload.tracing import RecordedVisit, Trace, TraceError, hottest_experts
 
 if TYPE_CHECKING:
     import pandas
     import pyarrow
+
+
+_NO_IDS, _NO_EXPERTS = np.empty(0, np.int32), np.empty((0, 1), np.int16)
+"""Tokens and choices of an empty trace."""
 
 
 class RoutingTrace(RecordedRouting):
@@ -48,8 +47,29 @@ class RoutingTrace(RecordedRouting):
         return preferences_of(self, router)
 
     def agreement(self, other: RoutingTrace) -> list[float]:
-        """For each router, how much the choices of two runs over the same tokens agree (Jaccard, on average)."""
-        return agreement_of(self, other)
+        """For each router, how much the choices of two runs over the same tokens agree: the mean Jaccard index."""
+        paths, others = ([(facts.path, facts.num_experts) for facts in trace.routers] for trace in (self, other))
+        if paths != others:
+            raise TraceError(
+                f"the traces are of models with different routers ({len(paths)} and {len(others)} of them); compare "
+                f"two recordings of one model"
+            )
+        agreements = []
+        for router, (_, num_experts) in enumerate(paths):
+            both = [[*trace.rows(router)] for trace in (self, other)]
+            ids, other_ids = (np.concatenate([_NO_IDS, *(rows.token_ids for rows in many)]) for many in both)
+            if not np.array_equal(ids, other_ids):
+                raise TraceError(
+                    f"the traces hold {len(ids)} and {len(other_ids)} tokens, but not the same tokens in the same "
+                    f"order; record both runs on the same texts"
+                )
+            here, there = (measures.stacked([_NO_EXPERTS, *(rows.experts for rows in many)], -1) for many in both)
+            total = sum(
+                float(measures.jaccard(here[block], there[block], num_experts).sum())
+                for block in measures.blocks(len(ids), num_experts)
+            )
+            agreements.append(total / len(ids) if len(ids) else 1.0)
+        return agreements
 
     def token_counts(self) -> dict[str, list[int]]:
         """How many tokens chose each expert, by the path of the experts module; padding is left out.
@@ -57,7 +77,14 @@ class RoutingTrace(RecordedRouting):
         So are experts without weights and choices of weight zero. A token counts once for each call of the router in
         its forward.
         """
-        return token_counts_of(self)
+        loads = [np.zeros(facts.num_with_weights, np.int64) for facts in self.routers]
+        for part in self.parts():
+            for router, load in enumerate(loads):
+                rows = rows_of(part, router)
+                counts = (rows.experts >= 0) & (rows.experts < len(load)) & (rows.weights != 0)  # (N, K)
+                load += np.bincount(rows.experts[counts], minlength=len(load))
+        load_of = {facts.router: load.tolist() for facts, load in zip(self.routers, loads, strict=True)}
+        return {path: list(load_of[facts.router]) for _, path, facts in self.sparse_layers()}
 
     def hottest(self, share: float | str) -> dict[str, list[int]]:
         """The experts that most tokens chose: a share of those recorded, as `Trace.hottest`."""
@@ -69,8 +96,23 @@ class RoutingTrace(RecordedRouting):
         return self.to_arrow().to_pandas()
 
     def to_arrow(self) -> pyarrow.Table:
-        """A row for every token and router. Needs the extra `research`."""
-        return to_arrow(self)
+        """A row for every token and router, with its experts and weights. Needs the extra `research`.
+
+        Columns: router, token_id, sequence, position, turn, domain, experts, weights and, where scores were recorded,
+        entropy, margin and confidence. `turn` counts the router's earlier calls with the same token in the same
+        forward.
+        """
+        try:
+            import pyarrow
+        except ImportError as error:
+            raise TraceError(
+                "tables need pyarrow and pandas; run: pip install 'transformers-moe-offload[research]'"
+            ) from error
+        routers = range(len(self.routers))
+        tables = [pyarrow.table(_columns(self, part, router, pyarrow)) for part in self.parts() for router in routers]
+        if not tables:
+            raise TraceError("the trace holds 0 forwards; run the model while it is recorded")
+        return pyarrow.concat_tables(tables, promote_options="default")
 
     def to_cache_trace(self) -> Trace:
         """The visits that an offloaded model would make for these decisions, for `tracing.replay`.
@@ -81,13 +123,10 @@ class RoutingTrace(RecordedRouting):
         """
         layers = self.sparse_layers()
         place = {layer: number for number, (layer, _, _) in enumerate(layers)}
-        trace = Trace(
-            tuple(path for _, path, _ in layers),
-            tuple(facts.num_with_weights for _, _, facts in layers),
-            experts_per_token=tuple(facts.top_k for _, _, facts in layers if facts.top_k is not None) or None,
-        )
-        if trace.experts_per_token is not None and len(trace.experts_per_token) < len(layers):
-            trace.experts_per_token = None
+        num_experts = tuple(facts.num_with_weights for _, _, facts in layers)
+        per_token = tuple(facts.top_k for _, _, facts in layers if facts.top_k is not None)
+        known = per_token if layers and len(per_token) == len(layers) else None
+        trace = Trace(tuple(path for _, path, _ in layers), num_experts, experts_per_token=known)
         for part in self.parts():
             for router, first, num_rows, step, _ in part["calls"].tolist():
                 facts = self.routers[router]
@@ -102,3 +141,21 @@ class RoutingTrace(RecordedRouting):
                     RecordedVisit(place[layer], tuple(grouping.by_last_use), step) for layer in facts.layers
                 ]
         return trace
+
+
+def _columns(trace: RoutingTrace, part: Part, router: int, arrow: Any) -> dict[str, Any]:
+    rows = rows_of(part, router)
+    kept = rows.experts >= 0
+    ends = np.r_[0, kept.sum(axis=1).cumsum()].astype(np.int32)
+    names = np.array([*trace.domains, None], dtype=object)
+    columns = {
+        "router": np.full(len(kept), trace.routers[router].router, np.int32),
+        "token_id": rows.token_ids,
+        "sequence": rows.sequence,
+        "position": rows.position,
+        "turn": rows.turn,
+        "domain": arrow.array(names[rows.domain], arrow.string()),
+        "experts": arrow.ListArray.from_arrays(ends, rows.experts[kept]),
+        "weights": arrow.ListArray.from_arrays(ends, rows.weights[kept]),
+    }
+    return columns | sureness_of(trace, rows, router)

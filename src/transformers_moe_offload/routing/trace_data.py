@@ -1,6 +1,6 @@
 """Routers' decisions for every token of some forwards, read part by part.
 
-So a recording may be larger than memory. Statistics are in `statistics.py`, tables in `export.py`.
+So a recording may be larger than memory. Statistics are in `statistics.py`, tables in `trace.py`.
 """
 
 # N tokens at one router, M tokens, K experts per token, E experts, H hidden
@@ -16,17 +16,10 @@ from typing import Any, NamedTuple, Self
 import numpy as np
 from numpy.typing import NDArray
 
-from transformers_moe_offload.disk_io.file_identity import FileIdentity
+from transformers_moe_offload.disk_io.opened_file import FileIdentity
 from transformers_moe_offload.errors import ConfigError
 from transformers_moe_offload.routing import measures
-from transformers_moe_offload.routing.trace_file import (
-    Part,
-    RouterFacts,
-    TraceIndex,
-    file_of,
-    new_folder,
-    write_part,
-)
+from transformers_moe_offload.routing.trace_file import Part, RouterFacts, TraceIndex, file_of, new_folder, write_part
 from transformers_moe_offload.routing.trace_parts import read_parts
 from transformers_moe_offload.tracing import TraceError
 
@@ -52,6 +45,11 @@ class Rows(NamedTuple):
     """(N,): how many earlier calls of the router in the same forward had these tokens: above 0 only where layers run
     several times in a forward."""
 
+    def at(self, places: Any) -> Rows:
+        """What it did with some of these tokens."""
+        columns: list[Any] = [None if column is None else column[places] for column in self]
+        return Rows(*columns)
+
 
 class RecordedRouting:
     """Routers' decisions, on disk or in memory."""
@@ -63,6 +61,14 @@ class RecordedRouting:
         self._index = index
         self._source = source
         self._files = files or {}
+        self.model = index.model
+        """The class of the model."""
+        self.routers: Sequence[RouterFacts] = tuple(index.routers)
+        """Facts about each router: path, number of experts and so on."""
+        self.domains: Sequence[str] = tuple(index.domains)
+        """The domains that tokens were assigned to, in the order of their first token."""
+        self.num_tokens, self.num_steps = index.num_tokens, index.num_steps
+        """Tokens of text, padding included, and forwards."""
 
     @classmethod
     def load(cls, path: str | os.PathLike[str]) -> Self:
@@ -80,41 +86,14 @@ class RecordedRouting:
         TraceIndex(**{**vars(self._index), "parts": names}).write(folder)
 
     @property
-    def model(self) -> str:
-        """The class of the model."""
-        return self._index.model
-
-    @property
-    def routers(self) -> Sequence[RouterFacts]:
-        """Facts about each router: path, number of experts and so on."""
-        return tuple(self._index.routers)
-
-    @property
-    def domains(self) -> Sequence[str]:
-        """The domains that tokens were assigned to, in the order of their first token."""
-        return tuple(self._index.domains)
-
-    @property
-    def num_tokens(self) -> int:
-        """Tokens of text, padding included."""
-        return self._index.num_tokens
-
-    @property
-    def num_steps(self) -> int:
-        """Forwards."""
-        return self._index.num_steps
-
-    @property
     def has_scores(self) -> bool:
         """Whether the scores of all experts were recorded."""
         return any(f"scores.{router}" in part for part in self.parts() for router in range(len(self.routers)))
 
     def parts(self) -> Iterator[Part]:
         """The parts, one at a time."""
-        if isinstance(self._source, list):
-            yield from self._source
-            return
-        yield from read_parts(self._source, self._index, self._files)
+        source = self._source
+        yield from source if isinstance(source, list) else read_parts(source, self._index, self._files)
 
     def rows(self, router: int, *, padding: bool = False) -> Iterator[Rows]:
         """What a router did, part by part; rows of padding are left out unless `padding`."""
@@ -130,14 +109,8 @@ class RecordedRouting:
 
     def sparse_layers(self) -> list[tuple[int, str, RouterFacts]]:
         """The recorded sparse layers in the order of the model: number, path of the experts module, and its router."""
-        return sorted(
-            (
-                (layer, path, facts)
-                for facts in self.routers
-                for layer, path in zip(facts.layers, facts.experts_paths, strict=True)
-            ),
-            key=lambda one: one[0],
-        )
+        layers = ((facts, zip(facts.layers, facts.experts_paths, strict=True)) for facts in self.routers)
+        return sorted((layer, path, facts) for facts, own in layers for layer, path in own)
 
     def __repr__(self) -> str:
         return f"{type(self).__name__}({self})"
@@ -165,19 +138,10 @@ def rows_of(part: Part, router: int, *, padding: bool = False) -> Rows:
 
     is_padding = is_text & (of_tokens("is_padding") == 1)
     kept = slice(None) if padding or not is_padding.any() else ~is_padding
-    scores, hidden = part.get(f"scores.{router}"), part.get(f"hidden.{router}")
-    return Rows(
-        part[f"experts.{router}"][kept],
-        part[f"weights.{router}"][kept],
-        None if scores is None else scores[kept],
-        None if hidden is None else hidden[kept],
-        of_tokens("token_ids")[kept],
-        of_tokens("sequence")[kept],
-        of_tokens("position")[kept],
-        of_tokens("domain")[kept],
-        is_padding[kept],
-        turns_of(part, router)[kept],
-    )
+    of_router = (part.get(f"{name}.{router}") for name in ("experts", "weights", "scores", "hidden"))
+    of_token = (of_tokens(name) for name in ("token_ids", "sequence", "position", "domain"))
+    columns: list[Any] = [*of_router, *of_token, is_padding, turns_of(part, router)]
+    return Rows(*columns).at(kept)
 
 
 def tokens_of(part: Part, router: int) -> NDArray[np.int64]:

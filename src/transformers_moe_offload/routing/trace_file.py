@@ -22,12 +22,10 @@ from typing import Any, NoReturn
 
 import numpy as np
 from numpy.typing import NDArray
-from safetensors import SafetensorError
 from safetensors.numpy import save_file
 
-from transformers_moe_offload.disk_io.file_identity import FileIdentity
-from transformers_moe_offload.tensor_files.writer import new_file
-from transformers_moe_offload.tracing.trace_file import TraceError, expect_table, reading_trace, refuse
+from transformers_moe_offload.disk_io.opened_file import FileIdentity
+from transformers_moe_offload.tracing.trace_file import TraceError, expect_table, reading_trace, refuse, whole_file
 from transformers_moe_offload.untrusted import quoted
 
 FORMAT = 1
@@ -50,6 +48,15 @@ Part = dict[str, NDArray[Any]]
     scores.R       (N, E) float16 or float32, if they were recorded
     hidden.R       (N, H) float32, if it was recorded
 """
+
+TOKEN_DTYPES = {
+    "token_ids": "int32",
+    "sequence": "int32",
+    "position": "int32",
+    "is_padding": "uint8",
+    "domain": "int16",
+}
+"""The arrays of a part that have an entry for each token."""
 
 KIND = "routing trace"
 _MAX_INDEX_BYTES = 16 * 2**20
@@ -92,7 +99,8 @@ class TraceIndex:
     def write(self, folder: Path) -> None:
         """Replace `trace.json`, wholly or not at all."""
         text = json.dumps({"format": FORMAT, **asdict(self)}, indent=1)
-        _write(folder / INDEX, lambda path: path.write_text(text + "\n", encoding="utf-8"))
+        with whole_file(folder / INDEX, "the file") as path:
+            path.write_text(text + "\n", encoding="utf-8")
 
     @classmethod
     def read(cls, folder: Path) -> TraceIndex:
@@ -129,33 +137,27 @@ def _are(of_kind: Callable[[Any], bool]) -> Callable[[Any], bool]:
 
 
 _FITS: dict[str, Callable[[Any], bool]] = {
-    "model": is_text,
-    "routers": _are(lambda found: isinstance(found, dict)),
-    "domains": _are(is_text),
-    "parts": _are(is_text),
-    "num_steps": _is_count,
-    "num_tokens": _is_count,
-    "router": _is_count,
-    "path": is_text,
-    "num_experts": _is_count,
-    "num_with_weights": _is_count,
-    "top_k": lambda found: found is None or _is_count(found),
-    "has_affinities": lambda found: isinstance(found, bool),
-    "layers": _are(_is_count),
-    "experts_paths": _are(is_text),
+    "str": is_text,
+    "int": _is_count,
+    "int | None": lambda found: found is None or _is_count(found),
+    "bool": lambda found: isinstance(found, bool),
+    "tuple[int, ...]": _are(_is_count),
+    "tuple[str, ...]": _are(is_text),
+    "list[str]": _are(is_text),
+    "list[RouterFacts]": _are(lambda found: isinstance(found, dict)),
 }
-"""For each entry of `trace.json`, whether a value has the right type."""
+"""For each type of an entry of `trace.json`, whether a value read from it fits."""
 
 
 def _entries(folder: Path, found: Mapping[str, Any], kind: type[TraceIndex] | type[RouterFacts]) -> dict[str, Any]:
     """The entries of an object in `trace.json`, all of them and of the right types."""
-    names = [one.name for one in fields(kind)]
-    if sorted(found) != sorted(names):
-        refuse_folder(folder, f"{INDEX} has the keys {quoted(sorted(found))}, not {', '.join(names)}")
+    types = {one.name: str(one.type) for one in fields(kind)}
+    if sorted(found) != sorted(types):
+        refuse_folder(folder, f"{INDEX} has the keys {quoted(sorted(found))}, not {', '.join(types)}")
     for name, value in found.items():
-        if not _FITS[name](value):
+        if not _FITS[types[name]](value):
             refuse_folder(folder, f"{INDEX}: {name}={quoted(value)} is not valid")
-    return {name: tuple(found[name]) if name in ("layers", "experts_paths") else found[name] for name in names}
+    return {name: tuple(found[name]) if one.startswith("tuple") else found[name] for name, one in types.items()}
 
 
 def _check_index(folder: Path, index: TraceIndex) -> None:
@@ -226,7 +228,8 @@ def new_folder(folder: str | os.PathLike[str], *, overwrite: bool = False) -> Pa
 def write_part(folder: Path, number: int, part: Part) -> str:
     """Write a part -> its name."""
     name = f"part-{number:05}.safetensors"
-    _write(folder / name, lambda path: save_file({key: np.ascontiguousarray(one) for key, one in part.items()}, path))
+    with whole_file(folder / name, "the file") as path:
+        save_file({key: np.ascontiguousarray(one) for key, one in part.items()}, path)
     return name
 
 
@@ -237,19 +240,6 @@ def file_of(folder: Path, name: str) -> FileIdentity:
             return FileIdentity.of(stream.fileno())
     except OSError as error:
         raise TraceError(f"cannot read {folder / name}: {error}") from error
-
-
-def _write(path: Path, write: Any) -> None:
-    unfinished = path.with_name(f".{path.name}.{os.getpid()}")
-    try:
-        try:
-            new_file(unfinished).close()
-            write(unfinished)
-            unfinished.replace(path)
-        finally:
-            unfinished.unlink(missing_ok=True)
-    except (OSError, SafetensorError) as error:
-        raise TraceError(f"cannot write {path}: {error}") from error
 
 
 def refuse_folder(path: Path, reason: str) -> NoReturn:

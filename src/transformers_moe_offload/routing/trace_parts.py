@@ -12,11 +12,12 @@ import numpy as np
 from numpy.typing import NDArray
 from safetensors.numpy import load_file
 
-from transformers_moe_offload.disk_io.file_identity import FileIdentity
+from transformers_moe_offload.disk_io.opened_file import FileIdentity
 from transformers_moe_offload.errors import CheckpointError
 from transformers_moe_offload.routing.trace_file import (
     INDEX,
     KIND,
+    TOKEN_DTYPES,
     Part,
     RouterFacts,
     TraceIndex,
@@ -27,16 +28,8 @@ from transformers_moe_offload.tensor_files.index import read_header
 from transformers_moe_offload.tracing.trace_file import TraceError, reading_trace
 from transformers_moe_offload.untrusted import quoted
 
-_COMMON = {
-    "calls": ("int64",),
-    "token_ids": ("int32",),
-    "sequence": ("int32",),
-    "position": ("int32",),
-    "is_padding": ("uint8",),
-    "domain": ("int16",),
-}
-_OF_ROUTER = {"experts": ("int16",), "weights": ("float32",)}
-_IF_RECORDED = {"scores": ("float16", "float32"), "hidden": ("float32",)}
+_OF_ROUTER: dict[str, tuple[str, ...]] = {"experts": ("int16",), "weights": ("float32",)}
+_IF_RECORDED: dict[str, tuple[str, ...]] = {"scores": ("float16", "float32"), "hidden": ("float32",)}
 
 
 def read_parts(folder: Path, index: TraceIndex, files: Mapping[str, FileIdentity]) -> Iterator[Part]:
@@ -85,13 +78,14 @@ def _check_header(path: Path, index: TraceIndex) -> None:
         found = {tensor.name: tensor for tensor in read_header(path)}
     except CheckpointError as error:
         raise TraceError(f"cannot read the {KIND} {path}: {error}") from error
-    must_have = {name: (dtypes, 2 if name == "calls" else 1) for name, dtypes in _COMMON.items()}
-    may_have: dict[str, tuple[tuple[str, ...], int]] = {}
+    known: dict[str, tuple[tuple[str, ...], int]] = {
+        "calls": (("int64",), 2),
+        **{name: ((dtype,), 1) for name, dtype in TOKEN_DTYPES.items()},
+    }
     for router in range(len(index.routers)):
-        must_have |= {f"{name}.{router}": (dtypes, 2) for name, dtypes in _OF_ROUTER.items()}
-        may_have |= {f"{name}.{router}": (dtypes, 2) for name, dtypes in _IF_RECORDED.items()}
-    for name, (dtypes, rank) in (must_have | may_have).items():
-        if name in may_have and name not in found:
+        known |= {f"{name}.{router}": (dtypes, 2) for name, dtypes in (_OF_ROUTER | _IF_RECORDED).items()}
+    for name, (dtypes, rank) in known.items():
+        if name not in found and name.partition(".")[0] in _IF_RECORDED:
             continue
         dtype = found[name].dtype if name in found else "missing"
         if dtype not in dtypes:
@@ -100,21 +94,19 @@ def _check_header(path: Path, index: TraceIndex) -> None:
             refuse_folder(path, f"its {name} has shape {quoted(found[name].shape)}, but must have {rank} dimensions")
 
 
-def num_steps_of(part: Mapping[str, NDArray[Any]]) -> int:
+def num_steps_of(part: Part) -> int:
     """Number of forwards in a part; they are consecutive."""
     steps = part["calls"][:, 3]
     return int(steps[-1] - steps[0]) + 1 if len(steps) else 0
 
 
-def _check(
-    path: Path, part: Mapping[str, NDArray[Any]], index: TraceIndex, first_step: int, tokens_before: int
-) -> None:
+def _check(path: Path, part: Part, index: TraceIndex, first_step: int, tokens_before: int) -> None:
     """Refuse a part whose numbers contradict one another, the index, or the parts before it."""
     calls, num_tokens = part["calls"].astype(np.int64), len(part["token_ids"])
     if calls.shape[1] != 5:
         refuse_folder(path, f"its calls have {calls.shape[1]} columns, but must have 5")
-    for name in _COMMON:
-        if name != "calls" and part[name].shape != (num_tokens,):
+    for name in TOKEN_DTYPES:
+        if part[name].shape != (num_tokens,):
             refuse_folder(path, f"it has {num_tokens} token_ids, but {name} of shape {part[name].shape}")
     limits = {
         "token_ids": (-1, 2**31 - 1),
@@ -138,9 +130,7 @@ def _check(
         _check_router(path, part, calls[calls[:, 0] == router], router, facts)
 
 
-def _check_router(
-    path: Path, part: Mapping[str, NDArray[Any]], own: NDArray[np.int64], router: int, facts: RouterFacts
-) -> None:
+def _check_router(path: Path, part: Part, own: NDArray[np.int64], router: int, facts: RouterFacts) -> None:
     """Refuse calls of one router, own (V, 5), that do not match its rows."""
     experts, num_tokens = part[f"experts.{router}"], len(part["token_ids"])
     first, num_rows, token = own[:, 1], own[:, 2], own[:, 4]

@@ -17,8 +17,7 @@ import torch
 from torch import Tensor
 
 from transformers_moe_offload.errors import ConfigError
-from transformers_moe_offload.routing.options import check_count, check_seed
-from transformers_moe_offload.routing.strategy import make_strategy
+from transformers_moe_offload.routing.strategy import check_count, check_seed, make_strategy
 from transformers_moe_offload.routing.switching import Layers, set_routing
 
 
@@ -59,49 +58,23 @@ def routing_uncertainty(
     if not hasattr(make_strategy(strategy, options), "seed"):
         raise ConfigError(f"strategy {strategy!r} draws nothing, so all repeats would be equal; use one with a seed")
     forward = {"input_ids": inputs} if isinstance(inputs, Tensor) else dict(inputs)
-    gathered: _Gathered | None = None
+    mean = squares = predictions = entropies = torch.zeros(())
+    likeliest = []
     for number in range(repeats):
         with set_routing(model, strategy, layers, seed=seed + number, **options):
             logits = model(**forward).logits.float()
-        gathered = gathered or _Gathered(logits)
-        gathered.add(logits)
-    assert gathered is not None
-    return gathered.result()
-
-
-class _Gathered:
-    """Running means over repeats (Welford 1962 for the variance)."""
-
-    def __init__(self, like: Tensor) -> None:
-        self._count = 0
-        self._mean, self._squares = torch.zeros_like(like), torch.zeros_like(like)
-        self._predictions = torch.zeros_like(like)
-        self._entropies = torch.zeros_like(like[..., 0])
-        self._likeliest: list[Tensor] = []
-
-    def add(self, logits: Tensor) -> None:
-        """One repeat: logits (B, S, V)."""
-        self._count += 1
-        step = logits - self._mean
-        self._mean += step / self._count
-        self._squares += step * (logits - self._mean)
+        step = logits - mean  # running mean and variance: Welford 1962
+        mean = mean + step / (number + 1)
+        squares = squares + step * (logits - mean)
         prediction = logits.softmax(-1)
-        self._predictions += prediction
-        self._entropies += _entropy(prediction)
-        self._likeliest.append(logits.argmax(-1))
-
-    def result(self) -> RoutingUncertainty:
-        """All repeats together."""
-        entropy = _entropy(self._predictions / self._count)
-        likeliest = torch.stack(self._likeliest)  # (R, B, S)
-        votes = (likeliest == likeliest.mode(0).values).float().mean(0)
-        return RoutingUncertainty(
-            (self._squares / (self._count - 1)).mean(-1),
-            1 - votes,
-            entropy,
-            (entropy - self._entropies / self._count).clamp(min=0),
-            self._count,
-        )
+        predictions = predictions + prediction
+        entropies = entropies + _entropy(prediction)
+        likeliest.append(logits.argmax(-1))
+    entropy = _entropy(predictions / repeats)
+    tokens = torch.stack(likeliest)  # (R, B, S)
+    votes = (tokens == tokens.mode(0).values).float().mean(0)
+    variance = (squares / (repeats - 1)).mean(-1)
+    return RoutingUncertainty(variance, 1 - votes, entropy, (entropy - entropies / repeats).clamp(min=0), repeats)
 
 
 def _entropy(prediction: Tensor) -> Tensor:

@@ -7,7 +7,7 @@ pages that a disk writes into (`DirectSlots`), or the right to have one expert's
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Protocol
 
 from torch import Tensor
@@ -38,20 +38,19 @@ class Slots(Protocol):
         `alongside` is the number of other experts in flight.
         """
 
-    is_asynchronous: bool
-    """Whether work that was submitted may still read slots, so that they have to be retired."""
-    can_lose: bool
-    """Whether experts may not be there any more: the kernel can take pages of the page cache."""
-
     @property
     def weights(self) -> Mapping[int, Weights]:
         """The weights of the expert in each slot, valid once its load has finished and until the next one begins."""
 
-    def retire(self, slots: Sequence[int]) -> None:
-        """Everything that reads these slots has been submitted; the next loads into them come after that."""
+    @property
+    def retire(self) -> Callable[[Sequence[int]], None] | None:
+        """To be called with slots once everything that reads them has been submitted: the next loads into them come
+        after that. None where work is over when it has been submitted, as on a CPU."""
 
-    def lost(self, slots: Sequence[int]) -> Sequence[int]:
-        """Those of some slots whose experts are not there any more; called if slots `can_lose` experts."""
+    @property
+    def lost(self) -> Callable[[Sequence[int]], Sequence[int]] | None:
+        """Those of some slots whose experts are not there any more: the kernel can take pages of the page cache. None
+        where an expert stays until it is replaced."""
 
     def give_back(self) -> None:
         """Give back memory that evicted experts still take in case they return."""

@@ -92,13 +92,13 @@ class _Buffer(NamedTuple):
 class CopiedSlots:
     """Slots that are buffers, filled by a copier."""
 
-    can_lose = False
+    lost = None
 
     def __init__(self, store: ExpertStore, pool: SlotPool, copier: Copier) -> None:
         self.pool = pool
         self._store = store
         self._copier = copier
-        self.is_asynchronous = copier.is_asynchronous
+        self.retire = self._retire if copier.is_asynchronous else None
         self.weights: dict[int, Weights] = {}
 
     @property
@@ -126,15 +126,6 @@ class CopiedSlots:
         self.weights[slot] = self.pool.views(slot, layout)
         return self._copier.start(expert, self.pool.record(slot), alongside)
 
-    def retire(self, slots: Sequence[int]) -> None:
-        """The next copies into these buffers come after the kernels that read them now."""
-        for slot in slots:
-            self._copier.retire(self.pool.record(slot))
-
-    def lost(self, slots: Sequence[int]) -> Sequence[int]:
-        """Always none."""
-        return ()
-
     def give_back(self) -> None:
         """Nothing to do: evicted experts are overwritten."""
 
@@ -145,3 +136,8 @@ class CopiedSlots:
     def device_bytes(self, expert: ExpertId) -> int:
         """The record, where the buffer is not in host memory."""
         return 0 if self.pool.device.type == "cpu" else self._store.layout(*expert).nbytes
+
+    def _retire(self, slots: Sequence[int]) -> None:
+        """The next copies into these buffers come after the kernels that read them now."""
+        for slot in slots:
+            self._copier.retire(self.pool.record(slot))

@@ -14,14 +14,14 @@ from torch import Tensor
 
 from transformers_moe_offload.disk_io.aio_queue import AioQueue
 from transformers_moe_offload.disk_io.page_reads import PageRead, Placed, parts, placed
+from transformers_moe_offload.disk_io.read import Work
 from transformers_moe_offload.disk_io.reader_pool import ReaderPool, chunk_bytes
 from transformers_moe_offload.expert import ExpertId
 from transformers_moe_offload.slots.base import Weights
 from transformers_moe_offload.slots.transfer import HostCopier, Transfer
 from transformers_moe_offload.store.expert_store import ExpertStore
 from transformers_moe_offload.store.record import RecordLayout
-from transformers_moe_offload.system.host_memory import host_bytes
-from transformers_moe_offload.system.page_memory import PageMemory
+from transformers_moe_offload.system.host_memory import PageMemory, host_bytes
 
 _Lie = tuple[RecordLayout, tuple[int, ...] | None]
 """An expert's record layout, and where its fields begin; None if they begin where they do in a record."""
@@ -30,9 +30,8 @@ _Lie = tuple[RecordLayout, tuple[int, ...] | None]
 class DirectSlots:
     """Slots in host memory that begin at pages, equal unless they hold records of another size."""
 
-    is_asynchronous = False
-    """CPU kernels have finished when they return."""
-    can_lose = False
+    retire = None
+    lost = None
 
     def __init__(self, store: ExpertStore, slot_bytes: int, spare_bytes: int, workers: int) -> None:
         """`spare_bytes` of the `slot_bytes` are for the parts of pages that an expert does not fill."""
@@ -72,13 +71,6 @@ class DirectSlots:
         if place is None:
             return self._copier.start(expert, memory[: layout.nbytes], alongside)
         return self.reader.start(place.reads, memory, partial(self._complete, expert, place, memory), alongside)
-
-    def retire(self, slots: Sequence[int]) -> None:
-        """Nothing to do."""
-
-    def lost(self, slots: Sequence[int]) -> Sequence[int]:
-        """Always none."""
-        return ()
 
     def give_back(self) -> None:
         """Nothing to do: evicted experts are overwritten."""
@@ -150,7 +142,7 @@ class PageReader:
             return self._queue.start(reads, memory, complete)
         most, raw = chunk_bytes(memory.nbytes, self._workers, alongside), host_bytes(memory)
         chunks = [part for read in reads for part in parts(read, most or read.nbytes)]
-        return self._lanes.start([partial(_read, chunk, raw) for chunk in chunks], complete)
+        return self._lanes.start(Work([partial(_read, chunk, raw) for chunk in chunks], complete))
 
     def drain(self) -> None:
         """Wait until nothing is read any more."""

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 
 import torch
 
-from transformers_moe_offload.disk_io.file_range import FileRange, joined
+from transformers_moe_offload.disk_io.file import FileRange, joined
 from transformers_moe_offload.disk_io.mapped_file import MappedFile
+from transformers_moe_offload.disk_io.read import Work
 from transformers_moe_offload.disk_io.reader_pool import ReaderPool
 from transformers_moe_offload.dtypes import torch_dtype
 from transformers_moe_offload.expert import ExpertId
@@ -31,9 +32,7 @@ class MappedSlots:
     expert that is not stored as it is used is copied instead.
     """
 
-    is_asynchronous = False
-    """CPU kernels have finished when they return."""
-    can_lose = True
+    retire = None
 
     def __init__(self, store: ExpertStore, workers: int) -> None:
         self.num_lanes = workers
@@ -41,7 +40,7 @@ class MappedSlots:
         self._lanes = ReaderPool(workers)
         self._experts: dict[ExpertId, _MappedExpert] = {}
         self._inside: dict[int, _MappedExpert] = {}
-        self.weights = _Weights(self._inside)
+        self.weights: dict[int, Weights] = {}
         self._replaced: set[_MappedExpert] = set()
         """Experts that were replaced since the last `give_back`; some may have been loaded again."""
 
@@ -50,6 +49,7 @@ class MappedSlots:
 
     def remove(self, slot: int) -> None:
         """Unmap the expert in the slot."""
+        self.weights.pop(slot, None)
         left = self._inside.pop(slot, None)
         if left is not None and left not in self._inside.values():
             left.unmap()
@@ -60,12 +60,13 @@ class MappedSlots:
         if left is not None:
             self._replaced.add(left)
             if left.is_copy and left not in self._inside.values():
-                left.drop_copy()
+                left.forget_weights()
         coming = self._inside[slot] = self._mapped(expert)
+        self.weights[slot] = coming.weights
         now = time.monotonic()
         if coming.look(now, [map for map in coming.files if not map.is_unchanged(now)]):
             return Landed(coming.from_files)
-        return self._lanes.start((), coming.bring_in)
+        return self._lanes.start(Work((), coming.bring_in))
 
     def _mapped(self, expert: ExpertId) -> _MappedExpert:
         found = self._experts.get(expert)
@@ -73,16 +74,18 @@ class MappedSlots:
             found = self._experts[expert] = _MappedExpert(self._store, expert)
         return found
 
-    def retire(self, slots: Sequence[int]) -> None:
-        """Nothing to do."""
-
     def lost(self, slots: Sequence[int]) -> Sequence[int]:
         """The slots of experts whose pages are not in memory any more, or whose files have changed."""
         now = time.monotonic()
         held = [self._inside[slot] for slot in slots]
-        files = {map for one in held for map in one.files}
-        changed = {map for map in files if not map.is_unchanged(now)}
-        return [slot for slot, one in zip(slots, held, strict=True) if not one.look(now, changed)]
+        changed = [map for map in set().union(*[one.files for one in held]) if not map.is_unchanged(now)]
+        lost = []
+        for slot, one in zip(slots, held, strict=True):
+            if now < one.surely_there_until and not changed:  # as `look` finds, without a call for each
+                one.surely_there_until = now + _SURELY_THERE
+            elif not one.look(now, changed):
+                lost.append(slot)
+        return lost
 
     def start_over(self, held: Mapping[int, ExpertId]) -> None:
         """Wait for the reader threads; a slot's mapping is replaced when its next load begins."""
@@ -99,27 +102,12 @@ class MappedSlots:
         return 0
 
 
-class _Weights(Mapping[int, Weights]):
-    """The tensors inside the mapped files, by slot: they are made when an expert is brought in."""
-
-    def __init__(self, inside: Mapping[int, _MappedExpert]) -> None:
-        self._inside = inside
-
-    def __getitem__(self, slot: int) -> Weights:
-        return self._inside[slot].weights
-
-    def __iter__(self) -> Iterator[int]:
-        return iter(self._inside)
-
-    def __len__(self) -> int:
-        return len(self._inside)
-
-
 class _MappedExpert:
     """One expert's place in the page cache."""
 
     def __init__(self, store: ExpertStore, expert: ExpertId) -> None:
         self.weights: Weights = {}
+        """Tensors inside of the mapped files, or of a copy; empty until the expert is brought in."""
         self.from_files = store.stored_bytes(expert)
         self._store = store
         self._expert = expert
@@ -127,8 +115,8 @@ class _MappedExpert:
         """Where it is mapped; empty if it is a copy."""
         self.files: tuple[MappedFile, ...] = ()
         """The files that it is in."""
-        self._last_use = -math.inf
-        """When it was asked for last, in seconds of `time.monotonic`."""
+        self.surely_there_until = -math.inf
+        """Until when its pages are not looked at, in seconds of `time.monotonic`; only if it was brought in."""
 
     def look(self, now: float, changed: Collection[MappedFile]) -> bool:
         """Look whether it can be used: it has been loaded, is in none of the `changed` files, and is in memory.
@@ -138,22 +126,20 @@ class _MappedExpert:
         """
         if not self.weights or (changed and any(map in changed for map in self.files)):
             return False
-        if now > self._last_use + _SURELY_THERE:
-            for map, file_range in self._pages:
-                if not map.is_cached(file_range.start, file_range.stop):
-                    return False
-        self._last_use = now
+        if now >= self.surely_there_until and not all(map.is_cached(at.start, at.stop) for map, at in self._pages):
+            return False
+        self.surely_there_until = now + _SURELY_THERE
         return True
 
     def bring_in(self) -> int:
         """Map the expert's pages, or read a copy of it; returns the bytes of the files that are used."""
-        self.weights = {}
+        self.forget_weights()
         layout, ranges = self._store.layout(*self._expert), self._store.file_ranges(self._expert)
         with torch.inference_mode(False):  # the weights outlive an inference-mode block that may be open
             if ranges is None:
                 record = torch.empty(layout.nbytes, dtype=torch.uint8)
                 self._store.read_into(self._expert, record)
-                self.weights = layout.views(record)
+                self.weights.update(layout.views(record))
                 return self.from_files
             pages = self._pages = [(file_range.file.mapped(), file_range) for file_range in joined(ranges)]
             self.files = tuple(dict.fromkeys(map for map, _ in pages))
@@ -162,14 +148,16 @@ class _MappedExpert:
             if len(pages) == 1:
                 map, place = pages[0]
                 self._store.check(self._expert, map.bytes[place.start : place.stop])
-            self.weights = {
-                field.name: part.file.mapped()
-                .bytes[part.start : part.start + field.nbytes]
-                .view(torch_dtype(field.dtype))
-                .view(field.shape)
-                for field, part in zip(layout.fields, ranges, strict=True)
-            }
-        self._last_use = time.monotonic()
+            self.weights.update(
+                {
+                    field.name: part.file.mapped()
+                    .bytes[part.start : part.start + field.nbytes]
+                    .view(torch_dtype(field.dtype))
+                    .view(field.shape)
+                    for field, part in zip(layout.fields, ranges, strict=True)
+                }
+            )
+        self.surely_there_until = time.monotonic() + _SURELY_THERE
         return self.from_files
 
     @property
@@ -177,12 +165,13 @@ class _MappedExpert:
         """Whether it takes memory of its own, not pages that the kernel can take back."""
         return not self._pages
 
-    def drop_copy(self) -> None:
-        """Drop a copy."""
-        self.weights = {}
+    def forget_weights(self) -> None:
+        """Forget the tensors: it has to be brought in before it is used again."""
+        self.weights.clear()
+        self.surely_there_until = -math.inf
 
     def unmap(self) -> None:
         """Unmap the pages."""
         for map, file_range in self._pages:
             map.let_go(file_range.start, file_range.stop)
-        self.weights = {}
+        self.forget_weights()

@@ -12,9 +12,10 @@ from typing import Protocol
 
 from torch import Tensor
 
+from transformers_moe_offload.disk_io.read import Work
 from transformers_moe_offload.disk_io.reader_pool import ReaderPool, chunk_bytes
 from transformers_moe_offload.expert import ExpertId
-from transformers_moe_offload.store.record_reader import OpenFill
+from transformers_moe_offload.store.record import OpenFill
 from transformers_moe_offload.system.host_memory import host_bytes
 
 
@@ -107,7 +108,7 @@ class HostCopier:
         record = host_bytes(slot)
         try:
             reads = [partial(fill.read, chunk, chunk.inside(record)) for chunk in fill.chunks]
-            return self._lanes.start(reads, lambda: fill.finish(slot), fill.give_up)
+            return self._lanes.start(Work(reads, lambda: fill.finish(slot), fill.give_up))
         except BaseException:
             fill.give_up()
             raise

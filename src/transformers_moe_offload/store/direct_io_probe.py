@@ -12,12 +12,11 @@ from itertools import islice
 from statistics import median
 
 from transformers_moe_offload.disk_io.chunks import Run
-from transformers_moe_offload.disk_io.file_range import FileRange
+from transformers_moe_offload.disk_io.file import FileRange
 from transformers_moe_offload.disk_io.page_reads import placed
 from transformers_moe_offload.expert import ExpertId
 from transformers_moe_offload.store.expert_store import ExpertStore
-from transformers_moe_offload.system.host_memory import PAGE_BYTES, host_bytes
-from transformers_moe_offload.system.page_memory import PageMemory
+from transformers_moe_offload.system.host_memory import PAGE_BYTES, PageMemory, host_bytes
 
 READ_BYTES = 1 << 20
 """Bytes of each read: enough to measure the disk's speed, and not its latency."""

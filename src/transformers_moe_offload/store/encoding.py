@@ -10,11 +10,9 @@ from itertools import accumulate
 import torch
 from torch import Tensor
 
-from transformers_moe_offload.formats.base import Codec
-from transformers_moe_offload.formats.by_expert import LayerCodecs
+from transformers_moe_offload.formats.base import Codec, LayerCodecs
 from transformers_moe_offload.formats.codec import ExpertCodec
-from transformers_moe_offload.store.expert_source import RecordedExpert
-from transformers_moe_offload.store.layer_source import LayerSource
+from transformers_moe_offload.store.layer_source import LayerSource, RecordedExpert
 from transformers_moe_offload.store.ram_file import RamFile
 from transformers_moe_offload.store.record import RecordLayout
 from transformers_moe_offload.system.host_memory import host_bytes
@@ -45,7 +43,7 @@ def encoded_in_ram(source: LayerSource, codecs: LayerCodecs, workers: int, done:
 
     `done` is called after each expert that is coded.
     """
-    rows = _rows(codecs, len(source.experts))
+    rows = row_sizes(codecs, len(source.experts))
     if not rows:
         return source
     file = RamFile(source.spec.name, sum(rows.values()))
@@ -68,18 +66,8 @@ def encoded_in_ram(source: LayerSource, codecs: LayerCodecs, workers: int, done:
     return replace(source, experts=experts, codecs=LayerCodecs(usual, hot, codecs.hot_experts))
 
 
-def encoded_bytes(codecs: LayerCodecs, num_experts: int) -> int:
-    """Bytes of all rows that `encoded_in_ram` makes."""
-    return sum(_rows(codecs, num_experts).values())
-
-
-def num_encoded(codecs: LayerCodecs, num_experts: int) -> int:
-    """The number of these rows."""
-    return len(_rows(codecs, num_experts))
-
-
-def _rows(codecs: LayerCodecs, num_experts: int) -> dict[int, int]:
-    """The experts that have a format, and the bytes of a row of each."""
+def row_sizes(codecs: LayerCodecs, num_experts: int) -> dict[int, int]:
+    """The experts that have a format, and the bytes of the row that `encoded_in_ram` makes of each."""
     sizes = {
         id(kind): RecordLayout(kind.stored).row_bytes for kind in codecs.kinds if kind is not None and _has_format(kind)
     }

@@ -3,21 +3,19 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from functools import cached_property
+from functools import cached_property, partial
 from itertools import chain
 
 from torch import Tensor
 
 from transformers_moe_offload.disk_io.chunks import Chunk, Piece, Run, cut
-from transformers_moe_offload.disk_io.file_range import FileRange
-from transformers_moe_offload.disk_io.open_files import OPEN_FILES
+from transformers_moe_offload.disk_io.file import FileRange
+from transformers_moe_offload.disk_io.opened_file import OPEN_FILES
 from transformers_moe_offload.disk_io.page_reads import most_spare_bytes
 from transformers_moe_offload.expert import ExpertId
-from transformers_moe_offload.store.expert_source import ExpertSource, RecordedExpert
-from transformers_moe_offload.store.layer_source import LayerSource
+from transformers_moe_offload.store.layer_source import ExpertSource, LayerSource, RecordedExpert
 from transformers_moe_offload.store.ram_file import RamFile
-from transformers_moe_offload.store.record import RecordLayout
-from transformers_moe_offload.store.record_reader import Fill
+from transformers_moe_offload.store.record import Fill, RecordLayout
 from transformers_moe_offload.system.host_memory import host_bytes
 
 
@@ -36,19 +34,15 @@ class ExpertStore:
         """The record layout of one expert; those of experts that are stored alike are the same."""
         return self._layouts[layer][expert]
 
-    @cached_property
-    def _files(self) -> set[int]:
-        """The files that experts are in, by identity."""
-        experts = chain.from_iterable(source.experts for source in self.layers.values())
-        return {id(piece.file) for expert in experts for piece in expert.pieces}
-
     def stored_bytes(self, expert: ExpertId) -> int:
         """Bytes read from files for this expert."""
         return sum(piece.nbytes for piece in self._source(expert).pieces)
 
+    @cached_property
     def can_be_mapped(self) -> bool:
         """Whether all files that hold experts can be open at once: a mapped file stays open."""
-        return len(self._files) <= OPEN_FILES.limit
+        experts = chain.from_iterable(source.experts for source in self.layers.values())
+        return len({id(piece.file) for expert in experts for piece in expert.pieces}) <= OPEN_FILES.limit
 
     def is_as_used(self, layer: int) -> bool:
         """Whether most of a layer's experts are stored as they are used.
@@ -89,7 +83,17 @@ class ExpertStore:
 
     def fill(self, expert: ExpertId, chunk_bytes: int | None = None) -> Fill:
         """Begin to fill a record with an expert, in chunks of at most so many bytes, or in one."""
-        return _Fill(self, expert, cut(self._pieces(expert), chunk_bytes))
+        return Fill(
+            cut(self._pieces(expert), chunk_bytes),
+            partial(Chunk.read_into, past_cache=self.past_cache),
+            partial(self._finish, expert),
+            is_checked=self.has_to_check(expert),
+        )
+
+    def _finish(self, expert: ExpertId, record: Tensor | None) -> int:
+        if record is not None:
+            self.check(expert, record)
+        return self.stored_bytes(expert)
 
     def read_cached_into(self, expert: ExpertId, record: Tensor) -> bool:
         """Fill a record from the page cache, without waiting for the disk; returns whether all of it was there.
@@ -142,27 +146,3 @@ def _layouts(source: LayerSource) -> tuple[RecordLayout, ...]:
     codecs = source.codecs
     of_kind = {id(kind): RecordLayout(source.spec.fields if kind is None else kind.stored) for kind in codecs.kinds}
     return tuple(of_kind[id(codecs.of(expert))] for expert in range(len(source.experts)))
-
-
-class _Fill:
-    """The reads of one expert of a store."""
-
-    def __init__(self, store: ExpertStore, expert: ExpertId, chunks: Sequence[Chunk]) -> None:
-        self.chunks = chunks
-        self._store = store
-        self._expert = expert
-
-    @property
-    def is_checked(self) -> bool:
-        return self._store.has_to_check(self._expert)
-
-    def read(self, chunk: Chunk, targets: Sequence[memoryview]) -> None:
-        chunk.read_into(targets, past_cache=self._store.past_cache)
-
-    def finish(self, record: Tensor | None) -> int:
-        if record is not None:
-            self._store.check(self._expert, record)
-        return self._store.stored_bytes(self._expert)
-
-    def give_up(self) -> None:
-        pass

@@ -6,16 +6,16 @@ transposed or interleaved layout) the pieces are read into scratch memory and as
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass, replace
-from functools import cached_property
+from functools import cached_property, partial
 from math import prod
 
 import torch
 from torch import Tensor
 
-from transformers_moe_offload.disk_io.chunks import Run, Segment, joined_runs
-from transformers_moe_offload.disk_io.file_range import FileRange
+from transformers_moe_offload.disk_io.chunks import Run, Segment, Solid, joined_runs
+from transformers_moe_offload.disk_io.file import FileRange
 from transformers_moe_offload.dtypes import torch_dtype
 from transformers_moe_offload.expert import ITEMSIZE, FieldSpec
 from transformers_moe_offload.system.host_memory import host_bytes
@@ -35,11 +35,6 @@ class FieldSource:
     """Dtypes the pieces are cast to, one after another, before they are assembled; the last one is the field's."""
     assemble: Assemble | None = None
     """None where the pieces, one after another, are the field."""
-
-    @property
-    def nbytes(self) -> int:
-        """Bytes that have to be read."""
-        return sum(piece.nbytes for piece in self.pieces)
 
     @cached_property
     def is_verbatim(self) -> bool:
@@ -82,6 +77,14 @@ class FieldSource:
             start += piece.nbytes
         return runs
 
+    def assembled(self, start: int, spec: FieldSpec) -> Solid:
+        """A field that is not verbatim and begins at `start` in its record, read through the page cache."""
+        return Solid(Segment(start, start + spec.nbytes), partial(self._fill, spec))
+
+    def _fill(self, spec: FieldSpec, memory: memoryview) -> None:
+        raw = torch.frombuffer(memory, dtype=torch.uint8)
+        self.assemble_into(raw.view(torch_dtype(spec.dtype)).view(spec.shape))
+
     def assemble_into(self, view: Tensor) -> None:
         """Read the pieces of a field that is not verbatim, cast and assemble them."""
         tensors = [self._cast(read_stored(piece)) for piece in self.pieces]
@@ -94,24 +97,3 @@ class FieldSource:
         for dtype in self.casts:
             tensor = tensor.to(torch_dtype(dtype))
         return tensor
-
-
-@dataclass(frozen=True)
-class AssembledField:
-    """A field that is not verbatim, as one of the pieces that an expert is read from."""
-
-    source: FieldSource
-    field: FieldSpec
-    segments: tuple[Segment, ...]
-    """Its place in the record."""
-
-    is_verbatim = False
-
-    def read_into(self, targets: Sequence[memoryview], *, past_cache: bool = False) -> None:
-        """Read its pieces, through the page cache, and assemble them in the target."""
-        raw = torch.frombuffer(targets[0], dtype=torch.uint8)
-        self.source.assemble_into(raw.view(torch_dtype(self.field.dtype)).view(self.field.shape))
-
-    def split(self, nbytes: int, *, anywhere: bool) -> None:
-        """Always None: it is assembled as a whole."""
-        return

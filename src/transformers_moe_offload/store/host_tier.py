@@ -13,7 +13,7 @@ from torch import Tensor
 from transformers_moe_offload.disk_io.chunks import Chunk
 from transformers_moe_offload.expert import ExpertId
 from transformers_moe_offload.store.expert_store import ExpertStore
-from transformers_moe_offload.store.record_reader import Fill
+from transformers_moe_offload.store.record import Fill
 from transformers_moe_offload.system.host_memory import copy_bytes, host_bytes
 
 
@@ -30,12 +30,8 @@ class HostTier:
         self._lock = threading.Lock()
         self._entries: OrderedDict[ExpertId, _Entry] = OrderedDict()
         self._spare: dict[int, list[Tensor]] = {}
-        self._nbytes = 0
-
-    @property
-    def nbytes(self) -> int:
+        self.nbytes = 0
         """Bytes that the tier holds."""
-        return self._nbytes
 
     def fill(self, expert: ExpertId, chunk_bytes: int | None = None) -> Fill:
         """Begin to fill a record with an expert; what is kept already comes from memory."""
@@ -43,7 +39,7 @@ class HostTier:
         entry, is_new = self._enter(expert)
         if entry is None:
             return fill
-        return _Filling(self, expert, entry, fill) if is_new else _Kept(self, entry, fill)
+        return self._filling(expert, entry, fill) if is_new else self._kept(entry, fill)
 
     def has(self, expert: ExpertId) -> bool:
         """Whether an expert can be loaded without reading a file."""
@@ -64,7 +60,7 @@ class HostTier:
             entry.is_ready.wait()
             yield self._read(expert) if entry.has_failed else entry.record
         finally:
-            self.let_go(entry)
+            self._let_go(entry)
 
     def _read(self, expert: ExpertId) -> Tensor:
         """A record that the tier has no room for."""
@@ -90,34 +86,65 @@ class HostTier:
         try:
             self.store.read_into(expert, entry.record)
         except BaseException:
-            self.drop(expert, entry)
+            self._drop(expert, entry)
             raise
         entry.is_ready.set()
 
-    # What follows is for `_Filling` and `_Kept`.
+    def _filling(self, expert: ExpertId, entry: _Entry, fill: Fill) -> Fill:
+        """Read a record into the tier, and copy it on from there."""
+        record = host_bytes(entry.record)
 
-    def drop(self, expert: ExpertId, entry: _Entry) -> None:
+        def read(chunk: Chunk, targets: Sequence[memoryview]) -> None:
+            kept = chunk.inside(record)
+            fill.read(chunk, kept)
+            _copy_all(targets, kept)
+
+        def finish(_: Tensor | None) -> int:
+            from_files = fill.finish(entry.record)
+            entry.is_ready.set()
+            self._let_go(entry)
+            return from_files
+
+        return Fill(fill.chunks, read, finish, lambda: self._drop(expert, entry))
+
+    def _kept(self, entry: _Entry, fill: Fill) -> Fill:
+        """Copy a record that the tier has, or that another thread is reading into it; from disk if that one fails."""
+
+        def read(chunk: Chunk, targets: Sequence[memoryview]) -> None:
+            entry.is_ready.wait()
+            if entry.has_failed:  # on another thread; the file may be back
+                fill.read(chunk, targets)
+            else:
+                _copy_all(targets, chunk.inside(host_bytes(entry.record)))
+
+        def finish(record: Tensor | None) -> int:
+            self._let_go(entry)
+            return fill.finish(record) if entry.has_failed else 0
+
+        return Fill(fill.chunks, read, finish, lambda: self._let_go(entry), fill.is_checked)
+
+    def _drop(self, expert: ExpertId, entry: _Entry) -> None:
         """Remove an entry that will not be filled: threads that wait for it read the file themselves."""
         entry.has_failed = True
         with self._lock:
             if self._entries.get(expert) is entry:
                 del self._entries[expert]
-                self._nbytes -= entry.record.nbytes
+                self.nbytes -= entry.record.nbytes
         entry.is_ready.set()
 
-    def let_go(self, entry: _Entry) -> None:
+    def _let_go(self, entry: _Entry) -> None:
         """An entry has one user less."""
         with self._lock:
             entry.num_users -= 1
 
     def _make_room(self, nbytes: int) -> Tensor | None:
         """Memory for a record: spare, new within the budget, or of evicted entries: longest unused, without users."""
-        while self._nbytes + nbytes > self.budget_bytes:
+        while self.nbytes + nbytes > self.budget_bytes:
             victim = next((expert for expert, entry in self._entries.items() if not entry.num_users), None)
             if victim is None:
                 return None
             freed = self._entries.pop(victim).record
-            self._nbytes -= freed.nbytes
+            self.nbytes -= freed.nbytes
             self._spare.setdefault(freed.nbytes, []).append(freed)
         if self._spare.get(nbytes):
             record = self._spare[nbytes].pop()
@@ -125,7 +152,7 @@ class HostTier:
             self._spare.clear()  # records of another size: their memory is needed
             with torch.inference_mode(False):
                 record = torch.empty(nbytes, dtype=torch.uint8)
-        self._nbytes += nbytes
+        self.nbytes += nbytes
         return record
 
 
@@ -137,63 +164,6 @@ class _Entry:
         self.is_ready = threading.Event()
         self.has_failed = False
         self.num_users = 1
-
-
-class _Filling:
-    """A record that is read into the tier, and copied on from there."""
-
-    is_checked = False
-
-    def __init__(self, tier: HostTier, expert: ExpertId, entry: _Entry, fill: Fill) -> None:
-        self.chunks = fill.chunks
-        self._tier = tier
-        self._expert = expert
-        self._entry = entry
-        self._fill = fill
-        self._record = host_bytes(entry.record)
-
-    def read(self, chunk: Chunk, targets: Sequence[memoryview]) -> None:
-        kept = chunk.inside(self._record)
-        self._fill.read(chunk, kept)
-        _copy_all(targets, kept)
-
-    def finish(self, record: Tensor | None) -> int:
-        from_files = self._fill.finish(self._entry.record)
-        self._entry.is_ready.set()
-        self._tier.let_go(self._entry)
-        return from_files
-
-    def give_up(self) -> None:
-        self._tier.drop(self._expert, self._entry)
-
-
-class _Kept:
-    """A record that the tier has, or that another thread is reading into it."""
-
-    def __init__(self, tier: HostTier, entry: _Entry, fill: Fill) -> None:
-        self.chunks = fill.chunks
-        self._tier = tier
-        self._entry = entry
-        self._fill = fill
-        """Disk fallback if filling the entry failed."""
-
-    @property
-    def is_checked(self) -> bool:
-        return self._fill.is_checked
-
-    def read(self, chunk: Chunk, targets: Sequence[memoryview]) -> None:
-        self._entry.is_ready.wait()
-        if self._entry.has_failed:  # on another thread; the file may be back
-            self._fill.read(chunk, targets)
-        else:
-            _copy_all(targets, chunk.inside(host_bytes(self._entry.record)))
-
-    def finish(self, record: Tensor | None) -> int:
-        self._tier.let_go(self._entry)
-        return self._fill.finish(record) if self._entry.has_failed else 0
-
-    def give_up(self) -> None:
-        self._tier.let_go(self._entry)
 
 
 def _copy_all(targets: Sequence[memoryview], sources: Sequence[memoryview]) -> None:

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from transformers_moe_offload.disk_io.file import File
-from transformers_moe_offload.disk_io.file_identity import FileIdentity
+from transformers_moe_offload.disk_io.opened_file import FileIdentity
 from transformers_moe_offload.errors import MoeOffloadError
 
 

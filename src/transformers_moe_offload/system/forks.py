@@ -96,8 +96,8 @@ class Forks:
         self._forkables: WeakSet[Forkable] = WeakSet()
         self._entering = threading.Lock()
         self._forking = threading.RLock()
-        self._let_go: list[Callable[[bool], None]] = []
-        """What undoes the steps that `before` has taken."""
+        self._let_go: list[Callable[..., None]] = []
+        """What undoes the steps that `before` has taken; called with `is_child`."""
         self._interrupts = HeldInterrupts()
 
     def with_lock(self, lock: L, rank: Rank) -> L:
@@ -121,7 +121,7 @@ class Forks:
             forkables = list(self._forkables)
         for forkable in forkables:
             forkable.before_fork()
-            self._let_go.append(partial(_after_fork, forkable))
+            self._let_go.append(forkable.after_fork)
         self._take_all(Rank.SHORT)
         self._take(self._entering)
 
@@ -129,7 +129,7 @@ class Forks:
         """The calling thread has forked: undo the steps of `before`, the latest first."""
         steps, self._let_go = self._let_go, []  # with the first of them undone, another thread may fork
         for undo in reversed(steps):
-            undo(is_child)
+            undo(is_child=is_child)
         self._interrupts.let_go(is_child)
 
     def _take_all(self, rank: Rank) -> None:
@@ -141,10 +141,6 @@ class Forks:
     def _take(self, lock: Lock) -> None:
         lock.acquire()
         self._let_go.append(lambda is_child: lock.release())
-
-
-def _after_fork(forkable: Forkable, is_child: bool) -> None:
-    forkable.after_fork(is_child=is_child)
 
 
 FORKS = Forks()

@@ -1,13 +1,16 @@
-"""How many bytes an automatic budget may take."""
+"""How many bytes an automatic budget may take, and giving freed memory back to the system."""
 
 from __future__ import annotations
 
+import ctypes
+import math
 import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import NamedTuple
 
 import psutil
 import torch
-
-from transformers_moe_offload.system.cgroup import memory_left
 
 HOST_SHARE = 0.5
 """Share of the free RAM; the rest is left to activations, other programs, and the page cache that serves misses."""
@@ -18,6 +21,27 @@ DEVICE_RESERVE = 1 << 30
 MAPPED_SHARE = 0.8
 """Share of the free RAM. Experts that take no more than this stay in the page cache once they have been read. Beyond it
 mapped pages would be dropped and read again in the middle of a layer, where explicit reads are several times faster."""
+
+
+ROOT = Path("/sys/fs/cgroup")
+
+MEMBERSHIP = Path("/proc/self/cgroup")
+
+
+class _Version(NamedTuple):
+    """What the files of a hierarchy are called."""
+
+    folder: str
+    limit: str
+    used: str
+    droppable: str
+    """The line of `memory.stat` with the page cache that was not used lately, by all groups below."""
+
+
+# Documentation/admin-guide/cgroup-v1/memory.rst and cgroup-v2.rst of Linux 6.1.
+_V1 = _Version("memory", "memory.limit_in_bytes", "memory.usage_in_bytes", "total_inactive_file")
+_V2 = _Version("", "memory.max", "memory.current", "inactive_file")
+_V2_BESIDE_V1 = _V2._replace(folder="unified")
 
 
 def available_bytes(device: torch.device, held_bytes: int = 0) -> int:
@@ -43,3 +67,57 @@ def is_out_of_memory(error: BaseException) -> bool:
     """Whether an error says that there is no memory left. For host memory torch raises a plain `RuntimeError`
     (`c10/core/impl/alloc_cpu.cpp`, 2.13)."""
     return isinstance(error, MemoryError | torch.OutOfMemoryError) or "can't allocate memory" in str(error)
+
+
+def trim() -> None:
+    """Release freed memory where the allocator has `malloc_trim`; elsewhere do nothing.
+
+    glibc keeps pieces below 32 MiB, and a pass through many layers leaves some 65 MB of them a layer (a 2048-wide Llama
+    in float32, glibc 2.36, 2026-11).
+    """
+    release = getattr(ctypes.CDLL(None), "malloc_trim", None) if sys.platform == "linux" else None
+    if release is not None:
+        release(0)
+
+
+def memory_left(root: Path = ROOT, membership: Path = MEMBERSHIP) -> float:
+    """Bytes that this process may still take, page cache that can be dropped counted as free; infinity without a limit.
+
+    The tightest group counts, of this process's own and of those around it.
+    """
+    return min((_left(group, version) for group, version in _groups(root, membership)), default=math.inf)
+
+
+def _groups(root: Path, membership: Path) -> Iterator[tuple[Path, _Version]]:
+    """This process's groups, and all groups around them that are visible: a container may see itself as the root."""
+    own = _own_groups(membership)
+    for version, path in ((_V1, own.get("memory")), (_V2, own.get("")), (_V2_BESIDE_V1, own.get(""))):
+        top = root / version.folder
+        yield top, version
+        inside = Path((path or "/").lstrip("/"))
+        for group in (inside, *inside.parents):
+            if group.parts and ".." not in group.parts:
+                yield top / group, version
+
+
+def _own_groups(membership: Path) -> dict[str, str]:
+    """The path of this process's group by controller; that of version 2 has no controller's name (man 7 cgroups)."""
+    try:
+        lines = [line.split(":", 2) for line in membership.read_text().splitlines()]
+    except OSError:
+        return {}
+    return {name: fields[2] for fields in lines if len(fields) == 3 for name in fields[1].split(",")}
+
+
+def _left(group: Path, version: _Version) -> float:
+    """Bytes that one group leaves; infinity if it has no limit, or no files that tell one."""
+    try:
+        limit = (group / version.limit).read_text().strip()
+        used = int((group / version.used).read_text())
+        stat = dict(line.split() for line in (group / "memory.stat").read_text().splitlines())
+        droppable = int(stat.get(version.droppable, 0))
+    except (OSError, ValueError):
+        return math.inf
+    if not limit.isdigit():  # "max"
+        return math.inf
+    return max(0, int(limit) - used + droppable)

@@ -1,26 +1,27 @@
-"""Notice when stored bytes are not what was written: CRC-32 of an expert's record, and of every tensor in a file.
+"""Notice when stored bytes are not what was written (CRC-32 of every tensor in a file), and tell files apart.
 
 A checksum finds bytes that a disk or a download damaged; it does not protect against deliberate changes.
 """
 
 from __future__ import annotations
 
-import zlib
+import hashlib
+import struct
 from collections.abc import Iterable
 from pathlib import Path
+from typing import Any
+from zlib import crc32
 
 from transformers_moe_offload.errors import CheckpointError
 from transformers_moe_offload.tensor_files.index import StoredTensor, read_header, read_metadata
+from transformers_moe_offload.untrusted import reading
 
 METADATA_KEY = "crc32"
 """Where a safetensors header keeps the checksums of its tensors: in the order of their data, eight hex digits each."""
 
 _CHUNK_BYTES = 8 * 2**20  # reads of this size run at the disk's full speed
-
-
-def checksum(data: memoryview | bytes, before: int = 0) -> int:
-    """The CRC-32 of some bytes, continued from `before`, the CRC-32 of the bytes in front of them; releases the GIL."""
-    return zlib.crc32(data, before)
+_SAMPLES = 16
+_SAMPLE_BYTES = 2**16  # 1 MiB of each file tells two fine-tunes of one model apart, and is read in no time
 
 
 def as_metadata(checksums: Iterable[int]) -> str:
@@ -62,18 +63,29 @@ def _by_place(path: Path) -> list[StoredTensor]:
 def check_tensor(tensor: StoredTensor, expected: str) -> None:
     """Read a tensor and compare it with its checksum; raises `CheckpointError` if it is not what was written."""
     found, left = 0, tensor.nbytes
-    try:
-        with tensor.file.path.open("rb") as stream:
-            stream.seek(tensor.offset)
-            while left:
-                chunk = stream.read(min(left, _CHUNK_BYTES))
-                if not chunk:
-                    raise CheckpointError(f"{tensor.file.path} became shorter while it was read")
-                found, left = checksum(chunk, found), left - len(chunk)
-    except OSError as error:
-        raise CheckpointError(f"cannot read {tensor.file.path}: {error.strerror}") from error
+    with reading(f"cannot read {tensor.file.path}"), tensor.file.path.open("rb") as stream:
+        stream.seek(tensor.offset)
+        while left:
+            chunk = stream.read(min(left, _CHUNK_BYTES))
+            if not chunk:
+                raise CheckpointError(f"{tensor.file.path} became shorter while it was read")
+            found, left = crc32(chunk, found), left - len(chunk)
     if f"{found:08x}" != expected:
         raise CheckpointError(
             f"{tensor.file.path} holds tensor {tensor.name} with checksum {found:08x}, but it was written with "
             f"{expected}; the file is damaged: download or write it again"
         )
+
+
+def fingerprint(path: Path) -> dict[str, Any]:
+    """A file's size, and a hash of its header and of parts of its data: two fine-tunes of one model have equal names
+    and sizes."""
+    nbytes, digest = path.stat().st_size, hashlib.sha256()
+    with reading(f"cannot read {path}"), path.open("rb") as stream:
+        (header_bytes,) = struct.unpack("<Q", stream.read(8))
+        digest.update(stream.read(header_bytes))
+        data_start = stream.tell()
+        for number in range(_SAMPLES):
+            stream.seek(data_start + (nbytes - data_start) * number // _SAMPLES)
+            digest.update(stream.read(_SAMPLE_BYTES))
+    return {"bytes": nbytes, "sample": digest.hexdigest()[:32]}

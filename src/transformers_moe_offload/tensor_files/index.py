@@ -1,24 +1,25 @@
-"""Where each tensor of a checkpoint lies: file, offset, dtype, shape. Reads headers only.
+"""Where each tensor of a checkpoint lies: file, offset, dtype, shape. Reads headers and index files only.
 
-Format: https://github.com/huggingface/safetensors#format (8 bytes of little-endian header length, a JSON header, data).
+Format of a file: https://github.com/huggingface/safetensors#format (8 bytes of little-endian header length, a JSON
+header, data).
 """
 
 from __future__ import annotations
 
+import os
 import struct
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from itertools import pairwise
-from math import prod
+from math import isfinite, prod
 from pathlib import Path
 from typing import Any, TypeGuard
 
 from transformers_moe_offload.disk_io.file import File
-from transformers_moe_offload.disk_io.file_identity import FileIdentity
+from transformers_moe_offload.disk_io.opened_file import FileIdentity
 from transformers_moe_offload.errors import CheckpointError
 from transformers_moe_offload.expert import ITEMSIZE
-from transformers_moe_offload.tensor_files.weight_map import WeightMap
-from transformers_moe_offload.untrusted import one_line, parse_json, quoted
+from transformers_moe_offload.untrusted import json_object, one_line, parse_json, quoted
 
 DTYPES = {
     "F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat16",
@@ -165,3 +166,69 @@ def _is_sizes(numbers: Any) -> TypeGuard[list[int]]:
         and len(numbers) <= _MAX_DIMENSIONS
         and all(type(number) is int and 0 <= number < 2**63 for number in numbers)
     )
+
+
+@dataclass(frozen=True)
+class WeightMap:
+    """What a `*.safetensors.index.json` says. The files that it names are not looked at.
+
+    Format: `PreTrainedModel.save_pretrained` of Transformers: an object `weight_map`, tensor -> file, and an object
+    `metadata` with `total_size`.
+    """
+
+    files: Mapping[str, str]
+    """By tensor, the file it is in, inside the index's folder."""
+    total_bytes: int | None
+    """Of all tensors, if the index says so."""
+
+    @classmethod
+    def read(cls, path: Path, *, needs_metadata: bool = False) -> WeightMap:
+        """Read an index; raises `CheckpointError` if the file is not one, or names files outside of its folder.
+
+        With `needs_metadata` also if it has no metadata: Transformers does not read such an index.
+        """
+        try:
+            index = json_object(path)
+        except CheckpointError as error:
+            if isinstance(error.__cause__, OSError):
+                raise
+            raise CheckpointError(f"{error}; it is not a checkpoint index: download it again") from error
+        files = index.get("weight_map")
+        if not isinstance(files, dict):
+            raise CheckpointError(
+                f"{path} is not a checkpoint index: its weight_map is {quoted(files)}, not an object; download it again"
+            )
+        for name, file in files.items():
+            if not _is_inside(file):
+                raise CheckpointError(
+                    f"{path} places {one_line(name)} in {quoted(file)}, which is not a file inside its folder; "
+                    f"refusing to read outside of {path.parent}"
+                )
+        metadata = index.get("metadata", None if needs_metadata else {})
+        if not isinstance(metadata, dict):
+            raise CheckpointError(
+                f"{path} has {quoted(metadata)} for metadata, which is not an object; download it again, or write "
+                f'"metadata": {{}}'
+            )
+        return cls(files, _total_bytes(path, metadata))
+
+
+def _is_inside(file: Any) -> bool:
+    """Whether this is the name of a file in a folder or below it."""
+    if not isinstance(file, str) or not file or "\0" in file or len(file) > 4096:
+        return False
+    try:
+        os.fsencode(file)
+    except UnicodeEncodeError:
+        return False
+    path = Path(file)
+    return path.name != "" and not path.is_absolute() and ".." not in path.parts
+
+
+def _total_bytes(path: Path, metadata: Mapping[str, Any]) -> int | None:
+    total = metadata.get("total_size")
+    if total is None:
+        return None
+    if isinstance(total, bool) or not isinstance(total, int | float) or not 0 <= total < 2**63 or not isfinite(total):
+        raise CheckpointError(f"{path} has {quoted(total)} for total_size, which is not a number of bytes")
+    return int(total)

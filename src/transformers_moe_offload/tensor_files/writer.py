@@ -15,9 +15,11 @@ import struct
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
+from itertools import accumulate
 from pathlib import Path
 from types import TracebackType
-from typing import BinaryIO
+from typing import Any, BinaryIO
+from zlib import crc32
 
 import torch
 from torch import Tensor
@@ -25,7 +27,7 @@ from torch import Tensor
 from transformers_moe_offload.errors import CheckpointError
 from transformers_moe_offload.expert import ITEMSIZE, FieldSpec
 from transformers_moe_offload.system.host_memory import PAGE_BYTES, host_bytes
-from transformers_moe_offload.tensor_files.checksum import METADATA_KEY, as_metadata, checksum
+from transformers_moe_offload.tensor_files.checksum import METADATA_KEY, as_metadata
 from transformers_moe_offload.tensor_files.index import DTYPES
 
 PARTIAL = ".partial"
@@ -42,12 +44,7 @@ class SafetensorsWriter:
     """
 
     def __init__(
-        self,
-        path: Path,
-        tensors: Sequence[FieldSpec],
-        metadata: Mapping[str, str] | None = None,
-        *,
-        syncs: bool = True,
+        self, path: Path, tensors: Sequence[FieldSpec], metadata: Mapping[str, str] | None = None, *, syncs: bool = True
     ) -> None:
         """Declare the tensors by name, shape and dtype, and further metadata for the header.
 
@@ -59,10 +56,11 @@ class SafetensorsWriter:
         self._partial = path.with_name(path.name + PARTIAL)
         self._tensors = {tensor.name: tensor for tensor in tensors}
         assert len(self._tensors) == len(tensors), "two tensors of one name"
-        self._starts = _starts(tensors, _data_start(tensors, self._metadata))
+        data_start = _data_start(tensors, self._metadata)
+        self._starts = {tensor.name: data_start + start for tensor, start in _starts(tensors).items()}
         self._written = dict.fromkeys(self._tensors, 0)
         self._checksums = dict.fromkeys(self._tensors, 0)
-        # Checksums run beside writes: they take as long as copying into the page cache, and neither holds the GIL.
+        # CRC-32 runs beside writes: it takes as long as copying into the page cache, and neither holds the GIL.
         self._summing = ThreadPoolExecutor(1, thread_name_prefix="moe-offload-checksum")
         self.nbytes = file_bytes(tensors, self._metadata)
         """Size of the complete file."""
@@ -83,7 +81,7 @@ class SafetensorsWriter:
         """Write the next elements of a tensor, of its dtype and on any device."""
         raw = host_bytes(values.detach().cpu().contiguous().view(-1).view(torch.uint8))
         start = self._starts[name] + self._written[name]
-        summed = self._summing.submit(checksum, raw, self._checksums[name])
+        summed = self._summing.submit(crc32, raw, self._checksums[name])
         with self._failures_explained():
             self._stream.seek(start)
             self._stream.write(raw)
@@ -117,10 +115,7 @@ class SafetensorsWriter:
             yield
         except OSError as error:
             self._discard()
-            raise CheckpointError(
-                f"cannot write {self.path}: {error.strerror}; it takes {self.nbytes:,} bytes, and "
-                f"{_free_bytes(self.path.parent):,} are free"
-            ) from error
+            raise _cannot_write(self.path, self.nbytes, error) from error
         except BaseException:
             self._discard()
             raise
@@ -137,6 +132,11 @@ class SafetensorsWriter:
 def file_bytes(tensors: Sequence[FieldSpec], metadata: Mapping[str, str] | None = None) -> int:
     """Size of the file that holds these tensors."""
     return _data_start(tensors, metadata or {}) + sum(tensor.nbytes for tensor in tensors)
+
+
+def as_json(content: Any) -> str:
+    """JSON as `save_pretrained` writes it."""
+    return json.dumps(content, indent=2, sort_keys=True) + "\n"
 
 
 def write_text(path: Path, text: str) -> None:
@@ -156,10 +156,7 @@ def write_bytes(path: Path, content: bytes) -> None:
         sync_folder(path.parent)
     except OSError as error:
         partial.unlink(missing_ok=True)
-        raise CheckpointError(
-            f"cannot write {path}: {error.strerror}; it takes {len(content):,} bytes, and "
-            f"{_free_bytes(path.parent):,} are free"
-        ) from error
+        raise _cannot_write(path, len(content), error) from error
 
 
 def new_file(path: Path) -> BinaryIO:
@@ -173,9 +170,13 @@ def new_file(path: Path) -> BinaryIO:
 
 def sync_folder(folder: Path) -> None:
     """Make renames in a folder last; Windows has no such thing."""
-    if os.name != "posix":
-        return
-    descriptor = os.open(folder, os.O_RDONLY)
+    if os.name == "posix":
+        sync(folder, os.O_RDONLY)
+
+
+def sync(path: Path, flags: int) -> None:
+    """Bring a file or folder to disk, opened with these flags."""
+    descriptor = os.open(path, flags)
     try:
         os.fsync(descriptor)
     finally:
@@ -192,26 +193,18 @@ def _header(tensors: Sequence[FieldSpec], metadata: Mapping[str, str], checksums
     entries: dict[str, object] = {
         "__metadata__": {"format": "pt", **metadata, METADATA_KEY: as_metadata(checksums)},
     }
-    start = 0
-    for tensor in tensors:
-        end = start + tensor.nbytes
-        entries[tensor.name] = {
-            "dtype": _CODES[tensor.dtype],
-            "shape": list(tensor.shape),
-            "data_offsets": [start, end],
-        }
-        start = end
+    for tensor, start in _starts(tensors).items():
+        offsets = [start, start + tensor.nbytes]
+        entries[tensor.name] = {"dtype": _CODES[tensor.dtype], "shape": list(tensor.shape), "data_offsets": offsets}
     text = json.dumps(entries, separators=(",", ":")).encode()
     return text + b" " * (-(8 + len(text)) % PAGE_BYTES)
 
 
-def _starts(tensors: Sequence[FieldSpec], data_start: int) -> dict[str, int]:
-    """Where in the file each tensor begins."""
-    starts = {}
-    for tensor in tensors:
-        assert data_start % ITEMSIZE[tensor.dtype] == 0, f"{tensor.name} is not aligned: declare wider dtypes first"
-        starts[tensor.name] = data_start
-        data_start += tensor.nbytes
+def _starts(tensors: Sequence[FieldSpec]) -> dict[FieldSpec, int]:
+    """Where in the data, which begin at a page, each tensor begins."""
+    starts = dict(zip(tensors, accumulate((tensor.nbytes for tensor in tensors), initial=0), strict=False))
+    for tensor, start in starts.items():
+        assert start % ITEMSIZE[tensor.dtype] == 0, f"{tensor.name} is not aligned: declare wider dtypes first"
     return starts
 
 
@@ -225,8 +218,8 @@ def _reserve(descriptor: int, nbytes: int) -> None:
                 raise
 
 
-def _free_bytes(folder: Path) -> int:
-    try:
-        return shutil.disk_usage(folder).free
-    except OSError:
-        return 0
+def _cannot_write(path: Path, nbytes: int, error: OSError) -> CheckpointError:
+    free = 0
+    with suppress(OSError):
+        free = shutil.disk_usage(path.parent).free
+    return CheckpointError(f"cannot write {path}: {error.strerror}; it takes {nbytes:,} bytes, and {free:,} are free")

@@ -2,9 +2,8 @@
 
 from transformers_moe_offload.tracing.recorder import TraceRecorder
 from transformers_moe_offload.tracing.replay import Replay, replay
-from transformers_moe_offload.tracing.trace import RecordedVisit, Trace
+from transformers_moe_offload.tracing.trace import CountsTokens, RecordedVisit, Trace, hottest_experts
 from transformers_moe_offload.tracing.trace_file import TraceError
-from transformers_moe_offload.tracing.use import CountsTokens, hottest_experts
 
 __all__ = [
     "CountsTokens",

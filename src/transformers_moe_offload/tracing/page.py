@@ -12,8 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from transformers_moe_offload.notebook import html_table
-from transformers_moe_offload.tensor_files.writer import new_file
-from transformers_moe_offload.tracing.trace_file import TraceError
+from transformers_moe_offload.tracing.trace_file import whole_file
 
 _STYLE = """
 :root { color-scheme: light; --ink: #1c2330; --soft: #5b6578; --line: #dfe3ea; --paper: #ffffff; --back: #f5f6f9; }
@@ -60,17 +59,8 @@ def make_page(title: str, text: str, sections: Sequence[Section]) -> str:
 
 def save_page(page: str, path: str | os.PathLike[str]) -> None:
     """Write a page, wholly or not at all."""
-    path = Path(path)
-    unfinished = path.with_name(f".{path.name}.{os.getpid()}")
-    try:
-        try:
-            with new_file(unfinished) as file:
-                file.write(page.encode())
-            unfinished.replace(path)
-        finally:
-            unfinished.unlink(missing_ok=True)
-    except OSError as error:
-        raise TraceError(f"cannot write the page {path}: {error}") from error
+    with whole_file(Path(path), "the page") as unfinished:
+        unfinished.write_bytes(page.encode())
 
 
 def _section(section: Section) -> str:

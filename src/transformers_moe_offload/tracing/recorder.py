@@ -1,7 +1,4 @@
-"""Write down what a cache is asked for while a model runs.
-
-Plugs into `ExpertCache.on_visit`; the caller decides when it is plugged in.
-"""
+"""Write down what a cache is asked for while a model runs."""
 
 from __future__ import annotations
 
@@ -12,7 +9,7 @@ from transformers_moe_offload.tracing.trace import RecordedVisit, Trace
 
 
 class TraceRecorder:
-    """Appends every visit to `trace`.
+    """Appends every visit to `trace`. Plugs into `ExpertCache.on_visit`; the caller decides when.
 
     A step is one forward: between `begin_forward` and `end_forward` layers may take any number of turns.
     Forwards that are not announced are recognised by the order of layers. `stall_ms`, if given, returns how long all
@@ -24,15 +21,9 @@ class TraceRecorder:
         layer_names: Sequence[str],
         experts_per_layer: Sequence[int],
         *,
-        experts_per_token: Sequence[int] | None = None,
         stall_ms: Callable[[], float] | None = None,
     ) -> None:
-        self.trace = Trace(
-            tuple(layer_names),
-            tuple(experts_per_layer),
-            tuple(experts_per_token) if experts_per_token is not None else None,
-            stall_ms=None if stall_ms is None else [],
-        )
+        self.trace = Trace(tuple(layer_names), tuple(experts_per_layer), stall_ms=None if stall_ms is None else [])
         self._total_stall_ms = stall_ms
         self._stalled_before_ms = 0.0
         self._passes = Passes(len(layer_names) - 1)

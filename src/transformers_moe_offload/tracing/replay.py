@@ -1,14 +1,14 @@
 """Play a trace again with another policy or another number of slots, and count.
 
-The cache, its planner and its floors are those that a model runs with; only the slots hold nothing. So without
-prefetching a replay has exactly the hits of a run. Only Belady's oracle is played by rules of its own: it is the limit
-for any policy, so the restrictions on other policies must not lower it.
+The cache of a replay, its planner and its floors are those that a model runs with; only the slots hold nothing. So
+without prefetching a replay has exactly the hits of a run. Only Belady's oracle is played by rules of its own: it is
+the limit for any policy, so the restrictions on other policies must not lower it.
 """
 
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 from transformers_moe_offload.cache.cache import ExpertCache
@@ -97,8 +97,8 @@ class NoSlots:
     """Slots that hold nothing: loads land at once."""
 
     num_lanes = 1
-    is_asynchronous = False
-    can_lose = False
+    retire = None
+    lost = None
 
     @property
     def weights(self) -> Mapping[int, Weights]:
@@ -114,13 +114,6 @@ class NoSlots:
     def start(self, expert: ExpertId, slot: int, alongside: int = 0) -> Transfer:
         """Nothing to bring."""
         return Landed(from_files=0)
-
-    def retire(self, slots: Sequence[int]) -> None:
-        """Nothing is being read."""
-
-    def lost(self, slots: Sequence[int]) -> Sequence[int]:
-        """Always none."""
-        return ()
 
     def give_back(self) -> None:
         """No memory was taken."""

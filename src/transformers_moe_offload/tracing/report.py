@@ -63,9 +63,7 @@ def draw_hit_rates(replays: Sequence[Replay], total_experts: int) -> Any:
     right.set(title=f"How far below {ORACLE}", xlabel="slots, % of all experts", ylabel="percentage points")
     right.set(xlim=(0, 100), ylim=(0, None))
     right.axhline(0, color="k", ls="--", lw=2, clip_on=False)
-    for axes in (left, right):
-        axes.grid(alpha=0.3)
-        axes.spines[["top", "right"]].set_visible(False)
+    finish(left, right)
     handles, labels = left.get_legend_handles_labels()
     left.legend([handles[0], *handles[:0:-1]], [labels[0], *labels[:0:-1]], loc="lower right", fontsize=9)
     return figure
@@ -84,17 +82,27 @@ def expert_use(trace: Trace) -> NDArray[np.float64]:
 
 def draw_expert_use(trace: Trace) -> Any:
     """A heat map of `expert_use`: each row a layer, each column an expert."""
-    uses = expert_use(trace)
-    num_layers, num_experts = uses.shape
-    figure = make_figure(min(14, 3 + 0.3 * num_experts), min(10, 1.6 + 0.3 * num_layers))
+    return heat_map(expert_use(trace), "How often each expert was wanted", "sparse layer", "1 = its layer's average")
+
+
+def heat_map(uses: NDArray[np.float64], title: str, rows: str, label: str) -> Any:
+    """How often experts were used, 1 being an average: each row a row of `uses`, each column an expert."""
+    figure = make_figure(min(14, 3 + 0.3 * uses.shape[1]), min(10, 1.6 + 0.3 * uses.shape[0]))
     axes = figure.subplots()
     axes.set_facecolor("0.85")
     image = axes.imshow(uses, vmin=0, vmax=2, cmap="RdBu_r", aspect="auto", interpolation="nearest")
-    axes.set(title="How often each expert was wanted", xlabel="expert", ylabel="sparse layer")
-    axes.xaxis.get_major_locator().set_params(integer=True)
-    axes.yaxis.get_major_locator().set_params(integer=True)
-    figure.colorbar(image, extend="max", label="1 = its layer's average")
+    axes.set(title=title, xlabel="expert", ylabel=rows)
+    for axis in (axes.xaxis, axes.yaxis):
+        axis.get_major_locator().set_params(integer=True)
+    figure.colorbar(image, extend="max", label=label)
     return figure
+
+
+def finish(*many: Any) -> None:
+    """Grids, and no frames where no axis is."""
+    for axes in many:
+        axes.grid(alpha=0.3)
+        axes.spines[["top", "right"]].set_visible(False)
 
 
 def draw_stalls(trace: Trace) -> Any:
@@ -135,9 +143,7 @@ def draw_stalls(trace: Trace) -> Any:
     right.xaxis.set_major_formatter("{x:,g}")
     right.invert_yaxis()
     right.yaxis.get_major_locator().set_params(integer=True)
-    for axes in (left, right):
-        axes.grid(alpha=0.3)
-        axes.spines[["top", "right"]].set_visible(False)
+    finish(left, right)
     return figure
 
 

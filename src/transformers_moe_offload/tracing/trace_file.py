@@ -22,6 +22,7 @@ from typing import Any, NoReturn
 import numpy as np
 from numpy.lib import format as npy
 from numpy.typing import NDArray
+from safetensors import SafetensorError
 
 from transformers_moe_offload.errors import MoeOffloadError
 from transformers_moe_offload.tensor_files.writer import new_file
@@ -83,9 +84,7 @@ def reading_trace(path: Source, kind: str = "trace") -> Iterator[None]:
         ) from error
     except OSError as error:
         raise TraceError(f"cannot read the {kind} {path}: {_why(path, error)}") from error
-    except (
-        Exception
-    ) as error:  # TokenError, SyntaxError, RecursionError, MemoryError, ...: no list covers all errors of damage
+    except Exception as error:  # SyntaxError, RecursionError, MemoryError, ...: no list covers all errors of damage
         raise TraceError(
             f"cannot read the {kind} {path}: it is damaged ({type(error).__name__}: {one_line(error)})"
         ) from error
@@ -105,19 +104,27 @@ def write_arrays(path: Path, arrays: Arrays) -> None:
     """Write the file; it is there complete or not at all."""
     expect_table(path, arrays["num_experts"].tolist(), "layers")
     members: dict[str, Any] = dict(arrays)
+    with whole_file(path, "the trace") as unfinished:
+        with unfinished.open("wb") as file:
+            np.savez_compressed(file, **members)
+        if sum(array.nbytes for array in arrays.values()) > 0.9 * _most_bytes(unfinished.stat().st_size):
+            with unfinished.open("wb") as file:  # a reader would refuse the compressed file as a zip bomb
+                np.savez(file, **members)
+
+
+@contextmanager
+def whole_file(path: Path, kind: str) -> Iterator[Path]:
+    """An empty file beside a path, to be written: it takes its place when the block ends, and is gone if that fails."""
     unfinished = path.with_name(f".{path.name}.{os.getpid()}")
     try:
         try:
-            with new_file(unfinished) as file:
-                np.savez_compressed(file, **members)
-            if sum(array.nbytes for array in arrays.values()) > 0.9 * _most_bytes(unfinished.stat().st_size):
-                with unfinished.open("wb") as file:  # a reader would refuse the compressed file as a zip bomb
-                    np.savez(file, **members)
+            new_file(unfinished).close()
+            yield unfinished
             unfinished.replace(path)
         finally:
             unfinished.unlink(missing_ok=True)
-    except OSError as error:
-        raise TraceError(f"cannot write the trace {path}: {error.strerror}") from error
+    except (OSError, SafetensorError) as error:
+        raise TraceError(f"cannot write {kind} {path}: {getattr(error, 'strerror', None) or error}") from error
 
 
 def read_arrays(path: Source) -> dict[str, Array]:

@@ -9,7 +9,7 @@ from transformers_moe_offload.training.callback import MoeOffloadCallback
 from transformers_moe_offload.training.experts import unfreeze_experts
 from transformers_moe_offload.training.lora import lora_config, save_merged
 from transformers_moe_offload.training.recipes import RECIPES, set_trainable, unfreeze_routers
-from transformers_moe_offload.training.regularise import RouterRegulariser
+from transformers_moe_offload.training.routers import RouterRegulariser
 
 __all__ = [
     "RECIPES",

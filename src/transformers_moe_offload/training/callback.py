@@ -13,7 +13,7 @@ from transformers_moe_offload.errors import CheckpointError
 from transformers_moe_offload.hf.model.handle import OffloadRuntime, runtime_of
 from transformers_moe_offload.hf.upstream import ExportableState
 from transformers_moe_offload.system.host_memory import host_bytes
-from transformers_moe_offload.training.routing import RouterWatch, entropy
+from transformers_moe_offload.training.routers import RouterWatch, entropy
 
 logger = logging.getLogger(__name__)
 
@@ -69,9 +69,8 @@ class MoeOffloadCallback(TrainerCallback, ExportableState):
             return
         runtime, steps = runtime_of(model), max(1, self._steps)
         stats = runtime.stats()
-        asked = stats.hits + stats.late_hits + stats.misses
         figures = {
-            "moe_hit_rate": round(stats.hits / max(1, asked), 4),
+            "moe_hit_rate": round(stats.hit_rate, 4),
             "moe_disk_mb_per_step": round(stats.disk_bytes / steps / 1e6, 3),
             "moe_stall_ms_per_step": round(stats.stall_ms / steps, 3),
             "router_entropy": round(sum(self._entropies) / max(1, len(self._entropies)), 4),

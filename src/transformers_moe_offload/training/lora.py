@@ -15,7 +15,7 @@ from transformers_moe_offload.hf.model.experts_module import OffloadedExperts, l
 from transformers_moe_offload.hf.model.handle import runtime_of
 from transformers_moe_offload.hf.model.saving import expect_no_adapter
 from transformers_moe_offload.hf.peft.placeholders import is_adaptable
-from transformers_moe_offload.training.parts import attention, experts_paths, router_paths
+from transformers_moe_offload.training.recipes import attention, experts_paths, router_paths
 
 if TYPE_CHECKING:
     from peft import LoraConfig
@@ -67,14 +67,13 @@ def _expert_fields(model: nn.Module) -> list[str]:
         module = model.get_submodule(path)
         fields = layer_of(module).fields if isinstance(module, OffloadedExperts) else plain[path]
         for field in fields:
-            if not is_adaptable(field):
-                if len(field.shape) == 2 and not field.name.endswith("_bias"):
-                    raise UnsupportedModelError(
-                        f"{field.name} of {path} is not a matrix for each expert stacked in one parameter, which is "
-                        f"what LoRA on experts needs; use experts=False"
-                    )
-                continue
-            found.add(f"{path.rpartition('.')[2]}.{field.name}")
+            if is_adaptable(field):
+                found.add(f"{path.rpartition('.')[2]}.{field.name}")
+            elif len(field.shape) == 2 and not field.name.endswith("_bias"):
+                raise UnsupportedModelError(
+                    f"{field.name} of {path} is not a matrix for each expert stacked in one parameter, which is "
+                    f"what LoRA on experts needs; use experts=False"
+                )
     return sorted(found)
 
 

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from transformers_moe_offload.errors import CheckpointError, MoeOffloadError
-from transformers_moe_offload.untrusted.quoting import one_line
+from transformers_moe_offload.untrusted.messages import one_line
 
 MAX_BYTES = 100_000_000
 """Size limit of a text: the limit that the safetensors library sets to headers. The largest index on the Hub has

@@ -11,7 +11,8 @@ from typing import Any
 import yaml
 
 from transformers_moe_offload.errors import MoeOffloadError
-from transformers_moe_offload.untrusted.quoting import one_line, quoted
+from transformers_moe_offload.untrusted.json_text import MAX_DEPTH
+from transformers_moe_offload.untrusted.messages import one_line, quoted
 
 MAX_CHARACTERS = 500_000
 """Longest text."""
@@ -19,7 +20,6 @@ MAX_VALUES = 25_000
 """Most values in a text. PyYAML reads about 15,000 in a second."""
 MAX_EXPANDED = 10_000
 """Most values that a text with aliases may expand to. A text without aliases does not expand."""
-_MAX_DEPTH = 100
 _PREFIX = "tag:yaml.org,2002:"
 _KINDS = ("str", "int", "float", "bool", "null", "seq", "map", "merge")
 _RAISED = (yaml.YAMLError, ValueError, LookupError, TypeError, AttributeError, ArithmeticError, RecursionError)
@@ -59,8 +59,8 @@ class _Loader(yaml.SafeLoader):
     def compose_node(self, parent: Any, index: Any) -> Any:
         """The node of one value; raises `ComposerError` for a kind that JSON does not have."""
         self._depth = getattr(self, "_depth", 0) + 1
-        if self._depth > _MAX_DEPTH:
-            raise yaml.composer.ComposerError(None, None, f"it is nested more than {_MAX_DEPTH} levels deep", None)
+        if self._depth > MAX_DEPTH:
+            raise yaml.composer.ComposerError(None, None, f"it is nested more than {MAX_DEPTH} levels deep", None)
         node: Any = super().compose_node(parent, index)
         self._depth -= 1
         self._distinct.add(id(node))

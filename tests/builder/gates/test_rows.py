@@ -3,9 +3,8 @@
 import pytest
 import torch
 
-from transformers_moe_offload.builder.gates.rows import drawn_rows, programmed_rows, ridge_rows, targets
+from transformers_moe_offload.builder.gates.rows import Sums, drawn_rows, programmed_rows, ridge_rows, targets
 from transformers_moe_offload.builder.gates.statistics import LayerStatistics
-from transformers_moe_offload.builder.gates.sums import Sums
 from transformers_moe_offload.builder.recipe import Gate
 from transformers_moe_offload.builder.texts.windows import Batch
 from transformers_moe_offload.errors import RecipeError

@@ -5,7 +5,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from transformers_moe_offload.builder.gates.scale import entropy, scale_for
+from transformers_moe_offload.builder.gates.rows import entropy, scale_for
 
 
 def test_entropy_is_a_share_of_its_maximum():

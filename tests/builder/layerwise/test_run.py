@@ -7,8 +7,7 @@ import torch
 from torch import Tensor
 
 from dense import FAMILIES, ModelSource, dense_model, ffn_paths
-from transformers_moe_offload.builder.layerwise.residual_stream import ResidualStream
-from transformers_moe_offload.builder.layerwise.run import run
+from transformers_moe_offload.builder.layerwise.run import ResidualStream, run
 from transformers_moe_offload.errors import CheckpointError
 
 

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from transformers_moe_offload.builder.recipe import Dataset, Expert, Origin
-from transformers_moe_offload.builder.texts.expert_texts import Texts, read_dataset, texts_of
+from transformers_moe_offload.builder.texts.expert_texts import Texts, read_dataset
 from transformers_moe_offload.builder.texts.windows import MAX_WINDOW_TOKENS, SAMPLED_TOKENS, windows_of
 from transformers_moe_offload.errors import RecipeError
 
@@ -66,7 +66,8 @@ def test_without_the_library_the_extra_is_named(monkeypatch):
 
 
 def test_experts_without_a_name_are_called_after_their_source():
-    names = [one.name for one in texts_of([Expert(), Expert(name="a"), Expert(source=Origin(model="me/code"))])]
+    experts = [Expert(), Expert(name="a"), Expert(source=Origin(model="me/code"))]
+    names = [Texts.of(expert, number).name for number, expert in enumerate(experts)]
     assert names == ["expert 0", "a", "me/code"]
 
 

@@ -10,13 +10,13 @@ from transformers_moe_offload import ConfigError, HqqFormat, OffloadConfig
 from transformers_moe_offload.errors import CheckpointError
 from transformers_moe_offload.hf.loading.meta_model import meta_model
 from transformers_moe_offload.hf.prebuilt.layout import prebuilt_config
-from transformers_moe_offload.hf.prebuilt.recipe import recipe_of
+from transformers_moe_offload.hf.prebuilt.quantize import recipe_of
 from transformers_moe_offload.hf.prebuilt.sizes import Sizes
 from transformers_moe_offload.hf.prebuilt.source import Quantization, contents
 from transformers_moe_offload.hf.prebuilt.writer import Prebuilt, write_prebuilt
 from transformers_moe_offload.hub.fetch import fetch
-from transformers_moe_offload.output.text import as_json
 from transformers_moe_offload.tensor_files.index import read_index
+from transformers_moe_offload.tensor_files.writer import as_json
 from zoo.build import build, inputs, output_tensor, save
 
 KINDS = {

@@ -25,18 +25,18 @@ from transformers_moe_offload.builder.recipe.routers import BAKED
 from transformers_moe_offload.builder.sources import AdapterSource, Ancestor, CheckpointSource
 from transformers_moe_offload.builder.sources.checkpoint import as_saved, specs_of
 from transformers_moe_offload.builder.weights.tensor_reader import TensorReader
+from transformers_moe_offload.builder.writing.card import MoeBuildInfo
 from transformers_moe_offload.builder.writing.folder import MARKS, build_place
-from transformers_moe_offload.builder.writing.info import MoeBuildInfo
 from transformers_moe_offload.builder.writing.mixture import write_mixture
 from transformers_moe_offload.errors import CheckpointError, RecipeError
-from transformers_moe_offload.hub.companions import published
-from transformers_moe_offload.hub.fetch import fetch
+from transformers_moe_offload.hub.fetch import fetch, published
 from transformers_moe_offload.models.adapter_moe import AdapterMoeConfig
 from transformers_moe_offload.models.adapter_moe.adapter_folders import FOLDER, WEIGHTS_NAME
 from transformers_moe_offload.output.place import expect_place
 from transformers_moe_offload.output.shards import Advance
 from transformers_moe_offload.tensor_files.index import StoredTensor, read_index
 from transformers_moe_offload.tensor_files.reading import read_stored
+from transformers_moe_offload.untrusted import one_line
 
 _ROUTER = ".router.weight"
 
@@ -104,7 +104,7 @@ def _config(folder: Path) -> AdapterMoeConfig:
     try:
         config = AutoConfig.from_pretrained(folder, local_files_only=True)
     except Exception as error:  # config classes raise all kinds of errors for unexpected values
-        raise CheckpointError(f"cannot read the config of {folder}: {' '.join(str(error).split())}") from error
+        raise CheckpointError(f"cannot read the config of {folder}: {one_line(error, 600)}") from error
     if not isinstance(config, AdapterMoeConfig):
         raise RecipeError(f"{folder} is a {config.model_type}; only a mixture of adapters (adapter_moe) is baked")
     for name, needed in (("router_per", "ffn"), ("scoring", "softmax")):

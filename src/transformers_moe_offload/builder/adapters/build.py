@@ -2,35 +2,44 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from functools import partial
 from math import prod
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor
+from transformers import AutoModelForCausalLM
 from transformers.utils import CONFIG_NAME
 from transformers.utils.logging import tqdm
 
 from transformers_moe_offload.builder.adapters.card import adapters_card
-from transformers_moe_offload.builder.adapters.check import check_alone
 from transformers_moe_offload.builder.adapters.plan import PREFIX, AdapterPlan, plan_adapters
 from transformers_moe_offload.builder.adapters.routers import router_rows
+from transformers_moe_offload.builder.checks import CheckFailedError
 from transformers_moe_offload.builder.gates import GateReport
 from transformers_moe_offload.builder.publish import published_after
 from transformers_moe_offload.builder.recipe import MoeRecipe
 from transformers_moe_offload.builder.sources.model_class import on_meta
 from transformers_moe_offload.builder.writing.folder import CARD_NAME, INFO_NAME, build_place
-from transformers_moe_offload.builder.writing.weight_files import content_shards, write_index
+from transformers_moe_offload.builder.writing.weight_files import write_checkpoint
 from transformers_moe_offload.dtypes import torch_dtype
 from transformers_moe_offload.expert import FieldSpec
 from transformers_moe_offload.hf.upstream import custom_object_save
-from transformers_moe_offload.hub.companions import published
+from transformers_moe_offload.hub.fetch import published
+from transformers_moe_offload.models.adapter_moe import AdapterMoeForCausalLM
 from transformers_moe_offload.models.adapter_moe import adapter_folders as folders
-from transformers_moe_offload.output.shards import Advance, Content, expect_room, fill_shards, write_contents
-from transformers_moe_offload.output.text import as_json
-from transformers_moe_offload.tensor_files.writer import write_bytes, write_text
+from transformers_moe_offload.output.shards import Advance, Content
+from transformers_moe_offload.tensor_files.writer import as_json, write_bytes, write_text
+
+CHECKED_UP_TO = 256 * 2**20
+"""Bytes of a dense model up to which the mixture's logits are compared with it: both are in memory then."""
+TOLERANCE = 1e-4
+"""Of the largest logit: in float32, rounding gives 1e-6."""
+NUM_CHECKED = 8
+"""Number of adapters whose logits are compared, spread evenly over all."""
 
 
 @dataclass(frozen=True)
@@ -76,13 +85,10 @@ def build_adapter_moe(
         about = (plan.config.model_type, plan.ancestors, plan.licence.warnings)
         rows, report = router_rows(plan, device=device)
         contents = [Content((spec,), partial(_tensor, plan, rows, spec)) for spec in plan.tensors]
-        shards = content_shards(contents, recipe.output.max_shard_bytes)
         with build_place(folder, recipe, *about, overwrite=overwrite, resume=resume) as place:
-            expect_room(place, shards, "or write elsewhere")
             with tqdm(total=plan.nbytes, unit="B", unit_scale=True, desc="Writing", disable=advance is not None) as bar:
-                fill_shards(place, shards, write_contents, advance or bar.update, resumes=True)
+                write_checkpoint(place, contents, advance or bar.update, recipe.output.max_shard_bytes)
                 _copy_adapters(plan, place, advance or bar.update)
-            write_index(place, shards)
             for file in plan.base.companions:
                 write_bytes(place / file.name, published(file))
             # The model classes go along, so that the mixture loads without the package.
@@ -95,7 +101,7 @@ def build_adapter_moe(
                 parameters=_parameters(plan),
                 sources=tuple({"name": one.name, "revision": one.revision} for one in plan.ancestors),
                 gates=report,
-                forced_expert=check_alone(plan, place),
+                forced_expert=_check_alone(plan, place),
             )
             write_text(place / INFO_NAME, as_json(info.as_dict()))
             name = push or recipe.hub.repo_id or folder.resolve().name
@@ -128,3 +134,58 @@ def _parameters(plan: AdapterPlan) -> dict[str, int]:
             assert found is not None
             in_adapters += sum(matrix.numel() for matrix in found)
     return {"dense": count(plan.dense.values()), "routers": count(plan.routers.values()), "adapters": in_adapters}
+
+
+@torch.no_grad()
+def _check_alone(plan: AdapterPlan, place: Path) -> float | None:
+    """Load what was written, and compare some adapters alone with the dense models they make.
+
+    Raises `CheckFailedError`; returns the largest difference, or None where the dense model is too large.
+    """
+    if sum(spec.nbytes for spec in plan.dense.values()) > CHECKED_UP_TO:
+        return None
+    model, found = AutoModelForCausalLM.from_pretrained(
+        place, output_loading_info=True, local_files_only=True, dtype=torch.float32
+    )
+    trouble = {name: value for name, value in found.items() if value}
+    if trouble:
+        raise CheckFailedError(f"reload: Transformers loads the mixture with {trouble}")
+    assert isinstance(model, AdapterMoeForCausalLM)
+    tokens = torch.arange(min(12, plan.base.config.vocab_size))[None]
+    worst = 0.0
+    for number in _spread(len(plan.adapters)):
+        with model.taking_only(number):
+            logits = model(input_ids=tokens, use_cache=False).logits
+        expected = _merged_logits(plan, number, tokens)
+        difference, allowed = (logits - expected).abs().max().item(), TOLERANCE * expected.abs().max().item()
+        if not difference <= allowed:  # also raises for NaN
+            raise CheckFailedError(
+                f"forced expert: {plan.adapters[number].name} alone does not reproduce "
+                f"{plan.base.name} with it merged: logits differ by {difference:.2g}, and rounding explains at most "
+                f"{allowed:.2g}"
+            )
+        worst = max(worst, difference)
+    return worst
+
+
+def _spread(count: int) -> Sequence[int]:
+    """Up to `NUM_CHECKED` numbers below a count, spread evenly, the first and the last among them."""
+    return sorted({round(step * (count - 1) / max(1, NUM_CHECKED - 1)) for step in range(NUM_CHECKED)})
+
+
+def _merged_logits(plan: AdapterPlan, number: int, tokens: Tensor) -> Tensor:
+    """Logits of the dense model with one adapter merged into it."""
+    dense = AutoModelForCausalLM.from_config(plan.base.config, dtype=torch.float32).eval()
+    dense.load_state_dict({name: one for name, one in _merged(plan, number)}, strict=False)
+    dense.tie_weights()
+    logits: Tensor = dense(input_ids=tokens, use_cache=False).logits
+    return logits
+
+
+def _merged(plan: AdapterPlan, number: int) -> Iterator[tuple[str, Tensor]]:
+    dense = plan.adapters[number].dense
+    stored = {name: torch_dtype(spec.dtype) for name, spec in plan.dense.items()}
+    for name in plan.base.tensors:
+        # The mixture rounds the base's weights, not the sum with the adapter's; the merged model must round the same.
+        delta = dense.read(name).float() - plan.base.read(name).float()
+        yield name, plan.base.read(name).to(stored[name]).float() + delta

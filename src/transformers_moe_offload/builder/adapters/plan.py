@@ -53,6 +53,8 @@ class AdapterPlan:
     config: AdapterMoeConfig
     tensors: tuple[FieldSpec, ...]
     """Tensors of the dense model and of the routers, with their names in the mixture."""
+    ancestors: tuple[Ancestor, ...]
+    """Every checkpoint that it is made of: the base model's, and the adapters."""
     licence: Verdict
 
     @cached_property
@@ -66,26 +68,17 @@ class AdapterPlan:
         return {one.name: one for one in self.tensors if one.name.endswith("router.weight")}
 
     @property
-    def ancestors(self) -> tuple[Ancestor, ...]:
-        """Every checkpoint that it is made of: the base model's, and the adapters."""
-        return (*self.base.ancestors, *(adapter.ancestor for adapter in self.adapters))
-
-    @property
     def nbytes(self) -> int:
         """Bytes of everything, the adapters included."""
-        return sum(one.nbytes for one in self.tensors) + self.adapter_bytes
-
-    @property
-    def adapter_bytes(self) -> int:
-        """Bytes of the adapters' files."""
-        return sum(adapter.folder.weights.stat().st_size for adapter in self.adapters)
+        in_adapters = sum(adapter.folder.weights.stat().st_size for adapter in self.adapters)
+        return sum(one.nbytes for one in self.tensors) + in_adapters
 
 
 def plan_adapters(recipe: MoeRecipe, *, token: str | None = None, local_files_only: bool = False) -> AdapterPlan:
     """Find the adapters and plan the mixture; raises an error of ours for what cannot be built."""
     expect_files(recipe.experts)
-    options = {"token": token, "local_files_only": local_files_only}
-    base = open_source(recipe.base_model, token=token, local_files_only=local_files_only)
+    options: dict[str, Any] = {"token": token, "local_files_only": local_files_only}
+    base = open_source(recipe.base_model, **options)
     names = _names(recipe.experts)
     adapters = tuple(_opened(name, expert, base, options) for name, expert in zip(names, recipe.experts, strict=True))
     config = _config(recipe, base, adapters)
@@ -97,7 +90,7 @@ def plan_adapters(recipe: MoeRecipe, *, token: str | None = None, local_files_on
     config.dtype = config.get_text_config().dtype = dtype
     tensors = tuple(one for name, one in layout.items() if ".experts." not in name)
     ancestors = (*base.ancestors, *(adapter.ancestor for adapter in adapters))
-    plan = AdapterPlan(recipe, base, adapters, config, tensors, verdict_of(ancestors, recipe))
+    plan = AdapterPlan(recipe, base, adapters, config, tensors, ancestors, verdict_of(ancestors, recipe))
     _expect_all_used(plan)
     return plan
 

@@ -6,7 +6,7 @@ from __future__ import annotations
 
 import re
 from collections import defaultdict
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 import torch
@@ -63,9 +63,7 @@ def router_sites(plan: AdapterPlan) -> list[RouterSite]:
     return found
 
 
-def router_rows(
-    plan: AdapterPlan, *, device: str = "cpu", advance: Callable[[int], None] | None = None
-) -> tuple[dict[str, Tensor], GateReport | None]:
+def router_rows(plan: AdapterPlan, *, device: str = "cpu") -> tuple[dict[str, Tensor], GateReport | None]:
     """The rows (E, I) float32 of every router by its name, and the report on those that were programmed.
 
     Routers in the same place of each decoder layer are programmed together, with one pass of the texts.
@@ -91,7 +89,6 @@ def router_rows(
             {site.layer: site.path for site in group},
             scores="sigmoid" if routing.scoring == "sigmoid" else "softmax",
             device=device,
-            advance=advance,
         )
         report = report or gates.report
         for site in group:

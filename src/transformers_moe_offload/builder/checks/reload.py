@@ -16,8 +16,10 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from transformers.utils import logging
 
 from transformers_moe_offload.builder.checks import CheckFailedError
+from transformers_moe_offload.builder.targets.base import few
 from transformers_moe_offload.dtypes import torch_dtype
 from transformers_moe_offload.tensor_files.index import StoredTensor
+from transformers_moe_offload.untrusted import one_line
 
 WHOLE_UP_TO = 256 * 2**20
 """Bytes of weights up to which the whole mixture is loaded: a build promises to need less than 1 GB."""
@@ -32,13 +34,10 @@ def check_reload(folder: Path, stored: Mapping[str, StoredTensor], nbytes: int) 
         with _quiet():
             found = _whole(folder) if is_small else _names(folder, stored)
     except (OSError, ValueError, RuntimeError, KeyError) as error:
-        raise CheckFailedError(
-            f"reload: Transformers cannot load the mixture: {' '.join(str(error).split())}"
-        ) from error
+        raise CheckFailedError(f"reload: Transformers cannot load the mixture: {one_line(error, 600)}") from error
     for kind in _TROUBLE:
         if found.get(kind):
-            names = sorted(map(str, found[kind]))
-            raise CheckFailedError(f"reload: {kind} {', '.join(names[:3])}" + (", ..." if len(names) > 3 else ""))
+            raise CheckFailedError(f"reload: {kind} {few(sorted(map(str, found[kind])))}")
     return is_small
 
 

@@ -5,28 +5,29 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from functools import partial
+from functools import partial, reduce
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import CONFIG_MAPPING, MODEL_FOR_CAUSAL_LM_MAPPING, PreTrainedConfig
+from transformers import CONFIG_MAPPING, PreTrainedConfig
 from transformers.utils import CONFIG_NAME
 
-from transformers_moe_offload.builder.edit.donors import width_of
 from transformers_moe_offload.builder.edit.expert_tensors import SparseCheckpoint
 from transformers_moe_offload.builder.edit.new_values import expect_number
+from transformers_moe_offload.builder.plan.plan import named
 from transformers_moe_offload.builder.sources.model_class import saved_tensors
 from transformers_moe_offload.builder.targets import Container, Matrix
+from transformers_moe_offload.builder.targets.base import carried
 from transformers_moe_offload.builder.writing.folder import MARKS
-from transformers_moe_offload.builder.writing.weight_files import content_shards, write_index
+from transformers_moe_offload.builder.writing.weight_files import write_checkpoint
 from transformers_moe_offload.dtypes import torch_dtype
 from transformers_moe_offload.errors import RecipeError, UnsupportedModelError
 from transformers_moe_offload.expert import FieldSpec
-from transformers_moe_offload.hub.companions import companions_in, published
+from transformers_moe_offload.hub.fetch import companions_in, published
 from transformers_moe_offload.output.place import place_for
-from transformers_moe_offload.output.shards import Content, expect_room, fill_shards, write_contents
+from transformers_moe_offload.output.shards import Content
 from transformers_moe_offload.tensor_files.reading import read_stored
 from transformers_moe_offload.tensor_files.writer import write_bytes, write_text
 
@@ -60,12 +61,9 @@ def merge_to_dense(
         raise RecipeError(f"experts={experts!r} is neither 'average' nor the number of an expert")
     config, layout = _dense(checkpoint, container, family)
     contents = [Content((spec,), partial(_tensor, checkpoint, container, spec, chosen)) for spec in layout.values()]
-    shards = content_shards(contents)
     recipe = {"merged": checkpoint.folder.resolve().name, "experts": experts}
     with place_for(Path(out), recipe, MARKS) as place:
-        expect_room(place, shards, "or write elsewhere")
-        fill_shards(place, shards, write_contents, lambda nbytes: None, resumes=True)
-        write_index(place, shards)
+        write_checkpoint(place, contents, lambda nbytes: None)
         for file in companions_in(checkpoint.folder):
             write_bytes(place / file.name, published(file))
         write_text(place / CONFIG_NAME, config.to_json_string())
@@ -78,7 +76,8 @@ def _dense(
     """The config of the dense model, and its tensors; the first family whose stem the mixture has."""
     if family is not None and family not in container.dense:
         raise RecipeError(f"family={family!r}, but a {container.name} is made of {' or '.join(container.dense)}")
-    if _shared_width(checkpoint, container):
+    shared = [name for name in container.shared(checkpoint.blocks[0].layer) if name in checkpoint.tensors]
+    if any(min(checkpoint.tensors[name].shape) for name in shared):  # some classes have it with a width of 0
         raise UnsupportedModelError(
             f"{checkpoint.folder} has a block that every token visits, which a dense model has no place for"
         )
@@ -86,12 +85,8 @@ def _dense(
     reasons = []
     for name in [family] if family is not None else container.dense:
         cls = CONFIG_MAPPING[name]
-        known = {*cls().to_dict(), "head_dim"} - {"model_type", "architectures", "transformers_version", "dtype"}
-        carried = {key: value for key, value in ours.to_dict().items() if key in known and value is not None}
-        config = cls(**{**carried, "intermediate_size": _width(checkpoint, container)})
-        config.architectures = [MODEL_FOR_CAUSAL_LM_MAPPING[type(config)].__name__]
         dtype = torch_dtype(checkpoint.tensors[checkpoint.blocks[0].router].dtype)
-        config.dtype = dtype
+        config = named(cls(**{**carried(ours, cls), "intermediate_size": _width(checkpoint, container)}), dtype)
         layout = saved_tensors(config, dtype)
         lacking = _lacking(checkpoint, container, layout)
         if not lacking:
@@ -119,12 +114,7 @@ def _width(checkpoint: SparseCheckpoint, container: Container) -> int:
         for layer in range(int(checkpoint.config["num_hidden_layers"]))
         if layer not in sparse
     ]
-    return max(*(width_of(checkpoint, block, container) for block in checkpoint.blocks), *dense, 0)
-
-
-def _shared_width(checkpoint: SparseCheckpoint, container: Container) -> int:
-    names = [name for name in container.shared(checkpoint.blocks[0].layer) if name in checkpoint.tensors]
-    return max((min(checkpoint.tensors[name].shape) for name in names), default=0)
+    return max([*map(checkpoint.width_of, checkpoint.blocks), *dense])
 
 
 def _tensor(
@@ -134,11 +124,8 @@ def _tensor(
     for block in checkpoint.blocks:
         for role, name in container.dense_matrices(block.layer).items():
             if name == spec.name:
-                total = torch.zeros(0)
-                for expert in chosen:
-                    matrix = _matrix(checkpoint, container, block.layer, Matrix(expert, role)).float()
-                    total = total + matrix if len(total) else matrix
-                return {spec.name: _padded(total / len(chosen), spec)}
+                matrices = (_matrix(checkpoint, container, block.layer, Matrix(one, role)).float() for one in chosen)
+                return {spec.name: _padded(reduce(torch.add, matrices) / len(chosen), spec)}
     return {spec.name: _padded(read_stored(checkpoint.tensors[spec.name]), spec)}
 
 

@@ -14,8 +14,9 @@ from typing import Any
 from transformers.utils import CONFIG_NAME, SAFE_WEIGHTS_INDEX_NAME
 
 from transformers_moe_offload.builder.plan.tensors import Parameters
-from transformers_moe_offload.builder.targets import CONTAINERS, Container
+from transformers_moe_offload.builder.targets import BY_NAME, Container
 from transformers_moe_offload.errors import CheckpointError, UnsupportedModelError
+from transformers_moe_offload.expert import FieldSpec
 from transformers_moe_offload.tensor_files.index import StoredTensor, check_index_file, read_index
 from transformers_moe_offload.untrusted import json_object
 
@@ -75,7 +76,7 @@ class SparseCheckpoint:
     @cached_property
     def container(self) -> Container | None:
         """The container of its model type; None if the builder has none."""
-        return _container(self.config)
+        return BY_NAME.get(str(self.config.get("model_type")))
 
     @property
     def experts_per_token(self) -> int:
@@ -86,6 +87,18 @@ class SparseCheckpoint:
     def hidden_size(self) -> int:
         """H."""
         return self.tensors[self.blocks[0].router].shape[1]
+
+    def width_of(self, block: SparseBlock) -> int:
+        """I: channels of the experts of one layer."""
+        assert self.container is not None
+        tensors = self.container.experts(block.layer, self.num_experts)
+        return next(self.tensors[name].shape[-1] for name, (first, *_) in tensors.items() if first.role == "down")
+
+    def spec(self, like: str, name: str | None = None, *, axis: int = 0, more: int = 0) -> FieldSpec:
+        """A tensor of the shape and dtype of another one, with `more` entries along an axis."""
+        shape = list(self.tensors[like].shape)
+        shape[axis] += more
+        return FieldSpec(name or like, tuple(shape), self.tensors[like].dtype)
 
     def config_for(self, num_experts: int) -> dict[str, Any]:
         """The config with another number of experts; raises an error of ours if the router could not work with it."""
@@ -111,7 +124,7 @@ class SparseCheckpoint:
 def blocks_of(config: Mapping[str, Any], tensors: Mapping[str, Any]) -> tuple[SparseBlock, ...]:
     """The sparse layers, given the config and anything with shapes by name; empty where experts cannot be told
     apart."""
-    return tuple(_one_by_one(tensors) or _by_container(_container(config), config, tensors))
+    return tuple(_one_by_one(tensors) or _by_container(config, tensors))
 
 
 def parameters_of(
@@ -131,10 +144,6 @@ def parameters_of(
         return "shared" if "shared_" in name else "stem"
 
     return Parameters.counted(((kind(name), shape) for name, shape in tensors.items()), per_token, num_experts)
-
-
-def _container(config: Mapping[str, Any]) -> Container | None:
-    return next((one for one in CONTAINERS if one.name == config.get("model_type")), None)
 
 
 def _one_by_one(tensors: Mapping[str, Any]) -> list[SparseBlock]:
@@ -159,13 +168,13 @@ def _block(path: str, experts: Mapping[str, tuple[int, str]], tensors: Mapping[s
     return SparseBlock(_layer(path), experts, stacked, _router(path, stacked, tensors))
 
 
-def _by_container(
-    container: Container | None, config: Mapping[str, Any], tensors: Mapping[str, Any]
-) -> list[SparseBlock]:
+def _by_container(config: Mapping[str, Any], tensors: Mapping[str, Any]) -> list[SparseBlock]:
     """The sparse layers of a checkpoint whose container stacks a layer's experts."""
+    container = BY_NAME.get(str(config.get("model_type")))
+    if container is None:
+        return []
     blocks = []
-    for layer in range(int(config.get("num_hidden_layers", 0)) if container else 0):
-        assert container is not None
+    for layer in range(int(config.get("num_hidden_layers", 0))):
         names = {name for name in container.experts(layer, 2) if name in tensors}
         router = container.router(layer)
         if names and router in tensors:

@@ -8,7 +8,7 @@ Experts keep their order; a new one comes last, and those behind one that is dro
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Sequence
 from contextlib import ExitStack, suppress
 from functools import partial
 from pathlib import Path
@@ -17,26 +17,15 @@ from typing import Any
 
 from torch import Tensor
 
-from transformers_moe_offload.builder.edit.donors import Copied, Donor, FromDense
+from transformers_moe_offload.builder.edit import new_values
 from transformers_moe_offload.builder.edit.expert_tensors import SparseBlock, SparseCheckpoint
-from transformers_moe_offload.builder.edit.new_values import (
-    Row,
-    exchanged,
-    expect_number,
-    expect_row,
-    grown,
-    ridge_rows,
-    row_of,
-    with_row,
-    without,
-)
+from transformers_moe_offload.builder.edit.new_values import Copied, Donor, FromDense, Row, expect_number, grown
 from transformers_moe_offload.builder.edit.rewrite_files import Edit, Written, carried_out
 from transformers_moe_offload.builder.gates import STATISTICS_NAME, RidgeStatistics, drop_expert_gate
 from transformers_moe_offload.builder.recipe import Expert, Origin
 from transformers_moe_offload.builder.recipe.origin import as_origin
 from transformers_moe_offload.builder.sources import Source, open_source
 from transformers_moe_offload.errors import CheckpointError, RecipeError
-from transformers_moe_offload.expert import FieldSpec
 
 logger = logging.getLogger(__name__)
 
@@ -76,44 +65,37 @@ def add_expert(
     """
     checkpoint = SparseCheckpoint.of(Path(folder))
     config = checkpoint.config_for(checkpoint.num_experts + 1)
-    hub: dict[str, Any] = {"token": token, "local_files_only": local_files_only}
-    opened = None if base is None else open_source(as_origin(base), **hub)
-    donor = _donor(checkpoint, expert, copy_of, opened, hub)
+    hub = {"token": token, "local_files_only": local_files_only}
+    donor, opened = _donor(checkpoint, expert, copy_of, base, hub)
     name = _name(expert, copy_of, checkpoint.num_experts)
     has_texts = bool(expert.positive_prompts or expert.dataset)
     statistics = checkpoint.folder / STATISTICS_NAME
     is_ridge = gate is None and has_texts and statistics.is_file() and opened is not None
     row: Row = gate if gate is not None else "mean" if copy_of is None else copy_of
-    expect_row(row, checkpoint)
+    new_values.expect_row(row, checkpoint)
     target = Path(folder if out is None else out)
     with ExitStack() as stack:
         rows: Callable[[SparseBlock], Tensor]
         if is_ridge:
             assert opened is not None
             found = _spare_folder(target, stack) / STATISTICS_NAME
-            rows = ridge_rows(checkpoint, expert, opened, statistics, found, device)
+            rows = new_values.ridge_rows(checkpoint, expert, opened, statistics, found, device)
         else:
-            rows = partial(with_row, checkpoint, row, noise_scale, seed)
+            rows = partial(new_values.with_row, checkpoint, row, noise_scale, seed)
             _warn_of(statistics)
         written = []
         for block in checkpoint.blocks:
             for name_for, like in _places(block).items():
-                tensor = checkpoint.tensors[like]
-                spec = FieldSpec(name_for.format(checkpoint.num_experts), tensor.shape, tensor.dtype)
+                spec = checkpoint.spec(like, name_for.format(checkpoint.num_experts))
                 written.append(Written(spec, partial(donor.one, block, name_for), like))
             for of_all, axis in block.stacked.items():
-                shape = list(checkpoint.tensors[of_all].shape)
-                shape[axis] += 1
-                spec = FieldSpec(of_all, tuple(shape), checkpoint.tensors[of_all].dtype)
                 is_router = of_all == block.router
                 read = partial(rows, block) if is_router else partial(grown, checkpoint, donor, block, of_all)
-                written.append(Written(spec, read, of_all))
+                written.append(Written(checkpoint.spec(of_all, axis=axis, more=1), read, of_all))
         edit = Edit(
             what=f"Expert {checkpoint.num_experts}, {name}, was added.",
             config=config,
-            names={
-                one: one for one in checkpoint.tensors if not any(one in block.stacked for block in checkpoint.blocks)
-            },
+            names=_unchanged(checkpoint, written),
             written=written,
             expert_names=lambda names: [*names, name],
         )
@@ -137,12 +119,10 @@ def drop_expert(folder: str | Path, number: int, *, out: str | Path | None = Non
     names, written = {}, []
     experts = {name: found for block in checkpoint.blocks for name, found in block.experts.items()}
     stacked = {name: axis for block in checkpoint.blocks for name, axis in block.stacked.items()}
-    for name, tensor in checkpoint.tensors.items():
+    for name in checkpoint.tensors:
         if name in stacked:
-            shape = list(tensor.shape)
-            shape[stacked[name]] -= 1
-            spec = FieldSpec(name, tuple(shape), tensor.dtype)
-            written.append(Written(spec, partial(without, checkpoint, name, stacked[name], number), name))
+            spec = checkpoint.spec(name, axis=stacked[name], more=-1)
+            written.append(Written(spec, partial(new_values.without, checkpoint, name, stacked[name], number), name))
         elif name not in experts:
             names[name] = name
         elif experts[name][0] != number:
@@ -180,35 +160,30 @@ def replace_expert(
     """Replace an expert by another; as `add_expert`, but without `gate` the routers keep their rows."""
     checkpoint = SparseCheckpoint.of(Path(folder))
     expect_number(number, checkpoint, "number")
-    hub: dict[str, Any] = {"token": token, "local_files_only": local_files_only}
-    opened = None if base is None else open_source(as_origin(base), **hub)
-    donor = _donor(checkpoint, expert, copy_of, opened, hub)
+    hub = {"token": token, "local_files_only": local_files_only}
+    donor, _ = _donor(checkpoint, expert, copy_of, base, hub)
     row: Row = number if gate is None else gate
-    expect_row(row, checkpoint)
+    new_values.expect_row(row, checkpoint)
     name = _name(expert, copy_of, number)
     _warn_of(checkpoint.folder / STATISTICS_NAME)
     written = []
     for block in checkpoint.blocks:
         for one, (at, place) in block.experts.items():
             if at == number:
-                tensor = checkpoint.tensors[one]
-                spec = FieldSpec(one, tensor.shape, tensor.dtype)
-                written.append(Written(spec, partial(donor.one, block, place), one))
+                written.append(Written(checkpoint.spec(one), partial(donor.one, block, place), one))
         for stack, axis in block.stacked.items():
-            tensor = checkpoint.tensors[stack]
             if stack == block.router:
-                value = partial(row_of, row, checkpoint, block, noise_scale, seed)
-            elif len(tensor.shape) > 2 or copy_of is not None:
+                value = partial(new_values.row_of, row, checkpoint, block, noise_scale, seed)
+            elif len(checkpoint.tensors[stack].shape) > 2 or copy_of is not None:
                 value = partial(donor.part, block, stack)
             else:
                 continue
-            read = partial(exchanged, checkpoint, stack, axis, number, value)
-            written.append(Written(FieldSpec(stack, tensor.shape, tensor.dtype), read, stack))
-    changed = {one.spec.name for one in written}
+            read = partial(new_values.exchanged, checkpoint, stack, axis, number, value)
+            written.append(Written(checkpoint.spec(stack), read, stack))
     edit = Edit(
         what=f"Expert {number} is now {name}.",
         config=checkpoint.config,
-        names={one: one for one in checkpoint.tensors if one not in changed},
+        names=_unchanged(checkpoint, written),
         written=written,
         expert_names=lambda names: [name if position == number else one for position, one in enumerate(names)],
     )
@@ -216,23 +191,25 @@ def replace_expert(
         return Path(folder if out is None else out)
 
 
+def _unchanged(checkpoint: SparseCheckpoint, written: Sequence[Written]) -> dict[str, str]:
+    changed = {one.spec.name for one in written}
+    return {name: name for name in checkpoint.tensors if name not in changed}
+
+
 def _donor(
-    checkpoint: SparseCheckpoint,
-    expert: Expert,
-    copy_of: int | None,
-    base: Source | None,
-    hub: Mapping[str, Any],
-) -> Donor:
+    checkpoint: SparseCheckpoint, expert: Expert, copy_of: int | None, base: str | Origin | None, hub: dict[str, Any]
+) -> tuple[Donor, Source | None]:
+    """The donor of a new expert's weights; and the base model, opened."""
+    opened = None if base is None else open_source(as_origin(base), **hub)
     if (copy_of is None) == (expert.source is None):
         raise RecipeError(
             "give either expert.source, a dense model to make the expert of, or copy_of, an expert to start from"
         )
     if copy_of is not None:
         expect_number(copy_of, checkpoint, "copy_of")
-        return Copied(checkpoint, copy_of)
+        return Copied(checkpoint, copy_of), opened
     assert expert.source is not None
-    source = open_source(expert.source, base=base, **hub)
-    return FromDense(checkpoint, expert, source, base)
+    return FromDense(checkpoint, expert, open_source(expert.source, base=opened, **hub), opened), opened
 
 
 def _name(expert: Expert, copy_of: int | None, number: int) -> str:

@@ -1,30 +1,105 @@
-"""New values of tensors that hold all experts, when one is added, dropped or replaced.
+"""New values of tensors, when an expert is added, dropped or replaced.
 
-A router's row for a new expert is given, another expert's with noise, the mean of all, or computed anew.
+A new expert's weights come from a donor: a dense model, or another expert of the same mixture. Its row in a router is
+given, another expert's with noise, the mean of all, or computed anew.
 """
 
-# E experts, H hidden size
+# E experts, H hidden size, I width of an expert
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Protocol
 
 import torch
 from torch import Tensor
 
-from transformers_moe_offload.builder.edit.donors import Copied, Donor
 from transformers_moe_offload.builder.edit.expert_tensors import SparseBlock, SparseCheckpoint
 from transformers_moe_offload.builder.gates import RidgeStatistics, add_expert_gate
 from transformers_moe_offload.builder.recipe import Expert
 from transformers_moe_offload.builder.sources import Source
+from transformers_moe_offload.builder.targets import Matrix
 from transformers_moe_offload.builder.texts.tokenizer import read_tokenizer
-from transformers_moe_offload.builder.weights.blocks import generator_for
-from transformers_moe_offload.errors import RecipeError
+from transformers_moe_offload.builder.weights.blocks import Block, Blocks, Part, generator_for
+from transformers_moe_offload.errors import RecipeError, UnsupportedModelError
 from transformers_moe_offload.tensor_files.reading import read_stored
 
 Row = str | int | Mapping[int, Tensor]
 """`mean`, the number of an expert whose rows are copied, or rows (H,) by layer."""
+
+
+class Donor(Protocol):
+    """Gives an expert's tensors."""
+
+    def one(self, block: SparseBlock, place: str) -> Tensor:
+        """The new expert's values of a tensor of one expert; `place` is its name with `{}` for the expert's number."""
+
+    def part(self, block: SparseBlock, name: str) -> Tensor:
+        """The new expert's part of a tensor that holds all experts."""
+
+
+@dataclass(frozen=True)
+class Copied(Donor):
+    """An expert of the mixture itself."""
+
+    checkpoint: SparseCheckpoint
+    number: int
+
+    def one(self, block: SparseBlock, place: str) -> Tensor:
+        """The copied expert's tensor."""
+        return read_stored(self.checkpoint.tensors[place.format(self.number)])
+
+    def part(self, block: SparseBlock, name: str) -> Tensor:
+        """The copied expert's tensor."""
+        return read_stored(self.checkpoint.tensors[name]).select(block.stacked[name], self.number)
+
+
+class FromDense(Donor):
+    """The blocks of a dense model of the kind that the mixture was made from."""
+
+    def __init__(self, checkpoint: SparseCheckpoint, expert: Expert, source: Source, base: Source | None) -> None:
+        """Raises an error of ours if they do not fit."""
+        if checkpoint.container is None:
+            raise UnsupportedModelError(
+                f"experts of a {checkpoint.config.get('model_type')} cannot be made of a dense model, as `build` makes "
+                f"no such mixtures; give copy_of, the number of an expert to start from"
+            )
+        if expert.delta_scale != 1 and base is None:
+            raise RecipeError(f"delta_scale={expert.delta_scale} needs the base model; pass base")
+        self._checkpoint, self._container = checkpoint, checkpoint.container
+        self._expect(source)
+        self._blocks = Blocks([base or source, source], self._container.dense_matrices)
+        self._block = Block((Part.of(expert, 1, f"added {expert.name}"),))
+
+    def one(self, block: SparseBlock, place: str) -> Tensor:
+        """The matrix of its role."""
+        (matrix,) = self._container.experts(block.layer, 1)[place.format(0)]
+        return self._matrix(block, matrix)
+
+    def part(self, block: SparseBlock, name: str) -> Tensor:
+        """The matrices of its roles, one after another."""
+        return torch.cat([self._matrix(block, matrix) for matrix in self._container.experts(block.layer, 1)[name]])
+
+    def _matrix(self, block: SparseBlock, matrix: Matrix) -> Tensor:
+        return self._blocks.matrix(self._block, block.layer, matrix.role, self._checkpoint.width_of(block))
+
+    def _expect(self, source: Source) -> None:
+        if source.config.model_type not in self._container.dense:
+            raise RecipeError(
+                f"{source.name} is a {source.config.model_type}; experts of a {self._container.name} are made of "
+                f"{' or '.join(self._container.dense)}"
+            )
+        for block in self._checkpoint.blocks:
+            name = self._container.dense_matrices(block.layer)["gate"]
+            width = self._checkpoint.width_of(block)
+            found = source.tensors.get(name)
+            if found is None or found.shape[1] != self._checkpoint.hidden_size or found.shape[0] > width:
+                raise RecipeError(
+                    f"{source.name} has {list(found.shape) if found else 'no tensor'} as {name}, and experts of the "
+                    f"mixture have room for {[width, self._checkpoint.hidden_size]}; take a model of the same size"
+                )
 
 
 def expect_row(row: Row, checkpoint: SparseCheckpoint) -> None:

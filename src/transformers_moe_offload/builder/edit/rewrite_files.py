@@ -7,11 +7,11 @@ from __future__ import annotations
 
 import json
 import shutil
+from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
-from math import prod
 from pathlib import Path
 from typing import Any
 
@@ -21,23 +21,14 @@ from transformers.utils import CONFIG_NAME, SAFE_WEIGHTS_INDEX_NAME
 from transformers_moe_offload.builder.edit.expert_tensors import SparseCheckpoint, blocks_of, parameters_of
 from transformers_moe_offload.builder.gates.statistics import STATISTICS_NAME
 from transformers_moe_offload.builder.writing.folder import CARD_NAME, INFO_NAME, MARKS, RECIPE_NAME, without_places
+from transformers_moe_offload.builder.writing.weight_files import write_index
 from transformers_moe_offload.dtypes import torch_dtype
 from transformers_moe_offload.expert import FieldSpec
-from transformers_moe_offload.hub.companions import companions_in, published
+from transformers_moe_offload.hub.fetch import companions_in, published
 from transformers_moe_offload.output.place import place_for, replacing
-from transformers_moe_offload.output.shards import (
-    Content,
-    Shard,
-    expect_room,
-    fill_shards,
-    index_of,
-    shard_of,
-    write_contents,
-)
-from transformers_moe_offload.output.text import as_json
-from transformers_moe_offload.tensor_files.index import StoredTensor
+from transformers_moe_offload.output.shards import Content, Shard, expect_room, fill_shards, shard_of, write_contents
 from transformers_moe_offload.tensor_files.reading import read_stored
-from transformers_moe_offload.tensor_files.writer import write_bytes, write_text
+from transformers_moe_offload.tensor_files.writer import as_json, write_bytes, write_text
 from transformers_moe_offload.untrusted import json_object
 
 
@@ -81,8 +72,7 @@ def carried_out(checkpoint: SparseCheckpoint, edit: Edit, out: Path | None) -> I
     with place_of as place:
         expect_room(place, changed, "or write elsewhere")
         fill_shards(place, changed, write_contents, lambda nbytes: None)
-        if (checkpoint.folder / SAFE_WEIGHTS_INDEX_NAME).is_file():
-            write_text(place / SAFE_WEIGHTS_INDEX_NAME, as_json(_index(shards)))
+        write_index(place, shards, is_wanted=(checkpoint.folder / SAFE_WEIGHTS_INDEX_NAME).is_file())
         _write_notes(checkpoint, edit, shards, place)
         yield place
         if out is not None:
@@ -92,21 +82,15 @@ def carried_out(checkpoint: SparseCheckpoint, edit: Edit, out: Path | None) -> I
 
 def _shards(checkpoint: SparseCheckpoint, edit: Edit) -> list[Shard[Any]]:
     """All files of the new checkpoint, under the names of the old ones."""
-    written: dict[str, list[Written]] = {}
+    written: dict[str, list[Written]] = defaultdict(list)
     for one in edit.written:
-        written.setdefault(one.beside, []).append(one)
-    contents: dict[str, list[Content]] = {}
+        written[one.beside].append(one)
+    contents: dict[str, list[Content]] = defaultdict(list)
     for old, tensor in checkpoint.tensors.items():
-        group = contents.setdefault(tensor.file.path.name, [])
         if old in edit.names:
-            spec = FieldSpec(edit.names[old], tensor.shape, tensor.dtype)
-            group.append(Content((spec,), partial(_named, spec.name, tensor)))
-        group += [Content((one.spec,), partial(_computed, one)) for one in written.get(old, ())]
+            written[old].insert(0, Written(checkpoint.spec(old, edit.names[old]), partial(read_stored, tensor), old))
+        contents[tensor.file.path.name] += [Content((one.spec,), partial(_computed, one)) for one in written[old]]
     return [shard_of(name, group) for name, group in sorted(contents.items()) if group]
-
-
-def _named(name: str, tensor: StoredTensor) -> dict[str, Tensor]:
-    return {name: read_stored(tensor)}
 
 
 def _computed(one: Written) -> dict[str, Tensor]:
@@ -117,12 +101,6 @@ def _is_changed(shard: Shard[Any], checkpoint: SparseCheckpoint, kept: set[str])
     """Whether a file has other tensors than before, or other values."""
     before = {name for name, tensor in checkpoint.tensors.items() if tensor.file.path.name == shard.name}
     return before != {spec.name for spec in shard.tensors} or not all(spec.name in kept for spec in shard.tensors)
-
-
-def _index(shards: Sequence[Shard[Any]]) -> dict[str, Any]:
-    index = index_of(shards)
-    index["metadata"]["total_parameters"] = sum(prod(spec.shape) for shard in shards for spec in shard.tensors)
-    return index
 
 
 def _recorded(folder: Path, what: str) -> dict[str, Any]:

@@ -1,9 +1,8 @@
 """How the routers of a mixture get their weights."""
 
 from transformers_moe_offload.builder.gates.extend import add_expert_gate, drop_expert_gate
-from transformers_moe_offload.builder.gates.fitted import Gates
+from transformers_moe_offload.builder.gates.fitted import GateReport, Gates, LayerReport
 from transformers_moe_offload.builder.gates.program import program_gates, program_several
-from transformers_moe_offload.builder.gates.report import GateReport, LayerReport
 from transformers_moe_offload.builder.gates.statistics import STATISTICS_NAME, RidgeStatistics
 
 __all__ = [

@@ -11,10 +11,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from transformers_moe_offload.builder.gates.rows import directions
-from transformers_moe_offload.builder.gates.sums import Sums, sample
+from transformers_moe_offload.builder.gates.rows import Sums, directions, sample
 from transformers_moe_offload.builder.layerwise.run import run
-from transformers_moe_offload.builder.layerwise.skeleton import Skeleton, decoder_layer, layer_path
+from transformers_moe_offload.builder.layerwise.skeleton import Skeleton, layer_path
 from transformers_moe_offload.builder.sources.base import Source
 from transformers_moe_offload.builder.texts.windows import Windows
 
@@ -46,15 +45,8 @@ def calibrate(
     `sites` maps the places that are wanted (see `Seen.sums`) to whether their second moment is wanted. A router's input
     is that of the dense model's feed-forward block: the residual stream after attention, and through the norm.
     """
-    run(base, windows.batches, _paths(ffn), _Taker(windows, ffn, sites, take), device=device, advance=advance)
-
-
-def _paths(ffn: Mapping[int, str]) -> dict[int, list[str]]:
-    paths = {}
-    for layer, block in sorted(ffn.items()):
-        assert decoder_layer(block) == layer, f"{block} is not in layer {layer}"
-        paths[layer] = [layer_path(layer, block), block]
-    return paths
+    watched = {layer: [layer_path(layer, block), block] for layer, block in sorted(ffn.items())}
+    run(base, windows.batches, watched, _Taker(windows, ffn, sites, take), device=device, advance=advance)
 
 
 def embedding_rows(windows: Windows, base: Source, ffn_path: str, *, center: bool) -> Tensor:
@@ -77,11 +69,7 @@ class _Taker:
     """Sums of the current layer; those of the layer before are dropped."""
 
     def __init__(
-        self,
-        windows: Windows,
-        ffn: Mapping[int, str],
-        sites: Mapping[str, bool],
-        take: Callable[[int, Seen], None],
+        self, windows: Windows, ffn: Mapping[int, str], sites: Mapping[str, bool], take: Callable[[int, Seen], None]
     ) -> None:
         self._windows, self._ffn, self._sites, self._take = windows, ffn, sites, take
         self._begin()

@@ -15,7 +15,7 @@ from transformers_moe_offload.builder.gates.rows import centred, ridge_rows
 from transformers_moe_offload.builder.gates.statistics import About, LayerStatistics, RidgeStatistics, StatisticsWriter
 from transformers_moe_offload.builder.recipe import Expert
 from transformers_moe_offload.builder.sources.base import Source
-from transformers_moe_offload.builder.texts.expert_texts import Texts, expect_texts, name_of
+from transformers_moe_offload.builder.texts.expert_texts import Texts, expect_texts
 from transformers_moe_offload.builder.texts.windows import window_length, windows_of
 from transformers_moe_offload.errors import RecipeError
 
@@ -38,24 +38,24 @@ def add_expert_gate(
     `path` is the file for the new statistics; it must not be the one that is read.
     """
     about = statistics.about
-    name = name_of(expert, len(about.experts))
-    texts = [Texts(name, expert.positive_prompts, expert.negative_prompts, expert.dataset)]
+    texts = [Texts.of(expert, len(about.experts))]
     expect_texts(texts, "ridge")
     _expect_same_model(statistics, base, ffn)
     windows = windows_of(texts, tokenizer, length=window_length(base.config), skip_bos=about.gate.skip_bos)
     grown = replace(
         about,
-        experts=(*about.experts, name),
+        experts=(*about.experts, texts[0].name),
         tokens=(*about.tokens, windows.counts[0]),
         sampled=about.sampled + windows.sampled,
     )
-    with _Rewriting(Path(path), grown) as rewriting:
+    rewriting = _Rewriting(Path(path), grown)
+    with rewriting:
 
         def take(layer: int, seen: Seen) -> None:
             rewriting.take(layer, statistics.layer(layer).with_expert(statistics_of(seen, about.gate.site)))
 
         calibrate(windows, base, ffn, {about.gate.site: True}, take, device=device, advance=advance)
-        gates = rewriting.gates()
+        gates = rewriting.fitted.gates()
     return replace(gates, statistics=RidgeStatistics(path))
 
 
@@ -74,10 +74,11 @@ def drop_expert_gate(statistics: RidgeStatistics, expert: int, path: Path | str)
         tokens=about.tokens[:expert] + about.tokens[expert + 1 :],
         sampled=int((statistics.layer(about.layers[0]).home != expert).sum()),
     )
-    with _Rewriting(Path(path), shrunk) as rewriting:
+    rewriting = _Rewriting(Path(path), shrunk)
+    with rewriting:
         for layer in about.layers:
             rewriting.take(layer, statistics.layer(layer).without_expert(expert))
-        gates = rewriting.gates()
+        gates = rewriting.fitted.gates()
     return replace(gates, statistics=RidgeStatistics(path))
 
 
@@ -87,15 +88,12 @@ class _Rewriting(StatisticsWriter):
     def __init__(self, path: Path, about: About) -> None:
         super().__init__(path, about)
         self._gate = about.gate
-        self._fitted = Fitted(about.gate, about.experts, about.tokens, about.scores)
+        self.fitted = Fitted(about.gate, about.experts, about.tokens, about.scores)
 
     def take(self, layer: int, statistics: LayerStatistics) -> None:
-        self.write(layer, statistics)
+        self.write_layer(layer, statistics)
         rows = ridge_rows(statistics.second_moment, statistics.targets, self._gate.regularization)
-        self._fitted.add(layer, centred(rows, self._gate.center), statistics.sample, statistics.home)
-
-    def gates(self) -> Gates:
-        return self._fitted.gates()
+        self.fitted.add(layer, centred(rows, self._gate.center), statistics.sample, statistics.home)
 
 
 def _expect_same_model(statistics: RidgeStatistics, base: Source, ffn: Mapping[int, str]) -> None:

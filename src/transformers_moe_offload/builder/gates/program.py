@@ -19,13 +19,19 @@ from torch import Tensor
 from transformers_moe_offload.builder.gates.calibration import Seen, calibrate, embedding_rows
 from transformers_moe_offload.builder.gates.fitted import Fitted, Gates, unscaled_gates
 from transformers_moe_offload.builder.gates.mergekit import expect_mergekit, mergekit_rows
-from transformers_moe_offload.builder.gates.rows import NEED_SECOND_MOMENT, READ, drawn_rows, programmed_rows, targets
-from transformers_moe_offload.builder.gates.scale import Scores
+from transformers_moe_offload.builder.gates.rows import (
+    NEED_SECOND_MOMENT,
+    READ,
+    Scores,
+    drawn_rows,
+    programmed_rows,
+    targets,
+)
 from transformers_moe_offload.builder.gates.statistics import About, LayerStatistics, RidgeStatistics, StatisticsWriter
 from transformers_moe_offload.builder.recipe import Expert, Gate
 from transformers_moe_offload.builder.recipe.routers import BAKED, DRAWN
 from transformers_moe_offload.builder.sources.base import Source
-from transformers_moe_offload.builder.texts.expert_texts import Texts, expect_texts, texts_of
+from transformers_moe_offload.builder.texts.expert_texts import Texts, expect_texts
 from transformers_moe_offload.builder.texts.windows import Windows, random_windows, window_length, windows_of
 from transformers_moe_offload.errors import RecipeError
 
@@ -81,29 +87,37 @@ def program_several(
 
     `keep` names the ridge gate whose statistics are kept, and their file.
     """
-    texts = texts_of(experts)
+    texts = [Texts.of(expert, number) for number, expert in enumerate(experts)]
     ours = {name: gate for name, gate in gates.items() if gate.scoring == "ours"}
     for gate in gates.values():
         _expect_possible(gate, texts)
     if keep is not None and (keep[0] not in ours or ours[keep[0]].mode != "ridge"):
         raise RecipeError(f"gate.mode={gates[keep[0]].mode!r} has no statistics to keep; only ridge has")
+    names = [expert.name for expert in texts]
     windows = _windows(list(ours.values()), texts, base, tokenizer)
-    programs = {
-        name: _Program(gate, [expert.name for expert in texts], windows, base, ffn, scores)
-        for name, gate in ours.items()
-    }
+    programs = {name: _Program(gate, names, windows, base, ffn, scores) for name, gate in ours.items()}
     sites = _sites(list(ours.values()))
     with ExitStack() as stack:
         writer = None
         if keep is not None and windows is not None:
-            about = _about(ours[keep[0]], texts, windows, base, ffn, scores)
-            writer = stack.enter_context(StatisticsWriter(keep[1], about))
+            about = About(
+                experts=tuple(names),
+                tokens=windows.counts[::2],
+                sampled=windows.sampled,
+                layers=tuple(sorted(ffn)),
+                hidden_size=base.config.hidden_size,
+                base=base.name,
+                scores=scores,
+                gate=ours[keep[0]],
+            )
+            writer = StatisticsWriter(keep[1], about)
+            stack.enter_context(writer)
 
         def take(layer: int, seen: Seen) -> None:
             for program in programs.values():
                 program.take(layer, seen)
             if writer is not None and keep is not None:
-                writer.write(layer, statistics_of(seen, ours[keep[0]].site))
+                writer.write_layer(layer, statistics_of(seen, ours[keep[0]].site))
 
         if sites and windows is not None:
             calibrate(windows, base, ffn, sites, take, device=device, advance=advance)
@@ -111,7 +125,7 @@ def program_several(
     for name, gate in gates.items():
         if gate.scoring == "mergekit":
             rows = mergekit_rows(gate, texts, base, tokenizer, ffn, device=device, advance=advance)
-            done[name] = unscaled_gates(gate, [expert.name for expert in texts], rows, scores)
+            done[name] = unscaled_gates(gate, names, rows, scores)
     if keep is not None:
         done[keep[0]] = replace(done[keep[0]], statistics=RidgeStatistics(keep[1]))
     return {name: done[name] for name in gates}
@@ -200,18 +214,3 @@ def _sites(gates: Sequence[Gate]) -> dict[str, bool]:
         if gate.mode in READ:
             sites[gate.site] = sites.get(gate.site, False) or gate.mode in NEED_SECOND_MOMENT
     return sites
-
-
-def _about(
-    gate: Gate, texts: Sequence[Texts], windows: Windows, base: Source, ffn: Mapping[int, str], scores: Scores
-) -> About:
-    return About(
-        experts=tuple(expert.name for expert in texts),
-        tokens=windows.counts[::2],
-        sampled=windows.sampled,
-        layers=tuple(sorted(ffn)),
-        hidden_size=base.config.hidden_size,
-        base=base.name,
-        scores=scores,
-        gate=gate,
-    )

@@ -1,22 +1,100 @@
-"""The rows of routers: from sums over a layer's hidden states, or drawn. Pure; no model, no file."""
+"""The rows of routers: from sums over a layer's hidden states, or drawn; and their scale. Pure; no model, no file.
 
-# E experts, H hidden, N sampled tokens, L layers
+A router's softmax is as sharp as its rows are long. Their length says nothing by itself (hidden states differ in size
+from layer to layer and from model to model), so it is calibrated: routing weights over all experts are to have a given
+entropy on the texts of the experts.
+
+Memory does not depend on how much text there is: O(H^2) where the second moment is wanted, O(E H) else.
+"""
+
+# B windows, T tokens in each, H hidden, E experts, N sampled tokens, L layers
 
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
+from typing import Literal
 
 import torch
 from torch import Generator, Tensor
 
-from transformers_moe_offload.builder.gates.sums import Sums
 from transformers_moe_offload.builder.recipe import Gate
+from transformers_moe_offload.builder.texts.windows import Batch
 from transformers_moe_offload.errors import RecipeError
 
 READ = ("ridge", "mean", "hidden", "hidden_avg", "base_first")
 """Modes that need hidden states."""
 
 NEED_SECOND_MOMENT = ("ridge", "base_first")
+
+Scores = Literal["softmax", "sigmoid"]
+"""How routers turn logits into scores; weights are the scores divided by their sum."""
+
+_OCTAVES = (-20, 40)
+"""Scales that are tried, as powers of 2; the first of them makes any gate flat."""
+
+SAMPLE_DTYPE = torch.bfloat16
+"""The sample is rounded when it is taken, so that a file of statistics holds what was used."""
+
+
+class Sums:
+    """Sums over the hidden states at one place of one layer.
+
+    Lists of texts are numbered as in `Batch.lists`; each list weighs the same, whatever its length.
+    """
+
+    def __init__(self, counts: Sequence[int], hidden_size: int, *, second_moment: bool) -> None:
+        self.counts = torch.tensor(counts, dtype=torch.float64)
+        """(2 E,): tokens by list."""
+        self.tokens = torch.zeros(len(counts), hidden_size, dtype=torch.float64)
+        """(2 E, H): sum over tokens."""
+        self.last = torch.zeros_like(self.tokens)
+        """(2 E, H): sum over windows of the last token."""
+        self.window_means = torch.zeros_like(self.tokens)
+        """(2 E, H): sum over windows of the mean over tokens."""
+        self.windows = torch.zeros(len(counts), dtype=torch.float64)
+        """(2 E,): windows by list."""
+        self.second_moment = torch.zeros(hidden_size, hidden_size, dtype=torch.float64) if second_moment else None
+        """(H, H): sum over lists of the mean of x x^T over a list's tokens."""
+
+    def add(self, batch: Batch, hidden: Tensor) -> None:
+        """Count one batch: hidden (B, T, H)."""
+        counted = batch.counted
+        sizes = counted.sum(1)
+        has_any = sizes > 0
+        kept = torch.where(counted[..., None], hidden.float(), 0)
+        by_window = kept.sum(1, dtype=torch.float64)
+        last = counted.shape[1] - 1 - counted.flip(1).int().argmax(1)
+        last_hidden = kept[torch.arange(len(last)), last].double()
+        self.tokens.index_add_(0, batch.lists, by_window)
+        self.last.index_add_(0, batch.lists, last_hidden)
+        self.window_means.index_add_(0, batch.lists, by_window / sizes.clamp(min=1)[:, None])
+        self.windows.index_add_(0, batch.lists, has_any.double())
+        if self.second_moment is not None:
+            weights = (1 / self.counts[batch.lists]).sqrt().float()
+            rows = (kept * weights[:, None, None])[counted]
+            self.second_moment += (rows.T @ rows).double()
+
+    @property
+    def mean(self) -> Tensor:
+        """(2 E, H) float64: mean over the tokens of each list, zero where it has none."""
+        return self.tokens / self.counts.clamp(min=1)[:, None]
+
+    @property
+    def mean_last(self) -> Tensor:
+        """(2 E, H) float64: mean over the windows of each list of their last token."""
+        return self.last / self.windows.clamp(min=1)[:, None]
+
+    @property
+    def mean_of_means(self) -> Tensor:
+        """(2 E, H) float64: mean over the windows of each list of their means."""
+        return self.window_means / self.windows.clamp(min=1)[:, None]
+
+
+def sample(batch: Batch, hidden: Tensor) -> tuple[Tensor, Tensor]:
+    """The sampled hidden states of a batch, (n, H) bfloat16, and the expert whose texts each is from, (n,) int64."""
+    owners = (batch.lists // 2)[:, None].expand_as(batch.sampled)
+    return hidden[batch.sampled].to(SAMPLE_DTYPE), owners[batch.sampled]
 
 
 def programmed_rows(gate: Gate, sums: Sums) -> Tensor:
@@ -113,3 +191,44 @@ def drawn_rows(
             f"{num_experts} experts cannot have orthogonal gates in {hidden_size} dimensions; set gate.mode to random"
         )
     return torch.linalg.qr(rows.mT).Q.mT.contiguous()
+
+
+def entropy(logits: Tensor, scores: Scores = "softmax") -> Tensor:
+    """Entropy of routing weights before the top k are taken, as a share of its maximum: (N, E) -> (N,) float64."""
+    num_experts = logits.shape[-1]
+    if num_experts == 1:
+        return torch.zeros(logits.shape[:-1], dtype=torch.float64)
+    logits = logits.double()
+    if scores == "sigmoid":
+        logits = torch.nn.functional.logsigmoid(logits)
+    log_weights = logits.log_softmax(-1)
+    return -(log_weights.exp() * log_weights).sum(-1) / math.log(num_experts)
+
+
+def scale_for(logits: Tensor, target: float, scores: Scores = "softmax") -> float | None:
+    """The factor on logits (N, E) at which their mean entropy is `target`; None where none comes close.
+
+    The smallest such factor: softmax has one, sigmoid may have several, as its weights are flat again where all scores
+    saturate.
+    """
+
+    def at(scale: float) -> float:
+        return entropy(logits * scale, scores).mean().item()
+
+    if logits.shape[-1] == 1 or not logits.numel():
+        return None
+    spread = (logits - logits.mean(-1, keepdim=True)).abs().mean().item()
+    if spread == 0:
+        return None
+    low = 2.0 ** _OCTAVES[0] / spread
+    for _ in range(_OCTAVES[1] - _OCTAVES[0]):
+        high = low * 2
+        if at(high) <= target:
+            break
+        low = high
+    else:
+        return None
+    for _ in range(50):  # float64 has 52 bits
+        middle = math.sqrt(low * high)
+        low, high = (middle, high) if at(middle) > target else (low, middle)
+    return high

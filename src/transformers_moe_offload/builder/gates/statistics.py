@@ -12,15 +12,12 @@ import json
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
-from types import TracebackType
-from typing import Self
 
 import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from transformers_moe_offload.builder.gates.scale import Scores
-from transformers_moe_offload.builder.gates.sums import SAMPLE_DTYPE
+from transformers_moe_offload.builder.gates.rows import SAMPLE_DTYPE, Scores
 from transformers_moe_offload.builder.recipe import Gate
 from transformers_moe_offload.dtypes import dtype_name
 from transformers_moe_offload.errors import CheckpointError, RecipeError
@@ -119,22 +116,13 @@ class RidgeStatistics:
         )
 
 
-class StatisticsWriter:
+class StatisticsWriter(SafetensorsWriter):
     """Writes a file of statistics layer by layer, in a `with` block; whole or not at all."""
 
     def __init__(self, path: Path, about: About) -> None:
-        self._writer = SafetensorsWriter(path, _specs(about), {_METADATA_KEY: json.dumps(asdict(about))})
+        super().__init__(path, _specs(about), {_METADATA_KEY: json.dumps(asdict(about))})
 
-    def __enter__(self) -> Self:
-        self._writer.__enter__()
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
-    ) -> None:
-        self._writer.__exit__(kind, error, traceback)
-
-    def write(self, layer: int, statistics: LayerStatistics) -> None:
+    def write_layer(self, layer: int, statistics: LayerStatistics) -> None:
         """Write the statistics of one layer."""
         for name, values in (
             ("second_moment", _packed(statistics.second_moment)),
@@ -142,7 +130,7 @@ class StatisticsWriter:
             ("home", statistics.home.int()),
             ("sample", statistics.sample),
         ):
-            self._writer.write(f"layers.{layer}.{name}", values)
+            self.write(f"layers.{layer}.{name}", values)
 
 
 _NAMES = ("second_moment", "targets", "home", "sample")

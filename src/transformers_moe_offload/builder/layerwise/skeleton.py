@@ -8,7 +8,6 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator
 from contextlib import contextmanager
-from copy import deepcopy
 
 import torch
 from torch import Tensor, nn
@@ -18,7 +17,8 @@ from transformers_moe_offload.builder.sources.base import Source
 from transformers_moe_offload.builder.sources.model_class import fill_buffers, on_meta, put
 from transformers_moe_offload.errors import CheckpointError, RecipeError
 
-_DECODER_LAYER = re.compile(r"(?P<stack>.+?)\.(?P<index>\d+)(\.|$)")
+_LAYER_ON = re.compile(r"\.\d+(\..*)?$")
+"""From the number of a decoder layer to the end of a module's path."""
 
 
 class Skeleton:
@@ -29,10 +29,15 @@ class Skeleton:
 
     def __init__(self, source: Source, paths: list[str], dtype: torch.dtype, device: str) -> None:
         self._source, self._dtype, self._device = source, dtype, device
-        self.causal = _without_weights(source, dtype, device)
-        """The model with its head, without weights."""
-        self.stack = _stack_of(paths)
+        try:
+            self.causal: PreTrainedModel = on_meta(source.config, dtype)
+            """The model with its head, without weights."""
+        except ValueError as error:  # raised by Auto classes for an unknown type
+            raise RecipeError(f"{source.name} is no causal language model: {error}") from error
+        fill_buffers(self.causal, device)
+        self.stack, *others = {_LAYER_ON.sub("", path) for path in paths}
         """Path of the list of decoder layers."""
+        assert not others, f"modules of several stacks: {paths}"
         found = self.causal.get_submodule(self.stack)
         assert isinstance(found, nn.ModuleList), f"{self.stack} is a {type(found).__name__}"
         self.decoder_layers = found
@@ -70,35 +75,9 @@ class Skeleton:
         return weight.to(self._device, placeholder.dtype)  # copy: host -> device
 
 
-def decoder_layer(path: str) -> int:
-    """Which decoder layer a module is in: 3 for `model.layers.3.mlp`."""
-    return int(_matched(path)["index"])
-
-
 def layer_path(layer: int, path: str) -> str:
     """The decoder layer that a module is in: `model.layers.3` for `model.layers.3.mlp`."""
     return path[: path.index(f".{layer}.")] + f".{layer}"
-
-
-def _stack_of(paths: list[str]) -> str:
-    stacks = {_matched(path)["stack"] for path in paths}
-    assert len(stacks) == 1, f"modules of several stacks: {sorted(stacks)}"
-    return stacks.pop()
-
-
-def _matched(path: str) -> re.Match[str]:
-    matched = _DECODER_LAYER.match(path)
-    assert matched is not None, f"{path} has no number of a decoder layer"
-    return matched
-
-
-def _without_weights(source: Source, dtype: torch.dtype, device: str) -> PreTrainedModel:
-    try:
-        model: PreTrainedModel = on_meta(deepcopy(source.config), dtype)
-    except ValueError as error:  # raised by Auto classes for an unknown type
-        raise RecipeError(f"{source.name} is no causal language model: {error}") from error
-    fill_buffers(model, device)
-    return model
 
 
 def _stored(source: Source, name: str) -> str:

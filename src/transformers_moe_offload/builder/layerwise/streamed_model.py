@@ -18,7 +18,7 @@ from transformers import AutoModelForCausalLM, PreTrainedConfig
 
 from transformers_moe_offload.builder.sources.model_class import fill_buffers, put
 from transformers_moe_offload.hf.upstream import tied_weights
-from transformers_moe_offload.system.malloc_trim import trim
+from transformers_moe_offload.system.free_memory import trim
 
 Forward = Callable[..., Tensor]
 

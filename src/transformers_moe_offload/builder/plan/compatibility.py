@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from pathlib import Path
 
 from transformers_moe_offload.builder.sources import Source
 from transformers_moe_offload.errors import RecipeError
@@ -98,10 +97,8 @@ def _added_tokens(base: Source, source: Source) -> list[str]:
 def _vocabulary(source: Source) -> dict[str, int] | None:
     """Tokens and their numbers; None where no file has them."""
     path = next((file for file in source.companions if file.name == _TOKENIZER), None)
-    return None if path is None else _read_vocabulary(path)
-
-
-def _read_vocabulary(path: Path) -> dict[str, int] | None:
+    if path is None:
+        return None
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
         vocabulary = content["model"]["vocab"]

@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 from transformers_moe_offload.builder.recipe import Expert, MoeRecipe, Origin
-from transformers_moe_offload.builder.weights.blocks import Block, Part, part_width
+from transformers_moe_offload.builder.weights.blocks import Block, Part
 from transformers_moe_offload.errors import RecipeError
 from transformers_moe_offload.untrusted import quoted
 
@@ -47,7 +47,7 @@ class Mixture:
 
 def block_width(block: Block, widths: Sequence[int]) -> int:
     """Channels of an expert, given the widths of the sources' blocks."""
-    return sum(part_width(widths[part.source], part) for part in block.parts)
+    return sum(-(-widths[part.source] // part.count) for part in block.parts)
 
 
 def origins_of(recipe: MoeRecipe) -> tuple[Origin, ...]:
@@ -63,55 +63,41 @@ def expect_possible(recipe: MoeRecipe, width: int) -> None:
     at least one channel, and the largest routers of our containers choose from some hundred experts.
     """
     limit = max(width, 1024)
-    asked = recipe.split or recipe.upcycle
-    for name in ("num_experts", "granularity"):
-        if getattr(asked, name, 1) > limit:
-            raise RecipeError(
-                f"{recipe.kind}.{name}={quoted(getattr(asked, name))}, but at most {limit:,} experts are made of the "
-                f"base model's blocks, which have {width:,} channels"
-            )
-    if recipe.num_experts > limit:
+    asked = recipe.num_experts if recipe.split is None else recipe.split.num_experts
+    if asked > limit:
         raise RecipeError(
-            f"{recipe.kind} asks for {quoted(recipe.num_experts)} experts, but at most {limit:,} are made of the base "
-            f"model's blocks, which have {width:,} channels; set num_experts or granularity to less"
+            f"{recipe.kind} asks for {quoted(asked)} experts, but at most {limit:,} are made of the base model's "
+            f"blocks, which have {width:,} channels; set num_experts or granularity to less"
         )
 
 
 def mixture_of(recipe: MoeRecipe) -> Mixture:
     """The experts that a recipe asks for."""
-    origins = origins_of(recipe)
     if recipe.split is not None:
         return _split(recipe)
-    shared = [_part(recipe, origins, expert, f"shared {n}") for n, expert in enumerate(recipe.shared_experts)]
+    origins, asked = origins_of(recipe), recipe.shared_experts
+    shared = [_part(recipe, origins, expert, f"shared {n}") for n, expert in enumerate(asked)]
     block = Block(tuple(shared)) if shared else None
-    is_gated = any(expert.gated for expert in recipe.shared_experts)
+    is_gated = any(expert.gated for expert in asked)
+    ungated = None if is_gated else block
     if recipe.upcycle is not None:
         experts, names = _copies(recipe)
+        sums = _with_shared(experts, ungated)
     else:
         parts = [_part(recipe, origins, expert, f"expert {n}") for n, expert in enumerate(recipe.experts)]
+        of_shared = list(zip(shared, asked, strict=True))
         # The weights of a token's experts add up to 1, so that experts and shared expert add up to the sources.
-        taken = tuple(
-            replace(part, scale=-part.scale)
-            for part, expert in zip(shared, recipe.shared_experts, strict=True)
-            if expert.delta
-        )
+        taken = [replace(part, scale=-part.scale) for part, expert in of_shared if expert.delta]
+        left = tuple(part for part, expert in of_shared if not expert.delta)
         experts = tuple(Block((part, *taken)) for part in parts)
         names = tuple(expert.name or "" for expert in recipe.experts)
-        left = tuple(part for part, expert in zip(shared, recipe.shared_experts, strict=True) if not expert.delta)
-        sums = tuple((Block((part,)), *((Block(left),) if left and not is_gated else ())) for part in parts)
-        return Mixture(experts, block, names, sums, _base_sum(None if is_gated else block), is_gated)
-    ungated = None if is_gated else block
-    return Mixture(experts, block, names, _with_shared(experts, ungated), _base_sum(ungated), is_gated)
+        sums = _with_shared([Block((part,)) for part in parts], Block(left) if left and not is_gated else None)
+    return Mixture(experts, block, names, sums, _base_sum(ungated), is_gated)
 
 
 def _part(recipe: MoeRecipe, origins: Sequence[Origin], expert: Expert, seed: str) -> Part:
-    return Part(
-        source=0 if expert.source is None else origins.index(expert.source),
-        scale=expert.residual_scale,
-        delta_scale=expert.delta_scale,
-        noise_scale=expert.noise_scale,
-        seed=f"{recipe.seed}/{seed}",
-    )
+    source = 0 if expert.source is None else origins.index(expert.source)
+    return Part.of(expert, source, f"{recipe.seed}/{seed}")
 
 
 def _copies(recipe: MoeRecipe) -> tuple[tuple[Block, ...], tuple[str, ...]]:
@@ -153,7 +139,7 @@ def _split(recipe: MoeRecipe) -> Mixture:
 
 
 def _base_sum(shared: Block | None) -> tuple[Block, ...]:
-    return (Block((Part(),)), *((shared,) if shared else ()))
+    return _with_shared([Block((Part(),))], shared)[0]
 
 
 def _with_shared(experts: Sequence[Block], shared: Block | None) -> tuple[tuple[Block, ...], ...]:

@@ -127,7 +127,7 @@ def plan_build(recipe: MoeRecipe, sources: Sequence[Source], stems: Sequence[Sou
             return BuildPlan(
                 recipe,
                 container,
-                _named(built, dtype),
+                named(built, dtype),
                 shape,
                 dtype,
                 replace(fitting, names=_names(fitting, sources)),
@@ -170,7 +170,7 @@ def _aligned(width: int) -> int:
     return -(-width // 8) * 8
 
 
-def _named(config: PreTrainedConfig, dtype: torch.dtype) -> PreTrainedConfig:
+def named(config: PreTrainedConfig, dtype: torch.dtype) -> PreTrainedConfig:
     """The config with the class that it belongs to, as `save_pretrained` writes it."""
     config.architectures = [MODEL_FOR_CAUSAL_LM_MAPPING[type(config)].__name__]
     config.dtype = dtype

@@ -13,6 +13,7 @@ from typing import NamedTuple
 
 from transformers_moe_offload.builder.sources import Source
 from transformers_moe_offload.builder.targets import Container, Matrix, MoeShape
+from transformers_moe_offload.builder.targets.base import few
 from transformers_moe_offload.expert import FieldSpec
 
 
@@ -104,9 +105,9 @@ def planned_tensors(
     missing = [name for name in layout if name not in planned]
     odd = [name for name in planned if name not in layout]
     if unread:
-        return [], f"it has no place for {_few(sorted(unread))} of the dense model"
+        return [], f"it has no place for {few(sorted(unread))} of the dense model"
     if missing or odd:
-        return [], f"it expects {_few(missing or odd)}, which the dense model does not have"
+        return [], f"it expects {few(missing or odd)}, which the dense model does not have"
     numbers = {name: number for number, name in enumerate(planned)}
     order = sorted(planned, key=lambda name: (_layer_of(name), numbers[name]))
     return [PlannedTensor(layout[name], planned[name]) for name in order], None
@@ -146,7 +147,3 @@ def _layer_of(name: str) -> int:
     """The decoder layer that a tensor belongs to; -1 for tensors outside of layers, which come first."""
     found = re.search(r"\.layers\.(\d+)\.", name)
     return int(found[1]) if found else -1
-
-
-def _few(names: Sequence[str]) -> str:
-    return ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")

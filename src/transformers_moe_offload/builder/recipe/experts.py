@@ -5,21 +5,14 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from transformers_moe_offload.builder.recipe.origin import Dataset, Origin, as_origin
-from transformers_moe_offload.builder.recipe.values import (
-    expect_choice,
-    expect_numbers,
-    expect_positive,
-    expect_texts,
-    expect_whole,
-    freeze_texts,
-)
+from transformers_moe_offload.builder.recipe.values import Section
 from transformers_moe_offload.errors import RecipeError
 
 SPLIT_METHODS = ("random", "k_means", "co_activation")
 
 
 @dataclass(frozen=True, kw_only=True)
-class Expert:
+class Expert(Section):
     """One routed expert: the feed-forward blocks of a dense model, and what should be sent to it.
 
     Args:
@@ -44,10 +37,10 @@ class Expert:
 
     def __post_init__(self) -> None:
         if self.source is not None:
-            object.__setattr__(self, "source", as_origin(self.source))
-        freeze_texts(self, "positive_prompts", "negative_prompts")
-        expect_texts(self, "name")
-        expect_numbers(self, "noise_scale", "residual_scale", "delta_scale")
+            self._set("source", as_origin(self.source))
+        self._freeze_texts("positive_prompts", "negative_prompts")
+        self._expect_texts("name")
+        self._expect_numbers("noise_scale", "residual_scale", "delta_scale")
         if self.noise_scale < 0:
             raise RecipeError(f"noise_scale={self.noise_scale} is a standard deviation and cannot be negative")
 
@@ -74,7 +67,7 @@ class SharedExpert(Expert):
 
 
 @dataclass(frozen=True, kw_only=True)
-class Upcycle:
+class Upcycle(Section):
     """Experts that are copies of one dense model's feed-forward blocks (kind `upcycle`).
 
     Args:
@@ -92,15 +85,15 @@ class Upcycle:
     seed: int = 0
 
     def __post_init__(self) -> None:
-        expect_positive(self, "num_experts", "granularity")
-        expect_numbers(self, "reinitialize")
-        expect_whole(self, "seed")
+        self._expect_whole("num_experts", "granularity", least=1)
+        self._expect_numbers("reinitialize")
+        self._expect_whole("seed")
         if not 0 <= self.reinitialize < 1:
             raise RecipeError(f"reinitialize={self.reinitialize} is a share, from 0 to below 1")
 
 
 @dataclass(frozen=True, kw_only=True)
-class Split:
+class Split(Section):
     """Experts that are parts of one dense model's feed-forward blocks (kind `split`).
 
     Args:
@@ -119,9 +112,9 @@ class Split:
     seed: int = 0
 
     def __post_init__(self) -> None:
-        expect_positive(self, "num_experts")
-        expect_choice(self, "method", SPLIT_METHODS)
-        expect_whole(self, "shared", "seed")
+        self._expect_whole("num_experts", least=1)
+        self._expect_choice("method", SPLIT_METHODS)
+        self._expect_whole("shared", "seed")
         if self.shared >= self.num_experts:
             raise RecipeError(f"shared={self.shared} of num_experts={self.num_experts} parts leaves none to be routed")
 

@@ -26,11 +26,6 @@ _GATE_MODES = {
 _CONTAINERS = {"mixtral": "mixtral", "qwen": "auto", "qwen3": "qwen3_moe"}
 
 
-def is_mergekit(values: Mapping[str, Any]) -> bool:
-    """Whether a file is one of mergekit's: ours name their schema."""
-    return "schema" not in values
-
-
 def translated(values: Mapping[str, Any]) -> dict[str, Any]:
     """The recipe of ours with the same meaning."""
     try:

@@ -5,16 +5,10 @@
 
 from __future__ import annotations
 
+import os
 from dataclasses import dataclass
-from pathlib import Path
 
-from transformers_moe_offload.builder.recipe.values import (
-    expect_choice,
-    expect_numbers,
-    expect_positive,
-    expect_texts,
-    expect_whole,
-)
+from transformers_moe_offload.builder.recipe.values import Section
 from transformers_moe_offload.errors import RecipeError
 from transformers_moe_offload.untrusted import quoted
 
@@ -22,7 +16,7 @@ STEM_METHODS = ("base", "average", "ties", "dare")
 
 
 @dataclass(frozen=True, kw_only=True)
-class Origin:
+class Origin(Section):
     """Where a dense model comes from.
 
     Args:
@@ -39,8 +33,8 @@ class Origin:
     extract_rank: int | None = None
 
     def __post_init__(self) -> None:
-        expect_texts(self, "model", "revision", "adapter")
-        expect_positive(self, "extract_rank")
+        self._expect_texts("model", "revision", "adapter")
+        self._expect_whole("extract_rank", least=1)
         if self.adapter is not None and self.extract_rank is not None:
             raise RecipeError(
                 f"adapter={quoted(self.adapter)} and extract_rank={self.extract_rank} exclude each other: an adapter "
@@ -53,7 +47,7 @@ class Origin:
     @classmethod
     def parse(cls, text: str) -> Origin:
         """A model in one line: `model`, `model@revision`, `model+adapter`; a folder of that name is taken literally."""
-        if not text or _is_folder(text):
+        if not text or os.path.isdir(text):
             return cls(model=text)
         model, _, adapter = text.partition("+")
         model, _, revision = model.partition("@")
@@ -62,13 +56,6 @@ class Origin:
     def __str__(self) -> str:
         model = f"{self.model}@{self.revision}" if self.revision else self.model or "base model"
         return f"{model}+{self.adapter}" if self.adapter else model
-
-
-def _is_folder(text: str) -> bool:
-    try:
-        return Path(text).is_dir()
-    except (OSError, ValueError):  # not valid as a file name
-        return False
 
 
 def as_origin(value: Origin | str) -> Origin:
@@ -81,7 +68,7 @@ def as_origin(value: Origin | str) -> Origin:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Stem:
+class Stem(Section):
     """Everything but the feed-forward blocks: attention, embeddings, norms, head.
 
     Args:
@@ -101,10 +88,10 @@ class Stem:
 
     def __post_init__(self) -> None:
         if self.source is not None:
-            object.__setattr__(self, "source", as_origin(self.source))
-        expect_choice(self, "method", STEM_METHODS)
-        expect_numbers(self, "density", "weight")
-        expect_whole(self, "seed")
+            self._set("source", as_origin(self.source))
+        self._expect_choice("method", STEM_METHODS)
+        self._expect_numbers("density", "weight")
+        self._expect_whole("seed")
         if not 0 < self.density <= 1:
             raise RecipeError(f"density={self.density} is a share, above 0 and at most 1")
         if self.source is not None and self.method != "base":
@@ -115,7 +102,7 @@ class Stem:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Dataset:
+class Dataset(Section):
     """Text to calibrate gates with.
 
     Args:
@@ -131,5 +118,5 @@ class Dataset:
     max_tokens: int = 16384
 
     def __post_init__(self) -> None:
-        expect_texts(self, "path", "split", "text")
-        expect_positive(self, "max_tokens")
+        self._expect_texts("path", "split", "text")
+        self._expect_whole("max_tokens", least=1)

@@ -5,6 +5,7 @@ The classes themselves check their values; this file makes them from mappings, l
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping, Sequence
 from dataclasses import MISSING, dataclass, fields, is_dataclass, replace
 from pathlib import Path
@@ -42,7 +43,7 @@ class Place:
         if self.folder is None or Path(name).is_absolute():
             return name
         path = self.folder / name
-        return str(path) if _exists(path) or name.startswith((".", "~")) else name
+        return str(path) if os.path.exists(path) or name.startswith((".", "~")) else name
 
 
 def load_yaml(path: Path) -> dict[str, Any]:
@@ -123,7 +124,7 @@ def _value(kind: Any, value: Any, place: Place) -> Any:
 def _from_text(cls: Any, text: str, place: Place) -> Any:
     if cls is Dataset:
         return Dataset(path=place.resolved(text))
-    if place.folder is not None and _exists(place.folder / text) and (place.folder / text).is_dir():
+    if place.folder is not None and os.path.isdir(place.folder / text):
         return Origin(model=place.resolved(text))
     return _with_paths(cls, vars(Origin.parse(text)), place)
 
@@ -143,11 +144,3 @@ def _checked(place: Place, make: Any, *args: Any) -> Any:
         if place.name and not str(error).startswith(place.name):
             raise place.error(str(error)) from error
         raise
-
-
-def _exists(path: Path) -> bool:
-    """Whether a path exists; False if it is not valid as one, such as a name of 300 characters."""
-    try:
-        return path.exists()
-    except (OSError, ValueError):
-        return False

@@ -9,17 +9,12 @@ from pathlib import Path
 from typing import Any
 
 from transformers_moe_offload.builder.recipe.experts import Expert, SharedExpert, Split, Upcycle
-from transformers_moe_offload.builder.recipe.mergekit import is_mergekit, translated
+from transformers_moe_offload.builder.recipe.mergekit import translated
 from transformers_moe_offload.builder.recipe.origin import Dataset, Origin, Stem, as_origin
 from transformers_moe_offload.builder.recipe.reading import Place, as_plain, load_yaml, read
 from transformers_moe_offload.builder.recipe.result import Checks, Hub, Output
 from transformers_moe_offload.builder.recipe.routers import AdapterRouting, Gate
-from transformers_moe_offload.builder.recipe.values import (
-    expect_choice,
-    expect_positive,
-    expect_texts,
-    expect_whole,
-)
+from transformers_moe_offload.builder.recipe.values import Section
 from transformers_moe_offload.errors import RecipeError
 from transformers_moe_offload.untrusted import quoted
 
@@ -29,7 +24,7 @@ SCHEMA = 1
 
 
 @dataclass(frozen=True, kw_only=True)
-class MoeRecipe:
+class MoeRecipe(Section):
     """A mixture of experts to build.
 
     Args:
@@ -75,20 +70,20 @@ class MoeRecipe:
     hub: Hub = field(default_factory=Hub)
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "base_model", as_origin(self.base_model))
-        expect_choice(self, "kind", KINDS)
+        self._set("base_model", as_origin(self.base_model))
+        self._expect_choice("kind", KINDS)
         if self.gate is None:
-            object.__setattr__(self, "gate", Gate(mode="ridge" if self.kind in ("moe", "adapter_moe") else "noise"))
-        expect_choice(self, "dtype", (None, "float32", "bfloat16", "float16"))
-        expect_texts(self, "container", "tokenizer")
-        expect_positive(self, "experts_per_token")
-        expect_whole(self, "seed")
+            self._set("gate", Gate(mode="ridge" if self.kind in ("moe", "adapter_moe") else "noise"))
+        self._expect_choice("dtype", (None, "float32", "bfloat16", "float16"))
+        self._expect_texts("container", "tokenizer")
+        self._expect_whole("experts_per_token", least=1)
+        self._expect_whole("seed")
         for name in ("experts", "shared_experts"):
-            object.__setattr__(self, name, tuple(getattr(self, name)))
+            self._set(name, tuple(getattr(self, name)))
         if self.layers is not None:
             if not self.layers or any(type(layer) is not int or not 0 <= layer < 2**31 for layer in self.layers):
                 raise RecipeError(f"layers={quoted(list(self.layers))} is not a list of layers, counted from 0")
-            object.__setattr__(self, "layers", tuple(sorted(set(self.layers))))
+            self._set("layers", tuple(sorted(set(self.layers))))
         self._expect_kind()
         if self.num_experts < self.experts_per_token:
             there = "is 1 expert" if self.num_experts == 1 else f"are {self.num_experts} experts"
@@ -105,7 +100,7 @@ class MoeRecipe:
                     f"{kind}: is given, but kind is {quoted(self.kind)}; set kind: {kind}, or leave {kind}: out"
                 )
             if self.kind == kind and getattr(self, kind) is None:
-                object.__setattr__(self, kind, default)
+                self._set(kind, default)
         if self.kind == "adapter_moe":
             self._expect_adapters()
         if self.kind in ("upcycle", "split") and self.experts:
@@ -149,13 +144,13 @@ class MoeRecipe:
         """
         if not isinstance(values, Mapping):
             raise RecipeError(f"{quoted(values)} is not a mapping with the keys of a recipe")
-        if is_mergekit(values):
+        if "schema" not in values:  # ours name it
             values = translated(values)
-        place = Place(folder=folder)
-        schema = {name: value for name, value in values.items() if name == "schema"}.get("schema")
+        values = dict(values)
+        schema = values.pop("schema", None)
         if schema != SCHEMA:
             raise RecipeError(f"schema: {quoted(schema)} is not one that this version reads; it reads schema: {SCHEMA}")
-        return read(cls, {name: value for name, value in values.items() if name != "schema"}, place)
+        return read(cls, values, Place(folder=folder))
 
     @classmethod
     def from_file(cls, path: str | Path) -> MoeRecipe:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from transformers_moe_offload.builder.recipe.values import expect_choice, freeze_texts
+from transformers_moe_offload.builder.recipe.values import Section
 from transformers_moe_offload.config.budget import Budget
 from transformers_moe_offload.errors import ConfigError, RecipeError
 from transformers_moe_offload.untrusted import quoted
@@ -13,7 +13,7 @@ LEVELS = ("error", "warn", "off")
 
 
 @dataclass(frozen=True, kw_only=True)
-class Checks:
+class Checks(Section):
     """What is checked of the built model before it is put in its place. `identity`, `forced_expert` and `reload` cannot
     be turned off.
 
@@ -26,12 +26,12 @@ class Checks:
     licence: str = "error"
 
     def __post_init__(self) -> None:
-        expect_choice(self, "similarity", LEVELS)
-        expect_choice(self, "licence", LEVELS)
+        self._expect_choice("similarity", LEVELS)
+        self._expect_choice("licence", LEVELS)
 
 
 @dataclass(frozen=True, kw_only=True)
-class Output:
+class Output(Section):
     """How the checkpoint is written.
 
     Args:
@@ -58,7 +58,7 @@ class Output:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Hub:
+class Hub(Section):
     """Where and how it is published, with `--push` or `publish`.
 
     Args:
@@ -78,4 +78,4 @@ class Hub:
     revision: str | None = None
 
     def __post_init__(self) -> None:
-        freeze_texts(self, "tags")
+        self._freeze_texts("tags")

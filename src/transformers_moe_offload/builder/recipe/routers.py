@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from transformers_moe_offload.builder.recipe.values import expect_choice, expect_numbers, expect_whole
+from transformers_moe_offload.builder.recipe.values import Section
 from transformers_moe_offload.errors import RecipeError
 
 GATE_MODES = (
@@ -21,7 +21,7 @@ SCORINGS = ("softmax", "sigmoid", "arrow", "uniform")
 
 
 @dataclass(frozen=True, kw_only=True)
-class Gate:
+class Gate(Section):
     """How the routers get their weights.
 
     Args:
@@ -52,18 +52,18 @@ class Gate:
     seed: int = 0
 
     def __post_init__(self) -> None:
-        expect_choice(self, "mode", GATE_MODES if self.mode != BAKED else (BAKED,))
-        expect_choice(self, "site", ("router_input", "layer_input"))
-        expect_choice(self, "pool", ("mean", "last"))
-        expect_choice(self, "scoring", ("ours", "mergekit"))
-        expect_numbers(self, "target_entropy", "regularization")
+        self._expect_choice("mode", GATE_MODES if self.mode != BAKED else (BAKED,))
+        self._expect_choice("site", ("router_input", "layer_input"))
+        self._expect_choice("pool", ("mean", "last"))
+        self._expect_choice("scoring", ("ours", "mergekit"))
+        self._expect_numbers("target_entropy", "regularization")
         if isinstance(self.scale, str):
-            expect_choice(self, "scale", ("auto",))
+            self._expect_choice("scale", ("auto",))
         else:
-            expect_numbers(self, "scale")
+            self._expect_numbers("scale")
             if not self.scale > 0:
                 raise RecipeError(f"scale={self.scale} is not a positive number, or 'auto'")
-        expect_whole(self, "seed")
+        self._expect_whole("seed")
         if not 0 < self.target_entropy < 1:
             raise RecipeError(f"target_entropy={self.target_entropy} is a share between 0 and 1")
         if not self.regularization > 0:
@@ -71,7 +71,7 @@ class Gate:
 
 
 @dataclass(frozen=True, kw_only=True)
-class AdapterRouting:
+class AdapterRouting(Section):
     """The routers of a mixture of adapters (kind `adapter_moe`).
 
     Args:
@@ -88,8 +88,8 @@ class AdapterRouting:
     temperature: float = 1.0
 
     def __post_init__(self) -> None:
-        expect_choice(self, "router_per", ROUTER_PER)
-        expect_choice(self, "scoring", SCORINGS)
-        expect_numbers(self, "temperature")
+        self._expect_choice("router_per", ROUTER_PER)
+        self._expect_choice("scoring", SCORINGS)
+        self._expect_numbers("temperature")
         if not self.temperature > 0:
             raise RecipeError(f"temperature={self.temperature} is not a positive number")

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from abc import ABC, abstractmethod
+from collections.abc import Collection, Iterable, Mapping
 from pathlib import Path
 from typing import NamedTuple, Protocol
 
@@ -29,25 +30,16 @@ class Ancestor(NamedTuple):
 class Source(Protocol):
     """A dense model, read tensor by tensor; it is never in memory as a whole."""
 
-    @property
-    def name(self) -> str:
-        """Its id on the Hub, or the name of its folder; an adapter's is `base+adapter`."""
-
-    @property
-    def revision(self) -> str | None:
-        """Its commit, if it is from the Hub."""
-
-    @property
-    def ancestors(self) -> tuple[Ancestor, ...]:
-        """The checkpoints it is made of: itself, or a model and an adapter."""
-
-    @property
-    def config(self) -> PreTrainedConfig:
-        """The config of the dense model."""
-
-    @property
-    def tensors(self) -> Mapping[str, FieldSpec]:
-        """What `save_pretrained` of the dense class writes, by name."""
+    name: str
+    """Its id on the Hub, or the name of its folder; an adapter's is `base+adapter`."""
+    ancestors: tuple[Ancestor, ...]
+    """The checkpoints it is made of: itself, or a model and an adapter."""
+    config: PreTrainedConfig
+    """The config of the dense model."""
+    tensors: Mapping[str, FieldSpec]
+    """What `save_pretrained` of the dense class writes, by name."""
+    companions: tuple[Path, ...]
+    """Tokenizer, chat template, generation settings, licence: files that go along with any weights."""
 
     def read(self, name: str) -> Tensor:
         """One tensor, on the CPU and in the dtype that `tensors` says."""
@@ -61,37 +53,28 @@ class Source(Protocol):
     def bring(self, names: Iterable[str]) -> None:
         """Download the files of these tensors that are not on this machine, ahead of `read`, which does it, too."""
 
-    @property
-    def companions(self) -> tuple[Path, ...]:
-        """Tokenizer, chat template, generation settings, licence: files that go along with any weights."""
 
-    @property
-    def card(self) -> Path | None:
-        """Its model card, if it has one."""
+class DerivedSource(ABC):
+    """A base model of which some tensors are computed when they are read, in float32; the others are its own."""
 
+    def __init__(self, base: Source, computed: Collection[str]) -> None:
+        self._base, self._computed = base, computed
+        self.tensors: Mapping[str, FieldSpec] = {
+            name: one.cast("float32") if name in computed else one for name, one in base.tensors.items()
+        }
 
-class DerivedSource:
-    """A source that takes everything but some tensors from another."""
+    @abstractmethod
+    def read(self, name: str) -> Tensor:
+        """One tensor, computed or the base model's."""
 
-    def __init__(self, origin: Source) -> None:
-        self._origin = origin
+    def read_rows(self, name: str, start: int, stop: int) -> Tensor:
+        """Some rows of it; a tensor that is computed is computed as a whole."""
+        return self.read(name)[start:stop] if name in self._computed else self._base.read_rows(name, start, stop)
 
-    @property
-    def revision(self) -> str | None:
-        """The other's commit."""
-        return self._origin.revision
+    def stored(self, name: str) -> StoredTensor | None:
+        """The base model's stored tensor; None for those that are computed."""
+        return None if name in self._computed else self._base.stored(name)
 
-    @property
-    def config(self) -> PreTrainedConfig:
-        """The other's."""
-        return self._origin.config
-
-    @property
-    def companions(self) -> tuple[Path, ...]:
-        """The other's."""
-        return self._origin.companions
-
-    @property
-    def card(self) -> Path | None:
-        """The other's model card."""
-        return self._origin.card
+    def bring(self, names: Iterable[str]) -> None:
+        """Download the base model's files."""
+        self._base.bring(names)

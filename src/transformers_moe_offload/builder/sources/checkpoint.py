@@ -1,20 +1,19 @@
-"""A dense checkpoint in safetensors files, in a folder or from the Hub."""
+"""A dense checkpoint in safetensors files, in a folder or on the Hub, where a file is downloaded when it is read."""
 
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Mapping
+import threading
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
-from huggingface_hub.errors import HfHubHTTPError
 from torch import Tensor
 from transformers import AutoConfig, PreTrainedConfig
 
 from transformers_moe_offload.builder.sources.base import Ancestor
-from transformers_moe_offload.builder.sources.downloads import HubTensors
 from transformers_moe_offload.builder.sources.model_class import on_meta, saved_tensors
 from transformers_moe_offload.errors import CheckpointError, RecipeError
 from transformers_moe_offload.expert import FieldSpec
@@ -23,6 +22,7 @@ from transformers_moe_offload.hub.fetch import Fetched, fetch, fetch_small
 from transformers_moe_offload.hub.weights import HubWeights, shards_of, without_safetensors
 from transformers_moe_offload.tensor_files.index import StoredTensor, check_index_file, read_index
 from transformers_moe_offload.tensor_files.reading import read_stored
+from transformers_moe_offload.untrusted import one_line
 
 _INDEX = "model.safetensors.index.json"
 _ROWS = 4096
@@ -38,10 +38,11 @@ class CheckpointSource:
         tensors: Mapping[str, FieldSpec],
         stored: Mapping[str, StoredTensor],
     ) -> None:
-        self._fetched = fetched
-        self._stored = stored
-        self.config = config
-        self.tensors = tensors
+        self.name, self.companions, self.config = fetched.name, fetched.companions, config
+        self.ancestors: tuple[Ancestor, ...] = (
+            Ancestor(fetched.name, fetched.revision, fetched.weights, fetched.card),
+        )
+        self.tensors, self._stored = tensors, stored
 
     @classmethod
     def open(cls, name: str, options: Mapping[str, Any]) -> CheckpointSource:
@@ -49,36 +50,11 @@ class CheckpointSource:
         try:
             config = AutoConfig.from_pretrained(name, **options)
         except (OSError, ValueError) as error:
-            raise CheckpointError(f"cannot read the config of {name}: {_one_line(error)}") from error
+            raise CheckpointError(f"cannot read the config of {name}: {one_line(error, 600)}") from error
         if getattr(config, "quantization_config", None):
             raise RecipeError(f"{name} is quantized; experts are made of the model that it was quantized from")
         fetched, specs, stored = _in_folder(name, config) if Path(name).is_dir() else _on_hub(name, config, options)
         return cls(fetched, config, as_saved(name, config, specs, stored), stored)
-
-    @property
-    def name(self) -> str:
-        """Its id on the Hub, or the name of its folder."""
-        return self._fetched.name
-
-    @property
-    def revision(self) -> str | None:
-        """Its commit, if it is from the Hub."""
-        return self._fetched.revision
-
-    @property
-    def ancestors(self) -> tuple[Ancestor, ...]:
-        """Itself."""
-        return (Ancestor(self.name, self.revision, self._fetched.weights, self.card),)
-
-    @property
-    def companions(self) -> tuple[Path, ...]:
-        """Tokenizer, chat template, generation settings, licence."""
-        return self._fetched.companions
-
-    @property
-    def card(self) -> Path | None:
-        """Its model card, if it has one."""
-        return self._fetched.card
 
     def read(self, name: str) -> Tensor:
         """One tensor, as it is stored."""
@@ -144,12 +120,8 @@ def _are_equal(first: StoredTensor, second: StoredTensor) -> bool:
     """Whether two tensors have the same values; only some rows of them are in memory."""
     if first.shape != second.shape or first.dtype != second.dtype:
         return False
-    starts = range(0, first.shape[0], _ROWS)
-    stops = (min(start + _ROWS, first.shape[0]) for start in starts)
-    return all(
-        torch.equal(read_rows(first, start, stop), read_rows(second, start, stop))
-        for start, stop in zip(starts, stops, strict=True)
-    )
+    chunks = [(start, min(start + _ROWS, first.shape[0])) for start in range(0, first.shape[0], _ROWS)]
+    return all(torch.equal(read_rows(first, *chunk), read_rows(second, *chunk)) for chunk in chunks)
 
 
 def specs_of(stored: Mapping[str, StoredTensor]) -> dict[str, FieldSpec]:
@@ -180,11 +152,46 @@ def _on_hub(name: str, config: PreTrainedConfig, options: Mapping[str, Any]) -> 
     try:
         fetched = fetch_small(name, options)
         weights = HubWeights.look_up(name, fetched.folder, options, file=getattr(config, "transformers_weights", None))
-    except (HfHubHTTPError, OSError, ValueError) as error:
-        raise CheckpointError(f"cannot read the weights of {name}: {_one_line(error)}") from error
+    except (OSError, ValueError) as error:
+        raise CheckpointError(f"cannot read the weights of {name}: {one_line(error, 600)}") from error
     stored = HubTensors(weights)
     return fetched, stored.specs, stored
 
 
-def _one_line(error: Exception) -> str:
-    return " ".join(str(error).split())
+class HubTensors(Mapping[str, StoredTensor]):
+    """By name, each stored tensor of a checkpoint on the Hub; a lookup downloads its file."""
+
+    def __init__(self, weights: HubWeights) -> None:
+        self._weights = weights
+        self._file_of: dict[str, str] = {}
+        self.specs: dict[str, FieldSpec] = {}
+        """By name, each tensor's shape and dtype, as headers have them; nothing is downloaded."""
+        for file, specs in weights.headers.items():
+            for spec in specs:
+                if spec.name in self.specs:
+                    raise CheckpointError(
+                        f"tensor {spec.name} of {weights.repo} is stored twice, in {self._file_of[spec.name]} and in "
+                        f"{file}"
+                    )
+                self.specs[spec.name], self._file_of[spec.name] = spec, file
+        self._here: dict[str, StoredTensor] = {}
+        self._lock = threading.Lock()
+
+    def __getitem__(self, name: str) -> StoredTensor:
+        with self._lock:
+            if name not in self._here:
+                self._bring(self._file_of[name])
+            return self._here[name]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.specs)
+
+    def __len__(self) -> int:
+        return len(self.specs)
+
+    def _bring(self, file: str) -> None:
+        try:
+            paths = self._weights.download([file])
+        except (OSError, ValueError) as error:
+            raise CheckpointError(f"cannot download {file} of {self._weights.repo}: {one_line(error, 600)}") from error
+        self._here |= read_index(paths)

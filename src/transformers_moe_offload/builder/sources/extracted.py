@@ -6,15 +6,14 @@ Linear layers only, as in LoRA: embeddings, head, norms and biases are the base 
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 
 import torch
 from torch import Tensor
 
-from transformers_moe_offload.builder.sources.base import Ancestor, DerivedSource, Source
+from transformers_moe_offload.builder.sources.base import DerivedSource, Source
 from transformers_moe_offload.errors import RecipeError
 from transformers_moe_offload.expert import FieldSpec
-from transformers_moe_offload.tensor_files.index import StoredTensor
 
 _EXACT_UP_TO = 1024
 """Smaller dimension of a matrix up to which it is decomposed as a whole; beyond, by random projection (Halko,
@@ -27,8 +26,7 @@ class ExtractedSource(DerivedSource):
     """A fine-tuned model, reduced to a LoRA of some rank on the base model."""
 
     def __init__(self, tuned: Source, base: Source, rank: int) -> None:
-        super().__init__(tuned)
-        self._tuned, self._base, self._rank = tuned, base, rank
+        self._tuned, self._rank = tuned, rank
         if tuned.config.model_type != base.config.model_type or {
             name: one.shape for name, one in tuned.tensors.items()
         } != {name: one.shape for name, one in base.tensors.items()}:
@@ -37,44 +35,23 @@ class ExtractedSource(DerivedSource):
                 f"defined; leave extract_rank out, or give the model that {tuned.name} was tuned from as base_model"
             )
 
-    @property
-    def name(self) -> str:
-        """The fine-tuned model's."""
-        return self._tuned.name
-
-    @property
-    def ancestors(self) -> tuple[Ancestor, ...]:
-        """The fine-tuned model and the base model."""
-        return tuple(dict.fromkeys((*self._tuned.ancestors, *self._base.ancestors)))
-
-    @property
-    def tensors(self) -> Mapping[str, FieldSpec]:
-        """The base model's, linear layers in float32."""
-        return {name: one.cast("float32") if _is_linear(one) else one for name, one in self._base.tensors.items()}
+        super().__init__(base, {name for name, one in base.tensors.items() if _is_linear(one)})
+        self.name, self.config, self.companions = tuned.name, tuned.config, tuned.companions
+        self.ancestors = tuple(dict.fromkeys((*tuned.ancestors, *base.ancestors)))
 
     def read(self, name: str) -> Tensor:
         """One tensor of the base model, plus the approximated difference."""
         tensor = self._base.read(name)
-        if not _is_linear(self._base.tensors[name]):
+        if name not in self._computed:
             return tensor
         tensor = tensor.float()
         return tensor + _truncated(self._tuned.read(name).float() - tensor, self._rank)
-
-    def read_rows(self, name: str, start: int, stop: int) -> Tensor:
-        """Some rows of it; linear layers are computed as a whole."""
-        if _is_linear(self._base.tensors[name]):
-            return self.read(name)[start:stop]
-        return self._base.read_rows(name, start, stop)
-
-    def stored(self, name: str) -> StoredTensor | None:
-        """The base model's stored tensor; None for linear layers, which are computed."""
-        return None if _is_linear(self._base.tensors[name]) else self._base.stored(name)
 
     def bring(self, names: Iterable[str]) -> None:
         """Download both models' files, the fine-tuned one's for linear layers only."""
         names = list(names)
         self._base.bring(names)
-        self._tuned.bring(name for name in names if _is_linear(self._base.tensors[name]))
+        self._tuned.bring(name for name in names if name in self._computed)
 
 
 def _is_linear(one: FieldSpec) -> bool:

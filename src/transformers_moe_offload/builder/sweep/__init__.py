@@ -1,7 +1,6 @@
 """Which gate is best: several of them scored on held-out text."""
 
-from transformers_moe_offload.builder.sweep.report import SweepReport, SweepRow
 from transformers_moe_offload.builder.sweep.scoring import Score, score
-from transformers_moe_offload.builder.sweep.sweep import sweep_gates
+from transformers_moe_offload.builder.sweep.sweep import SweepReport, SweepRow, sweep_gates
 
 __all__ = ["Score", "SweepReport", "SweepRow", "score", "sweep_gates"]

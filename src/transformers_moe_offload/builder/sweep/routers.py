@@ -4,14 +4,15 @@
 
 from __future__ import annotations
 
+from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from transformers_moe_offload.builder.gates.scale import Scores, entropy
+from transformers_moe_offload.builder.gates.rows import Scores, entropy
 from transformers_moe_offload.errors import RecipeError
 
 
@@ -39,15 +40,11 @@ class Routers:
     @contextmanager
     def choosing(self, experts_per_token: int) -> Iterator[None]:
         """Have every token take this many experts while the block lasts."""
-        owners = [owner for layer in self._paths for owner in self._owners_of_top_k(layer)]
-        before = [owner.top_k for owner in owners]
-        try:
-            for owner in owners:
+        with ExitStack() as undone:
+            for owner in [owner for layer in self._paths for owner in self._owners_of_top_k(layer)]:
+                undone.callback(setattr, owner, "top_k", owner.top_k)
                 owner.top_k = experts_per_token
             yield
-        finally:
-            for owner, count in zip(owners, before, strict=True):
-                owner.top_k = count
 
     def _owners_of_top_k(self, layer: int) -> list[Any]:
         path = self._paths[layer]
@@ -61,15 +58,10 @@ class Routers:
     def counting(self, home: int | None) -> Iterator[Counts]:
         """Count the routers' choices; `home` is the expert that the tokens belong to, if any."""
         counts = Counts(self._scores, home)
-        handles = [
-            module.register_forward_pre_hook(counts.hook(layer), with_kwargs=True)
-            for layer, module in self._modules.items()
-        ]
-        try:
+        with ExitStack() as undone:
+            for layer, module in self._modules.items():
+                undone.enter_context(module.register_forward_pre_hook(counts.hook(layer), with_kwargs=True))
             yield counts
-        finally:
-            for handle in handles:
-                handle.remove()
 
 
 class Counts:
@@ -77,9 +69,9 @@ class Counts:
 
     def __init__(self, scores: Scores, home: int | None) -> None:
         self._scores, self._home = scores, home
-        self._tokens: dict[int, int] = {}
-        self._at_home: dict[int, int] = {}
-        self._entropy: dict[int, float] = {}
+        self._tokens: dict[int, int] = defaultdict(int)
+        self._at_home: dict[int, int] = defaultdict(int)
+        self._entropy: dict[int, float] = defaultdict(float)
 
     def hook(self, layer: int) -> Callable[..., None]:
         """A hook that counts a router's choices from its input."""
@@ -88,11 +80,10 @@ class Counts:
             hidden = args[0] if args else next(iter(kwargs.values()))
             weight = module.get_parameter("weight").float()
             logits = hidden.reshape(-1, weight.shape[1]).float() @ weight.T
-            self._tokens[layer] = self._tokens.get(layer, 0) + len(logits)
-            self._entropy[layer] = self._entropy.get(layer, 0.0) + entropy(logits, self._scores).sum().item()
+            self._tokens[layer] += len(logits)
+            self._entropy[layer] += entropy(logits, self._scores).sum().item()
             if self._home is not None:
-                at_home = int((logits.argmax(-1) == self._home).sum())
-                self._at_home[layer] = self._at_home.get(layer, 0) + at_home
+                self._at_home[layer] += int((logits.argmax(-1) == self._home).sum())
 
         return look
 

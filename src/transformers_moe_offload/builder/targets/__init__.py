@@ -5,7 +5,15 @@ from __future__ import annotations
 from transformers import PreTrainedConfig
 
 from transformers_moe_offload.builder.targets.base import ROLES, Container, Matrix, MoeShape
-from transformers_moe_offload.builder.targets.llama_and_qwen import Mixtral, Qwen2Moe, Qwen3Moe, Qwen35Moe
+from transformers_moe_offload.builder.targets.llama_and_qwen import (
+    Dots1,
+    Glm4Moe,
+    Mixtral,
+    Qwen2Moe,
+    Qwen3Moe,
+    Qwen35Moe,
+    SolarOpen,
+)
 from transformers_moe_offload.builder.targets.one_family import (
     Cohere2Moe,
     Ernie45Moe,
@@ -15,12 +23,11 @@ from transformers_moe_offload.builder.targets.one_family import (
     HunYuanMoe,
     Lfm2Moe,
 )
-from transformers_moe_offload.builder.targets.sigmoid import Dots1, Glm4Moe, SolarOpen
 from transformers_moe_offload.errors import RecipeError
 from transformers_moe_offload.nearest import did_you_mean
 from transformers_moe_offload.untrusted import quoted
 
-__all__ = ["CONTAINERS", "ROLES", "Container", "Matrix", "MoeShape", "candidates", "container_for"]
+__all__ = ["BY_NAME", "CONTAINERS", "ROLES", "Container", "Matrix", "MoeShape", "candidates"]
 
 CONTAINERS: tuple[Container, ...] = (
     Mixtral(),
@@ -39,6 +46,8 @@ CONTAINERS: tuple[Container, ...] = (
     SolarOpen(),
 )
 """In the order in which they are tried: the most widely understood first."""
+
+BY_NAME = {one.name: one for one in CONTAINERS}
 
 _MULTIPLIERS = (
     "granite scales embeddings, attention, residuals and logits by factors of its own, which a llama does not have"
@@ -71,7 +80,7 @@ def candidates(name: str, config: PreTrainedConfig) -> tuple[Container, ...]:
     """
     if name != "auto":
         return (_named(name, config),)
-    found = container_for(config)
+    found = _holding(config)
     if not found:
         known = sorted({kind for one in CONTAINERS for kind in one.dense})
         raise RecipeError(
@@ -81,24 +90,23 @@ def candidates(name: str, config: PreTrainedConfig) -> tuple[Container, ...]:
     return found
 
 
-def container_for(config: PreTrainedConfig) -> tuple[Container, ...]:
+def _holding(config: PreTrainedConfig) -> tuple[Container, ...]:
     """The containers that may hold a dense model of this kind."""
     return tuple(one for one in CONTAINERS if config.model_type in one.dense)
 
 
 def _named(name: str, config: PreTrainedConfig) -> Container:
-    known = {one.name: one for one in CONTAINERS}
     reason = _REFUSED.get((config.model_type, name))
     if reason is not None:
         raise RecipeError(f"a {config.model_type} cannot become a {name}: {reason}")
-    if name not in known:
+    if name not in BY_NAME:
         raise RecipeError(
-            f"container={quoted(name)} is not one that is built{did_you_mean(name, known)} (there are "
-            f"{', '.join(known)})"
+            f"container={quoted(name)} is not one that is built{did_you_mean(name, BY_NAME)} (there are "
+            f"{', '.join(BY_NAME)})"
         )
-    if config.model_type not in known[name].dense:
+    if config.model_type not in BY_NAME[name].dense:
         raise RecipeError(
-            f"a {config.model_type} cannot become a {name}, which holds {', '.join(known[name].dense)}; set container "
-            f"to {' or '.join(one.name for one in container_for(config)) or 'another one'}, or leave it out"
+            f"a {config.model_type} cannot become a {name}, which holds {', '.join(BY_NAME[name].dense)}; set "
+            f"container to {' or '.join(one.name for one in _holding(config)) or 'another one'}, or leave it out"
         )
-    return known[name]
+    return BY_NAME[name]

@@ -9,7 +9,7 @@ dense class. This is checked: `builder/plan` compares names and shapes with thos
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Literal, NamedTuple
 
@@ -20,6 +20,9 @@ ROLES = ("gate", "up", "down")
 
 _OWN = ("model_type", "architectures", "transformers_version", "_name_or_path", "dtype", "auto_map")
 """Fields of a config that are about itself, not about the model."""
+_PLAIN_ROUTING = {"norm_topk_prob": True, "routed_scaling_factor": 1.0, "n_group": 1, "topk_group": 1}
+"""What routers do in containers whose classes have these fields: a token's weights add up to 1 and are not scaled, and
+the experts are in one group."""
 
 
 @dataclass(frozen=True)
@@ -95,7 +98,7 @@ class Container:
     def layers_refusal(self, shape: MoeShape) -> str | None:
         """Why these layers cannot be the ones with experts."""
         if shape.dense_layers:
-            return f"{self.name} has experts in every layer, and layers {_few(shape.dense_layers)} are to have none"
+            return f"{self.name} has experts in every layer, and layers {few(shape.dense_layers)} are to have none"
         return None
 
     def fitted(self, shape: MoeShape) -> MoeShape:
@@ -113,9 +116,10 @@ class Container:
         Starts from the dense model's because the classes' defaults differ, even in `rope_theta` and `rms_norm_eps`.
         """
         cls = CONFIG_MAPPING[self.name]
-        known = {*cls().to_dict(), "head_dim"} - {*_OWN}
-        carried = {name: value for name, value in dense.to_dict().items() if name in known and value is not None}
-        return cls(**{**carried, **self.fields(dense, shape)})
+        plain = {"intermediate_size": shape.dense_width, **_PLAIN_ROUTING}
+        known = cls().to_dict()
+        fields = {name: value for name, value in plain.items() if name in known}
+        return cls(**{**carried(dense, cls), **fields, **self.fields(dense, shape)})
 
     def ffn(self, layer: int) -> str:
         """Where the dense class has a layer's block."""
@@ -159,6 +163,12 @@ class Container:
         }
 
 
+def carried(config: PreTrainedConfig, cls: Any) -> dict[str, Any]:
+    """The fields of a config that another class of configs has, too."""
+    known = {*cls().to_dict(), "head_dim"} - {*_OWN}
+    return {name: value for name, value in config.to_dict().items() if name in known and value is not None}
+
+
 class DensePrefix(Container):
     """Containers whose layers without experts are the first layers."""
 
@@ -167,7 +177,7 @@ class DensePrefix(Container):
         if shape.dense_layers != tuple(range(len(shape.dense_layers))):
             return (
                 f"{self.name} can have layers without experts at the beginning only, and layers "
-                f"{_few(shape.dense_layers)} are to have none"
+                f"{few(shape.dense_layers)} are to have none"
             )
         return None
 
@@ -180,5 +190,6 @@ class SharedMultiple(Container):
         return replace(shape, shared_width=-(-shape.shared_width // shape.width) * shape.width)
 
 
-def _few(numbers: tuple[int, ...]) -> str:
-    return ", ".join(map(str, numbers[:4])) + (", ..." if len(numbers) > 4 else "")
+def few(some: Sequence[object]) -> str:
+    """The first of them, and how many more there are."""
+    return ", ".join(map(str, some[:3])) + (f" and {len(some) - 3} more" if len(some) > 3 else "")

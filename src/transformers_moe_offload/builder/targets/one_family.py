@@ -18,10 +18,6 @@ class FlexOlmo(Container):
     name = "flex_olmo"
     dense = ("olmo2",)
 
-    def fields(self, dense: PreTrainedConfig, shape: MoeShape) -> dict[str, Any]:
-        """Sizes."""
-        return {**super().fields(dense, shape), "norm_topk_prob": True}
-
 
 class Ernie45Moe(SharedMultiple):
     """For ERNIE 4.5, whose rotary embedding rotates neighbouring channels."""
@@ -49,7 +45,6 @@ class Ernie45Moe(SharedMultiple):
         """Sizes and layers."""
         return {
             **super().fields(dense, shape),
-            "intermediate_size": shape.dense_width,
             "moe_num_shared_experts": shape.shared_width // shape.width,
             "moe_layer_start_index": shape.layers[0],
             "moe_layer_end_index": shape.layers[-1],
@@ -90,7 +85,6 @@ class Cohere2Moe(SharedMultiple):
             "num_shared_experts": shape.shared_width // shape.width,
             "shared_expert_combination_strategy": "sum",
             "expert_selection_fn": "softmax",
-            "norm_topk_prob": True,
             "mlp_layer_types": ["sparse" if n in shape.layers else "dense" for n in range(shape.num_layers)],
             "prefix_dense_intermediate_size": shape.dense_width,
         }
@@ -109,19 +103,12 @@ class Lfm2Moe(DensePrefix):
     scores = "sigmoid"
 
     def fields(self, dense: PreTrainedConfig, shape: MoeShape) -> dict[str, Any]:
-        """Sizes; the dense class may round its width, so the width of the stored tensors counts.
+        """Sizes and layers; the dense class may round its width, so the width of the stored tensors counts.
 
         The weights of a token's experts add up to s / (s + 1e-6), where s is the sum of their scores: to 1, but for
         routers whose scores are all tiny.
         """
-        return {
-            **super().fields(dense, shape),
-            "intermediate_size": shape.dense_width,
-            "num_dense_layers": len(shape.dense_layers),
-            "use_expert_bias": False,
-            "norm_topk_prob": True,
-            "routed_scaling_factor": 1.0,
-        }
+        return {**super().fields(dense, shape), "num_dense_layers": len(shape.dense_layers), "use_expert_bias": False}
 
 
 class GraniteMoe(Container):

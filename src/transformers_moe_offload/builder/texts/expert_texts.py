@@ -26,18 +26,15 @@ class Texts:
     dataset: Dataset | None = None
     """More positive texts."""
 
+    @classmethod
+    def of(cls, expert: Expert, number: int) -> Texts:
+        """The texts of an expert, under its name in reports."""
+        return cls(name_of(expert, number), expert.positive_prompts, expert.negative_prompts, expert.dataset)
+
     @property
     def is_empty(self) -> bool:
         """Whether the expert has neither a data set nor a text other than blanks."""
         return not any(text.strip() for text in self.positive) and self.dataset is None
-
-
-def texts_of(experts: Sequence[Expert]) -> list[Texts]:
-    """The texts of each expert, under its name in reports."""
-    return [
-        Texts(name_of(expert, number), expert.positive_prompts, expert.negative_prompts, expert.dataset)
-        for number, expert in enumerate(experts)
-    ]
 
 
 def name_of(expert: Expert, number: int) -> str:

@@ -5,18 +5,19 @@ Those are copied unchanged: loading and saving a tokenizer changes its settings.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from huggingface_hub import snapshot_download
-from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
 from transformers import AutoTokenizer
 
 from transformers_moe_offload.builder.recipe import MoeRecipe
 from transformers_moe_offload.builder.recipe.routers import DRAWN
 from transformers_moe_offload.builder.sources import Source
 from transformers_moe_offload.errors import CheckpointError
-from transformers_moe_offload.hub.companions import TOKENIZER_FILES, files_in, is_tokenizer_file
+from transformers_moe_offload.hub.fetch import TOKENIZER_FILES, files_in, is_tokenizer_file
+from transformers_moe_offload.untrusted import one_line
 
 
 def tokenizer_for(recipe: MoeRecipe, base: Source) -> Any:
@@ -37,26 +38,23 @@ def read_tokenizer(folder: Path, name: str) -> Any:
     try:
         return AutoTokenizer.from_pretrained(folder, local_files_only=True)
     except (OSError, ValueError) as error:
-        raise CheckpointError(f"cannot read the tokenizer of {name}: {' '.join(str(error).split())}") from error
+        raise CheckpointError(f"cannot read the tokenizer of {name}: {one_line(error, 600)}") from error
 
 
-def tokenizer_files(name: str, *, token: str | None = None, local_files_only: bool = False) -> list[Path]:
-    """The files of the tokenizer in a folder, or of an id on the Hub, or `id@revision`."""
+def tokenizer_files(name: str, options: Mapping[str, Any]) -> list[Path]:
+    """The files of the tokenizer in a folder, or of an id on the Hub, or `id@revision`.
+
+    `options` are `token` and `local_files_only`.
+    """
     folder = Path(name)
     if not folder.is_dir():
         repo, _, revision = name.partition("@")
         try:
             folder = Path(
-                snapshot_download(
-                    repo,
-                    revision=revision or None,
-                    allow_patterns=list(TOKENIZER_FILES),
-                    token=token,
-                    local_files_only=local_files_only,
-                )
+                snapshot_download(repo, revision=revision or None, allow_patterns=list(TOKENIZER_FILES), **options)
             )
-        except (HfHubHTTPError, LocalEntryNotFoundError, OSError, ValueError) as error:
-            raise CheckpointError(f"cannot read the tokenizer {name}: {' '.join(str(error).split())}") from error
+        except (OSError, ValueError) as error:
+            raise CheckpointError(f"cannot read the tokenizer {name}: {one_line(error, 600)}") from error
     files = files_in(folder, TOKENIZER_FILES)
     if not files:
         raise CheckpointError(f"{name} has no tokenizer; set tokenizer to a model that has one, or leave it out")

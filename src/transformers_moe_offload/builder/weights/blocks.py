@@ -16,6 +16,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
+from transformers_moe_offload.builder.recipe import Expert
 from transformers_moe_offload.builder.sources import Source
 from transformers_moe_offload.tensor_files.index import StoredTensor
 
@@ -41,6 +42,11 @@ class Part:
     index: int = 0
     count: int = 1
     """The channels are part `index` of `count` of the source's block."""
+
+    @classmethod
+    def of(cls, expert: Expert, source: int, seed: str) -> Part:
+        """The whole block of a source, changed as a recipe's expert says."""
+        return cls(source, expert.residual_scale, expert.delta_scale, expert.noise_scale, seed=seed)
 
 
 @dataclass(frozen=True)
@@ -77,15 +83,12 @@ class Blocks:
             parts.append(parts[0].new_zeros(shape))
         return parts[0] if len(parts) == 1 else torch.cat(parts, dimension)  # in the widest dtype
 
-    def stored(self, block: Block, layer: int, role: str, width: int | None = None) -> StoredTensor | None:
+    def stored(self, block: Block, layer: int, role: str) -> StoredTensor | None:
         """The stored tensor that equals what `matrix` returns; None if that is computed."""
         part, *others = block.parts
         if others or replace(part, source=0, seed="") != Part():
             return None
-        found = self._sources[part.source].stored(self._names(layer)[role])
-        if found is None or width not in (None, found.shape[1 if role == "down" else 0]):
-            return None
-        return found
+        return self._sources[part.source].stored(self._names(layer)[role])
 
     def _part(self, part: Part, layer: int, role: str) -> Tensor:
         name = self._names(layer)[role]
@@ -108,11 +111,6 @@ class Blocks:
         if self._channels is not None:
             return self._channels(layer)[part.index]
         return torch.arange(self.width(part.source, layer)).tensor_split(part.count)[part.index]
-
-
-def part_width(width: int, part: Part) -> int:
-    """The most channels of one part of a block."""
-    return -(-width // part.count)
 
 
 def _reinitialized(tensor: Tensor, part: Part, layer: int, role: str) -> Tensor:

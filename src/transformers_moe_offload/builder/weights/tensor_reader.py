@@ -9,16 +9,7 @@ from collections.abc import Iterator, Mapping
 import torch
 from torch import Tensor
 
-from transformers_moe_offload.builder.plan import BuildPlan
-from transformers_moe_offload.builder.plan.tensors import (
-    FromBlock,
-    FromStem,
-    Piece,
-    PlannedTensor,
-    RouterRows,
-    SharedGateRow,
-    Zeros,
-)
+from transformers_moe_offload.builder.plan import BuildPlan, tensors
 from transformers_moe_offload.builder.targets import Matrix
 from transformers_moe_offload.builder.weights.blocks import Blocks, Channels
 from transformers_moe_offload.builder.weights.stem_merge import merged
@@ -45,7 +36,7 @@ class TensorReader:
         self.shared_rows = shared_rows or {}
         self.blocks = Blocks(plan.sources, plan.container.dense_matrices, channels)
 
-    def values(self, tensor: PlannedTensor) -> Iterator[Tensor]:
+    def values(self, tensor: tensors.PlannedTensor) -> Iterator[Tensor]:
         """The elements of a tensor, in their order, piece by piece."""
         dtype = torch_dtype(tensor.spec.dtype)
         for piece in tensor.pieces:
@@ -55,21 +46,16 @@ class TensorReader:
     def matrix(self, layer: int, matrix: Matrix) -> Tensor:
         """A matrix of an expert, or of the shared block, before it is rounded to the dtype of the mixture."""
         shape, mixture = self.plan.shape, self.plan.mixture
-        block, width = (
-            (mixture.shared, shape.shared_width)
-            if matrix.expert is None
-            else (mixture.experts[matrix.expert], shape.width)
-        )
-        if block is None:
-            hidden = self.plan.config.hidden_size
-            return torch.zeros((hidden, width) if matrix.role == "down" else (width, hidden))
-        return self.blocks.matrix(block, layer, matrix.role, width)
+        if matrix.expert is not None:
+            return self.blocks.matrix(mixture.experts[matrix.expert], layer, matrix.role, shape.width)
+        if mixture.shared is not None:
+            return self.blocks.matrix(mixture.shared, layer, matrix.role, shape.shared_width)
+        hidden, width = self.plan.config.hidden_size, shape.shared_width
+        return torch.zeros((hidden, width) if matrix.role == "down" else (width, hidden))
 
     def stem(self, name: str) -> Tensor:
         """A tensor that is no part of an expert."""
         base, *others = self.plan.stems
-        if not others:
-            return base.read(name)
         return merged(self.plan.recipe.stem, base.read(name), [other.read(name) for other in others], name)
 
     def stem_rows(self, name: str, start: int, stop: int) -> Tensor:
@@ -78,17 +64,17 @@ class TensorReader:
             return self.plan.stems[0].read_rows(name, start, stop)
         return self.stem(name)[start:stop]
 
-    def _values(self, piece: Piece, spec: FieldSpec) -> Iterator[Tensor]:
-        if isinstance(piece, FromStem):
+    def _values(self, piece: tensors.Piece, spec: FieldSpec) -> Iterator[Tensor]:
+        if isinstance(piece, tensors.FromStem):
             yield from self._stem_values(piece.name, spec)
-        elif isinstance(piece, FromBlock):
+        elif isinstance(piece, tensors.FromBlock):
             yield self.matrix(piece.layer, piece.matrix)
-        elif isinstance(piece, RouterRows):
+        elif isinstance(piece, tensors.RouterRows):
             yield self.rows[piece.layer]
-        elif isinstance(piece, SharedGateRow):
+        elif isinstance(piece, tensors.SharedGateRow):
             yield self.shared_rows[piece.layer]
         else:
-            assert isinstance(piece, Zeros)
+            assert isinstance(piece, tensors.Zeros)
             yield torch.zeros(spec.shape)
 
     def _stem_values(self, name: str, spec: FieldSpec) -> Iterator[Tensor]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import hashlib
 import logging
+import os
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -17,7 +18,7 @@ from transformers_moe_offload.builder.sources import Ancestor
 from transformers_moe_offload.errors import RecipeError
 from transformers_moe_offload.output.claim import Marks
 from transformers_moe_offload.output.place import place_for
-from transformers_moe_offload.tensor_files.fingerprint import fingerprint
+from transformers_moe_offload.tensor_files.checksum import fingerprint
 
 logger = logging.getLogger(__name__)
 
@@ -58,11 +59,7 @@ def resume_key(recipe: MoeRecipe, container: str, ancestors: Sequence[Ancestor])
         "recipe": without_places(recipe.to_dict()),
         "container": container,
         "sources": [
-            {
-                "name": one.name,
-                "revision": one.revision,
-                "files": {file.name: fingerprint(file) for file in one.files},
-            }
+            {"name": one.name, "revision": one.revision, "files": {file.name: fingerprint(file) for file in one.files}}
             for one in ancestors
         ],
         "texts": {Path(dataset.path).name: _digest(Path(dataset.path)) for dataset in recipe.datasets},
@@ -83,13 +80,6 @@ def without_places(value: Any) -> Any:
         return {key: without_places(one) for key, one in value.items()}
     if isinstance(value, list | tuple):
         return [without_places(one) for one in value]
-    if isinstance(value, str) and _is_path(value):
+    if isinstance(value, str) and os.path.exists(value):
         return Path(value).resolve().name
     return value
-
-
-def _is_path(text: str) -> bool:
-    try:
-        return Path(text).exists()
-    except (OSError, ValueError):  # too long for a file name, or with bytes that no file name has
-        return False

@@ -6,9 +6,10 @@ others are written again.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from itertools import groupby
+from math import prod
 from pathlib import Path
 from typing import Any
 
@@ -24,32 +25,36 @@ from transformers_moe_offload.output.shards import (
     Advance,
     Content,
     Shard,
+    Syncing,
     expect_room,
     fill_shards,
     grouped,
     index_of,
     shard_names,
     shard_of,
+    write_contents,
 )
-from transformers_moe_offload.output.syncing import Syncing
-from transformers_moe_offload.output.text import as_json
-from transformers_moe_offload.tensor_files.writer import SafetensorsWriter, write_text
+from transformers_moe_offload.tensor_files.writer import SafetensorsWriter, as_json, write_text
 
 WeightShard = Shard[Sequence[PlannedTensor]]
 
 
-def content_shards(contents: Sequence[Content], max_shard_bytes: int = MAX_SHARD_BYTES) -> list[Shard[Any]]:
-    """The weight files of a checkpoint with these tensors, in their order."""
+def write_checkpoint(
+    folder: Path, contents: Sequence[Content], done: Advance, max_shard_bytes: int = MAX_SHARD_BYTES
+) -> None:
+    """Write these tensors, in their order, to the weight files of a checkpoint; finished files stay."""
     groups = grouped(contents, max_shard_bytes)
-    return [shard_of(name, group) for name, group in zip(_names(len(groups)), groups, strict=True)]
+    shards = [shard_of(name, group) for name, group in zip(_names(len(groups)), groups, strict=True)]
+    expect_room(folder, shards, "or write elsewhere")
+    fill_shards(folder, shards, write_contents, done, resumes=True)
+    write_index(folder, shards)
 
 
-def write_index(folder: Path, shards: Sequence[Shard[Any]], total_parameters: int | None = None) -> None:
-    """Write the index that names the files' tensors, if there are several."""
-    if len(shards) > 1:
+def write_index(folder: Path, shards: Sequence[Shard[Any]], *, is_wanted: bool = False) -> None:
+    """Write the index that names the files' tensors, if there are several or it is wanted."""
+    if is_wanted or len(shards) > 1:
         index = index_of(shards)
-        if total_parameters is not None:
-            index["metadata"]["total_parameters"] = total_parameters
+        index["metadata"]["total_parameters"] = sum(prod(spec.shape) for shard in shards for spec in shard.tensors)
         write_text(folder / SAFE_WEIGHTS_INDEX_NAME, as_json(index))
 
 
@@ -80,12 +85,13 @@ def write_weights(
     with ThreadPoolExecutor(1, thread_name_prefix="moe-offload-build") as thread:
 
         def fill(writer: SafetensorsWriter, tensors: Sequence[PlannedTensor], done: Advance) -> None:
-            for tensor, values in _ahead(thread, _values(reader, tensors)):
+            found = ((tensor, values) for tensor in tensors for values in reader.values(tensor))
+            for tensor, values in _ahead(thread, found):
                 writer.write(tensor.spec.name, values)
                 done(values.nbytes)
 
         fill_shards(folder, shards, fill, done, resumes=True, syncing=syncing)
-    write_index(folder, shards, reader.plan.parameters.total)
+    write_index(folder, shards)
 
 
 def _unit(tensor: PlannedTensor) -> Any:
@@ -101,12 +107,6 @@ def _shard(name: str, tensors: Sequence[PlannedTensor]) -> WeightShard:
     # Wide elements first, as safetensors does: so all of them are aligned, in a file that may have no gaps.
     specs = sorted((tensor.spec for tensor in tensors), key=lambda spec: -ITEMSIZE[spec.dtype])
     return Shard(name, tuple(specs), tensors)
-
-
-def _values(reader: TensorReader, tensors: Iterable[PlannedTensor]) -> Iterator[tuple[PlannedTensor, Tensor]]:
-    for tensor in tensors:
-        for values in reader.values(tensor):
-            yield tensor, values
 
 
 def _ahead(

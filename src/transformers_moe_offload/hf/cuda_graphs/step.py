@@ -19,7 +19,6 @@ from transformers import CompileConfig
 
 from transformers_moe_offload.errors import MoeOffloadError
 from transformers_moe_offload.hf.cuda_graphs.captured import CapturedStep, num_tokens, past_in, signature
-from transformers_moe_offload.hf.cuda_graphs.compiled_call import options_of
 from transformers_moe_offload.hf.cuda_graphs.graph import as_recorded
 from transformers_moe_offload.hf.cuda_graphs.guards import state_of, watched
 from transformers_moe_offload.hf.cuda_graphs.static_cache import unfit
@@ -195,3 +194,15 @@ def _hindered(args: tuple[Any, ...], inputs: Mapping[str, Any]) -> str | None:
     if inputs.get("position_ids") is None and any(layer.is_sliding for layer in cache.layers):
         return "without position_ids the model counts positions in Python"
     return None
+
+
+_WITHOUT_GRAPHS = {"reduce-overhead": "default", "max-autotune": "max-autotune-no-cudagraphs"}
+"""Modes of `torch.compile` that capture CUDA graphs -> the same without: the whole step is captured here."""
+
+
+def options_of(config: CompileConfig) -> dict[str, Any] | None:
+    """Keyword arguments for `torch.compile`; None for backend "eager", which compiles nothing."""
+    if config.backend == "eager":
+        return None
+    options = config.to_dict()
+    return options | {"mode": _WITHOUT_GRAPHS.get(options["mode"], options["mode"])}

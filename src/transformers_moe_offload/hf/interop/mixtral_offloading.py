@@ -25,21 +25,19 @@ from transformers_moe_offload.config import ExpertFormats, HqqFormat
 from transformers_moe_offload.dtypes import torch_dtype
 from transformers_moe_offload.errors import CheckpointError, UnsupportedModelError
 from transformers_moe_offload.expert import FieldSpec
-from transformers_moe_offload.formats.by_expert import LayerCodecs
-from transformers_moe_offload.formats.columns import brought_together
-from transformers_moe_offload.formats.meta import in_half
+from transformers_moe_offload.formats.base import LayerCodecs
+from transformers_moe_offload.formats.codec import brought_together
+from transformers_moe_offload.formats.hqq import in_half
 from transformers_moe_offload.hf.model.experts_module import OffloadedExperts, layer_of
 from transformers_moe_offload.hf.model.sparse_layer import SparseLayer
 from transformers_moe_offload.hf.prebuilt.layout import LayerContent
 from transformers_moe_offload.hf.prebuilt.source import Quantization
 from transformers_moe_offload.hub.fetch import Fetched
-from transformers_moe_offload.kernels.packed import Packing
-from transformers_moe_offload.kernels.packing import pack
+from transformers_moe_offload.kernels.packed import Packing, pack
 from transformers_moe_offload.output.shards import Content
 from transformers_moe_offload.store.record import RecordLayout
-from transformers_moe_offload.tensor_files.index import StoredTensor, read_header
+from transformers_moe_offload.tensor_files.index import StoredTensor, WeightMap, read_header
 from transformers_moe_offload.tensor_files.reading import read_stored
-from transformers_moe_offload.tensor_files.weight_map import WeightMap
 from transformers_moe_offload.untrusted import quoted
 
 INDEX_NAME = "model.safetensors.index.json"

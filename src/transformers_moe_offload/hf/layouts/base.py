@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from transformers_moe_offload.compute.mlp import ExpertMlp
-from transformers_moe_offload.store.expert_source import ExpertSource
+from transformers_moe_offload.store.layer_source import ExpertSource
 from transformers_moe_offload.tensor_files.index import StoredTensor
 
 ReadHeader = Callable[[Path], Mapping[str, StoredTensor]]

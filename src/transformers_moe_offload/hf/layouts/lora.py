@@ -22,8 +22,8 @@ from transformers_moe_offload.hf.layouts.base import (
     stacked_field,
 )
 from transformers_moe_offload.models.adapter_moe.adapter_folders import WEIGHTS_NAME, key
-from transformers_moe_offload.store.expert_source import ExpertSource, ScatteredExpert
 from transformers_moe_offload.store.field_source import FieldSource
+from transformers_moe_offload.store.layer_source import ExpertSource, ScatteredExpert
 from transformers_moe_offload.tensor_files.index import StoredTensor
 
 _NAMES = ("lora_A", "lora_B")

@@ -28,8 +28,7 @@ from transformers_moe_offload.hf.loading.locate import (
 from transformers_moe_offload.hf.model.sparse_layer import SparseLayer
 from transformers_moe_offload.hf.other_quantizers.methods import refuse_hqq
 from transformers_moe_offload.hf.upstream import ignore_on_load_unexpected, tied_weights
-from transformers_moe_offload.store.expert_source import ScatteredExpert
-from transformers_moe_offload.store.layer_source import LayerSource
+from transformers_moe_offload.store.layer_source import LayerSource, ScatteredExpert
 from transformers_moe_offload.tensor_files.index import StoredTensor, check_index_file, read_header, read_index
 
 

@@ -21,7 +21,7 @@ from transformers_moe_offload.config import OffloadConfig
 from transformers_moe_offload.errors import CheckpointError, MoeOffloadError
 from transformers_moe_offload.hf.prebuilt.names import INDEX_NAME
 from transformers_moe_offload.hf.upstream import AutoHfQuantizer, AutoQuantizationConfig
-from transformers_moe_offload.tensor_files.weight_map import WeightMap
+from transformers_moe_offload.tensor_files.index import WeightMap
 from transformers_moe_offload.untrusted import json_object, one_line, quoted
 
 HUB_OPTIONS = ("cache_dir", "force_download", "local_files_only", "proxies", "revision", "subfolder", "token")

@@ -16,12 +16,11 @@ import torch
 
 from transformers_moe_offload.config import ExpertFormats, OffloadConfig
 from transformers_moe_offload.errors import CheckpointError
-from transformers_moe_offload.hf.arguments import refuse_splits
+from transformers_moe_offload.hf.arguments import asked_for, refuse_splits, to_save
 from transformers_moe_offload.hf.loading.attach import attach
 from transformers_moe_offload.hf.loading.checkpoint import Checkpoint, expect_unused, locate
+from transformers_moe_offload.hf.loading.codecs import codecs_to_be, quantized
 from transformers_moe_offload.hf.loading.discover import refuse_kernels, take_over
-from transformers_moe_offload.hf.loading.given import asked_for, to_save
-from transformers_moe_offload.hf.loading.quantize_on_load import codecs_to_be, quantized
 from transformers_moe_offload.hf.loading.records import locate_records, record_keys
 from transformers_moe_offload.hf.model.dense import prepare_dense, quantize_dense, settle_dense
 from transformers_moe_offload.hf.model.planning import expect_enough
@@ -37,7 +36,7 @@ from transformers_moe_offload.hf.upstream import (
     has_peft_adapter,
 )
 from transformers_moe_offload.policies import make_policy
-from transformers_moe_offload.store.encoding import num_encoded
+from transformers_moe_offload.store.encoding import row_sizes
 
 logger = logging.getLogger(__name__)
 
@@ -141,7 +140,7 @@ class MoeOffloadQuantizer(HfQuantizer):
         if config.formats is not None and not self._is_prebuilt:
             codecs = codecs_to_be(model, self._layers, self._sources, config.formats)
             pairs = zip(self._layers, codecs, strict=True)
-            coded = {layer.index: one for layer, one in pairs if num_encoded(one, layer.num_experts)}
+            coded = {layer.index: one for layer, one in pairs if row_sizes(one, layer.num_experts)}
         expect_enough(layers, {s.spec.layer: s for s in self._sources}, config, coded)
 
     def _process_model_after_weight_loading(self, model: Any, **kwargs: Any) -> None:

@@ -20,8 +20,7 @@ from transformers_moe_offload.expert import ITEMSIZE, ExpertSpec, FieldSpec
 from transformers_moe_offload.hf.loading.checkpoint import Checkpoint
 from transformers_moe_offload.hf.loading.codecs import codecs_of
 from transformers_moe_offload.hf.model.sparse_layer import SparseLayer
-from transformers_moe_offload.store.expert_source import RecordedExpert
-from transformers_moe_offload.store.layer_source import LayerSource
+from transformers_moe_offload.store.layer_source import LayerSource, RecordedExpert
 from transformers_moe_offload.store.record import RecordLayout
 from transformers_moe_offload.tensor_files.index import StoredTensor, read_metadata
 from transformers_moe_offload.tensor_files.reading import read_stored

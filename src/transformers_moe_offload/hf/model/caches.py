@@ -17,15 +17,14 @@ import torch
 
 from transformers_moe_offload.backward.weights import Lenders
 from transformers_moe_offload.cache.cache import ExpertCache
-from transformers_moe_offload.cache.warmup import most_used
+from transformers_moe_offload.cache.capacity import most_used
 from transformers_moe_offload.config import OffloadConfig
 from transformers_moe_offload.device_decode.engine import DeviceEngine
 from transformers_moe_offload.dtypes import torch_dtype
 from transformers_moe_offload.errors import PageLockError
 from transformers_moe_offload.expert import ExpertId
 from transformers_moe_offload.hf.decode.decoding import Decoding
-from transformers_moe_offload.hf.decode.engines import addressed_layers, build_engines
-from transformers_moe_offload.hf.decode.obstacles import obstacles_of, report
+from transformers_moe_offload.hf.decode.engines import addressed_layers, build_engines, obstacles_of, report
 from transformers_moe_offload.hf.model.experts_module import OffloadedLayer
 from transformers_moe_offload.hf.model.host_sides import host_sides
 from transformers_moe_offload.hf.model.layer_forward import LayerExperts, LayerForward, Path
@@ -40,7 +39,7 @@ from transformers_moe_offload.hf.model.plan import OffloadPlan, PoolPlan
 from transformers_moe_offload.hf.model.planning import make_plan, tried_out, without_arenas
 from transformers_moe_offload.hf.model.pools import build_caches
 from transformers_moe_offload.hf.model.sparse_layer import SparseLayer
-from transformers_moe_offload.hybrid.layer import HostSide
+from transformers_moe_offload.hybrid.cpu_experts import HostSide
 from transformers_moe_offload.stats import LayerStats
 from transformers_moe_offload.store.layer_source import LayerSource
 from transformers_moe_offload.system.forks import FORKS, Rank

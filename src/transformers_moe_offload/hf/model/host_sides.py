@@ -23,13 +23,12 @@ from transformers_moe_offload.hf.model.plan import OffloadPlan, PoolPlan
 from transformers_moe_offload.hf.model.pools import copier_for
 from transformers_moe_offload.hf.model.sparse_layer import SparseLayer
 from transformers_moe_offload.hf.routers.top_k import experts_per_token
-from transformers_moe_offload.hybrid.cpu_experts import HostCompute, is_portable
-from transformers_moe_offload.hybrid.layer import HostSide
+from transformers_moe_offload.hybrid.cpu_experts import HostCompute, HostSide, is_portable
 from transformers_moe_offload.hybrid.profiling import measured_rates
 from transformers_moe_offload.hybrid.split import MissRates, pays
 from transformers_moe_offload.store.expert_store import ExpertStore
 from transformers_moe_offload.store.host_tier import HostTier
-from transformers_moe_offload.store.record_reader import whole
+from transformers_moe_offload.store.record import whole
 
 logger = logging.getLogger(__name__)
 
@@ -75,7 +74,7 @@ def miss_rates(
     """Measured times to serve absent experts of one layer of a pool."""
     module, spec = experts_at(model, layer.name), store.layers[layer.index].spec
     hot_experts = store.layers[layer.index].codecs.hot_experts
-    usual = spec.expert(next(expert for expert in range(spec.num_experts) if expert not in hot_experts))
+    usual = ExpertId(spec.layer, next(expert for expert in range(spec.num_experts) if expert not in hot_experts))
     assert layer.mlp is not None
     return measured_rates(
         layer.mlp,

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from transformers_moe_offload.cache.cache import ExpertCache
 from transformers_moe_offload.compute.deltas import Adaptation
-from transformers_moe_offload.formats.by_expert import LayerCodecs
+from transformers_moe_offload.formats.base import LayerCodecs
 
 
 class Call(NamedTuple):

@@ -18,7 +18,7 @@ from transformers_moe_offload.cache.visit import Visit
 from transformers_moe_offload.dtypes import torch_dtype
 from transformers_moe_offload.errors import UnsupportedModelError
 from transformers_moe_offload.expert import ExpertSpec
-from transformers_moe_offload.formats.by_expert import LayerCodecs
+from transformers_moe_offload.formats.base import LayerCodecs
 from transformers_moe_offload.hf.layouts import ExpertField
 
 

@@ -10,7 +10,7 @@ import torch
 from transformers_moe_offload.compute.alignment import gives_equal_bits
 from transformers_moe_offload.config import OffloadConfig
 from transformers_moe_offload.expert import ExpertSpec
-from transformers_moe_offload.formats.by_expert import AS_USED, LayerCodecs
+from transformers_moe_offload.formats.base import AS_USED, LayerCodecs
 from transformers_moe_offload.hf.model.sparse_layer import SparseLayer
 from transformers_moe_offload.store.expert_store import ExpertStore
 from transformers_moe_offload.store.layer_source import LayerSource
@@ -58,7 +58,7 @@ def placements_of(
             sources[layer.index].spec,
             layer.device,
             codecs=sources[layer.index].codecs,
-            is_mappable=config.mmap is not False and store.can_be_mapped() and is_as_used,
+            is_mappable=config.mmap is not False and store.can_be_mapped and is_as_used,
             is_in_ram=sources[layer.index].is_in_ram,
             is_addressed=layer.name not in obstacles,
             spare_bytes=store.spare_bytes(layer.index) if is_as_used else None,

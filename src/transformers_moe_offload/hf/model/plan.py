@@ -2,15 +2,12 @@
 
 from __future__ import annotations
 
-import logging
 from dataclasses import dataclass
 
 import torch
 
 from transformers_moe_offload.cache.capacity import PoolNeed
 from transformers_moe_offload.notebook import html_paragraph, html_table
-
-logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)

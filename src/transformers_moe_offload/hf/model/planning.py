@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections import Counter
-from collections.abc import Mapping, Sequence, Set
+from collections.abc import Iterable, Mapping, Sequence, Set
 from dataclasses import replace
 from typing import NamedTuple
 
@@ -13,7 +13,7 @@ import torch
 from transformers_moe_offload.cache.capacity import PoolNeed, share_out, share_out_by_device, smallest_budget
 from transformers_moe_offload.config import Budget, OffloadConfig
 from transformers_moe_offload.errors import ConfigError
-from transformers_moe_offload.formats.by_expert import LayerCodecs
+from transformers_moe_offload.formats.base import LayerCodecs
 from transformers_moe_offload.hf.model.placements import Placement, placements_of
 from transformers_moe_offload.hf.model.plan import OffloadPlan, PoolPlan
 from transformers_moe_offload.hf.model.sparse_layer import SparseLayer
@@ -25,8 +25,18 @@ from transformers_moe_offload.system.free_memory import available_bytes, page_ca
 
 logger = logging.getLogger(__name__)
 
-_Groups = dict[tuple[torch.device, int, bool, bool], list[Placement]]
-"""The layers of each pool, which share a device, a record size, whether they are mappable, and RAM or disk."""
+
+class _Kind(NamedTuple):
+    """What the layers of one pool have in common."""
+
+    device: torch.device
+    slot_bytes: int
+    is_mappable: bool
+    is_in_ram: bool
+
+
+_Groups = dict[_Kind, list[Placement]]
+"""The layers of each pool."""
 
 
 def _room_for_slots(
@@ -52,22 +62,21 @@ def make_plan(
     """
     groups = _grouped(placements, config)
     needs, spares, has_room, past_cache = _needs(groups, config)
-    budget_bytes, slots = _shared_out(config.budget, [device for device, *_ in groups], needs, held or {})
+    budget_bytes, slots = _shared_out(config.budget, groups, needs, held or {})
     pools = [
         PoolPlan(
-            device,
+            kind.device,
             tuple(member.spec.layer for member in members),
             need,
             num_slots,
             # Not mapped if the cache holds all experts: each is read once, and in a slot it begins at a cache line,
             # which made decoding 1.07 times as fast as at its offset in a file.
-            is_mapped=is_mappable and (config.mmap is True or is_in_ram or (has_room and num_slots < need.num_experts)),
-            is_in_ram=is_in_ram,
+            is_mapped=kind.is_mappable
+            and (config.mmap is True or kind.is_in_ram or (has_room and num_slots < need.num_experts)),
+            is_in_ram=kind.is_in_ram,
             spare_bytes=spare,
         )
-        for ((device, _, is_mappable, is_in_ram), members), need, num_slots, spare in zip(
-            groups.items(), needs, slots, spares, strict=True
-        )
+        for (kind, members), need, num_slots, spare in zip(groups.items(), needs, slots, spares, strict=True)
     ]
     addressed = {placement.spec.layer for placement in placements if placement.is_addressed}
     placed, refused = _with_arenas(pools, addressed, config)
@@ -100,7 +109,7 @@ def expect_enough(
         for one in placements_of(layers, sources, config)
     ]
     groups = _grouped(found, config)
-    _shared_out(config.budget, [device for device, *_ in groups], _needs(groups, config).of_pools, {})
+    _shared_out(config.budget, groups, _needs(groups, config).of_pools, {})
 
 
 def _is_automatic(budget: Budget) -> bool:
@@ -110,7 +119,7 @@ def _is_automatic(budget: Budget) -> bool:
 def _grouped(placements: Sequence[Placement], config: OffloadConfig) -> _Groups:
     groups: _Groups = {}
     for placement in placements:
-        kind = (placement.device, placement.slot_bytes, _is_mappable(placement, config), placement.is_in_ram)
+        kind = _Kind(placement.device, placement.slot_bytes, _is_mappable(placement, config), placement.is_in_ram)
         groups.setdefault(kind, []).append(placement)
     return groups
 
@@ -135,10 +144,11 @@ def _needs(groups: _Groups, config: OffloadConfig) -> _Needs:
 
 
 def _shared_out(
-    budget: Budget, devices: Sequence[torch.device], needs: Sequence[PoolNeed], held: Mapping[torch.device, int]
+    budget: Budget, kinds: Iterable[_Kind], needs: Sequence[PoolNeed], held: Mapping[torch.device, int]
 ) -> tuple[int, list[int]]:
     """The budget in bytes, and the slots of each pool: in proportion, or, if automatic, by free memory per device."""
     if _is_automatic(budget):
+        devices = [kind.device for kind in kinds]
         return share_out_by_device(_room_for_slots(devices, needs, held), devices, needs)
     budget_bytes = budget.resolve(sum(need.all_bytes for need in needs), 0)
     return budget_bytes, share_out(budget_bytes, needs)

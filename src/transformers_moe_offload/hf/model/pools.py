@@ -21,7 +21,7 @@ from transformers_moe_offload.slots.transfer import Copier, HostCopier, StartHer
 from transformers_moe_offload.store.expert_store import ExpertStore
 from transformers_moe_offload.store.host_tier import HostTier
 from transformers_moe_offload.store.layer_source import LayerSource
-from transformers_moe_offload.store.record_reader import OpenFill
+from transformers_moe_offload.store.record import OpenFill
 
 
 class Caches(NamedTuple):

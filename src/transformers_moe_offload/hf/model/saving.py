@@ -24,11 +24,10 @@ from transformers_moe_offload.config.budget import Budget
 from transformers_moe_offload.dtypes import dtype_name
 from transformers_moe_offload.errors import CheckpointError, ConfigError, UnsupportedModelError
 from transformers_moe_offload.expert import FieldSpec
-from transformers_moe_offload.formats.by_expert import LayerCodecs
+from transformers_moe_offload.formats.base import LayerCodecs
 from transformers_moe_offload.formats.codec import ExpertCodec
 from transformers_moe_offload.formats.foreign import ForeignCodec
-from transformers_moe_offload.hf.arguments import refuse_on_save
-from transformers_moe_offload.hf.loading.given import to_save
+from transformers_moe_offload.hf.arguments import refuse_on_save, to_save
 from transformers_moe_offload.hf.model.experts_module import OffloadedExperts
 from transformers_moe_offload.hf.model.handle import OffloadRuntime
 from transformers_moe_offload.hf.model.own_experts import is_of_own_experts, named_own_experts
@@ -37,10 +36,9 @@ from transformers_moe_offload.hf.prebuilt.writer import finish, write_shards
 from transformers_moe_offload.hf.upstream import has_peft_adapter, remove_tied_weights_from_state_dict
 from transformers_moe_offload.output.place import replacing
 from transformers_moe_offload.output.shards import MAX_SHARD_BYTES, Content
-from transformers_moe_offload.output.text import as_json
 from transformers_moe_offload.store.encoding import encoded_row, row_of
 from transformers_moe_offload.store.layer_source import LayerSource
-from transformers_moe_offload.tensor_files.writer import write_text
+from transformers_moe_offload.tensor_files.writer import as_json, write_text
 
 _OTHERS = (ADAPTER_CONFIG_NAME, SAFE_WEIGHTS_NAME, SAFE_WEIGHTS_INDEX_NAME, WEIGHTS_NAME, WEIGHTS_INDEX_NAME)
 """Files of other checkpoints that Transformers would load instead of, or together with, a prebuilt one."""

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 
 from transformers_moe_offload.dtypes import dtype_name, torch_dtype
-from transformers_moe_offload.formats.by_expert import LayerCodecs
+from transformers_moe_offload.formats.base import LayerCodecs
 from transformers_moe_offload.hf.upstream import AutoHfQuantizer, HfQuantizer, get_model_conversion_mapping
 from transformers_moe_offload.store.layer_source import LayerSource
 from transformers_moe_offload.tensor_files.index import StoredTensor

@@ -10,11 +10,10 @@ import torch
 from transformers_moe_offload.dtypes import torch_dtype
 from transformers_moe_offload.errors import CheckpointError, UnsupportedModelError
 from transformers_moe_offload.expert import FieldSpec
-from transformers_moe_offload.formats.by_expert import LayerCodecs
+from transformers_moe_offload.formats.base import LayerCodecs
 from transformers_moe_offload.formats.foreign import ForeignCodec, ForeignField
-from transformers_moe_offload.store.expert_source import ScatteredExpert
 from transformers_moe_offload.store.field_source import FieldSource
-from transformers_moe_offload.store.layer_source import LayerSource
+from transformers_moe_offload.store.layer_source import LayerSource, ScatteredExpert
 
 _PLAIN = {"float64", "float32", "bfloat16", "float16"}
 """Dtypes of unquantized weights."""

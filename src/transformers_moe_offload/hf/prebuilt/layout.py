@@ -23,7 +23,7 @@ from torch import Tensor
 
 from transformers_moe_offload.dtypes import dtype_name
 from transformers_moe_offload.expert import FieldSpec
-from transformers_moe_offload.formats.by_expert import LayerCodecs
+from transformers_moe_offload.formats.base import LayerCodecs
 from transformers_moe_offload.hf.loading.records import CHECKSUMS, HOT_RECORDS, RECORDS, Stack, described
 from transformers_moe_offload.hf.prebuilt.names import AUTO_CLASSES, GUARD, INDEX_NAME, RECIPE_NAME
 from transformers_moe_offload.output.claim import Marks

@@ -20,7 +20,6 @@ from transformers_moe_offload.hf.loading.meta_model import MetaModel, meta_model
 from transformers_moe_offload.hf.prebuilt.card import auto_class_of, model_card
 from transformers_moe_offload.hf.prebuilt.layout import MARKS, LayerContent, plain_config, prebuilt_config
 from transformers_moe_offload.hf.prebuilt.publish import publish
-from transformers_moe_offload.hf.prebuilt.recipe import recipe_of
 from transformers_moe_offload.hf.prebuilt.sizes import Sizes
 from transformers_moe_offload.hf.prebuilt.source import Quantization, contents
 from transformers_moe_offload.hf.prebuilt.writer import Prebuilt, write_prebuilt
@@ -28,7 +27,8 @@ from transformers_moe_offload.hub.fetch import Fetched
 from transformers_moe_offload.hub.upload import expect_pushable
 from transformers_moe_offload.output.place import expect_place
 from transformers_moe_offload.output.shards import Advance, Content
-from transformers_moe_offload.output.text import as_json
+from transformers_moe_offload.tensor_files.checksum import fingerprint
+from transformers_moe_offload.tensor_files.writer import as_json
 from transformers_moe_offload.untrusted import quoted
 
 ContentsOf = Callable[[Quantization, Fetched], tuple[Sequence[LayerContent], Sequence[Content]]]
@@ -202,3 +202,18 @@ class PreparedCheckpoint:
             )
         finally:
             torch.set_num_threads(before)
+
+
+def recipe_of(
+    name: str, revision: str | None, files: Sequence[Path], dtype: str, config: OffloadConfig
+) -> dict[str, Any]:
+    """The recipe, from the files of the plain checkpoint; contains no paths of this machine."""
+    return {
+        "source": {
+            "name": name,
+            "revision": revision,
+            "dtype": dtype,
+            "files": {file.name: fingerprint(file) for file in files},
+        },
+        **config.recipe(),
+    }

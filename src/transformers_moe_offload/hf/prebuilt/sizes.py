@@ -9,7 +9,7 @@ import torch
 
 from transformers_moe_offload.config import OffloadConfig
 from transformers_moe_offload.expert import ExpertSpec
-from transformers_moe_offload.formats.by_expert import LayerCodecs
+from transformers_moe_offload.formats.base import LayerCodecs
 from transformers_moe_offload.hf.loading.codecs import plain_fields
 from transformers_moe_offload.hf.model.placements import Placement
 from transformers_moe_offload.hf.model.planning import make_plan

@@ -20,7 +20,7 @@ from transformers_moe_offload.config import ExpertFormats, HqqFormat, OffloadCon
 from transformers_moe_offload.dtypes import dtype_name, torch_dtype
 from transformers_moe_offload.errors import CheckpointError, ConfigError
 from transformers_moe_offload.expert import FieldSpec
-from transformers_moe_offload.formats.by_expert import LayerCodecs
+from transformers_moe_offload.formats.base import LayerCodecs
 from transformers_moe_offload.formats.hqq import packing_of, quantize
 from transformers_moe_offload.hf.layouts.base import parameter
 from transformers_moe_offload.hf.loading.checkpoint import Checkpoint, locate

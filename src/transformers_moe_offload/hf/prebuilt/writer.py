@@ -14,6 +14,7 @@ from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
+from zlib import crc32
 
 import torch
 from torch import Tensor
@@ -21,7 +22,7 @@ from transformers.utils.logging import tqdm
 
 from transformers_moe_offload.hf.prebuilt.layout import MARKS, Contents, LayerContent, shards_of
 from transformers_moe_offload.hf.prebuilt.names import GUARD, INDEX_NAME
-from transformers_moe_offload.hub.companions import published
+from transformers_moe_offload.hub.fetch import published
 from transformers_moe_offload.output.place import place_for
 from transformers_moe_offload.output.shards import (
     Advance,
@@ -32,10 +33,8 @@ from transformers_moe_offload.output.shards import (
     index_of,
     write_contents,
 )
-from transformers_moe_offload.output.text import as_json
 from transformers_moe_offload.system.host_memory import host_bytes
-from transformers_moe_offload.tensor_files.checksum import checksum
-from transformers_moe_offload.tensor_files.writer import SafetensorsWriter, write_bytes, write_text
+from transformers_moe_offload.tensor_files.writer import SafetensorsWriter, as_json, write_bytes, write_text
 
 T = TypeVar("T")
 
@@ -112,7 +111,7 @@ def _write_layer(writer: SafetensorsWriter, layer: LayerContent, workers: int, d
     def row(expert: int) -> tuple[Tensor, int]:
         record = layer.record(expert)
         row = torch.nn.functional.pad(record, (0, layer.stack(expert).row_bytes - record.numel()))
-        return row, checksum(host_bytes(row))
+        return row, crc32(host_bytes(row))
 
     values = []
     for expert, (record, value) in enumerate(_in_order(row, layer.num_experts, workers)):

@@ -4,6 +4,6 @@ Checked in Triton's interpreter, and compiled for compute capability 8.0 and 9.0
 """
 
 from transformers_moe_offload.kernels.triton import grouped
-from transformers_moe_offload.kernels.triton.launch import linear
+from transformers_moe_offload.kernels.triton.grouped import linear
 
 __all__ = ["grouped", "linear"]

@@ -1,4 +1,4 @@
-"""Launch the kernels that multiply each row with the matrix of its expert.
+"""Launch the kernels: those that multiply with one packed matrix, and those that multiply each row with its expert's.
 
 One launch computes all experts, without copying weights: kernels read records in place. The host reads no tensor, and
 launches depend on shapes only, so all of it can be captured in a CUDA graph.
@@ -16,9 +16,9 @@ import triton.language as tl
 from torch import Tensor
 
 from transformers_moe_offload.kernels.grouped import Activation, Pairs, PlacedMatrix
-from transformers_moe_offload.kernels.triton.launch import PARTS
+from transformers_moe_offload.kernels.packed import PackedMatrix
 from transformers_moe_offload.kernels.triton.pairs import combine_kernel, order_kernel
-from transformers_moe_offload.kernels.triton.row import grouped_row_kernel
+from transformers_moe_offload.kernels.triton.row import grouped_row_kernel, row_kernel
 from transformers_moe_offload.kernels.triton.sizes import (
     dense_row_sizes,
     formats,
@@ -28,7 +28,32 @@ from transformers_moe_offload.kernels.triton.sizes import (
     tile_height,
     tile_sizes,
 )
-from transformers_moe_offload.kernels.triton.tile import grouped_tile_kernel
+from transformers_moe_offload.kernels.triton.tile import grouped_tile_kernel, tile_kernel
+
+PARTS = ("codes", "high", "scale", "zero", "scale_range", "zero_range")
+"""Arrays of a matrix in the order in which kernels take them."""
+
+
+def linear(rows: Tensor, matrix: PackedMatrix) -> Tensor:
+    """rows (P, C) float32, bfloat16 or float16 -> their products with the rows of one packed matrix, (P, N)."""
+    packing = matrix.packing
+    rows = rows.contiguous()
+    count, cols = rows.shape
+    assert cols == packing.cols
+    out = torch.empty((count, packing.rows), dtype=rows.dtype, device=rows.device)
+    parts = [matrix.parts.get(name, matrix.parts["codes"]) for name in PARTS]
+    arguments = (rows, out, *parts, packing.rows, cols)
+    with torch.cuda.device_of(rows):
+        if count == 1:
+            sizes = row_sizes(packing)
+            grid = (1, programs(packing.rows, packing, sizes))
+            row_kernel[grid](*arguments, **formats(packing), **sizes)
+        elif count:
+            sizes = tile_sizes(packing, rows.dtype, tile_height(rows.dtype, count))
+            grid = (triton.cdiv(count, sizes["height"]), programs(packing.rows, packing, sizes))
+            tile_kernel[grid](*arguments, count, **formats(packing), **sizes)
+    return out
+
 
 DTYPES = {torch.float32: tl.float32, torch.bfloat16: tl.bfloat16, torch.float16: tl.float16}
 
@@ -74,7 +99,7 @@ class Product:
     def __init__(self, matrix: PlacedMatrix, activation: Activation | None = None) -> None:
         assert activation is None or matrix.can_activate(activation)
         self.cols = matrix.cols
-        self.outputs = matrix.rows if activation is None else activation.outputs(matrix.rows)
+        self.outputs = matrix.rows // 2 if activation is not None and activation.has_gate else matrix.rows
         self._matrix = matrix
         packing, places = matrix.packing, matrix.places
         at = [places["weight"] if packing is None else places["codes"], *(places.get(name, 0) for name in PARTS[1:])]

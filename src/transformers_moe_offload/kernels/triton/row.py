@@ -11,9 +11,8 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from transformers_moe_offload.kernels.triton.dense import dense_row
 from transformers_moe_offload.kernels.triton.gate import store
-from transformers_moe_offload.kernels.triton.matrix import codes_at, lines_of, meta_at, part, rows_of
+from transformers_moe_offload.kernels.triton.matrix import codes_at, dense_row, lines_of, meta_at, part, rows_of
 from transformers_moe_offload.kernels.triton.pairs import expert_of
 
 

@@ -1,4 +1,10 @@
-"""Adapters as PEFT keeps them: a folder each, with `adapter_config.json` and `adapter_model.safetensors`."""
+"""Adapters as PEFT keeps them: a folder each, with `adapter_config.json` and `adapter_model.safetensors`.
+
+A config may give ranks and alphas by pattern (`rank_pattern`, `alpha_pattern`): a regular expression for the end of a
+module's path (`peft/utils/other.py`, `get_pattern_key`, 0.21). It comes with the adapter, and one such as `(a+)+` keeps
+Python busy for ever. So patterns are read that have few ways to match; those PEFT's users write are names, or names
+with one or two numbers left open.
+"""
 
 # R rank
 
@@ -17,7 +23,6 @@ from safetensors import safe_open
 from torch import Tensor
 
 from .configuration_adapter_moe import AdapterMoeError
-from .patterns import expect_patterns, pattern_key
 
 CONFIG_NAME = "adapter_config.json"
 WEIGHTS_NAME = "adapter_model.safetensors"
@@ -32,6 +37,18 @@ _REFUSED = ("use_dora", "lora_bias", "use_qalora", "use_bdlora", "alora_invocati
 _REPLACED = ("pissa", "corda", "olora", "loftq", "lora_ga")
 """Beginnings of `init_lora_weights` that take something out of the dense weights before training
 (`peft/tuners/lora/layer.py`, 0.21): the adapter only fits what was left of them. PEFT's conversion writes True."""
+
+
+_ATOM = r"(?:[\w\-/. ]|\\[.dw\-]|\[[\w\-]+\])"
+_PIECES = rf"(?:{_ATOM}[*+?]?)*"
+_GROUP = rf"\((?:\?:)?{_PIECES}(?:\|{_PIECES})*\)"
+_READ = re.compile(rf"\^?(?:{_ATOM}[*+?]?|{_GROUP})+\$?")
+"""Characters, classes and groups that are not repeated as a whole."""
+_MAX_CHARACTERS = 500
+_MAX_REPEATS = 2
+_MAX_CHOICES = 128
+_MAX_OPEN = 1000
+"""Patterns that are no plain names; plain ones are compared in no time."""
 
 
 @dataclass(frozen=True)
@@ -110,9 +127,7 @@ class AdapterFolder:
 
     def scaling(self, path: str) -> float:
         """Alpha over rank, or over its root, for a linear layer (`peft/tuners/lora/layer.py`, 0.21)."""
-        rank = self._of_pattern("rank_pattern", path, self.config["r"])
-        alpha = self._of_pattern("alpha_pattern", path, self.config["lora_alpha"])
-        return float(alpha / rank**0.5 if self.config.get("use_rslora") else alpha / rank)
+        return scaling(self.config, path)
 
     def paths(self) -> dict[str, int]:
         """The linear layers that it adds to -> its rank there; raises `ValueError` for what else it changes."""
@@ -161,12 +176,6 @@ class AdapterFolder:
         with safe_open(self.weights, "pt") as tensors:
             yield tensors
 
-    def _of_pattern(self, name: str, path: str, default: float) -> float:
-        """A value that may differ by layer; patterns match the end of a path (`peft/utils/other.py`, 0.21)."""
-        patterns = self.config.get(name) or {}
-        found = pattern_key(patterns, path)
-        return default if found is None else patterns[found]
-
 
 def _is_copy(name: str) -> bool:
     """Whether this is a module's own weight, and nothing that LoRA adds."""
@@ -180,3 +189,57 @@ def _dense_name(name: str) -> str:
 def key(path: str, matrix: str) -> str:
     """What an adapter's file calls matrix `A` or `B` of a linear layer."""
     return _KEY.format(path=path, matrix=matrix)
+
+
+def rank_of(config: Mapping[str, Any], path: str) -> int:
+    """The rank of the matrices of a linear layer."""
+    return _of_pattern(config, "rank_pattern", path, config["r"])
+
+
+def scaling(config: Mapping[str, Any], path: str) -> float:
+    """The factor on the product of a linear layer's matrices: alpha / r, or alpha / sqrt(r) (arXiv 2312.03732)."""
+    rank, alpha = rank_of(config, path), _of_pattern(config, "alpha_pattern", path, config["lora_alpha"])
+    return float(alpha / rank**0.5 if config.get("use_rslora") else alpha / rank)
+
+
+def _of_pattern(config: Mapping[str, Any], name: str, path: str, default: Any) -> Any:
+    """A value that may differ by layer: that of the first pattern that the end of a path matches."""
+    patterns = config.get(name) or {}
+    return next((value for pattern, value in patterns.items() if re.match(rf"(.*\.)?({pattern})$", path)), default)
+
+
+def expect_patterns(name: str, patterns: Any) -> None:
+    """Raise `AdapterMoeError` for what is no mapping of patterns that are read to numbers above zero."""
+    if not isinstance(patterns, dict):
+        raise AdapterMoeError(f"{name} is no mapping of modules to numbers but a {type(patterns).__name__}")
+    for pattern, value in patterns.items():
+        if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value < 2**31:
+            raise AdapterMoeError(f"{name} has no number above 0 for {_brief(pattern)}")
+        if not _is_read(pattern):
+            raise AdapterMoeError(
+                f"{name} has the pattern {_brief(pattern)}; patterns are read that name modules, with up to "
+                f"{_MAX_REPEATS} parts repeated by *, + or ? and no repeated groups: write the modules' names instead"
+            )
+    if sum(not re.fullmatch(r"[\w.]+", pattern) for pattern in patterns) > _MAX_OPEN:
+        raise AdapterMoeError(f"{name} has more than {_MAX_OPEN} patterns that are no plain names")
+
+
+def _is_read(pattern: str) -> bool:
+    # The length comes first, so that this check itself is quick.
+    if len(pattern) > _MAX_CHARACTERS or not _READ.fullmatch(pattern):
+        return False
+    repeats = sum(pattern.replace("(?:", "(").count(sign) for sign in "*+?")
+    choices = 1
+    for group in re.findall(r"\([^)]*\)", pattern):
+        choices *= group.count("|") + 1
+    if repeats > _MAX_REPEATS or choices > _MAX_CHOICES:
+        return False
+    try:
+        re.compile(pattern)
+    except re.error:
+        return False
+    return True
+
+
+def _brief(text: str) -> str:
+    return repr(text if len(text) <= 60 else f"{text[:57]}...")

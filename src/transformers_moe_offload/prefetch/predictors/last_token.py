@@ -30,10 +30,5 @@ class LastToken:
 
     def predict(self, layer: int, targets: Sequence[int], hidden: Tensor | None) -> list[Prediction]:
         """What each target wanted when it was last visited."""
-        return best_first(
-            [
-                Prediction(ExpertId(target, expert), self._rates[target].confidences()[0])
-                for target in targets
-                for expert in self._last.get(target, ())
-            ]
-        )
+        likely = [(target, expert) for target in targets for expert in self._last.get(target, ())]
+        return best_first([Prediction(ExpertId(*one), self._rates[one[0]].confidences()[0]) for one in likely])

@@ -3,9 +3,8 @@
 from transformers_moe_offload.routing.strategies.ablation import Drop, Fixed
 from transformers_moe_offload.routing.strategies.balanced import ExpertChoice, LinearAssignment
 from transformers_moe_offload.routing.strategies.clusters import KMeans
-from transformers_moe_offload.routing.strategies.hashing import Hash
 from transformers_moe_offload.routing.strategies.ranked import TopK, TopP
-from transformers_moe_offload.routing.strategies.sampled import Gumbel, Noise, Random
+from transformers_moe_offload.routing.strategies.sampled import Gumbel, Hash, Noise, Random
 
 __all__ = [
     "Drop",

@@ -18,8 +18,7 @@ from torch import Tensor
 
 from transformers_moe_offload.errors import MoeOffloadError
 from transformers_moe_offload.routing.choice import Choice, RouterCall, best, packed
-from transformers_moe_offload.routing.options import check_number
-from transformers_moe_offload.routing.strategy import RoutingStrategy, register_strategy
+from transformers_moe_offload.routing.strategy import RoutingStrategy, check_number, register_strategy
 
 
 @register_strategy("expert_choice")

@@ -1,19 +1,23 @@
-"""Choose by where a token's hidden state lies: each expert has a centroid, and the nearest ones are chosen."""
+"""Choose by where a token's hidden state lies: each expert has a centroid, and the nearest ones are chosen.
 
-# N recorded tokens, T tokens, E experts, H hidden
+Centroids are fitted to recorded hidden states.
+"""
+
+# N recorded tokens, K experts per token, T tokens, E experts, H hidden
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from transformers_moe_offload.errors import ConfigError
 from transformers_moe_offload.routing.choice import Choice, RouterCall, best
-from transformers_moe_offload.routing.options import check_count, check_seed
-from transformers_moe_offload.routing.strategy import RoutingStrategy, register_strategy
+from transformers_moe_offload.routing.strategy import RoutingStrategy, check_count, check_seed, register_strategy
+from transformers_moe_offload.routing.trace import RoutingTrace
 
 
 @register_strategy("k_means")
@@ -97,3 +101,23 @@ def _means(hidden: Tensor, cluster: Tensor, before: Tensor) -> Tensor:
     counts = torch.bincount(cluster, minlength=len(before))[:, None]
     sums = torch.zeros_like(before).index_add_(0, cluster, hidden)
     return torch.where(counts > 0, sums / counts.clamp(min=1), before)
+
+
+def fit_centroids(trace: RoutingTrace, *, rounds: int = 20, seed: int = 0) -> dict[int, Tensor]:
+    """Centroids (E, H) for each router of a trace that was recorded with `hidden_states=True`.
+
+    The trace must hold the routers' own choices, or other meaningful ones: a cluster starts from the tokens that its
+    expert was given. Holds all hidden states of one router at a time.
+    """
+    centroids = {}
+    for router, facts in enumerate(trace.routers):
+        rows = [*trace.rows(router)]
+        if not rows or any(one.hidden is None for one in rows):
+            raise ConfigError("the trace has no hidden states; record it with record_routing(..., hidden_states=True)")
+        hidden = torch.from_numpy(np.concatenate([one.hidden for one in rows]))
+        first = torch.from_numpy(np.concatenate([one.experts[:, :1] for one in rows]).astype(np.int64))
+        is_kept = first[:, 0] >= 0
+        centroids[facts.router] = centroids_of(
+            hidden[is_kept], first[is_kept], facts.num_with_weights, rounds=rounds, seed=seed
+        )
+    return centroids

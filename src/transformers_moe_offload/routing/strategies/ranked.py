@@ -10,8 +10,7 @@ import torch
 
 from transformers_moe_offload.errors import ConfigError
 from transformers_moe_offload.routing.choice import Choice, RouterCall, best, packed
-from transformers_moe_offload.routing.options import check_count, check_fits, check_number
-from transformers_moe_offload.routing.strategy import RoutingStrategy, register_strategy
+from transformers_moe_offload.routing.strategy import RoutingStrategy, check_count, check_number, register_strategy
 
 
 @register_strategy("top_k")
@@ -30,7 +29,7 @@ class TopK(RoutingStrategy):
 
     def check(self, layer: int, num_experts: int, top_k: int | None) -> None:
         """At most as many experts as the router has."""
-        check_fits("k", self.k or 1, layer, num_experts)
+        _check_fits("k", self.k or 1, layer, num_experts)
 
     def choose(self, call: RouterCall) -> Choice | None:
         """The router's own choice, or its k best."""
@@ -57,7 +56,7 @@ class TopP(RoutingStrategy):
 
     def check(self, layer: int, num_experts: int, top_k: int | None) -> None:
         """At most as many experts as the router has."""
-        check_fits("most", self.most or 1, layer, num_experts)
+        _check_fits("most", self.most or 1, layer, num_experts)
 
     def choose(self, call: RouterCall) -> Choice:
         """The experts for which all better ones together have less than `p`."""
@@ -69,3 +68,11 @@ class TopP(RoutingStrategy):
             is_wanted[:, self.most :] = False
         is_chosen = torch.zeros_like(is_wanted).scatter(1, experts, is_wanted) & ~call.scores.isneginf()
         return packed(is_chosen, call.scores)
+
+
+def _check_fits(option: str, count: int, layer: int, num_experts: int) -> None:
+    """Raise `ConfigError` for more experts than a router has."""
+    if count > num_experts:
+        raise ConfigError(
+            f"{option}={count}, but router {layer} has {num_experts} experts; choose {num_experts} or fewer"
+        )

@@ -17,7 +17,7 @@ from transformers_moe_offload.disk_io.reader_pool import ReaderPool, chunk_bytes
 from transformers_moe_offload.expert import ExpertId
 from transformers_moe_offload.slots.cuda.staging_ring import Buffer, StagingRing, ring_shape
 from transformers_moe_offload.slots.transfer import Transfer
-from transformers_moe_offload.store.record_reader import Fill, OpenFill
+from transformers_moe_offload.store.record import Fill, OpenFill
 from transformers_moe_offload.system.host_memory import copy_bytes, host_bytes
 
 

@@ -14,7 +14,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from transformers_moe_offload.system.page_memory import new_area
+from transformers_moe_offload.system.host_memory import new_area
 
 PORTABLE_AND_MAPPED = 0x1 | 0x2
 """`cudaHostRegisterPortable | cudaHostRegisterMapped`: for all GPUs, and to be read by their kernels."""
