@@ -28,7 +28,7 @@ def measure_bandwidths(folder: str, repeats: int) -> dict[str, Any]:
     record_bytes = store_of(model).layout(layer.index, 0).nbytes
     found: dict[str, Any] = {
         "record_bytes": record_bytes,
-        "ram": ram_bandwidth(model.dtype, model.config.get_text_config().hidden_size, repeats),
+        "ram": ram_bandwidth(repeats),
         "link": None,
         "gpu_bytes_per_s": None,
         "driver": None,

@@ -1,17 +1,24 @@
 """What bandwidth is measured with: exactly the bytes of the experts, in as few ranges as they lie in."""
 
 import os
+import re
 import sys
 
 import pytest
-import torch
 
 from stores import numbered_store
-from transformers_moe_offload.bench.bandwidth import disk_bandwidth, expert_ranges, ram_bandwidth, sample
+from transformers_moe_offload.bench.bandwidth import (
+    disk_bandwidth,
+    expert_ranges,
+    ram_bandwidth,
+    read_bandwidth,
+    sample,
+)
 from transformers_moe_offload.bench.layers import files_of, store_of
 from transformers_moe_offload.bench.page_cache import drop, resident_share, warm
 from transformers_moe_offload.disk_io.file import File, FileRange
 from transformers_moe_offload.expert import ExpertId
+from transformers_moe_offload.kernels import native
 
 
 def test_an_expert_that_lies_in_one_piece_is_one_range(model):
@@ -67,8 +74,21 @@ def test_all_files_with_experts_are_named(model):
     ]
 
 
-def test_ram_is_measured_with_a_copy_and_a_matvec(monkeypatch):
+def test_ram_is_measured_with_a_copy_and_the_fastest_way_to_read_it(monkeypatch):
     monkeypatch.setattr("transformers_moe_offload.bench.bandwidth.RAM_BYTES", 1 << 20)
-    found = ram_bandwidth(torch.bfloat16, columns=96, repeats=1)
-    assert found.keys() == {"copy_bytes_per_s", "matvec_bytes_per_s"}
-    assert min(found.values()) > 0
+    found = ram_bandwidth(repeats=1)
+    assert found["copy_bytes_per_s"] > 0
+    assert found["read_bytes_per_s"] > 0
+    assert re.fullmatch(r"a matvec in torch|[1248] at a time from (ordinary|huge) pages", found["fastest_read"])
+
+
+def test_without_the_compiled_kernels_ram_is_read_by_a_matvec(monkeypatch):
+    monkeypatch.setattr(native, "native", lambda: native.Native(None, missing="a compiler"))
+    assert read_bandwidth(1 << 20, repeats=1).way == "a matvec in torch"
+
+
+def test_the_fastest_way_counts_by_the_clock_that_is_given():
+    """The sixth thing that is timed takes a quarter of a second of this clock, all others a second."""
+    times = [second + part for second in range(1000) for part in (0.0, 0.25 if second == 5 else 1.0)]
+    found = read_bandwidth(1 << 20, repeats=1, clock=iter(times).__next__)
+    assert found == (4 << 20, "1 at a time from huge pages" if native.library() else "a matvec in torch")

@@ -2,6 +2,7 @@
 
 import threading
 
+import numpy
 import pytest
 import torch
 
@@ -210,3 +211,18 @@ def test_one_row_is_shown_to_every_matrix_without_being_copied(instruction_set):
 def test_a_matrix_without_columns_gives_zeros(instruction_set, dtype, count):
     found = linear(torch.empty(count, 0, dtype=dtype), torch.empty(5, 0, dtype=torch.bfloat16))
     assert torch.equal(found, torch.zeros(count, 5, dtype=dtype))
+
+
+@pytest.mark.parametrize("threads", [1, 2])
+@pytest.mark.parametrize("streams", cpu.STREAMS)
+def test_every_line_of_memory_is_read_once(instruction_set, streams, threads):
+    """Of what does not fill a line in each of the rows side by side, nothing is."""
+    for nbytes in (64, 4096, (1 << 20) + 512, (3 << 20) - 192):
+        memory = torch.randint(0, 256, (nbytes,), dtype=torch.uint8)
+        parts = [part[: len(part) // (64 * streams) * 64 * streams] for part in memory.split(1 << 20)]
+        words = torch.cat(parts).view(torch.int64).numpy()
+        assert cpu.read_memory(memory, streams, threads) == int(numpy.bitwise_xor.reduce(words)) % 2**64
+
+
+def test_nothing_of_a_memory_without_bytes_is_read(instruction_set):
+    assert cpu.read_memory(torch.empty(0, dtype=torch.uint8), 1, 2) == 0

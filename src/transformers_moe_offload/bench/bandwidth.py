@@ -9,6 +9,8 @@ import time
 from collections import deque
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -16,6 +18,7 @@ from torch import Tensor
 from transformers_moe_offload.bench.page_cache import can_drop, drop, resident_share
 from transformers_moe_offload.disk_io.file import FileRange, joined
 from transformers_moe_offload.disk_io.page_reads import placed
+from transformers_moe_offload.kernels import cpu, native
 from transformers_moe_offload.slots.direct_io import PageReader
 from transformers_moe_offload.slots.transfer import Transfer
 from transformers_moe_offload.store.expert_store import ExpertStore
@@ -105,19 +108,44 @@ def read_all_past_cache(ranges: Sequence[FileRange], threads: int) -> float:
     return sum(found.nbytes for found in ranges) / (time.perf_counter() - started)
 
 
-def ram_bandwidth(dtype: torch.dtype, columns: int, repeats: int) -> dict[str, float]:
-    """Bytes per second of a copy (each byte counted once), and of the weights a matvec reads.
-
-    `columns` is the width of the model's matrices. Runs on torch's number of threads.
-    """
-    source = torch.zeros(RAM_BYTES, dtype=torch.uint8) + 1
+def ram_bandwidth(repeats: int) -> dict[str, Any]:
+    """Bytes per second of a copy (each byte counted once), and of `read_bandwidth`, on torch's number of threads."""
+    source = torch.ones(RAM_BYTES, dtype=torch.uint8)
     target = torch.zeros_like(source) + 1
-    matrix = source.view(dtype)[: source.numel() // dtype.itemsize // columns * columns].view(-1, columns)
-    vector = torch.ones(columns, dtype=dtype)
+    read = read_bandwidth(RAM_BYTES, repeats)
     return {
         "copy_bytes_per_s": RAM_BYTES / best_s(lambda: target.copy_(source), repeats),
-        "matvec_bytes_per_s": matrix.nbytes / best_s(lambda: torch.mv(matrix, vector), repeats),
+        "read_bytes_per_s": read.bytes_per_s,
+        "fastest_read": read.way,
     }
+
+
+class ReadSpeed(NamedTuple):
+    """How fast memory was read, and in which way."""
+
+    bytes_per_s: float
+    way: str
+
+
+def read_bandwidth(nbytes: int, repeats: int, clock: Callable[[], float] = time.perf_counter) -> ReadSpeed:
+    """The fastest of several ways to read memory of `nbytes`, on torch's number of threads.
+
+    By a loop in C that reads and does nothing else, as one row or as several rows side by side, which is how kernels
+    read a matrix, from ordinary and from huge pages; and by torch's products of a float32 matrix and a vector, which
+    are all that is tried where the compiled kernels are missing. No product of weights of this size gets at them
+    faster. `clock` returns seconds.
+    """
+    threads, columns = torch.get_num_threads(), 4096
+    ordinary, huge = torch.ones(nbytes, dtype=torch.uint8), PageMemory().take(nbytes).fill_(1)
+    matrix = ordinary[: nbytes // (4 * columns) * 4 * columns].view(torch.float32).view(-1, columns)
+    vector = torch.ones(columns)
+    ways = [ReadSpeed(matrix.nbytes / best_s(lambda: torch.mv(matrix, vector), repeats, clock), "a matvec in torch")]
+    if native.library() is not None:
+        for pages, memory in (("ordinary", ordinary), ("huge", huge)):
+            for streams in cpu.STREAMS:
+                seconds = best_s(partial(cpu.read_memory, memory, streams, threads), repeats, clock)
+                ways.append(ReadSpeed(nbytes / seconds, f"{streams} at a time from {pages} pages"))
+    return max(ways)
 
 
 def link_bandwidth(device: torch.device, record_bytes: int, repeats: int) -> dict[str, float]:
@@ -141,12 +169,12 @@ def link_bandwidth(device: torch.device, record_bytes: int, repeats: int) -> dic
     }
 
 
-def best_s(work: Callable[[], object], repeats: int) -> float:
+def best_s(work: Callable[[], object], repeats: int, clock: Callable[[], float] = time.perf_counter) -> float:
     """Seconds of the fastest of some calls, after one that is not counted."""
     work()
     seconds = []
     for _ in range(repeats):
-        started = time.perf_counter()
+        started = clock()
         work()
-        seconds.append(time.perf_counter() - started)
+        seconds.append(clock() - started)
     return min(seconds)

@@ -21,6 +21,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from transformers_moe_offload import kernels
+from transformers_moe_offload.bench.bandwidth import read_bandwidth
 from transformers_moe_offload.bench.conditions import conditions
 from transformers_moe_offload.bench.limit import as_share
 from transformers_moe_offload.bench.tables import Table, mib
@@ -70,10 +71,11 @@ def measure_kernels(protocol: KernelProtocol, begin: Callable[[str], None]) -> d
         for threads in sorted({1, all_threads}):
             with _threads(threads):
                 begin(f"memory, {threads} threads")
-                memory = _memory_speed(protocol, _clock(threads))
+                memory = read_bandwidth(protocol.cold_bytes // 2, 2 * protocol.rounds, _clock(threads))
                 for shape in protocol.shapes:
                     begin(f"{shape[0]} x {shape[1]}, {threads} threads")
-                    found = {"shape": shape, "threads": threads, "memory_bytes_per_s": memory}
+                    found = {"shape": shape, "threads": threads, "memory_bytes_per_s": memory.bytes_per_s}
+                    found["fastest_read"] = memory.way
                     result["measured"].append(found | {"methods": _measure(*shape, protocol, threads)})
     return result
 
@@ -120,18 +122,6 @@ def _measure(rows: int, cols: int, protocol: KernelProtocol, threads: int) -> li
 def _clock(threads: int) -> Callable[[], float]:
     """CPU time for one thread, which other work on the machine disturbs less; wall time for several."""
     return time.process_time if threads == 1 else time.perf_counter
-
-
-def _memory_speed(protocol: KernelProtocol, clock: Callable[[], float]) -> float:
-    """Bytes per second at which torch reads two float32 matrices in turns for products with a vector, at best."""
-    cols = 4096
-    matrices = [torch.ones((protocol.cold_bytes // 8 // cols, cols)) for _ in range(2)]
-    vector, seconds = torch.ones(cols), []
-    for turn in range(2 * protocol.rounds + 1):
-        started = clock()
-        torch.mv(matrices[turn % 2], vector)
-        seconds.append(clock() - started)
-    return matrices[0].nbytes / min(seconds[1:])
 
 
 def _methods(rows: int, cols: int, cold_bytes: int) -> list[Method]:

@@ -41,7 +41,7 @@ def _bandwidths(bandwidth: dict[str, Any]) -> Table:
         f"disk, cold ({how})": disk["cold_bytes_per_s"],
         f"page cache, warm ({how})": disk["warm_bytes_per_s"],
         "RAM, copied": ram["copy_bytes_per_s"],
-        "RAM, read by a matvec": ram["matvec_bytes_per_s"],
+        f"RAM, read ({ram['fastest_read']})": ram["read_bytes_per_s"],
     }
     if link is not None:
         speeds["link, from pinned memory"] = link["pinned_bytes_per_s"]

@@ -112,7 +112,7 @@ def bandwidths(model: Any, repeats: int) -> dict[str, Any]:
     record_bytes = store.layout(layer.index, 0).nbytes
     found: dict[str, Any] = {
         "disk": disk_bandwidth(expert_ranges(store), threads, repeats),
-        "ram": ram_bandwidth(model.dtype, model.config.get_text_config().hidden_size, repeats),
+        "ram": ram_bandwidth(repeats),
         "link": None,
     }
     if layer.device.type == "cuda":

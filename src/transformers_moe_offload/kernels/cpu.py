@@ -68,6 +68,22 @@ def linear_each(
     return out
 
 
+STREAMS = (1, 2, 4, 8)
+"""Rows of memory that `read_memory` can read side by side."""
+
+
+def read_memory(memory: Tensor, streams: int, threads: int) -> int:
+    """Read the bytes of a tensor, as some rows that lie one after another, side by side, and do nothing else.
+
+    For measurements: no product gets at weights faster. memory uint8 (nbytes,) is read in parts of 1 MiB; returns its
+    64-bit words combined by xor.
+    """
+    library = native.library()
+    assert library is not None
+    assert streams in STREAMS
+    return int(library.moe_read(memory.data_ptr(), memory.nbytes, streams, threads))
+
+
 def _described(matrix: PackedMatrix | Tensor) -> tuple[int, ...]:
     """A matrix as the numbers that `csrc/product.c` takes: shape, format, and addresses of its arrays."""
     if isinstance(matrix, Tensor):

@@ -13,7 +13,7 @@ import platform
 from pathlib import Path
 from typing import NamedTuple
 
-ABI = 3
+ABI = 4
 """Must equal the number in `csrc/product.c`: a library with another number takes other arguments."""
 
 
@@ -56,6 +56,8 @@ def opened(path: Path) -> Native:
     found.moe_set_parallel.restype = None
     found.moe_set_parallel.argtypes = (pointer,)
     found.moe_linear.argtypes = (size, pointer, *[number] * 3)
+    found.moe_read.restype = ctypes.c_uint64
+    found.moe_read.argtypes = (pointer, size, number, number)
     _share_threads(found)
     return Native(found, kernels=choose(found))
 

@@ -122,8 +122,10 @@ ALWAYS_INLINE vec spread(const float *p, const int group_size)
 }
 
 #include "rounded.h"
+#include "stream.h"
 
-const struct kernels avx512_kernels = {"avx512", exact_tiles, rounded_tiles, plain_tiles, round_rows, values_to_floats};
+const struct kernels avx512_kernels = {"avx512", exact_tiles, rounded_tiles, plain_tiles, round_rows, values_to_floats,
+    read_memory};
 
 #if defined(__clang__)
 #pragma clang attribute pop

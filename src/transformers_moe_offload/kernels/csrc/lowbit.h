@@ -45,6 +45,9 @@ struct product {
 /* Most rows of input that one call to a kernel takes. */
 #define MOST_INPUTS 48
 
+/* Most rows of memory that are read side by side, to measure how fast that is. */
+#define MOST_STREAMS 8
+
 /* The kernels of one instruction set. */
 struct kernels {
     const char *name;
@@ -53,6 +56,7 @@ struct kernels {
     void (*plain)(const struct product *, int64_t first_tile, int64_t last_tile); /* of PLAIN matrices */
     void (*round)(const struct product *, const float *rows);
     void (*to_float)(const void *values, enum float_type, int64_t count, float *out);
+    uint64_t (*read_memory)(const char *memory, int64_t nbytes, int streams);
 };
 
 extern const struct kernels portable_kernels;

@@ -102,5 +102,7 @@ ALWAYS_INLINE vec spread(const float *p, const int group_size)
 }
 
 #include "rounded.h"
+#include "stream.h"
 
-const struct kernels portable_kernels = {"portable", exact_tiles, rounded_tiles, plain_tiles, round_rows, values_to_floats};
+const struct kernels portable_kernels = {"portable", exact_tiles, rounded_tiles, plain_tiles, round_rows, values_to_floats,
+    read_memory};
