@@ -28,7 +28,8 @@ from benchmarks.prefetch.recall_page import as_markdown, draw, rounded
 from transformers_moe_offload.bench.conditions import conditions
 from transformers_moe_offload.expert import ExpertId
 from transformers_moe_offload.hf.loading.discover import find_experts
-from transformers_moe_offload.hf.routers.find import RouterProbe, find_router
+from transformers_moe_offload.hf.routers.find import find_router
+from transformers_moe_offload.hf.routers.probe import RouterProbe
 from transformers_moe_offload.policies import LRU
 from transformers_moe_offload.prefetch.predictors import LayerShape, Predictor, make_predictor
 
