@@ -23,7 +23,7 @@ WIDTH = 3
 
 
 def unopened(path: str | Path, nbytes: int = 0) -> File:
-    """A file that need not exist, because nobody reads it."""
+    """A file that need not exist, because it is never read."""
     return File(Path(path), FileIdentity(nbytes=nbytes, device=0, inode=0, modified_ns=None))
 
 

@@ -37,7 +37,7 @@ STAYS_INSIDE = {
     # What cannot be, or what a class that extends another one has to define.
     "AssertionError",
     "NotImplementedError",
-    # What the system has answered: whoever asked it knows another way, or puts it into words.
+    # What the system has answered: the caller knows another way, or puts it into words.
     "OSError",
     "MemoryError",
 }

@@ -80,7 +80,7 @@ def _imitate_published(model: Any) -> None:
 class PublishedSlots:
     """Slots that move experts as the code published with arXiv 2312.17238 does.
 
-    Its cache (`expert_cache.py`) swaps: who is evicted is written back to the memory it once came from, although
+    Its cache (`expert_cache.py`) swaps: an evicted expert is written back to the memory that it was read from, although
     nothing has changed it. One swap follows another, and the layer computes when the last is done. Its quota of slots
     for each layer is what our floor comes to when the budget divides evenly among the layers.
     """

@@ -191,7 +191,7 @@ def test_dropout_inside_an_expert_drops_the_same_in_the_backward_pass(layers, Of
 
 @pytest.mark.parametrize("num_slots", [1, 2, E])
 def test_dropout_drops_the_same_at_every_cache_size_and_whatever_is_resident(layers, Offloaded, num_slots):  # noqa: N803
-    """Experts draw from one stream of random numbers, so the order of arrival must not decide who draws which."""
+    """Experts draw from one stream of random numbers, so the order of arrival must not decide which draws which."""
     layer, arguments = layers[torch.float64], inputs(20, 2, torch.float64)
     torch.manual_seed(1)
     expected = layer.by_autograd(*arguments, DroppingOut)

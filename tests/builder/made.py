@@ -39,7 +39,7 @@ def dense_model(family: str, seed: int = 0, **fields) -> PreTrainedModel:
     model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
     with torch.no_grad():
         for parameter in model.parameters():
-            if parameter.ndim == 1:  # else biases would be zero and norms one, and nobody would miss them
+            if parameter.ndim == 1:  # else biases would be zero and norms one, and a test would not miss them
                 parameter.add_(0.1 * torch.randn(parameter.shape))
     return model.eval()
 

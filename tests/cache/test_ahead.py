@@ -1,4 +1,4 @@
-"""Loads that nobody has asked for yet."""
+"""Loads of experts that no layer has asked for yet."""
 
 from concurrent.futures import ThreadPoolExecutor
 
@@ -29,7 +29,7 @@ def prefetches(cache, layer):
 
 
 class Unhurried(FakeCopier):
-    """Transfers that are not done, and have not begun, before somebody waits for them."""
+    """Transfers that are not done, and have not begun, before a thread waits for them."""
 
     def start(self, expert, slot, alongside=0):
         super().start(expert, slot)

@@ -112,7 +112,7 @@ def test_a_slot_whose_load_was_only_waited_for_in_vain_is_not_given_to_another_e
 
 
 def test_loads_left_behind_by_visits_that_ended_early_starve_no_other_layer(store):
-    """Six slots, a floor of one: five hold loads nobody waited for, the sixth the one of a layer at its floor."""
+    """Six slots, a floor of one: five hold loads without a wait, the sixth the one of a layer at its floor."""
     cache = cache_of(store, 6, layers=(0, 1, 2))
     with cache.turn, cache.visit(0, range(6)) as visit:
         visit.take(0)

@@ -82,7 +82,7 @@ def check(layer, expert, weights):
 
 
 def use_all(cache):
-    """Ask for every expert, twice, in an order that leaves nobody where it is; returns whether all of it was right."""
+    """Ask for every expert, twice, in an order that moves all of them; returns whether all of it was right."""
     for layer in [*range(NUM_LAYERS), *range(NUM_LAYERS)]:
         visit(cache, layer, range(NUM_EXPERTS))
         visit(cache, layer, [2, 0])

@@ -118,7 +118,7 @@ def test_planning_changes_nothing(situation, floor):
 @settings(max_examples=300)
 @given(situations(may_be_loading=False))
 def test_with_nothing_in_flight_the_first_one_always_finds_room_above_the_floors(situation):
-    """The floors together are at most half the slots, so somebody is above theirs, or a slot is free."""
+    """The floors together are at most half the slots, so a layer is above its floor, or a slot is free."""
     residency, candidates, wanted = situation
     planned = plan(wanted, residency, candidates, layer_floor(residency.num_slots, NUM_LAYERS))
     assert wanted[0] not in planned.deferred

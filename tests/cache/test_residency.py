@@ -10,7 +10,7 @@ EXPERTS = [ExpertId(layer, expert) for layer in range(3) for expert in range(4)]
 
 
 class Model(RuleBasedStateMachine):
-    """Against the obvious: one list of slots, each with nobody, or somebody and whether they have landed."""
+    """Against the obvious: one list of slots, each empty, or with an expert and whether its load is done."""
 
     slots: list[list | None]
     residency: Residency

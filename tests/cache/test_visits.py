@@ -76,7 +76,7 @@ def test_a_held_expert_is_never_evicted(store):
 
 
 class InTheirTime(FakeCopier):
-    """Transfers that are done when they are told to be, or when somebody waits for them."""
+    """Transfers that are done when they are told to be, or when a thread waits for them."""
 
     def __init__(self):
         super().__init__()

@@ -8,8 +8,6 @@ from rich.console import Console
 
 from transformers_moe_offload.cli.answer import LiveDisplay, PlainDisplay
 
-ANSI = re.compile(r"\x1b\[[0-9;?]*[A-Za-z]")
-
 
 def on_terminal(pieces: list[str], width: int = 30) -> list[str]:
     """What stands on a terminal in the end, line by line."""

@@ -65,7 +65,7 @@ def test_what_cannot_be_is_said_in_one_line(run, recipe, tmp_path):
 
 
 def test_an_adapter_that_is_in_no_folder_is_said_to_be_in_none(run, recipe, tmp_path):
-    """Else whoever has misspelt a folder reads of the Hub alone, which was never meant."""
+    """Else the error for a misspelt folder would name the Hub alone, which was never meant."""
     experts = [{"source": {"adapter": "models/typo"}}, {"source": {"adapter": str(MODELS / "tiny-dense-c")}}]
     result = run("build", recipe(experts=experts), tmp_path / "moe", "--local-files-only")
     assert result.exit_code == 2, result.output

@@ -14,7 +14,7 @@ COMMANDS = (("plan",), ("chat", "--prompt", "x"), ("trace", "-o", "t.npz", "--pr
 @pytest.fixture(autouse=True)
 def no_network(monkeypatch):
     def refuse(*arguments, **options):
-        raise AssertionError("somebody asked the network")
+        raise AssertionError("the network was asked")
 
     monkeypatch.setattr(socket, "getaddrinfo", refuse)
 

@@ -43,6 +43,7 @@ CASES = [
     ("push nowhere me/moe", "there is no folder nowhere"),
     ("bench", "bench measures a MODEL or, with --kernels, products of matrices: give one of the two"),
     ("bench moe --json nowhere/figures.json", "it is in nowhere, which is not a folder"),
+    ("bench moe --json /dev/null", "cannot write --json /dev/null: it is a device or a pipe; name a file"),
     ("bench moe --prefetch clairvoyant", "--prefetch 'clairvoyant' is not a known predictor; choose one of ["),
     ("bench moe --text nowhere", "cannot read --text nowhere: No such file or directory"),
     ("trace moe -o t.npz", "give prompts either with --prompt, as often as you like, or as the lines of --prompts"),

@@ -1,4 +1,4 @@
-"""What a step of decoding costs that nobody sees: memory that stays, and waits for the device."""
+"""Hidden costs of a step of decoding: memory that stays, and waits for the device."""
 
 import gc
 import tracemalloc

@@ -7,7 +7,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from transformers_moe_offload.compute.forward import computed
+from transformers_moe_offload.compute.forward import outputs_of
 from transformers_moe_offload.compute.row_buckets import padded, padded_count
 from transformers_moe_offload.compute.token_grouping import group_by_expert
 from transformers_moe_offload.formats.base import AS_USED
@@ -59,6 +59,6 @@ def test_prompts_of_any_length_give_an_expert_few_numbers_of_rows():
     for length in range(9, 60):
         hidden = torch.arange(length, dtype=torch.float16)[:, None].expand(-1, 4)
         grouping = group_by_expert(torch.zeros(length, 1, dtype=torch.int64), torch.ones(length, 1), 1)
-        found = computed(mlp, None, hidden, grouping, {0: {}}, AS_USED)[0]
+        found = outputs_of(mlp, None, hidden, grouping, {0: {}}, AS_USED)[0]
         assert torch.equal(found, 2 * hidden)
     assert set(counts) == {16, 32, 48, 64}

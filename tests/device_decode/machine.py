@@ -17,7 +17,7 @@ NUM_LAYERS, NUM_EXPERTS, TOP_K = 3, 8, 2
 
 
 class Machine:
-    """A device, an engine, and a model that only says whom it routes to."""
+    """A device, an engine, and a model that only says which experts it routes to."""
 
     def __init__(self, folder, seed, num_slots=7, policy="lru", streams=None, step_seconds=1e-2):
         self.store = numbered_store(folder, NUM_LAYERS, NUM_EXPERTS)
@@ -87,7 +87,7 @@ class Machine:
                 self.visit_hits[layer] += self.engine.cache.stats[layer].hits - before
 
     def resize(self, num_slots):
-        """Change the number of slots; memory that was freed is somebody else's from now on."""
+        """Change the number of slots; memory that was freed belongs to others from now on."""
         before = dict(self.pool._slots)
         self.engine.resize(num_slots)
         for slot, buffer in before.items():
@@ -100,7 +100,7 @@ class Machine:
         self.check()
 
     def check(self):
-        """What holds at any time: one expert in a slot, and nobody in a slot by the table who is not by the cache."""
+        """What holds at any time: one expert in a slot, and the table names no slot that the cache does not."""
         residency, table = self.engine.cache.residency, self.engine._table
         known = [*residency.residents.values(), *residency.loading.values()]
         assert len(set(known)) == len(known) == residency.num_slots - residency.num_free

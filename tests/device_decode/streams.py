@@ -1,4 +1,4 @@
-"""A device whose streams do what is queued as late, and in as odd an order, as the marks allow; and who saw it.
+"""A device whose streams do what is queued as late, and in as odd an order, as the marks allow; and a record of it.
 
 Two things are checked, whatever the seed. By bytes: a kernel looks up its addresses when it begins, and reads what is
 there then and once more when it ends; a copy leaves garbage in its target until it has ended. By order, of what happens
@@ -145,7 +145,7 @@ class AdversarialStreams:
         self._touches("visit's kernel", 0, address, self.COMPUTE, op)
 
     def reuse(self, tensor):
-        """Somebody was given the memory of a slot that was freed, and writes to it on the compute stream."""
+        """The memory of a slot that was freed is given away, and written to on the compute stream."""
         op = self._queue(self.COMPUTE, Op(self, lambda: tensor.fill_(GARBAGE)))
         self._touches("new owner", 1, tensor.data_ptr(), self.COMPUTE, op)
 
@@ -188,7 +188,7 @@ class AdversarialStreams:
         self.seen_by[stream] = list(map(max, seen, mark.op.seen))
 
     def _touches(self, what, is_write, address, stream, op):
-        """Compare with whoever else touches this memory, where one of the two writes."""
+        """Compare with every other access to this memory, where one of the two writes."""
         op.stream = stream
         for kind in (0, 1) if is_write else (1,):
             for other, other_what in self.touched[kind][address]:

@@ -23,7 +23,7 @@ from transformers_moe_offload.tensor_files.index import StoredTensor, read_index
 
 CPU, GPU = torch.device("cpu"), torch.device("cuda", 0)
 NUM_LAYERS, NUM_EXPERTS = 3, 8
-EVERYBODY = [ExpertId(layer, e) for layer in range(NUM_LAYERS) for e in range(NUM_EXPERTS)]
+ALL_EXPERTS = [ExpertId(layer, e) for layer in range(NUM_LAYERS) for e in range(NUM_EXPERTS)]
 
 
 @pytest.fixture
@@ -51,23 +51,25 @@ def record_of(store, expert):
 def test_every_expert_is_there_at_its_address(store, monkeypatch, workers, block_bytes):
     monkeypatch.setattr(arena_module, "BLOCK_BYTES", block_bytes)
     arena = Arena(store, range(NUM_LAYERS), CPU, workers=workers)
-    for expert in EVERYBODY:
+    for expert in ALL_EXPERTS:
         assert torch.equal(arena.record(expert), record_of(store, expert))
         assert arena.addresses(expert.layer)[expert.expert] == arena.record(expert).data_ptr()
         assert arena.record(expert).data_ptr() % 16 == 0
-    assert arena.nbytes == sum(arena.record(expert).nbytes for expert in EVERYBODY)
+    assert arena.nbytes == sum(arena.record(expert).nbytes for expert in ALL_EXPERTS)
 
 
 def test_no_two_experts_share_a_byte(store):
     arena = Arena(store, range(NUM_LAYERS), CPU)
-    spans = sorted((arena.record(e).data_ptr(), arena.record(e).data_ptr() + arena.record(e).nbytes) for e in EVERYBODY)
+    spans = sorted(
+        (arena.record(e).data_ptr(), arena.record(e).data_ptr() + arena.record(e).nbytes) for e in ALL_EXPERTS
+    )
     assert all(end <= start for (_, end), (start, _) in pairwise(spans))
 
 
 def test_progress_is_told_in_bytes(store):
     told = []
     arena = Arena(store, range(NUM_LAYERS), CPU, workers=2, advance=told.append)
-    assert len(told) == len(EVERYBODY)
+    assert len(told) == len(ALL_EXPERTS)
     assert sum(told) == arena.nbytes
 
 
@@ -78,7 +80,7 @@ def test_some_layers_only(store):
 
 
 def test_a_budget_that_is_too_small_is_refused_with_both_numbers_and_before_anything_is_read(store):
-    needed = len(EVERYBODY) * store.layout(0, 0).nbytes
+    needed = len(ALL_EXPERTS) * store.layout(0, 0).nbytes
     told = []
     with pytest.raises(
         ConfigError, match=rf"takes {needed:,} bytes; host_budget allows {needed - 1:,}\. Set .*host_bud"
@@ -189,11 +191,11 @@ def quantized_in_ram(store):
 def test_experts_that_are_in_ram_already_are_locked_where_they_are_and_not_read_again(store, runtime, monkeypatch):
     in_ram, told = quantized_in_ram(store), []
     arena = Arena(in_ram, range(NUM_LAYERS), GPU, advance=told.append)
-    for expert in EVERYBODY:
+    for expert in ALL_EXPERTS:
         assert torch.equal(arena.record(expert), record_of(store, expert))
         assert arena.record(expert).data_ptr() % 64 == 0
     assert len(told) == NUM_EXPERTS
-    files = {in_ram.in_ram(expert)[0] for expert in EVERYBODY if in_ram.in_ram(expert)}
+    files = {in_ram.in_ram(expert)[0] for expert in ALL_EXPERTS if in_ram.in_ram(expert)}
     assert sorted(runtime.locked.values()) == sorted([sum(told), *(file.nbytes for file in files)])
     (file, start) = in_ram.in_ram(ExpertId(1, 2))
     file.write(memoryview(b"changed"), start)

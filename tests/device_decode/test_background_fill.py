@@ -1,4 +1,4 @@
-"""Who is brought in behind a device, how fast, and in whose place."""
+"""Which experts are loaded behind a device, how fast, and in place of which."""
 
 from collections import Counter
 from types import SimpleNamespace
@@ -192,10 +192,10 @@ def test_those_missed_most_often_lately_come_first():
 
 
 def test_experts_missed_equally_often_take_turns():
-    urgency, everybody, brought_in = Urgency(), [ExpertId(layer, 0) for layer in range(5)], []
+    urgency, all_experts, brought_in = Urgency(), [ExpertId(layer, 0) for layer in range(5)], []
     for _ in range(10):
-        urgency.missed(everybody)
-        brought_in.append(urgency.first(everybody)[0].layer)
+        urgency.missed(all_experts)
+        brought_in.append(urgency.first(all_experts)[0].layer)
         urgency.started(ExpertId(brought_in[-1], 0))
     assert sorted(brought_in) == sorted([*range(5)] * 2)
 

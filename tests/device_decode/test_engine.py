@@ -222,7 +222,7 @@ class FailingStreams(Streams):
 
 
 class FailingPolicy:
-    """LRU that fails when it is asked who should leave, some times."""
+    """LRU that fails when it is asked what to evict, some times."""
 
     def __init__(self, failing):
         self._lru = make_policy("lru")

@@ -152,8 +152,8 @@ def test_idle_pairs_add_nothing_and_nothing_is_read_for_them(tokens, format):
     addresses = layer.addresses(DEVICE, wanted={2})  # elsewhere there is nothing to read
     found = on_device(layer, (hidden, index, weights), module=EXPERTS, addresses=addresses)
     layer.assert_agrees(found, (hidden, index, weights))
-    nobody = torch.full_like(index, 6)
-    found = on_device(layer, (hidden, nobody, weights), module=EXPERTS, addresses=torch.zeros_like(addresses))
+    no_expert = torch.full_like(index, 6)
+    found = on_device(layer, (hidden, no_expert, weights), module=EXPERTS, addresses=torch.zeros_like(addresses))
     assert torch.equal(found.cpu(), torch.zeros_like(hidden))
 
 
@@ -244,7 +244,7 @@ def test_autocast_computes_in_its_dtype_and_returns_what_it_was_given():
 
 
 class NoSync(TorchDispatchMode):
-    """Whoever makes the host wait for the device fails, whichever device it is."""
+    """A call that makes the host wait for the device fails, on any device."""
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         name = func.name()

@@ -91,5 +91,5 @@ def test_slots_whose_visits_forget_to_retire_them_are_found_out(tmp_path, monkey
 def test_who_leaves_without_the_table_being_told_is_found_out(tmp_path, monkeypatch):
     monkeypatch.setattr(AddressedSlots, "_vacate", lambda slots, slot: None)
     machine = Machine(tmp_path, 0)
-    with pytest.raises(AssertionError):  # by the account of who is where, before any kernel has gone wrong
+    with pytest.raises(AssertionError):  # by the table of places, before any kernel has gone wrong
         drive(machine, 300)

@@ -150,7 +150,7 @@ def test_a_filesystem_without_direct_reads_is_read_through_the_page_cache(reads,
 
 @pytest.mark.parametrize("method", ["ended", "submit"])
 def test_an_interruption_loses_no_expert(reads, monkeypatch, method):
-    """Ctrl-C between two lines: what is under way ends, and is read again if somebody still wants it."""
+    """Ctrl-C between two lines: what is under way ends, and is read again if it is still wanted."""
     coming = [reads.start(number * 5000, 30_000 + number * 5000) for number in range(3)]
     really, calls = getattr(aio_queue.AsyncReads, method), []
 

@@ -48,7 +48,7 @@ class TestRead:
         lanes, together, done = ReaderPool(3), threading.Barrier(3), []
 
         def chunk(number):
-            together.wait(10)  # all three, or nobody gets past
+            together.wait(10)  # all three, or none gets past
             done.append(number)
 
         read = lanes.start(Work([partial(chunk, n) for n in range(3)], lambda: done.append("whole") or 42, never))
@@ -128,7 +128,7 @@ class TestRead:
             if len(attempts) == 1:
                 raise KeyboardInterrupt
 
-        read = Read(Work([interrupted_once, lambda: None], lambda: 5, never))  # nobody but the waiter
+        read = Read(Work([interrupted_once, lambda: None], lambda: 5, never))  # only the waiter
         with pytest.raises(KeyboardInterrupt):
             read.finish()
         assert not read.is_done()
@@ -163,7 +163,7 @@ class TestRead:
                 raise OSError(outcome)
 
         def end(expert, how):
-            assert running[expert] == 0, "somebody still writes"
+            assert running[expert] == 0, "a thread still writes"
             ends[expert].append(how)
             return expert
 
@@ -247,7 +247,7 @@ def test_a_file_cut_short_under_one_of_the_chunks_is_an_error_and_the_slot_can_b
             copier.start(ExpertId(0, 3), slot).finish()
         before = slot.clone()
         time.sleep(0.05)
-        assert torch.equal(before, slot), "nobody writes into the slot any more"
+        assert torch.equal(before, slot), "no thread writes into the slot any more"
     copier.start(ExpertId(0, 2), slot).finish()
     assert torch.equal(store.layout(0, 0).views(slot)["a"], tensors["0.a"][2])
 

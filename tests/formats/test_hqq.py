@@ -62,8 +62,8 @@ def test_the_error_is_that_of_hqq_within_a_hundredth(nbits, group_size, solver):
 @pytest.mark.parametrize("group_size", GROUP_SIZES)
 @pytest.mark.parametrize("nbits", NBITS)
 def test_scales_and_zeros_in_8_bits_add_no_hundredth_unless_codes_have_8_too(nbits, group_size, solver):
-    """hqq meets the two ends of a group exactly. With zeros in 8 bits nobody can, and of 8-bit codes' tiny error, two
-    weights in a group of 16 are a part that shows."""
+    """hqq meets the two ends of a group exactly. With zeros in 8 bits no solver can, and of 8-bit codes' tiny
+    error, two weights in a group of 16 are a part that shows."""
     for kind in KINDS:
         theirs, in_8_bits = hqq_errors(kind, nbits, group_size)
         ours = error_of(kind, solver, nbits=nbits, group_size=group_size, meta_nbits=8)

@@ -30,14 +30,14 @@ class Routers:
             module.register_forward_pre_hook(lambda _, inputs, seen=self.chosen[layer.index]: seen.append(inputs[1]))
 
     def num_wanted(self):
-        """Experts that somebody wanted, counted once for each layer and forward."""
+        """Experts that any token wanted, counted once for each layer and forward."""
         return sum(len(choices.unique()) for forwards in self.chosen.values() for choices in forwards)
 
 
 @pytest.mark.parametrize("arithmetic", ["exact", "fast"])
 @pytest.mark.parametrize("num_tokens", [1, 40])
 def test_a_batch_of_eight_moves_each_wanted_expert_once(num_tokens, arithmetic):
-    """With one slot for all layers nobody can be a hit by luck."""
+    """With one slot for all layers no expert is a hit by luck."""
     smallest = load("10%").moe_offload.plan.smallest_budget
     model = AutoModelForCausalLM.from_pretrained(
         TINY_MOE, moe_offload=OffloadConfig(cache_budget=smallest, arithmetic=arithmetic, mmap=False)

@@ -19,7 +19,7 @@ from .conftest import TINY_MOE
 DRAWING = Path(__file__).parents[2] / "docs/pictures/draw.py"
 PACKAGE = Path(transformers_moe_offload.__file__).parent
 
-HALVES = {"cache/core.py": "cache/cache.py", "policies/unused_first.py": "policies/lru.py"}
+HALVES = {"cache/steps.py": "cache/cache.py", "policies/unused_first.py": "policies/lru.py"}
 """Files of base classes, which are one module with the class that is used."""
 
 IN_MANY_CALLS = {"cache/cache.py", "cache/visit.py"}

@@ -28,7 +28,7 @@ def host():
 
 
 class Shelf:
-    """A layer's experts in host memory; knows who is open, and who has been."""
+    """A layer's experts in host memory; counts which are open, and which have been."""
 
     def __init__(self, layer):
         self._layer = layer

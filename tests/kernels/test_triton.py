@@ -141,7 +141,7 @@ def test_there_are_always_as_many_tiles_as_rows_fill(kernels):
         counts = [chance.choice([0, 1, 15, 16, 17, chance.randrange(70)]) for _ in range(chance.randint(2, 9))]
         for height in (16, 32, 64):
             filled = sum(-(-count // height) for count in counts)
-            assert filled <= kernels.grouped.most_tiles(sum(counts), len(counts) - 1, height)  # the last is nobody
+            assert filled <= kernels.grouped.most_tiles(sum(counts), len(counts) - 1, height)  # the last has no expert
 
 
 def experts(count, nbits=4, group_size=32, meta_nbits=8):

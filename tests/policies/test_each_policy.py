@@ -30,7 +30,7 @@ def order(policy):
 
 
 def victims_of(policy, requests, num_slots):
-    """Who leaves at each miss, when one expert is asked for at a time."""
+    """The expert that is evicted at each miss, when one is asked for at a time."""
     residents, victims = set(), []
     for expert in (ExpertId(0, number) for number in requests):
         policy.begin(0, [expert])

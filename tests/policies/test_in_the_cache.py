@@ -36,7 +36,7 @@ class Held(dict):
 
 
 class Witness(NoSlots):
-    """Slots that know who is in them, and object to whatever would corrupt weights."""
+    """Slots that keep which expert is in them, and raise at what would corrupt weights."""
 
     def __init__(self):
         self.inside = {}
@@ -57,7 +57,7 @@ class Witness(NoSlots):
 
 
 class Watched:
-    """A policy that tells the witness who leaves, for slots are not told."""
+    """A policy that notes which expert is evicted, because slots are not called then."""
 
     def __init__(self, policy, witness):
         self.begin, self.admit, self.use, self.candidates = policy.begin, policy.admit, policy.use, policy.candidates

@@ -25,7 +25,7 @@ traces = st.lists(st.tuples(layers, wishes), max_size=25)
 
 
 class Residents(RuleBasedStateMachine):
-    """Calls a policy as the cache does and keeps nothing but who is resident and who of them was ever used."""
+    """Calls a policy as the cache does and keeps only the residents and which of them were ever used."""
 
     @initialize(name=st.sampled_from(policy_names()))
     def start(self, name):
@@ -162,7 +162,7 @@ OPERATIONS = Counter()
 
 
 class Counting(ExpertId):
-    """An expert that counts how often it is hashed or compared, which is how policies find and order anybody."""
+    """An expert that counts how often it is hashed or compared, which is how policies find and order experts."""
 
     def __hash__(self):
         OPERATIONS["all"] += 1

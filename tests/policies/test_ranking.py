@@ -1,4 +1,4 @@
-"""A ranking is a sorted list that nobody has to sort."""
+"""A ranking gives the order of a sorted list, without sorting."""
 
 from hypothesis import given
 from hypothesis import strategies as st

@@ -65,7 +65,7 @@ WEIGHTS_OF_A_SET = {
     "gemma4": "a factor for each expert after the sum has been made one",
     "diffusion_gemma": "the same",
     "inkling": "the shared experts have a part in the sum",
-    "phimoe": "how much an expert weighs depends on who was ruled out before it",
+    "phimoe": "how much an expert weighs depends on which were ruled out before it",
 }
 """Architectures in which weights neither have a fixed sum nor belong to token and expert alone."""
 

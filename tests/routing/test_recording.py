@@ -367,7 +367,7 @@ def test_a_table_has_a_row_for_each_token_and_router(plain, token_ids, trace):
 
 def test_scores_can_be_left_out_and_then_nothing_is_made_of_them(plain, token_ids):
     trace = record(plain, token_ids, scores=None)
-    assert not trace.has_scores
+    assert not any(name.startswith("scores.") for part in trace.parts() for name in part)
     assert np.isnan(trace.statistics(0).figures()["entropy"])
     with pytest.raises(TraceError, match="the trace has no scores"):
         trace.probabilities(only(trace), 0)

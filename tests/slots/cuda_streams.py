@@ -1,6 +1,6 @@
 """A small stand-in for the part of `torch.cuda` that copies to a GPU use: streams that run only when they are told to.
 
-Work on a stream is queued, in order, and nothing of it happens until somebody runs the stream or synchronizes with an
+Work on a stream is queued, in order, and nothing of it happens until a test runs the stream or synchronizes with an
 event on it. So a copy that forgot to wait for a kernel overtakes it in every run, and not once in a million.
 """
 
@@ -137,5 +137,5 @@ class _DeviceMemory(torch.Tensor):
         return self
 
     def record_stream(self, stream):
-        """The allocator keeps the memory until the stream has got this far, whoever lets go of it."""
+        """The allocator keeps the memory until the stream has got this far, whichever reference is dropped."""
         self.machine.kept_for.append((self.data_ptr(), stream))

@@ -156,7 +156,7 @@ def test_reads_go_on_while_earlier_experts_are_still_being_copied(machine):
     slots = [machine.slot(NBYTES) for _ in range(4)]
     for expert, slot in zip(EXPERTS, slots, strict=False):
         copier.start(expert, slot).finish()
-    assert [what_is_in(slot) for slot in slots] == [0] * 4, "two buffers for each reader, so nobody had to wait"
+    assert [what_is_in(slot) for slot in slots] == [0] * 4, "two buffers for each reader, so no reader had to wait"
 
 
 def test_a_slot_that_is_dropped_while_it_is_being_filled_is_kept_for_the_copy(machine):

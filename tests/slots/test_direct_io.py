@@ -30,7 +30,7 @@ def refuse(*arguments):
 
 @pytest.fixture(params=["by the kernel", "by threads", "through the page cache"])
 def way(request, tmp_path, monkeypatch):
-    """Who reads the pages, and whether the page cache is left aside."""
+    """What reads the pages, and whether the page cache is left aside."""
     if request.param == "by the kernel":
         try:
             AioQueue()

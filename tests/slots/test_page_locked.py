@@ -32,7 +32,7 @@ class Runtime:
         monkeypatch.setattr(torch, "ones", self.launch)
 
     def launch(self, number, *, device):
-        """A kernel of torch, which asks for the last error, whatever it was of; nobody is told of it again."""
+        """A kernel of torch, which asks for the last error, whatever it was of; no later call gets it."""
         assert device == GPU
         error, self.last_error = self.last_error, 0
         if error:
@@ -131,7 +131,7 @@ def test_the_driver_is_asked_whether_the_gpu_can_read_it(monkeypatch, error, ans
 
         def cuDeviceGetAttribute(self, value, attribute, device):  # noqa: N802
             assert (attribute, device) == (SAME_ADDRESS, 0)
-            assert self.is_ready, "it answers nobody before that"
+            assert self.is_ready, "it answers no call before that"
             value._obj.value = answer
             return error
 

@@ -195,7 +195,7 @@ def test_several_threads_fork_at_once():
 
 def test_ctrl_c_while_the_main_thread_forks_comes_afterwards_and_no_lock_stays_taken():
     class Slow:
-        """Waits at a fork, while somebody presses Ctrl-C, once."""
+        """Waits at a fork, while Ctrl-C is pressed, once."""
 
         is_pressed = False
 

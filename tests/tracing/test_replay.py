@@ -1,4 +1,4 @@
-"""A replay counts what a run would count, and nobody beats the oracle."""
+"""A replay counts what a run would count, and no policy beats the oracle."""
 
 from functools import cache
 from itertools import combinations, pairwise

@@ -1,4 +1,4 @@
-"""Nothing is merged into weights in low bits, where it would be lost: whoever tries is told."""
+"""Merging into weights in low bits is refused, because an adapter would be lost in them."""
 
 import pytest
 import torch

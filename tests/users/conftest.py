@@ -19,7 +19,7 @@ HERE = Path(__file__).parent
 
 
 def pytest_ignore_collect(collection_path, config):
-    """Only who names this folder, or a file in it, gets these tests: they take long."""
+    """These tests take long, so they run only where this folder, or a file in it, is named."""
     named = [(config.invocation_params.dir / arg.partition("::")[0]).resolve() for arg in config.args]
     return None if any(path.is_relative_to(HERE) for path in named) else True
 

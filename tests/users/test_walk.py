@@ -1,5 +1,5 @@
 """One user's walk, in order: install the wheel, read every page and do what it says, add the extras, run the examples,
-and hand what was written to somebody who does not have the package.
+and load what was written on a machine without the package.
 
 Tests follow one another as they stand here, in one environment.
 """
@@ -195,7 +195,7 @@ def test_damaged_files_of_every_format_are_refused(user, wheel, clone, of_exampl
     user.expect("python", "-m", "fuzz.fuzzing", *count, cwd=of_examples, PYTHONPATH=str(clone / "tests"))
 
 
-# Somebody else, who does not have the package.
+# A machine without the package.
 
 
 @pytest.fixture(scope="session")

@@ -1,6 +1,6 @@
 """Find every model directory of the installed Transformers that contains experts.
 
-Reads the sources and imports none of them, so an architecture that upstream adds tomorrow shows up here before anybody
+Reads the sources and imports none of them, so an architecture that upstream adds tomorrow shows up here before it is
 has written a line about it. How a directory is built is `catalogue.py`'s business; this file only says that it exists
 and why we believe so.
 

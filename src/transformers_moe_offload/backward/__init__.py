@@ -1,1 +1,1 @@
-"""Gradients through experts that are fetched again for the backward pass, and additions to experts."""
+"""Gradients through experts whose weights are loaded again for the backward pass."""

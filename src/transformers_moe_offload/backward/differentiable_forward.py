@@ -49,7 +49,7 @@ def adapted_forward(
     grouping = group_by_expert(top_k_index, top_k_weights, cache.num_experts(layer), keep_zero_weights=is_taped)
     rows = rows_by_expert(hidden_states, grouping)
 
-    def computed(expert: int, weights: ExpertWeights) -> Tensor:
+    def rows_through(expert: int, weights: ExpertWeights) -> Tensor:
         def project(inputs: Tensor, name: str) -> Tensor:
             out = borrowed_product(mlp, inputs, weights, name, partial(lender.borrow, expert))
             for addition in adaptation.low_rank.get(name, ()):
@@ -67,7 +67,7 @@ def adapted_forward(
     lender.used(wanted)
     with cache.turn, cache.visit(layer, wanted, started) as visit:
         for expert, weights in visit.in_order() if is_taped or experts.training else visit:
-            outputs[expert] = computed(expert, opened(weights, codecs.of(expert), cast_to))
+            outputs[expert] = rows_through(expert, opened(weights, codecs.of(expert), cast_to))
     return combine([outputs[expert] for expert in grouping.experts], grouping, hidden_states, top_k_weights)
 
 

@@ -24,7 +24,16 @@ from transformers_moe_offload.compute.forward import opened
 from transformers_moe_offload.compute.mlp import ExpertMlp, ExpertWeights
 from transformers_moe_offload.expert import ExpertId
 from transformers_moe_offload.formats.base import Codec, LayerCodecs
-from transformers_moe_offload.slots.base import Weights
+from transformers_moe_offload.store.layer_source import Weights
+
+_AHEAD = 2
+"""Loads in flight while one expert is in use: one for the time that it takes, one more so that the link never idles."""
+
+Use = Callable[[ExpertWeights], Tensor]
+"""Computes something with an expert's weights, and keeps none of them."""
+
+Again = Callable[[Use], Tensor]
+"""Fetches the expert whose weights a product had, and returns what is computed with it."""
 
 
 class Lent(Protocol):
@@ -40,7 +49,7 @@ class Lent(Protocol):
 
 
 class Lenders:
-    """Makes the lenders of a model's layers, each of which knows that of the layer computed before."""
+    """Makes the lenders of a model's layers, each with a reference to that of the layer computed before."""
 
     def __init__(self, load_ahead: Callable[[Iterable[ExpertId]], None]) -> None:
         """`load_ahead` starts loads of experts of any layer."""
@@ -109,17 +118,6 @@ class Lender:
         own = (other for other in self._experts if other.expert < expert)
         before = None if self._before is None else self._before()
         return islice(chain(own, () if before is None else before._experts), _AHEAD)
-
-
-_AHEAD = 2
-"""Loads in flight while one expert is in use: one for the time that it takes, one more so that the link never idles."""
-
-
-Use = Callable[[ExpertWeights], Tensor]
-"""Computes something with an expert's weights, and keeps none of them."""
-
-Again = Callable[[Use], Tensor]
-"""Fetches the expert whose weights a product had, and returns what is computed with it."""
 
 
 def borrowed_product(mlp: ExpertMlp, rows: Tensor, weights: ExpertWeights, name: str, again: Again) -> Tensor:

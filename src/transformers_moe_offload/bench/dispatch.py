@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from transformers_moe_offload.bench.layers import experts_of, sparse_layers
-from transformers_moe_offload.compute.forward import combine, computed
+from transformers_moe_offload.compute.forward import combine, outputs_of
 from transformers_moe_offload.compute.token_grouping import Grouping, group_by_expert
 from transformers_moe_offload.hf.model.sparse_layer import SparseLayer
 from transformers_moe_offload.hf.upstream import kv_cache_argument
@@ -115,7 +115,7 @@ def _parts(step: _Step, *, is_resident: bool) -> Parts:
                 pass
 
     def arithmetic() -> dict[int, Tensor]:
-        return computed(mlp, step.module, hidden_states, grouping, held, experts.codecs)
+        return outputs_of(mlp, step.module, hidden_states, grouping, held, experts.codecs)
 
     outputs = arithmetic()
     in_order = [outputs[expert] for expert in grouping.experts]

@@ -19,6 +19,8 @@ from transformers import AutoTokenizer
 import transformers_moe_offload
 from transformers_moe_offload.errors import ConfigError
 
+SEED = 0
+
 RANDOM_TOKENS = 16_384
 HOUSE_CHARACTERS = 200_000
 """Some 70,000 tokens, more than is measured with; tokenizing all sources takes seconds."""
@@ -55,11 +57,11 @@ def passage_for(model: Any, name: str, **origin: Any) -> Passage:
         return random_passage(model.config.get_text_config().vocab_size, avoid)
 
 
-def random_passage(vocab: int, avoid: frozenset[int] = frozenset(), seed: int = 0) -> Passage:
+def random_passage(vocab: int, avoid: frozenset[int] = frozenset()) -> Passage:
     """Uniform tokens for a model that has no tokenizer, without those that would end a sequence."""
     allowed = torch.tensor([token for token in range(vocab) if token not in avoid])
-    chosen = torch.randint(len(allowed), (RANDOM_TOKENS,), generator=torch.Generator().manual_seed(seed))
-    return Passage(allowed[chosen], is_text=False, source=f"random tokens, seed {seed}")
+    chosen = torch.randint(len(allowed), (RANDOM_TOKENS,), generator=torch.Generator().manual_seed(SEED))
+    return Passage(allowed[chosen], is_text=False, source=f"random tokens, seed {SEED}")
 
 
 def text_passage(tokenizer: Any, text: str, source: str) -> Passage:

@@ -13,7 +13,7 @@ from transformers_moe_offload.builder.edit import add_expert, drop_expert, merge
 from transformers_moe_offload.builder.publish import publish
 from transformers_moe_offload.builder.recipe import MoeRecipe
 from transformers_moe_offload.builder.sweep import SweepReport, sweep_gates
-from transformers_moe_offload.builder.writing.card import MoeBuildInfo
+from transformers_moe_offload.builder.writing.info import MoeBuildInfo
 
 __all__ = [
     "AdapterMoeInfo",

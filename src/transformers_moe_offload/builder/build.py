@@ -26,8 +26,8 @@ from transformers_moe_offload.builder.sources import open_source
 from transformers_moe_offload.builder.texts.expert_texts import expect_files
 from transformers_moe_offload.builder.texts.tokenizer import tokenizer_files, tokenizer_for
 from transformers_moe_offload.builder.weights.tensor_reader import TensorReader
-from transformers_moe_offload.builder.writing.card import MoeBuildInfo
 from transformers_moe_offload.builder.writing.folder import build_place
+from transformers_moe_offload.builder.writing.info import MoeBuildInfo
 from transformers_moe_offload.builder.writing.mixture import write_mixture
 from transformers_moe_offload.errors import RecipeError
 from transformers_moe_offload.hub.fetch import is_tokenizer_file, published

@@ -54,6 +54,72 @@ def channels_of(
     return parts
 
 
+def sizes_of(num_channels: int, num_parts: int) -> list[int]:
+    """Channels of each part: as equal as can be, the larger ones first."""
+    if num_parts > num_channels:
+        raise RecipeError(f"a block of {num_channels} channels cannot be split into {num_parts} parts")
+    small, larger = divmod(num_channels, num_parts)
+    return [small + (part < larger) for part in range(num_parts)]
+
+
+def random_parts(num_channels: int, num_parts: int, *, seed: int) -> Parts:
+    """Channels dealt out at random."""
+    order = torch.randperm(num_channels, generator=torch.Generator().manual_seed(seed))
+    return [part.sort().values for part in order.split(sizes_of(num_channels, num_parts))]
+
+
+def parts_of(labels: Tensor, num_parts: int) -> Parts:
+    """The channels of each part, given the part of each channel, (I,) int64."""
+    return [(labels == part).nonzero().flatten() for part in range(num_parts)]
+
+
+def active(activations: Tensor) -> Tensor:
+    """Which channels are active for which token, as in MoEfication (arXiv 2110.01786): (N, I) float -> (N, I) bool.
+
+    A channel adds its activation times its column of the down projection; for each token the largest count as active.
+    """
+    count = max(1, round(activations.shape[-1] * ACTIVE_SHARE))
+    chosen = activations.abs().topk(count, dim=-1).indices
+    return torch.zeros_like(activations, dtype=torch.bool).scatter_(-1, chosen, True)
+
+
+def co_activation_parts(active: Tensor, num_parts: int, *, num_shared: int = 0, seed: int) -> Parts:
+    """Parts of channels that are active together, (N, I) bool; the first `num_shared` have those most often active."""
+    sizes = sizes_of(active.shape[1], num_parts)
+    often = active.sum(0).argsort(descending=True, stable=True)
+    shared = list(often[: sum(sizes[:num_shared])].split(sizes[:num_shared])) if num_shared else []
+    others = often[sum(sizes[:num_shared]) :].sort().values
+    labels = balanced_k_means(active[:, others].T, sizes[num_shared:], seed=seed)
+    return [part.sort().values for part in shared] + [others[part] for part in parts_of(labels, num_parts - num_shared)]
+
+
+def k_means_parts(rows: Tensor, num_parts: int, *, seed: int) -> Parts:
+    """Parts of channels whose rows, (I, D) of a floating dtype, point in similar directions."""
+    return parts_of(balanced_k_means(rows, sizes_of(len(rows), num_parts), seed=seed), num_parts)
+
+
+def balanced_k_means(rows: Tensor, sizes: Sequence[int], *, seed: int) -> Tensor:
+    """The cluster of each row: rows (I, D) -> (I,) int64 in which cluster p occurs `sizes[p]` times.
+
+    LLaMA-MoE (arXiv 2406.16554) clusters rows of a block's matrices so. Here a channel is assigned to the nearest
+    cluster with room; a cluster that is nearest to too many channels takes those that would lose most in another.
+    """
+    assert sum(sizes) == len(rows), f"{sum(sizes)} places for {len(rows)} rows"
+    rows = nn.functional.normalize(rows.float(), dim=-1)
+    room = torch.tensor(sizes)
+    centres = _spread(rows, len(sizes), seed)
+    best, least = torch.zeros(len(rows), dtype=torch.int64), float("inf")
+    for _ in range(_ROUNDS):
+        distances = _distances(rows, centres)
+        labels = _assigned(distances, room)
+        cost = distances.gather(1, labels[:, None]).sum().item()
+        if cost >= least:
+            break
+        best, least = labels, cost
+        centres = torch.zeros_like(centres).index_add_(0, labels, rows) / room[:, None]
+    return best
+
+
 def _by_activation(
     split: Split, base: Source, tokenizer: Any, ffn: Mapping[int, str], *, device: str
 ) -> dict[int, Parts]:
@@ -93,72 +159,6 @@ def _module(base: Source, block: str, names: tuple[str, ...]) -> str:
         if f"{block}.{name}.weight" in base.tensors:
             return f"{block}.{name}"
     raise RecipeError(f"{base.name} has none of {', '.join(names)} in {block}, so its channels cannot be told apart")
-
-
-def sizes_of(num_channels: int, num_parts: int) -> list[int]:
-    """Channels of each part: as equal as can be, the larger ones first."""
-    if num_parts > num_channels:
-        raise RecipeError(f"a block of {num_channels} channels cannot be split into {num_parts} parts")
-    small, larger = divmod(num_channels, num_parts)
-    return [small + (part < larger) for part in range(num_parts)]
-
-
-def random_parts(num_channels: int, num_parts: int, *, seed: int) -> Parts:
-    """Channels dealt out at random."""
-    order = torch.randperm(num_channels, generator=torch.Generator().manual_seed(seed))
-    return [part.sort().values for part in order.split(sizes_of(num_channels, num_parts))]
-
-
-def parts_of(labels: Tensor, num_parts: int) -> Parts:
-    """The channels of each part, given the part of each channel, (I,) int64."""
-    return [(labels == part).nonzero().flatten() for part in range(num_parts)]
-
-
-def active(activations: Tensor) -> Tensor:
-    """Which channels are active for which token, as in MoEfication (arXiv 2110.01786): (N, I) float -> (N, I) bool.
-
-    A channel adds its activation times its column of the down projection; for each token the largest count as active.
-    """
-    count = max(1, round(activations.shape[-1] * ACTIVE_SHARE))
-    chosen = activations.abs().topk(count, dim=-1).indices
-    return torch.zeros_like(activations, dtype=torch.bool).scatter_(-1, chosen, True)
-
-
-def co_activation_parts(active: Tensor, num_parts: int, *, num_shared: int = 0, seed: int = 0) -> Parts:
-    """Parts of channels that are active together, (N, I) bool; the first `num_shared` have those most often active."""
-    sizes = sizes_of(active.shape[1], num_parts)
-    often = active.sum(0).argsort(descending=True, stable=True)
-    shared = list(often[: sum(sizes[:num_shared])].split(sizes[:num_shared])) if num_shared else []
-    others = often[sum(sizes[:num_shared]) :].sort().values
-    labels = balanced_k_means(active[:, others].T, sizes[num_shared:], seed=seed)
-    return [part.sort().values for part in shared] + [others[part] for part in parts_of(labels, num_parts - num_shared)]
-
-
-def k_means_parts(rows: Tensor, num_parts: int, *, seed: int) -> Parts:
-    """Parts of channels whose rows, (I, D) of a floating dtype, point in similar directions."""
-    return parts_of(balanced_k_means(rows, sizes_of(len(rows), num_parts), seed=seed), num_parts)
-
-
-def balanced_k_means(rows: Tensor, sizes: Sequence[int], *, seed: int) -> Tensor:
-    """The cluster of each row: rows (I, D) -> (I,) int64 in which cluster p occurs `sizes[p]` times.
-
-    LLaMA-MoE (arXiv 2406.16554) clusters rows of a block's matrices so. Here a channel is assigned to the nearest
-    cluster with room; a cluster that is nearest to too many channels takes those that would lose most in another.
-    """
-    assert sum(sizes) == len(rows), f"{sum(sizes)} places for {len(rows)} rows"
-    rows = nn.functional.normalize(rows.float(), dim=-1)
-    room = torch.tensor(sizes)
-    centres = _spread(rows, len(sizes), seed)
-    best, least = torch.zeros(len(rows), dtype=torch.int64), float("inf")
-    for _ in range(_ROUNDS):
-        distances = _distances(rows, centres)
-        labels = _assigned(distances, room)
-        cost = distances.gather(1, labels[:, None]).sum().item()
-        if cost >= least:
-            break
-        best, least = labels, cost
-        centres = torch.zeros_like(centres).index_add_(0, labels, rows) / room[:, None]
-    return best
 
 
 def _spread(rows: Tensor, count: int, seed: int) -> Tensor:

@@ -57,9 +57,7 @@ def publish(
 
 
 @contextmanager
-def published_after(
-    folder: Path, hub: Hub, push: str | None, *, overwrite: bool = False, token: str | None = None
-) -> Iterator[None]:
+def published_after(folder: Path, hub: Hub, push: str | None, *, overwrite: bool, token: str | None) -> Iterator[None]:
     """Refuse a folder or a repository that cannot be written to; after the block upload the folder to it, if any."""
     expect_place(folder, MARKS, overwrite=overwrite)
     if push is not None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 _SMOOTHING = 1 / 16
+"""What a new value counts in a running mean: about the last 16 decide."""
 
 
 class Link:

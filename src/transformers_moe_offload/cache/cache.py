@@ -1,18 +1,18 @@
-"""Keep experts resident and give layers their weights: the interface of a cache. Its steps are in `core.py`."""
+"""Keep experts resident and give layers their weights: the interface of a cache. Its steps are in `steps.py`."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Container, Iterable, Sequence, Set
 
 from transformers_moe_offload.cache.change import change
-from transformers_moe_offload.cache.core import CacheCore
 from transformers_moe_offload.cache.planner import Load, plan_ahead
+from transformers_moe_offload.cache.steps import CacheSteps
 from transformers_moe_offload.cache.turn import Attempt, IsTakenError
 from transformers_moe_offload.cache.visit import Visit
 from transformers_moe_offload.expert import ExpertId
 
 
-class ExpertCache(CacheCore):
+class ExpertCache(CacheSteps):
     """The resident experts of some sparse layers on one device.
 
     One visit at a time: threads that share a model take turns layer by layer. The caller takes the turn,
@@ -25,16 +25,16 @@ class ExpertCache(CacheCore):
         layer: int,
         wanted: Sequence[int],
         started: Callable[[Sequence[int]], None] | None = None,
-        computed: Container[int] = (),
+        on_host: Container[int] = (),
     ) -> Visit:
         """Ask for experts of a layer, each named once; the last ones are those most worth keeping for later. Open the
         visit with the turn held.
 
         `started` is called with the wanted experts once the visit's own loads are in flight, but not in a visit that
-        goes in waves, which leaves no slot for other loads. Experts that are `computed` by the host are wanted like the
+        goes in waves, which leaves no slot for other loads. Experts that are computed `on_host` are wanted like the
         others, but neither loaded nor given to the caller.
         """
-        return Visit(self, layer, [*map(self._ids[layer].__getitem__, wanted)], started, computed)
+        return Visit(self, layer, [*map(self._ids[layer].__getitem__, wanted)], started, on_host)
 
     def load_ahead(self, expert: ExpertId, spared: Set[ExpertId] = frozenset()) -> bool:
         """Start to load an expert ahead of demand; returns whether the load was started.

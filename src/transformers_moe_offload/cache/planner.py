@@ -1,6 +1,6 @@
 """Decide which residents make room for the experts a layer is about to use.
 
-Pure: reads a snapshot and returns a plan. `core.py` carries the plan out.
+Pure: reads a snapshot and returns a plan. `steps.py` carries the plan out.
 """
 
 from __future__ import annotations

@@ -12,11 +12,11 @@ from collections.abc import Callable, Container, Iterator, Sequence
 from types import TracebackType
 from typing import Any
 
-from transformers_moe_offload.cache.core import CacheCore
 from transformers_moe_offload.cache.planner import order_of_use
+from transformers_moe_offload.cache.steps import CacheSteps
 from transformers_moe_offload.errors import MoeOffloadError
 from transformers_moe_offload.expert import ExpertId
-from transformers_moe_offload.slots.base import Weights
+from transformers_moe_offload.store.layer_source import Weights
 
 
 def _times_taken(turn: Any) -> int:
@@ -30,18 +30,18 @@ class Visit:
 
     def __init__(
         self,
-        cache: CacheCore,
+        cache: CacheSteps,
         layer: int,
         wanted: Sequence[ExpertId],
         started: Callable[[Sequence[int]], None] | None,
-        computed: Container[int] = (),
+        on_host: Container[int] = (),
     ) -> None:
         self._cache = cache
         self._layer = layer
         self._wanted: dict[ExpertId, None] = dict.fromkeys(wanted)
-        self._computed = computed
+        self._on_host = on_host
         self._are_all_resident = False
-        upcoming = [one for one in wanted if one.expert not in computed] if computed else wanted
+        upcoming = [one for one in wanted if one.expert not in on_host] if on_host else wanted
         self._upcoming: dict[ExpertId, None] = dict.fromkeys(upcoming)
         self._used: dict[ExpertId, None] = {}
         """Experts taken since the policy was last told of this visit."""
@@ -61,7 +61,7 @@ class Visit:
             )
         if not self._cache.is_whole:
             self._cache.repair()
-        self._are_all_resident = self._cache.begin(self._layer, list(self._wanted), self._computed)
+        self._are_all_resident = self._cache.begin(self._layer, list(self._wanted), self._on_host)
         return self
 
     def __exit__(

@@ -12,7 +12,7 @@ from typing import Any, Unpack
 import typer
 from transformers import set_seed
 
-from transformers_moe_offload.cli import options
+from transformers_moe_offload.cli import formats, options
 from transformers_moe_offload.cli.answer import Sampling, answer
 from transformers_moe_offload.cli.failures import CommandError, expect_utf8, report
 from transformers_moe_offload.config import OffloadConfig
@@ -45,7 +45,7 @@ def chat(
     **typed: Unpack[options.Loading],
 ) -> None:
     """Load the model and answer prompts until there are no more."""
-    asked = options.parse_formats(experts, layers, hot, trace, hot_share, dense)
+    asked = formats.parse_formats(experts, layers, hot, trace, hot_share, dense)
     config = OffloadConfig(
         cache_budget=cache_budget,
         policy=policy,

@@ -12,7 +12,7 @@ from rich import box
 from rich.console import Console
 from rich.table import Table
 
-from transformers_moe_offload.cli import options
+from transformers_moe_offload.cli import formats, options
 from transformers_moe_offload.config import Budget, OffloadConfig
 from transformers_moe_offload.dtypes import dtype_name
 from transformers_moe_offload.formats.base import LayerCodecs
@@ -42,7 +42,7 @@ def plan(
     **origin: Unpack[options.Origin],
 ) -> None:
     """Print where weights would be, how many experts fit into the cache, and what a token would read."""
-    asked = options.parse_formats(experts, layers, hot, trace, hot_share, dense)
+    asked = formats.parse_formats(experts, layers, hot, trace, hot_share, dense)
     config = OffloadConfig(cache_budget=cache_budget, experts=asked.experts, dense=asked.dense)
     source = meta_model(model, options.parse_dtype(dtype), **origin)
     asked.expect_traced(source)

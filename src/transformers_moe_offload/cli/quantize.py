@@ -9,7 +9,7 @@ from rich import box
 from rich.console import Console
 from rich.table import Table
 
-from transformers_moe_offload.cli import options
+from transformers_moe_offload.cli import formats, options
 from transformers_moe_offload.cli.push import push as push_folder
 from transformers_moe_offload.cli.writing import progress, resumable
 from transformers_moe_offload.config import ExpertFormats, OffloadConfig
@@ -38,7 +38,7 @@ def quantize(
     **commit: Unpack[options.Commit],
 ) -> None:
     """Show the formats and sizes of the weights, write the checkpoint, and upload it if asked to."""
-    asked = options.parse_formats(experts, layers, hot, trace, hot_share, dense, optimize=not no_optimize)
+    asked = formats.parse_formats(experts, layers, hot, trace, hot_share, dense, optimize=not no_optimize)
     model = meta_model(source, **commit)
     asked.expect_traced(model)
     plan = QuantizationPlan.of(model, OffloadConfig(experts=asked.experts, dense=asked.dense))

@@ -48,6 +48,8 @@ def expect_file(option: str, path: Path | None) -> None:
     if path.is_dir() or not path.parent.is_dir():
         what = "is a folder" if path.is_dir() else f"is in {path.parent}, which is not a folder"
         raise CommandError(f"cannot write {option} {path}: it {what}; name a file in a folder that exists")
+    if path.exists() and not path.is_file():  # writing would put a file in place of a device or a pipe
+        raise CommandError(f"cannot write {option} {path}: it is a device or a pipe; name a file")
     if not os.access(path.parent, os.W_OK):
         raise CommandError(f"cannot write {option} {path}: {path.parent} cannot be written to; name another folder")
 

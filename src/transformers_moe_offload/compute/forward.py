@@ -20,7 +20,7 @@ from transformers_moe_offload.compute.mlp import ExpertMlp, ExpertWeights
 from transformers_moe_offload.compute.row_buckets import padded
 from transformers_moe_offload.compute.token_grouping import FEW_PAIRS, Grouping, group_by_expert
 from transformers_moe_offload.formats.base import AS_USED, Codec, LayerCodecs
-from transformers_moe_offload.slots.base import Weights
+from transformers_moe_offload.store.layer_source import Weights
 
 
 class HostWork(Protocol):
@@ -79,13 +79,13 @@ def sparse_forward(
                 outputs[expert] = mlp(experts, rows_of(hidden_states, grouping.tokens[expert]), found)
         else:
             for batch in visit.batches():
-                outputs |= computed(mlp, experts, hidden_states, grouping, batch, codecs, cast_to)
+                outputs |= outputs_of(mlp, experts, hidden_states, grouping, batch, codecs, cast_to)
         if computing is not None:
             outputs |= computing.finish()
     return combine([outputs[expert] for expert in grouping.experts], grouping, hidden_states, top_k_weights)
 
 
-def computed(
+def outputs_of(
     mlp: ExpertMlp,
     experts: Any,
     hidden_states: Tensor,

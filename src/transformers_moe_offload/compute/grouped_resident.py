@@ -26,7 +26,7 @@ from transformers_moe_offload.formats.base import LayerCodecs
 from transformers_moe_offload.formats.codec import ExpertCodec
 from transformers_moe_offload.kernels import gpu
 from transformers_moe_offload.kernels.grouped import Pairs
-from transformers_moe_offload.slots.base import Weights
+from transformers_moe_offload.store.layer_source import Weights
 
 FEW_TOKENS = 16
 """Dense experts are computed together for up to so many tokens: with more rows, torch's own matmul is better."""

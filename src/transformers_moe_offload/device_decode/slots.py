@@ -18,9 +18,9 @@ from transformers_moe_offload.device_decode.arena import Arena
 from transformers_moe_offload.device_decode.streams import Copy, Mark, Streams
 from transformers_moe_offload.device_decode.table import AddressTable
 from transformers_moe_offload.expert import ExpertId
-from transformers_moe_offload.slots.base import Weights
 from transformers_moe_offload.slots.buffers import SlotPool
 from transformers_moe_offload.slots.transfer import Transfer
+from transformers_moe_offload.store.layer_source import Weights
 
 
 class AddressedSlots:

@@ -44,6 +44,7 @@ _HANDLES_PER_FILE = 3
 """One for reads, one for the mapping, and one for reads past the page cache."""
 
 _LIMIT_WITHOUT_LIMITS = 512
+"""Open files of a process on a system that does not tell its limit: what Windows' C library allows at first."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -31,6 +31,8 @@ LARGEST = 65504.0
 """Largest finite float16."""
 SMALLEST = 2.0**-24
 """Smallest positive float16, subnormal."""
+FARTHEST = LARGEST * LARGEST
+"""Largest weight that a zero and a scale in float16 can express."""
 
 
 def stored(values: Tensor, meta_nbits: int, name: str) -> tuple[dict[str, Tensor], Tensor]:
@@ -84,10 +86,6 @@ def _half_at_most(values: Tensor) -> Tensor:
     half = values.half()
     lower = (values - values.abs() * 2**-10 - SMALLEST).clamp_(min=-LARGEST).half()
     return torch.where(half.float() > values, lower, half)
-
-
-FARTHEST = LARGEST * LARGEST
-"""Largest weight that a zero and a scale in float16 can express."""
 
 
 @dataclass(frozen=True)

@@ -121,7 +121,6 @@ COMPILED_CALL = "get_compiled_call"
 """5.23, 5.24: the method of a model that returns the callable which `generate` calls in place of the model, with a
 static cache (`PreTrainedModel.get_compiled_call`, called by `generation/utils.py`)."""
 
-
 MOVE_ROWS = ("reorder_cache", "batch_select_indices", "batch_repeat_interleave")
 """5.23, 5.24: the methods of a KV cache that reorder or repeat its rows."""
 

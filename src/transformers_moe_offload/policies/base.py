@@ -1,6 +1,6 @@
 """What an eviction policy answers, and the list of policies by name.
 
-A policy knows the residents and how they were used. It orders them; the planner decides which of them may leave.
+A policy keeps the residents and how they were used. It orders them; the planner decides which of them may leave.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from transformers_moe_offload.expert import ExpertId
 from transformers_moe_offload.registry import Registry
 
 ORACLE = "belady"
-"""The policy that knows the future. It has no factory: only a replay, whose future is its trace, can make one."""
+"""The policy that evicts what is used again last. It has no factory: only a replay knows what comes, from its trace."""
 
 
 class EvictionPolicy(Protocol):

@@ -60,7 +60,7 @@ WARM_UP = 16
 and a cache that was empty fills up."""
 
 BLOCK_STEPS = 5
-"""Steps in a row with or without prefetching; the first of them still feels the block before and is not counted."""
+"""Steps in a row with or without prefetching; the first still has loads of the block before and is not counted."""
 
 ROUND = (False, True, True, False)
 """Whether the blocks of a round are done with prefetching: in this order, what gets steadily faster, such as a cache

@@ -22,6 +22,15 @@ from transformers_moe_offload.policies.passes import Passes
 from transformers_moe_offload.prefetch.controller import Controller
 from transformers_moe_offload.prefetch.predictors import Prediction, Predictor
 
+_MOST_TURNS = 64
+"""Turns of a layer in one forward that are followed: a bound for memory where no forward seems to end."""
+
+_FEW_TOKENS = 8
+"""A decode step of a small batch."""
+
+_SMOOTHING = 1 / 16
+"""What a new period counts in the running mean of them: about the last 16 decide."""
+
 
 class Route:
     """Follows the visits of a model's sparse layers, which are numbered by their place in the model."""
@@ -60,10 +69,6 @@ class Route:
             if other != place:
                 found.setdefault(other, visits)
         return found
-
-
-_MOST_TURNS = 64
-"""Turns of a layer in one forward that are followed: a bound for memory where no forward seems to end."""
 
 
 class Prefetcher:
@@ -182,9 +187,3 @@ class Prefetcher:
         if num_tokens not in self._controllers:
             self._controllers[num_tokens] = self._new_controller()
         return self._controllers[num_tokens]
-
-
-_FEW_TOKENS = 8
-"""A decode step of a small batch."""
-
-_SMOOTHING = 1 / 16

@@ -85,11 +85,6 @@ class RecordedRouting:
         names = [write_part(folder, number, part) for number, part in enumerate(self.parts())]
         TraceIndex(**{**vars(self._index), "parts": names}).write(folder)
 
-    @property
-    def has_scores(self) -> bool:
-        """Whether the scores of all experts were recorded."""
-        return any(f"scores.{router}" in part for part in self.parts() for router in range(len(self.routers)))
-
     def parts(self) -> Iterator[Part]:
         """The parts, one at a time."""
         source = self._source

@@ -190,7 +190,7 @@ def _check_index(folder: Path, index: TraceIndex) -> None:
             refuse_folder(folder, f"two routers have one {name}")
 
 
-def expect_new_folder(folder: str | os.PathLike[str], *, overwrite: bool = False) -> None:
+def expect_new_folder(folder: str | os.PathLike[str], *, overwrite: bool) -> None:
     """Raise `TraceError` where `new_folder` would, without creating anything: a check before the model is loaded."""
     path = Path(folder).absolute()
     if (path / INDEX).exists():
@@ -207,7 +207,7 @@ def expect_new_folder(folder: str | os.PathLike[str], *, overwrite: bool = False
         raise TraceError(f"{path} has other files, {quoted(min(others))} among them; name a folder of its own")
 
 
-def new_folder(folder: str | os.PathLike[str], *, overwrite: bool = False) -> Path:
+def new_folder(folder: str | os.PathLike[str], *, overwrite: bool) -> Path:
     """A folder for a new trace.
 
     A folder with a trace is refused, or with `overwrite` that trace is removed; a folder with other files is refused.

@@ -10,13 +10,9 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from typing import Protocol
 
-from torch import Tensor
-
 from transformers_moe_offload.expert import ExpertId
 from transformers_moe_offload.slots.transfer import Transfer
-
-Weights = dict[str, Tensor]
-"""One expert's tensors by field name. Views of a slot: they change when the slot is given to another expert."""
+from transformers_moe_offload.store.layer_source import Weights
 
 
 class Slots(Protocol):

@@ -9,9 +9,9 @@ import torch
 from torch import Tensor
 
 from transformers_moe_offload.expert import ExpertId
-from transformers_moe_offload.slots.base import Weights
 from transformers_moe_offload.slots.transfer import Copier, Transfer
 from transformers_moe_offload.store.expert_store import ExpertStore
+from transformers_moe_offload.store.layer_source import Weights
 from transformers_moe_offload.store.record import RecordLayout
 
 

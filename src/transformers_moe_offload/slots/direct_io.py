@@ -17,9 +17,9 @@ from transformers_moe_offload.disk_io.page_reads import PageRead, Placed, parts,
 from transformers_moe_offload.disk_io.read import Work
 from transformers_moe_offload.disk_io.reader_pool import ReaderPool, chunk_bytes
 from transformers_moe_offload.expert import ExpertId
-from transformers_moe_offload.slots.base import Weights
 from transformers_moe_offload.slots.transfer import HostCopier, Transfer
 from transformers_moe_offload.store.expert_store import ExpertStore
+from transformers_moe_offload.store.layer_source import Weights
 from transformers_moe_offload.store.record import RecordLayout
 from transformers_moe_offload.system.host_memory import PageMemory, host_bytes
 

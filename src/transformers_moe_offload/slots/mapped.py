@@ -14,9 +14,9 @@ from transformers_moe_offload.disk_io.read import Work
 from transformers_moe_offload.disk_io.reader_pool import ReaderPool
 from transformers_moe_offload.dtypes import torch_dtype
 from transformers_moe_offload.expert import ExpertId
-from transformers_moe_offload.slots.base import Weights
 from transformers_moe_offload.slots.transfer import Landed, Transfer
 from transformers_moe_offload.store.expert_store import ExpertStore
+from transformers_moe_offload.store.layer_source import Weights
 
 _SURELY_THERE = 1.0
 """Seconds after its last use for which an expert's pages are not looked at. A look at an expert of 3 MiB takes 15 us.

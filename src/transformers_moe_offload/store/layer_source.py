@@ -24,7 +24,8 @@ from transformers_moe_offload.system.host_memory import host_bytes
 from transformers_moe_offload.tensor_files.index import StoredTensor
 
 Weights = dict[str, Tensor]
-"""One expert's tensors by field name."""
+"""One expert's tensors by field name. Where they are views of a slot, they change when the slot is given to another
+expert."""
 
 
 @dataclass(frozen=True)
@@ -162,7 +163,7 @@ class LayerSource:
         return LayerSource(spec, experts, spare, self.codecs.cast(dtype))
 
     def read(self, expert: int) -> Weights:
-        """One expert as the module knows it, in memory of its own."""
+        """One expert's fields as the experts module has them, in memory of their own."""
         record = self.read_record(expert)
         weights, codec = RecordLayout(self.stored(expert)).views(record), self.codecs.of(expert)
         return weights if codec is None else codec.decode(weights)

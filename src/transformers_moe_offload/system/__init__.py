@@ -1,1 +1,1 @@
-"""What the operating system gives and takes: memory, and processes that fork. It knows no files and no experts."""
+"""The operating system: free memory, page-locked and aligned memory, processes that fork. Without files or experts."""

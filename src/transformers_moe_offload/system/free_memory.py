@@ -1,4 +1,4 @@
-"""How many bytes an automatic budget may take, and giving freed memory back to the system."""
+"""How many bytes an automatic budget may take, under the limits of control groups; giving freed memory back."""
 
 from __future__ import annotations
 
@@ -22,10 +22,11 @@ MAPPED_SHARE = 0.8
 """Share of the free RAM. Experts that take no more than this stay in the page cache once they have been read. Beyond it
 mapped pages would be dropped and read again in the middle of a layer, where explicit reads are several times faster."""
 
-
 ROOT = Path("/sys/fs/cgroup")
+"""Where Linux shows the hierarchies of control groups."""
 
 MEMBERSHIP = Path("/proc/self/cgroup")
+"""The groups of this process."""
 
 
 class _Version(NamedTuple):

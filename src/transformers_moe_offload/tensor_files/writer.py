@@ -219,7 +219,9 @@ def _reserve(descriptor: int, nbytes: int) -> None:
 
 
 def _cannot_write(path: Path, nbytes: int, error: OSError) -> CheckpointError:
-    free = 0
-    with suppress(OSError):
-        free = shutil.disk_usage(path.parent).free
-    return CheckpointError(f"cannot write {path}: {error.strerror}; it takes {nbytes:,} bytes, and {free:,} are free")
+    sizes = ""
+    if error.errno in (errno.ENOSPC, errno.EDQUOT):
+        with suppress(OSError):
+            free = shutil.disk_usage(path.parent).free
+            sizes = f"; it takes {nbytes:,} bytes, and {free:,} are free"
+    return CheckpointError(f"cannot write {path}: {error.strerror}{sizes}")

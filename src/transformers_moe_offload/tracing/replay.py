@@ -15,9 +15,9 @@ from transformers_moe_offload.cache.cache import ExpertCache
 from transformers_moe_offload.errors import ConfigError
 from transformers_moe_offload.expert import ExpertId
 from transformers_moe_offload.policies import ORACLE, Belady, make_policy
-from transformers_moe_offload.slots.base import Weights
 from transformers_moe_offload.slots.transfer import Landed, Transfer
 from transformers_moe_offload.stats import LayerStats
+from transformers_moe_offload.store.layer_source import Weights
 from transformers_moe_offload.tracing.trace import Trace
 
 

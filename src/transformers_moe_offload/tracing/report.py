@@ -1,4 +1,5 @@
-"""Draw a trace and its replays. The only file that knows matplotlib, which comes with the extra `plots`."""
+"""Draw a trace and its replays. The only file that imports matplotlib, which comes with the extra `plots`;
+`routing/report.py` draws with the figures that are made here."""
 
 # V visits, S steps, L sparse layers, E most experts of a layer
 
@@ -19,7 +20,6 @@ from transformers_moe_offload.tracing.trace_file import TraceError
 
 WINDOW = 25
 """Steps over which the line in the plot of stalls is a median: enough to smooth, few enough to show a new topic."""
-
 
 _SPREAD = 20
 """If the longest step waited so many times as long as the median one, a linear axis would show only that step."""

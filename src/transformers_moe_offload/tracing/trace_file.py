@@ -1,8 +1,8 @@
-"""The file of a trace: an `.npz` archive of a few rows of numbers, and one of names.
+"""The file of a trace or a recording: an `.npz` archive of a few rows of numbers, and one of names.
 
 A file is untrusted, so sizes are checked before anything is read from it: the bytes of arrays against the size of the
 file, their shapes against the bytes that are there, and numbers that tables are allocated by against `MAX_TABLE`.
-Errors of zipfile and NumPy at damaged files become a `TraceError`.
+Errors of zipfile, NumPy and safetensors at damaged files become a `TraceError`.
 """
 
 # V visits, S steps, L sparse layers, W experts wanted over all visits

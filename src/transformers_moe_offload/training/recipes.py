@@ -25,6 +25,35 @@ from transformers_moe_offload.hf.routers.find import Router, find_router
 Parts = dict[str, nn.Parameter]
 """Parameters by their names in the model."""
 
+RECIPES = ("router", "router+embeddings", "router+attention", "router+stem", "experts", "all")
+"""The customary choices for `set_trainable`, from the least that can be learnt to the most."""
+
+
+def set_trainable(model: Any, recipe: str) -> list[str]:
+    """Train the named parts of a model and freeze everything else; returns the names of what is trained.
+
+    `recipe` is one of `RECIPES`, or any of "router", "embeddings", "attention", "stem" and "experts" joined by "+".
+    Offloaded experts are frozen, so "experts" and "all" are for plain models; an error says what there is instead.
+    """
+    if recipe not in RECIPES:
+        for part in recipe.split("+"):
+            choose("recipe", part, (*PARTS, "all"))
+    parts = ("experts", "router", "stem") if recipe == "all" else tuple(recipe.split("+"))
+    if "experts" in parts:
+        _expect_experts(model, recipe)
+    found = {part: PARTS[part](model) for part in parts}
+    for part, parameters in found.items():
+        _expect_trainable(model, part, parameters)
+    model.requires_grad_(False)
+    return _train({name: parameter for parameters in found.values() for name, parameter in parameters.items()})
+
+
+def unfreeze_routers(model: Any) -> list[str]:
+    """Train a model's routers, too; returns their names. Other parameters stay trained or frozen as they are."""
+    found = routers(model)
+    _expect_trainable(model, "router", found)
+    return _train(found)
+
 
 def experts_paths(model: nn.Module) -> list[str]:
     """The modules that hold routed experts, offloaded or not, in the order of the model."""
@@ -100,35 +129,6 @@ def _below(model: nn.Module, paths: list[str]) -> Parts:
     """The parameters of some modules, each under the one name that it has in the model."""
     found = {id(parameter) for path in paths for parameter in model.get_submodule(path).parameters()}
     return {name: parameter for name, parameter in model.named_parameters() if id(parameter) in found}
-
-
-RECIPES = ("router", "router+embeddings", "router+attention", "router+stem", "experts", "all")
-
-
-def set_trainable(model: Any, recipe: str) -> list[str]:
-    """Train the named parts of a model and freeze everything else; returns the names of what is trained.
-
-    `recipe` is one of `RECIPES`, or any of "router", "embeddings", "attention", "stem" and "experts" joined by "+".
-    Offloaded experts are frozen, so "experts" and "all" are for plain models; an error says what there is instead.
-    """
-    if recipe not in RECIPES:
-        for part in recipe.split("+"):
-            choose("recipe", part, (*PARTS, "all"))
-    parts = ("experts", "router", "stem") if recipe == "all" else tuple(recipe.split("+"))
-    if "experts" in parts:
-        _expect_experts(model, recipe)
-    found = {part: PARTS[part](model) for part in parts}
-    for part, parameters in found.items():
-        _expect_trainable(model, part, parameters)
-    model.requires_grad_(False)
-    return _train({name: parameter for parameters in found.values() for name, parameter in parameters.items()})
-
-
-def unfreeze_routers(model: Any) -> list[str]:
-    """Train a model's routers, too; returns their names. Other parameters stay trained or frozen as they are."""
-    found = routers(model)
-    _expect_trainable(model, "router", found)
-    return _train(found)
 
 
 def _train(parameters: dict[str, nn.Parameter]) -> list[str]:

@@ -1,4 +1,5 @@
-"""Watch the scores of routers while a model is trained, and keep routers from collapsing or becoming overconfident.
+"""`RouterWatch` sees the scores of routers while a model is trained; `RouterRegulariser` keeps routers from collapsing
+or becoming overconfident.
 
 Every architecture calls its routers in its own way; common to all is that a router's first output with an entry for
 each expert is its scores, before a softmax or after it. All that changes training is off by default:
@@ -53,27 +54,6 @@ class RouterWatch:
             if isinstance(tensor, Tensor) and tensor.is_floating_point() and tensor.shape[-1] >= self.num_experts:
                 self._scored(as_logits(tensor.reshape(-1, tensor.shape[-1]).float()))
                 return
-
-
-def as_logits(scores: Tensor) -> Tensor:
-    """scores (T, E), logits or probabilities -> logits (T, E)."""
-    with torch.no_grad():
-        is_distribution = bool(((scores >= 0).all() & (scores.sum(-1) - 1).abs().lt(1e-3).all()).item())
-    return scores.clamp_min(torch.finfo(scores.dtype).tiny).log() if is_distribution else scores
-
-
-def entropy(logits: Tensor) -> float:
-    """Mean entropy of the routers' distributions in nats: logits (T, E); log E for uniform ones."""
-    with torch.no_grad():
-        return torch.distributions.Categorical(logits=logits).entropy().mean().item()
-
-
-def _num_experts(module: nn.Module) -> int:
-    if isinstance(module, OffloadedExperts):
-        return layer_of(module).num_experts
-    layout = layout_of(module)
-    assert layout is not None
-    return layout.num_experts(module)
 
 
 class RouterRegulariser:
@@ -155,6 +135,27 @@ class RouterRegulariser:
         output.loss = output.loss + added * share_of_step(kwargs, is_shifted=not self._has_encoder).to(added.device)
 
 
+def as_logits(scores: Tensor) -> Tensor:
+    """scores (T, E), logits or probabilities -> logits (T, E)."""
+    with torch.no_grad():
+        is_distribution = bool(((scores >= 0).all() & (scores.sum(-1) - 1).abs().lt(1e-3).all()).item())
+    return scores.clamp_min(torch.finfo(scores.dtype).tiny).log() if is_distribution else scores
+
+
+def entropy(logits: Tensor) -> float:
+    """Mean entropy of the routers' distributions in nats: logits (T, E); log E for uniform ones."""
+    with torch.no_grad():
+        return torch.distributions.Categorical(logits=logits).entropy().mean().item()
+
+
+def _num_experts(module: nn.Module) -> int:
+    if isinstance(module, OffloadedExperts):
+        return layer_of(module).num_experts
+    layout = layout_of(module)
+    assert layout is not None
+    return layout.num_experts(module)
+
+
 def _expect_effect(logits: list[Tensor], output: Any) -> None:
     """Raise where the regulariser would have no effect on training."""
     if getattr(output, "loss", None) is None:
@@ -176,7 +177,7 @@ def without_padding(logits: Tensor, attention_mask: Any) -> Tensor:
     return logits[attention_mask.flatten().to(logits.device) != 0]
 
 
-def share_of_step(kwargs: dict[str, Any], *, is_shifted: bool = True) -> Tensor:
+def share_of_step(kwargs: dict[str, Any], *, is_shifted: bool) -> Tensor:
     """The share of a step's labels that a forward has: (); 1 where one of the two numbers is not known.
 
     Trainer divides a loss by the number of forwards in a step only where the model has not divided it by

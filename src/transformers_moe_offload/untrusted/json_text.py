@@ -45,11 +45,11 @@ def json_file(path: Path, error: type[MoeOffloadError] = CheckpointError) -> Any
     return parse_json(content, one_line(path), error)
 
 
-def json_object(path: Path, error: type[MoeOffloadError] = CheckpointError) -> dict[str, Any]:
-    """The object in a file; raises `error` for any other value."""
-    value = json_file(path, error)
+def json_object(path: Path) -> dict[str, Any]:
+    """The object in a file; raises `CheckpointError` for any other value."""
+    value = json_file(path)
     if not isinstance(value, dict):
-        raise error(f"{one_line(path)} is not a JSON object but a {type(value).__name__}")
+        raise CheckpointError(f"{one_line(path)} is not a JSON object but a {type(value).__name__}")
     return value
 
 

@@ -39,7 +39,7 @@ def test_no_cache_reads_the_wanted_experts_for_every_token(measured):
 
 def test_as_published_moves_nearly_every_miss_twice(measured):
     found = measured("as published")
-    assert 0.5 < found["written_share"] < 1  # the first experts of all push nobody out
+    assert 0.5 < found["written_share"] < 1  # the first experts of all evict none
     assert found["warm"][0]["hits"] > 0
 
 

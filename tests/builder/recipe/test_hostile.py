@@ -1,4 +1,4 @@
-"""Recipes that somebody else has damaged, or made to be harmful: one short error of ours, in no time."""
+"""Recipes that are damaged, or made to be harmful: one short error of ours, in no time."""
 
 import time
 

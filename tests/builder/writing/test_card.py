@@ -11,7 +11,8 @@ from transformers_moe_offload.builder.licences import Licence, judged
 from transformers_moe_offload.builder.plan.tensors import Parameters
 from transformers_moe_offload.builder.recipe import Dataset, Expert, MoeRecipe, Origin
 from transformers_moe_offload.builder.sources import Ancestor
-from transformers_moe_offload.builder.writing.card import CheckReport, MoeBuildInfo, model_card
+from transformers_moe_offload.builder.writing.card import model_card
+from transformers_moe_offload.builder.writing.info import CheckReport, MoeBuildInfo
 
 BASE, CODE, LOCAL = Ancestor("org/base", "a" * 40), Ancestor("org/code", "b" * 40), Ancestor("my-tune", None)
 

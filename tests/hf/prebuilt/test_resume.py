@@ -1,4 +1,4 @@
-"""However writing ends, the folder is resumed to the same bytes, and nothing of somebody else is touched."""
+"""However writing ends, the folder is resumed to the same bytes, and no foreign file is touched."""
 
 import multiprocessing
 import random

@@ -25,8 +25,8 @@ from transformers_moe_offload.builder.recipe.routers import BAKED
 from transformers_moe_offload.builder.sources import AdapterSource, Ancestor, CheckpointSource
 from transformers_moe_offload.builder.sources.checkpoint import as_saved, specs_of
 from transformers_moe_offload.builder.weights.tensor_reader import TensorReader
-from transformers_moe_offload.builder.writing.card import MoeBuildInfo
 from transformers_moe_offload.builder.writing.folder import MARKS, build_place
+from transformers_moe_offload.builder.writing.info import MoeBuildInfo
 from transformers_moe_offload.builder.writing.mixture import write_mixture
 from transformers_moe_offload.errors import CheckpointError, RecipeError
 from transformers_moe_offload.hub.fetch import fetch, published

@@ -63,7 +63,7 @@ def router_sites(plan: AdapterPlan) -> list[RouterSite]:
     return found
 
 
-def router_rows(plan: AdapterPlan, *, device: str = "cpu") -> tuple[dict[str, Tensor], GateReport | None]:
+def router_rows(plan: AdapterPlan, *, device: str) -> tuple[dict[str, Tensor], GateReport | None]:
     """The rows (E, I) float32 of every router by its name, and the report on those that were programmed.
 
     Routers in the same place of each decoder layer are programmed together, with one pass of the texts.

@@ -37,8 +37,8 @@ def calibrate(
     sites: Mapping[str, bool],
     take: Callable[[int, Seen], None],
     *,
-    device: str = "cpu",
-    advance: Callable[[int], None] | None = None,
+    device: str,
+    advance: Callable[[int], None] | None,
 ) -> None:
     """Call `take` with each layer of `ffn` and its statistics, lowest first.
 

@@ -36,8 +36,8 @@ def mergekit_rows(
     tokenizer: Any,
     ffn: Mapping[int, str],
     *,
-    device: str = "cpu",
-    advance: Callable[[int], None] | None = None,
+    device: str,
+    advance: Callable[[int], None] | None,
 ) -> dict[int, Tensor]:
     """By layer: rows (E, H) in float32, with the values that mergekit has in bfloat16 or float32."""
     expect_mergekit(gate, texts)

@@ -26,6 +26,7 @@ READ = ("ridge", "mean", "hidden", "hidden_avg", "base_first")
 """Modes that need hidden states."""
 
 NEED_SECOND_MOMENT = ("ridge", "base_first")
+"""Modes that need the mean product of each two channels over all tokens of the text."""
 
 Scores = Literal["softmax", "sigmoid"]
 """How routers turn logits into scores; weights are the scores divided by their sum."""

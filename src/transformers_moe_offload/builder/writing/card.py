@@ -1,4 +1,4 @@
-"""What was built, in numbers; and the README.md that says what it was made of and how, and how to load it.
+"""The README.md of a mixture: what it was made of and how, and how to load it.
 
 The card is made from the files beside it alone, so that it can be made again.
 """
@@ -7,19 +7,16 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
-from pathlib import Path
 from typing import Any
 
 import yaml
 from huggingface_hub import ModelCardData
 
-from transformers_moe_offload.builder.gates import GateReport
 from transformers_moe_offload.builder.licences import Verdict
-from transformers_moe_offload.builder.plan.tensors import Parameters
 from transformers_moe_offload.builder.recipe.routers import BAKED
 from transformers_moe_offload.builder.sources import Ancestor
 from transformers_moe_offload.builder.writing.folder import without_places
+from transformers_moe_offload.builder.writing.info import MoeBuildInfo
 
 TAGS = ("moe", "merge", "moe-offload")
 
@@ -73,58 +70,6 @@ _END = """
 {recipe}
 ```
 """
-
-
-@dataclass(frozen=True)
-class CheckReport:
-    """Results of the checks of a mixture."""
-
-    identity: float
-    """Largest difference from the base model's logits, with copies of its blocks as experts."""
-    forced_expert: float
-    """Largest difference of every expert alone from the logits of its dense model."""
-    was_loaded: bool
-    """Whether Transformers has loaded the bytes, too; of large mixtures only names, shapes and conversions are
-    tried."""
-    similarity: Mapping[str, float]
-    """Cosine of each source's blocks with the base model's, the least of three layers."""
-
-
-@dataclass(frozen=True)
-class MoeBuildInfo:
-    """A mixture that was built."""
-
-    folder: Path
-    container: str
-    experts: tuple[str, ...]
-    experts_per_token: int
-    layers: tuple[int, ...]
-    """Layers with experts."""
-    dtype: str
-    nbytes: int
-    """Bytes of all weights."""
-    parameters: Parameters
-    sources: tuple[Ancestor, ...]
-    """Every checkpoint that it was made of, with its commit where there is one."""
-    gates: GateReport
-    checks: CheckReport
-    warnings: tuple[str, ...]
-
-    def as_dict(self) -> dict[str, Any]:
-        """The same for JSON; nothing of it depends on the machine it was built on."""
-        return {
-            "container": self.container,
-            "experts": list(self.experts),
-            "experts_per_token": self.experts_per_token,
-            "layers": list(self.layers),
-            "dtype": self.dtype,
-            "bytes": self.nbytes,
-            "parameters": {**asdict(self.parameters), "total": self.parameters.total},
-            "sources": [{"name": source.name, "revision": source.revision} for source in self.sources],
-            "gates": self.gates.as_dict(),
-            "checks": asdict(self.checks),
-            "warnings": list(self.warnings),
-        }
 
 
 def model_card(
@@ -190,6 +135,18 @@ def filled_card(
     return f"---\n{data.to_yaml()}\n---\n\n{filled}"
 
 
+def linked(one: Ancestor) -> str:
+    """A checkpoint's name, as a link if it is on the Hub."""
+    return f"[{one.name}](https://huggingface.co/{one.name})" if one.revision else one.name
+
+
+def table(header: Sequence[str], rows: Sequence[Sequence[str]], right: Sequence[int] | None = None) -> str:
+    """A table in Markdown; all columns but the first are right-aligned, unless `right` lists others."""
+    is_right = range(1, len(header)) if right is None else right
+    rule = "|".join("---:" if number in is_right else "---" for number in range(len(header)))
+    return "\n".join([f"| {' | '.join(header)} |", f"|{rule}|", *(f"| {' | '.join(row)} |" for row in rows)])
+
+
 def _gates(info: MoeBuildInfo) -> str:
     """How the routers got their weights, with figures for each layer."""
     report = info.gates
@@ -212,20 +169,8 @@ def _gates(info: MoeBuildInfo) -> str:
     return "\n".join([*lines, table(header, rows)])
 
 
-def linked(one: Ancestor) -> str:
-    """A checkpoint's name, as a link if it is on the Hub."""
-    return f"[{one.name}](https://huggingface.co/{one.name})" if one.revision else one.name
-
-
 def _sources(ancestors: Sequence[Ancestor], licence: Verdict) -> str:
     """A table of the models that a mixture was made of, with commits and licences."""
     licences = {one.source: str(one) for one in licence.sources}
     rows = [(linked(one), f"`{one.revision}`" if one.revision else "", licences.get(one.name, "")) for one in ancestors]
     return table(("model", "commit", "licence"), rows, right=())
-
-
-def table(header: Sequence[str], rows: Sequence[Sequence[str]], right: Sequence[int] | None = None) -> str:
-    """A table in Markdown; all columns but the first are right-aligned, unless `right` lists others."""
-    is_right = range(1, len(header)) if right is None else right
-    rule = "|".join("---:" if number in is_right else "---" for number in range(len(header)))
-    return "\n".join([f"| {' | '.join(header)} |", f"|{rule}|", *(f"| {' | '.join(row)} |" for row in rows)])

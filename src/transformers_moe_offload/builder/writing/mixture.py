@@ -17,8 +17,9 @@ from transformers_moe_offload.builder.checks.reload import check_reload
 from transformers_moe_offload.builder.gates import Gates
 from transformers_moe_offload.builder.plan import BuildPlan
 from transformers_moe_offload.builder.weights.tensor_reader import TensorReader
-from transformers_moe_offload.builder.writing.card import CheckReport, MoeBuildInfo, model_card
+from transformers_moe_offload.builder.writing.card import model_card
 from transformers_moe_offload.builder.writing.folder import CARD_NAME, INFO_NAME
+from transformers_moe_offload.builder.writing.info import CheckReport, MoeBuildInfo
 from transformers_moe_offload.builder.writing.weight_files import weight_shards, write_weights
 from transformers_moe_offload.dtypes import dtype_name
 from transformers_moe_offload.output.shards import Advance, Syncing

@@ -175,7 +175,7 @@ class MixtralOffloading:
         """Whether experts have scales or zeros in 8 bits, which are converted to float16."""
         return any(self._matrix(layer, 0, "w1").has_coded_meta for layer in self.sparse_layers)
 
-    def contents(self, quantization: Quantization, fetched: Fetched) -> tuple[list[LayerContent], list[Content]]:
+    def contents(self, quantization: Quantization, _: Fetched) -> tuple[list[LayerContent], list[Content]]:
         """The content to write: sparse layers, in the formats that were found, and dense tensors."""
         layers = [
             LayerContent.coded(layer.name, layer.num_experts, codecs, partial(self._record, layer, codecs))

@@ -1,5 +1,5 @@
-"""Formats into codecs for the experts of a layer: which matrices are quantized, and how each is stored; and the experts
-of a model quantized by them while it is loaded."""
+"""Make the codecs of a layer's experts from formats: which matrices are quantized, and how each is stored. Quantize a
+model's experts by them while it is loaded."""
 
 from __future__ import annotations
 

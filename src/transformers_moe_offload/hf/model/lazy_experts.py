@@ -23,7 +23,7 @@ from transformers_moe_offload.hf.layouts import ExpertField
 
 
 def fetch_from(
-    visit: Visit, spec: ExpertSpec, device: torch.device, *, codecs: LayerCodecs, cast_to: torch.dtype | None = None
+    visit: Visit, spec: ExpertSpec, device: torch.device, *, codecs: LayerCodecs, cast_to: torch.dtype | None
 ) -> Fetch:
     """A function that fetches wanted experts through a visit, and returns zeros for others.
 

@@ -100,8 +100,8 @@ def expect_whole(model: nn.Module) -> None:
 def save_quantized(
     model: Any,
     folder: Path,
-    state_dict: Mapping[str, Tensor] | None = None,
-    max_shard_size: int | str | None = None,
+    state_dict: Mapping[str, Tensor] | None,
+    max_shard_size: int | str | None,
 ) -> None:
     """Write the model, in its current format, into a folder that may hold other files.
 

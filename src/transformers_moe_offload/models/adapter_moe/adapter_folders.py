@@ -38,7 +38,6 @@ _REPLACED = ("pissa", "corda", "olora", "loftq", "lora_ga")
 """Beginnings of `init_lora_weights` that take something out of the dense weights before training
 (`peft/tuners/lora/layer.py`, 0.21): the adapter only fits what was left of them. PEFT's conversion writes True."""
 
-
 _ATOM = r"(?:[\w\-/. ]|\\[.dw\-]|\[[\w\-]+\])"
 _PIECES = rf"(?:{_ATOM}[*+?]?)*"
 _GROUP = rf"\((?:\?:)?{_PIECES}(?:\|{_PIECES})*\)"

@@ -1,4 +1,4 @@
-"""The layers of a mixture of adapters: linear layers that add what chosen adapters say, and who chooses.
+"""The layers of a mixture of adapters: linear layers that add the outputs of chosen adapters, and their routers.
 
 Modules of the dense model keep their place, name and weights; their class is swapped for one that routes.
 """

@@ -1,8 +1,8 @@
 """What a predictor answers, and the list of predictors by name.
 
 A predictor is told which experts each layer has used, and is asked about layers ahead; whether a prediction is worth a
-load is decided in `prefetcher.py`. A confidence is the share of earlier predictions that were correct, so that those of
-different predictors, layers and distances can be compared.
+load is decided in `prefetch/prefetcher.py`. A confidence is the share of earlier predictions that were
+correct, so that those of different predictors, layers and distances can be compared.
 """
 
 # T tokens, E experts, H hidden

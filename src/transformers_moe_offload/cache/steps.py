@@ -23,15 +23,16 @@ from transformers_moe_offload.cache.planner import Load, plan
 from transformers_moe_offload.cache.residency import Residency
 from transformers_moe_offload.expert import ExpertId
 from transformers_moe_offload.policies import EvictionPolicy
-from transformers_moe_offload.slots.base import Slots, Weights
+from transformers_moe_offload.slots.base import Slots
 from transformers_moe_offload.slots.transfer import Transfer
 from transformers_moe_offload.stats import LayerStats
+from transformers_moe_offload.store.layer_source import Weights
 from transformers_moe_offload.system.forks import FORKS, Rank
 
 logger = logging.getLogger(__name__)
 
 
-class CacheCore:
+class CacheSteps:
     """The resident experts of some sparse layers on one device, and what happens to them within a turn.
 
     Its methods are called with the turn held, by `Visit`, `ExpertCache` and what follows a device.
@@ -111,7 +112,7 @@ class CacheCore:
                     self._policy.use(expert)
         self.is_whole = True
 
-    def begin(self, layer: int, wanted: Sequence[ExpertId], computed: Container[int]) -> bool:
+    def begin(self, layer: int, wanted: Sequence[ExpertId], on_host: Container[int]) -> bool:
         """Count the experts that a layer is about to use or has the host compute, and tell the policy of them.
 
         Returns whether all of them are resident.
@@ -131,17 +132,17 @@ class CacheCore:
             self.stats[layer].hits += len(wanted)
             self.link.quiet_visits += 1
         else:
-            self._count(layer, wanted, computed)
+            self._count(layer, wanted, on_host)
         self._policy.begin(layer, wanted)
         if self.on_visit is not None:
             self.on_visit(layer, [expert.expert for expert in wanted])
         self.is_whole = was_whole
         return are_all_resident
 
-    def _count(self, layer: int, wanted: Sequence[ExpertId], computed: Container[int]) -> None:
+    def _count(self, layer: int, wanted: Sequence[ExpertId], on_host: Container[int]) -> None:
         """Count hits and misses of a visit, and give demand the link if some experts have to be loaded."""
         stats = self.stats[layer]
-        misses_before, num_computed = stats.misses, 0
+        misses_before, num_on_host = stats.misses, 0
         for expert in wanted:
             if expert in self._ahead:
                 self._ahead.remove(expert)
@@ -152,9 +153,9 @@ class CacheCore:
                 stats.late_hits += 1
             else:
                 stats.misses += 1
-                num_computed += expert.expert in computed
-        stats.computed += num_computed
-        num_loads = stats.misses - misses_before - num_computed
+                num_on_host += expert.expert in on_host
+        stats.computed += num_on_host
+        num_loads = stats.misses - misses_before - num_on_host
         if num_loads:
             self._cancel_ahead()
         self.link.asked(num_loads)
