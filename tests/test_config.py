@@ -267,7 +267,7 @@ class TestPrefetching:
             ({"lookahead": 0}, "lookahead=0 is not a number of sparse layers from 1 to 4"),
             ({"lookahead": 5}, "lookahead=5 is not"),
             ({"lookahead": True}, "lookahead=True is not"),
-            ({"min_confidence": 1.5}, "min_confidence=1.5 is not a share of correct guesses, from 0 to 1"),
+            ({"min_confidence": 1.5}, "min_confidence=1.5 is not a number from 0 to 1"),
             ({"min_confidence": "high"}, "min_confidence='high' is not a number"),
             ({"max_bytes": "auto"}, "max_bytes='auto' is not a size"),
             ({"max_bytes": "10%"}, "max_bytes='10%' is not a size"),

@@ -40,7 +40,7 @@ class PrefetchConfig:
             raise ConfigError(f"lookahead={quoted(self.lookahead)} is not a number of sparse layers from 1 to 4")
         confidence = self.min_confidence
         if isinstance(confidence, bool) or not isinstance(confidence, int | float) or not 0 <= confidence <= 1:
-            raise ConfigError(f"min_confidence={quoted(confidence)} is not a share of correct guesses, from 0 to 1")
+            raise ConfigError(f"min_confidence={quoted(confidence)} is not a number from 0 to 1")
         if self.max_bytes is not None and Budget.parse(self.max_bytes, "max_bytes").nbytes is None:
             raise ConfigError(f"max_bytes={quoted(self.max_bytes)} is not a size such as '64MiB', or None")
         if not isinstance(self.adaptive, bool):
