@@ -220,7 +220,7 @@ def _reserve(descriptor: int, nbytes: int) -> None:
 
 def _cannot_write(path: Path, nbytes: int, error: OSError) -> CheckpointError:
     sizes = ""
-    if error.errno in (errno.ENOSPC, errno.EDQUOT):
+    if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
         with suppress(OSError):
             free = shutil.disk_usage(path.parent).free
             sizes = f"; it takes {nbytes:,} bytes, and {free:,} are free"
