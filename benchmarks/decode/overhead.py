@@ -81,11 +81,16 @@ PARTS = ("whole", "arithmetic", "overhead", "grouping", "visit", "combine", "res
 def table(result: dict[str, Any]) -> Table:
     """Each part, by model and cache."""
     rows = [
-        [f"{row}, {percent}%", f"{one['resident_share']:.0%}", *(f"{one['us_per_layer'][part]:.1f}" for part in PARTS)]
+        [f"{row}, {percent}%", f"{one['resident_share']:.0%}", *(_us(one["us_per_layer"][part]) for part in PARTS)]
         for row, found in result["rows"].items()
         for percent, one in found["dispatch"].items()
     ]
     return Table("One sparse layer at batch 1, in microseconds", ["row", "resident", *PARTS], rows)
+
+
+def _us(value: float | None) -> str:
+    """A part that there is not where one call computes the layer is empty."""
+    return "" if value is None else f"{value:.1f}"
 
 
 def verdicts(result: dict[str, Any]) -> list[Verdict]:

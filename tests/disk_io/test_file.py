@@ -183,7 +183,7 @@ def test_a_file_that_was_written_to_while_it_is_open_is_told_at_once_when_it_is_
 def test_a_file_that_is_written_to_while_it_is_open_is_told_soon(file, path):
     read(file, 0, 1)
     write_in_place(path)
-    time.sleep(2 * opened_file._LOOK_EVERY)
+    time.sleep(2 * opened_file.LOOK_EVERY)
     with pytest.raises(CheckpointError, match="was written at"):
         read(file, 0, 1)
 

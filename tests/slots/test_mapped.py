@@ -82,7 +82,7 @@ def test_a_mapped_expert_seen_in_inference_mode_can_be_copied_for_training(store
 def cut(path):
     """Cut a file short, and give the change time to be noticed."""
     cut_short(path, 100)
-    time.sleep(2 * opened_file._LOOK_EVERY)
+    time.sleep(2 * opened_file.LOOK_EVERY)
 
 
 class TestAFileThatChanges:
@@ -105,7 +105,7 @@ class TestAFileThatChanges:
         bring_in(slots, FIRST)
         with put_back(path) as whole:
             path.write_bytes(whole[:-4] + b"----")
-            time.sleep(2 * opened_file._LOOK_EVERY)
+            time.sleep(2 * opened_file.LOOK_EVERY)
             assert slots.lost([0])
             for expert in (FIRST, SECOND):
                 with pytest.raises(CheckpointError, match=r"was written at .* UTC, but had been at .* UTC\. Load"):

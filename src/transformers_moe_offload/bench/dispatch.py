@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from transformers_moe_offload.bench.layers import experts_of, sparse_layers
 from transformers_moe_offload.compute.forward import combine, outputs_of
+from transformers_moe_offload.compute.one_call import OneCall
 from transformers_moe_offload.compute.token_grouping import Grouping, group_by_expert
 from transformers_moe_offload.hf.model.sparse_layer import SparseLayer
 from transformers_moe_offload.hf.upstream import kv_cache_argument
@@ -61,7 +62,9 @@ def dispatch(model: Any, prompt: Tensor, passes: int) -> dict[str, Any]:
     whole_us, arithmetic = timed["whole"], timed.get("arithmetic")
     if arithmetic is not None:
         overhead["overhead"] = whole_us - arithmetic
-        overhead["rest"] = whole_us - sum(timed[name] for name in ("grouping", "visit", "arithmetic", "combine"))
+        overhead["rest"] = whole_us - sum(
+            timed.get(name, 0.0) for name in ("grouping", "visit", "arithmetic", "combine")
+        )
     return {
         "us_per_layer": overhead,
         "layers": len(steps),
@@ -94,12 +97,17 @@ def _parts(step: _Step, *, is_resident: bool) -> Parts:
     """Take the forward of one layer apart: each part as a function.
 
     If all experts are resident, weights are used in their slots, so that memory is as fast for the arithmetic alone as
-    it is for the whole; otherwise they are copied, as a view of a slot is invalid once the expert is evicted.
+    it is for the whole; otherwise they are copied, as a view of a slot is invalid once the expert is evicted. Where one
+    call of the kernels computes the layer, that call is the arithmetic, and there are no other parts.
     """
     hidden_states, top_k_index, top_k_weights = (*step.args, *step.kwargs.values())[:3]
     layer, experts = step.layer.index, experts_of(step.module)
     cache, mlp = experts.cache, step.layer.mlp
     assert mlp is not None
+    one_call = cache.tables.get(layer)
+    if is_resident and isinstance(one_call, OneCall):
+        kernel, out = one_call.kernel, torch.empty_like(hidden_states)
+        return {"arithmetic": lambda: kernel.step(hidden_states, top_k_index, top_k_weights, out, time.monotonic())}
 
     def group() -> Grouping:
         return group_by_expert(top_k_index, top_k_weights, cache.num_experts(layer))
@@ -133,7 +141,7 @@ def _time(layers: list[Parts], device: torch.device, passes: int) -> dict[str, f
     The small parts are timed after a layer's arithmetic, which is not counted: in the whole forward, too, the weights
     that stream through have pushed everything else out of the processor's caches.
     """
-    seconds: dict[str, list[float]] = {name: [] for name in layers[0]}
+    seconds: dict[str, list[float]] = {name: [] for name in layers[0] if all(name in parts for parts in layers)}
     for _ in range(passes + 1):
         for name, of_pass in seconds.items():
             taken = 0.0

@@ -81,10 +81,11 @@ class Residency:
         self._per_layer[expert.layer] += 1
         return slot
 
-    def land(self, expert: ExpertId) -> None:
-        """A load has finished: the expert is resident."""
-        self.residents[expert] = self.loading[expert]
+    def land(self, expert: ExpertId) -> int:
+        """A load has finished: the expert is resident. Returns its slot."""
+        slot = self.residents[expert] = self.loading[expert]
         del self.loading[expert]
+        return slot
 
     def fail(self, expert: ExpertId) -> None:
         """A load has failed: the expert is absent again and its slot free."""

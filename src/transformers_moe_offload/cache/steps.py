@@ -21,6 +21,7 @@ from transformers_moe_offload.cache.capacity import layer_floor
 from transformers_moe_offload.cache.change import NotStartedError, change
 from transformers_moe_offload.cache.planner import Load, plan
 from transformers_moe_offload.cache.residency import Residency
+from transformers_moe_offload.cache.table import ExpertTable
 from transformers_moe_offload.expert import ExpertId
 from transformers_moe_offload.policies import EvictionPolicy
 from transformers_moe_offload.slots.base import Slots
@@ -30,6 +31,9 @@ from transformers_moe_offload.store.layer_source import Weights
 from transformers_moe_offload.system.forks import FORKS, Rank
 
 logger = logging.getLogger(__name__)
+
+MOST_NOTED = 1024
+"""Uses by tables after which the policy is told of them: a bound for memory."""
 
 
 class CacheSteps:
@@ -53,10 +57,13 @@ class CacheSteps:
         self.slots = slots
         self.residency = Residency(num_slots)
         self.link = Link(slots.num_lanes)
-        self.stats = {layer: LayerStats() for layer in num_experts}
+        self.tables: dict[int, ExpertTable] = {}
+        """Tables to be kept, by layer; none unless it is set before the first visit."""
+        self._stats = {layer: LayerStats() for layer in num_experts}
         self.on_visit: Callable[[int, Sequence[int]], None] | None = None
         """Called at the beginning of each visit with the layer and the experts it wants."""
         self._num_experts = dict(num_experts)
+        self._num_all = sum(num_experts.values())
         self._ids = {layer: [ExpertId(layer, expert) for expert in range(num)] for layer, num in num_experts.items()}
         """Made once: a visit needs them at every step."""
         self._policy = policy
@@ -66,6 +73,8 @@ class CacheSteps:
         """Residents that the policy has not been told of yet, because the visit that loaded them is still open."""
         self._ahead: set[ExpertId] = set()
         """Experts loaded ahead of demand, in flight or resident, that no visit has asked for yet."""
+        self._noted: list[tuple[int, Sequence[int]]] = []
+        """Layers and the experts that they have used by their tables; policy and statistics do not know of them yet."""
         self._asked: frozenset[ExpertId] = frozenset()
         """The experts that the latest visit wants."""
         self.turn = FORKS.with_lock(threading.RLock(), Rank.TURN)
@@ -75,9 +84,53 @@ class CacheSteps:
         for slot in range(num_slots):
             slots.add(slot)
 
+    @property
+    def stats(self) -> dict[int, LayerStats]:
+        """What was counted so far, by layer."""
+        if self._noted:
+            with self.turn:
+                self.catch_up()
+        return self._stats
+
     def num_experts(self, layer: int) -> int:
         """Experts of a sparse layer."""
         return self._num_experts[layer]
+
+    @property
+    def holds_everything(self) -> bool:
+        """Whether every expert of every layer is resident."""
+        return len(self.residency.residents) == self._num_all
+
+    def can_use_tables(self, now: float) -> bool:
+        """Whether layers may use residents by their tables, at a time of `time.monotonic`: not after an interrupt, nor
+        while experts that were loaded ahead are to be counted when they are used, nor if files have changed."""
+        are_unchanged = self.slots.are_files_unchanged
+        return self.is_whole and not self._ahead and (are_unchanged is None or are_unchanged(now))
+
+    def note(self, layer: int, wanted: Sequence[int]) -> None:
+        """A layer has used experts, all of them resident, by its table. `wanted` are in the order of a visit."""
+        self._noted.append((layer, wanted))
+        if self.on_visit is not None or len(self._noted) == MOST_NOTED:
+            self.catch_up()
+
+    def catch_up(self) -> None:
+        """Do what visits would have done for the experts that were noted. Call it before any other step."""
+        if not self._noted or not self.is_whole:
+            return
+        was_whole, self.is_whole = self.is_whole, False  # as in `begin`
+        noted, self._noted = self._noted, []
+        for layer, numbers in noted:
+            ids = self._ids[layer]
+            wanted = [ids[number] for number in numbers]
+            self._policy.begin(layer, wanted)
+            if self.on_visit is not None:
+                self.on_visit(layer, numbers)
+            for expert in wanted:
+                self._policy.use(expert)
+            self._stats[layer].hits += len(wanted)
+            self._asked = frozenset(wanted)
+        self.link.quiet_visits += len(noted)
+        self.is_whole = was_whole
 
     def holds_all(self, layer: int) -> bool:
         """Whether every expert of a layer is resident or loading."""
@@ -95,10 +148,19 @@ class CacheSteps:
     def repair(self) -> None:
         """Restore a consistent state after an interrupted change. Call it before any other step."""
         if self.is_whole:
+            self.catch_up()
             return
+        for layer, wanted in self._noted:
+            self._stats[layer].hits += len(wanted)
+        self._noted = []
         self._asked = frozenset()
         held = self.residency.start_over()
         self.slots.start_over(held)
+        for layer, table in self.tables.items():
+            for number in range(self._num_experts[layer]):
+                table.take_away(number)
+        for slot, expert in held.items():
+            self._put(expert, slot)
         self._in_flight.clear()
         self._unannounced.clear()
         self._ahead.intersection_update(held.values())
@@ -117,6 +179,7 @@ class CacheSteps:
 
         Returns whether all of them are resident.
         """
+        self.catch_up()
         was_whole, self.is_whole = self.is_whole, False  # as `change` does, which would be one more call in every step
         self._asked = frozenset(wanted)
         if self._ahead:
@@ -128,8 +191,12 @@ class CacheSteps:
             for expert in [expert for expert in wanted if residents.get(expert) in lost]:
                 self._evict(expert)
         are_all_resident = len(slots) == len(wanted) and not lost
+        if self.slots.lost is not None and layer in self.tables:
+            until = time.monotonic() + self.slots.sure_for
+            for expert in wanted:
+                self.tables[layer].keep_until(expert.expert, until)
         if are_all_resident and not self._ahead:
-            self.stats[layer].hits += len(wanted)
+            self._stats[layer].hits += len(wanted)
             self.link.quiet_visits += 1
         else:
             self._count(layer, wanted, on_host)
@@ -141,7 +208,7 @@ class CacheSteps:
 
     def _count(self, layer: int, wanted: Sequence[ExpertId], on_host: Container[int]) -> None:
         """Count hits and misses of a visit, and give demand the link if some experts have to be loaded."""
-        stats = self.stats[layer]
+        stats = self._stats[layer]
         misses_before, num_on_host = stats.misses, 0
         for expert in wanted:
             if expert in self._ahead:
@@ -172,7 +239,7 @@ class CacheSteps:
     def finish_load(self, expert: ExpertId) -> None:
         """Wait until an expert that is loading is resident; if its load fails it is absent again."""
         transfer = self._in_flight[expert]
-        stats = self.stats[expert.layer]
+        stats = self._stats[expert.layer]
         started = time.perf_counter()
         try:
             from_files = transfer.finish()
@@ -243,7 +310,7 @@ class CacheSteps:
     def _land(self, expert: ExpertId, seconds: float) -> None:
         del self._in_flight[expert]
         self.link.loaded(seconds)
-        self.residency.land(expert)
+        self._put(expert, self.residency.land(expert))
         self._unannounced.add(expert)
 
     @change
@@ -279,6 +346,14 @@ class CacheSteps:
     def _evict(self, expert: ExpertId) -> None:
         if expert in self._ahead:
             self._ahead.remove(expert)
-            self.stats[expert.layer].prefetch_wasted += 1
+            self._stats[expert.layer].prefetch_wasted += 1
+        if expert.layer in self.tables:
+            self.tables[expert.layer].take_away(expert.expert)
         self._policy.forget(expert)
         self.residency.evict(expert)
+
+    def _put(self, expert: ExpertId, slot: int) -> None:
+        """Enter a resident in the table of its layer, if there is one."""
+        if expert.layer in self.tables:
+            until = time.monotonic() + self.slots.sure_for
+            self.tables[expert.layer].put(expert.expert, self.slots.weights[slot], until)

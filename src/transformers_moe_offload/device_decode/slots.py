@@ -10,6 +10,7 @@ Kernels of the device's own forwards read the table, and each of them is assumed
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 
 from torch import Tensor
@@ -29,6 +30,8 @@ class AddressedSlots:
     num_lanes = 1
     """One stream copies."""
     lost = None
+    sure_for = math.inf
+    are_files_unchanged = None
 
     def __init__(self, arena: Arena, pool: SlotPool, table: AddressTable, streams: Streams) -> None:
         self.pool = pool

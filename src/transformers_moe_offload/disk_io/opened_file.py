@@ -34,7 +34,7 @@ try:
 except ImportError:  # Windows
     resource = None  # type: ignore[assignment]
 
-_LOOK_EVERY = 0.01
+LOOK_EVERY = 0.01
 """Seconds."""
 
 _OWN_DESCRIPTORS = Path("/proc/self/fd")
@@ -115,7 +115,7 @@ class OpenedFile:
         weakref.finalize(self, self._raw.close)
         identity.expect(self.descriptor, path)
         self._was_unchanged = True
-        self._look_again = time.monotonic() + _LOOK_EVERY
+        self._look_again = time.monotonic() + LOOK_EVERY
         self._seeking = threading.Lock()
         if hasattr(os, "posix_fadvise"):
             # Experts are read in no order. With the 8 MiB of readahead that some systems are set to, 1.4 times the
@@ -137,7 +137,7 @@ class OpenedFile:
         seconds of `time.monotonic`."""
         if now > self._look_again:
             self._was_unchanged = self.identity.is_of(self.descriptor)
-            self._look_again = now + _LOOK_EVERY
+            self._look_again = now + LOOK_EVERY
         return self._was_unchanged
 
     def expect_unchanged(self) -> None:

@@ -34,6 +34,11 @@ def linear(rows: Tensor, matrix: PackedMatrix) -> Tensor:
     return linear_dequantized(rows, matrix)
 
 
+def cpu_stands_in() -> bool:
+    """Whether the CPU stands in for a GPU, in Triton's interpreter; it then computes nothing that a GPU could not."""
+    return os.environ.get("TRITON_INTERPRET") == "1"
+
+
 @functools.cache
 def missing(device: torch.device | None = None) -> str | None:
     """Why the Triton kernels cannot be used, on this device or at all; None if they can.
@@ -41,7 +46,7 @@ def missing(device: torch.device | None = None) -> str | None:
     In Triton's interpreter (`TRITON_INTERPRET=1`) they can be used, slowly, on the device `cpu` if it is passed
     explicitly, so that code built on them can be tested without a GPU.
     """
-    is_interpreted = device is not None and device.type == "cpu" and os.environ.get("TRITON_INTERPRET") == "1"
+    is_interpreted = device is not None and device.type == "cpu" and cpu_stands_in()
     if not is_interpreted and not torch.cuda.is_available():
         return "torch sees no GPU"
     if not is_interpreted and device is not None and device.type != "cuda":

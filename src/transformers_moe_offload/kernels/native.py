@@ -13,7 +13,7 @@ import platform
 from pathlib import Path
 from typing import NamedTuple
 
-ABI = 4
+ABI = 5
 """Must equal the number in `csrc/product.c`: a library with another number takes other arguments."""
 
 
@@ -58,6 +58,27 @@ def opened(path: Path) -> Native:
     found.moe_linear.argtypes = (size, pointer, *[number] * 3)
     found.moe_read.restype = ctypes.c_uint64
     found.moe_read.argtypes = (pointer, size, number, number)
+    found.moe_dense.argtypes = (pointer, number, size, size, pointer, number, size, pointer, number)
+    found.moe_norm.argtypes = (
+        pointer, number, size, size, pointer, number, ctypes.c_double, ctypes.c_double, number, pointer,
+    )  # fmt: skip
+    found.moe_route.argtypes = (
+        pointer, pointer, number, *[size] * 4, *[number] * 3, pointer, pointer, number, pointer, number,
+    )  # fmt: skip
+    found.moe_layer_bytes.restype = size
+    found.moe_layer_bytes.argtypes = (pointer, size, size)
+    found.moe_layer.restype = size
+    found.moe_layer.argtypes = (
+        pointer, pointer, ctypes.c_double, size, size, pointer, number, pointer, pointer, number, pointer, number,
+    )  # fmt: skip
+    found.moe_layer_begin.restype = None
+    found.moe_layer_begin.argtypes = (pointer, pointer, size, size, pointer, number, pointer, pointer, number, pointer)
+    found.moe_layer_wanted.restype = size
+    found.moe_layer_wanted.argtypes = (pointer, pointer)
+    found.moe_layer_some.restype = None
+    found.moe_layer_some.argtypes = (pointer, pointer, pointer, size, number)
+    found.moe_layer_end.restype = None
+    found.moe_layer_end.argtypes = (pointer, pointer, number)
     _share_threads(found)
     return Native(found, kernels=choose(found))
 

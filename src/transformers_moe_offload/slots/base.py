@@ -48,6 +48,16 @@ class Slots(Protocol):
         """Those of some slots whose experts are not there any more: the kernel can take pages of the page cache. None
         where an expert stays until it is replaced."""
 
+    @property
+    def sure_for(self) -> float:
+        """Seconds after each use for which an expert that was not lost need not be looked at again; infinity where
+        `lost` is None."""
+
+    @property
+    def are_files_unchanged(self) -> Callable[[float], bool] | None:
+        """Whether the files that experts are used in are what they were, at a time of `time.monotonic`; None where no
+        expert is used in a file."""
+
     def give_back(self) -> None:
         """Give back memory that evicted experts still take in case they return."""
 

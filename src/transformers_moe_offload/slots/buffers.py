@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
@@ -93,6 +94,8 @@ class CopiedSlots:
     """Slots that are buffers, filled by a copier."""
 
     lost = None
+    sure_for = math.inf
+    are_files_unchanged = None
 
     def __init__(self, store: ExpertStore, pool: SlotPool, copier: Copier) -> None:
         self.pool = pool

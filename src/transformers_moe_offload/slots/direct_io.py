@@ -6,6 +6,7 @@ stored as it is used is read into a record instead.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 
@@ -32,6 +33,8 @@ class DirectSlots:
 
     retire = None
     lost = None
+    sure_for = math.inf
+    are_files_unchanged = None
 
     def __init__(self, store: ExpertStore, slot_bytes: int, spare_bytes: int, workers: int) -> None:
         """`spare_bytes` of the `slot_bytes` are for the parts of pages that an expert does not fill."""

@@ -10,6 +10,7 @@ import torch
 
 from transformers_moe_offload.disk_io.file import FileRange, joined
 from transformers_moe_offload.disk_io.mapped_file import MappedFile
+from transformers_moe_offload.disk_io.opened_file import LOOK_EVERY
 from transformers_moe_offload.disk_io.read import Work
 from transformers_moe_offload.disk_io.reader_pool import ReaderPool
 from transformers_moe_offload.dtypes import torch_dtype
@@ -33,6 +34,7 @@ class MappedSlots:
     """
 
     retire = None
+    sure_for = _SURELY_THERE
 
     def __init__(self, store: ExpertStore, workers: int) -> None:
         self.num_lanes = workers
@@ -43,6 +45,8 @@ class MappedSlots:
         self.weights: dict[int, Weights] = {}
         self._replaced: set[_MappedExpert] = set()
         """Experts that were replaced since the last `give_back`; some may have been loaded again."""
+        self._look_again = -math.inf
+        """Until when all files were unchanged."""
 
     def add(self, slot: int) -> None:
         """Nothing is allocated."""
@@ -86,6 +90,16 @@ class MappedSlots:
             elif not one.look(now, changed):
                 lost.append(slot)
         return lost
+
+    def are_files_unchanged(self, now: float) -> bool:
+        """Whether the files that experts are mapped from are what they were, as `lost` finds for some of them."""
+        if now <= self._look_again:
+            return True
+        files = set().union(*[one.files for one in self._inside.values()])
+        if not all(map.is_unchanged(now) for map in files):
+            return False
+        self._look_again = now + LOOK_EVERY
+        return True
 
     def start_over(self, held: Mapping[int, ExpertId]) -> None:
         """Wait for the reader threads; a slot's mapping is replaced when its next load begins."""

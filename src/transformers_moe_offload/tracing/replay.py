@@ -7,6 +7,7 @@ the limit for any policy, so the restrictions on other policies must not lower i
 
 from __future__ import annotations
 
+import math
 from collections import defaultdict
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -99,6 +100,8 @@ class NoSlots:
     num_lanes = 1
     retire = None
     lost = None
+    sure_for = math.inf
+    are_files_unchanged = None
 
     @property
     def weights(self) -> Mapping[int, Weights]:

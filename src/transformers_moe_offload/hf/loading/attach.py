@@ -12,6 +12,7 @@ from torch import nn
 
 from transformers_moe_offload.compute.mlp import ExpertMlp
 from transformers_moe_offload.config import OffloadConfig
+from transformers_moe_offload.hf.few_rows.swap import use_kernels
 from transformers_moe_offload.hf.loading.arithmetic_probe import reproduces
 from transformers_moe_offload.hf.model.dense import HqqLinear
 from transformers_moe_offload.hf.model.handle import OffloadRuntime
@@ -35,6 +36,8 @@ def attach(model: Any, config: OffloadConfig, layers: Sequence[SparseLayer], sou
             module.activations = activations_of(config)
     runtime.attach(sources)
     model.moe_offload = runtime
+    if arithmetic:
+        use_kernels(model, [layer.name for layer in placed])
     install_adapters()
     install_state_dict_hooks(model)
     _unmark_as_quantized(model)

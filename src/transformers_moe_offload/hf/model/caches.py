@@ -14,10 +14,13 @@ from functools import partial
 from typing import Any
 
 import torch
+from torch import nn
 
 from transformers_moe_offload.backward.weights import Lenders
 from transformers_moe_offload.cache.cache import ExpertCache
 from transformers_moe_offload.cache.capacity import most_used
+from transformers_moe_offload.compute.mlp import ExpertMlp
+from transformers_moe_offload.compute.one_call import OneCall, activation_for_one_call
 from transformers_moe_offload.config import OffloadConfig
 from transformers_moe_offload.device_decode.engine import DeviceEngine
 from transformers_moe_offload.dtypes import torch_dtype
@@ -25,7 +28,7 @@ from transformers_moe_offload.errors import PageLockError
 from transformers_moe_offload.expert import ExpertId
 from transformers_moe_offload.hf.decode.decoding import Decoding
 from transformers_moe_offload.hf.decode.engines import addressed_layers, build_engines, obstacles_of, report
-from transformers_moe_offload.hf.model.experts_module import OffloadedLayer
+from transformers_moe_offload.hf.model.experts_module import OffloadedLayer, experts_at
 from transformers_moe_offload.hf.model.host_sides import host_sides
 from transformers_moe_offload.hf.model.layer_forward import LayerExperts, LayerForward, Path
 from transformers_moe_offload.hf.model.lookahead import Lookahead, look_ahead_in
@@ -33,6 +36,7 @@ from transformers_moe_offload.hf.model.module_paths import is_in_place
 from transformers_moe_offload.hf.model.paths.device import DevicePath
 from transformers_moe_offload.hf.model.paths.eager import EagerPath
 from transformers_moe_offload.hf.model.paths.fast import FastPath
+from transformers_moe_offload.hf.model.paths.one_call import OneCallPath
 from transformers_moe_offload.hf.model.paths.training import TrainingPath
 from transformers_moe_offload.hf.model.placements import placements_of
 from transformers_moe_offload.hf.model.plan import OffloadPlan, PoolPlan
@@ -40,6 +44,7 @@ from transformers_moe_offload.hf.model.planning import make_plan, tried_out, wit
 from transformers_moe_offload.hf.model.pools import build_caches
 from transformers_moe_offload.hf.model.sparse_layer import SparseLayer
 from transformers_moe_offload.hybrid.cpu_experts import HostSide
+from transformers_moe_offload.kernels.layer import Workspace
 from transformers_moe_offload.stats import LayerStats
 from transformers_moe_offload.store.layer_source import LayerSource
 from transformers_moe_offload.system.forks import FORKS, Rank
@@ -59,6 +64,7 @@ class LayerCaches:
         self._engines: dict[int, DeviceEngine] = {}
         self.decoding = Decoding({}, {})
         """The layers that decode on the device."""
+        self._workspaces: dict[ExpertCache, Workspace] = {}
         self._recorder: TraceRecorder | None = None
         self._kept_stats: dict[int, LayerStats] = {}
         self.plan: OffloadPlan | None = None
@@ -103,7 +109,7 @@ class LayerCaches:
                 self._of_layer[index].stats[index] = stats
             self.record(self._recorder)
             for experts in self._experts:
-                experts.current = self._forward_of(experts, by_layer[experts.layer.index])
+                experts.current = self._forward_of(model, experts, by_layer[experts.layer.index])
         except BaseException:
             self.drop(keep_stats=False)
             raise
@@ -111,7 +117,7 @@ class LayerCaches:
         self.plan = plan
         return plan
 
-    def _forward_of(self, experts: OffloadedLayer, source: LayerSource) -> LayerForward:
+    def _forward_of(self, model: Any, experts: OffloadedLayer, source: LayerSource) -> LayerForward:
         """What computes a layer, with the caches that have been built."""
         layer = experts.layer
         found = LayerExperts(
@@ -125,9 +131,25 @@ class LayerCaches:
         if layer.mlp is None:
             return LayerForward(layer.device, found, (EagerPath(layer, source.spec, found, lend),))
         addressed = self.decoding.layer(layer.index)
-        on_device: list[Path] = [] if addressed is None else [DevicePath(self.decoding, addressed)]
+        on_device = None if addressed is None else DevicePath(self.decoding, addressed)
+        module = experts_at(model, layer.name)
+        one_call = self._one_call(layer, layer.mlp, module, source, found) if layer.device.type == "cpu" else None
         fast = FastPath(layer.mlp, found, self._host_sides.get(layer.index))
-        return LayerForward(layer.device, found, (*on_device, fast, TrainingPath(layer.mlp, found, lend)))
+        paths: tuple[Path | None, ...] = (on_device, one_call, fast, TrainingPath(layer.mlp, found, lend))
+        return LayerForward(layer.device, found, tuple(path for path in paths if path is not None))
+
+    def _one_call(
+        self, layer: SparseLayer, mlp: ExpertMlp, module: nn.Module, source: LayerSource, experts: LayerExperts
+    ) -> OneCallPath | None:
+        """The path of a layer on a CPU whose experts the compiled kernels compute by one call; None if they cannot."""
+        activation = activation_for_one_call(mlp, module, source.spec, source.codecs)
+        if activation is None:
+            return None
+        workspace = self._workspaces.setdefault(experts.cache, Workspace())
+        sure_for = experts.cache.slots.sure_for
+        one_call = OneCall(mlp, source.spec, source.codecs, activation, workspace, sure_for)
+        experts.cache.tables[layer.index] = one_call
+        return OneCallPath(one_call, experts)
 
     def drop(self, *, keep_stats: bool) -> None:
         """Free slots and threads; `build` makes new ones."""
@@ -141,7 +163,7 @@ class LayerCaches:
             side.compute.close()
         for engine in set(self._engines.values()):
             engine.close()
-        self._of_layer, self._host_sides, self._engines = {}, {}, {}
+        self._of_layer, self._host_sides, self._engines, self._workspaces = {}, {}, {}, {}
         self._lookahead = None
 
     def resize(self, sources: Mapping[int, LayerSource], config: OffloadConfig) -> None:

@@ -53,12 +53,15 @@ class OffloadedLayer:
         """The handle of the model; None while the model is being loaded."""
         self.current: LayerForward | None = None
         """What computes the layer; None until caches have been built, and again once they have been dropped."""
+        self.is_changed = False
+        """Whether an attribute of the module was set since then, so that it may compute something else."""
         self.key = custom_op.key_for(self)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> OffloadedLayer:
         copied = OffloadedLayer(self.layer)
         memo[id(self)] = copied
         copied.handle = deepcopy(self.handle, memo)
+        copied.is_changed = self.is_changed
         return copied
 
     def ready(self, device: torch.device) -> LayerForward:
@@ -75,7 +78,7 @@ class OffloadedLayer:
         needs_grad = torch.is_grad_enabled() and (
             adaptation.needs_gradient() or any(isinstance(x, Tensor) and x.requires_grad for x in inputs)
         )
-        call = Call(module, inputs, adaptation, needs_grad)
+        call = Call(module, inputs, adaptation, needs_grad, self.is_changed)
         for path in self.ready(inputs[0].device).paths:
             if path.serves(call):
                 return path.forward(call)
@@ -136,6 +139,8 @@ class OffloadedExperts(nn.Module):
                 f"training.unfreeze_experts for those that are to be changed, or model.moe_offload.restore()"
             )
         super().__setattr__(name, value)
+        if not (name == "training" or name.startswith("_")) or name == "_apply_gate":
+            offloaded(self).is_changed = True
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Any:
         held = offloaded(self)

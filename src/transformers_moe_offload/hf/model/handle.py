@@ -18,6 +18,7 @@ from transformers_moe_offload.errors import ConfigError, MoeOffloadError
 from transformers_moe_offload.expert import ExpertSpec
 from transformers_moe_offload.hf.cuda_graphs.step import DecodeSteps
 from transformers_moe_offload.hf.decode.decoding import Decoding
+from transformers_moe_offload.hf.few_rows.swap import restore_forwards
 from transformers_moe_offload.hf.loading.placeholders import put_back
 from transformers_moe_offload.hf.model.caches import LayerCaches
 from transformers_moe_offload.hf.model.dense import restore_dense
@@ -133,6 +134,7 @@ class OffloadRuntime:
             unbind(module)
             put_back(module, layer.parameter_order, tensors)
         restore_dense(model)
+        restore_forwards(model)
         del model.moe_offload
         remove_state_dict_hooks(model)
         vars(model).pop("hf_quantizer", None)

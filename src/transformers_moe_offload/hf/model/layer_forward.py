@@ -30,6 +30,8 @@ class Call(NamedTuple):
     """What adapters add to the experts in this call, and the layer's own experts; `NOTHING` if there are none."""
     needs_grad: bool
     """Whether autograd records the call."""
+    is_changed: bool = False
+    """Whether attributes of the module were set since its experts were offloaded: it may compute something else."""
 
 
 class Path(Protocol):

@@ -47,6 +47,7 @@ ALWAYS_INLINE vec load_bfloats(const uint16_t *p)
     __m256i wide = _mm256_cvtepu16_epi32(_mm_loadu_si128((const __m128i *)p));
     return _mm256_castsi256_ps(_mm256_slli_epi32(wide, 16));
 }
+ALWAYS_INLINE vec load_halves(const uint16_t *p) { return _mm256_cvtph_ps(_mm_loadu_si128((const __m128i *)p)); }
 ALWAYS_INLINE vec fused(vec a, vec b, vec c) { return _mm256_fmadd_ps(a, b, c); }
 ALWAYS_INLINE ints load_codes(const uint8_t *p) { return _mm256_cvtepu8_epi32(_mm_loadl_epi64((const __m128i *)p)); }
 ALWAYS_INLINE ints shifted(ints v, int by) { return _mm256_srl_epi32(v, _mm_cvtsi32_si128(by)); }
@@ -140,9 +141,11 @@ ALWAYS_INLINE vec spread(const float *p, const int group_size)
 
 #include "rounded.h"
 #include "stream.h"
+#include "gate.h"
+#include "norm.h"
 
 const struct kernels avx2_kernels = {"avx2", exact_tiles, rounded_tiles, plain_tiles, round_rows, values_to_floats,
-    read_memory};
+    activate, weigh, norm, floats_to_values, softmax, sigmoid, read_memory};
 
 #if defined(__clang__)
 #pragma clang attribute pop

@@ -45,6 +45,7 @@ ALWAYS_INLINE vec load_bfloats(const uint16_t *p)
     __m512i wide = _mm512_cvtepu16_epi32(_mm256_loadu_si256((const __m256i *)p));
     return _mm512_castsi512_ps(_mm512_slli_epi32(wide, 16));
 }
+ALWAYS_INLINE vec load_halves(const uint16_t *p) { return _mm512_cvtph_ps(_mm256_loadu_si256((const __m256i *)p)); }
 ALWAYS_INLINE vec fused(vec a, vec b, vec c) { return _mm512_fmadd_ps(a, b, c); }
 ALWAYS_INLINE float sum(vec v) { return _mm512_reduce_add_ps(v); }
 ALWAYS_INLINE ints load_codes(const uint8_t *p) { return _mm512_cvtepu8_epi32(_mm_loadu_si128((const __m128i *)p)); }
@@ -123,9 +124,11 @@ ALWAYS_INLINE vec spread(const float *p, const int group_size)
 
 #include "rounded.h"
 #include "stream.h"
+#include "gate.h"
+#include "norm.h"
 
 const struct kernels avx512_kernels = {"avx512", exact_tiles, rounded_tiles, plain_tiles, round_rows, values_to_floats,
-    read_memory};
+    activate, weigh, norm, floats_to_values, softmax, sigmoid, read_memory};
 
 #if defined(__clang__)
 #pragma clang attribute pop

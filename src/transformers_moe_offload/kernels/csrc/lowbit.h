@@ -10,14 +10,15 @@
 
 #define META_BLOCK 128 /* as in packed.py */
 
-/* `nbits` of a matrix that is not packed: its `codes` are bfloat16, (N, K), and it has no scales and zeros. */
-#define PLAIN 16
-
 enum float_type { FLOAT32 = 0, BFLOAT16 = 1, FLOAT16 = 2 };
+
+/* `nbits` of a matrix that is not packed: its `codes` are floats (N, K) of a type, and it has no scales and zeros. */
+#define PLAIN 16
 
 struct matrix {
     int64_t rows, cols;
     int nbits, group_size, meta_nbits;
+    enum float_type type;                    /* of PLAIN matrices */
     const uint8_t *codes, *high;             /* high: of 3-bit codes only */
     const void *scale, *zero;                /* uint16_t holding float16, or uint8_t */
     const uint16_t *scale_range, *zero_range; /* of 8-bit scales and zeros only */
@@ -39,6 +40,27 @@ struct product {
     enum float_type out_type;
 };
 
+/* What is computed between the two products of an expert, as kernels/grouped.py says; `count` results are made of as
+ * many products, or of a gate and an up each. */
+struct activation {
+    int64_t function; /* 0 silu, 1 gelu, 2 gelu_tanh, 3 relu, 4 relu2 */
+    int64_t has_gate, is_interleaved, has_limit;
+    double limit, slope, shift;
+};
+
+/* How rows are normalised, as norm.h says. */
+struct norm {
+    double epsilon, shift;
+    int rounds;
+};
+
+/* Columns that are added up at once. */
+#define WEIGHED_AT_ONCE 512
+
+/* Most experts of a token, and most pairs, in one step of a layer. */
+#define MOST_CHOICES 64
+#define MOST_PAIRS 512
+
 /* The rows of a matrix are multiplied a tile at a time: as many rows of bytes as hold TILE_ROWS rows of codes. */
 #define TILE_ROWS 8
 
@@ -56,6 +78,14 @@ struct kernels {
     void (*plain)(const struct product *, int64_t first_tile, int64_t last_tile); /* of PLAIN matrices */
     void (*round)(const struct product *, const float *rows);
     void (*to_float)(const void *values, enum float_type, int64_t count, float *out);
+    void (*activate)(const struct activation *, const float *gates, const float *ups, int64_t step, int64_t count,
+                     float *out);
+    void (*weigh)(const float *const *rows, const float *weights, int64_t count, int64_t first, int64_t last,
+                  void *out, enum float_type);
+    void (*norm)(const float *row, const float *weight, int64_t cols, const struct norm *, enum float_type, float *out);
+    void (*from_float)(const float *values, enum float_type, int64_t count, void *out);
+    void (*softmax)(float *values, int64_t count);
+    void (*sigmoid)(float *values, int64_t count);
     uint64_t (*read_memory)(const char *memory, int64_t nbytes, int streams);
 };
 

@@ -1,18 +1,31 @@
-/* Products with bfloat16 matrices as they are: nothing to decode, so reading them is all that takes time.
+/* Products with matrices of floats as they are: nothing to decode, so reading them is all that takes time.
  *
- * Included once by each instruction set, after exact.h and, of its vectors, `load_bfloats`. A row is added up lane by lane
- * in the order of the columns and by one thread, as in exact.h, so its product depends neither on threads nor on the
- * rows beside it, nor on where in memory the matrix begins.
+ * Included once by each instruction set, after exact.h and, of its vectors, `load_bfloats` and `load_halves`. A row is
+ * added up lane by lane in the order of the columns and by one thread, as in exact.h, so its product depends neither on
+ * threads nor on the rows beside it, nor on where in memory the matrix begins.
  */
 
-/* Values of bfloat16, 1 KiB, that are fetched before they are multiplied: a tile is eight streams, more than hardware
- * follows well. It was 38 GB/s with this distance from the first try; others were not tried. */
-#define FETCHED_AHEAD 512
+ALWAYS_INLINE vec load_values(const char *p, const enum float_type type)
+{
+    if (type == FLOAT32)
+        return load((const float *)(const void *)p);
+    return type == BFLOAT16 ? load_bfloats((const uint16_t *)(const void *)p)
+                            : load_halves((const uint16_t *)(const void *)p);
+}
+
+static float value_at(const char *p, enum float_type type)
+{
+    if (type == FLOAT32)
+        return *(const float *)(const void *)p;
+    uint16_t bits = *(const uint16_t *)(const void *)p;
+    return type == BFLOAT16 ? float_of_bfloat(bits) : float_of_half(bits);
+}
 
 /* Write the products of some rows of a tile, all K columns, and some inputs (T, K). */
-ALWAYS_INLINE void multiply_plain(const struct product *p, const uint16_t *const *weights, const int64_t *row,
-                                  int64_t input, const int rows, const int num_inputs)
+ALWAYS_INLINE void multiply_plain(const struct product *p, const char *const *weights, const int64_t *row,
+                                  int64_t input, const int rows, const int num_inputs, const enum float_type type)
 {
+    const int size = type == FLOAT32 ? 4 : 2;
     int64_t cols = p->matrix->cols, whole = cols / LANES * LANES;
     const float *inputs = p->rows + input * cols;
     vec sums[8][3];
@@ -24,9 +37,9 @@ ALWAYS_INLINE void multiply_plain(const struct product *p, const uint16_t *const
             x[t] = load(inputs + t * cols + k);
 #pragma GCC unroll 8
         for (int i = 0; i < rows; i++) {
-            if (k % 32 == 0)
-                __builtin_prefetch(weights[i] + k + FETCHED_AHEAD, 0, 3);
-            vec w = load_bfloats(weights[i] + k);
+            if (size * k % 64 == 0)
+                fetch_ahead((const uint8_t *)weights[i] + size * k, TILE_ROWS * cols * size);
+            vec w = load_values(weights[i] + size * k, type);
 #pragma GCC unroll 3
             for (int t = 0; t < num_inputs; t++)
                 sums[i][t] = fused(w, x[t], sums[i][t]);
@@ -38,35 +51,46 @@ ALWAYS_INLINE void multiply_plain(const struct product *p, const uint16_t *const
         for (int t = 0; t < num_inputs; t++) {
             float total = sum(sums[i][t]);
             for (int64_t k = whole; k < cols; k++)
-                total += float_of_bfloat(weights[i][k]) * inputs[t * cols + k];
+                total += value_at(weights[i] + size * k, type) * inputs[t * cols + k];
             if (row[i] < p->matrix->rows)
                 put(p, input + t, row[i], total);
         }
 }
 
-static void plain_tiles(const struct product *p, int64_t first_tile, int64_t last_tile)
+ALWAYS_INLINE void plain_tiles_of(const struct product *p, int64_t first_tile, int64_t last_tile,
+                                  const enum float_type type)
 {
     const struct matrix *m = p->matrix;
+    const int size = type == FLOAT32 ? 4 : 2;
     for (int64_t number = first_tile; number < last_tile; number++) {
-        const uint16_t *weights[TILE_ROWS];
+        const char *weights[TILE_ROWS];
         int64_t row[TILE_ROWS];
         for (int i = 0; i < TILE_ROWS; i++) { /* a row that does not exist looks like the last one */
             row[i] = number * TILE_ROWS + i;
-            weights[i] = (const uint16_t *)m->codes + (row[i] < m->rows ? row[i] : m->rows - 1) * m->cols;
+            weights[i] = (const char *)m->codes + (row[i] < m->rows ? row[i] : m->rows - 1) * m->cols * size;
         }
         for (int64_t t = 0; t < p->inputs;) {
             int64_t left = p->inputs - t;
             if (left == 1) {
-                multiply_plain(p, weights, row, t, TILE_ROWS, 1);
+                multiply_plain(p, weights, row, t, TILE_ROWS, 1, type);
             } else {
                 for (int i = 0; i < TILE_ROWS; i += WIDE_ROWS) {
                     if (left == 2)
-                        multiply_plain(p, weights + i, row + i, t, WIDE_ROWS, 2);
+                        multiply_plain(p, weights + i, row + i, t, WIDE_ROWS, 2, type);
                     else
-                        multiply_plain(p, weights + i, row + i, t, WIDE_ROWS, 3);
+                        multiply_plain(p, weights + i, row + i, t, WIDE_ROWS, 3, type);
                 }
             }
             t += left < 3 ? left : 3;
         }
+    }
+}
+
+static void plain_tiles(const struct product *p, int64_t first_tile, int64_t last_tile)
+{
+    switch (p->matrix->type) {
+    case FLOAT32: plain_tiles_of(p, first_tile, last_tile, FLOAT32); break;
+    case BFLOAT16: plain_tiles_of(p, first_tile, last_tile, BFLOAT16); break;
+    default: plain_tiles_of(p, first_tile, last_tile, FLOAT16);
     }
 }

@@ -37,6 +37,10 @@ ALWAYS_INLINE vec load_bfloats(const uint16_t *p)
 {
     return (vec){float_of_bfloat(p[0]), float_of_bfloat(p[1]), float_of_bfloat(p[2]), float_of_bfloat(p[3])};
 }
+ALWAYS_INLINE vec load_halves(const uint16_t *p)
+{
+    return (vec){float_of_half(p[0]), float_of_half(p[1]), float_of_half(p[2]), float_of_half(p[3])};
+}
 ALWAYS_INLINE vec fused(vec a, vec b, vec c) { return a * b + c; }
 ALWAYS_INLINE float sum(vec v) { return (v[0] + v[2]) + (v[1] + v[3]); }
 ALWAYS_INLINE ints load_codes(const uint8_t *p) { return (ints){p[0], p[1], p[2], p[3]}; }
@@ -103,6 +107,8 @@ ALWAYS_INLINE vec spread(const float *p, const int group_size)
 
 #include "rounded.h"
 #include "stream.h"
+#include "gate.h"
+#include "norm.h"
 
-const struct kernels portable_kernels = {"portable", exact_tiles, rounded_tiles, plain_tiles, round_rows, values_to_floats,
-    read_memory};
+const struct kernels portable_kernels = {"portable", exact_tiles, rounded_tiles, plain_tiles, round_rows,
+    values_to_floats, activate, weigh, norm, floats_to_values, softmax, sigmoid, read_memory};

@@ -4,26 +4,17 @@
 #include <stdlib.h>
 #include <string.h>
 
-#include "lowbit.h"
+#include "work.h"
 
-#define ABI 4 /* as in native.py; one more whenever a function's arguments change */
-
-#if defined(_WIN32)
-#define EXPORT __declspec(dllexport)
-#else
-#define EXPORT __attribute__((visibility("default")))
-#endif
+#define ABI 5 /* as in native.py; one more whenever a function's arguments change */
 
 EXPORT int moe_abi(void) { return ABI; }
 
-/* An OpenMP runtime's GOMP_parallel(work, data, num_threads, flags), or NULL: torch's own, so that its threads, which
- * are awake between torch's operations, do this work too instead of spinning beside ours. */
-typedef void parallel_function(void (*)(void *), void *, unsigned, unsigned);
-static parallel_function *parallel;
+parallel_function *parallel;
 
 EXPORT void moe_set_parallel(parallel_function *function) { parallel = function; }
 
-static const struct kernels *chosen;
+const struct kernels *chosen;
 
 static const struct kernels *supported(const char *name)
 {
@@ -59,30 +50,10 @@ EXPORT const char *moe_choose(const char *name)
 
 struct shared {
     const struct product *products;
-    int64_t count;
-    void (*kernel)(const struct product *, int64_t, int64_t);
-    int64_t tiles, at_once;
+    int64_t count, tiles, at_once;
+    int rounded;
     atomic_llong next;
 };
-
-static int64_t tiles_of(const struct product *p)
-{
-    if (p->matrix->nbits == PLAIN)
-        return ceil_div(p->matrix->rows, TILE_ROWS);
-    return ceil_div(byte_rows(p->matrix), tile_byte_rows(p->matrix));
-}
-
-/* The tiles from `first` up to `last`, as if those of all products were one after another. */
-static void take(const struct shared *s, int64_t first, int64_t last)
-{
-    for (int64_t i = 0; i < s->count && last > 0; i++) {
-        int64_t tiles = tiles_of(&s->products[i]);
-        if (first < tiles)
-            s->kernel(&s->products[i], first > 0 ? first : 0, last < tiles ? last : tiles);
-        first -= tiles;
-        last -= tiles;
-    }
-}
 
 static void take_tiles(void *data)
 {
@@ -91,18 +62,17 @@ static void take_tiles(void *data)
         int64_t first = atomic_fetch_add(&s->next, s->at_once), last = first + s->at_once;
         if (first >= s->tiles)
             return;
-        take(s, first, last < s->tiles ? last : s->tiles);
+        multiply_tiles(s->products, s->count, s->rounded, first, last < s->tiles ? last : s->tiles);
     }
 }
 
-static void run(const struct product *products, int64_t count,
-                void (*kernel)(const struct product *, int64_t, int64_t), int threads)
+static void run(const struct product *products, int64_t count, int rounded, int threads)
 {
-    struct shared shared = {.products = products, .count = count, .kernel = kernel};
+    struct shared shared = {.products = products, .count = count, .rounded = rounded};
     for (int64_t i = 0; i < count; i++)
         shared.tiles += tiles_of(&products[i]);
     if (threads <= 1 || !parallel || shared.tiles == 1) {
-        take(&shared, 0, shared.tiles);
+        multiply_tiles(products, count, rounded, 0, shared.tiles);
         return;
     }
     shared.at_once = ceil_div(shared.tiles, 8 * threads);
@@ -120,8 +90,6 @@ static int64_t inputs_at_once(int64_t cols)
     return fit > MOST_INPUTS ? MOST_INPUTS : fit < 15 ? 15 : fit / 3 * 3;
 }
 
-static int64_t padded(int64_t count, int64_t to) { return ceil_div(count, to) * to; }
-
 /* Rows of input, the matrix that multiplies them, and where the products go. */
 struct call {
     struct matrix matrix;
@@ -136,18 +104,11 @@ struct manner {
     int rounded, threads;
 };
 
-static int64_t rounded_cols(const struct call *c) { return padded(c->matrix.cols, 64); }
-
-static int64_t rounded_groups(const struct call *c)
-{
-    return padded(c->matrix.cols / c->matrix.group_size, 16) + 64; /* `read_meta` pads what is looked at, too */
-}
-
 /* Bytes for a call's rows as the kernels take them. */
 static size_t prepared_bytes(const struct call *c, const struct manner *how)
 {
     int64_t floats = how->type == FLOAT32 ? 0 : 4 * c->matrix.cols;
-    int64_t of_rounded = how->rounded ? rounded_cols(c) + 8 * rounded_groups(c) : 0;
+    int64_t of_rounded = how->rounded ? rounded_bytes(&c->matrix) : 0;
     return (size_t)padded(c->inputs * (floats + of_rounded), 64);
 }
 
@@ -162,11 +123,7 @@ static void prepare(const struct call *c, const struct manner *how, char *memory
         memory += c->inputs * c->matrix.cols * 4;
     }
     if (how->rounded) {
-        p->rounded.cols = rounded_cols(c);
-        p->rounded.groups = rounded_groups(c);
-        p->rounded.scale = (float *)memory;
-        p->rounded.sum = p->rounded.scale + c->inputs * p->rounded.groups;
-        p->rounded.codes = (int8_t *)(p->rounded.sum + c->inputs * p->rounded.groups);
+        p->rounded = rounded_in(memory, &c->matrix, c->inputs);
         chosen->round(p, p->rows);
     }
 }
@@ -185,8 +142,7 @@ static int multiply(const struct call *calls, int64_t count, const struct manner
         prepare(&calls[i], how, next, &products[i]);
         next += prepared_bytes(&calls[i], how);
     }
-    int is_plain = count && calls->matrix.nbits == PLAIN; /* all are of one format */
-    run(products, count, is_plain ? chosen->plain : how->rounded ? chosen->rounded : chosen->exact, how->threads);
+    run(products, count, how->rounded, how->threads);
     free(memory);
     return 0;
 }
@@ -213,7 +169,7 @@ static struct call call_of(const int64_t *n)
     for (int i = 0; i < NUMBERS; i++)
         at[i] = (char *)(intptr_t)n[i];
     return (struct call){
-        .matrix = {.rows = n[0], .cols = n[1], .nbits = (int)n[2], .group_size = (int)n[3], .meta_nbits = (int)n[4],
+        .matrix = {.rows = n[0], .cols = n[1], .nbits = (int)n[2], .group_size = (int)n[3], .meta_nbits = (int)n[4], .type = BFLOAT16,
                    .codes = (uint8_t *)at[5], .high = (uint8_t *)at[6], .scale = at[7], .zero = at[8],
                    .scale_range = (uint16_t *)at[9], .zero_range = (uint16_t *)at[10]},
         .inputs = n[11],
@@ -242,6 +198,39 @@ EXPORT int moe_linear(int64_t count, const int64_t *numbers, int type, int round
     failed = failed || multiply(calls, together, &how);
     free(calls);
     return failed;
+}
+
+/* Products of a few rows x (T, K) of a type and a matrix of floats (N, K), out (T, N) of the same type as the rows.
+ * Returns 0, or 1 if there is no memory. */
+EXPORT int moe_dense(const void *weight, int weight_type, int64_t rows, int64_t cols, const void *x, int type,
+                     int64_t inputs, void *out, int threads)
+{
+    struct call c = {.matrix = {.rows = rows, .cols = cols, .nbits = PLAIN, .group_size = (int)cols,
+                                .type = (enum float_type)weight_type, .codes = weight},
+                     .inputs = inputs, .rows = x, .out = out};
+    int64_t most = 1 + rows * cols * (weight_type == FLOAT32 ? 4 : 2) / BYTES_PER_THREAD;
+    const struct manner how = {(enum float_type)type, 0, threads < most ? threads : (int)most};
+    return multiply_long(c, &how);
+}
+
+/* Normalise rows x (T, K) of a type -> out (T, K); weight (K) of its own type, or NULL. Returns 0, or 1 if there is no
+ * memory. */
+EXPORT int moe_norm(const char *x, int type, int64_t rows, int64_t cols, const void *weight, int weight_type,
+                    double epsilon, double shift, int rounds, char *out)
+{
+    const struct norm how = {epsilon, shift, rounds};
+    float *memory = malloc((size_t)(cols ? 3 * cols : 1) * sizeof *memory);
+    if (!memory)
+        return 1;
+    if (weight)
+        to_floats(weight, (enum float_type)weight_type, cols, memory);
+    for (int64_t t = 0, size = type == FLOAT32 ? 4 : 2; t < rows; t++) {
+        to_floats(x + t * cols * size, (enum float_type)type, cols, memory + cols);
+        chosen->norm(memory + cols, weight ? memory : NULL, cols, &how, (enum float_type)type, memory + 2 * cols);
+        chosen->from_float(memory + 2 * cols, (enum float_type)type, cols, out + t * cols * size);
+    }
+    free(memory);
+    return 0;
 }
 
 /* Bytes that a thread takes at once, to read them: 128 KiB in each of the rows side by side, or more. */

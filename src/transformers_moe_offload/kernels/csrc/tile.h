@@ -76,7 +76,9 @@ static const uint8_t *third_bits(const struct matrix *m, int64_t row, int *place
     return m->high + row % total * m->cols;
 }
 
-/* Tiles follow each other in memory: while one is decoded, the same place of the next is fetched. */
+/* Tiles follow each other in memory: while one is multiplied, the same place of the next is fetched, into the L2, because
+ * a tile and the next do not fit into an L1. Read from memory by two cores, matrices of bfloat16 gave 26 to 28 GB/s;
+ * fetched 1 KiB ahead in each row, into the L1, 16 to 21 (an EPYC with AVX-512). */
 ALWAYS_INLINE void fetch_ahead(const uint8_t *bytes, int64_t tile_bytes)
 {
     __builtin_prefetch(bytes + tile_bytes, 0, 2);
@@ -99,4 +101,17 @@ static void values_to_floats(const void *values, enum float_type type, int64_t c
     else
         for (int64_t k = 0; k < count; k++)
             out[k] = float_of_bfloat(bits[k]);
+}
+
+static void floats_to_values(const float *values, enum float_type type, int64_t count, void *out)
+{
+    uint16_t *bits = (uint16_t *)out;
+    if (type == FLOAT32)
+        memcpy(out, values, (size_t)count * sizeof(float));
+    else if (type == BFLOAT16)
+        for (int64_t k = 0; k < count; k++)
+            bits[k] = bfloat_of_float(values[k]);
+    else
+        for (int64_t k = 0; k < count; k++)
+            bits[k] = half_of_float(values[k]);
 }

@@ -1,0 +1,1 @@
+"""Modules beside the experts on a CPU, whose few rows of a decode step go through the compiled kernels."""

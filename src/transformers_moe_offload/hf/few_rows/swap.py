@@ -1,0 +1,45 @@
+"""Let the kernels compute the few rows of a model's modules, and undo it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Any
+
+from torch import nn
+
+from transformers_moe_offload.hf.few_rows.linear import FewRowsLinear
+from transformers_moe_offload.hf.few_rows.norm import FewRowsNorm, norm_of
+from transformers_moe_offload.hf.few_rows.router import FewRowsRouter, route_of
+from transformers_moe_offload.hf.few_rows.swapped import FewRows, swapped
+from transformers_moe_offload.hf.routers.find import find_router
+from transformers_moe_offload.kernels import gpu, native
+
+
+def use_kernels(model: Any, experts: Iterable[str]) -> None:
+    """Let the kernels compute the few rows of linear layers, norms and routers, where they can. `experts` are the paths
+    of the experts modules."""
+    if native.library() is None or gpu.cpu_stands_in():
+        return
+    for module in model.modules():
+        if type(module) is nn.Linear:
+            module.__class__ = FewRowsLinear
+        elif not isinstance(module, FewRows):
+            _swap(module, FewRowsNorm, norm_of(module))
+    for path in experts:
+        found = find_router(model, path)
+        router = None if found is None else model.get_submodule(found.path)
+        if router is not None and not isinstance(router, FewRows):
+            _swap(router, FewRowsRouter, route_of(router))
+
+
+def restore_forwards(model: nn.Module) -> None:
+    """Give modules their own classes back."""
+    for module in model.modules():
+        if isinstance(module, FewRows):
+            module.__class__ = module.plain_class  # type: ignore[assignment]
+
+
+def _swap(module: Any, mixed_in: Any, how: Any) -> None:
+    if how is not None:
+        plain_class: Any = type(module)
+        module.__class__ = swapped(mixed_in, plain_class, how)

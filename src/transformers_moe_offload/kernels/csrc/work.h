@@ -1,0 +1,75 @@
+/* What product.c and layer.c share: the kernels that were chosen, threads, tiles, and room for rounded rows. */
+#ifndef WORK_H
+#define WORK_H
+
+#include <string.h>
+
+#include "lowbit.h"
+
+#if defined(_WIN32)
+#define EXPORT __declspec(dllexport)
+#else
+#define EXPORT __attribute__((visibility("default")))
+#endif
+
+/* Bytes of matrices for each additional thread, as in cpu.py. */
+#define BYTES_PER_THREAD (1 << 18)
+
+/* An OpenMP runtime's GOMP_parallel(work, data, num_threads, flags), or NULL: torch's own, so that its threads, which
+ * are awake between torch's operations, do this work too instead of spinning beside ours. */
+typedef void parallel_function(void (*)(void *), void *, unsigned, unsigned);
+extern parallel_function *parallel;
+
+extern const struct kernels *chosen;
+
+static inline int64_t padded(int64_t count, int64_t to) { return ceil_div(count, to) * to; }
+
+static inline int64_t tiles_of(const struct product *p)
+{
+    if (p->matrix->nbits == PLAIN)
+        return ceil_div(p->matrix->rows, TILE_ROWS);
+    return ceil_div(byte_rows(p->matrix), tile_byte_rows(p->matrix));
+}
+
+/* The tiles from `first` up to `last`, as if those of all products were one after another. `rounded`: packed matrices are
+ * multiplied with rounded rows. */
+static inline void multiply_tiles(const struct product *products, int64_t count, int rounded, int64_t first, int64_t last)
+{
+    for (int64_t i = 0; i < count && last > 0; i++) {
+        const struct product *p = &products[i];
+        int64_t tiles = tiles_of(p);
+        if (first < tiles)
+            (p->matrix->nbits == PLAIN ? chosen->plain
+                 : rounded             ? chosen->rounded
+                                       : chosen->exact)(p, first > 0 ? first : 0, last < tiles ? last : tiles);
+        first -= tiles;
+        last -= tiles;
+    }
+}
+
+static inline void to_floats(const void *values, enum float_type type, int64_t count, float *out)
+{
+    if (type == FLOAT32)
+        memcpy(out, values, (size_t)count * sizeof(float));
+    else
+        chosen->to_float(values, type, count, out);
+}
+
+static inline int64_t rounded_groups(const struct matrix *m)
+{
+    return padded(m->cols / m->group_size, 16) + 64; /* `read_meta` pads what is looked at, too */
+}
+
+/* Bytes for one rounded row. */
+static inline int64_t rounded_bytes(const struct matrix *m) { return padded(m->cols, 64) + 8 * rounded_groups(m); }
+
+/* Room for rounded rows, `rounded_bytes` each. */
+static inline struct rounded_rows rounded_in(char *memory, const struct matrix *m, int64_t inputs)
+{
+    struct rounded_rows r = {.cols = padded(m->cols, 64), .groups = rounded_groups(m), .scale = (float *)memory};
+    r.sum = r.scale + inputs * r.groups;
+    r.codes = (int8_t *)(r.sum + inputs * r.groups);
+    return r;
+}
+
+#endif
