@@ -16,6 +16,7 @@ from transformers_moe_offload.device_decode import arena
 from transformers_moe_offload.hf.decode.engines import build_engines
 from transformers_moe_offload.hf.model.placements import Placement
 from transformers_moe_offload.hf.model.planning import make_plan
+from transformers_moe_offload.system import host_memory
 
 ERRORS = [MemoryError("no memory"), torch.OutOfMemoryError("no memory"), RuntimeError("no memory"), OSError(12, "none")]
 
@@ -56,6 +57,7 @@ def failures(scarce, work):
 def test_a_cache_that_cannot_grow_stays_as_it_was_and_can_grow_later(
     checkpoint, token_ids, expected, monkeypatch, error, way
 ):
+    monkeypatch.setattr(host_memory, "AREA_BYTES", 1)  # every slot is an allocation of its own
     model = load(checkpoint, "25%", **WAYS[way])
     assert torch.equal(logits(model, token_ids), expected)
     before = model.moe_offload.plan, model.moe_offload.config
