@@ -37,8 +37,8 @@ class SlotPool:
     """Buffers on one device, equal unless one is made to `fit` a record of another size.
 
     Each slot is an allocation of its own, so no single one has to be as large as the cache. On a CPU slots are cut from
-    huge pages where the system has them, and their memory is only taken when they are first written. A step that streams
-    experts of 6 MiB through two cores takes 7 % less time from there (11.2 and 12.1 ms, an EPYC with AVX-512).
+    huge pages where the system has them, and their memory is only taken when they are first written. A step that
+    streams experts of 6 MiB through two cores takes 7 % less time from there (11.2 and 12.1 ms, an EPYC with AVX-512).
     """
 
     def __init__(self, slot_bytes: int, device: torch.device) -> None:
