@@ -8,7 +8,7 @@ from transformers import AutoModelForCausalLM
 from transformers_moe_offload import OffloadConfig
 from transformers_moe_offload.hf.few_rows.linear import FewRowsLinear
 from transformers_moe_offload.hf.few_rows.norm import FewRowsNorm, norm_of
-from transformers_moe_offload.hf.few_rows.router import FewRowsRouter
+from transformers_moe_offload.hf.few_rows.router import FewRowsRouter, route_of
 from transformers_moe_offload.hf.few_rows.swap import restore_forwards, use_kernels
 from transformers_moe_offload.hf.few_rows.swapped import FewRows
 from transformers_moe_offload.hf.loading.discover import find_experts
@@ -88,6 +88,38 @@ def test_a_router_whose_numbers_are_changed_computes_itself(model):
     assert not isinstance(router, FewRows)
     model.train().eval()
     assert kinds(model) == {FewRowsLinear: 33, FewRowsNorm: 33, FewRowsRouter: 7}
+
+
+def test_a_parametrized_layer_stays_parametrized_when_the_model_is_restored(model):
+    class Doubled(nn.Module):
+        def forward(self, weight):
+            return 2 * weight
+
+    path, linear = next((path, one) for path, one in model.named_modules() if isinstance(one, FewRowsLinear))
+    rows = torch.randn(1, linear.in_features).bfloat16()
+    with torch.no_grad():
+        expected = 2 * linear(rows)
+        nn.utils.parametrize.register_parametrization(linear, "weight", Doubled())
+        assert torch.allclose(linear(rows), expected, rtol=2e-2, atol=2e-2)
+        restored = model.moe_offload.restore()
+        assert torch.allclose(restored.get_submodule(path)(rows), expected, rtol=2e-2, atol=2e-2)
+
+
+class RouterOfTexts(nn.Module):
+    """Keeps texts apart."""
+
+    def __init__(self):
+        super().__init__()
+        self.weight = nn.Parameter(torch.randn(4, 16))
+
+    def forward(self, hidden):
+        logits = nn.functional.linear(hidden, self.weight)
+        scores, index = logits.softmax(-1).topk(2)
+        return logits, scores, index
+
+
+def test_a_router_that_keeps_texts_apart_computes_itself():
+    assert route_of(RouterOfTexts()) is None
 
 
 def test_modes_and_gradients_see_torchs_operations(model):

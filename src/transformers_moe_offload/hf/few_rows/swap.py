@@ -10,7 +10,7 @@ from torch import nn
 from transformers_moe_offload.hf.few_rows.linear import FewRowsLinear
 from transformers_moe_offload.hf.few_rows.norm import FewRowsNorm, norm_of
 from transformers_moe_offload.hf.few_rows.router import FewRowsRouter, route_of
-from transformers_moe_offload.hf.few_rows.swapped import FewRows, swapped
+from transformers_moe_offload.hf.few_rows.swapped import FewRows, swap_back, swapped
 from transformers_moe_offload.hf.routers.find import find_router
 from transformers_moe_offload.kernels import gpu, native
 
@@ -36,7 +36,7 @@ def restore_forwards(model: nn.Module) -> None:
     """Give modules their own classes back."""
     for module in model.modules():
         if isinstance(module, FewRows):
-            module.__class__ = module.plain_class  # type: ignore[assignment]
+            swap_back(module)
 
 
 def _swap(module: Any, mixed_in: Any, how: Any) -> None:

@@ -27,7 +27,13 @@ class FewRows:
     def __setattr__(self, name: str, value: Any) -> None:
         super().__setattr__(name, value)
         if changes_result(name, value):
-            self.__class__ = self.plain_class  # type: ignore[assignment]
+            swap_back(self)
+
+
+def swap_back(module: Any) -> None:
+    """Give a module its own class back, unless another one was made of ours, as `torch.nn.utils.parametrize` does."""
+    if "plain_class" in vars(type(module)):
+        module.__class__ = module.plain_class
 
 
 def changes_result(name: str, value: Any) -> bool:
