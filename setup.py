@@ -1,5 +1,6 @@
 """The compiled kernels, which the package can do without. Everything else about it is in pyproject.toml."""
 
+import os
 from pathlib import Path
 
 from setuptools import Extension, setup
@@ -13,6 +14,7 @@ kernels = Extension(
     sources=sorted(map(str, SOURCES.glob("*.c"))),
     depends=sorted(map(str, SOURCES.glob("*.h"))),
     extra_compile_args=["-std=c11", "-O3", "-g0", "-ffp-contract=off", "-fno-math-errno", "-fvisibility=hidden"],
+    libraries=[] if os.name == "nt" else ["m"],
     py_limited_api=True,
     optional=True,
 )
