@@ -89,6 +89,18 @@ def test_layers_whose_activation_is_replaced_take_another_path():
     assert not torch.equal(before, after)
 
 
+def test_hooks_of_all_modules_see_activations():
+    model, seen = load(cache_budget="100%"), []
+    module, _ = next(iter(sparse_layers(model)))
+    handle = torch.nn.modules.module.register_module_forward_hook(lambda called, *_: seen.append(called))
+    try:
+        with torch.inference_mode():
+            model(PROMPT[:, :1])
+    finally:
+        handle.remove()
+    assert any(called is module.act_fn for called in seen)
+
+
 def test_threads_share_a_model():
     model = load(cache_budget="40%", mmap=False)
     expected = generate(model)

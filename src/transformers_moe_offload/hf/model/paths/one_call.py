@@ -9,6 +9,7 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
+from torch.nn.modules import module as hooks
 
 from transformers_moe_offload.compute.deltas import NOTHING
 from transformers_moe_offload.compute.one_call import OneCall
@@ -76,5 +77,8 @@ class OneCallPath:
 
 
 def has_hooks(module: nn.Module | None) -> bool:
-    """Whether hooks are called with a module's forward."""
-    return module is not None and bool(module._forward_hooks or module._forward_pre_hooks)
+    """Whether hooks are called with a module's forward: its own, or those of all modules."""
+    if module is None:
+        return False
+    of_all = hooks._global_forward_hooks or hooks._global_forward_pre_hooks
+    return bool(module._forward_hooks or module._forward_pre_hooks or of_all)
