@@ -22,6 +22,7 @@ from transformers_moe_offload.store.expert_store import ExpertStore
 from transformers_moe_offload.store.host_tier import HostTier
 from transformers_moe_offload.store.layer_source import LayerSource
 from transformers_moe_offload.store.record import OpenFill
+from transformers_moe_offload.system.host_memory import PageMemory
 
 
 class Caches(NamedTuple):
@@ -52,7 +53,8 @@ def _slots(store: ExpertStore, host: HostTier, pool: PoolPlan, config: OffloadCo
         return DirectSlots(store, pool.sizes[0], pool.spare_bytes, workers_of(config))
     fill = store.fill if pool.device.type == "cpu" else host.fill
     copier = copier_for(pool, fill, config, InlineReads(store).start)
-    return CopiedSlots(store, SlotPool(pool.sizes[0], pool.device), copier)
+    pages = PageMemory() if pool.device.type == "cpu" else None
+    return CopiedSlots(store, SlotPool(pool.sizes[0], pool.device, pages), copier)
 
 
 def copier_for(pool: PoolPlan, fill: OpenFill, config: OffloadConfig, small: StartHere = no_start) -> Copier:
