@@ -38,7 +38,7 @@ SHAPES = {
 FOUR_BITS = HqqFormat(nbits=4, group_size=64, optimize=False)
 OURS: dict[str, dict[str, Any]] = {
     "this package, bfloat16": {},
-    "this package, 4 bits": {"experts": {}, "dense": {}},
+    "this package, 4 bits": {"experts": FOUR_BITS, "dense": FOUR_BITS, "arithmetic": "int8"},
 }
 PLAIN = "Transformers, bfloat16"
 LLAMA = {"llama.cpp, bfloat16": None, "llama.cpp, q4_0": "q4_0"}
@@ -103,8 +103,7 @@ def measure(folder: str, row: str, tokens: int, prompt: int) -> dict[str, Any]:
         model = AutoModelForCausalLM.from_pretrained(folder).eval()
         nbytes = None
     else:
-        options = {name: FOUR_BITS for name in OURS[row]} | ({"arithmetic": "int8"} if OURS[row] else {})
-        config = OffloadConfig(cache_budget="100%", mmap=False, **options)
+        config = OffloadConfig(cache_budget="100%", mmap=False, **OURS[row])
         model = AutoModelForCausalLM.from_pretrained(folder, moe_offload=config).eval()
         model.moe_offload.warm({layer.name: [1.0] * layer.num_experts for _, layer in sparse_layers(model)})
         nbytes = _bytes_of_a_token(model)

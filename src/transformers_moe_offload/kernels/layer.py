@@ -177,24 +177,16 @@ class LayerKernel:
         hidden (T, H), index (T, K) int64, weights (T, K) -> out (T, H) of hidden's dtype; all contiguous. What was not
         done has begun: `some` and `end` do it in pieces.
         """
-        absent: int = self._library.moe_layer(
-            self._address,
-            self._room(index),
-            now,
-            *index.shape,
-            hidden.data_ptr(),
-            TYPES[hidden.dtype],
-            index.data_ptr(),
-            weights.data_ptr(),
-            TYPES[weights.dtype],
-            out.data_ptr(),
-            torch.get_num_threads(),
-        )
+        absent: int = self._library.moe_layer(*self._inputs(hidden, index, weights, out), now, torch.get_num_threads())
         return absent == 0
 
     def begin(self, hidden: Tensor, index: Tensor, weights: Tensor, out: Tensor) -> None:
         """Begin a step that is done in pieces, whatever is in memory."""
-        self._library.moe_layer_begin(
+        self._library.moe_layer_begin(*self._inputs(hidden, index, weights, out))
+
+    def _inputs(self, hidden: Tensor, index: Tensor, weights: Tensor, out: Tensor) -> tuple[int, ...]:
+        """What both ways to begin a step are told."""
+        return (
             self._address,
             self._room(index),
             *index.shape,

@@ -13,7 +13,7 @@ import platform
 from pathlib import Path
 from typing import NamedTuple
 
-ABI = 5
+ABI = 6
 """Must equal the number in `csrc/product.c`: a library with another number takes other arguments."""
 
 
@@ -68,11 +68,10 @@ def opened(path: Path) -> Native:
     found.moe_layer_bytes.restype = size
     found.moe_layer_bytes.argtypes = (pointer, size, size)
     found.moe_layer.restype = size
-    found.moe_layer.argtypes = (
-        pointer, pointer, ctypes.c_double, size, size, pointer, number, pointer, pointer, number, pointer, number,
-    )  # fmt: skip
+    inputs = (pointer, pointer, size, size, pointer, number, pointer, pointer, number, pointer)
+    found.moe_layer.argtypes = (*inputs, ctypes.c_double, number)
     found.moe_layer_begin.restype = None
-    found.moe_layer_begin.argtypes = (pointer, pointer, size, size, pointer, number, pointer, pointer, number, pointer)
+    found.moe_layer_begin.argtypes = inputs
     found.moe_layer_wanted.restype = size
     found.moe_layer_wanted.argtypes = (pointer, pointer)
     found.moe_layer_some.restype = None

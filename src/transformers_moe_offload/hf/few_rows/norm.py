@@ -37,7 +37,7 @@ class FewRowsNorm(FewRows):
 
 
 def norm_of(module: nn.Module) -> Norm | None:
-    """The norm that a module computes; None if it is none that the kernels have."""
+    """The norm that a module computes; None if the kernels do not have it."""
     weight, plain_class, epsilon = module._parameters.get("weight"), type(module), _epsilon(module)
     if weight is None or weight.dim() != 1 or len(module._parameters) != 1 or module._modules or module._buffers:
         return None

@@ -403,9 +403,9 @@ static void begin(const struct layer *l, struct step *s, int64_t tokens, int64_t
 /* One step: hidden (T, H) of `type`, index (T, K), weights (T, K) of `weights_type` -> out (T, H), in a workspace of
  * `moe_layer_bytes`. Returns how many experts are absent, or may be at the time `now`; nothing is computed unless it is
  * none. The step is in the workspace until the next one begins there. */
-EXPORT int64_t moe_layer(const struct layer *layer, struct step *step, double now, int64_t tokens, int64_t choices,
+EXPORT int64_t moe_layer(const struct layer *layer, struct step *step, int64_t tokens, int64_t choices,
                          const char *hidden, int type, const int64_t *index, const void *weights, int weights_type,
-                         char *out, int threads)
+                         char *out, double now, int threads)
 {
     begin(layer, step, tokens, choices, hidden, type, index, weights, weights_type, out);
     int64_t absent = num_absent(layer, step, now);

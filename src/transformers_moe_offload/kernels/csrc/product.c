@@ -6,7 +6,7 @@
 
 #include "work.h"
 
-#define ABI 5 /* as in native.py; one more whenever a function's arguments change */
+#define ABI 6 /* as in native.py; one more whenever a function's arguments change */
 
 EXPORT int moe_abi(void) { return ABI; }
 
@@ -169,8 +169,8 @@ static struct call call_of(const int64_t *n)
     for (int i = 0; i < NUMBERS; i++)
         at[i] = (char *)(intptr_t)n[i];
     return (struct call){
-        .matrix = {.rows = n[0], .cols = n[1], .nbits = (int)n[2], .group_size = (int)n[3], .meta_nbits = (int)n[4], .type = BFLOAT16,
-                   .codes = (uint8_t *)at[5], .high = (uint8_t *)at[6], .scale = at[7], .zero = at[8],
+        .matrix = {.rows = n[0], .cols = n[1], .nbits = (int)n[2], .group_size = (int)n[3], .meta_nbits = (int)n[4],
+                   .type = BFLOAT16, .codes = (uint8_t *)at[5], .high = (uint8_t *)at[6], .scale = at[7], .zero = at[8],
                    .scale_range = (uint16_t *)at[9], .zero_range = (uint16_t *)at[10]},
         .inputs = n[11],
         .rows = at[12],

@@ -4,15 +4,6 @@
 
 #include "work.h"
 
-int moe_dense(const void *weight, int weight_type, int64_t rows, int64_t cols, const void *x, int type, int64_t inputs,
-              void *out, int threads);
-
-/* How logits become scores, as kernels/few_rows.py says. */
-struct route {
-    int64_t choices;
-    int is_sigmoid, is_late, normalises;
-};
-
 /* The largest of values (count), as many as there are `choices`, in descending order; of equal ones the first. */
 static void choose(const float *values, int64_t count, int64_t choices, int64_t *index)
 {
@@ -31,21 +22,20 @@ static void choose(const float *values, int64_t count, int64_t choices, int64_t 
     }
 }
 
-static void score(const struct route *how, float *values, int64_t count)
+static void score(int is_sigmoid, float *values, int64_t count)
 {
-    if (how->is_sigmoid)
+    if (is_sigmoid)
         chosen->sigmoid(values, count);
     else
         chosen->softmax(values, count);
 }
 
 /* x (T, H) of a type and weight (E, H) of the same -> logits (T, E) of it, scores (T, K) of their type, index (T, K).
- * Returns 0, or 1 if there is no memory. */
+ * Logits become scores as kernels/few_rows.py says. Returns 0, or 1 if there is no memory. */
 EXPORT int moe_route(const void *weight, const void *x, int type, int64_t tokens, int64_t hidden, int64_t experts,
                      int64_t choices, int is_sigmoid, int is_late, int normalises, char *logits, char *scores,
                      int scores_type, int64_t *index, int threads)
 {
-    const struct route how = {choices, is_sigmoid, is_late, normalises};
     int64_t size = type == FLOAT32 ? 4 : 2, scores_size = scores_type == FLOAT32 ? 4 : 2;
     float *values = malloc((size_t)(experts + choices) * sizeof *values), *taken = values + experts;
     if (!values || moe_dense(weight, type, experts, hidden, x, type, tokens, logits, threads)) {
@@ -56,16 +46,16 @@ EXPORT int moe_route(const void *weight, const void *x, int type, int64_t tokens
         int64_t *of_token = index + t * choices;
         float total = 0;
         to_floats(logits + t * experts * size, (enum float_type)type, experts, values);
-        if (!how.is_late)
-            score(&how, values, experts);
+        if (!is_late)
+            score(is_sigmoid, values, experts);
         choose(values, experts, choices, of_token);
         for (int64_t c = 0; c < choices; c++)
             taken[c] = values[of_token[c]];
-        if (how.is_late)
-            score(&how, taken, choices);
+        if (is_late)
+            score(is_sigmoid, taken, choices);
         for (int64_t c = 0; c < choices; c++)
             total += taken[c];
-        for (int64_t c = 0; c < choices && how.normalises; c++)
+        for (int64_t c = 0; c < choices && normalises; c++)
             taken[c] /= total;
         chosen->from_float(taken, (enum float_type)scores_type, choices, scores + t * choices * scores_size);
     }

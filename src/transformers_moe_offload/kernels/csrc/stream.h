@@ -5,7 +5,7 @@
 
 typedef uint64_t words __attribute__((vector_size(4 * LANES)));
 
-/* Bytes fetched before they are read, as in plain.h. */
+/* Bytes fetched before they are read. */
 #define READ_AHEAD 1024
 
 /* All words of `nbytes` combined by xor; they are read as `streams` rows that lie one after another, side by side. Bytes

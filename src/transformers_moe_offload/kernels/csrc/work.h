@@ -1,4 +1,4 @@
-/* What product.c and layer.c share: the kernels that were chosen, threads, tiles, and room for rounded rows. */
+/* What product.c, layer.c and route.c share: the kernels that were chosen, threads, tiles, and room for rounded rows. */
 #ifndef WORK_H
 #define WORK_H
 
@@ -21,6 +21,9 @@ typedef void parallel_function(void (*)(void *), void *, unsigned, unsigned);
 extern parallel_function *parallel;
 
 extern const struct kernels *chosen;
+
+int moe_dense(const void *weight, int weight_type, int64_t rows, int64_t cols, const void *x, int type, int64_t inputs,
+              void *out, int threads); /* of product.c */
 
 static inline int64_t padded(int64_t count, int64_t to) { return ceil_div(count, to) * to; }
 
