@@ -8,7 +8,7 @@ from torch import nn
 from transformers import AutoModelForCausalLM
 
 from transformers_moe_offload import ConfigError, ExpertFormats, HqqFormat, OffloadConfig, kernels
-from transformers_moe_offload.hf.model.dense import HqqLinear
+from transformers_moe_offload.hf.packed_linear import HqqLinear
 from transformers_moe_offload.system import free_memory
 from zoo.build import build, inputs, output_tensor, save
 

@@ -62,8 +62,9 @@ def is_watched() -> bool:
     return bool(torch._C._len_torch_function_stack() or torch._C._len_torch_dispatch_stack())
 
 
-def linear(rows: Tensor, weight: Tensor) -> Tensor:
-    """rows (..., K), at most `MOST_ROWS`, weight (N, K) contiguous, both of one dtype of `TYPES` -> (..., N)."""
+def linear(rows: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    """rows (..., K), at most `MOST_ROWS`, weight (N, K), bias (N) -> (..., N), all of one dtype of `TYPES`; weight and
+    bias are contiguous."""
     num_rows, num_cols = weight.shape
     rows = rows.contiguous()
     out = torch.empty((*rows.shape[:-1], num_rows), dtype=rows.dtype)
@@ -71,6 +72,7 @@ def linear(rows: Tensor, weight: Tensor) -> Tensor:
     assert library is not None
     if library.moe_dense(
         weight.data_ptr(),
+        0 if bias is None else bias.data_ptr(),
         number,
         num_rows,
         num_cols,

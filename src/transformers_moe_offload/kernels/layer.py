@@ -11,8 +11,8 @@ from __future__ import annotations
 
 import ctypes
 import math
-from collections.abc import Mapping, Sequence
-from typing import NamedTuple, get_args
+from collections.abc import Sequence
+from typing import get_args
 
 import torch
 from torch import Tensor
@@ -20,7 +20,7 @@ from torch import Tensor
 from transformers_moe_offload.kernels import native
 from transformers_moe_offload.kernels.cpu import TYPES
 from transformers_moe_offload.kernels.grouped import Activation, Function
-from transformers_moe_offload.kernels.packed import PackedMatrix, Packing
+from transformers_moe_offload.kernels.stored import Arrays, Matrix, Shape, Stored, fill, shape_of
 
 MOST_TOKENS = 8
 """More rows than that are multiplied faster by other kernels (`dense.FEW_ROWS`)."""
@@ -28,28 +28,10 @@ MOST_TOKENS = 8
 MOST_CHOICES, MOST_PAIRS = 64, 512
 """As in `csrc/lowbit.h`."""
 
-_PLAIN = 16
-_ARRAYS = ("codes", "high", "scale", "zero", "scale_range", "zero_range")
-
-
-class _Arrays(ctypes.Structure):
-    """Addresses of a matrix of one expert; 0 for what it does not have."""
-
-    _fields_ = [(name, ctypes.c_void_p) for name in (*_ARRAYS, "bias")]
-
-
 class _Expert(ctypes.Structure):
     """Where one expert lies: `kind` is 0 where it is absent, else 1 or 2."""
 
-    _fields_ = [("kind", ctypes.c_int64), ("until", ctypes.c_double), ("first", _Arrays), ("second", _Arrays)]
-
-
-class _Shape(ctypes.Structure):
-    """How a matrix of all experts of a kind is stored."""
-
-    _fields_ = [
-        (name, ctypes.c_int64) for name in ("rows", "cols", "nbits", "group_size", "meta_nbits", "type", "bias_type")
-    ]
+    _fields_ = [("kind", ctypes.c_int64), ("until", ctypes.c_double), ("first", Arrays), ("second", Arrays)]
 
 
 class _Activation(ctypes.Structure):
@@ -64,30 +46,11 @@ class _Layer(ctypes.Structure):
         ("num_experts", ctypes.c_int64),
         ("rounded", ctypes.c_int64),
         ("activation", _Activation),
-        ("first", _Shape * 2),
-        ("second", _Shape * 2),
+        ("first", Shape * 2),
+        ("second", Shape * 2),
         ("sure_for", ctypes.c_double),
         ("experts", ctypes.POINTER(_Expert)),
     ]
-
-
-Matrix = PackedMatrix | Tensor
-"""(out, in): in low bits, or contiguous of a dtype in `TYPES`."""
-
-
-class Stored(NamedTuple):
-    """How a matrix of all experts of a kind is stored."""
-
-    rows: int
-    """Outputs."""
-    cols: int
-    """Inputs."""
-    packing: Packing | None
-    """None where it is dense."""
-    dtype: torch.dtype
-    """Of a dense matrix."""
-    bias_dtype: torch.dtype | None
-    """None where there is no bias."""
 
 
 class Workspace:
@@ -140,7 +103,7 @@ class LayerKernel:
             experts=self._table,
         )  # fmt: skip
         for kind, (first, second) in enumerate(kinds):
-            self._layer.first[kind], self._layer.second[kind] = _shape_of(first), _shape_of(second)
+            self._layer.first[kind], self._layer.second[kind] = shape_of(first), shape_of(second)
         self._address = ctypes.addressof(self._layer)
         self._bytes: dict[torch.Size, int] = {}
         self._wanted = ctypes.POINTER(ctypes.c_int32)()
@@ -160,8 +123,8 @@ class LayerKernel:
         """
         entry = self._table[expert]
         entry.kind, entry.until = kind + 1, until
-        _fill(entry.first, first, biases[0])
-        _fill(entry.second, second, biases[1])
+        fill(entry.first, first, biases[0])
+        fill(entry.second, second, biases[1])
 
     def keep_until(self, expert: int, until: float) -> None:
         """Another time from which an expert counts as absent."""
@@ -223,19 +186,3 @@ class LayerKernel:
     def end(self) -> None:
         """Write the result of the latest step, all of whose experts have been computed."""
         self._library.moe_layer_end(self._address, self._workspace.address, torch.get_num_threads())
-
-
-def _shape_of(stored: Stored) -> _Shape:
-    packing, bias_type = stored.packing, -1 if stored.bias_dtype is None else TYPES[stored.bias_dtype]
-    if packing is None:
-        bits = 8 * stored.dtype.itemsize
-        return _Shape(stored.rows, stored.cols, _PLAIN, stored.cols, bits, TYPES[stored.dtype], bias_type)
-    return _Shape(stored.rows, stored.cols, packing.nbits, packing.group_size, packing.meta_nbits, 0, bias_type)
-
-
-def _fill(entry: _Arrays, matrix: Matrix, bias: Tensor | None) -> None:
-    arrays: Mapping[str, Tensor] = {"codes": matrix} if isinstance(matrix, Tensor) else matrix.parts
-    for name in _ARRAYS:
-        setattr(entry, name, arrays[name].data_ptr() if name in arrays else 0)
-    if bias is not None:
-        entry.bias = bias.data_ptr()

@@ -13,7 +13,7 @@ import platform
 from pathlib import Path
 from typing import NamedTuple
 
-ABI = 6
+ABI = 7
 """Must equal the number in `csrc/product.c`: a library with another number takes other arguments."""
 
 
@@ -58,13 +58,17 @@ def opened(path: Path) -> Native:
     found.moe_linear.argtypes = (size, pointer, *[number] * 3)
     found.moe_read.restype = ctypes.c_uint64
     found.moe_read.argtypes = (pointer, size, number, number)
-    found.moe_dense.argtypes = (pointer, number, size, size, pointer, number, size, pointer, number)
+    found.moe_dense.argtypes = (pointer, pointer, number, size, size, pointer, number, size, pointer, number)
     found.moe_norm.argtypes = (
         pointer, number, size, size, pointer, number, ctypes.c_double, ctypes.c_double, number, pointer,
     )  # fmt: skip
     found.moe_route.argtypes = (
         pointer, pointer, number, *[size] * 4, *[number] * 3, pointer, pointer, number, pointer, number,
     )  # fmt: skip
+    found.moe_project.argtypes = (
+        pointer, pointer, number, size, pointer, pointer, number, size, pointer, pointer, pointer, number,
+    )  # fmt: skip
+    found.moe_attend.argtypes = (pointer, pointer, number, size, pointer, pointer, pointer, size, pointer, number)
     found.moe_layer_bytes.restype = size
     found.moe_layer_bytes.argtypes = (pointer, size, size)
     found.moe_layer.restype = size

@@ -11,14 +11,14 @@ from transformers_moe_offload.kernels.few_rows import MOST_ROWS, linear, takes
 
 
 class FewRowsLinear(FewRows, nn.Linear):
-    """A linear layer without a bias."""
+    """A linear layer."""
 
     plain_class = nn.Linear
 
     def forward(self, input: Tensor) -> Tensor:
         """input (..., K) -> (..., N)."""
-        if not self.training and 0 < input.numel() <= MOST_ROWS * self.in_features and self.bias is None:
-            weight = self.weight
-            if takes(input, weight):
-                return linear(input, weight)
+        if not self.training and 0 < input.numel() <= MOST_ROWS * self.in_features:
+            weight, bias = self.weight, self.bias
+            if takes(input, weight) and (bias is None or takes(input, bias)):
+                return linear(input, weight, bias)
         return nn.Linear.forward(self, input)

@@ -7,6 +7,7 @@ from typing import Any
 
 from torch import nn
 
+from transformers_moe_offload.hf.few_rows.attention import FewRowsAttention, attention_of
 from transformers_moe_offload.hf.few_rows.linear import FewRowsLinear
 from transformers_moe_offload.hf.few_rows.norm import FewRowsNorm, norm_of
 from transformers_moe_offload.hf.few_rows.router import FewRowsRouter, route_of
@@ -16,7 +17,7 @@ from transformers_moe_offload.kernels import gpu, native
 
 
 def use_kernels(model: Any, experts: Iterable[str]) -> None:
-    """Let the kernels compute the few rows of linear layers, norms and routers, where they can. `experts` are the paths
+    """Let the kernels compute the few rows of linear layers, norms, attention and routers, where they can. `experts` are the paths
     of the experts modules."""
     if native.library() is None or gpu.cpu_stands_in():
         return
@@ -25,6 +26,9 @@ def use_kernels(model: Any, experts: Iterable[str]) -> None:
             module.__class__ = FewRowsLinear
         elif not isinstance(module, FewRows):
             _swap(module, FewRowsNorm, norm_of(module))
+    for module in model.modules():
+        if isinstance(module._modules.get("q_proj"), nn.Linear) and not isinstance(module, FewRows):
+            _swap(module, FewRowsAttention, attention_of(module))
     for path in experts:
         found = find_router(model, path)
         router = None if found is None else model.get_submodule(found.path)

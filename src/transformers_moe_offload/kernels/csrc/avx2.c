@@ -41,6 +41,11 @@ typedef __m256 vec;
 typedef __m256i ints;
 
 ALWAYS_INLINE vec load(const float *p) { return _mm256_loadu_ps(p); }
+ALWAYS_INLINE vec load_first(const float *p, int64_t count)
+{
+    __m256i lanes = _mm256_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7);
+    return _mm256_maskload_ps(p, _mm256_cmpgt_epi32(_mm256_set1_epi32(count < LANES ? (int)count : LANES), lanes));
+}
 ALWAYS_INLINE void store(float *p, vec v) { _mm256_storeu_ps(p, v); }
 ALWAYS_INLINE vec load_bfloats(const uint16_t *p)
 {
@@ -143,9 +148,10 @@ ALWAYS_INLINE vec spread(const float *p, const int group_size)
 #include "stream.h"
 #include "gate.h"
 #include "norm.h"
+#include "attend.h"
 
 const struct kernels avx2_kernels = {"avx2", exact_tiles, rounded_tiles, plain_tiles, round_rows, values_to_floats,
-    activate, weigh, norm, floats_to_values, softmax, sigmoid, read_memory};
+    activate, weigh, norm, floats_to_values, softmax, sigmoid, attend, read_memory};
 
 #if defined(__clang__)
 #pragma clang attribute pop

@@ -39,6 +39,10 @@ typedef __m512 vec;
 typedef __m512i ints;
 
 ALWAYS_INLINE vec load(const float *p) { return _mm512_loadu_ps(p); }
+ALWAYS_INLINE vec load_first(const float *p, int64_t count)
+{
+    return _mm512_maskz_loadu_ps((__mmask16)(count < LANES ? (1u << count) - 1 : 0xffffu), p);
+}
 ALWAYS_INLINE void store(float *p, vec v) { _mm512_storeu_ps(p, v); }
 ALWAYS_INLINE vec load_bfloats(const uint16_t *p)
 {
@@ -126,9 +130,10 @@ ALWAYS_INLINE vec spread(const float *p, const int group_size)
 #include "stream.h"
 #include "gate.h"
 #include "norm.h"
+#include "attend.h"
 
 const struct kernels avx512_kernels = {"avx512", exact_tiles, rounded_tiles, plain_tiles, round_rows, values_to_floats,
-    activate, weigh, norm, floats_to_values, softmax, sigmoid, read_memory};
+    activate, weigh, norm, floats_to_values, softmax, sigmoid, attend, read_memory};
 
 #if defined(__clang__)
 #pragma clang attribute pop

@@ -18,20 +18,11 @@
 
 #include "work.h"
 
-/* Where one matrix of an expert lies; kernels/layer.py has the same structures. */
-struct arrays {
-    void *codes, *high, *scale, *zero, *scale_range, *zero_range, *bias;
-};
-
+/* kernels/layer.py has the same structures. */
 struct expert {
     int64_t kind; /* 0 where it is absent, else 1 and more: how it is stored */
     double until; /* the time from which it must be looked for before it is used again */
     struct arrays first, second;
-};
-
-/* How a matrix of all experts of a kind is stored. */
-struct shape {
-    int64_t rows, cols, nbits, group_size, meta_nbits, type, bias_type; /* -1 where there is no bias */
 };
 
 #define MOST_KINDS 2
@@ -68,14 +59,6 @@ struct step {
     struct matrix *matrices;   /* two of each group */
     struct product *both;    /* likewise */
 };
-
-static struct matrix matrix_of(const struct shape *s, const struct arrays *a)
-{
-    return (struct matrix){.rows = s->rows, .cols = s->cols, .nbits = (int)s->nbits, .group_size = (int)s->group_size,
-                           .meta_nbits = (int)s->meta_nbits, .type = (enum float_type)s->type, .codes = a->codes,
-                           .high = a->high, .scale = a->scale, .zero = a->zero, .scale_range = a->scale_range,
-                           .zero_range = a->zero_range};
-}
 
 static int64_t most_rounded_bytes(const struct layer *l)
 {

@@ -36,6 +36,7 @@ struct product {
     int64_t inputs;              /* T */
     const float *rows;           /* (T, K), for `exact` */
     struct rounded_rows rounded; /* for `rounded` */
+    const float *bias;           /* (N), added to products; NULL where there is none */
     void *out;                   /* (T, N) */
     enum float_type out_type;
 };
@@ -53,6 +54,22 @@ struct norm {
     double epsilon, shift;
     int rounds;
 };
+
+/* Some tokens of a text, to which heads that share keys and values attend. */
+struct span {
+    enum float_type type;
+    int64_t head_dim, heads, count; /* heads: HEADS_AT_ONCE at most; count: of tokens */
+    float scaling;
+    const char *keys, *values;      /* (count, D) */
+    int64_t key_step, value_step;   /* bytes between tokens */
+    const float *queries;           /* (heads, D) */
+    float *most, *total;            /* of each head, `most_step` apart: its largest score, the sum of its weights */
+    float *sums;                    /* of each head, `sums_step` apart: of values by weight (D) */
+    int64_t most_step, sums_step;
+};
+
+#define HEADS_AT_ONCE 4
+#define MOST_TOKENS_AT_ONCE 256
 
 /* Columns that are added up at once. */
 #define WEIGHED_AT_ONCE 512
@@ -86,6 +103,7 @@ struct kernels {
     void (*from_float)(const float *values, enum float_type, int64_t count, void *out);
     void (*softmax)(float *values, int64_t count);
     void (*sigmoid)(float *values, int64_t count);
+    void (*attend)(const struct span *);
     uint64_t (*read_memory)(const char *memory, int64_t nbytes, int streams);
 };
 

@@ -32,6 +32,13 @@ ALWAYS_INLINE vec load(const float *p)
     return v;
 }
 
+ALWAYS_INLINE vec load_first(const float *p, int64_t count)
+{
+    vec v = {0};
+    memcpy(&v, p, (size_t)(count < LANES ? count : LANES) * sizeof *p);
+    return v;
+}
+
 ALWAYS_INLINE void store(float *p, vec v) { memcpy(p, &v, sizeof v); }
 ALWAYS_INLINE vec load_bfloats(const uint16_t *p)
 {
@@ -109,6 +116,7 @@ ALWAYS_INLINE vec spread(const float *p, const int group_size)
 #include "stream.h"
 #include "gate.h"
 #include "norm.h"
+#include "attend.h"
 
 const struct kernels portable_kernels = {"portable", exact_tiles, rounded_tiles, plain_tiles, round_rows,
-    values_to_floats, activate, weigh, norm, floats_to_values, softmax, sigmoid, read_memory};
+    values_to_floats, activate, weigh, norm, floats_to_values, softmax, sigmoid, attend, read_memory};

@@ -6,7 +6,7 @@
 
 #include "work.h"
 
-#define ABI 6 /* as in native.py; one more whenever a function's arguments change */
+#define ABI 7 /* as in native.py; one more whenever a function's arguments change */
 
 EXPORT int moe_abi(void) { return ABI; }
 
@@ -66,7 +66,7 @@ static void take_tiles(void *data)
     }
 }
 
-static void run(const struct product *products, int64_t count, int rounded, int threads)
+void multiply_all(const struct product *products, int64_t count, int rounded, int threads)
 {
     struct shared shared = {.products = products, .count = count, .rounded = rounded};
     for (int64_t i = 0; i < count; i++)
@@ -93,6 +93,7 @@ static int64_t inputs_at_once(int64_t cols)
 /* Rows of input, the matrix that multiplies them, and where the products go. */
 struct call {
     struct matrix matrix;
+    const float *bias; /* NULL where there is none */
     int64_t inputs;
     const char *rows;
     char *out;
@@ -114,7 +115,8 @@ static size_t prepared_bytes(const struct call *c, const struct manner *how)
 
 static void prepare(const struct call *c, const struct manner *how, char *memory, struct product *p)
 {
-    *p = (struct product){.matrix = &c->matrix, .inputs = c->inputs, .out = c->out, .out_type = how->type};
+    *p = (struct product){.matrix = &c->matrix, .inputs = c->inputs, .out = c->out, .out_type = how->type,
+                          .bias = c->bias};
     p->rows = (const float *)c->rows;
     if (how->type != FLOAT32) {
         float *floats = (float *)memory;
@@ -142,7 +144,7 @@ static int multiply(const struct call *calls, int64_t count, const struct manner
         prepare(&calls[i], how, next, &products[i]);
         next += prepared_bytes(&calls[i], how);
     }
-    run(products, count, how->rounded, how->threads);
+    multiply_all(products, count, how->rounded, how->threads);
     free(memory);
     return 0;
 }
@@ -200,17 +202,24 @@ EXPORT int moe_linear(int64_t count, const int64_t *numbers, int type, int round
     return failed;
 }
 
-/* Products of a few rows x (T, K) of a type and a matrix of floats (N, K), out (T, N) of the same type as the rows.
- * Returns 0, or 1 if there is no memory. */
-EXPORT int moe_dense(const void *weight, int weight_type, int64_t rows, int64_t cols, const void *x, int type,
-                     int64_t inputs, void *out, int threads)
+/* Products of a few rows x (T, K) of a type and a matrix of floats (N, K), plus a bias (N) of the matrix's type, or NULL,
+ * out (T, N) of the same type as the rows. Returns 0, or 1 if there is no memory. */
+EXPORT int moe_dense(const void *weight, const void *bias, int weight_type, int64_t rows, int64_t cols, const void *x,
+                     int type, int64_t inputs, void *out, int threads)
 {
+    float *floats = bias ? malloc((size_t)(rows ? rows : 1) * sizeof *floats) : NULL;
+    if (bias && !floats)
+        return 1;
+    if (bias)
+        to_floats(bias, (enum float_type)weight_type, rows, floats);
     struct call c = {.matrix = {.rows = rows, .cols = cols, .nbits = PLAIN, .group_size = (int)cols,
                                 .type = (enum float_type)weight_type, .codes = weight},
-                     .inputs = inputs, .rows = x, .out = out};
+                     .bias = floats, .inputs = inputs, .rows = x, .out = out};
     int64_t most = 1 + rows * cols * (weight_type == FLOAT32 ? 4 : 2) / BYTES_PER_THREAD;
     const struct manner how = {(enum float_type)type, 0, threads < most ? threads : (int)most};
-    return multiply_long(c, &how);
+    int failed = multiply_long(c, &how);
+    free(floats);
+    return failed;
 }
 
 /* Normalise rows x (T, K) of a type -> out (T, K); weight (K) of its own type, or NULL. Returns 0, or 1 if there is no

@@ -6,6 +6,7 @@
  *   dot(codes, x, nbits)      four products of a code and an int8 added up in each lane
  *   to_float(ints), multiplied, negative
  *   spread(p, group_size)     lane i gets p[4 * i / group_size]
+ *   load_first(p, count)      as `load`, with zeros from `count` on, which are not looked at
  */
 
 static void round_group(const float *x, int group_size, int8_t *codes, float *scale, float *sum_of_codes)
@@ -85,7 +86,7 @@ static void copy_tail(const struct matrix *m, const struct bytes *bytes, int64_t
 
 /* Add the products of a tile and one input to `sums` (TILE_ROWS). `scales` are both scales, multiplied. */
 ALWAYS_INLINE void multiply_bytes(const struct bytes *bytes, const int8_t *x,
-                                  float (*scales)[MOST_GROUPS + PAD_GROUPS], int64_t first_group, int64_t length,
+                                  float (*scales)[MOST_GROUPS + LANES], int64_t first_group, int64_t length,
                                   int64_t tile_bytes, vec *sums, const int nbits, const int group_size)
 {
     const int plane = nbits == 3 ? 2 : nbits, in_a_byte = 8 / plane, num_byte_rows = TILE_ROWS / in_a_byte;
@@ -118,7 +119,7 @@ ALWAYS_INLINE void multiply_rounded(const struct tile *tile, const struct produc
     const struct rounded_rows *r = &p->rounded;
     int64_t group = column / group_size, count = length / group_size, whole = length / BYTES * BYTES;
     int64_t tile_bytes = tile_byte_rows(m) * m->cols;
-    float scales[TILE_ROWS][MOST_GROUPS + PAD_GROUPS];
+    float scales[TILE_ROWS][MOST_GROUPS + LANES];
     uint8_t copies[2 * TILE_ROWS][BYTES];
     struct bytes bytes, tail;
     find_bytes(m, tile, column, &bytes);
@@ -129,10 +130,11 @@ ALWAYS_INLINE void multiply_rounded(const struct tile *tile, const struct produc
         const int8_t *x = r->codes + t * r->cols + column;
         for (int i = 0; i < TILE_ROWS; i++) {
             vec sum = sums[i];
-            for (int64_t g = 0; g < count + LANES; g += LANES) { /* `spread` may look past the last group */
-                vec of_row = load(tile->scale[i] + g);
+            for (int64_t g = 0; g < count; g += LANES) {
+                int64_t left = count - g;
+                vec of_row = load_first(tile->scale[i] + g, left), zero = load_first(tile->zero[i] + g, left);
                 store(scales[i] + g, multiplied(of_row, load(scale + g)));
-                sum = fused(multiplied(of_row, load(tile->zero[i] + g)), negative(load(sum_of_codes + g)), sum);
+                sum = fused(multiplied(of_row, zero), negative(load(sum_of_codes + g)), sum);
             }
             sums[i] = sum;
         }

@@ -38,7 +38,7 @@ EXPORT int moe_route(const void *weight, const void *x, int type, int64_t tokens
 {
     int64_t size = type == FLOAT32 ? 4 : 2, scores_size = scores_type == FLOAT32 ? 4 : 2;
     float *values = malloc((size_t)(experts + choices) * sizeof *values), *taken = values + experts;
-    if (!values || moe_dense(weight, type, experts, hidden, x, type, tokens, logits, threads)) {
+    if (!values || moe_dense(weight, NULL, type, experts, hidden, x, type, tokens, logits, threads)) {
         free(values);
         return 1;
     }

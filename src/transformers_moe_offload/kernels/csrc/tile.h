@@ -11,14 +11,14 @@
 
 #define ALWAYS_INLINE static inline __attribute__((always_inline))
 
-/* Most groups of a row that are looked at at once, and zeros after them, so that vectors may look past the end. */
+/* Most groups of a row that are looked at at once. */
 #define MOST_GROUPS 64
-#define PAD_GROUPS 32
 
 struct tile {
     const uint8_t *bytes[TILE_ROWS]; /* rows of bytes, of their first column */
     int64_t row[TILE_ROWS];          /* of the matrix; N or more where there is none */
-    float scale[TILE_ROWS][MOST_GROUPS + PAD_GROUPS], zero[TILE_ROWS][MOST_GROUPS + PAD_GROUPS];
+    const float *scale[TILE_ROWS], *zero[TILE_ROWS]; /* of some groups of each row */
+    float scales[TILE_ROWS * MOST_GROUPS], zeros[TILE_ROWS * MOST_GROUPS];
 };
 
 /* A row of bytes that does not exist looks like the last one, and its rows of the matrix do not exist. */
@@ -49,20 +49,25 @@ ALWAYS_INLINE void meta_to_floats(const struct matrix *m, const void *stored, co
     }
 }
 
-/* Scales and zeros of the groups from `group` on. A row that does not exist gets zeros, and so weights of zero. */
+/* Scales and zeros of the groups from `group` on. A row that does not exist gets zeros, and so weights of zero. Those of
+ * rows that follow each other, if they are read to the end, lie together and are read together. */
 static void read_meta(const struct matrix *m, int64_t group, int64_t count, struct tile *tile)
 {
-    int64_t groups = m->cols / m->group_size;
-    for (int i = 0; i < TILE_ROWS; i++) {
-        if (tile->row[i] < m->rows) {
-            int64_t start = tile->row[i] * groups + group;
-            meta_to_floats(m, m->scale, m->scale_range, start, count, tile->scale[i]);
-            meta_to_floats(m, m->zero, m->zero_range, start, count, tile->zero[i]);
-            memset(tile->scale[i] + count, 0, PAD_GROUPS * sizeof(float));
-            memset(tile->zero[i] + count, 0, PAD_GROUPS * sizeof(float));
-        } else {
-            memset(tile->scale[i], 0, sizeof tile->scale[i]);
-            memset(tile->zero[i], 0, sizeof tile->zero[i]);
+    static const float nothing[MOST_GROUPS] = {0};
+    int64_t groups = m->cols / m->group_size, in_a_byte = 8 / plane_nbits(m->nbits), run = TILE_ROWS / in_a_byte;
+    for (int64_t i = 0; i < in_a_byte; i++) {
+        int64_t exist = 0, at_once = count == groups ? run : 1;
+        while (exist < run && tile->row[exist * in_a_byte + i] < m->rows)
+            exist++;
+        for (int64_t b = 0; b < run; b++) {
+            int64_t place = (i * run + b) * count, row = b * in_a_byte + i;
+            tile->scale[row] = b < exist ? tile->scales + place : nothing;
+            tile->zero[row] = b < exist ? tile->zeros + place : nothing;
+            if (b < exist && b % at_once == 0) {
+                int64_t start = tile->row[row] * groups + group, all = at_once == 1 ? count : exist * count;
+                meta_to_floats(m, m->scale, m->scale_range, start, all, tile->scales + place);
+                meta_to_floats(m, m->zero, m->zero_range, start, all, tile->zeros + place);
+            }
         }
     }
 }
@@ -87,6 +92,7 @@ ALWAYS_INLINE void fetch_ahead(const uint8_t *bytes, int64_t tile_bytes)
 static void put(const struct product *p, int64_t input, int64_t row, float value)
 {
     int64_t place = input * p->matrix->rows + row;
+    value += p->bias ? p->bias[row] : 0.0f;
     if (p->out_type == FLOAT32)
         ((float *)p->out)[place] = value;
     else

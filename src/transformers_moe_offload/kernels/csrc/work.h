@@ -22,8 +22,30 @@ extern parallel_function *parallel;
 
 extern const struct kernels *chosen;
 
-int moe_dense(const void *weight, int weight_type, int64_t rows, int64_t cols, const void *x, int type, int64_t inputs,
-              void *out, int threads); /* of product.c */
+int moe_dense(const void *weight, const void *bias, int weight_type, int64_t rows, int64_t cols, const void *x, int type,
+              int64_t inputs, void *out, int threads); /* of product.c */
+
+/* The product of several matrices and their rows, by so many threads; of product.c. */
+void multiply_all(const struct product *products, int64_t count, int rounded, int threads);
+
+/* How a matrix is stored, and of which type the bias that goes with it is, -1 where there is none; the structures are also
+ * in kernels/stored.py. */
+struct shape {
+    int64_t rows, cols, nbits, group_size, meta_nbits, type, bias_type;
+};
+
+/* Where a matrix lies. */
+struct arrays {
+    void *codes, *high, *scale, *zero, *scale_range, *zero_range, *bias;
+};
+
+static inline struct matrix matrix_of(const struct shape *s, const struct arrays *a)
+{
+    return (struct matrix){.rows = s->rows, .cols = s->cols, .nbits = (int)s->nbits, .group_size = (int)s->group_size,
+                           .meta_nbits = (int)s->meta_nbits, .type = (enum float_type)s->type, .codes = a->codes,
+                           .high = a->high, .scale = a->scale, .zero = a->zero, .scale_range = a->scale_range,
+                           .zero_range = a->zero_range};
+}
 
 static inline int64_t padded(int64_t count, int64_t to) { return ceil_div(count, to) * to; }
 
@@ -58,10 +80,7 @@ static inline void to_floats(const void *values, enum float_type type, int64_t c
         chosen->to_float(values, type, count, out);
 }
 
-static inline int64_t rounded_groups(const struct matrix *m)
-{
-    return padded(m->cols / m->group_size, 16) + 64; /* `read_meta` pads what is looked at, too */
-}
+static inline int64_t rounded_groups(const struct matrix *m) { return padded(m->cols / m->group_size, 16); }
 
 /* Bytes for one rounded row. */
 static inline int64_t rounded_bytes(const struct matrix *m) { return padded(m->cols, 64) + 8 * rounded_groups(m); }
