@@ -11,8 +11,9 @@ from transformers_moe_offload.config import HqqFormat
 from transformers_moe_offload.formats.hqq import quantize
 from transformers_moe_offload.kernels import native
 from transformers_moe_offload.kernels.grouped import Activation, Function
-from transformers_moe_offload.kernels.layer import LayerKernel, Stored, Workspace
+from transformers_moe_offload.kernels.layer import LayerKernel, Workspace
 from transformers_moe_offload.kernels.reference import dequantize
+from transformers_moe_offload.kernels.stored import Stored
 
 pytestmark = pytest.mark.skipif(native.library() is None, reason="the kernels were not compiled")
 

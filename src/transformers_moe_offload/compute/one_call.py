@@ -16,8 +16,9 @@ from transformers_moe_offload.formats.codec import ExpertCodec
 from transformers_moe_offload.kernels import gpu, native
 from transformers_moe_offload.kernels.cpu import TYPES
 from transformers_moe_offload.kernels.grouped import Activation
-from transformers_moe_offload.kernels.layer import LayerKernel, Stored, Workspace
+from transformers_moe_offload.kernels.layer import LayerKernel, Workspace
 from transformers_moe_offload.kernels.packed import PackedMatrix
+from transformers_moe_offload.kernels.stored import Stored
 from transformers_moe_offload.store.layer_source import Weights
 
 

@@ -62,6 +62,7 @@ except ImportError as error:
     ) from error
 
 __all__ = [
+    "ATTENTION_IMPLEMENTATION",
     "AUTO_QUANTIZATION_CONFIG_MAPPING",
     "AUTO_QUANTIZER_MAPPING",
     "COMPILED_CALL",
@@ -116,6 +117,9 @@ __all__ = [
     "undecorated_forward",
     "warn_if_untested",
 ]
+
+ATTENTION_IMPLEMENTATION = "_attn_implementation"
+"""5.23, 5.24: the attribute of a config that `attention_implementation` returns."""
 
 COMPILED_CALL = "get_compiled_call"
 """5.23, 5.24: the method of a model that returns the callable which `generate` calls in place of the model, with a
@@ -346,7 +350,7 @@ def ignored_on_load_missing(model: Any) -> tuple[str, ...]:
 
 def attention_implementation(config: Any) -> str | None:
     """5.23, 5.24: the attention implementation of a model with this config; it can change between two forwards."""
-    return getattr(config, "_attn_implementation", None)
+    return getattr(config, ATTENTION_IMPLEMENTATION, None)
 
 
 def experts_implementation(config: Any) -> str | None:

@@ -1,7 +1,7 @@
 """Attention of a decode step, of a layer with its four linear layers, by two calls of the compiled kernels.
 
-Between the calls the caller puts new keys and values into its cache. Sums are in float32; queries, keys, values and what
-goes into the last linear layer are rounded to their dtype, as the layers of a model round them.
+Between the calls the caller puts new keys and values into its cache. Sums are in float32; queries, keys, values and
+what goes into the last linear layer are rounded to their dtype, as the layers of a model round them.
 """
 
 # B texts, H hidden, N heads of queries, M heads of keys and values, D columns of a head, S tokens, 2 R rotated columns
@@ -87,7 +87,7 @@ class AttentionKernel:
         self._hidden = self._attention.linears[3].shape.rows
 
     def project(self, hidden: Tensor, turn: tuple[Tensor, Tensor] | None) -> tuple[Tensor, Tensor, Tensor]:
-        """hidden (B, 1, H), cosines and sines (B, 1, 2 R) -> queries (B, N, 1, D), keys and values (B, M, 1, D) of
+        """hidden (B, 1, H), cosines and sines (B or 1, 1, 2 R) -> queries (B, N, 1, D), keys and values (B, M, 1, D) of
         hidden's dtype; all contiguous, of dtypes in `TYPES`."""
         texts, dtype = len(hidden), hidden.dtype
         queries, keys, values = (torch.empty((texts, heads, 1, self._head_dim), dtype=dtype) for heads in self._heads)
@@ -127,16 +127,17 @@ class AttentionKernel:
         return out
 
 
-def _turn(turn: tuple[Tensor, Tensor] | None) -> tuple[int, int, int, int]:
+def _turn(turn: tuple[Tensor, Tensor] | None) -> tuple[int, int, int, int, int]:
     """Cosines and sines as the kernel takes them."""
     if turn is None:
-        return 0, 0, 0, 0
+        return 0, 0, 0, 0, 0
     cos, sin = turn
-    return cos.data_ptr(), sin.data_ptr(), TYPES[cos.dtype], cos.shape[-1]
+    return cos.data_ptr(), sin.data_ptr(), TYPES[cos.dtype], len(cos), cos.shape[-1]
 
 
 def _stored(matrix: Matrix, bias: Tensor | None) -> Stored:
-    packing = matrix.packing if isinstance(matrix, PackedMatrix) else None
-    rows, cols = (packing.rows, packing.cols) if isinstance(matrix, PackedMatrix) else matrix.shape
-    dtype = torch.float32 if isinstance(matrix, PackedMatrix) else matrix.dtype
-    return Stored(rows, cols, packing, dtype, None if bias is None else bias.dtype)
+    bias_dtype = None if bias is None else bias.dtype
+    if isinstance(matrix, PackedMatrix):
+        return Stored(matrix.packing.rows, matrix.packing.cols, matrix.packing, torch.float32, bias_dtype)
+    rows, cols = matrix.shape
+    return Stored(rows, cols, None, matrix.dtype, bias_dtype)

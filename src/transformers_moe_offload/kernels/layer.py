@@ -28,6 +28,7 @@ MOST_TOKENS = 8
 MOST_CHOICES, MOST_PAIRS = 64, 512
 """As in `csrc/lowbit.h`."""
 
+
 class _Expert(ctypes.Structure):
     """Where one expert lies: `kind` is 0 where it is absent, else 1 or 2."""
 

@@ -66,7 +66,7 @@ def opened(path: Path) -> Native:
         pointer, pointer, number, *[size] * 4, *[number] * 3, pointer, pointer, number, pointer, number,
     )  # fmt: skip
     found.moe_project.argtypes = (
-        pointer, pointer, number, size, pointer, pointer, number, size, pointer, pointer, pointer, number,
+        pointer, pointer, number, size, pointer, pointer, number, size, size, pointer, pointer, pointer, number,
     )  # fmt: skip
     found.moe_attend.argtypes = (pointer, pointer, number, size, pointer, pointer, pointer, size, pointer, number)
     found.moe_layer_bytes.restype = size

@@ -18,8 +18,8 @@ from torch import nn
 from transformers_moe_offload.config.options import choose
 from transformers_moe_offload.errors import ConfigError, UnsupportedModelError
 from transformers_moe_offload.hf.loading.discover import find_experts
-from transformers_moe_offload.hf.packed_linear import HqqLinear
 from transformers_moe_offload.hf.model.experts_module import OffloadedExperts
+from transformers_moe_offload.hf.packed_linear import HqqLinear
 from transformers_moe_offload.hf.routers.find import Router, find_router
 
 Parts = dict[str, nn.Parameter]

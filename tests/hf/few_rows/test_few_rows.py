@@ -6,6 +6,7 @@ from torch import nn
 from transformers import AutoModelForCausalLM
 
 from transformers_moe_offload import OffloadConfig
+from transformers_moe_offload.hf.few_rows.attention import FewRowsAttention
 from transformers_moe_offload.hf.few_rows.linear import FewRowsLinear
 from transformers_moe_offload.hf.few_rows.norm import FewRowsNorm, norm_of
 from transformers_moe_offload.hf.few_rows.router import FewRowsRouter, route_of
@@ -32,7 +33,9 @@ def test_a_module_gives_what_it_gives_itself(name, dtype):
     model = build(name, dtype).eval()
     use_kernels(model, [path for path, _, _ in find_experts(model)])
     random = torch.Generator().manual_seed(0)
-    for module in [module for module in model.modules() if isinstance(module, FewRows)]:
+    for module in [
+        one for one in model.modules() if isinstance(one, FewRows) and not isinstance(one, FewRowsAttention)
+    ]:
         rows = torch.randn(3, module.weight.shape[-1], generator=random).to(module.weight.dtype)
         with torch.no_grad():
             found, expected = module(rows), module.plain_class.forward(module, rows)
@@ -50,12 +53,12 @@ def model():
 def kinds(model):
     return {
         kind: sum(isinstance(module, kind) for module in model.modules())
-        for kind in (FewRowsLinear, FewRowsNorm, FewRowsRouter)
+        for kind in (FewRowsLinear, FewRowsNorm, FewRowsRouter, FewRowsAttention)
     }
 
 
-def test_linear_layers_norms_and_routers_of_a_model_are_swapped_and_restored(model):
-    assert kinds(model) == {FewRowsLinear: 33, FewRowsNorm: 33, FewRowsRouter: 8}
+def test_linear_layers_norms_attention_and_routers_of_a_model_are_swapped_and_restored(model):
+    assert kinds(model) == {FewRowsLinear: 33, FewRowsNorm: 33, FewRowsRouter: 8, FewRowsAttention: 8}
     classes = [module.plain_class for module in model.modules() if isinstance(module, FewRows)]
     restored = model.moe_offload.restore()
     assert not any(isinstance(module, FewRows) for module in restored.modules())
@@ -87,7 +90,7 @@ def test_a_router_whose_numbers_are_changed_computes_itself(model):
         assert router(torch.randn(1, router.weight.shape[1]).bfloat16())[2].shape == (1, 2)
     assert not isinstance(router, FewRows)
     model.train().eval()
-    assert kinds(model) == {FewRowsLinear: 33, FewRowsNorm: 33, FewRowsRouter: 7}
+    assert kinds(model) == {FewRowsLinear: 33, FewRowsNorm: 33, FewRowsRouter: 7, FewRowsAttention: 8}
 
 
 def test_a_parametrized_layer_stays_parametrized_when_the_model_is_restored(model):

@@ -7,7 +7,8 @@ from typing import Any
 
 from torch import nn
 
-from transformers_moe_offload.hf.few_rows.attention import FewRowsAttention, attention_of
+from transformers_moe_offload.hf.few_rows.attention import FewRowsAttention
+from transformers_moe_offload.hf.few_rows.attention_trial import attention_of
 from transformers_moe_offload.hf.few_rows.linear import FewRowsLinear
 from transformers_moe_offload.hf.few_rows.norm import FewRowsNorm, norm_of
 from transformers_moe_offload.hf.few_rows.router import FewRowsRouter, route_of
@@ -17,8 +18,10 @@ from transformers_moe_offload.kernels import gpu, native
 
 
 def use_kernels(model: Any, experts: Iterable[str]) -> None:
-    """Let the kernels compute the few rows of linear layers, norms, attention and routers, where they can. `experts` are the paths
-    of the experts modules."""
+    """Let the kernels compute the few rows of linear layers, norms, attention and routers, where they can.
+
+    `experts` are the paths of the experts modules.
+    """
     if native.library() is None or gpu.cpu_stands_in():
         return
     for module in model.modules():

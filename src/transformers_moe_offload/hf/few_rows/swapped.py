@@ -12,7 +12,6 @@ from inspect import unwrap
 from typing import Any
 
 from torch import Tensor, nn
-from torch.nn.modules import module as hooks
 
 
 class FewRows:
@@ -40,14 +39,6 @@ def swap_back(module: Any) -> None:
 def changes_result(name: str, value: Any) -> bool:
     """Whether an attribute of a module that is set may change what it computes, its tensors apart."""
     return not (name == "training" or name.startswith("_") or isinstance(value, Tensor))
-
-
-def has_hooks(module: nn.Module | None) -> bool:
-    """Whether hooks are called with a module's forward: its own, or those of all modules."""
-    if module is None:
-        return False
-    of_all = hooks._global_forward_hooks or hooks._global_forward_pre_hooks
-    return bool(module._forward_hooks or module._forward_pre_hooks or of_all)
 
 
 def reads_config(module: nn.Module) -> bool:

@@ -14,10 +14,10 @@ from transformers_moe_offload.compute.mlp import ExpertMlp
 from transformers_moe_offload.config import OffloadConfig
 from transformers_moe_offload.hf.few_rows.swap import use_kernels
 from transformers_moe_offload.hf.loading.arithmetic_probe import reproduces
-from transformers_moe_offload.hf.packed_linear import HqqLinear
 from transformers_moe_offload.hf.model.handle import OffloadRuntime
 from transformers_moe_offload.hf.model.sparse_layer import SparseLayer
 from transformers_moe_offload.hf.model.state_dicts import install_state_dict_hooks
+from transformers_moe_offload.hf.packed_linear import HqqLinear
 from transformers_moe_offload.hf.peft.register import install_adapters
 from transformers_moe_offload.hf.prebuilt.names import GUARD
 from transformers_moe_offload.kernels import Activations

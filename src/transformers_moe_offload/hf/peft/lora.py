@@ -19,8 +19,8 @@ from torch import nn
 
 from transformers_moe_offload.compute.deltas import LowRank
 from transformers_moe_offload.errors import ConfigError, UnsupportedModelError
-from transformers_moe_offload.hf.packed_linear import HqqLinear, no_merge
 from transformers_moe_offload.hf.model.experts_module import OffloadedExperts, layer_of, offloaded
+from transformers_moe_offload.hf.packed_linear import HqqLinear, no_merge
 from transformers_moe_offload.hf.peft.active_deltas import adding
 from transformers_moe_offload.hf.peft.placeholders import is_adaptable, offloaded_layers, placeholder_of, placeholders
 from transformers_moe_offload.hf.upstream import LoraLayer

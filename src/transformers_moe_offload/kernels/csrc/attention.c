@@ -112,10 +112,11 @@ static void finish_row(const struct attention *a, const struct norm_of_heads *n,
     chosen->from_float(floats, type, cols, row);
 }
 
-/* hidden (B, H) of a type, cos and sin (B, R) of another -> queries (B, N, D), keys (B, M, D) and values (B, M, D) of the
+/* hidden (B, H) of a type, cos and sin (`turns`, R) of another, for each text or for all -> queries (B, N, D), keys (B, M, D) and values (B, M, D) of the
  * first. Returns 0, or 1 if there is no memory. */
 EXPORT int moe_project(const struct attention *a, const char *hidden, int type, int64_t texts, const char *cos,
-                       const char *sin, int rotary_type, int64_t rotary_dim, char *queries, char *keys, char *values, int threads)
+                       const char *sin, int rotary_type, int64_t turns, int64_t rotary_dim,
+                       char *queries, char *keys, char *values, int threads)
 {
     const enum float_type of_rows = (enum float_type)type, of_rotary = (enum float_type)rotary_type;
     const int rounded = (int)a->rounded;
@@ -139,7 +140,7 @@ EXPORT int moe_project(const struct attention *a, const char *hidden, int type, 
     multiply_all(products, 3, rounded, threads_for(nbytes, threads));
     float *turn = (float *)next, *floats = turn + 2 * rotary_dim;
     for (int64_t b = 0; b < texts; b++) {
-        int64_t skipped = b * rotary_dim * bytes_of(of_rotary);
+        int64_t skipped = (turns > 1 ? b : 0) * rotary_dim * bytes_of(of_rotary);
         if (rotary_dim) {
             to_floats(cos + skipped, of_rotary, rotary_dim, turn);
             to_floats(sin + skipped, of_rotary, rotary_dim, turn + rotary_dim);

@@ -8,11 +8,11 @@ import time
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+from torch.nn.modules import module as hooks
 
 from transformers_moe_offload.compute.deltas import NOTHING
 from transformers_moe_offload.compute.one_call import OneCall
-from transformers_moe_offload.hf.few_rows.swapped import has_hooks
 from transformers_moe_offload.hf.model.layer_forward import Call, LayerExperts
 from transformers_moe_offload.kernels.cpu import TYPES
 from transformers_moe_offload.kernels.few_rows import is_watched
@@ -74,3 +74,11 @@ class OneCallPath:
                     kernel.some(list(batch))
             kernel.end()
         return out
+
+
+def has_hooks(module: nn.Module | None) -> bool:
+    """Whether hooks are called with a module's forward: its own, or those of all modules."""
+    if module is None:
+        return False
+    of_all = hooks._global_forward_hooks or hooks._global_forward_pre_hooks
+    return bool(module._forward_hooks or module._forward_pre_hooks or of_all)
