@@ -104,7 +104,7 @@ def _parts(step: _Step, *, is_resident: bool) -> Parts:
     layer, experts = step.layer.index, experts_of(step.module)
     cache, mlp = experts.cache, step.layer.mlp
     assert mlp is not None
-    one_call = cache.tables.get(layer)
+    one_call = cache.tables.by_layer.get(layer)
     if is_resident and isinstance(one_call, OneCall):
         kernel, out = one_call.kernel, torch.empty_like(hidden_states)
         return {"arithmetic": lambda: kernel.step(hidden_states, top_k_index, top_k_weights, out, time.monotonic())}

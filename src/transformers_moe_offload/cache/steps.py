@@ -21,7 +21,7 @@ from transformers_moe_offload.cache.capacity import layer_floor
 from transformers_moe_offload.cache.change import NotStartedError, change
 from transformers_moe_offload.cache.planner import Load, plan
 from transformers_moe_offload.cache.residency import Residency
-from transformers_moe_offload.cache.table import ExpertTable
+from transformers_moe_offload.cache.table import MOST_NOTED, Tables
 from transformers_moe_offload.expert import ExpertId
 from transformers_moe_offload.policies import EvictionPolicy
 from transformers_moe_offload.slots.base import Slots
@@ -31,9 +31,6 @@ from transformers_moe_offload.store.layer_source import Weights
 from transformers_moe_offload.system.forks import FORKS, Rank
 
 logger = logging.getLogger(__name__)
-
-MOST_NOTED = 1024
-"""Uses by tables after which the policy is told of them: a bound for memory."""
 
 
 class CacheSteps:
@@ -57,8 +54,7 @@ class CacheSteps:
         self.slots = slots
         self.residency = Residency(num_slots)
         self.link = Link(slots.num_lanes)
-        self.tables: dict[int, ExpertTable] = {}
-        """Tables to be kept, by layer; none unless it is set before the first visit."""
+        self.tables = Tables(slots, num_experts)
         self._stats = {layer: LayerStats() for layer in num_experts}
         self.on_visit: Callable[[int, Sequence[int]], None] | None = None
         """Called at the beginning of each visit with the layer and the experts it wants."""
@@ -73,8 +69,6 @@ class CacheSteps:
         """Residents that the policy has not been told of yet, because the visit that loaded them is still open."""
         self._ahead: set[ExpertId] = set()
         """Experts loaded ahead of demand, in flight or resident, that no visit has asked for yet."""
-        self._noted: list[tuple[int, Sequence[int]]] = []
-        """Layers and the experts that they have used by their tables; policy and statistics do not know of them yet."""
         self._asked: frozenset[ExpertId] = frozenset()
         """The experts that the latest visit wants."""
         self.turn = FORKS.with_lock(threading.RLock(), Rank.TURN)
@@ -87,7 +81,7 @@ class CacheSteps:
     @property
     def stats(self) -> dict[int, LayerStats]:
         """What was counted so far, by layer."""
-        if self._noted:
+        if self.tables.noted:
             with self.turn:
                 self.catch_up()
         return self._stats
@@ -109,16 +103,16 @@ class CacheSteps:
 
     def note(self, layer: int, wanted: Sequence[int]) -> None:
         """A layer has used experts, all of them resident, by its table. `wanted` are in the order of a visit."""
-        self._noted.append((layer, wanted))
-        if self.on_visit is not None or len(self._noted) == MOST_NOTED:
+        self.tables.noted.append((layer, wanted))
+        if self.on_visit is not None or len(self.tables.noted) == MOST_NOTED:
             self.catch_up()
 
     def catch_up(self) -> None:
         """Do what visits would have done for the experts that were noted. Call it before any other step."""
-        if not self._noted or not self.is_whole:
+        if not self.tables.noted or not self.is_whole:
             return
         was_whole, self.is_whole = self.is_whole, False  # as in `begin`
-        noted, self._noted = self._noted, []
+        noted = self.tables.take_noted()
         for layer, numbers in noted:
             ids = self._ids[layer]
             wanted = [ids[number] for number in numbers]
@@ -150,17 +144,12 @@ class CacheSteps:
         if self.is_whole:
             self.catch_up()
             return
-        for layer, wanted in self._noted:
+        for layer, wanted in self.tables.take_noted():
             self._stats[layer].hits += len(wanted)
-        self._noted = []
         self._asked = frozenset()
         held = self.residency.start_over()
         self.slots.start_over(held)
-        for layer, table in self.tables.items():
-            for number in range(self._num_experts[layer]):
-                table.take_away(number)
-        for slot, expert in held.items():
-            self._put(expert, slot)
+        self.tables.start_over(held)
         self._in_flight.clear()
         self._unannounced.clear()
         self._ahead.intersection_update(held.values())
@@ -191,10 +180,8 @@ class CacheSteps:
             for expert in [expert for expert in wanted if residents.get(expert) in lost]:
                 self._evict(expert)
         are_all_resident = len(slots) == len(wanted) and not lost
-        if self.slots.lost is not None and layer in self.tables:
-            until = time.monotonic() + self.slots.sure_for
-            for expert in wanted:
-                self.tables[layer].keep_until(expert.expert, until)
+        if self.slots.lost is not None:
+            self.tables.keep(layer, wanted)
         if are_all_resident and not self._ahead:
             self._stats[layer].hits += len(wanted)
             self.link.quiet_visits += 1
@@ -310,7 +297,7 @@ class CacheSteps:
     def _land(self, expert: ExpertId, seconds: float) -> None:
         del self._in_flight[expert]
         self.link.loaded(seconds)
-        self._put(expert, self.residency.land(expert))
+        self.tables.put(expert, self.residency.land(expert))
         self._unannounced.add(expert)
 
     @change
@@ -347,13 +334,6 @@ class CacheSteps:
         if expert in self._ahead:
             self._ahead.remove(expert)
             self._stats[expert.layer].prefetch_wasted += 1
-        if expert.layer in self.tables:
-            self.tables[expert.layer].take_away(expert.expert)
+        self.tables.take_away(expert)
         self._policy.forget(expert)
         self.residency.evict(expert)
-
-    def _put(self, expert: ExpertId, slot: int) -> None:
-        """Enter a resident in the table of its layer, if there is one."""
-        if expert.layer in self.tables:
-            until = time.monotonic() + self.slots.sure_for
-            self.tables[expert.layer].put(expert.expert, self.slots.weights[slot], until)

@@ -1,4 +1,4 @@
-"""Attention by the kernels gives what a layer gives itself; its own forward runs where the kernels do something else."""
+"""Attention by the kernels gives what a layer gives itself; its own forward runs where kernels do something else."""
 
 from copy import deepcopy
 

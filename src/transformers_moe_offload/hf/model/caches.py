@@ -148,7 +148,7 @@ class LayerCaches:
         workspace = self._workspaces.setdefault(experts.cache, Workspace())
         sure_for = experts.cache.slots.sure_for
         one_call = OneCall(mlp, source.spec, source.codecs, activation, workspace, sure_for)
-        experts.cache.tables[layer.index] = one_call
+        experts.cache.tables.by_layer[layer.index] = one_call
         return OneCallPath(one_call, experts)
 
     def drop(self, *, keep_stats: bool) -> None:
