@@ -4,6 +4,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Hashable
 from inspect import unwrap
 from typing import Any
 
@@ -57,6 +58,17 @@ tokens would not show."""
 def _uses_known_names(forward: Any) -> bool:
     code = getattr(unwrap(forward), "__code__", None)
     return code is not None and _KNOWN.issuperset(code.co_names)
+
+
+def likeness(module: Any) -> Hashable:
+    """What layers have in common that attend in the same way, if their forwards use known names: all but weights and
+    their place in the model."""
+    simple = [(name, one) for name, one in vars(module).items() if isinstance(one, int | float | str | None)]
+    children = [
+        (name, type(child), *(one.shape for one in child.parameters())) for name, child in module._modules.items()
+    ]
+    numbers = frozenset(item for item in simple if item[0] != "layer_idx")
+    return type(module), id(getattr(module, "config", None)), numbers, tuple(children)
 
 
 _HIDDEN = 32

@@ -2,19 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Hashable, Iterable
 from typing import Any
 
 from torch import nn
 
 from transformers_moe_offload.hf.few_rows.attention import FewRowsAttention
-from transformers_moe_offload.hf.few_rows.attention_trial import attention_of
+from transformers_moe_offload.hf.few_rows.attention_trial import attention_of, likeness
 from transformers_moe_offload.hf.few_rows.linear import FewRowsLinear
 from transformers_moe_offload.hf.few_rows.norm import FewRowsNorm, norm_of
 from transformers_moe_offload.hf.few_rows.router import FewRowsRouter, route_of
 from transformers_moe_offload.hf.few_rows.swapped import FewRows, swap_back, swapped
 from transformers_moe_offload.hf.routers.find import find_router
 from transformers_moe_offload.kernels import gpu, native
+from transformers_moe_offload.kernels.attention import Attention
 
 
 def use_kernels(model: Any, experts: Iterable[str]) -> None:
@@ -29,9 +30,13 @@ def use_kernels(model: Any, experts: Iterable[str]) -> None:
             module.__class__ = FewRowsLinear
         elif not isinstance(module, FewRows):
             _swap(module, FewRowsNorm, norm_of(module))
+    tried: dict[Hashable, Attention | None] = {}
     for module in model.modules():
         if isinstance(module._modules.get("q_proj"), nn.Linear) and not isinstance(module, FewRows):
-            _swap(module, FewRowsAttention, attention_of(module))
+            like = likeness(module)
+            if like not in tried:
+                tried[like] = attention_of(module)
+            _swap(module, FewRowsAttention, tried[like])
     for path in experts:
         found = find_router(model, path)
         router = None if found is None else model.get_submodule(found.path)
