@@ -9,6 +9,7 @@ with routing.set_routing(model, "random", seed=1):
 from transformers_moe_offload.routing import strategies
 from transformers_moe_offload.routing.calibration import RouterCalibration, calibration
 from transformers_moe_offload.routing.choice import Choice, RouterCall
+from transformers_moe_offload.routing.contrast import ExpertContrast, ExpertDifference
 from transformers_moe_offload.routing.order import reuse_order, token_order
 from transformers_moe_offload.routing.recorder import RoutingRecorder, record_routing
 from transformers_moe_offload.routing.strategies.clusters import fit_centroids
@@ -19,6 +20,8 @@ from transformers_moe_offload.routing.uncertainty import RoutingUncertainty, rou
 
 __all__ = [
     "Choice",
+    "ExpertContrast",
+    "ExpertDifference",
     "RouterCalibration",
     "RouterCall",
     "RoutingChange",

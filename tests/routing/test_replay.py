@@ -1,0 +1,299 @@
+"""Replaying recorded experts: the same ones for the same tokens, however they are read."""
+
+import copy
+import gc
+
+import numpy as np
+import peft
+import pytest
+import torch
+from transformers import DynamicCache
+
+from recorded import read
+from transformers_moe_offload import ConfigError, UnsupportedModelError, cache_stats, routing
+from transformers_moe_offload.hf.upstream import kv_cache_argument, kv_cache_parameter
+from transformers_moe_offload.tracing import TraceError
+from zoo.build import build
+
+PROMPTS = torch.tensor([[0, 0, 11, 12, 13], [0, 21, 22, 23, 24], [31, 32, 33, 34, 35]])
+MASK = (PROMPTS != 0).long()
+
+
+def recording(model, run, **options):
+    with routing.record_routing(model, **options) as recorder, torch.no_grad():
+        run()
+    return recorder.trace
+
+
+def generation(model, **options):
+    settings = {"attention_mask": MASK, "max_new_tokens": 6, "min_new_tokens": 6, "do_sample": False} | options
+    return model.generate(PROMPTS, **settings)
+
+
+def routes(trace):
+    """The experts of every text, by its tokens."""
+    return {tuple(trace.token_ids(text).tolist()): trace.routed_experts(text).tolist() for text in trace.texts}
+
+
+@pytest.fixture
+def strange(plain):
+    """A generation whose experts were drawn by lot, so that no router would choose them by itself."""
+    with routing.set_routing(plain, "random", seed=5):
+        return recording(plain, lambda: generation(plain))
+
+
+def test_a_text_gets_its_recorded_experts_alone_padded_on_either_side_in_chunks_and_token_by_token(plain, strange):
+    expected = routes(strange)
+    texts = list(expected)
+    width = max(map(len, texts))
+    right = torch.tensor([[*text, *[0] * (width - len(text))] for text in reversed(texts)])
+
+    def in_chunks(text, step):
+        past = {}
+        for start in range(0, len(text), step):
+            outputs = plain(torch.tensor([text[start : start + step]]), use_cache=True, **past)
+            past = kv_cache_argument(plain, outputs)
+
+    with routing.set_routing(plain, "replay", trace=strange):
+        alone = recording(plain, lambda: [plain(torch.tensor([text])) for text in texts])
+        padded = recording(plain, lambda: plain(right, attention_mask=(right != 0).long()))
+        chunked = recording(plain, lambda: [in_chunks(text, 3) for text in texts])
+        stepwise = recording(plain, lambda: [in_chunks(text, 1) for text in texts])
+    assert routes(alone) == routes(padded) == routes(chunked) == routes(stepwise) == expected
+
+
+def test_a_generation_is_repeated_bit_by_bit(plain, offloaded):
+    whole = {"attention_mask": None, "output_logits": True, "return_dict_in_generate": True}  # padding has no route
+    with routing.set_routing(plain, "random", seed=5), routing.record_routing(plain) as recorder:
+        written = generation(plain, **whole)
+    for model in (plain, offloaded):
+        with routing.set_routing(model, "replay", trace=recorder.trace):
+            again = generation(model, **whole)
+        assert torch.equal(again.sequences, written.sequences)
+        assert all(torch.equal(one, other) for one, other in zip(again.logits, written.logits, strict=True))
+    assert cache_stats(offloaded).misses > 0
+
+
+def test_a_static_cache_and_a_draft_that_is_rejected_are_followed(plain, strange):
+    draft = copy.deepcopy(plain)
+    for parameter in draft.parameters():
+        parameter.data += 0.02 * torch.randn(parameter.shape, generator=torch.Generator().manual_seed(1))
+    with routing.set_routing(plain, "random", seed=7), routing.record_routing(plain) as recorder:
+        own = plain.generate(PROMPTS[2:], max_new_tokens=8, min_new_tokens=8, do_sample=False)
+    with routing.set_routing(plain, "replay", trace=recorder.trace, missing="router"):
+        static = plain.generate(
+            PROMPTS[2:], max_new_tokens=8, min_new_tokens=8, do_sample=False, cache_implementation="static"
+        )
+        assisted = plain.generate(
+            PROMPTS[2:], max_new_tokens=8, min_new_tokens=8, do_sample=False, assistant_model=draft
+        )
+    assert torch.equal(static, own)
+    assert torch.equal(assisted, own)
+
+
+def test_beams_are_followed_where_their_rows_go(plain):
+    """What beams read was recorded of each of them as a text of its own, so that all of it is in the trace."""
+    settings = {"max_new_tokens": 6, "min_new_tokens": 6, "num_beams": 3, "do_sample": False}
+    own = plain.generate(PROMPTS, attention_mask=MASK, num_return_sequences=3, **settings)
+
+    def whole():
+        for row, mask in zip(own, MASK.repeat_interleave(3, 0), strict=True):
+            plain(row[int((mask == 0).sum()) :][None])
+
+    trace = recording(plain, whole)
+    with routing.set_routing(plain, "replay", trace=trace, missing="router"):
+        again = plain.generate(PROMPTS, attention_mask=MASK, num_return_sequences=3, **settings)
+    assert torch.equal(again, own)
+
+
+def test_weights_are_the_routers_own_or_the_recorded_ones(plain, strange):
+    text = torch.tensor([strange.token_ids(0).tolist()])
+    changed = copy.deepcopy(plain)
+    for name, parameter in changed.named_parameters():
+        if ".gate." in name:
+            parameter.data *= 3
+    for weights in ("router", "recorded"):
+        with routing.set_routing(changed, "replay", trace=strange, weights=weights):
+            found = recording(changed, lambda: changed(text))
+        assert routes(found)[tuple(text[0].tolist())] == strange.routed_experts(0).tolist()
+        recorded, replayed = strange.whole_texts.weights[0], found.whole_texts.weights[0]
+        is_recorded = np.array_equal(recorded[: text.shape[1]], replayed)
+        assert is_recorded == (weights == "recorded")
+
+
+def test_a_token_past_the_end_of_the_trace_is_named(plain, strange):
+    text = strange.token_ids(0).tolist()
+    with routing.set_routing(plain, "replay", trace=strange), torch.no_grad():
+        mask = torch.ones(2, len(text) + 1, dtype=torch.int64)
+        mask[0, -1] = 0
+        with pytest.raises(TraceError, match=rf"no route of token {len(text)} \(id 7\) of row 1"):
+            plain(torch.tensor([[*text, 0], [*text, 7]]), attention_mask=mask)
+        with pytest.raises(TraceError, match=r"no route of token 2 \(id 9\) of row 0"):
+            plain(torch.tensor([[*text[:2], 9]]))
+        plain(torch.tensor([text]))  # and it still works
+
+
+def test_only_the_token_that_a_rollout_has_sampled_last_is_left_to_the_router(plain, strange):
+    text = strange.token_ids(0).tolist()
+    with routing.set_routing(plain, "replay", trace=strange, missing="last"), torch.no_grad():
+        found = recording(plain, lambda: plain(torch.tensor([[*text, 7]])))
+        outputs = plain(torch.tensor([text]), use_cache=True)
+        plain(torch.tensor([[7]]), **kv_cache_argument(plain, outputs))
+        for more in ([*text, 7, 8], [*text[:-1], 7], [7], [*text[:3], 7]):
+            with pytest.raises(TraceError, match="no route of token"):
+                plain(torch.tensor([more]))
+    assert found.routed_experts(0)[:-1].tolist() == strange.routed_experts(0).tolist()
+    with routing.set_routing(plain, "replay", trace=strange, missing="router"), torch.no_grad():
+        plain(torch.tensor([[*text, 7, 8], [7, *text, 8]]))
+
+
+def test_of_texts_with_the_same_tokens_the_first_is_replayed_and_rather_one_that_ends_there(plain):
+    short, long = torch.tensor([[1, 2, 3]]), torch.tensor([[1, 2, 3, 4]])
+
+    def drawn(seed, text):
+        with routing.set_routing(plain, "random", seed=seed):
+            return recording(plain, lambda: plain(text)).routed_experts(0)
+
+    pairs = [(long, drawn(1, long)), (short, drawn(2, short)), (short, drawn(3, short))]
+    trace = routing.RoutingTrace.from_routed_experts(plain, [t[0] for t, _ in pairs], [r for _, r in pairs])
+    with routing.set_routing(plain, "replay", trace=trace, missing="last"):
+        found = recording(plain, lambda: [plain(torch.tensor([text])) for text in ([1, 2, 3, 4], [1, 2, 3, 9])])
+    assert found.routed_experts(0).tolist() == pairs[0][1].tolist()
+    assert found.routed_experts(1)[:-1].tolist() == pairs[1][1].tolist()
+
+
+def test_rows_with_fewer_experts_and_rows_with_more_are_replayed(plain):
+    text = torch.tensor([[1, 2, 3, 4, 5]])
+    for strategy, options in (("top_p", {"p": 0.3}), ("top_k", {"k": 5})):
+        with routing.set_routing(plain, strategy, **options):
+            trace, logits = recording(plain, lambda: plain(text)), plain(text).logits
+        with routing.set_routing(plain, "replay", trace=trace):
+            torch.testing.assert_close(plain(text).logits, logits)
+        with routing.set_routing(plain, "replay", trace=trace, missing="last"), torch.no_grad():
+            plain(torch.tensor([[1, 2, 3, 4, 5, 6]]))
+
+
+def test_gradients_reach_the_router_and_checkpointing_repeats_the_experts(plain, strange):
+    ids = torch.tensor([strange.token_ids(2).tolist()])
+    gradients = []
+    for checkpoints in (None, {"use_reentrant": False}, {"use_reentrant": True}):
+        model = copy.deepcopy(plain).train()
+        if checkpoints is not None:
+            model.activation_checkpointing_enable(checkpoints)
+        with routing.set_routing(model, "replay", trace=strange):
+            model.enable_input_require_grads()
+            model(input_ids=ids, labels=ids).loss.backward()
+        gradients.append({name: one.grad for name, one in model.named_parameters() if one.grad is not None})
+    assert any(".gate." in name and one.abs().max() > 0 for name, one in gradients[0].items())
+    for other in gradients[1:]:
+        assert all(torch.equal(gradients[0][name], other[name]) for name in gradients[0])
+
+
+def test_a_layer_is_repeated_for_the_forward_whose_gradients_are_asked_for(plain, strange):
+    """Two forwards with gradients, then one without, and only then the backward of all."""
+    texts = [torch.tensor([strange.token_ids(text).tolist()]) for text in (2, 1)]
+    texts[0] = texts[0][:, : texts[1].shape[1]]  # as many tokens in both
+    gradients = []
+    for checkpoints in (False, True):
+        model = copy.deepcopy(plain).train()
+        if checkpoints:
+            model.activation_checkpointing_enable({"use_reentrant": False})
+        with routing.set_routing(model, "replay", trace=strange):
+            loss = sum(model(input_ids=text, labels=text).loss for text in texts)
+            with torch.no_grad():
+                model(input_ids=texts[1][:, :3])
+            loss.backward()
+        gradients.append([one.grad for one in model.parameters() if one.grad is not None])
+    assert all(torch.equal(one, other) for one, other in zip(*gradients, strict=True))
+
+
+def test_a_peft_model_and_a_copy_replay(plain, strange):
+    config = peft.LoraConfig(target_modules=["q_proj"], modules_to_save=["gate"], init_lora_weights=False)
+    text = strange.token_ids(2).tolist()
+    routing.set_routing(plain, "replay", trace=strange)
+    twin = copy.deepcopy(plain)
+    routing.reset(plain)
+    adapted = peft.get_peft_model(plain, config)
+    routing.set_routing(adapted, "replay", trace=strange)
+    for model in (twin, adapted):
+        found = recording(model, lambda model=model: model(torch.tensor([text])))
+        assert found.routed_experts(0).tolist() == strange.routed_experts(2).tolist()
+    routing.reset(adapted)
+    found = recording(adapted, lambda: adapted(torch.tensor([text])))
+    assert found.routed_experts(0).tolist() != strange.routed_experts(2).tolist()
+
+
+def test_what_is_not_known_of_a_text_is_an_error(plain, strange):
+    text = strange.token_ids(2).tolist()
+    begun = plain(torch.tensor([text[:4]]), use_cache=True)
+    with routing.set_routing(plain, "replay", trace=strange), torch.no_grad():
+        with pytest.raises(UnsupportedModelError, match="holds 4 tokens of each text that were read before"):
+            plain(torch.tensor([text[4:6]]), **kv_cache_argument(plain, begun))
+        with pytest.raises(UnsupportedModelError, match="pass input_ids"):
+            plain(inputs_embeds=plain.get_input_embeddings()(torch.tensor([text])))
+        with pytest.raises(UnsupportedModelError, match="several texts are packed in it"):
+            plain(torch.tensor([[*text[:3], *text[:3]]]), position_ids=torch.tensor([[0, 1, 2, 0, 1, 2]]))
+        cache = read(plain, [text[:2], text[:2]])
+        cache.batch_select_indices(torch.tensor([0]))
+        with pytest.raises((UnsupportedModelError, RuntimeError)):
+            plain(torch.tensor([[text[2]]] * 2), **{kv_cache_parameter(type(plain).forward): cache})
+        plain(torch.tensor([text]))
+
+
+def test_a_model_with_an_encoder_is_refused():
+    model = build("switch_transformers").eval()
+    trace = recording(model, lambda: model(input_ids=torch.tensor([[1, 2, 3]]), decoder_input_ids=torch.tensor([[1]])))
+    with (
+        routing.set_routing(model, "replay", trace=trace),
+        pytest.raises(UnsupportedModelError, match="depends on what its encoder has read"),
+    ):
+        model(input_ids=torch.tensor([[1, 2, 3]]), decoder_input_ids=torch.tensor([[1]]))
+
+
+def test_layers_that_run_several_times_are_refused():
+    model = build("inkling2_loop").eval()
+    trace = recording(model, lambda: model(torch.tensor([[1, 2, 3]])))
+    with pytest.raises(TraceError, match="runs several times in a forward"):
+        routing.set_routing(model, "replay", trace=trace)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"num_hidden_layers": 2}, r"the trace has router 3, but the model has routers 0 to 1"),
+        ({"num_hidden_layers": 6}, r"the model has router 4, but the trace has routers 0, 1, 2, 3"),
+        ({"num_local_experts": 16}, r"the trace has 8 experts of router 0, but the model has 16"),
+        ({"num_experts_per_tok": 3}, r"a token takes 2 experts of router 0, but in the model 3"),
+    ],
+)
+def test_a_trace_of_another_model_is_refused_with_both_numbers(plain, strange, changes, message):
+    other = type(plain)(type(plain.config)(**{**plain.config.to_dict(), **changes}))
+    with pytest.raises(ConfigError, match=message):
+        routing.set_routing(other, "replay", trace=strange)
+
+
+def test_options_of_a_replay_are_checked(plain, strange, tmp_path):
+    with pytest.raises(ConfigError, match="needs trace"):
+        routing.set_routing(plain, "replay")
+    with pytest.raises(ConfigError, match="weights='recordd'"):
+        routing.set_routing(plain, "replay", trace=strange, weights="recordd")
+    with pytest.raises(ConfigError, match="missing='ignore'"):
+        routing.set_routing(plain, "replay", trace=strange, missing="ignore")
+    with pytest.raises(ConfigError, match="trace=3 is neither"):
+        routing.set_routing(plain, "replay", trace=3)
+    with pytest.raises(TraceError, match="cannot read"):
+        routing.set_routing(plain, "replay", trace=tmp_path / "none")
+    strange.save(tmp_path / "trace")
+    with routing.set_routing(plain, "replay", trace=str(tmp_path / "trace")), torch.no_grad():
+        plain(torch.tensor([strange.token_ids(0).tolist()]))
+
+
+def test_a_model_that_is_dropped_with_its_strategy_is_no_longer_listened_to(plain, strange):
+    twin = copy.deepcopy(plain)
+    routing.set_routing(twin, "replay", trace=strange)
+    routing.set_routing(copy.deepcopy(twin), "replay", trace=strange)
+    gc.collect()
+    assert hasattr(DynamicCache.reorder_cache, "__wrapped__")
+    del twin
+    gc.collect()
+    assert not hasattr(DynamicCache.reorder_cache, "__wrapped__")
