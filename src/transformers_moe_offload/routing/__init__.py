@@ -12,6 +12,7 @@ from transformers_moe_offload.routing.choice import Choice, RouterCall
 from transformers_moe_offload.routing.contrast import ExpertContrast, ExpertDifference
 from transformers_moe_offload.routing.order import reuse_order, token_order
 from transformers_moe_offload.routing.recorder import RoutingRecorder, record_routing
+from transformers_moe_offload.routing.rollouts import RolloutReplay
 from transformers_moe_offload.routing.strategies.clusters import fit_centroids
 from transformers_moe_offload.routing.strategy import RoutingStrategy, register_strategy, strategy_names
 from transformers_moe_offload.routing.switching import RoutingChange, reset, set_routing
@@ -22,6 +23,7 @@ __all__ = [
     "Choice",
     "ExpertContrast",
     "ExpertDifference",
+    "RolloutReplay",
     "RouterCalibration",
     "RouterCall",
     "RoutingChange",
