@@ -37,6 +37,7 @@ class RolloutReplay:
         self._base = unwrapped(model)
         self._layers = layers
         self._change: RoutingChange | None = None
+        self._own: Any = None
 
     def start(self) -> None:
         """Begin with the next rollout."""
@@ -45,6 +46,7 @@ class RolloutReplay:
                 f"{type(self._base).__name__}.generate is replaced already, by another RolloutReplay or by other code; "
                 f"undo that first"
             )
+        self._own = self._base.generate
         # An attribute of the model: PEFT's wrappers and trainers call it, too.
         vars(self._base)["generate"] = self._generate
 
@@ -63,7 +65,7 @@ class RolloutReplay:
     def _generate(self, *args: Any, **kwargs: Any) -> Any:
         self._end_replay()
         with record_routing(self._model, layers=self._layers, scores=None) as recorder:
-            written = type(self._base).generate(self._base, *args, **kwargs)  # type: ignore[operator]
+            written = self._own(*args, **kwargs)
         self.trace = recorder.trace
         self._change = set_routing(self._model, "replay", self._layers, trace=self.trace, missing="last")
         return written

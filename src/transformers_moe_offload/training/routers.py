@@ -10,8 +10,7 @@ each expert is its scores, before a softmax or after it. All that changes traini
 - jitter: a router's input is multiplied by numbers between 1 - jitter and 1 + jitter (Switch Transformers, section 2.2
   and appendix; `router_jitter_noise` in Transformers).
 - dropout: of a router's input.
-- locality: the share of a router's probability that is not on experts which the `locality_window` tokens before have
-chosen (`locality.py`).
+- locality: how much of what tokens choose was not chosen by the `locality_window` tokens before them (`locality.py`).
 
 The losses are means over the tokens that the attention mask keeps, as Transformers' own balance loss is
 (`load_balancing_loss_func` in `models/mixtral/modeling_mixtral.py`, 5.23).
