@@ -5,6 +5,7 @@ from typing import NamedTuple
 import torch
 from transformers import DynamicCache
 
+from transformers_moe_offload import routing
 from transformers_moe_offload.hf.upstream import kv_cache_parameter
 
 
@@ -26,6 +27,21 @@ def read(model, rows, past=None):
     past = DynamicCache() if past is None else past
     model(torch.tensor(rows), use_cache=True, **{kv_cache_parameter(type(model).forward): past})
     return past
+
+
+PROMPTS = torch.tensor([[0, 0, 11, 12, 13], [0, 21, 22, 23, 24], [31, 32, 33, 34, 35]])
+MASK = (PROMPTS != 0).long()
+
+
+def recording(model, run, **options):
+    with routing.record_routing(model, **options) as recorder, torch.no_grad():
+        run()
+    return recorder.trace
+
+
+def generation(model, **options):
+    settings = {"attention_mask": MASK, "max_new_tokens": 6, "min_new_tokens": 6, "do_sample": False} | options
+    return model.generate(PROMPTS, **settings)
 
 
 class Apart(NamedTuple):

@@ -6,7 +6,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Literal
 
 import numpy as np
@@ -59,7 +59,7 @@ class ExpertContrast:
     """What counted as one observation. A "text" where both domains have enough: then a difference that is significant
     is expected in other texts of these domains, too. Otherwise a "run" of neighbouring tokens: then it is known of
     these texts only, which may differ by what they are about."""
-    experts: tuple[ExpertDifference, ...]
+    experts: tuple[ExpertDifference, ...] = field(repr=False)
 
     def significant(self, level: float = 0.05) -> tuple[ExpertDifference, ...]:
         """Those whose difference chance does not explain; of these a share of at most `level` is expected to be

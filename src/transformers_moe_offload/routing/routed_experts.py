@@ -5,7 +5,7 @@ The form in which inference engines hand the routes of a rollout to trainers, fo
 field of that name in NeMo-RL, verl, prime-rl and tunix. In all of them
 - a text of N tokens has N - 1 rows, because the token that was sampled last was not read, or N rows;
 - the axis of layers has the sparse layers only, or all layers of the decoder, of which the dense ones are not looked at
-  (vLLM; verl #5037);
+  (vLLM has had both; verl #5037);
 - a row of -1 in all entries says that the route of a token is not known, and the trainer's router chooses
   (NeMo-RL, tunix).
 """
