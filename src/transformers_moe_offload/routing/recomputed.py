@@ -10,11 +10,12 @@ from __future__ import annotations
 
 from collections import deque
 
+import torch
 from torch import Tensor
 
 from transformers_moe_offload.routing.forward import Forward
 
-_MOST_FORWARDS = 16
+_MOST_FORWARDS = 8
 """Forwards with gradients that may wait for their backward at once; the oldest are forgotten."""
 
 
@@ -31,15 +32,18 @@ class PendingForwards:
     def find(self, hidden: Tensor) -> Forward | None:
         """The forward in which the router was given this input; None if there is none with as many tokens.
 
-        The closest one, since a device may round otherwise the second time.
+        A device may round otherwise the second time: then the closest one.
         """
-        alike = [(forward, sums) for forward, sums in self._seen if len(sums) == len(hidden)]
+        alike = [(forward, sums) for forward, sums in reversed(self._seen) if len(sums) == len(hidden)]
         if len(alike) < 2:
             return alike[0][0] if alike else None
-        sums = _sums(hidden)
-        return min(reversed(alike), key=lambda one: float((one[1] - sums).abs().sum()))[0]  # sync: device -> host
+        own = _sums(hidden)
+        for forward, sums in alike:
+            if torch.equal(sums, own):  # sync: device -> host
+                return forward
+        return min(alike, key=lambda one: float((one[1] - own).abs().sum()))[0]  # sync: device -> host
 
 
 def _sums(hidden: Tensor) -> Tensor:
     """hidden (T, H) -> (T,)."""
-    return hidden.detach().double().sum(-1)
+    return hidden.detach().float().sum(-1)
