@@ -82,8 +82,7 @@ class RouterHook:
         copied.observers = []  # observers of this model do not observe its copies
         copied._context = deepcopy(self._context, memo)
         copied._watching, copied._reading, copied._pending = _Watching(), None, PendingForwards()
-        copied.follow(self.strategy)
-        copied._first_forward = self._first_forward
+        copied._follow_texts()
         return copied
 
     def put_on(self, site: Site) -> None:
@@ -98,7 +97,10 @@ class RouterHook:
         self.strategy = strategy
         self._first_forward = self._context.num_forwards
         self._pending = PendingForwards()
-        if strategy is not None and strategy.knows_texts:
+        self._follow_texts()
+
+    def _follow_texts(self) -> None:
+        if self.strategy is not None and self.strategy.knows_texts:
             self._context.follow_texts(self)
         else:
             self._context.stop_following_texts(self)
