@@ -4,7 +4,8 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-from transformers_moe_offload import OffloadConfig
+from recorded import generation, recording
+from transformers_moe_offload import OffloadConfig, routing
 from zoo.build import build
 
 
@@ -30,3 +31,10 @@ def offloaded(checkpoint):
 @pytest.fixture(scope="session")
 def token_ids():
     return torch.randint(0, 96, (2, 9), generator=torch.Generator().manual_seed(0))
+
+
+@pytest.fixture
+def strange(plain):
+    """A generation whose experts were drawn by lot, so that no router would choose them by itself."""
+    with routing.set_routing(plain, "random", seed=5):
+        return recording(plain, lambda: generation(plain))

@@ -22,7 +22,9 @@ from transformers_moe_offload.routing.strategy import _strategies as known
 from transformers_moe_offload.routing.switching import observe, stop_observing
 from zoo.build import build, failure_of_stock, inputs, output_tensor, zoo_names
 
-OWN_NUMBER = ("drop", "gumbel", "hash", "k_means", "linear_assignment", "noise", "random", "temperature")
+OWN_NUMBER = (
+    "drop", "gumbel", "hash", "k_means", "linear_assignment", "noise", "random", "replay", "steer", "temperature",
+)  # fmt: skip
 """Strategies that give a token as many experts as the model does."""
 
 OTHER_NUMBER = ("expert_choice", "fixed", "top_k", "top_p")
@@ -59,6 +61,8 @@ NO_TOKEN_IDS = {
     "qwen3_omni_moe_talker": "it is given embeddings",
 }
 
+NO_KNOWN_TEXTS = {"switch_transformers": "what a decoder reads depends on what its encoder has read"}
+
 NOTHING_TO_SWAP = {"nllb_moe": "its experts take a mask for indices"}
 
 WEIGHTS_OF_A_SET = {
@@ -68,6 +72,10 @@ WEIGHTS_OF_A_SET = {
     "phimoe": "how much an expert weighs depends on which were ruled out before it",
 }
 """Architectures in which weights neither have a fixed sum nor belong to token and expert alone."""
+
+
+PROMOTED = 1
+"""The expert that `steer` gives every token."""
 
 
 class Run(NamedTuple):
@@ -142,12 +150,12 @@ def test_a_strategy_works_as_the_architecture_demands_or_is_refused(name, model,
     if reason is not None:
         with (
             pytest.raises(UnsupportedModelError),
-            routing.set_routing(model, strategy, **options(strategy, model, own)),
+            routing.set_routing(model, strategy, **options(name, strategy, model, own)),
         ):
             forward(name, model)
         assert torch.equal(forward(name, model), own.output)
         return
-    with routing.set_routing(model, strategy, **options(strategy, model, own)):
+    with routing.set_routing(model, strategy, **options(name, strategy, model, own)):
         swapped = run(name, model, with_gradients=True)
     assert torch.isfinite(swapped.output).all()
     assert not torch.equal(swapped.output, own.output)
@@ -156,7 +164,7 @@ def test_a_strategy_works_as_the_architecture_demands_or_is_refused(name, model,
         for decision, before in zip(decisions, own.decisions[layer], strict=True):
             check_numbers(strategy, decision, before)
             if name not in WEIGHTS_OF_A_SET:
-                check_weights(decision, before)
+                check_weights(decision, before, raised=PROMOTED if strategy == "steer" else None)
     for site in find_sites(model):
         gradients = [parameter.grad for parameter in site.module.parameters() if parameter.grad is not None]
         assert gradients, f"{site.path} got no gradient"
@@ -167,18 +175,23 @@ def test_a_strategy_works_as_the_architecture_demands_or_is_refused(name, model,
 def refused(name: str, strategy: str) -> str | None:
     if strategy in OTHER_NUMBER:
         return ONLY_ITS_OWN_NUMBER.get(name)
-    return NO_TOKEN_IDS.get(name) if strategy == "hash" else None
+    return {"hash": NO_TOKEN_IDS, "replay": NO_KNOWN_TEXTS}.get(strategy, {}).get(name)
 
 
-def options(strategy: str, model: nn.Module, own: Run) -> dict:
+def options(name: str, strategy: str, model: nn.Module, own: Run) -> dict:
     centroids = {
         site.index: torch.randn(site.num_experts, own.decisions[site.index][0].hidden.shape[1])
         for site in find_sites(model)
     }
+    if strategy == "replay":
+        with routing.set_routing(model, "random"), routing.record_routing(model) as recorder:
+            forward(name, model)
+        return {"trace": recorder.trace}
     return {
         "drop": {"experts": [0, 3]},
         "fixed": {"experts": [1, 3, 2]},
         "k_means": {"centroids": centroids},
+        "steer": {"promote": [PROMOTED], "suppress": [0, 3]},
         "top_k": {"k": 3},
     }.get(strategy, {})
 
@@ -196,6 +209,9 @@ def check_numbers(strategy: str, decision: Decision, before: Decision) -> None:
         assert (experts == torch.tensor([1, 3, 2])).all()
     if strategy == "drop":
         assert not torch.isin(experts[decision.weights != 0], torch.tensor([0, 3])).any()
+    if strategy == "steer":
+        assert not torch.isin(experts[decision.weights != 0], torch.tensor([0, 3])).any()
+        assert (experts == PROMOTED).any(-1)[decision.scores[:, PROMOTED] > -torch.inf].all()
     if strategy in ("linear_assignment", "expert_choice"):
         num_tokens, num_experts = decision.scores.shape
         taken = experts[decision.weights != 0]
@@ -204,7 +220,7 @@ def check_numbers(strategy: str, decision: Decision, before: Decision) -> None:
         assert len(taken) <= num_tokens * top_k
 
 
-def check_weights(decision: Decision, before: Decision) -> None:
+def check_weights(decision: Decision, before: Decision, raised: int | None) -> None:
     """Sums are what they were where the architecture fixes them; elsewhere a weight belongs to its token and expert."""
     own_sums = before.weights.double().sum(-1)
     routed = decision.weights.ne(0).any(-1)  # choices of experts leave some tokens out, capacities too
@@ -219,7 +235,7 @@ def check_weights(decision: Decision, before: Decision) -> None:
             zip(decision.experts.tolist(), decision.weights.tolist(), strict=True)
         ):
             for expert, weight in zip(experts, weights, strict=True):
-                if (row, expert) in table and weight:
+                if (row, expert) in table and weight and expert != raised:
                     assert weight == pytest.approx(table[row, expert], rel=1e-4)
 
 

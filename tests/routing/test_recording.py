@@ -21,7 +21,7 @@ from transformers_moe_offload import (
     routing,
 )
 from transformers_moe_offload.hf.upstream import kv_cache_argument
-from transformers_moe_offload.routing import RoutingTrace, recorder
+from transformers_moe_offload.routing import RoutingTrace, recorder, sites
 from transformers_moe_offload.routing.sites import find_sites
 from transformers_moe_offload.routing.switching import observe, stop_observing
 from transformers_moe_offload.tracing import TraceError, replay
@@ -192,7 +192,7 @@ def test_more_domains_or_experts_than_a_recording_can_number_are_refused(plain, 
         recording.domain = "text 0"
         plain(token_ids)
     assert len(recording.trace.domains) == 8
-    monkeypatch.setattr(recorder, "MAX_CHOICES", 1)
+    monkeypatch.setattr(sites, "MAX_CHOICES", 1)
     with pytest.raises(UnsupportedModelError, match=r"chooses among \d+ experts; a recording supports at most 1"):
         routing.record_routing(plain).__enter__()
 

@@ -21,14 +21,14 @@ def call(scores, top_k=2, **facts):
 
 def chosen(strategy, of, **options):
     """A set of experts for each token."""
-    experts, is_kept = make_strategy(strategy, options).choose(of)
+    experts, is_kept, *_ = make_strategy(strategy, options).choose(of)
     kept = torch.ones_like(experts, dtype=torch.bool) if is_kept is None else is_kept
     return [set(row[keeps].tolist()) for row, keeps in zip(experts, kept, strict=True)]
 
 
 def shares(strategy, of, **options):
     """How often each expert is chosen, per token."""
-    experts, _ = make_strategy(strategy, options).choose(of)
+    experts = make_strategy(strategy, options).choose(of).experts
     return torch.bincount(experts.flatten(), minlength=of.num_experts) / of.num_tokens
 
 

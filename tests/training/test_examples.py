@@ -57,3 +57,14 @@ def test_no_two_examples_write_to_one_folder_and_none_beside_what_another_has_wr
     done = run_program("python", EXAMPLES / "finetune_experts_lora.py", "--output", tmp_path)
     assert done.returncode == 2
     assert "holds model files, which would be loaded together with this adapter" in done.stderr
+
+
+def test_grpo_trains_with_the_routes_of_its_rollouts(tmp_path):
+    """Where trl is installed; `tox -e clients` runs the same line of the documentation in an environment with it."""
+    pytest.importorskip("trl")
+    done = run_program("python", EXAMPLES / "grpo_router_replay.py", cwd=tmp_path)
+    assert done.returncode == 0, done.stderr[-2000:]
+    own, replayed = re.findall(r"(\d+) of ([\d,]+) routes differ, divergence ([\d.]+)", done.stdout)
+    assert int(own[0]) > 0
+    assert replayed[:2] == ("0", own[1])
+    assert float(replayed[2]) < float(own[2])

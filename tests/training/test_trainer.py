@@ -329,7 +329,7 @@ def test_a_forward_that_router_losses_would_have_no_effect_on_is_refused(is_reen
         model.enable_input_require_grads()
     else:
         model.requires_grad_(False).lm_head.requires_grad_(True)
-    with pytest.raises(ConfigError, match="no gradient, so balance and z would change nothing"):
+    with pytest.raises(ConfigError, match="no gradient, so balance, z and locality would change nothing"):
         model(input_ids=token_ids, labels=token_ids)
 
 

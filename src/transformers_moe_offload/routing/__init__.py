@@ -9,8 +9,10 @@ with routing.set_routing(model, "random", seed=1):
 from transformers_moe_offload.routing import strategies
 from transformers_moe_offload.routing.calibration import RouterCalibration, calibration
 from transformers_moe_offload.routing.choice import Choice, RouterCall
+from transformers_moe_offload.routing.contrast import ExpertContrast, ExpertDifference
 from transformers_moe_offload.routing.order import reuse_order, token_order
 from transformers_moe_offload.routing.recorder import RoutingRecorder, record_routing
+from transformers_moe_offload.routing.rollouts import RolloutReplay
 from transformers_moe_offload.routing.strategies.clusters import fit_centroids
 from transformers_moe_offload.routing.strategy import RoutingStrategy, register_strategy, strategy_names
 from transformers_moe_offload.routing.switching import RoutingChange, reset, set_routing
@@ -19,6 +21,9 @@ from transformers_moe_offload.routing.uncertainty import RoutingUncertainty, rou
 
 __all__ = [
     "Choice",
+    "ExpertContrast",
+    "ExpertDifference",
+    "RolloutReplay",
     "RouterCalibration",
     "RouterCall",
     "RoutingChange",

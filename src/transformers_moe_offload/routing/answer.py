@@ -64,7 +64,7 @@ def _indexed(outputs: tuple[Any, ...], seen: Interception, choice: Choice) -> An
     place = next((i for i, out in enumerate(outputs) if _is_later(out, seen) and out.shape == shape), None)
     if experts is None or place is None:
         return None
-    weights = outputs[place] if choice.is_kept is None else outputs[place].masked_fill(~choice.is_kept, 0)
+    weights = _given(outputs[place], choice)
     outputs = (*outputs[:place], weights, *outputs[place + 1 :])
     return Answer(outputs, choice.experts, weights.detach(), (experts, place))
 
@@ -77,10 +77,11 @@ def _dense(outputs: tuple[Any, ...], seen: Interception, choice: Choice) -> Answ
     place = next((i for i, out in enumerate(outputs) if _is_later(out, seen) and out.shape == seen.scores.shape), None)
     if place is None:
         return None
-    experts, is_kept = choice
-    if is_kept is not None:
-        kept = torch.zeros_like(outputs[place], dtype=torch.bool).scatter(1, experts, is_kept)
-        outputs = (*outputs[:place], outputs[place].masked_fill(~kept, 0), *outputs[place + 1 :])
+    experts = choice.experts
+    if choice.is_kept is not None or choice.weights is not None:
+        weights = _given(outputs[place].gather(1, experts), choice)
+        dense = torch.zeros_like(outputs[place]).scatter(1, experts, weights)
+        outputs = (*outputs[:place], dense, *outputs[place + 1 :])
     return Answer(outputs, experts, outputs[place].detach().gather(1, experts))
 
 
@@ -93,22 +94,34 @@ def _one_hot(outputs: tuple[Any, ...], seen: Interception, choice: Choice) -> An
         return None
     # Tokens beyond an expert's capacity are dropped: their row is all zeros.
     is_routed = hot.reshape(seen.scores.shape).gather(1, choice.experts)
+    if choice.weights is not None:
+        given = _given(weights.reshape(-1, 1), choice).reshape(weights.shape)
+        outputs = tuple(given if out is weights else out for out in outputs)
+        weights = given
     return Answer(outputs, choice.experts, weights.detach().reshape(-1, 1) * is_routed)
 
 
 def _sorted(outputs: tuple[Any, ...], seen: Interception, choice: Choice) -> Answer | None:
     """(P,) places of pairs in the order of their experts, (P,) their tokens, (P,) their weights."""
-    experts, is_kept = choice
+    experts = choice.experts
     order, tokens, weights = (*outputs, None, None, None)[:3]
     if not all(isinstance(out, Tensor) and out.shape == (experts.numel(),) for out in (order, tokens, weights)):
         return None
     if not torch.equal(order // experts.shape[-1], tokens):
         return None
-    if is_kept is not None:
-        weights = weights.masked_fill(~is_kept.flatten()[order], 0)
-        outputs = (order, tokens, weights, *outputs[3:])
-    flat = torch.empty_like(weights).index_copy(0, order, weights.detach())
-    return Answer(outputs, experts, flat.reshape(experts.shape))
+    flat = torch.empty_like(weights).index_copy(0, order, weights).reshape(experts.shape)
+    if choice.is_kept is not None or choice.weights is not None:
+        flat = _given(flat, choice)
+        outputs = (order, tokens, flat.flatten()[order], *outputs[3:])
+    return Answer(outputs, experts, flat.detach())
+
+
+def _given(weights: Tensor, choice: Choice) -> Tensor:
+    """The factors (T, K) of the chosen experts: the router's own, or those that the choice brings; zero if not kept."""
+    if choice.weights is not None:
+        given = choice.weights.to(weights.dtype)
+        weights = torch.where(given.isnan(), weights, given)
+    return weights if choice.is_kept is None else weights.masked_fill(~choice.is_kept, 0)
 
 
 def _is_indices(out: Any) -> bool:

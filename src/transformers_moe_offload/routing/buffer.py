@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from transformers_moe_offload.routing import measures
-from transformers_moe_offload.routing.forward_context import Forward, Past
+from transformers_moe_offload.routing.forward import Forward, Past
 from transformers_moe_offload.routing.moved_rows import Move
 from transformers_moe_offload.routing.trace_file import TOKEN_DTYPES, Part
 

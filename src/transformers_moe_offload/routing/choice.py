@@ -11,6 +11,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from transformers_moe_offload.routing.texts import Texts
+
 
 class Choice(NamedTuple):
     """The experts of some tokens."""
@@ -20,6 +22,12 @@ class Choice(NamedTuple):
     is_kept: Tensor | None = None
     """(T, K) bool: False for entries that only fill the row up, because the token takes fewer experts than others;
     None where all entries count."""
+    is_raised: Tensor | None = None
+    """(T, K) bool: True for experts whose score is to count as the token's best, for their weight as well; None for
+    scores as they are."""
+    weights: Tensor | None = None
+    """(T, K) float: the factors of the experts' outputs in place of those that the router computes, which stay where
+    this is NaN. None where all stay, which is also what gradients for the router need."""
 
 
 @dataclass(frozen=True)
@@ -41,6 +49,8 @@ class RouterCall:
     """(T, H): the router's input."""
     token_ids: Tensor | None = None
     """(T,) int64; None where the router's rows are not the model's tokens."""
+    texts: Texts | None = None
+    """Which text every token is of; None unless the strategy `knows_texts`."""
 
     @property
     def num_tokens(self) -> int:

@@ -12,58 +12,17 @@ import threading
 import weakref
 from typing import Any, Protocol
 
+import torch
 from torch import Tensor, nn
 from transformers import Cache, PreTrainedModel
 
 from transformers_moe_offload.errors import UnsupportedModelError
 from transformers_moe_offload.hf.upstream import arguments, kv_cache, kv_cache_of_output, num_tokens_in
 from transformers_moe_offload.routing import hooks, moved_rows
+from transformers_moe_offload.routing.forward import Forward, Past
 from transformers_moe_offload.routing.moved_rows import Move
 from transformers_moe_offload.routing.padding import expect_texts_apart, padding_of
-
-
-class Past:
-    """Identifies the texts that one KV cache holds, without keeping the cache alive."""
-
-    def __init__(self) -> None:
-        self.moves: tuple[Move, ...] = ()
-        """How its rows have been moved since the last forward."""
-        self.num_kept: int | None = None
-        """The fewest tokens of each text that the cache has held since then; None before any was noted."""
-
-    def keep(self, num_tokens: int) -> None:
-        """Note how many tokens of each text the cache holds now."""
-        self.num_kept = num_tokens if self.num_kept is None else min(self.num_kept, num_tokens)
-
-
-class Forward:
-    """One forward, or the time before the first."""
-
-    def __init__(self, number: int = -1) -> None:
-        self.number = number
-        self.is_running = False
-        self.inputs: dict[str, Any] = {}
-        """Its arguments by name, while it runs."""
-        self.token_ids: Tensor | None = None
-        """(B, S) int64: the tokens embedded last; None where it was not given tokens."""
-        self.is_padding: Tensor | None = None
-        """(B, S) bool: which of `token_ids` are padding; None where there is no padding, or no listener."""
-        self.is_encoding = self.has_encoded = False
-        """Whether `token_ids` are those of the encoder inside an encoder-decoder model, a text of its own."""
-        self.past = Past()
-        """Identifies the texts: the same object in all forwards that continue them, in any thread."""
-        self.moves: tuple[Move, ...] = ()
-        """How the rows of those texts have been moved between the last forward that read them and this one."""
-        self.num_before: int | None = 0
-        """Tokens of each text that earlier forwards have read; None if the KV cache does not say."""
-        self.num_kept = 0
-        """How many of those have stayed in the KV cache since the last forward that read it; the others were dropped
-        and read again."""
-
-    def encoded(self) -> None:
-        """The encoder is done: drop its tokens, because the decoder may be given embeddings instead of tokens."""
-        self.token_ids = self.is_padding = None
-        self.is_encoding, self.has_encoded = False, True
+from transformers_moe_offload.routing.text_reader import TextReader
 
 
 class Running(threading.local):
@@ -101,6 +60,9 @@ class ForwardContext:
         self._running = Running()
         self._pasts: weakref.WeakKeyDictionary[Cache, Past] = weakref.WeakKeyDictionary()
         self._parts: weakref.WeakKeyDictionary[nn.Module, frozenset[int]] = weakref.WeakKeyDictionary()
+        self.reader = TextReader()
+        """Finds the text of every token, while a strategy has to know it."""
+        self._at_end: weakref.finalize[Any, nn.Module] | None = None
 
     def listen(self, listener: Listener) -> None:
         """Call the listener for every forward from now on."""
@@ -113,6 +75,23 @@ class ForwardContext:
         self._listeners.remove(listener)
         if not self._listeners:
             moved_rows.stop_listening(self._note_move)
+
+    def follow_texts(self, user: object) -> None:
+        """Let `reader` find the texts of forwards from now on, for this user."""
+        if not self.reader.users:
+            self.listen(self.reader)
+            base = self._base()
+            assert base is not None
+            self._at_end = weakref.finalize(base, self.stop_listening, self.reader)  # a model may go with its strategy
+            self._at_end.atexit = False
+        self.reader.users.add(user)
+
+    def stop_following_texts(self, user: object) -> None:
+        """Undo `follow_texts`, if this user has called it."""
+        if user in self.reader.users:
+            self.reader.users.remove(user)
+            if not self.reader.users and self._at_end is not None and self._at_end.detach():
+                self.stop_listening(self.reader)
 
     def _note_move(self, cache: Cache, move: Move | None) -> None:
         past = self._pasts.get(cache)
@@ -159,6 +138,7 @@ class ForwardContext:
             forward = Forward(self.num_forwards)
             self.num_forwards += 1
         forward.inputs, forward.is_running = arguments(module, args, kwargs), True
+        forward.has_gradients = torch.is_grad_enabled()
         forward.past, forward.num_before = past, num_before
         forward.moves = past.moves
         past.keep(num_before or 0)

@@ -64,6 +64,7 @@ class Interception(TorchFunctionMode):
         """The router's own choice, where the router still returns it although a strategy has chosen."""
         self._experts: Tensor | None = None
         self._is_dropped: Tensor | None = None
+        self._is_raised: Tensor | None = None
         self._is_broken_off = False
 
     def break_off(self) -> None:
@@ -125,10 +126,20 @@ class Interception(TorchFunctionMode):
             # here; `answer.py` sets its weights to zero in the router's output.
             is_empty = ~choice.is_kept.any(-1, keepdim=True)
             self._is_dropped = (~choice.is_kept & ~is_empty).reshape(self._experts.shape)
+        if choice.is_raised is not None:
+            self._is_raised = choice.is_raised.reshape(self._experts.shape)
         return True
 
-    def _without_dropped(self, values: Tensor, source: Tensor) -> Tensor:
-        """The values, replaced for entries that only fill up a row: 0 for affinities, minus infinity for logits."""
+    def _values(self, source: Tensor, dim: int = -1) -> Tensor:
+        """The values that the router goes on with in place of the scores that it compares: those of the chosen experts.
+
+        Raised entries have the token's best one, and those that only fill up a row 0 for affinities, minus infinity for
+        logits.
+        """
+        assert self._experts is not None
+        values = source.gather(dim, self._experts)
+        if self._is_raised is not None:
+            values = torch.where(self._is_raised, source.amax(dim, keepdim=True).to(values.dtype), values)
         if self._is_dropped is None:
             return values
         return values.masked_fill(self._is_dropped, 0 if id(source) in self._affinities else -torch.inf)
@@ -140,7 +151,7 @@ class Interception(TorchFunctionMode):
             self._remember(source, found[0])
             return found
         assert self._experts is not None
-        values = self._without_dropped(source.gather(-1, self._experts), source)
+        values = self._values(source)
         self._remember(source, values)
         return torch.return_types.topk((values, self._experts))
 
@@ -167,7 +178,7 @@ class Interception(TorchFunctionMode):
         experts = self.choice.experts[:, column].reshape(source.shape[:-1])
         if func in (torch.argmax, Tensor.argmax):
             return experts
-        values = source.gather(-1, experts[..., None])
+        values = self._values(source)[..., column, None]
         keeps_dim = bool(kwargs.get("keepdim", args[2] if len(args) > 2 else False))
         pair = (values, experts[..., None]) if keeps_dim else (values[..., 0], experts)
         self._remember(source, pair[0])
@@ -186,7 +197,7 @@ class Interception(TorchFunctionMode):
         if self._experts is None or index is not self._experts:
             return func(*args, **kwargs)
         dim = kwargs.get("dim", args[1] if len(args) > 1 else -1)
-        return self._without_dropped(source.gather(dim, index), source)
+        return self._values(source, dim)
 
     def _remember(self, source: Tensor, values: Tensor) -> None:
         self._later[id(values)] = values

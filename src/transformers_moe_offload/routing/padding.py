@@ -91,5 +91,5 @@ def _refuse_packed(is_apart: Tensor, is_padding: Tensor | None, argument: str, r
         row = int(is_apart.any(dim=1).nonzero()[0])
         raise UnsupportedModelError(
             f"{argument} of row {row} {reason}, so several texts are packed in it, which a recording could not tell "
-            f"apart; record them as rows of a padded batch, or one after the other"
+            f"apart, nor a replay; pass them as rows of a padded batch, or one after the other"
         )

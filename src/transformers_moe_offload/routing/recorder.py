@@ -17,17 +17,16 @@ import torch
 
 from transformers_moe_offload.config.budget import Budget
 from transformers_moe_offload.config.options import choose
-from transformers_moe_offload.errors import ConfigError, MoeOffloadError, UnsupportedModelError
+from transformers_moe_offload.errors import ConfigError, MoeOffloadError
 from transformers_moe_offload.routing.buffer import CallRecord, RoutingBuffer, StepRecord
 from transformers_moe_offload.routing.forward_context import ForwardContext, forward_context_of
 from transformers_moe_offload.routing.router_hook import Decision
-from transformers_moe_offload.routing.sites import Site, find_sites, select, unwrapped
+from transformers_moe_offload.routing.sites import facts_of, find_sites, select, unwrapped
 from transformers_moe_offload.routing.switching import Layers, observe, stop_observing
 from transformers_moe_offload.routing.trace import RoutingTrace
 from transformers_moe_offload.routing.trace_file import (
     MAX_CHOICES,
     Part,
-    RouterFacts,
     TraceIndex,
     is_text,
     new_folder,
@@ -105,7 +104,7 @@ class RoutingRecorder:
         self._base = unwrapped(model)
         self._sites = select(find_sites(model), layers)
         self._place = {site.index: place for place, site in enumerate(self._sites)}
-        self._index = TraceIndex(type(self._base).__name__, [_facts(site) for site in self._sites])
+        self._index = TraceIndex(type(self._base).__name__, [facts_of(site) for site in self._sites])
         self._folder = None if path is None else new_folder(path, overwrite=overwrite)
         self._scores = None if scores is None else getattr(torch, scores)
         self._keeps_hidden = hidden_states
@@ -220,13 +219,3 @@ class RoutingRecorder:
             self._index.num_tokens += len(part["token_ids"])
             if self._folder is not None:
                 self._index.write(self._folder)
-
-
-def _facts(site: Site) -> RouterFacts:
-    if site.num_experts > MAX_CHOICES:
-        raise UnsupportedModelError(
-            f"{site.path} chooses among {site.num_experts:,} experts; a recording supports at most {MAX_CHOICES:,}: "
-            "leave it out with `layers`"
-        )
-    own = site.index, site.path, site.num_experts, site.num_experts, site.top_k
-    return RouterFacts(*own, has_affinities=False, layers=site.layers, experts_paths=site.experts_paths)

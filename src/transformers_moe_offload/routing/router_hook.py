@@ -22,8 +22,10 @@ from transformers_moe_offload.hf.routers.capture import is_asking
 from transformers_moe_offload.routing import hooks
 from transformers_moe_offload.routing.answer import Reading, find_reading, read_answer
 from transformers_moe_offload.routing.choice import Choice, RouterCall
+from transformers_moe_offload.routing.forward import Forward
 from transformers_moe_offload.routing.forward_context import ForwardContext
 from transformers_moe_offload.routing.interception import Interception
+from transformers_moe_offload.routing.recomputed import PendingForwards
 from transformers_moe_offload.routing.sites import Site
 from transformers_moe_offload.routing.strategy import RoutingStrategy
 
@@ -68,6 +70,7 @@ class RouterHook:
         self._top_k = site.top_k
         self._has_groups = site.has_groups
         self._context = context
+        self._pending = PendingForwards()
         self._watching = _Watching()
         self._reading: Reading | None = None
         """How to read the answers that follow a prompt; None where they have to be watched."""
@@ -78,7 +81,8 @@ class RouterHook:
         vars(copied).update(vars(self))  # strategies are immutable
         copied.observers = []  # observers of this model do not observe its copies
         copied._context = deepcopy(self._context, memo)
-        copied._watching, copied._reading = _Watching(), None
+        copied._watching, copied._reading, copied._pending = _Watching(), None, PendingForwards()
+        copied._follow_texts()
         return copied
 
     def put_on(self, site: Site) -> None:
@@ -92,6 +96,14 @@ class RouterHook:
         """Choose by a strategy from the next forward on; None lets the router choose."""
         self.strategy = strategy
         self._first_forward = self._context.num_forwards
+        self._pending = PendingForwards()
+        self._follow_texts()
+
+    def _follow_texts(self) -> None:
+        if self.strategy is not None and self.strategy.knows_texts:
+            self._context.follow_texts(self)
+        else:
+            self._context.stop_following_texts(self)
 
     def break_off(self) -> None:
         """Stop watching routers of a forward that this thread has not finished: Ctrl-C ends it without any hook."""
@@ -116,21 +128,33 @@ class RouterHook:
     ) -> Choice | None:
         if self.strategy is None:
             return None
-        token_ids = self._context.forward.token_ids
+        hidden = _hidden(args, kwargs)
+        forward = self._forward(hidden)
+        token_ids = forward.token_ids
         call = RouterCall(
             scores,
             top_k,
             has_affinities,
             layer=self.index,
-            forward=max(0, self._context.forward.number - self._first_forward),
-            hidden=_hidden(args, kwargs),
+            forward=max(0, forward.number - self._first_forward),
+            hidden=hidden,
             token_ids=token_ids.reshape(-1) if token_ids is not None and token_ids.numel() == len(scores) else None,
+            texts=self._context.reader.texts(forward, len(scores)) if self.strategy.knows_texts else None,
         )
         with torch.no_grad():
             choice = self.strategy.choose(call)
         if choice is not None:
             _check(self.strategy, choice, call)
         return choice
+
+    def _forward(self, hidden: Tensor) -> Forward:
+        """The forward that the router is given tokens (T, H) of: the running one, or one that is computed again."""
+        forward = self._context.forward
+        if not self._context.is_running:
+            return self._pending.find(hidden) or forward
+        if forward.has_gradients:
+            self._pending.note(forward, hidden)
+        return forward
 
     def _leave(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:
         seen = self._stop_watching()
@@ -194,7 +218,7 @@ def _hidden(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
 
 def _check(strategy: RoutingStrategy, choice: Choice, call: RouterCall) -> None:
     """Raise if the shape or dtype of a strategy's choice is wrong."""
-    experts, is_kept = choice
+    experts, is_kept = choice.experts, choice.is_kept
     is_integral = not experts.is_floating_point() and experts.dtype == torch.int64
     if experts.dim() != 2 or len(experts) != call.num_tokens or not is_integral or experts.shape[1] < 1:
         raise MoeOffloadError(
@@ -206,3 +230,8 @@ def _check(strategy: RoutingStrategy, choice: Choice, call: RouterCall) -> None:
             f"{strategy} chose experts {tuple(experts.shape)} and keeps {tuple(is_kept.shape)} of {is_kept.dtype}; "
             f"is_kept is bool, of the shape of experts"
         )
+    for name, other in (("is_raised", choice.is_raised), ("weights", choice.weights)):
+        if other is not None and other.shape != experts.shape:
+            raise MoeOffloadError(
+                f"{strategy} chose experts {tuple(experts.shape)} with {name} {tuple(other.shape)}; both have one shape"
+            )

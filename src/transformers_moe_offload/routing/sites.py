@@ -16,6 +16,7 @@ from transformers_moe_offload.errors import ConfigError, UnsupportedModelError
 from transformers_moe_offload.hf.loading.discover import experts_of
 from transformers_moe_offload.hf.routers.find import find_router
 from transformers_moe_offload.hf.routers.top_k import experts_per_token
+from transformers_moe_offload.routing.trace_file import MAX_CHOICES, RouterFacts
 
 
 @dataclass(frozen=True, eq=False)
@@ -72,6 +73,17 @@ def select(sites: list[Site], layers: int | str | Iterable[int | str] | None) ->
         raise ConfigError("layers=[] names no router; name at least one, or leave `layers` out for all of them")
     found = {site.index: site for layer in asked for site in [_named(sites, layer)]}
     return [found[index] for index in sorted(found)]
+
+
+def facts_of(site: Site) -> RouterFacts:
+    """What a recording says of a router."""
+    if site.num_experts > MAX_CHOICES:
+        raise UnsupportedModelError(
+            f"{site.path} chooses among {site.num_experts:,} experts; a recording supports at most {MAX_CHOICES:,}: "
+            "leave it out with `layers`"
+        )
+    own = site.index, site.path, site.num_experts, site.num_experts, site.top_k
+    return RouterFacts(*own, has_affinities=False, layers=site.layers, experts_paths=site.experts_paths)
 
 
 def _named(sites: list[Site], layer: int | str) -> Site:

@@ -22,9 +22,15 @@ class RoutingStrategy(ABC):
     One strategy serves all layers that it is set for. Options are the arguments of its constructor.
     """
 
+    knows_texts: bool = False
+    """Whether it has to know which text every token is of: `RouterCall.texts`."""
+
     @abstractmethod
     def choose(self, call: RouterCall) -> Choice | None:
         """The experts of the call's tokens, a function of the call alone; None lets the router choose as it would."""
+
+    def check_model(self, num_routers: int) -> None:  # noqa: B027
+        """Raise `ConfigError` if the options do not fit a model with so many routers; called before `check`."""
 
     def check(self, layer: int, num_experts: int, top_k: int | None) -> None:  # noqa: B027
         """Raise `ConfigError` if the options do not fit a router; called before anything is changed.

@@ -54,7 +54,9 @@ def set_routing(model: Any, strategy: str | RoutingStrategy, layers: Layers = No
     """
     made = make_strategy(strategy, options)
     base = unwrapped(model)
-    sites = select(find_sites(base), layers)
+    found = find_sites(base)
+    sites = select(found, layers)
+    made.check_model(len(found))
     for site in sites:
         made.check(site.index, site.num_experts, site.top_k)
     router_hooks = [router_hook_at(base, site) for site in sites]

@@ -4,14 +4,20 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+import os
+from collections.abc import Sequence
+from functools import cached_property
+from typing import TYPE_CHECKING, Any, Self
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
+from numpy.typing import ArrayLike, NDArray
 
 from transformers_moe_offload.compute.token_grouping import group_by_expert
-from transformers_moe_offload.routing import measures
+from transformers_moe_offload.routing import measures, routed_experts
+from transformers_moe_offload.routing.contrast import ExpertContrast, contrast_of
+from transformers_moe_offload.routing.recorded_texts import RecordedTexts, recorded_texts
+from transformers_moe_offload.routing.sites import facts_of, find_sites, unwrapped
 from transformers_moe_offload.routing.statistics import RouterStatistics, preferences_of, statistics_of, sureness_of
 from transformers_moe_offload.routing.trace_data import RecordedRouting, rows_of
 from transformers_moe_offload.routing.trace_file import Part
@@ -90,6 +96,69 @@ class RoutingTrace(RecordedRouting):
         """The experts that most tokens chose: a share of those recorded, as `Trace.hottest`."""
         counts = self.token_counts()
         return hottest_experts({layer: counts[path] for layer, path, _ in self.sparse_layers()}, share)
+
+    def contrast(self, domain: str, other: str) -> ExpertContrast:
+        """Which experts one domain chooses more often than the other, and whether chance explains it.
+
+        Its `steering()` are options of strategy `steer`. SteerMoE, Fayyaz et al. 2025, section 3.1 (arXiv 2509.09660).
+        """
+        return contrast_of(self, domain, other)
+
+    @property
+    def texts(self) -> list[int]:
+        """The numbers of the texts that were recorded from their beginning."""
+        return [int(text) for text in np.unique(self.whole_texts.text)]
+
+    def token_ids(self, text: int) -> NDArray[np.int64]:
+        """The tokens of a text, without padding."""
+        texts = self.whole_texts
+        found: NDArray[np.int64] = texts.token_ids[texts.text == text]
+        return found
+
+    def routed_experts(self, text: int, *, num_layers: int | None = None) -> NDArray[np.int16]:
+        """The experts of each token of a text: (tokens, layers, top_k), as trainers take the routes of a rollout.
+
+        Layers are the sparse ones; with `num_layers`, all of the decoder, where the dense ones have -1.
+        """
+        return routed_experts.exported(self, self.whole_texts, text, num_layers)
+
+    @classmethod
+    def from_routed_experts(
+        cls, model: Any, token_ids: Sequence[ArrayLike], routed_experts: Sequence[ArrayLike]
+    ) -> Self:
+        """A trace made of the routes of texts, as vLLM, SGLang and others return them; for strategy `replay`.
+
+        Args:
+            model: the model, plain or offloaded, for which the routes are meant.
+            token_ids: the tokens of each text, prompt included, without padding.
+            routed_experts: integers (tokens, layers, top_k) for each text, the last token's row or none. Layers are the
+                sparse ones or all of the decoder. A token whose row is -1 has no route.
+        """
+        return cls._imported(model, token_ids, routed_experts)
+
+    def save_routed_experts(self, path: str | os.PathLike[str]) -> None:
+        """Write the tokens and routes of all texts into one .npz file: token_ids, routed_experts and num_tokens."""
+        routed_experts.write_file(path, [(self.token_ids(text), self.routed_experts(text)) for text in self.texts])
+
+    @classmethod
+    def load_routed_experts(cls, model: Any, path: str | os.PathLike[str]) -> Self:
+        """Read a file of `save_routed_experts`, or one with the same arrays."""
+        return cls._imported(model, *routed_experts.read_file(path))
+
+    @classmethod
+    def _imported(cls, model: Any, token_ids: Sequence[ArrayLike], routes: Sequence[ArrayLike]) -> Self:
+        base = unwrapped(model)
+        routers = [facts_of(site) for site in find_sites(base)]
+        config = getattr(base, "config", None)
+        text_config = config.get_text_config() if config is not None else None
+        num_layers = getattr(text_config, "num_hidden_layers", None)
+        index, part = routed_experts.imported(type(base).__name__, routers, token_ids, routes, num_layers)
+        return cls(index, [part])
+
+    @cached_property
+    def whole_texts(self) -> RecordedTexts:
+        """The texts that were recorded from their beginning, in memory."""
+        return recorded_texts(self)
 
     def to_pandas(self) -> pandas.DataFrame:
         """A row for every token and router. Needs the extra `research`."""

@@ -1,5 +1,5 @@
 """`RouterWatch` sees the scores of routers while a model is trained; `RouterRegulariser` keeps routers from collapsing
-or becoming overconfident.
+or becoming overconfident, or makes them choose what they have chosen lately.
 
 Every architecture calls its routers in its own way; common to all is that a router's first output with an entry for
 each expert is its scores, before a softmax or after it. All that changes training is off by default:
@@ -10,8 +10,9 @@ each expert is its scores, before a softmax or after it. All that changes traini
 - jitter: a router's input is multiplied by numbers between 1 - jitter and 1 + jitter (Switch Transformers, section 2.2
   and appendix; `router_jitter_noise` in Transformers).
 - dropout: of a router's input.
+- locality: how much of what tokens choose was not chosen by the `locality_window` tokens before them (`locality.py`).
 
-Both losses are means over the tokens that the attention mask keeps, as Transformers' own balance loss is
+The losses are means over the tokens that the attention mask keeps, as Transformers' own balance loss is
 (`load_balancing_loss_func` in `models/mixtral/modeling_mixtral.py`, 5.23).
 """
 
@@ -30,6 +31,7 @@ from transformers_moe_offload.errors import ConfigError
 from transformers_moe_offload.hf.layouts import layout_of
 from transformers_moe_offload.hf.model.experts_module import OffloadedExperts, layer_of
 from transformers_moe_offload.hf.routers.top_k import experts_per_token
+from transformers_moe_offload.training.locality import follows_in, locality_loss
 from transformers_moe_offload.training.recipes import experts_paths, router_paths
 
 
@@ -68,21 +70,36 @@ class RouterRegulariser:
     """
 
     def __init__(
-        self, model: Any, *, balance: float = 0.0, z: float = 0.0, jitter: float = 0.0, dropout: float = 0.0
+        self,
+        model: Any,
+        *,
+        balance: float = 0.0,
+        z: float = 0.0,
+        jitter: float = 0.0,
+        dropout: float = 0.0,
+        locality: float = 0.0,
+        locality_window: int = 1,
     ) -> None:
-        for name, value in (("balance", balance), ("z", z)):
+        for name, value in (("balance", balance), ("z", z), ("locality", locality)):
             if not value >= 0:
                 raise ConfigError(f"{name}={value} is not the weight of a loss; choose 0 (off) or more")
         for name, value in (("jitter", jitter), ("dropout", dropout)):
             if not 0 <= value < 1:
                 raise ConfigError(f"{name}={value} is not a share; choose 0 (off) or more, but less than 1")
+        if isinstance(locality_window, bool) or not isinstance(locality_window, int) or locality_window < 1:
+            raise ConfigError(f"locality_window={locality_window!r} is not a number of tokens; choose 1 or more")
         self.balance, self.z, self.jitter, self.dropout = balance, z, jitter, dropout
+        self.locality, self.locality_window = locality, locality_window
         self.last: dict[str, float] = {}
-        """The latest values of both losses, before weights."""
+        """The latest values of the losses, before weights."""
         self._logits: list[Tensor] = []
         """Logits of the running forward. Recomputation for gradients comes after it and adds none."""
         self._is_running = False
         self._has_encoder = bool(getattr(model.config, "is_encoder_decoder", False))
+        if locality and self._has_encoder:
+            raise ConfigError(
+                "locality=... compares neighbouring tokens of one text, and this model reads two; set it to 0"
+            )
         path = experts_paths(model)[0]
         self._top_k = experts_per_token(model, path.replace(".base_layer", "")) or 1
         # Methods of this object, so that a copy of the model comes with a copy of it.
@@ -120,11 +137,12 @@ class RouterRegulariser:
         logits, self._logits, self._is_running = self._logits, [], False
         if not model.training or not logits or output is None:  # None where the forward failed
             return
-        if torch.is_grad_enabled() and (self.balance or self.z):
+        if torch.is_grad_enabled() and (self.balance or self.z or self.locality):
             _expect_effect(logits, output)
         if getattr(output, "loss", None) is None:
             return
         mask = None if self._has_encoder else kwargs.get("attention_mask")
+        locality = self._locality(logits, args, kwargs) if self.locality else None
         logits = [one for one in (without_padding(one, mask) for one in logits) if len(one)]
         if not logits:
             return
@@ -132,7 +150,16 @@ class RouterRegulariser:
         z = torch.stack([z_loss(one) for one in logits]).mean()
         self.last = {"balance": balance.item(), "z": z.item()}
         added = (self.balance * balance + self.z * z).to(output.loss.device)
+        if locality is not None:
+            self.last["locality"] = locality.item()
+            added = added + self.locality * locality.to(added.device)
         output.loss = output.loss + added * share_of_step(kwargs, is_shifted=not self._has_encoder).to(added.device)
+
+    def _locality(self, logits: list[Tensor], args: Any, kwargs: dict[str, Any]) -> Tensor:
+        """The mean over all routers, with gradients."""
+        follows = follows_in(len(logits[0]), kwargs, args)
+        losses = [locality_loss(one, self._top_k, follows.to(one.device), self.locality_window) for one in logits]
+        return torch.stack([one.to(losses[0].device) for one in losses]).mean()
 
 
 def as_logits(scores: Tensor) -> Tensor:
@@ -160,13 +187,13 @@ def _expect_effect(logits: list[Tensor], output: Any) -> None:
     """Raise where the regulariser would have no effect on training."""
     if getattr(output, "loss", None) is None:
         raise ConfigError(
-            f"balance and z are added to output.loss, and this forward returned a {type(output).__name__} without one; "
-            f"pass labels, and not return_dict=False"
+            f"balance, z and locality are added to output.loss, and this forward returned a {type(output).__name__} "
+            f"without one; pass labels, and not return_dict=False"
         )
     if not any(one.requires_grad for one in logits):
         raise ConfigError(
-            "the routers' scores have no gradient, so balance and z would change nothing; train the routers or layers "
-            "before them, and checkpoint with activation_checkpointing_kwargs={'use_reentrant': False}"
+            "the routers' scores have no gradient, so balance, z and locality would change nothing; train the routers "
+            "or layers before them, and checkpoint with activation_checkpointing_kwargs={'use_reentrant': False}"
         )
 
 

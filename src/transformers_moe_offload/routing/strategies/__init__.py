@@ -4,7 +4,9 @@ from transformers_moe_offload.routing.strategies.ablation import Drop, Fixed
 from transformers_moe_offload.routing.strategies.balanced import ExpertChoice, LinearAssignment
 from transformers_moe_offload.routing.strategies.clusters import KMeans
 from transformers_moe_offload.routing.strategies.ranked import TopK, TopP
+from transformers_moe_offload.routing.strategies.replay import Replay
 from transformers_moe_offload.routing.strategies.sampled import Gumbel, Hash, Noise, Random
+from transformers_moe_offload.routing.strategies.steer import Steer
 
 __all__ = [
     "Drop",
@@ -16,6 +18,8 @@ __all__ = [
     "LinearAssignment",
     "Noise",
     "Random",
+    "Replay",
+    "Steer",
     "TopK",
     "TopP",
 ]
