@@ -62,6 +62,10 @@ class DeviceEngine:
         self._slots.table_is_read()
         return self._table.of(layer)
 
+    def in_slots(self, layer: int) -> Tensor:
+        """Which experts of a layer are read in a slot, bool (E,) on the device; the host does not wait for it."""
+        return self._table.in_slots(layer)
+
     def note(self, layer: int, top_k_index: Tensor) -> None:
         """A layer is about to read these experts by address: top_k_index (T, K) int64, on the device.
 
