@@ -102,6 +102,11 @@ class ForwardContext:
         self._pasts: weakref.WeakKeyDictionary[Cache, Past] = weakref.WeakKeyDictionary()
         self._parts: weakref.WeakKeyDictionary[nn.Module, frozenset[int]] = weakref.WeakKeyDictionary()
 
+    @property
+    def base(self) -> nn.Module | None:
+        """The model; None once it has been garbage-collected."""
+        return self._base()
+
     def listen(self, listener: Listener) -> None:
         """Call the listener for every forward from now on."""
         if not self._listeners:

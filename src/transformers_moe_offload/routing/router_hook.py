@@ -23,8 +23,10 @@ from transformers_moe_offload.routing import hooks
 from transformers_moe_offload.routing.answer import Reading, find_reading, read_answer
 from transformers_moe_offload.routing.choice import Choice, RouterCall
 from transformers_moe_offload.routing.forward_context import ForwardContext
-from transformers_moe_offload.routing.interception import Interception
+from transformers_moe_offload.routing.interception import Interception, Seen
+from transformers_moe_offload.routing.residents import Residents
 from transformers_moe_offload.routing.sites import Site
+from transformers_moe_offload.routing.steps import is_step
 from transformers_moe_offload.routing.strategy import RoutingStrategy
 
 
@@ -68,6 +70,9 @@ class RouterHook:
         self._top_k = site.top_k
         self._has_groups = site.has_groups
         self._context = context
+        self._memory: Any = None
+        """What the strategy remembers of this router."""
+        self._residents = Residents(context, site.experts_paths)
         self._watching = _Watching()
         self._reading: Reading | None = None
         """How to read the answers that follow a prompt; None where they have to be watched."""
@@ -75,11 +80,18 @@ class RouterHook:
     def __deepcopy__(self, memo: dict[int, Any]) -> RouterHook:
         copied = object.__new__(RouterHook)
         memo[id(self)] = copied
-        vars(copied).update(vars(self))  # strategies are immutable
+        vars(copied).update(vars(self))  # strategies are immutable, but for what they remember
+        copied._memory = deepcopy(self._memory, memo)
         copied.observers = []  # observers of this model do not observe its copies
         copied._context = deepcopy(self._context, memo)
+        copied._residents = Residents(copied._context, self._residents.paths)
         copied._watching, copied._reading = _Watching(), None
         return copied
+
+    @property
+    def is_offloaded(self) -> bool:
+        """Whether it routes to experts that are offloaded."""
+        return self._residents.are_offloaded
 
     def put_on(self, site: Site) -> None:
         """Add the hooks. Where the block around the router makes the choice, watching ends when experts are called."""
@@ -91,7 +103,9 @@ class RouterHook:
     def follow(self, strategy: RoutingStrategy | None) -> None:
         """Choose by a strategy from the next forward on; None lets the router choose."""
         self.strategy = strategy
+        self._memory = None if strategy is None else strategy.memory()
         self._first_forward = self._context.num_forwards
+        self._residents.say(str(strategy) if strategy is not None and strategy.follows_cache else None)
 
     def break_off(self) -> None:
         """Stop watching routers of a forward that this thread has not finished: Ctrl-C ends it without any hook."""
@@ -111,20 +125,21 @@ class RouterHook:
         self._watching.seen.append(seen)
         seen.__enter__()  # type: ignore[no-untyped-call]
 
-    def _choose(
-        self, args: tuple[Any, ...], kwargs: dict[str, Any], scores: Tensor, top_k: int, has_affinities: bool
-    ) -> Choice | None:
+    def _choose(self, args: tuple[Any, ...], kwargs: dict[str, Any], seen: Seen) -> Choice | None:
         if self.strategy is None:
             return None
         token_ids = self._context.forward.token_ids
         call = RouterCall(
-            scores,
-            top_k,
-            has_affinities,
+            *seen,
             layer=self.index,
             forward=max(0, self._context.forward.number - self._first_forward),
             hidden=_hidden(args, kwargs),
-            token_ids=token_ids.reshape(-1) if token_ids is not None and token_ids.numel() == len(scores) else None,
+            token_ids=token_ids.reshape(-1)
+            if token_ids is not None and token_ids.numel() == len(seen.scores)
+            else None,
+            is_step=is_step(self._context.forward),
+            memory=self._memory,
+            find_resident=self._residents,
         )
         with torch.no_grad():
             choice = self.strategy.choose(call)

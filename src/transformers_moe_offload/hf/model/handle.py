@@ -20,6 +20,7 @@ from transformers_moe_offload.hf.cuda_graphs.step import DecodeSteps
 from transformers_moe_offload.hf.decode.decoding import Decoding
 from transformers_moe_offload.hf.few_rows.swap import restore_forwards
 from transformers_moe_offload.hf.loading.placeholders import put_back
+from transformers_moe_offload.hf.model.cache_aware import prefer_no_residents
 from transformers_moe_offload.hf.model.caches import LayerCaches
 from transformers_moe_offload.hf.model.dense import restore_dense
 from transformers_moe_offload.hf.model.experts_module import OffloadedLayer, experts_at, offloaded, unbind
@@ -61,7 +62,7 @@ class OffloadRuntime:
 
     def stats(self) -> CacheStats:
         """Counts since loading or the last `reset_stats`, in total and by layer."""
-        return CacheStats.total({layer.name: self._caches.stats_of(layer) for layer in self.layers})
+        return self._caches.stats()
 
     def reset_stats(self) -> None:
         """Start counting from zero; resident experts stay."""
@@ -70,7 +71,7 @@ class OffloadRuntime:
     @property
     def plan(self) -> OffloadPlan:
         """Where experts are stored and how many slots there are; prints as a table."""
-        return self._ensure_caches()
+        return replace(self._ensure_caches(), follows_cache=self._caches.follows_cache)
 
     def resize(self, cache_budget: int | str) -> None:
         """Give the cache another budget, also while a generation runs; experts that fit stay resident.
@@ -129,6 +130,8 @@ class OffloadRuntime:
         """
         model = self._living_model()
         loaded = [(module, layer, self._parameters(module, layer)) for module, layer in self.modules()]
+        if self._caches.follows_cache is not None:
+            prefer_no_residents(model)
         for module, layer, tensors in loaded:
             module._modules.pop(OWN_EXPERTS, None)
             unbind(module)

@@ -2,11 +2,13 @@
 
 from transformers_moe_offload.routing.strategies.ablation import Drop, Fixed
 from transformers_moe_offload.routing.strategies.balanced import ExpertChoice, LinearAssignment
+from transformers_moe_offload.routing.strategies.cache_aware import CacheAware
 from transformers_moe_offload.routing.strategies.clusters import KMeans
 from transformers_moe_offload.routing.strategies.ranked import TopK, TopP
 from transformers_moe_offload.routing.strategies.sampled import Gumbel, Hash, Noise, Random
 
 __all__ = [
+    "CacheAware",
     "Drop",
     "ExpertChoice",
     "Fixed",
