@@ -5,6 +5,7 @@
 import copy
 import dataclasses
 import json
+from functools import partial
 
 import peft
 import pytest
@@ -22,9 +23,13 @@ from transformers_moe_offload import (
     routing,
 )
 from transformers_moe_offload.hf.upstream import kv_cache_argument
+from transformers_moe_offload.kernels import native
+from transformers_moe_offload.kernels.few_rows import Preference, Route, routed
 from transformers_moe_offload.routing import RouterCall
 from transformers_moe_offload.routing.strategies import CacheAware
 from transformers_moe_offload.tracing import replay
+
+needs_kernels = pytest.mark.skipif(native.library() is None, reason="the kernels were not built")
 
 NEVER = -torch.inf
 GREEDY = {"max_new_tokens": 12, "min_new_tokens": 12, "do_sample": False, "pad_token_id": 0}
@@ -35,11 +40,11 @@ LONGER = {"max_new_tokens": 40, "min_new_tokens": 40}
 
 
 def chosen(scores, resident, strategy, *, top_k=2, memory=None, **facts):
-    """The experts of each token, in the order in which they are returned."""
+    """The experts of each token, in the order in which they are returned; `scores` are affinities."""
     call = RouterCall(
         torch.tensor(scores),
         top_k,
-        has_affinities=facts.pop("has_affinities", False),
+        has_affinities=facts.pop("has_affinities", True),
         is_step=facts.pop("is_step", True),
         memory=strategy.memory() if memory is None else memory,
         find_resident=lambda: None if resident is None else torch.tensor(resident, dtype=torch.bool),
@@ -50,58 +55,90 @@ def chosen(scores, resident, strategy, *, top_k=2, memory=None, **facts):
 
 
 def test_a_resident_is_taken_before_an_expert_that_is_better_by_less_than_the_bonus():
-    scores = [[10.0, 4.0, 3.5, 0.0]]  # a range of 10
-    assert chosen(scores, [0, 0, 1, 0], CacheAware(strength=0.04)) == [[0, 1]]
-    assert chosen(scores, [0, 0, 1, 0], CacheAware(strength=0.06)) == [[0, 2]]
+    scores = [[0.5, 0.3, 0.2, 0.0]]  # a range of 0.5
+    assert chosen(scores, [0, 0, 1, 0], CacheAware(strength=0.1)) == [[0, 1]]
+    assert chosen(scores, [0, 0, 1, 0], CacheAware(strength=0.3)) == [[0, 2]]
 
 
 def test_the_best_experts_are_protected_and_only_they():
-    scores, resident = [[4.0, 3.0, 2.0, 1.0]], [0, 0, 1, 1]
+    scores, resident = [[0.4, 0.3, 0.2, 0.1]], [0, 0, 1, 1]
     assert chosen(scores, resident, CacheAware(strength=1.0)) == [[0, 2]]
     assert chosen(scores, resident, CacheAware(strength=1.0, protect=0)) == [[2, 3]]
+    assert chosen(scores, resident, CacheAware(strength=1.0, protect=2), top_k=3) == [[0, 1, 2]]
 
 
 def test_chosen_experts_are_in_the_order_of_their_own_scores():
-    scores = [[5.0, 1.0, 4.0, 3.0], [0.0, 5.0, 4.5, 4.0]]
+    scores = [[0.5, 0.1, 0.4, 0.3], [0.0, 0.5, 0.45, 0.4]]
     assert chosen(scores, [0, 1, 0, 1], CacheAware(strength=1.0), top_k=3) == [[0, 3, 1], [1, 2, 3]]
 
 
 def test_the_bonus_is_a_share_of_the_mean_range_of_all_tokens_so_far():
     strategy = CacheAware(strength=0.1)
-    memory, near = strategy.memory(), [[2.0, 1.0, 0.9, 0.0]]
-    assert chosen(near, [0, 0, 1, 0], strategy, memory=memory) == [[0, 2]]  # 0.2 a resident
-    chosen([[0.5, 0.0, 0.0, 0.0]] * 9, None, strategy, memory=memory, is_step=False)  # prompts count, too
-    assert chosen(near, [0, 0, 1, 0], strategy, memory=memory) == [[0, 1]]  # (2 + 9 * 0.5 + 2) / 11 * 0.1 = 0.077
+    memory, near = strategy.memory(), [[0.6, 0.25, 0.2, 0.0]]
+    assert chosen(near, [0, 0, 1, 0], strategy, memory=memory) == [[0, 2]]  # 0.06 a resident
+    chosen([[0.2, 0.0, 0.0, 0.0]] * 9, None, strategy, memory=memory, is_step=False)  # prompts count, too
+    assert chosen(near, [0, 0, 1, 0], strategy, memory=memory) == [[0, 1]]  # (0.6 + 9 * 0.2 + 0.6) / 11 * 0.1 = 0.027
 
 
 def test_prompts_and_layers_where_nothing_has_to_be_loaded_are_left_to_the_router():
     strategy = CacheAware(strength=1.0)
-    assert chosen([[1.0, 2.0, 3.0]], [1, 0, 0], strategy, is_step=False) is None
-    assert chosen([[1.0, 2.0, 3.0]], None, strategy) is None
-    assert chosen([[1.0, 2.0, 3.0]], [1, 0, 0], CacheAware(strength=0)) is None
+    assert chosen([[0.1, 0.2, 0.3]], [1, 0, 0], strategy, is_step=False) is None
+    assert chosen([[0.1, 0.2, 0.3]], None, strategy) is None
+    assert chosen([[0.1, 0.2, 0.3]], [1, 0, 0], CacheAware(strength=0)) is None
 
 
 def test_experts_that_the_architecture_rules_out_stay_out_and_their_scores_are_no_part_of_the_range():
-    scores = [[NEVER, 2.0, 1.8, 1.0]]
-    assert chosen(scores, [1, 0, 0, 1], CacheAware(strength=0.5)) == [[1, 2]]
+    scores = [[NEVER, 0.9, 0.8, 0.3]]  # a range of 0.6
+    assert chosen(scores, [1, 0, 0, 1], CacheAware(strength=0.7)) == [[1, 2]]
     assert chosen(scores, [1, 0, 0, 1], CacheAware(strength=0.9)) == [[1, 3]]
 
 
-def test_affinities_are_compared_by_their_logarithms_unless_they_are_corrected():
-    scores, resident = [[0.6, 0.3, 0.05, 0.05]], [0, 0, 1, 0]
-    assert chosen(scores, resident, CacheAware(strength=0.5), has_affinities=True) == [[0, 1]]  # ratio 6, bonus 3.5
-    assert chosen(scores, resident, CacheAware(strength=0.8), has_affinities=True) == [[0, 2]]
-    corrected = [[1.2, 0.3, -0.1, -0.3]]  # a range of 1.5, of which 0.4 is the difference
-    assert chosen(corrected, resident, CacheAware(strength=0.2), has_affinities=True, is_corrected=True) == [[0, 1]]
-    assert chosen(corrected, resident, CacheAware(strength=0.3), has_affinities=True, is_corrected=True) == [[0, 2]]
+def test_affinities_may_be_corrected_below_zero_and_logits_are_compared_by_their_softmax():
+    corrected, resident = [[1.2, 0.3, -0.1, -0.3]], [0, 0, 1, 0]  # a range of 1.5, of which 0.4 is the difference
+    assert chosen(corrected, resident, CacheAware(strength=0.2)) == [[0, 1]]
+    assert chosen(corrected, resident, CacheAware(strength=0.3)) == [[0, 2]]
+    logits = torch.tensor([[0.5, 0.3, 0.2, 1e-9]]).log().tolist()
+    assert chosen(logits, resident, CacheAware(strength=0.1), has_affinities=False) == [[0, 1]]
+    assert chosen(logits, resident, CacheAware(strength=0.3), has_affinities=False) == [[0, 2]]
 
 
 def test_experts_that_are_looked_up_by_token_id_are_left_to_the_router():
-    assert chosen([[1.0, 2.0, 3.0]], [1, 0, 0], CacheAware(strength=1.0), is_ranked=False) is None
+    assert chosen([[0.1, 0.2, 0.3]], [1, 0, 0], CacheAware(strength=1.0), is_ranked=False) is None
 
 
 def test_scores_beyond_the_last_expert_count_as_resident():
-    assert chosen([[3.0, 2.0, 1.9]], [0, 0], CacheAware(strength=0.5)) == [[0, 2]]
+    assert chosen([[0.4, 0.3, 0.29]], [0, 0], CacheAware(strength=0.5)) == [[0, 2]]
+
+
+@needs_kernels
+@pytest.mark.parametrize(("is_sigmoid", "is_late"), [(False, False), (False, True), (True, False)])
+@pytest.mark.parametrize("protect", [0, 1, 2])
+def test_the_compiled_kernels_prefer_what_the_strategy_prefers(is_sigmoid, is_late, protect):
+    random = torch.Generator().manual_seed(protect)
+    weight, strategy = torch.randn(12, 16, generator=random), CacheAware(strength=0.3, protect=protect)
+    route = Route(4, is_sigmoid, is_late, normalises=True, dtype=torch.float32)
+    memory, sums = strategy.memory(), torch.zeros(2, dtype=torch.float64)
+    for step in range(20):
+        rows = torch.randn(1 + step % 3, 16, generator=random)
+        resident = torch.rand(12, generator=random) < 0.4
+        is_step = step % 4 != 0
+        preference = Preference(resident if is_step else None, strategy.strength, protect, sums)
+        logits, scores, experts = routed(rows, weight, route, preference)
+        affinities = logits.sigmoid() if is_sigmoid else logits.softmax(-1)
+        call = RouterCall(
+            logits if is_late else affinities,
+            4,
+            not is_late,
+            is_step=is_step,
+            memory=memory,
+            find_resident=partial(torch.clone, resident),
+        )
+        expected = strategy.choose(call)
+        own = affinities.topk(4).indices if expected is None else expected.experts
+        assert torch.equal(experts, own)
+        torch.testing.assert_close(sums, memory.sums(torch.device("cpu")))
+        taken = affinities.gather(1, own)
+        torch.testing.assert_close(scores, taken / taken.sum(-1, keepdim=True))
 
 
 # In a model.
@@ -137,6 +174,21 @@ def test_strength_zero_is_bit_identical_to_no_strategy(checkpoint, long_text, ar
         with routing.set_routing(model, "cache_aware", strength=0):
             assert torch.equal(steps(model, long_text), expected)
         assert cache_stats(model).misses == cache_stats(own).misses
+
+
+@needs_kernels
+def test_it_makes_no_difference_whether_the_kernels_choose_or_are_watched(checkpoint, long_text):
+    model, watched = load(checkpoint, arithmetic="fast"), load(checkpoint, arithmetic="fast")
+    routing.set_routing(model, "cache_aware", strength=0.3)
+    routing.set_routing(watched, "cache_aware", strength=0.3)
+    with routing.record_routing(watched):
+        expected = steps(watched, long_text)
+    torch.testing.assert_close(steps(model, long_text), expected, atol=1e-4, rtol=1e-4)
+    assert cache_stats(model).misses == cache_stats(watched).misses
+    twin = copy.deepcopy(model)
+    routing.reset(model)
+    assert torch.equal(steps(model, long_text), steps(load(checkpoint, arithmetic="fast"), long_text))
+    assert torch.isfinite(steps(twin, long_text)).all()
 
 
 def test_a_larger_strength_misses_less_and_says_that_results_depend_on_it(checkpoint, long_text):

@@ -111,6 +111,13 @@ class DeviceEngine:
             self.cache.resize(num_slots)
             self._publish()
 
+    def clear(self) -> None:
+        """Evict every expert between two forwards: all are read in the arena again."""
+        with self.turn:
+            self._catch_up()
+            self._slots.table_is_read()
+            self.cache.clear()
+
     def close(self) -> None:
         """Give slots and arena back, once the device has finished with them. No kernel may read the table again."""
         with self.turn:

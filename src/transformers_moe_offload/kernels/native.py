@@ -13,7 +13,7 @@ import platform
 from pathlib import Path
 from typing import NamedTuple
 
-ABI = 6
+ABI = 7
 """Must equal the number in `csrc/product.c`: a library with another number takes other arguments."""
 
 
@@ -63,7 +63,8 @@ def opened(path: Path) -> Native:
         pointer, number, size, size, pointer, number, ctypes.c_double, ctypes.c_double, number, pointer,
     )  # fmt: skip
     found.moe_route.argtypes = (
-        pointer, pointer, number, *[size] * 4, *[number] * 3, pointer, pointer, number, pointer, number,
+        pointer, pointer, number, *[size] * 4, *[number] * 3, pointer, pointer, number, pointer,
+        pointer, ctypes.c_double, size, pointer, number,
     )  # fmt: skip
     found.moe_layer_bytes.restype = size
     found.moe_layer_bytes.argtypes = (pointer, size, size)

@@ -9,6 +9,7 @@ with routing.set_routing(model, "random", seed=1):
 from transformers_moe_offload.routing import strategies
 from transformers_moe_offload.routing.calibration import RouterCalibration, calibration
 from transformers_moe_offload.routing.choice import Choice, RouterCall
+from transformers_moe_offload.routing.meter import Tradeoff, tradeoff
 from transformers_moe_offload.routing.order import reuse_order, token_order
 from transformers_moe_offload.routing.recorder import RoutingRecorder, record_routing
 from transformers_moe_offload.routing.strategies.clusters import fit_centroids
@@ -26,6 +27,7 @@ __all__ = [
     "RoutingStrategy",
     "RoutingTrace",
     "RoutingUncertainty",
+    "Tradeoff",
     "calibration",
     "fit_centroids",
     "record_routing",
@@ -37,4 +39,5 @@ __all__ = [
     "strategies",
     "strategy_names",
     "token_order",
+    "tradeoff",
 ]

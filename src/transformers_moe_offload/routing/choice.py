@@ -34,8 +34,6 @@ class RouterCall:
     """How many experts the architecture would take."""
     has_affinities: bool
     """Whether `scores` come from a softmax or sigmoid, not straight from the router's matrix."""
-    is_corrected: bool = False
-    """Whether the architecture has added something to the affinities for the choice only, as DeepSeek-V3 does."""
     is_ranked: bool = True
     """Whether the architecture takes the experts with the largest scores; False where it looks them up by token id."""
     layer: int = 0

@@ -33,8 +33,6 @@ class Seen(NamedTuple):
     top_k: int
     """Its own number of experts."""
     has_affinities: bool
-    is_corrected: bool
-    """Whether something was added to the affinities."""
     is_ranked: bool
     """Whether it takes the experts with the largest scores; False where they come from a table of token ids."""
 
@@ -43,27 +41,6 @@ Decide = Callable[[Seen], Choice | None]
 """Makes a choice, or returns None to let the router choose."""
 
 _SCORE, _TOP_K, _ONE, _GATHER, _MASK = "score", "top_k", "one", "gather", "mask"
-
-_SAME_ORDER = frozenset(
-    {
-        *(
-            getattr(Tensor, name)
-            for name in ("view", "reshape", "flatten", "unflatten", "transpose", "squeeze", "unsqueeze")
-        ),
-        *(
-            getattr(Tensor, name)
-            for name in ("float", "to", "type", "type_as", "contiguous", "clone", "detach", "half")
-        ),
-        *(getattr(Tensor, name) for name in ("bfloat16", "masked_fill", "masked_fill_", "__getitem__")),
-        torch.reshape,
-        torch.flatten,
-        torch.masked_fill,
-        torch.clone,
-        torch.squeeze,
-        torch.unsqueeze,
-    }
-)
-"""Functions of affinities whose results are affinities still; what others return has been corrected."""
 
 _WATCHED = {_TOP_K, _ONE, _GATHER, _MASK}
 
@@ -87,8 +64,6 @@ class Interception(TorchFunctionMode):
         self._has_groups = has_groups
         # Tensors by id, kept alive so that ids are not reused.
         self._affinities: dict[int, Tensor] = {}
-        self._corrected: set[int] = set()
-        """Those of the affinities that something was added to, by id."""
         self._later: dict[int, Tensor] = {}
         self._ruled_out: Tensor | None = None
         self._taken_from: list[Tensor] = []
@@ -123,12 +98,8 @@ class Interception(TorchFunctionMode):
         kind = _KINDS.get(func)
         out = self._watch(kind, func, args, kwargs) if kind in _WATCHED else func(*args, **kwargs)
         if isinstance(out, Tensor):
-            if kind is _SCORE:
+            if kind is _SCORE or not self._affinities.keys().isdisjoint(map(id, args)):
                 self._affinities[id(out)] = out
-            elif of := self._affinities.keys() & set(map(id, args)):
-                self._affinities[id(out)] = out
-                if func not in _SAME_ORDER or not self._corrected.isdisjoint(of):
-                    self._corrected.add(id(out))
             if self.choice is not None:
                 self._later[id(out)] = out
         return out
@@ -157,7 +128,7 @@ class Interception(TorchFunctionMode):
         if self._ruled_out is not None and self._ruled_out.shape == scores.shape:
             scores = scores.masked_fill(self._ruled_out, -torch.inf)
         self.scores, self.has_affinities = scores, id(source) in self._affinities
-        choice = self._decide(Seen(scores, top_k, self.has_affinities, id(source) in self._corrected, is_ranked))
+        choice = self._decide(Seen(scores, top_k, self.has_affinities, is_ranked))
         if choice is None:
             return False
         self.choice, self.is_ours = choice, True

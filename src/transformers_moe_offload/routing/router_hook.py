@@ -18,7 +18,9 @@ import torch
 from torch import Tensor, nn
 
 from transformers_moe_offload.errors import MoeOffloadError, UnsupportedModelError
+from transformers_moe_offload.hf.few_rows.router import FewRowsRouter, Preferring
 from transformers_moe_offload.hf.routers.capture import is_asking
+from transformers_moe_offload.kernels.few_rows import Preference
 from transformers_moe_offload.routing import hooks
 from transformers_moe_offload.routing.answer import Reading, find_reading, read_answer
 from transformers_moe_offload.routing.choice import Choice, RouterCall
@@ -27,6 +29,7 @@ from transformers_moe_offload.routing.interception import Interception, Seen
 from transformers_moe_offload.routing.residents import Residents
 from transformers_moe_offload.routing.sites import Site
 from transformers_moe_offload.routing.steps import is_step
+from transformers_moe_offload.routing.strategies.cache_aware import CacheAware
 from transformers_moe_offload.routing.strategy import RoutingStrategy
 
 
@@ -57,7 +60,7 @@ class _Watching(threading.local):
         self.seen: list[Interception | None] = []
 
 
-class RouterHook:
+class RouterHook(Preferring):
     """The hooks around the router of a site."""
 
     def __init__(self, site: Site, context: ForwardContext) -> None:
@@ -107,6 +110,14 @@ class RouterHook:
         self._first_forward = self._context.num_forwards
         self._residents.say(str(strategy) if strategy is not None and strategy.follows_cache else None)
 
+    def preference(self) -> Preference | None:
+        """What the compiled kernels are to prefer in the call that is under way, instead of `_choose`."""
+        if not isinstance(self.strategy, CacheAware) or self.observers:
+            return None
+        resident = self._residents() if is_step(self._context.forward) else None
+        sums = self._memory.sums(torch.device("cpu"))
+        return Preference(resident, self.strategy.strength, self.strategy.protect, sums)
+
     def break_off(self) -> None:
         """Stop watching routers of a forward that this thread has not finished: Ctrl-C ends it without any hook."""
         for seen in reversed(self._watching.seen):
@@ -117,13 +128,22 @@ class RouterHook:
     def _enter(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         self.break_off()
         is_read = self._reading is not None and self.strategy is None and (self._context.forward.num_before or 0) > 0
-        if is_asking() or (self.strategy is None and not self.observers) or is_read:
+        is_left = self._is_left(module, args, kwargs)
+        if is_asking() or (self.strategy is None and not self.observers) or is_read or is_left:
             self._watching.seen.append(None)
             return
         choose = partial(self._choose, args, kwargs)
         seen = Interception(self._num_experts, self._top_k, choose, has_groups=self._has_groups)
         self._watching.seen.append(seen)
         seen.__enter__()  # type: ignore[no-untyped-call]
+
+    def _is_left(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
+        """Whether the compiled kernels choose as the strategy would, and nothing else is to be watched."""
+        if self.observers or not isinstance(self.strategy, CacheAware):
+            return False
+        if not isinstance(module, FewRowsRouter) or not module.serves(args, kwargs):
+            return False
+        return self.strategy.protect < module.how.choices  # else `_choose` raises
 
     def _choose(self, args: tuple[Any, ...], kwargs: dict[str, Any], seen: Seen) -> Choice | None:
         if self.strategy is None:

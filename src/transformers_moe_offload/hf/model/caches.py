@@ -24,7 +24,7 @@ from transformers_moe_offload.compute.one_call import OneCall, activation_for_on
 from transformers_moe_offload.config import OffloadConfig
 from transformers_moe_offload.device_decode.engine import DeviceEngine
 from transformers_moe_offload.dtypes import torch_dtype
-from transformers_moe_offload.errors import PageLockError
+from transformers_moe_offload.errors import ConfigError, PageLockError
 from transformers_moe_offload.expert import ExpertId
 from transformers_moe_offload.hf.decode.decoding import Decoding
 from transformers_moe_offload.hf.decode.engines import addressed_layers, build_engines, obstacles_of, report
@@ -206,8 +206,24 @@ class LayerCaches:
             owner = self._engines.get(pool.layers[0]) or self._of_layer[pool.layers[0]]
             owner.resize(pool.num_slots)
 
+    def clear(self) -> None:
+        """Evict every expert."""
+        for layer in {id(cache): layer for layer, cache in self._of_layer.items()}.values():
+            (self._engines.get(layer) or self._of_layer[layer]).clear()
+
     def warm(self, counts: Mapping[str, Sequence[float]]) -> None:
-        """Load the most used experts into free slots. `counts`: module path of a layer -> uses of each expert."""
+        """Load the most used experts into free slots. `counts`: module path of a layer -> uses of each expert.
+
+        Raises `ConfigError` for a layer that there is not, and for counts of more or fewer experts than it has.
+        """
+        by_name = {layer.name: layer for layer in self._layers}
+        for name, uses in counts.items():
+            if name not in by_name:
+                raise ConfigError(f"the model has no sparse layer {name!r}; its first is {self._layers[0].name!r}")
+            if len(uses) != by_name[name].num_experts:
+                raise ConfigError(
+                    f"{len(uses)} counts for the experts of {name}, which has {by_name[name].num_experts}"
+                )
         for cache in self.all():
             layers = [layer for layer in self._layers if self._of_layer[layer.index] is cache]
             wanted = {layer.index: counts[layer.name] for layer in layers if layer.name in counts}

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from transformers_moe_offload.config import OffloadConfig
 from transformers_moe_offload.dtypes import dtype_name, torch_dtype
-from transformers_moe_offload.errors import ConfigError, MoeOffloadError
+from transformers_moe_offload.errors import MoeOffloadError
 from transformers_moe_offload.expert import ExpertSpec
 from transformers_moe_offload.hf.cuda_graphs.step import DecodeSteps
 from transformers_moe_offload.hf.decode.decoding import Decoding
@@ -91,15 +91,12 @@ class OffloadRuntime:
         """
         counts = histogram.counts() if isinstance(histogram, Trace) else histogram
         self._ensure_caches()
-        by_name = {layer.name: layer for layer in self.layers}
-        for name, uses in counts.items():
-            if name not in by_name:
-                raise ConfigError(f"the model has no sparse layer {name!r}; its first is {self.layers[0].name!r}")
-            if len(uses) != by_name[name].num_experts:
-                raise ConfigError(
-                    f"{len(uses)} counts for the experts of {name}, which has {by_name[name].num_experts}"
-                )
         self._caches.warm(counts)
+
+    def clear(self) -> None:
+        """Evict every expert, so that the next forward starts with an empty cache; statistics go on."""
+        self._ensure_caches()
+        self._caches.clear()
 
     @contextmanager
     def trace(self) -> Iterator[Trace]:
