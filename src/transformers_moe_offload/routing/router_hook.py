@@ -9,7 +9,7 @@ strategy nor observers the hooks do nothing; `switching.py` takes them out.
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Hashable
 from copy import deepcopy
 from functools import partial
 from typing import Any, NamedTuple
@@ -18,6 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from transformers_moe_offload.errors import MoeOffloadError, UnsupportedModelError
+from transformers_moe_offload.hf.cuda_graphs.guards import Capturable
 from transformers_moe_offload.hf.few_rows.router import FewRowsRouter, Preferring
 from transformers_moe_offload.hf.routers.capture import is_asking
 from transformers_moe_offload.kernels.few_rows import Preference
@@ -60,7 +61,7 @@ class _Watching(threading.local):
         self.seen: list[Interception | None] = []
 
 
-class RouterHook(Preferring):
+class RouterHook(Preferring, Capturable):
     """The hooks around the router of a site."""
 
     def __init__(self, site: Site, context: ForwardContext) -> None:
@@ -109,6 +110,12 @@ class RouterHook(Preferring):
         self._memory = None if strategy is None else strategy.memory()
         self._first_forward = self._context.num_forwards
         self._residents.say(str(strategy) if strategy is not None and strategy.follows_cache else None)
+
+    @property
+    def captured_as(self) -> Hashable | None:
+        """A strategy that follows the cache does so on the device: a replay reads the table, and the mean, anew."""
+        is_captured = self.strategy is not None and self.strategy.follows_cache and not self.observers
+        return (id(self.strategy), id(self._memory)) if is_captured else None
 
     def preference(self) -> Preference | None:
         """What the compiled kernels are to prefer in the call that is under way, instead of `_choose`."""
