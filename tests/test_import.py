@@ -9,9 +9,10 @@ import pytest
 import transformers_moe_offload as tmo
 
 PUBLIC = [
-    "CacheStats", "CapacityError", "CheckpointError", "ConfigError", "ExpertFormats", "HqqFormat", "LayerStats",
-    "MoeOffloadError", "OffloadConfig", "OffloadRuntime", "PrefetchConfig", "RecipeError", "UnsupportedModelError",
-    "cache_stats", "install", "quantize_checkpoint", "register_policy", "register_predictor", "restore", "uninstall",
+    "CacheAwareConfig", "CacheStats", "CapacityError", "CheckpointError", "ConfigError", "ExpertFormats",
+    "HqqFormat", "LayerStats", "MoeOffloadError", "OffloadConfig", "OffloadRuntime", "PrefetchConfig",
+    "RecipeError", "UnsupportedModelError", "cache_stats", "install", "quantize_checkpoint", "register_policy",
+    "register_predictor", "restore", "uninstall",
 ]  # fmt: skip
 UPSTREAM = "import transformers.modeling_utils, transformers.generation.utils; from transformers.quantizers import auto"
 """What a program with a model imports anyway."""

@@ -17,6 +17,7 @@ def bench(
     ] = None,
     cache_budget: options.CacheBudget = "auto",
     policy: options.Policy = "lru",
+    cache_aware: options.CacheAware = None,
     arithmetic: options.Arithmetic = "fast",
     prefetch: Annotated[
         str | None, typer.Option(help="Load experts ahead of demand, by this predictor. Default: load none ahead.")

@@ -14,6 +14,7 @@ def chat(
     model: options.Model,
     cache_budget: options.CacheBudget = "auto",
     policy: options.Policy = "lru",
+    cache_aware: options.CacheAware = None,
     arithmetic: options.Arithmetic = "fast",
     experts: options.Experts = None,
     layers: options.Layers = None,

@@ -18,8 +18,9 @@ from moe_offload_cli.replay import replay
 from moe_offload_cli.report import report
 from moe_offload_cli.subcommand import Subcommand, carried_out
 from moe_offload_cli.trace import trace
+from moe_offload_cli.tradeoff import tradeoff
 
-SUBCOMMANDS = (plan, chat, quantize, convert, build, bake, push, bench, trace, replay, report)
+SUBCOMMANDS = (plan, chat, quantize, convert, build, bake, push, bench, trace, replay, report, tradeoff)
 """In the order of the help."""
 
 app = typer.Typer(

@@ -18,6 +18,13 @@ CacheBudget = Annotated[
     str, typer.Option(help="Memory for experts: '6GiB', '500MB', '40%' of all experts, a number of bytes, or 'auto'.")
 ]
 Policy = Annotated[str, typer.Option(help="Which expert leaves when another one needs its slot.")]
+CacheAware = Annotated[
+    float | None,
+    typer.Option(
+        help="Strength by which routers prefer resident experts: faster, and results change. See `tradeoff`.",
+        show_default=False,
+    ),
+]
 Arithmetic = Annotated[str, typer.Option(help="'fast', 'exact': bit for bit what Transformers computes, or 'int8'.")]
 DeviceMap = Annotated[str | None, typer.Option(help="As in from_pretrained: 'auto', 'cpu', 'cuda:1', ...")]
 Dtype = Annotated[str, typer.Option(help="'auto' (as stored), or a torch dtype such as 'bfloat16'.")]

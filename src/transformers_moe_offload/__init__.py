@@ -11,7 +11,7 @@ Importing this package teaches every `from_pretrained` the keyword `moe_offload`
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
-from transformers_moe_offload.config import ExpertFormats, HqqFormat, OffloadConfig, PrefetchConfig
+from transformers_moe_offload.config import CacheAwareConfig, ExpertFormats, HqqFormat, OffloadConfig, PrefetchConfig
 from transformers_moe_offload.errors import (
     CapacityError,
     CheckpointError,
@@ -21,6 +21,7 @@ from transformers_moe_offload.errors import (
     UnsupportedModelError,
 )
 from transformers_moe_offload.hf.install import install, uninstall
+from transformers_moe_offload.hf.model import cache_aware
 from transformers_moe_offload.policies import register_policy
 from transformers_moe_offload.stats import CacheStats, LayerStats
 
@@ -32,6 +33,7 @@ if TYPE_CHECKING:
 __version__ = "0.1.0.dev0"
 
 __all__ = [
+    "CacheAwareConfig",
     "CacheStats",
     "CapacityError",
     "CheckpointError",
@@ -76,4 +78,13 @@ def __dir__() -> list[str]:
     return sorted({*globals(), *_ON_USE})
 
 
+def _prefer_residents(model: Any, config: CacheAwareConfig) -> None:
+    import_module(f"{__name__}.routing.by_config").prefer_residents(model, config)
+
+
+def _prefer_no_residents(model: Any) -> None:
+    import_module(f"{__name__}.routing.by_config").prefer_no_residents(model)
+
+
+cache_aware.register(_prefer_residents, _prefer_no_residents)
 install()

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
 
-from transformers_moe_offload.notebook import html_table
+from transformers_moe_offload.notebook import html_paragraph, html_table
 
 
 @dataclass
@@ -53,6 +53,8 @@ class CacheStats(LayerStats):
     """Totals over all sparse layers, and each layer's own counts by its module path. Notebooks show them as a table."""
 
     per_layer: Mapping[str, LayerStats] = field(default_factory=dict)
+    follows_cache: str | None = None
+    """The strategy that chooses experts by what is resident, so that results depend on it; None where they do not."""
 
     @classmethod
     def total(cls, per_layer: Mapping[str, LayerStats]) -> CacheStats:
@@ -72,10 +74,16 @@ class CacheStats(LayerStats):
             ]
             for path, layer in [("all", self), *self.per_layer.items()]
         ]  # fmt: skip
-        return html_table(head, rows)
+        return html_table(head, rows) + (html_paragraph(said_of(self.follows_cache)) if self.follows_cache else "")
 
     def __str__(self) -> str:
-        return (
+        counts = (
             f"{self.asked} experts asked for: {self.hits} hits ({self.hit_rate:.1%}), {self.late_hits} late hits, "
             f"{self.misses} misses; {self.disk_bytes / 2**20:.1f} MiB read, {self.stall_ms:.0f} ms waited"
         )
+        return f"{counts}; {said_of(self.follows_cache)}" if self.follows_cache else counts
+
+
+def said_of(strategy: str) -> str:
+    """What statistics and plans say of a strategy that chooses experts by what is resident."""
+    return f"results depend on what is resident, because routers follow {strategy}"

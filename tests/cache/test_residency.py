@@ -79,6 +79,20 @@ class Model(RuleBasedStateMachine):
             assert states == expected
             assert sum(states) == 1
 
+    @rule(layer=st.integers(0, 2))
+    def watch(self, layer):
+        self.residency.keep_flags(layer, 4)
+
+    @rule()
+    def start_over(self):
+        self.residency.start_over()
+        self.slots = [slot if slot is not None and slot[1] else None for slot in self.slots]
+
+    @invariant()
+    def flags_are_those_of_experts_with_slots(self):
+        for layer, flags in self.residency.flags.items():
+            assert list(flags) == [ExpertId(layer, expert) not in self.absent() for expert in range(4)]
+
     @invariant()
     def residents_and_counts_agree_with_the_slots(self):
         assert sorted(self.residency.residents) == sorted(self.present(landed=True))

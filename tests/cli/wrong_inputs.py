@@ -29,6 +29,8 @@ CASES = [
     ("chat moe --prompt", "requires an argument"),
     ("chat empty --prompt x", "the folder has no config.json; name one that a model was saved to"),
     ("chat moe --prompt x --policy clairvoyant", "--policy 'clairvoyant' is not a known policy; choose one of ["),
+    ("chat moe --prompt x --cache-aware -1", "strength=-1.0 of cache_aware is not a number from 0"),
+    ("bench moe --cache-aware 2", "strength=2.0 of cache_aware is not a number from 0"),
     ("quantize moe out", "nothing to quantize; say how: --experts 4x64"),
     ("quantize moe moe/out --experts 4x32", "DST moe/out and SRC moe lie inside one another"),
     ("quantize hollow out --experts 4x32", "has experts without weights: by the config, gate_up_proj of each is of"),
@@ -61,6 +63,13 @@ CASES = [
     ("replay nowhere.npz", "error: cannot read the trace nowhere.npz: No such file or directory"),
     ("report text.txt -o plots", "cannot read the trace text.txt: it is not an .npz archive"),
     ("report full -o plots", "/full: it has no trace.json"),
+    ("tradeoff moe", "--text"),
+    ("tradeoff moe --text nowhere", "cannot read --text nowhere: No such file or directory"),
+    ("tradeoff moe --text blank.yaml", "--text blank.yaml has 0 tokens, and nothing to predict in fewer than 2"),
+    ("tradeoff moe --text text.txt --strengths x", "--strengths 'x' is not a list of numbers"),
+    ("tradeoff moe --text text.txt --strengths 3", "strength=3.0 of cache_aware is not a number from 0"),
+    ("tradeoff moe --text text.txt --picture p.pdf", "is neither .svg nor .png"),
+    ("tradeoff moe --text text.txt --resume text.txt", "text.txt is not valid JSON"),
     *((f"{command} {'n' * 300} out", "File name too long") for command in ("bake", "push")),
 ]
 

@@ -39,6 +39,17 @@ def test_who_has_arrived_is_found_there_once_that_is_published():
     assert addresses.of(3).tolist() == HOMES[3]
 
 
+def test_experts_in_slots_are_told_apart_from_those_at_home_as_kernels_find_them():
+    addresses = table()
+    addresses.arrive(ExpertId(7, 1), 9000)
+    assert addresses.in_slots(7).tolist() == [False, False, False]
+    addresses.publish()
+    assert addresses.in_slots(7).tolist() == [False, True, False]
+    assert addresses.in_slots(3).tolist() == [False, False]
+    addresses.leave(ExpertId(7, 1))
+    assert not addresses.in_slots(7).any()
+
+
 def test_who_leaves_is_found_at_home_at_once():
     addresses = table()
     addresses.arrive(ExpertId(3, 0), 9000)

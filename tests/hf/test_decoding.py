@@ -83,6 +83,23 @@ def test_no_sparse_layer_waits_for_the_device_with_16_tokens_and_every_one_does_
 
 
 @gpu
+def test_routers_that_prefer_residents_find_them_in_the_table_without_the_host(small_checkpoint):
+    misses, model = [], load(small_checkpoint, "device", "50%", device=DEVICE)
+    for strength in (0.0, 1.0):
+        model.moe_offload.clear()
+        model.moe_offload.reset_stats()
+        with set_routing(model, "cache_aware", strength=strength):
+            generate(model, prompt(), max_new_tokens=8, min_new_tokens=8)
+            stats = model.moe_offload.stats()
+            misses.append(stats.misses)
+            assert (stats.follows_cache is not None) == (strength > 0)
+            hidden = torch.randn(3, 1, 16, generator=torch.Generator().manual_seed(0)).to(DEVICE)
+            with torch.no_grad(), model.moe_offload.decoding.capturing(), without_host():
+                model.model.layers[0].mlp(hidden)
+    assert misses[1] < misses[0]
+
+
+@gpu
 def test_beams_are_the_hosts(small_checkpoint):
     options = {"num_beams": 3, "max_new_tokens": 3, "length_penalty": 0.0}
     tokens, _ = generate(load(small_checkpoint, device=DEVICE), prompt(), **options)

@@ -12,6 +12,7 @@ import torch
 import transformers
 from transformers import DynamicCache, PreTrainedModel, StaticCache, core_model_loading
 from transformers.generation import utils as generation
+from transformers.generation.continuous_batching.input_outputs import PagedAttentionArgs
 from transformers.integrations import moe
 
 import transformers_moe_offload
@@ -115,6 +116,10 @@ ON_A_MODEL = {
 @pytest.mark.parametrize("name", ON_A_MODEL)
 def test_a_model_says_what_is_asked_of_it(name, model):
     assert ON_A_MODEL[name](model)
+
+
+def test_continuous_batching_says_where_its_texts_end():
+    assert upstream.ENDS_OF_TEXTS in PagedAttentionArgs.__annotations__
 
 
 def test_tied_weights_names_the_one_that_is_kept():

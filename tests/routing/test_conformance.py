@@ -29,6 +29,9 @@ OWN_NUMBER = (
 
 OTHER_NUMBER = ("expert_choice", "fixed", "top_k", "top_p")
 
+OF_A_CACHE = ("cache_aware",)
+"""Strategies for offloaded models alone: `test_cache_aware_everywhere.py`."""
+
 FOR_ALL = ("drop", "top_p")
 """The model's own number of experts, of which some do not count; and differing numbers."""
 
@@ -121,7 +124,7 @@ def own(name, model):
 
 def test_every_strategy_is_in_this_suite():
     ours = {name for name in routing.strategy_names() if known[name].__module__.startswith(routing.__name__)}
-    assert ours == {*OWN_NUMBER, *OTHER_NUMBER}
+    assert ours == {*OWN_NUMBER, *OTHER_NUMBER, *OF_A_CACHE}
 
 
 def test_a_model_whose_choice_means_nothing_is_refused():

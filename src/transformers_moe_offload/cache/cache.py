@@ -80,6 +80,14 @@ class ExpertCache(CacheSteps):
                 raise
             self._shrink(num_slots)
 
+    def clear(self) -> None:
+        """Evict every expert, between two visits, with what the policy knows of them. Slots and statistics stay."""
+        with self.turn:
+            self.repair()
+            self.settle()
+            self._clear()
+            self.slots.give_back()
+
     def give_back(self) -> None:
         """Give back memory that evicted experts still take in case they return."""
         with self.turn:
@@ -94,6 +102,13 @@ class ExpertCache(CacheSteps):
             self._start(load, len(self._in_flight))
             self._ahead.add(expert)
         return load is not None
+
+    @change
+    def _clear(self) -> None:
+        for expert in sorted(self.residency.residents):
+            self._evict(expert)
+        self._asked = frozenset()
+        self._policy = self._new_policy()
 
     def _grow(self, num_slots: int) -> None:
         while self.residency.num_slots < num_slots:

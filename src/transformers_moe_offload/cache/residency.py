@@ -23,6 +23,15 @@ class Residency:
         self.loading: dict[ExpertId, int] = {}
         """The experts whose slots are still being filled, with these. For reading, too."""
         self._per_layer: Counter[int] = Counter()
+        self.flags: dict[int, bytearray] = {}
+        """A byte for each expert of some layers: 1 if it has a slot, resident or loading. See `keep_flags`."""
+
+    def keep_flags(self, layer: int, num_experts: int) -> bytearray:
+        """The flags of a layer, which are kept up to date from the first call on. For reading, too."""
+        if layer not in self.flags:
+            ids = (ExpertId(layer, expert) for expert in range(num_experts))
+            self.flags[layer] = bytearray(not self.is_absent(expert) for expert in ids)
+        return self.flags[layer]
 
     @property
     def num_slots(self) -> int:
@@ -79,6 +88,7 @@ class Residency:
         assert self.is_absent(expert), f"{expert} already has a slot"
         slot = self.loading[expert] = self._free.pop()
         self._per_layer[expert.layer] += 1
+        self._flag(expert, 1)
         return slot
 
     def land(self, expert: ExpertId) -> int:
@@ -110,8 +120,16 @@ class Residency:
         past = max(self._numbers, default=0)
         self._unused_numbers = sorted(set(range(past)) - self._numbers, reverse=True)
         self._per_layer = Counter(expert.layer for expert in self.residents)
+        for layer, flags in self.flags.items():
+            flags[:] = bytes(ExpertId(layer, expert) in self.residents for expert in range(len(flags)))
         return held
 
     def _release(self, expert: ExpertId, slot: int) -> None:
         self._free.append(slot)
         self._per_layer[expert.layer] -= 1
+        self._flag(expert, 0)
+
+    def _flag(self, expert: ExpertId, has_slot: int) -> None:
+        flags = self.flags.get(expert.layer)
+        if flags is not None:
+            flags[expert.expert] = has_slot

@@ -134,6 +134,14 @@ class CacheSteps:
         """Whether an expert would have to be loaded."""
         return self.residency.is_absent(expert)
 
+    def with_slots(self, layer: int) -> bytes:
+        """A byte for each expert of a layer: 1 if it is resident or loading. Called without the turn: as of now."""
+        flags = self.residency.flags.get(layer)
+        if flags is None:
+            with self.turn:
+                flags = self.residency.keep_flags(layer, self._num_experts[layer])
+        return bytes(flags)
+
     @property
     def num_loading(self) -> int:
         """Loads in flight."""

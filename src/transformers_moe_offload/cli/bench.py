@@ -31,6 +31,7 @@ def bench(
     model: str | None,
     cache_budget: str,
     policy: str,
+    cache_aware: float | None,
     arithmetic: str,
     prefetch: str | None,
     mmap: bool | None,
@@ -52,6 +53,7 @@ def bench(
         config = OffloadConfig(
             cache_budget=cache_budget,
             policy=policy,
+            cache_aware=cache_aware,  # type: ignore[arg-type]
             arithmetic=arithmetic,  # type: ignore[arg-type]
             prefetch=None if prefetch is None else PrefetchConfig(predictor=prefetch),
             mmap="auto" if mmap is None else mmap,

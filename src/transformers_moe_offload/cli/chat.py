@@ -29,6 +29,7 @@ def chat(
     model: str,
     cache_budget: str,
     policy: str,
+    cache_aware: float | None,
     arithmetic: str,
     experts: str | None,
     layers: list[str] | None,
@@ -50,6 +51,7 @@ def chat(
     config = OffloadConfig(
         cache_budget=cache_budget,
         policy=policy,
+        cache_aware=cache_aware,  # type: ignore[arg-type]
         arithmetic=arithmetic,  # type: ignore[arg-type]
         experts=asked.experts,
         dense=asked.dense,

@@ -13,6 +13,7 @@ from functools import partial
 from typing import Any, ClassVar, Literal, get_args
 
 from transformers_moe_offload.config.budget import Budget
+from transformers_moe_offload.config.cache_aware import CacheAwareConfig
 from transformers_moe_offload.config.formats import ExpertFormats, HqqFormat, make_format
 from transformers_moe_offload.config.options import choose, parsed, with_options
 from transformers_moe_offload.config.prefetch import PrefetchConfig
@@ -62,6 +63,9 @@ class OffloadConfig(dict[str, Any]):
         pin_memory: stage reads for a GPU in page-locked memory, of which there is never more than 64 MiB for each GPU;
             `"auto"` means wherever there is a GPU.
         prefetch: load experts before they are asked for: a `PrefetchConfig`, a dictionary of its fields, or None.
+        cache_aware: let routers prefer experts that are resident, which is faster and changes what the model writes: a
+            strength such as `0.1`, a `CacheAwareConfig`, a dictionary of its fields, or None, which every result but
+            this one's is for. `moe-offload tradeoff` measures what a strength costs.
         host_budget: on a machine with GPU, RAM that holds experts between disk and cache: as `cache_budget`; `"auto"`
             takes half of the free RAM, and never more than all experts need.
         experts: quantize the experts while loading: an `HqqFormat`, an `ExpertFormats` for different formats by layer
@@ -81,6 +85,7 @@ class OffloadConfig(dict[str, Any]):
     host_budget: int | str = "auto"
     policy: str = "lru"
     prefetch: PrefetchConfig | None = None
+    cache_aware: CacheAwareConfig | None = None
     experts: HqqFormat | ExpertFormats | None = None
     dense: HqqFormat | None = None
     lm_head: HqqFormat | None = None
@@ -118,6 +123,7 @@ class OffloadConfig(dict[str, Any]):
             raise ConfigError(
                 f"prefetch={quoted(self.prefetch)} is not a PrefetchConfig, a dictionary of its fields, or None"
             )
+        object.__setattr__(self, "cache_aware", _cache_aware(self.cache_aware))
         super().update(self.to_dict())
 
     def __reduce__(self) -> tuple[Any, ...]:
@@ -231,8 +237,28 @@ class OffloadConfig(dict[str, Any]):
         value = getattr(self, name)
         if isinstance(value, ExpertFormats):
             return value.plain()
+        if isinstance(value, CacheAwareConfig):  # also a strategy, which is one
+            return {"strength": value.strength, "protect": value.protect}
         return asdict(value) if isinstance(value, PrefetchConfig | HqqFormat) else value
 
     def to_json_string(self, use_diff: bool = True) -> str:
         """`to_diff_dict` or `to_dict` as JSON text."""
         return json.dumps(self.to_diff_dict() if use_diff else self.to_dict(), indent=2, sort_keys=True) + "\n"
+
+
+def _cache_aware(value: Any) -> CacheAwareConfig | None:
+    """The option as a config: a number is a strength."""
+    if value is None:
+        return None
+    if isinstance(value, CacheAwareConfig):
+        return CacheAwareConfig(strength=value.strength, protect=value.protect)
+    if isinstance(value, Mapping):
+        if "strength" not in value:
+            raise ConfigError(f"cache_aware={quoted(dict(value))} has no strength; 0.1 is a good start")
+        return with_options(CacheAwareConfig, value)
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        raise ConfigError(
+            f"cache_aware={quoted(value)} is not a strength such as 0.1, a CacheAwareConfig, a dictionary of its "
+            f"fields, or None"
+        )
+    return CacheAwareConfig(strength=value)

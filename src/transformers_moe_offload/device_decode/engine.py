@@ -62,6 +62,10 @@ class DeviceEngine:
         self._slots.table_is_read()
         return self._table.of(layer)
 
+    def in_slots(self, layer: int) -> Tensor:
+        """Which experts of a layer are read in a slot, bool (E,) on the device; the host does not wait for it."""
+        return self._table.in_slots(layer)
+
     def note(self, layer: int, top_k_index: Tensor) -> None:
         """A layer is about to read these experts by address: top_k_index (T, K) int64, on the device.
 
@@ -106,6 +110,13 @@ class DeviceEngine:
             self._slots.table_is_read()
             self.cache.resize(num_slots)
             self._publish()
+
+    def clear(self) -> None:
+        """Evict every expert between two forwards: all are read in the arena again."""
+        with self.turn:
+            self._catch_up()
+            self._slots.table_is_read()
+            self.cache.clear()
 
     def close(self) -> None:
         """Give slots and arena back, once the device has finished with them. No kernel may read the table again."""

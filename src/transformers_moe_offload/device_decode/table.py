@@ -36,6 +36,7 @@ class AddressTable:
             """(L, E) int64, where experts are to be read now."""
             self._flat = self.addresses.view(-1)
             self._of_layer = {layer: self.addresses[i, : len(home)] for i, (layer, home) in enumerate(homes.items())}
+            self._homes_of_layer = {layer: self.homes[i, : len(home)] for i, (layer, home) in enumerate(homes.items())}
         self._home = {ExpertId(layer, e): at for layer, home in homes.items() for e, at in enumerate(home)}
         self._place = {ExpertId(layer, e): i * width + e for i, layer in enumerate(homes) for e in range(width)}
         self._in_slots: dict[ExpertId, int] = {}
@@ -51,6 +52,13 @@ class AddressTable:
     def of(self, layer: int) -> Tensor:
         """Addresses of a layer's experts, int64 (its experts,): always the same tensor."""
         return self._of_layer[layer]
+
+    def in_slots(self, layer: int) -> Tensor:
+        """Which of a layer's experts kernels submitted from now on read in a slot, bool (its experts,), on the device.
+
+        One operation on the device, which a graph can capture: a replay has the table as it is then.
+        """
+        return self._of_layer[layer] != self._homes_of_layer[layer]
 
     def address(self, expert: ExpertId) -> int:
         """Where kernels submitted from now on read an expert."""

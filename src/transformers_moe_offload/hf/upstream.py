@@ -66,6 +66,7 @@ __all__ = [
     "AUTO_QUANTIZATION_CONFIG_MAPPING",
     "AUTO_QUANTIZER_MAPPING",
     "COMPILED_CALL",
+    "ENDS_OF_TEXTS",
     "EXPERTS_FLAGS",
     "FORGET_TOKENS",
     "HOOKS",
@@ -170,6 +171,10 @@ def check_hooks() -> None:
 
 EXPERTS_FLAGS = ("has_gate", "has_bias", "is_transposed", "has_post_expert_norm")
 """5.23, 5.24: attributes in which `use_experts_implementation` (`integrations/moe.py`) describes an experts module."""
+
+ENDS_OF_TEXTS = "cu_seq_lens_q"
+"""5.23, 5.24: the argument of a forward of continuous batching that says where in the row each text ends: (N + 1,)
+for N texts (`generation/continuous_batching/input_outputs.py`)."""
 
 OWN_HOOKS = "transformers.utils.output_capturing"
 """5.23, 5.24: the module of Transformers' own forward hooks, which collect tensors that are among the outputs."""

@@ -13,7 +13,7 @@ from transformers_moe_offload.kernels import native
 from transformers_moe_offload.kernels.cpu import TYPES
 from transformers_moe_offload.kernels.dense import FEW_ROWS as MOST_ROWS
 
-__all__ = ["MOST_ROWS", "Norm", "Route", "linear", "normalised", "routed", "takes"]
+__all__ = ["MOST_ROWS", "Norm", "Preference", "Route", "linear", "normalised", "routed", "takes"]
 
 
 class Norm(NamedTuple):
@@ -38,6 +38,18 @@ class Route(NamedTuple):
     """Whether the scores of a token are divided by their sum."""
     dtype: torch.dtype
     """Of the scores."""
+
+
+class Preference(NamedTuple):
+    """Residents that a router is to prefer, as `routing/strategies/cache_aware.py` says."""
+
+    resident: Tensor | None
+    """(E,) bool; None where tokens are counted and chosen for as without it, as in prompts."""
+    strength: float
+    protect: int
+    """Fewer than the choices of the route."""
+    sums: Tensor
+    """(2,) float64: ranges of affinities, and tokens; this call's are added in place."""
 
 
 def takes(values: Tensor, weight: Tensor) -> bool:
@@ -108,10 +120,13 @@ def normalised(rows: Tensor, weight: Tensor | None, norm: Norm) -> Tensor:
     return out
 
 
-def routed(rows: Tensor, weight: Tensor, route: Route) -> tuple[Tensor, Tensor, Tensor]:
+def routed(
+    rows: Tensor, weight: Tensor, route: Route, preference: Preference | None = None
+) -> tuple[Tensor, Tensor, Tensor]:
     """rows (T, H), at most `MOST_ROWS`, weight (E, H) -> logits (T, E), scores (T, K), experts (T, K) int64."""
     rows, number, library = rows.contiguous(), TYPES[rows.dtype], native.library()
     assert library is not None
+    assert preference is None or preference.protect < route.choices
     num_rows, (num_experts, hidden) = rows.numel() // rows.shape[-1], weight.shape
     logits = torch.empty((num_rows, num_experts), dtype=rows.dtype)
     scores = torch.empty((num_rows, route.choices), dtype=route.dtype)
@@ -131,6 +146,10 @@ def routed(rows: Tensor, weight: Tensor, route: Route) -> tuple[Tensor, Tensor, 
         scores.data_ptr(),
         TYPES[route.dtype],
         index.data_ptr(),
+        0 if preference is None or preference.resident is None else preference.resident.data_ptr(),
+        0.0 if preference is None else preference.strength,
+        0 if preference is None else preference.protect,
+        0 if preference is None else preference.sums.data_ptr(),
         torch.get_num_threads(),
     ):
         raise MemoryError(f"no memory for rows of {hidden} numbers")

@@ -63,7 +63,8 @@ def opened(path: Path) -> Native:
         pointer, number, size, size, pointer, number, ctypes.c_double, ctypes.c_double, number, pointer,
     )  # fmt: skip
     found.moe_route.argtypes = (
-        pointer, pointer, number, *[size] * 4, *[number] * 3, pointer, pointer, number, pointer, number,
+        pointer, pointer, number, *[size] * 4, *[number] * 3, pointer, pointer, number, pointer,
+        pointer, ctypes.c_double, size, pointer, number,
     )  # fmt: skip
     found.moe_project.argtypes = (
         pointer, pointer, number, size, pointer, pointer, number, size, size, pointer, pointer, pointer, number,

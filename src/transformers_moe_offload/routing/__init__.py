@@ -10,6 +10,7 @@ from transformers_moe_offload.routing import strategies
 from transformers_moe_offload.routing.calibration import RouterCalibration, calibration
 from transformers_moe_offload.routing.choice import Choice, RouterCall
 from transformers_moe_offload.routing.contrast import ExpertContrast, ExpertDifference
+from transformers_moe_offload.routing.meter import Tradeoff, tradeoff
 from transformers_moe_offload.routing.order import reuse_order, token_order
 from transformers_moe_offload.routing.recorder import RoutingRecorder, record_routing
 from transformers_moe_offload.routing.rollouts import RolloutReplay
@@ -31,6 +32,7 @@ __all__ = [
     "RoutingStrategy",
     "RoutingTrace",
     "RoutingUncertainty",
+    "Tradeoff",
     "calibration",
     "fit_centroids",
     "record_routing",
@@ -42,4 +44,5 @@ __all__ = [
     "strategies",
     "strategy_names",
     "token_order",
+    "tradeoff",
 ]

@@ -4,9 +4,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -41,6 +42,8 @@ class RouterCall:
     """How many experts the architecture would take."""
     has_affinities: bool
     """Whether `scores` come from a softmax or sigmoid, not straight from the router's matrix."""
+    is_ranked: bool = True
+    """Whether the architecture takes the experts with the largest scores; False where it looks them up by token id."""
     layer: int = 0
     """Which of the model's routers, in the order of the model."""
     forward: int = 0
@@ -51,6 +54,12 @@ class RouterCall:
     """(T,) int64; None where the router's rows are not the model's tokens."""
     texts: Texts | None = None
     """Which text every token is of; None unless the strategy `knows_texts`."""
+    is_step: bool = False
+    """Whether this is a step of decoding: every text goes on by one token, or by a few that a draft has proposed."""
+    memory: Any = None
+    """What `RoutingStrategy.memory` made for this router when the strategy was set."""
+    find_resident: Callable[[], Tensor | None] = lambda: None
+    """Called for `resident`."""
 
     @property
     def num_tokens(self) -> int:
@@ -61,6 +70,14 @@ class RouterCall:
     def num_experts(self) -> int:
         """E."""
         return self.scores.shape[1]
+
+    @cached_property
+    def resident(self) -> Tensor | None:
+        """(E,) bool: the experts that need no load, because they are resident or on their way to it.
+
+        None if nothing has to be loaded, whichever are chosen: experts are not offloaded, or all of them are resident.
+        """
+        return self.find_resident()
 
     @cached_property
     def logits(self) -> Tensor:

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from transformers import Cache, PreTrainedModel
 
 from transformers_moe_offload.errors import UnsupportedModelError
+from transformers_moe_offload.hf.cuda_graphs.guards import Capturable
 from transformers_moe_offload.hf.upstream import arguments, kv_cache, kv_cache_of_output, num_tokens_in
 from transformers_moe_offload.routing import hooks, moved_rows
 from transformers_moe_offload.routing.forward import Forward, Past
@@ -47,7 +48,7 @@ class Listener(Protocol):
         """A forward has ended; not called for a forward that failed."""
 
 
-class ForwardContext:
+class ForwardContext(Capturable):
     """Counts the forwards of a model and keeps the token ids of the running one, for each thread."""
 
     def __init__(self, base: nn.Module) -> None:
@@ -63,6 +64,16 @@ class ForwardContext:
         self.reader = TextReader()
         """Finds the text of every token, while a strategy has to know it."""
         self._at_end: weakref.finalize[Any, nn.Module] | None = None
+
+    @property
+    def captured_as(self) -> str | None:
+        """Strategies need to know of a captured step only that it is one; listeners are told of every forward."""
+        return None if self._listeners else "steps"
+
+    @property
+    def base(self) -> nn.Module | None:
+        """The model; None once it has been garbage-collected."""
+        return self._base()
 
     def listen(self, listener: Listener) -> None:
         """Call the listener for every forward from now on."""
@@ -141,7 +152,8 @@ class ForwardContext:
         forward.has_gradients = torch.is_grad_enabled()
         forward.past, forward.num_before = past, num_before
         forward.moves = past.moves
-        past.keep(num_before or 0)
+        if num_before is not None or self._listeners:
+            past.keep(num_before or 0)
         forward.num_kept = past.num_kept or 0
         self._running.forward = self._latest = forward
         for listener in self._listeners:
@@ -177,6 +189,8 @@ class ForwardContext:
             cache = kv_cache(module, args, kwargs)
             if cache is None:
                 return Past(), 0
+            if not self._listeners and _reads_one_token(module, args, kwargs):
+                return self._pasts.setdefault(cache, Past()), None  # a static cache would make the host wait
             return self._pasts.setdefault(cache, Past()), num_tokens_in(cache)
         except UnsupportedModelError:
             if self._listeners:
@@ -216,6 +230,14 @@ class ForwardContext:
         base = self._base()
         is_with_decoder = getattr(getattr(base, "config", None), "is_encoder_decoder", False)
         return base.get_encoder() if is_with_decoder and isinstance(base, PreTrainedModel) else None
+
+
+def _reads_one_token(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
+    """Whether a forward reads one token of each text."""
+    given = arguments(module, args, kwargs)
+    found = (given.get(name) for name in ("decoder_input_ids", "input_ids", "inputs_embeds"))
+    ids = next((value for value in found if isinstance(value, Tensor)), None)
+    return ids is not None and ids.dim() >= 2 and ids.shape[1] == 1
 
 
 def forward_context_of(base: nn.Module) -> ForwardContext:

@@ -14,7 +14,7 @@ The caller makes the choice; `answer.py` checks that the router's output contain
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -24,8 +24,21 @@ from torch.overrides import TorchFunctionMode, _get_current_function_mode
 from transformers_moe_offload.errors import UnsupportedModelError
 from transformers_moe_offload.routing.choice import Choice
 
-Decide = Callable[[Tensor, int, bool], Choice | None]
-"""(scores (T, E), own number of experts, whether they are affinities) -> a choice, or None to let the router choose."""
+
+class Seen(NamedTuple):
+    """What a router is about to choose by."""
+
+    scores: Tensor
+    """(T, E)"""
+    top_k: int
+    """Its own number of experts."""
+    has_affinities: bool
+    is_ranked: bool
+    """Whether it takes the experts with the largest scores; False where they come from a table of token ids."""
+
+
+Decide = Callable[[Seen], Choice | None]
+"""Makes a choice, or returns None to let the router choose."""
 
 _SCORE, _TOP_K, _ONE, _GATHER, _MASK = "score", "top_k", "one", "gather", "mask"
 
@@ -110,13 +123,13 @@ class Interception(TorchFunctionMode):
             return False
         return source.dim() == 2 or (source.dim() == 3 and not self._has_groups)
 
-    def _choose(self, source: Tensor, top_k: int) -> bool:
+    def _choose(self, source: Tensor, top_k: int, *, is_ranked: bool = True) -> bool:
         """Ask for a choice; False if the router is to choose itself."""
         scores = source.detach().reshape(-1, source.shape[-1])
         if self._ruled_out is not None and self._ruled_out.shape == scores.shape:
             scores = scores.masked_fill(self._ruled_out, -torch.inf)
         self.scores, self.has_affinities = scores, id(source) in self._affinities
-        choice = self._decide(scores, top_k, self.has_affinities)
+        choice = self._decide(Seen(scores, top_k, self.has_affinities, is_ranked))
         if choice is None:
             return False
         self.choice, self.is_ours = choice, True
@@ -189,7 +202,7 @@ class Interception(TorchFunctionMode):
         index = kwargs["index"] if place == "index" else args[2]
         if self.choice is None and source.dim() == 2 and source.shape[-1] >= self._num_experts:
             # The router has compared no scores: its experts come from elsewhere, such as a table of token ids.
-            if not self._choose(source, index.shape[-1]):
+            if not self._choose(source, index.shape[-1], is_ranked=False):
                 self.choice = Choice(index)
             else:
                 self.own_experts = index

@@ -9,7 +9,7 @@ strategy nor observers the hooks do nothing; `switching.py` takes them out.
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Hashable
 from copy import deepcopy
 from functools import partial
 from typing import Any, NamedTuple
@@ -18,15 +18,21 @@ import torch
 from torch import Tensor, nn
 
 from transformers_moe_offload.errors import MoeOffloadError, UnsupportedModelError
+from transformers_moe_offload.hf.cuda_graphs.guards import Capturable
+from transformers_moe_offload.hf.few_rows.router import FewRowsRouter, Preferring
 from transformers_moe_offload.hf.routers.capture import is_asking
+from transformers_moe_offload.kernels.few_rows import Preference
 from transformers_moe_offload.routing import hooks
 from transformers_moe_offload.routing.answer import Reading, find_reading, read_answer
 from transformers_moe_offload.routing.choice import Choice, RouterCall
 from transformers_moe_offload.routing.forward import Forward
 from transformers_moe_offload.routing.forward_context import ForwardContext
-from transformers_moe_offload.routing.interception import Interception
+from transformers_moe_offload.routing.interception import Interception, Seen
 from transformers_moe_offload.routing.recomputed import PendingForwards
+from transformers_moe_offload.routing.residents import Residents
 from transformers_moe_offload.routing.sites import Site
+from transformers_moe_offload.routing.steps import is_step
+from transformers_moe_offload.routing.strategies.cache_aware import CacheAware
 from transformers_moe_offload.routing.strategy import RoutingStrategy
 
 
@@ -57,7 +63,7 @@ class _Watching(threading.local):
         self.seen: list[Interception | None] = []
 
 
-class RouterHook:
+class RouterHook(Preferring, Capturable):
     """The hooks around the router of a site."""
 
     def __init__(self, site: Site, context: ForwardContext) -> None:
@@ -71,6 +77,9 @@ class RouterHook:
         self._has_groups = site.has_groups
         self._context = context
         self._pending = PendingForwards()
+        self._memory: Any = None
+        """What the strategy remembers of this router."""
+        self._residents = Residents(context, site.experts_paths)
         self._watching = _Watching()
         self._reading: Reading | None = None
         """How to read the answers that follow a prompt; None where they have to be watched."""
@@ -78,12 +87,19 @@ class RouterHook:
     def __deepcopy__(self, memo: dict[int, Any]) -> RouterHook:
         copied = object.__new__(RouterHook)
         memo[id(self)] = copied
-        vars(copied).update(vars(self))  # strategies are immutable
+        vars(copied).update(vars(self))  # strategies are immutable, but for what they remember
+        copied._memory = deepcopy(self._memory, memo)
         copied.observers = []  # observers of this model do not observe its copies
         copied._context = deepcopy(self._context, memo)
+        copied._residents = Residents(copied._context, self._residents.paths)
         copied._watching, copied._reading, copied._pending = _Watching(), None, PendingForwards()
         copied._follow_texts()
         return copied
+
+    @property
+    def is_offloaded(self) -> bool:
+        """Whether it routes to experts that are offloaded."""
+        return self._residents.are_offloaded
 
     def put_on(self, site: Site) -> None:
         """Add the hooks. Where the block around the router makes the choice, watching ends when experts are called."""
@@ -95,15 +111,31 @@ class RouterHook:
     def follow(self, strategy: RoutingStrategy | None) -> None:
         """Choose by a strategy from the next forward on; None lets the router choose."""
         self.strategy = strategy
+        self._memory = None if strategy is None else strategy.memory()
         self._first_forward = self._context.num_forwards
         self._pending = PendingForwards()
         self._follow_texts()
+        self._residents.say(str(strategy) if strategy is not None and strategy.follows_cache else None)
 
     def _follow_texts(self) -> None:
         if self.strategy is not None and self.strategy.knows_texts:
             self._context.follow_texts(self)
         else:
             self._context.stop_following_texts(self)
+
+    @property
+    def captured_as(self) -> Hashable | None:
+        """A strategy that follows the cache does so on the device: a replay reads the table, and the mean, anew."""
+        is_captured = self.strategy is not None and self.strategy.follows_cache and not self.observers
+        return (id(self.strategy), id(self._memory)) if is_captured else None
+
+    def preference(self) -> Preference | None:
+        """What the compiled kernels are to prefer in the call that is under way, instead of `_choose`."""
+        if not isinstance(self.strategy, CacheAware) or self.observers:
+            return None
+        resident = self._residents() if is_step(self._context.forward) else None
+        sums = self._memory.sums(torch.device("cpu"))
+        return Preference(resident, self.strategy.strength, self.strategy.protect, sums)
 
     def break_off(self) -> None:
         """Stop watching routers of a forward that this thread has not finished: Ctrl-C ends it without any hook."""
@@ -115,7 +147,8 @@ class RouterHook:
     def _enter(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         self.break_off()
         is_read = self._reading is not None and self.strategy is None and (self._context.forward.num_before or 0) > 0
-        if is_asking() or (self.strategy is None and not self.observers) or is_read:
+        is_left = self._is_left(module, args, kwargs)
+        if is_asking() or (self.strategy is None and not self.observers) or is_read or is_left:
             self._watching.seen.append(None)
             return
         choose = partial(self._choose, args, kwargs)
@@ -123,23 +156,30 @@ class RouterHook:
         self._watching.seen.append(seen)
         seen.__enter__()  # type: ignore[no-untyped-call]
 
-    def _choose(
-        self, args: tuple[Any, ...], kwargs: dict[str, Any], scores: Tensor, top_k: int, has_affinities: bool
-    ) -> Choice | None:
+    def _is_left(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
+        """Whether the compiled kernels choose as the strategy would, and nothing else is to be watched."""
+        if self.observers or not isinstance(self.strategy, CacheAware):
+            return False
+        if not isinstance(module, FewRowsRouter) or not module.serves(args, kwargs):
+            return False
+        return self.strategy.protect < module.how.choices  # else `_choose` raises
+
+    def _choose(self, args: tuple[Any, ...], kwargs: dict[str, Any], seen: Seen) -> Choice | None:
         if self.strategy is None:
             return None
         hidden = _hidden(args, kwargs)
         forward = self._forward(hidden)
-        token_ids = forward.token_ids
+        token_ids, num_tokens = forward.token_ids, len(seen.scores)
         call = RouterCall(
-            scores,
-            top_k,
-            has_affinities,
+            *seen,
             layer=self.index,
             forward=max(0, forward.number - self._first_forward),
             hidden=hidden,
-            token_ids=token_ids.reshape(-1) if token_ids is not None and token_ids.numel() == len(scores) else None,
-            texts=self._context.reader.texts(forward, len(scores)) if self.strategy.knows_texts else None,
+            token_ids=token_ids.reshape(-1) if token_ids is not None and token_ids.numel() == num_tokens else None,
+            texts=self._context.reader.texts(forward, num_tokens) if self.strategy.knows_texts else None,
+            is_step=is_step(forward),
+            memory=self._memory,
+            find_resident=self._residents,
         )
         with torch.no_grad():
             choice = self.strategy.choose(call)

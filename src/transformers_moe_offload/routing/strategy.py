@@ -19,15 +19,30 @@ from transformers_moe_offload.routing.choice import Choice, RouterCall
 class RoutingStrategy(ABC):
     """Chooses experts for tokens; the architecture computes their weights.
 
-    One strategy serves all layers that it is set for. Options are the arguments of its constructor.
+    One strategy serves all layers that it is set for, of any number of models. Options are the arguments of its
+    constructor, and it does not change: what it has to remember of the calls of a router is in `RouterCall.memory`.
     """
 
     knows_texts: bool = False
     """Whether it has to know which text every token is of: `RouterCall.texts`."""
+    follows_cache: bool = False
+    """Whether the choice depends on which experts are resident."""
+
+    @property
+    def is_neutral(self) -> bool:
+        """Whether it lets every router choose as it would; then routers are not even watched."""
+        return False
 
     @abstractmethod
     def choose(self, call: RouterCall) -> Choice | None:
-        """The experts of the call's tokens, a function of the call alone; None lets the router choose as it would."""
+        """The experts of the call's tokens, a function of the call and its memory alone.
+
+        None lets the router choose as it would.
+        """
+
+    def memory(self) -> Any:
+        """A new memory for the calls of one router, made whenever the strategy is set. A copy of a model copies it."""
+        return None
 
     def check_model(self, num_routers: int) -> None:  # noqa: B027
         """Raise `ConfigError` if the options do not fit a model with so many routers; called before `check`."""

@@ -7,6 +7,7 @@ from typing import Any
 
 from torch import nn
 
+from transformers_moe_offload.errors import ConfigError
 from transformers_moe_offload.routing import hooks
 from transformers_moe_offload.routing.forward_context import drop_forward_context, forward_context_of
 from transformers_moe_offload.routing.router_hook import Observer, RouterHook
@@ -61,8 +62,15 @@ def set_routing(model: Any, strategy: str | RoutingStrategy, layers: Layers = No
         made.check(site.index, site.num_experts, site.top_k)
     router_hooks = [router_hook_at(base, site) for site in sites]
     before = {hook.index: hook.strategy for hook in router_hooks}
+    if made.follows_cache and not any(hook.is_offloaded for hook in router_hooks):
+        _tidy(base)
+        raise ConfigError(
+            f"{made} chooses by what is in the cache, and the experts of {type(base).__name__} are not "
+            f"offloaded; load it with moe_offload=OffloadConfig(...)"
+        )
     for hook in router_hooks:
-        hook.follow(made)
+        hook.follow(None if made.is_neutral else made)
+    _tidy(base)
     return RoutingChange(model, before, made)
 
 
@@ -74,6 +82,12 @@ def reset(model: Any, layers: Layers = None) -> None:
         if asked is None or hook.index in asked:
             hook.follow(None)
     _tidy(base)
+
+
+def followed(model: Any) -> dict[int, RoutingStrategy]:
+    """The strategies that routers follow now, by the number of the router."""
+    found = hooks.owners(unwrapped(model), RouterHook)
+    return {hook.index: hook.strategy for hook in found if hook.strategy is not None}
 
 
 def observe(model: Any, sites: list[Site], observer: Observer) -> None:

@@ -16,7 +16,7 @@ from transformers import LogitsProcessor, LogitsProcessorList
 from interpreted import DEVICE, IS_INTERPRETED
 from transformers_moe_offload.hf.cuda_graphs.step import COMPILED_STEPS
 from transformers_moe_offload.hf.upstream import kv_cache_argument, kv_cache_of_output
-from transformers_moe_offload.routing import record_routing
+from transformers_moe_offload.routing import record_routing, set_routing
 
 from ..decoding import NEW_TOKENS, SMALL, Pieces, generate, load, prompt, save, static
 
@@ -47,6 +47,24 @@ def test_replayed_steps_give_the_same_bits_at_every_cache_size(small_checkpoint,
     asked = load(small_checkpoint, "device", budget, device=DEVICE)
     generate(asked, prompt(), cache_implementation="static")
     assert model.moe_offload.stats().asked == asked.moe_offload.stats().asked
+
+
+@gpu
+def test_steps_whose_routers_prefer_residents_are_captured_and_without_that_captured_anew(small_checkpoint, eager):
+    model = load(small_checkpoint, "graph", "50%", device=DEVICE)
+    step, longer = step_of(model), static(max_new_tokens=12, min_new_tokens=12)
+    generate(model, prompt(), **longer)
+    own = model.moe_offload.stats().misses
+    model.moe_offload.clear()
+    model.moe_offload.reset_stats()
+    with set_routing(model, "cache_aware", strength=1.0):
+        generate(model, prompt(), **longer)
+        assert (step.num_captured, step.num_replayed) == (2, 20)
+    assert model.moe_offload.stats().misses < own
+    tokens, logits = generate(model, prompt(), **longer)
+    assert torch.equal(tokens[:, : eager[0].shape[1]], eager[0])
+    torch.testing.assert_close(logits[:NEW_TOKENS], eager[1])  # over a longer KV cache
+    assert step.num_captured == 3
 
 
 @gpu

@@ -12,16 +12,27 @@ from transformers_moe_offload.hf.model.forward_hooks import announcing
 from transformers_moe_offload.hf.upstream import OWN_HOOKS, attention_implementation, is_hooked_by_accelerate
 
 
+class Capturable:
+    """The owner of hooks whose effect may be captured with a step: work on the device, nothing that a replay skips."""
+
+    @property
+    def captured_as(self) -> Hashable | None:
+        """What a captured step holds of it; None if a replay would skip something now."""
+        raise NotImplementedError
+
+
 def state_of(model: Any) -> Hashable:
     """A key that is equal as long as a captured step matches the model.
 
     Includes the addresses of weights, not their values: each replay reads them again.
     """
+    owners = (getattr(hook, "__self__", None) for module in model.modules() for hook in _hooks(module))
     tensors = chain(model.parameters(), model.buffers())
     return (
         tuple((tensor.data_ptr(), tensor.shape, tensor.dtype, tensor.device) for tensor in tensors),
         tuple((id(module), module.training) for module in model.modules()),
         tuple(sorted(_attention(model.config))),
+        tuple(owner.captured_as for owner in owners if isinstance(owner, Capturable)),
     )
 
 
@@ -38,7 +49,9 @@ def watched(model: Any) -> str | None:
         if is_hooked_by_accelerate(module):
             return f"accelerate has a hook on {name or type(module).__name__}"
         for hook in _hooks(module):
-            if not getattr(hook, "__module__", "").startswith((OWN_HOOKS, _TRACING)):
+            owner = getattr(hook, "__self__", None)
+            is_captured = isinstance(owner, Capturable) and owner.captured_as is not None
+            if not is_captured and not getattr(hook, "__module__", "").startswith((OWN_HOOKS, _TRACING)):
                 return f"{name or type(module).__name__} has a hook, {getattr(hook, '__qualname__', hook)}"
     return None
 

@@ -11,11 +11,20 @@ import torch
 from torch import Tensor, nn
 
 from transformers_moe_offload.hf.few_rows.swapped import FewRows, reads_config
+from transformers_moe_offload.hf.routers.capture import is_asking
 from transformers_moe_offload.kernels.cpu import TYPES
-from transformers_moe_offload.kernels.few_rows import MOST_ROWS, Route, routed, takes
+from transformers_moe_offload.kernels.few_rows import MOST_ROWS, Preference, Route, routed, takes
 
 _ROWS = 8
 """Random tokens by which a router is tried."""
+
+
+class Preferring:
+    """The owner of hooks around a router that leaves its choice to the kernels, with residents to be preferred."""
+
+    def preference(self) -> Preference | None:
+        """Of the call that is under way; None if the router's own forward is to run, because it is watched."""
+        raise NotImplementedError
 
 
 class FewRowsRouter(FewRows):
@@ -27,18 +36,31 @@ class FewRowsRouter(FewRows):
         """hidden_states (..., H) -> as the router's own forward. Where hooks watch a router, its own forward runs: they
         may replace what it chooses (`routing/interception.py`)."""
         module: Any = self
-        weight = module.weight
-        if (
+        if self.serves(args, kwargs):
+            if not module._forward_hooks and not module._forward_pre_hooks:
+                return routed(args[0], module.weight, self.how)
+            preference = _preference(module)
+            if preference is not None:
+                return routed(args[0], module.weight, self.how, None if is_asking() else preference)
+        return super().forward(*args, **kwargs)  # type: ignore[misc]
+
+    def serves(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
+        """Whether the kernels compute a call with these arguments."""
+        module: Any = self
+        return (
             not module.training
             and len(args) == 1
             and not kwargs
-            and 0 < args[0].numel() <= MOST_ROWS * weight.shape[1]
-            and not module._forward_hooks
-            and not module._forward_pre_hooks
-            and takes(args[0], weight)
-        ):
-            return routed(args[0], weight, self.how)
-        return super().forward(*args, **kwargs)  # type: ignore[misc]
+            and 0 < args[0].numel() <= MOST_ROWS * module.weight.shape[1]
+            and takes(args[0], module.weight)
+        )
+
+
+def _preference(module: nn.Module) -> Preference | None:
+    """What the owner of a router's hooks prefers; None if it does not leave the choice to the kernels."""
+    owners = (getattr(hook, "__self__", None) for hook in module._forward_pre_hooks.values())
+    owner = next((owner for owner in owners if isinstance(owner, Preferring)), None)
+    return None if owner is None else owner.preference()
 
 
 def route_of(module: nn.Module) -> Route | None:

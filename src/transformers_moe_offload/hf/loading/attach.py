@@ -14,6 +14,7 @@ from transformers_moe_offload.compute.mlp import ExpertMlp
 from transformers_moe_offload.config import OffloadConfig
 from transformers_moe_offload.hf.few_rows.swap import use_kernels
 from transformers_moe_offload.hf.loading.arithmetic_probe import reproduces
+from transformers_moe_offload.hf.model.cache_aware import prefer_residents
 from transformers_moe_offload.hf.model.handle import OffloadRuntime
 from transformers_moe_offload.hf.model.sparse_layer import SparseLayer
 from transformers_moe_offload.hf.model.state_dicts import install_state_dict_hooks
@@ -41,6 +42,8 @@ def attach(model: Any, config: OffloadConfig, layers: Sequence[SparseLayer], sou
     install_adapters()
     install_state_dict_hooks(model)
     _unmark_as_quantized(model)
+    if config.cache_aware is not None:
+        prefer_residents(model, config.cache_aware)
 
 
 def _arithmetic(model: nn.Module, config: OffloadConfig, layers: Sequence[SparseLayer]) -> dict[int, ExpertMlp]:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import threading
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
 from typing import Any
@@ -24,7 +24,7 @@ from transformers_moe_offload.compute.one_call import OneCall, activation_for_on
 from transformers_moe_offload.config import OffloadConfig
 from transformers_moe_offload.device_decode.engine import DeviceEngine
 from transformers_moe_offload.dtypes import torch_dtype
-from transformers_moe_offload.errors import PageLockError
+from transformers_moe_offload.errors import ConfigError, PageLockError
 from transformers_moe_offload.expert import ExpertId
 from transformers_moe_offload.hf.decode.decoding import Decoding
 from transformers_moe_offload.hf.decode.engines import addressed_layers, build_engines, obstacles_of, report
@@ -42,10 +42,11 @@ from transformers_moe_offload.hf.model.placements import placements_of
 from transformers_moe_offload.hf.model.plan import OffloadPlan, PoolPlan
 from transformers_moe_offload.hf.model.planning import make_plan, tried_out, without_arenas
 from transformers_moe_offload.hf.model.pools import build_caches
+from transformers_moe_offload.hf.model.residents import residents_of
 from transformers_moe_offload.hf.model.sparse_layer import SparseLayer
 from transformers_moe_offload.hybrid.cpu_experts import HostSide
 from transformers_moe_offload.kernels.layer import Workspace
-from transformers_moe_offload.stats import LayerStats
+from transformers_moe_offload.stats import CacheStats, LayerStats
 from transformers_moe_offload.store.layer_source import LayerSource
 from transformers_moe_offload.system.forks import FORKS, Rank
 from transformers_moe_offload.tracing import TraceRecorder
@@ -126,6 +127,7 @@ class LayerCaches:
             source.codecs,
             torch_dtype(source.spec.fields[0].dtype),
             None if self._lookahead is None else partial(self._lookahead.started, layer.index),
+            self._residents(layer),
         )
         lend = partial(self._lenders.lend, layer.index, lambda: experts.ready(layer.device).experts)
         if layer.mlp is None:
@@ -137,6 +139,13 @@ class LayerCaches:
         fast = FastPath(layer.mlp, found, self._host_sides.get(layer.index))
         paths: tuple[Path | None, ...] = (on_device, one_call, fast, TrainingPath(layer.mlp, found, lend))
         return LayerForward(layer.device, found, tuple(path for path in paths if path is not None))
+
+    def _residents(self, layer: SparseLayer) -> Callable[[], torch.Tensor | None]:
+        """Which experts of a layer need not be loaded; a layer that decodes on the device reads it there."""
+        engine = self._engines.get(layer.index)
+        if engine is not None:
+            return partial(engine.in_slots, layer.index)
+        return partial(residents_of, self._of_layer[layer.index], layer.index, layer.device)
 
     def _one_call(
         self, layer: SparseLayer, mlp: ExpertMlp, module: nn.Module, source: LayerSource, experts: LayerExperts
@@ -197,8 +206,24 @@ class LayerCaches:
             owner = self._engines.get(pool.layers[0]) or self._of_layer[pool.layers[0]]
             owner.resize(pool.num_slots)
 
+    def clear(self) -> None:
+        """Evict every expert."""
+        for layer in {id(cache): layer for layer, cache in self._of_layer.items()}.values():
+            (self._engines.get(layer) or self._of_layer[layer]).clear()
+
     def warm(self, counts: Mapping[str, Sequence[float]]) -> None:
-        """Load the most used experts into free slots. `counts`: module path of a layer -> uses of each expert."""
+        """Load the most used experts into free slots. `counts`: module path of a layer -> uses of each expert.
+
+        Raises `ConfigError` for a layer that there is not, and for counts of more or fewer experts than it has.
+        """
+        by_name = {layer.name: layer for layer in self._layers}
+        for name, uses in counts.items():
+            if name not in by_name:
+                raise ConfigError(f"the model has no sparse layer {name!r}; its first is {self._layers[0].name!r}")
+            if len(uses) != by_name[name].num_experts:
+                raise ConfigError(
+                    f"{len(uses)} counts for the experts of {name}, which has {by_name[name].num_experts}"
+                )
         for cache in self.all():
             layers = [layer for layer in self._layers if self._of_layer[layer.index] is cache]
             wanted = {layer.index: counts[layer.name] for layer in layers if layer.name in counts}
@@ -214,6 +239,16 @@ class LayerCaches:
             cache = self._of_layer.get(expert.layer)
             if cache is None or (cache.is_absent(expert) and not cache.load_ahead(expert)):
                 return
+
+    @property
+    def follows_cache(self) -> str | None:
+        """The strategy that chooses experts by what is resident; None where placement changes no result."""
+        return next((held.follows_cache for held in self._experts if held.follows_cache is not None), None)
+
+    def stats(self) -> CacheStats:
+        """The statistics of all layers."""
+        of_layers = {layer.name: self.stats_of(layer) for layer in self._layers}
+        return replace(CacheStats.total(of_layers), follows_cache=self.follows_cache)
 
     def stats_of(self, layer: SparseLayer) -> LayerStats:
         """The statistics of a layer, including those from before caches were dropped."""

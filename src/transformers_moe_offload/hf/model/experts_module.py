@@ -55,6 +55,9 @@ class OffloadedLayer:
         """What computes the layer; None until caches have been built, and again once they have been dropped."""
         self.is_changed = False
         """Whether an attribute of the module was set since then, so that it may compute something else."""
+        self.follows_cache: str | None = None
+        """The strategy that chooses this layer's experts by what is resident, so that results depend on it; None as a
+        rule."""
         self.key = custom_op.key_for(self)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> OffloadedLayer:
@@ -62,7 +65,12 @@ class OffloadedLayer:
         memo[id(self)] = copied
         copied.handle = deepcopy(self.handle, memo)
         copied.is_changed = self.is_changed
+        copied.follows_cache = self.follows_cache
         return copied
+
+    def residents(self) -> Tensor | None:
+        """(E,) bool: the experts that are resident or loading; None if all are, or before caches have been built."""
+        return None if self.current is None else self.current.experts.residents()
 
     def ready(self, device: torch.device) -> LayerForward:
         """What computes the layer for inputs on a device; builds caches if there are none."""

@@ -14,12 +14,13 @@ from torch import Tensor, nn
 
 from transformers_moe_offload.config import OffloadConfig
 from transformers_moe_offload.dtypes import dtype_name, torch_dtype
-from transformers_moe_offload.errors import ConfigError, MoeOffloadError
+from transformers_moe_offload.errors import MoeOffloadError
 from transformers_moe_offload.expert import ExpertSpec
 from transformers_moe_offload.hf.cuda_graphs.step import DecodeSteps
 from transformers_moe_offload.hf.decode.decoding import Decoding
 from transformers_moe_offload.hf.few_rows.swap import restore_forwards
 from transformers_moe_offload.hf.loading.placeholders import put_back
+from transformers_moe_offload.hf.model.cache_aware import prefer_no_residents
 from transformers_moe_offload.hf.model.caches import LayerCaches
 from transformers_moe_offload.hf.model.dense import restore_dense
 from transformers_moe_offload.hf.model.experts_module import OffloadedLayer, experts_at, offloaded, unbind
@@ -61,7 +62,7 @@ class OffloadRuntime:
 
     def stats(self) -> CacheStats:
         """Counts since loading or the last `reset_stats`, in total and by layer."""
-        return CacheStats.total({layer.name: self._caches.stats_of(layer) for layer in self.layers})
+        return self._caches.stats()
 
     def reset_stats(self) -> None:
         """Start counting from zero; resident experts stay."""
@@ -70,7 +71,7 @@ class OffloadRuntime:
     @property
     def plan(self) -> OffloadPlan:
         """Where experts are stored and how many slots there are; prints as a table."""
-        return self._ensure_caches()
+        return replace(self._ensure_caches(), follows_cache=self._caches.follows_cache)
 
     def resize(self, cache_budget: int | str) -> None:
         """Give the cache another budget, also while a generation runs; experts that fit stay resident.
@@ -90,15 +91,12 @@ class OffloadRuntime:
         """
         counts = histogram.counts() if isinstance(histogram, Trace) else histogram
         self._ensure_caches()
-        by_name = {layer.name: layer for layer in self.layers}
-        for name, uses in counts.items():
-            if name not in by_name:
-                raise ConfigError(f"the model has no sparse layer {name!r}; its first is {self.layers[0].name!r}")
-            if len(uses) != by_name[name].num_experts:
-                raise ConfigError(
-                    f"{len(uses)} counts for the experts of {name}, which has {by_name[name].num_experts}"
-                )
         self._caches.warm(counts)
+
+    def clear(self) -> None:
+        """Evict every expert, so that the next forward starts with an empty cache; statistics go on."""
+        self._ensure_caches()
+        self._caches.clear()
 
     @contextmanager
     def trace(self) -> Iterator[Trace]:
@@ -129,6 +127,8 @@ class OffloadRuntime:
         """
         model = self._living_model()
         loaded = [(module, layer, self._parameters(module, layer)) for module, layer in self.modules()]
+        if self._caches.follows_cache is not None:
+            prefer_no_residents(model)
         for module, layer, tensors in loaded:
             module._modules.pop(OWN_EXPERTS, None)
             unbind(module)

@@ -60,6 +60,8 @@ class LayerExperts:
     """The dtype that experts have in a forward."""
     look_ahead: Callable[[Tensor], Started] | None
     """Starts prefetching from a layer's hidden states, (..., H); None without prefetching."""
+    residents: Callable[[], Tensor | None]
+    """(E,) bool, the experts that are resident or loading, for strategies that prefer these (`residents.py`)."""
 
     def cast_for(self, hidden: Tensor) -> torch.dtype | None:
         """The dtype that experts are cast to for rows like these; None if they have it, or autocast casts.

@@ -8,6 +8,7 @@ import torch
 
 from transformers_moe_offload.cache.capacity import PoolNeed
 from transformers_moe_offload.notebook import html_paragraph, html_table
+from transformers_moe_offload.stats import said_of
 
 
 @dataclass(frozen=True)
@@ -53,6 +54,8 @@ class OffloadPlan:
     """Whether files are read past the page cache (direct I/O)."""
     arena_refused: str | None = None
     """Why there is no arena although experts could be read by address; None if there is one or none was planned."""
+    follows_cache: str | None = None
+    """The strategy that chooses experts by what is resident, so that results depend on it; None where they do not."""
 
     @property
     def num_experts(self) -> int:
@@ -88,13 +91,14 @@ class OffloadPlan:
 
     def _repr_html_(self) -> str:
         header, *rows = self._table()
-        return html_table(header, rows) + html_paragraph(self._budgets())
+        said = html_paragraph(said_of(self.follows_cache)) if self.follows_cache else ""
+        return html_table(header, rows) + html_paragraph(self._budgets()) + said
 
     def __str__(self) -> str:
         table = self._table()
         widths = [max(len(row[i]) for row in table) for i in range(len(table[0]))]
         lines = ["  ".join(cell.rjust(width) for cell, width in zip(row, widths, strict=True)) for row in table]
-        return "\n".join([*lines, self._budgets()])
+        return "\n".join([*lines, self._budgets(), *([said_of(self.follows_cache)] if self.follows_cache else [])])
 
     def _table(self) -> list[list[str]]:
         """The header, then a row for each pool."""

@@ -2,6 +2,7 @@
 
 from transformers_moe_offload.routing.strategies.ablation import Drop, Fixed
 from transformers_moe_offload.routing.strategies.balanced import ExpertChoice, LinearAssignment
+from transformers_moe_offload.routing.strategies.cache_aware import CacheAware
 from transformers_moe_offload.routing.strategies.clusters import KMeans
 from transformers_moe_offload.routing.strategies.ranked import TopK, TopP
 from transformers_moe_offload.routing.strategies.replay import Replay
@@ -9,6 +10,7 @@ from transformers_moe_offload.routing.strategies.sampled import Gumbel, Hash, No
 from transformers_moe_offload.routing.strategies.steer import Steer
 
 __all__ = [
+    "CacheAware",
     "Drop",
     "ExpertChoice",
     "Fixed",

@@ -1,0 +1,115 @@
+"""What cache-aware routing costs and gains: held-out text, step by step, from a disk that nothing is cached of.
+
+    python -m benchmarks.routing.cache_aware          # the small trained model, about five minutes
+    python -m benchmarks.routing.cache_aware --quick  # every line of it once, figures without meaning
+
+The meter of the package (`moe-offload tradeoff`) on the text that the model was not trained on. The experts' files are
+dropped from the page cache before every step, while the clock stands still, as if the model were much larger than RAM.
+"""
+
+from __future__ import annotations
+
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Annotated, Any
+
+import torch
+import typer
+from transformers import AutoModelForCausalLM
+
+from benchmarks import RESULTS, TINY_MOE
+from benchmarks.harness.outcome import Verdict, show, write
+from benchmarks.quality.held_out import load_text
+from transformers_moe_offload import OffloadConfig, routing
+from transformers_moe_offload.bench.conditions import conditions
+from transformers_moe_offload.bench.layers import files_of, store_of
+from transformers_moe_offload.bench.page_cache import drop
+from transformers_moe_offload.bench.session import unmap_dense
+from transformers_moe_offload.bench.tables import Table, mib
+
+STRENGTHS = (0.05, 0.1, 0.15, 0.175, 0.2, 0.3)
+MOST_MISSES, LEAST_SPEED = 0.5, 1.5
+"""Of those without it, at a strength by which the perplexity rises by 1 % at most."""
+
+
+def measure_cache_aware(
+    quick: Annotated[bool, typer.Option("--quick", help="Try every line once, with next to no text.")] = False,
+    tokens: Annotated[int, typer.Option(min=1, help="Tokens predicted at each strength.")] = 3072,
+    resume: Annotated[Path | None, typer.Option(help="Keep measurements there, and go on from them.")] = None,
+    results: Annotated[Path, typer.Option(help="Where results are written.")] = RESULTS,
+    text: Annotated[Path | None, typer.Option(help="A texts.json of examples/models/corpus.py.")] = None,
+    threads: Annotated[int, typer.Option(min=1, help="Threads of PyTorch.")] = 1,
+) -> None:
+    """Measure the small trained model with a quarter of its experts resident."""
+    torch.set_num_threads(threads)
+    tokens, length = (40, 21) if quick else (tokens, 257)
+    windows = load_text(text, held_out=-(-tokens // (length - 1) // 3), trained=1, length=length)
+    config = OffloadConfig(cache_budget="25%", mmap=False, direct_io=False)
+    model = AutoModelForCausalLM.from_pretrained(TINY_MOE, moe_offload=config)
+    unmap_dense(model)
+    files = files_of(store_of(model))
+    found = routing.tradeoff(
+        model,
+        list(windows.held_out),
+        STRENGTHS[1:3] if quick else STRENGTHS,
+        tokens=tokens,
+        window=length,
+        resume=resume,
+        before_step=lambda: drop(files),
+    )
+    result: dict[str, Any] = found.to_dict() | {
+        "date": datetime.now(UTC).strftime("%Y-%m-%d-%H%M"),
+        "conditions": conditions(TINY_MOE, threads),
+        "facts": {
+            "model": "examples/models/tiny-moe; 16 experts in each of 8 layers, 4 for each token; 25 % resident",
+            "held-out text": f"{found.num_tokens} tokens predicted at each strength, {windows.origin}",
+            "steps": f"teacher-forced, in windows of {length} tokens, each from an empty cache; cold page cache",
+            "± and to": "95 %, a bootstrap over blocks of 32 tokens",
+        },
+    }
+    show(write(results, "cache-aware", result), result, [table(result)], verdicts(result))
+
+
+def table(result: dict[str, Any]) -> Table:
+    """A row for each strength."""
+    header = [
+        "strength",
+        "hit rate",
+        "misses",
+        "MiB a token",
+        "tokens/s",
+        "speed",
+        "perplexity",
+        "KL, nats",
+        "same token",
+    ]
+    rows = [
+        [
+            f"{one['strength']:g}",
+            f"{one['hit_rate'][0]:.1%}",
+            f"{one['misses'][0]:.1%}",
+            mib(one["bytes_per_token"][0]),
+            f"{one['tokens_per_s'][0]:.1f}",
+            f"{one['speed'][0]:.2f} ({one['speed'][1]:.2f} to {one['speed'][2]:.2f})",
+            f"{one['loss'][0]:+.2%} ({one['loss'][1]:+.2%} to {one['loss'][2]:+.2%})",
+            f"{one['kl'][0]:.4f}",
+            f"{one['agreement'][0]:.1%}",
+        ]
+        for one in result["figures"]
+    ]
+    return Table("Each strength beside none", header, rows)
+
+
+def verdicts(result: dict[str, Any]) -> list[Verdict]:
+    """What is promised of the recommended strength."""
+    best = next(one for one in result["figures"] if one["strength"] == result["recommended"])
+    at = f"at strength {best['strength']:g}, perplexity {best['loss'][0]:+.2%}"
+    misses, speed = best["misses"][0], best["speed"][0]
+    return [
+        (f"at most {MOST_MISSES:.0%} of the misses for 1 % of perplexity: {misses:.1%} {at}", misses <= MOST_MISSES),
+        (f"{LEAST_SPEED:g} times the speed from disk: {speed:.2f} times {at}", speed >= LEAST_SPEED),
+    ]
+
+
+if __name__ == "__main__":
+    typer.run(measure_cache_aware)
