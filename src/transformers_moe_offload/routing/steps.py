@@ -9,7 +9,7 @@ from typing import Any
 from torch import Tensor
 
 from transformers_moe_offload.hf.upstream import ENDS_OF_TEXTS
-from transformers_moe_offload.routing.forward_context import Forward
+from transformers_moe_offload.routing.forward import Forward
 
 MOST_DRAFTED = 32
 """Tokens of a text in one step: drafts of assisted generation propose up to 20 by default, prompt lookup 10. Prompts
