@@ -223,7 +223,7 @@ def check_numbers(strategy: str, decision: Decision, before: Decision) -> None:
         assert len(taken) <= num_tokens * top_k
 
 
-def check_weights(decision: Decision, before: Decision, raised: int | None) -> None:
+def check_weights(decision: Decision, before: Decision, raised: int | None = None) -> None:
     """Sums are what they were where the architecture fixes them; elsewhere a weight belongs to its token and expert."""
     own_sums = before.weights.double().sum(-1)
     routed = decision.weights.ne(0).any(-1)  # choices of experts leave some tokens out, capacities too
