@@ -126,7 +126,9 @@ def routed(
     """rows (T, H), at most `MOST_ROWS`, weight (E, H) -> logits (T, E), scores (T, K), experts (T, K) int64."""
     rows, number, library = rows.contiguous(), TYPES[rows.dtype], native.library()
     assert library is not None
-    assert preference is None or preference.protect < route.choices
+    if preference is not None:
+        assert preference.protect < route.choices
+        assert preference.resident is None or preference.resident.shape == (len(weight),)
     num_rows, (num_experts, hidden) = rows.numel() // rows.shape[-1], weight.shape
     logits = torch.empty((num_rows, num_experts), dtype=rows.dtype)
     scores = torch.empty((num_rows, route.choices), dtype=route.dtype)

@@ -135,7 +135,8 @@ class RouterHook(Preferring, Capturable):
             return None
         resident = self._residents() if is_step(self._context.forward) else None
         sums = self._memory.sums(torch.device("cpu"))
-        return Preference(resident, self.strategy.strength, self.strategy.protect, sums)
+        on_host = None if resident is None else resident.cpu()  # where the router is; experts may be elsewhere
+        return Preference(on_host, self.strategy.strength, self.strategy.protect, sums)
 
     def break_off(self) -> None:
         """Stop watching routers of a forward that this thread has not finished: Ctrl-C ends it without any hook."""
@@ -162,7 +163,8 @@ class RouterHook(Preferring, Capturable):
             return False
         if not isinstance(module, FewRowsRouter) or not module.serves(args, kwargs):
             return False
-        return self.strategy.protect < module.how.choices  # else `_choose` raises
+        # Scores beyond the experts are padded, and too many protected ones refused, by the strategy only.
+        return module.num_scores == self._num_experts and self.strategy.protect < module.how.choices
 
     def _choose(self, args: tuple[Any, ...], kwargs: dict[str, Any], seen: Seen) -> Choice | None:
         if self.strategy is None:

@@ -44,6 +44,12 @@ class FewRowsRouter(FewRows):
                 return routed(args[0], module.weight, self.how, None if is_asking() else preference)
         return super().forward(*args, **kwargs)  # type: ignore[misc]
 
+    @property
+    def num_scores(self) -> int:
+        """How many scores a token has: E."""
+        module: Any = self
+        return len(module.weight)
+
     def serves(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
         """Whether the kernels compute a call with these arguments."""
         module: Any = self
