@@ -1,4 +1,4 @@
-"""The small trained dense model, and texts of its three domains from this repository."""
+"""The small trained dense model, and texts of its three domains."""
 
 from pathlib import Path
 
@@ -8,8 +8,8 @@ from transformers import AutoTokenizer
 from transformers_moe_offload.builder.recipe import Origin
 from transformers_moe_offload.builder.sources import open_source
 
-REPOSITORY = Path(__file__).parents[2]
-TINY_DENSE = REPOSITORY / "examples" / "models" / "tiny-dense"
+HERE = Path(__file__).parent
+TINY_DENSE = HERE.parents[1] / "examples" / "models" / "tiny-dense"
 
 
 @pytest.fixture(scope="session")
@@ -36,10 +36,5 @@ def ffn():
 @pytest.fixture(scope="session")
 def domains():
     """By domain: some thousand characters to calibrate with, and as many to look at afterwards."""
-    package = REPOSITORY / "src" / "transformers_moe_offload"
-    files = {
-        "prose": REPOSITORY / "docs" / "limits.md",
-        "python": package / "hf" / "model" / "handle.py",
-        "c": max((package / "kernels" / "csrc").glob("*.c"), key=lambda file: file.stat().st_size),
-    }
-    return {name: file.read_text(encoding="utf-8")[:8000] for name, file in files.items()}
+    names = ("prose", "python", "c")
+    return {name: (HERE / "domains" / f"{name}.txt").read_text(encoding="utf-8") for name in names}

@@ -103,6 +103,7 @@ ON_A_MODEL = {
     "ignored_on_load_unexpected": lambda model: isinstance(upstream.ignored_on_load_unexpected(model), tuple),
     "ignored_on_save": lambda model: isinstance(upstream.ignored_on_save(model), tuple),
     "initialise": lambda model: callable(model._init_weights),
+    "ATTENTION_IMPLEMENTATION": lambda model: getattr(model.config, upstream.ATTENTION_IMPLEMENTATION) == "sdpa",
     "COMPILED_CALL": lambda model: callable(getattr(model, upstream.COMPILED_CALL)),
     "EXPERTS_FLAGS": lambda model: all(
         flag in vars(model.model.layers[-1].mlp.experts) for flag in upstream.EXPERTS_FLAGS
