@@ -94,6 +94,7 @@ def test_auto_takes_what_is_available_and_never_more_than_all_experts_need():
         {"prefetch": "on"},
         {"experts": "hqq"},
         {"dense": 4},
+        {"lm_head": 8},
     ],
     ids=str,
 )

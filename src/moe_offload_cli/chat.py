@@ -21,6 +21,7 @@ def chat(
     trace: options.HotTrace = None,
     hot_share: options.HotShare = None,
     dense: options.Dense = None,
+    lm_head: options.LmHead = None,
     max_new_tokens: Annotated[int, typer.Option(min=1, help="Longest answer, in tokens.")] = 256,
     temperature: options.Temperature = None,
     top_p: options.TopP = None,

@@ -48,6 +48,7 @@ HotTrace = Annotated[
 ]
 HotShare = Annotated[str | None, typer.Option(help="Share of all experts that are hot; 10% unless given.")]
 Dense = Annotated[str | None, typer.Option(help="Format of attention and dense MLPs; default is as stored.")]
+LmHead = Annotated[str | None, typer.Option(help="Format of the output embedding; default is as stored.")]
 
 # What is generated.
 Temperature = Annotated[

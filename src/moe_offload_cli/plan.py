@@ -14,6 +14,7 @@ def plan(
     trace: options.HotTrace = None,
     hot_share: options.HotShare = None,
     dense: options.Dense = None,
+    lm_head: options.LmHead = None,
     dtype: options.Dtype = "auto",
     revision: options.Revision = "main",
     token: options.Token = None,
@@ -22,6 +23,6 @@ def plan(
 ) -> None:
     """Show where a model's weights would be, how many experts fit into the cache, and what a token would read.
 
-    With `--experts` or `--dense`, for a model that is quantized while it is loaded. Reads the config and the index of
-    the checkpoint; downloads no weights.
+    With `--experts`, `--dense` or `--lm-head`, for a model that is quantized while it is loaded. Reads the config and
+    the index of the checkpoint; downloads no weights.
     """

@@ -18,6 +18,7 @@ def quantize(
     trace: options.HotTrace = None,
     hot_share: options.HotShare = None,
     dense: options.Dense = None,
+    lm_head: options.LmHead = None,
     no_optimize: Annotated[
         bool, typer.Option("--no-optimize", help="Round to nearest: several times faster, a little worse.")
     ] = False,

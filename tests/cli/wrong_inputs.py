@@ -18,6 +18,7 @@ CASES = [
     ("plan moe --experts 5x32", "--experts '5x32' is not a format: the number of bits is one of 8, 4, 3, 2, 1"),
     ("plan moe --experts 4", "--experts '4' is not a format; write bits and group size such as 4x64"),
     ("plan moe --dense 4", "--dense '4' is not a format"),
+    ("plan moe --lm-head 4", "--lm-head '4' is not a format"),
     ("plan moe --layers 0-3=4", "--layers '0-3=4': '4' is not a format"),
     ("plan moe --layers 9=4x32", "--layers names sparse layer '9', but the model has 8"),
     ("plan moe --layers x=4x32", "--layers has 'x', which is not a layer's number"),

@@ -24,7 +24,7 @@ _OPTIONS = {
         "default": {"nbits": 4, "group_size": 64}, "layers": {"0-3": None, "5": {"nbits": 2, "group_size": 16}},
         "hot": {"nbits": 8}, "hot_experts": {"0": [1, 2], "1-2": [0]},
     },
-    "dense": {"nbits": 4, "group_size": 64, "axis": 1, "meta_nbits": 8, "optimize": True},
+    "dense": {"nbits": 4, "group_size": 64, "axis": 1, "meta_nbits": 8, "optimize": True}, "lm_head": {"nbits": 8},
 }  # fmt: skip
 _KEYS = {
     "experts": {"nbits": 3}, "layers": {"0-9999999999": None}, "hot_experts": {"0": [0] * 3}, "version": 2, "nbits": 4,

@@ -36,6 +36,7 @@ def chat(
     trace: Path | None,
     hot_share: str | None,
     dense: str | None,
+    lm_head: str | None,
     max_new_tokens: int,
     temperature: float | None,
     top_p: float | None,
@@ -45,13 +46,14 @@ def chat(
     **typed: Unpack[options.Loading],
 ) -> None:
     """Load the model and answer prompts until there are no more."""
-    asked = formats.parse_formats(experts, layers, hot, trace, hot_share, dense)
+    asked = formats.parse_formats(experts, layers, hot, trace, hot_share, dense, lm_head)
     config = OffloadConfig(
         cache_budget=cache_budget,
         policy=policy,
         arithmetic=arithmetic,  # type: ignore[arg-type]
         experts=asked.experts,
         dense=asked.dense,
+        lm_head=asked.lm_head,
     )
     sampling = Sampling(max_new_tokens, temperature, top_p)
     origin, loading = options.parse_loading(typed)

@@ -23,6 +23,7 @@ class Formats:
     experts: ExpertFormats | None
     """None if no option asks for any."""
     dense: HqqFormat | None
+    lm_head: HqqFormat | None
     trace: Path | None
     traced: tuple[int, ...]
     """Experts with weights of each sparse layer that `trace` was recorded with."""
@@ -44,10 +45,11 @@ def parse_formats(
     trace: Path | None,
     hot_share: str | None,
     dense: str | None,
+    lm_head: str | None,
     *,
     optimize: bool = True,
 ) -> Formats:
-    """The formats of all experts, by layer and by use, and of the dense part."""
+    """The formats of all experts, by layer and by use, of the dense part, and of the output embedding."""
     by_layer = {}
     for option in layers or []:
         key, is_given, text = option.partition("=")
@@ -67,7 +69,11 @@ def parse_formats(
     )
     is_any = experts is not None or by_layer or hot is not None
     return Formats(
-        experts=asked if is_any else None, dense=_format("--dense", dense, optimize), trace=trace, traced=traced
+        experts=asked if is_any else None,
+        dense=_format("--dense", dense, optimize),
+        lm_head=_format("--lm-head", lm_head, optimize),
+        trace=trace,
+        traced=traced,
     )
 
 

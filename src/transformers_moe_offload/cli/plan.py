@@ -38,12 +38,13 @@ def plan(
     trace: Path | None,
     hot_share: str | None,
     dense: str | None,
+    lm_head: str | None,
     dtype: str,
     **origin: Unpack[options.Origin],
 ) -> None:
     """Print where weights would be, how many experts fit into the cache, and what a token would read."""
-    asked = formats.parse_formats(experts, layers, hot, trace, hot_share, dense)
-    config = OffloadConfig(cache_budget=cache_budget, experts=asked.experts, dense=asked.dense)
+    asked = formats.parse_formats(experts, layers, hot, trace, hot_share, dense, lm_head)
+    config = OffloadConfig(cache_budget=cache_budget, experts=asked.experts, dense=asked.dense, lm_head=asked.lm_head)
     source = meta_model(model, options.parse_dtype(dtype), **origin)
     asked.expect_traced(source)
     weights = _Weights.of(source, config if source.recipe is None else source.recipe.override(config))
@@ -78,11 +79,11 @@ class _Weights:
         sizes = Sizes.of(quantization, stored)
         is_in_ram = config.formats is not None and source.recipe is None
         codecs, bits = tuple(quantization.codecs), None if config.formats is None else sizes.bits_per_expert_weight
-        dense_bytes = sizes.dense_bytes if config.dense is not None else source.dense_bytes
+        dense_bytes = sizes.dense_bytes if quantization.packed else source.dense_bytes
         if stored is not None and config.formats is None:
             codecs, bits = stored.codecs, 8 * stored.expert_bytes / sizes.expert_weights
         if stored is not None and config.dense is None and source.keeps_dense:
-            dense_bytes = stored.dense_bytes
+            dense_bytes = stored.dense_bytes - quantization.bytes_saved
         return cls(source, codecs, str(config.formats) if is_in_ram else "as stored", dense_bytes, bits, is_in_ram)
 
     def placements(self, device: torch.device) -> list[Placement]:
@@ -174,7 +175,9 @@ def _expected_bytes(weights: _Weights, plan: OffloadPlan) -> str:
 
 def _cross_check(source: MetaModel) -> str:
     if source.recipe is not None:
-        return f"quantized: experts {source.recipe.formats}; dense layers {source.recipe.dense or 'as they are'}"
+        recipe = source.recipe
+        head = f"; output embedding {recipe.lm_head}" if recipe.lm_head is not None else ""
+        return f"quantized: experts {recipe.formats}; dense layers {recipe.dense or 'as they are'}{head}"
     if source.opener is not None:
         is_opened = source.opener.is_for_dense and not source.keeps_dense
         dense = "dense layers are opened while they are loaded" if is_opened else "dense layers are used as they are"

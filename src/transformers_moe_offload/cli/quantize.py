@@ -28,6 +28,7 @@ def quantize(
     trace: Path | None,
     hot_share: str | None,
     dense: str | None,
+    lm_head: str | None,
     no_optimize: bool,
     workers: int | None,
     overwrite: bool,
@@ -38,10 +39,10 @@ def quantize(
     **commit: Unpack[options.Commit],
 ) -> None:
     """Show the formats and sizes of the weights, write the checkpoint, and upload it if asked to."""
-    asked = formats.parse_formats(experts, layers, hot, trace, hot_share, dense, optimize=not no_optimize)
+    asked = formats.parse_formats(experts, layers, hot, trace, hot_share, dense, lm_head, optimize=not no_optimize)
     model = meta_model(source, **commit)
     asked.expect_traced(model)
-    plan = QuantizationPlan.of(model, OffloadConfig(experts=asked.experts, dense=asked.dense))
+    plan = QuantizationPlan.of(model, OffloadConfig(experts=asked.experts, dense=asked.dense, lm_head=asked.lm_head))
     console = Console()
     console.print(model.title, style="bold", soft_wrap=True)
     console.print(_table(plan))
@@ -56,7 +57,7 @@ def quantize(
 
 
 def _table(plan: QuantizationPlan) -> Table:
-    sizes, quantization, dense = plan.sizes, plan.quantization, plan.config.dense
+    sizes, quantization = plan.sizes, plan.quantization
     table = Table("weights", "format", box=box.SIMPLE_HEAD)
     for column in ("bits per weight", "before", "after"):
         table.add_column(column, justify="right", no_wrap=True)
@@ -67,8 +68,9 @@ def _table(plan: QuantizationPlan) -> Table:
     bits, before, after = sizes.bits_per_expert_weight, sizes.plain_expert_bytes, sizes.expert_bytes
     names = "; ".join(dict.fromkeys(kinds))
     table.add_row(f"{sizes.num_experts} experts", names, f"{bits:.2f}", readable(before), readable(after))
-    dense_bits = f"{dense.bits_per_weight:.2f}" if dense else ""
-    before, after = sizes.plain_dense_bytes, sizes.dense_bytes
-    table.add_row("dense", str(dense or quantization.dense_left_as), dense_bits, readable(before), readable(after))
+    dense, head = plan.config.dense, plan.config.lm_head
+    names = str(dense or quantization.dense_left_as) + (f"; output embedding: {head}" if head is not None else "")
+    bits_of_each = "; ".join(f"{format.bits_per_weight:.2f}" for format in (dense, head) if format is not None)
+    table.add_row("dense", names, bits_of_each, readable(sizes.plain_dense_bytes), readable(sizes.dense_bytes))
     table.add_row("all", "", "", readable(sizes.plain_bytes), readable(sizes.nbytes))
     return table

@@ -68,6 +68,8 @@ class OffloadConfig(dict[str, Any]):
             or expert (or a dictionary of fields), or None, experts as they are stored. The quantized ones are kept in
             RAM; `moe-offload quantize` writes them to disk once and for all.
         dense: quantize the linear layers of attention and dense MLPs, too: an `HqqFormat` or None.
+        lm_head: quantize the output embedding, too: an `HqqFormat` or None. It has to have a matrix of its own, as most
+            MoEs have, and not the input embedding's.
 
     It is a dictionary of its fields, too: pipelines hand the model's keyword arguments to the tokenizer as well, which
     writes them to JSON when it is saved.
@@ -81,6 +83,7 @@ class OffloadConfig(dict[str, Any]):
     prefetch: PrefetchConfig | None = None
     experts: HqqFormat | ExpertFormats | None = None
     dense: HqqFormat | None = None
+    lm_head: HqqFormat | None = None
     misses: Misses = "auto"
     decode: Decode = "host"
     arithmetic: Arithmetic = "fast"
@@ -95,6 +98,7 @@ class OffloadConfig(dict[str, Any]):
         if not isinstance(self.experts, HqqFormat):
             object.__setattr__(self, "experts", ExpertFormats.make(self.experts))
         object.__setattr__(self, "dense", make_format("dense", self.dense))
+        object.__setattr__(self, "lm_head", make_format("lm_head", self.lm_head))
         if not isinstance(self.policy, str):
             raise ConfigError(
                 f"policy={quoted(self.policy)} is not the name of a policy; register yours and pass its name"
@@ -138,25 +142,35 @@ class OffloadConfig(dict[str, Any]):
         return ExpertFormats.make(self.experts)
 
     @property
+    def is_quantizing(self) -> bool:
+        """Whether any weight gets a format."""
+        has_experts = self.formats is not None and not self.formats.leaves_all_as_they_are
+        return has_experts or self.dense is not None or self.lm_head is not None
+
+    @property
     def budget(self) -> Budget:
         """`cache_budget`, parsed."""
         return Budget.parse(self.cache_budget, "cache_budget")
 
     def recipe(self) -> dict[str, Any]:
-        """The entry in `config.json` of a checkpoint that was quantized by this config."""
+        """The entry in `config.json` of a checkpoint that was quantized by this config; `lm_head` only if it was."""
         return {
             "quant_method": self.quant_method,
             "version": RECIPE_VERSION,
             "experts": self.formats and self.formats.plain(),
             "dense": self._plain("dense"),
-        }
+        } | ({"lm_head": self._plain("lm_head")} if self.lm_head is not None else {})
 
     def override(self, given: OffloadConfig) -> OffloadConfig:
         """This config of a quantized checkpoint, with the budgets and policies of one that was `given` for loading it.
 
         Raises `ConfigError` if that one asks for another format; how its codes were found makes no difference.
         """
-        for name, asked, stored in (("experts", given.formats, self.formats), ("dense", given.dense, self.dense)):
+        for name, asked, stored in (
+            ("experts", given.formats, self.formats),
+            ("dense", given.dense, self.dense),
+            ("lm_head", given.lm_head, self.lm_head),
+        ):
             if asked is not None and (stored is None or asked.as_stored() != stored.as_stored()):
                 raise ConfigError(
                     f"{name}={one_line(getattr(given, name))} was asked for, but the checkpoint was quantized with "

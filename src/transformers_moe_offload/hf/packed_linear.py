@@ -36,8 +36,16 @@ class DecodedWeight(ReadOnlyTensor):
 def no_merge(name: str) -> ConfigError:
     """The error for attempts to change a packed weight."""
     return ConfigError(
-        f"the weight of {name} is in low bits (OffloadConfig.dense) and constant: nothing can be merged into it or "
-        f"written to it; restore() the model first, or write a merged checkpoint with training.save_merged"
+        f"the weight of {name} is in low bits (OffloadConfig.dense or lm_head) and constant: nothing can be merged "
+        f"into it or written to it; restore() the model first, or write a merged checkpoint with training.save_merged"
+    )
+
+
+def no_training(name: str) -> ConfigError:
+    """The error for attempts to train a packed weight."""
+    return ConfigError(
+        f"the weight of {name} is in low bits (OffloadConfig.dense or lm_head) and constant, so that it cannot be "
+        f"trained; load the model without that format, or put an adapter on it"
     )
 
 
@@ -96,6 +104,13 @@ class HqqLinear(nn.Linear):
         rows = x.reshape(-1, self.in_features)
         out = kernels.linear(rows, self.matrix, activations=self.activations).view(*x.shape[:-1], self.out_features)
         return out if self.bias is None else out + self.bias
+
+    def requires_grad_(self, requires_grad: bool = True) -> HqqLinear:
+        """As of any module, but True is refused: the weight would not be trained, as PEFT's `modules_to_save` asks."""
+        if requires_grad:
+            raise no_training("this linear layer")
+        super().requires_grad_(requires_grad)
+        return self
 
     def settle(self) -> None:
         """Undo Transformers' cast to float32 of buffers whose names match parameters that stay in float32."""

@@ -96,13 +96,16 @@ def embeddings(model: Any) -> Parts:
 
 def attention(model: nn.Module) -> Parts:
     """The parameters that mix tokens: those of all modules that are called attention."""
+    return _below(model, _attention_paths(model))
+
+
+def _attention_paths(model: nn.Module) -> list[str]:
     experts = set(experts_paths(model))
-    paths = [
+    return [
         path
         for path, module in model.named_modules()
         if path not in experts and (type(module).__name__.endswith("Attention") or "attn" in path.rpartition(".")[2])
     ]
-    return _below(model, paths)
 
 
 def experts(model: nn.Module) -> Parts:
@@ -147,11 +150,14 @@ def _expect_experts(model: nn.Module, recipe: str) -> None:
 
 
 def _expect_trainable(model: Any, part: str, parameters: dict[str, nn.Parameter]) -> None:
-    quantized = [name for name, module in model.named_modules() if isinstance(module, HqqLinear)]
-    if part in ("attention", "stem") and quantized:
+    paths = {"attention": _attention_paths(model), "stem": [""]}.get(part, [])
+    parts = [module for path in paths for module in model.get_submodule(path).modules()]
+    quantized = [name for name, module in model.named_modules() if isinstance(module, HqqLinear) and module in parts]
+    if quantized:
         raise ConfigError(
             f"{part!r} cannot be trained: {quantized[0]} and {len(quantized) - 1} more are in low bits "
-            f"(OffloadConfig.dense) and constant; load the model without dense=, or put adapters on them"
+            f"(OffloadConfig.dense or lm_head) and constant; load the model without dense= and lm_head=, or put "
+            f"adapters on them"
         )
     if not parameters:
         raise UnsupportedModelError(f"{type(model).__name__} has no parameters that are {part!r}")

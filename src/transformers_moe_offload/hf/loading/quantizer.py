@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 
-from transformers_moe_offload.config import ExpertFormats, OffloadConfig
+from transformers_moe_offload.config import ExpertFormats, HqqFormat, OffloadConfig
 from transformers_moe_offload.errors import CheckpointError
 from transformers_moe_offload.hf.arguments import asked_for, refuse_splits, to_save
 from transformers_moe_offload.hf.loading.attach import attach
@@ -22,7 +22,7 @@ from transformers_moe_offload.hf.loading.checkpoint import Checkpoint, expect_un
 from transformers_moe_offload.hf.loading.codecs import codecs_to_be, quantized
 from transformers_moe_offload.hf.loading.discover import refuse_kernels, take_over
 from transformers_moe_offload.hf.loading.records import locate_records, record_keys
-from transformers_moe_offload.hf.model.dense import prepare_dense, quantize_dense, settle_dense
+from transformers_moe_offload.hf.model.dense import dense_formats, prepare_dense, quantize_dense, settle_dense
 from transformers_moe_offload.hf.model.planning import expect_enough
 from transformers_moe_offload.hf.model.sparse_layer import SparseLayer
 from transformers_moe_offload.hf.model.state_dicts import with_experts
@@ -60,6 +60,8 @@ class MoeOffloadQuantizer(HfQuantizer):
         self._sources: list[Any] = []
         self._checkpoint: Checkpoint | None = None
         self._dense_check: DenseCheck | None = None
+        self._dense_formats: dict[str, HqqFormat] = {}
+        """Of the dense layers to quantize once they are loaded, by path."""
 
     # In the order in which Transformers calls them.
 
@@ -106,8 +108,10 @@ class MoeOffloadQuantizer(HfQuantizer):
         self._layers = take_over(model)
         if kwargs.get("use_kernels"):
             refuse_kernels(model)
-        if self._is_prebuilt and self.quantization_config.dense is not None:
-            prepare_dense(model, self._layers, self.quantization_config.dense)
+        if self._is_prebuilt:
+            prepare_dense(model, self._layers, self.quantization_config)
+        else:
+            self._dense_formats = dense_formats(model, self._layers, self.quantization_config)
 
     def adjust_max_memory(self, max_memory: dict[int | str, int]) -> dict[int | str, int]:
         """Reserve memory for the cache on every GPU, if its size is known before the dense weights are placed."""
@@ -153,13 +157,13 @@ class MoeOffloadQuantizer(HfQuantizer):
         attach(model, self.quantization_config, self._layers, self._sources)
         end_of_load(model)
         self._layers, self._sources, self._checkpoint, self._dense_check = [], [], None, None
+        self._dense_formats = {}
 
     def _quantize(self, model: Any) -> None:
         config = self.quantization_config
         if config.formats is not None:
             self._sources = quantized(model, self._layers, self._sources, config.formats)
-        if config.dense is not None:
-            quantize_dense(model, self._layers, config.dense)
+        quantize_dense(model, self._dense_formats)
 
     # Called after loading.
 

@@ -159,7 +159,7 @@ class OffloadRuntime:
     @property
     def is_quantized(self) -> bool:
         """Whether there are weights in a format of ours."""
-        return self.config.experts is not None or self.config.dense is not None
+        return any(one is not None for one in (self.config.experts, self.config.dense, self.config.lm_head))
 
     @property
     def model(self) -> Any:

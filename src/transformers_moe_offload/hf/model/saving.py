@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -20,6 +21,7 @@ from transformers.utils import (
     WEIGHTS_NAME,
 )
 
+from transformers_moe_offload.config import OffloadConfig
 from transformers_moe_offload.config.budget import Budget
 from transformers_moe_offload.dtypes import dtype_name
 from transformers_moe_offload.errors import CheckpointError, ConfigError, UnsupportedModelError
@@ -31,6 +33,7 @@ from transformers_moe_offload.hf.arguments import refuse_on_save, to_save
 from transformers_moe_offload.hf.model.experts_module import OffloadedExperts
 from transformers_moe_offload.hf.model.handle import OffloadRuntime
 from transformers_moe_offload.hf.model.own_experts import is_of_own_experts, named_own_experts
+from transformers_moe_offload.hf.packed_linear import HqqLinear
 from transformers_moe_offload.hf.prebuilt.layout import MARKS, LayerContent, plain_config, prebuilt_config, shards_of
 from transformers_moe_offload.hf.prebuilt.writer import finish, write_shards
 from transformers_moe_offload.hf.upstream import has_peft_adapter, remove_tied_weights_from_state_dict
@@ -111,7 +114,7 @@ def save_quantized(
     """
     runtime: OffloadRuntime = model.moe_offload
     _expect_none_of(folder, _OTHERS)
-    recipe = runtime.config.recipe()
+    recipe = _recipe(model)
     own = model.state_dict()
     state_dict = own if state_dict is None else state_dict
     _expect_known(state_dict, own)
@@ -122,6 +125,14 @@ def save_quantized(
         if model.can_generate():
             model.generation_config.save_pretrained(place)
         finish(place, shards)
+
+
+def _recipe(model: Any) -> dict[str, Any]:
+    """How the model's weights are stored now: `resize_token_embeddings` has replaced a packed head by a plain one."""
+    config: OffloadConfig = model.moe_offload.config
+    if not isinstance(model.get_output_embeddings(), HqqLinear):
+        config = replace(config, lm_head=None)
+    return config.recipe()
 
 
 def _expect_known(state_dict: Mapping[str, Tensor], own: Mapping[str, Tensor]) -> None:

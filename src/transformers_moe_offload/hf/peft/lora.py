@@ -20,7 +20,7 @@ from torch import nn
 from transformers_moe_offload.compute.deltas import LowRank
 from transformers_moe_offload.errors import ConfigError, UnsupportedModelError
 from transformers_moe_offload.hf.model.experts_module import OffloadedExperts, layer_of, offloaded
-from transformers_moe_offload.hf.packed_linear import HqqLinear, no_merge
+from transformers_moe_offload.hf.packed_linear import HqqLinear, no_merge, no_training
 from transformers_moe_offload.hf.peft.active_deltas import adding
 from transformers_moe_offload.hf.peft.placeholders import is_adaptable, offloaded_layers, placeholder_of, placeholders
 from transformers_moe_offload.hf.upstream import LoraLayer
@@ -119,7 +119,11 @@ _VARIANTS = ("use_dora", "lora_bias", "fan_in_fan_out", "lora_dropout", "layer_r
 
 
 def _refuse(model: nn.Module, config: lora.LoraConfig) -> None:
-    """Raise for options that are not supported on offloaded experts, before anything is changed."""
+    """Raise for options that are not supported on offloaded experts or packed layers, before anything is changed."""
+    whole = config.modules_to_save or ()
+    for path, module in model.named_modules():
+        if isinstance(module, HqqLinear) and any(path == one or path.endswith(f".{one}") for one in whole):
+            raise no_training(path)
     targets = config.target_parameters or ()
     for path, experts in offloaded_layers(model).items():
         plain_path = path.replace(".base_layer", "")

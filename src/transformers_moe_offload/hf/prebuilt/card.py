@@ -121,6 +121,7 @@ def _table(config: OffloadConfig, left_as: str, dense_left_as: str) -> str:
     rows += [(f"experts of sparse layers {key}", format, left_as) for key, format in formats.layers.items()]
     rows += [(f"{formats.num_hot} experts that are used most", formats.hot, left_as)] if formats.num_hot else []
     rows += [("attention and dense MLPs", config.dense, dense_left_as)]
+    rows += [("output embedding", config.lm_head, dense_left_as)] if config.lm_head is not None else []
     lines = [
         f"| {what} | {format or otherwise} | {f'{format.bits_per_weight:.4g}' if format else ''} |"
         for what, format, otherwise in rows

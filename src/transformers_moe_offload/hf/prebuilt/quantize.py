@@ -52,6 +52,7 @@ def quantize_checkpoint(
     *,
     experts: HqqFormat | ExpertFormats | Mapping[str, Any] | None = None,
     dense: HqqFormat | Mapping[str, Any] | None = None,
+    lm_head: HqqFormat | Mapping[str, Any] | None = None,
     workers: int | None = None,
     overwrite: bool = False,
     push: str | None = None,
@@ -80,6 +81,8 @@ def quantize_checkpoint(
         experts: how to quantize the routed experts: an `HqqFormat` for all, an `ExpertFormats` for different formats by
             layer, or for those that a trace saw most (`Trace.hottest`), a dictionary of the fields of either, or None.
         dense: how to quantize attention and dense MLPs; None leaves them as they are.
+        lm_head: how to quantize the output embedding, if its matrix is not the input embedding's, too; None leaves it
+            as it is.
         workers: experts that are encoded at a time; None means one per core.
         overwrite: replace a complete checkpoint that is there, once the new one is complete.
         push: upload it to this repository of the Hub when it is done.
@@ -99,7 +102,7 @@ def quantize_checkpoint(
         CheckpointError: for a model that cannot be read, and an `output` that holds anything else.
         UploadError: if the Hub refuses the upload. The folder stays.
     """
-    config = OffloadConfig(experts=experts, dense=dense)  # type: ignore[arg-type]
+    config = OffloadConfig(experts=experts, dense=dense, lm_head=lm_head)  # type: ignore[arg-type]
     if workers is not None and (type(workers) is not int or workers < 1):
         raise ConfigError(f"workers={quoted(workers)} is not a positive number of experts; leave it out")
     folder = Path(output)
@@ -124,7 +127,7 @@ class QuantizationPlan:
     @classmethod
     def of(cls, source: MetaModel, config: OffloadConfig) -> QuantizationPlan:
         """How to quantize a model as a config says; raises as `quantize_checkpoint` does."""
-        if config.dense is None and (config.formats is None or config.formats.leaves_all_as_they_are):
+        if not config.is_quantizing:
             four_bits = "HqqFormat(nbits=4, group_size=64)"
             raise ConfigError(f"nothing to quantize; say how: experts={four_bits} or dense={four_bits}")
         if source.recipe is not None:

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from transformers_moe_offload.config import ExpertFormats, HqqFormat, OffloadConfig
 from transformers_moe_offload.dtypes import dtype_name, torch_dtype
-from transformers_moe_offload.errors import CheckpointError, ConfigError
+from transformers_moe_offload.errors import CheckpointError
 from transformers_moe_offload.expert import FieldSpec
 from transformers_moe_offload.formats.base import LayerCodecs
 from transformers_moe_offload.formats.hqq import packing_of, quantize
@@ -26,7 +26,7 @@ from transformers_moe_offload.hf.layouts.base import parameter
 from transformers_moe_offload.hf.loading.checkpoint import Checkpoint, locate
 from transformers_moe_offload.hf.loading.codecs import codecs_of, plain_fields
 from transformers_moe_offload.hf.loading.locate import ParameterSource, trace_parameters
-from transformers_moe_offload.hf.model.dense import dense_linears
+from transformers_moe_offload.hf.model.dense import dense_formats
 from transformers_moe_offload.hf.model.experts_module import OffloadedExperts, layer_of
 from transformers_moe_offload.hf.model.sparse_layer import SparseLayer
 from transformers_moe_offload.hf.other_quantizers.dequantize import Opener, StoredBytes
@@ -55,10 +55,8 @@ class Quantization:
     layers: Sequence[SparseLayer]
     codecs: Sequence[LayerCodecs]
     """How to store the experts of each layer."""
-    packed: frozenset[str]
-    """Names of the dense weights that are quantized."""
-    dense: HqqFormat | None
-    """The format of these dense weights."""
+    packed: Mapping[str, HqqFormat]
+    """Name -> format of the dense weights that are quantized."""
     checkpoint: Checkpoint
     """The parameters and dtypes with which Transformers would load the plain model; without files yet."""
     opener: Opener | None = None
@@ -68,20 +66,15 @@ class Quantization:
     def of(cls, model: Any, config: OffloadConfig, dtype: torch.dtype, opener: Opener | None = None) -> Quantization:
         """How to quantize a model on meta, of this dtype, as a config says; `opener` decodes its weights.
 
-        Raises `ConfigError` if a group size does not divide a matrix; the message lists sizes that do.
+        Raises `ConfigError` if a group size does not divide a matrix of experts, when the message lists sizes that do,
+        or if another format fits nothing.
         """
         layers = [layer_of(module) for module in model.modules() if isinstance(module, OffloadedExperts)]
         formats = config.formats or ExpertFormats()
         formats.check([layer.num_experts for layer in layers])
-        linears = dense_linears(model, layers, config.dense) if config.dense is not None else ()
-        packed = frozenset(f"{name}.weight" for name, _ in linears)
+        packed = {f"{name}.weight": format for name, format in dense_formats(model, layers, config).items()}
         codecs = [codecs_of(model, layer, plain_fields(layer), formats) for layer in layers]
-        if config.dense is not None and not packed:
-            raise ConfigError(
-                f"{config.dense} fits none of the model's attention and dense MLP matrices; leave dense out, or choose "
-                f"a group_size that divides their inputs"
-            )
-        return cls(model, layers, codecs, packed, config.dense, _undecided(model, layers, dtype), opener)
+        return cls(model, layers, codecs, packed, _undecided(model, layers, dtype), opener)
 
     @property
     def left_as(self) -> str:
@@ -111,11 +104,19 @@ class Quantization:
     def parts_of(self, name: str) -> tuple[FieldSpec, ...]:
         """The arrays that are stored for a dense tensor."""
         shape = tuple(self.checkpoint.parameters[name].shape)
-        if name not in self.packed or self.dense is None:
+        if name not in self.packed:
             return (FieldSpec(name, shape, dtype_name(self.checkpoint.dtype_of(name))),)
         rows, cols = shape
-        packing = packing_of(rows, cols, self.dense)
+        packing = packing_of(rows, cols, self.packed[name])
         return tuple(FieldSpec(f"{name}_{part.name}", part.shape, part.dtype) for part in packing.parts)
+
+    @property
+    def bytes_saved(self) -> int:
+        """How much smaller the dense weights get by being quantized."""
+        whole = sum(
+            self.checkpoint.parameters[name].numel() * self.checkpoint.dtype_of(name).itemsize for name in self.packed
+        )
+        return whole - sum(part.nbytes for name in self.packed for part in self.parts_of(name))
 
     def saved_names(self) -> dict[str, list[str]]:
         """Name of each dense tensor that is stored -> all its names; tied weights are stored once."""
@@ -130,9 +131,10 @@ class Quantization:
 
     def encode(self, name: str, tensor: Tensor) -> dict[str, Tensor]:
         """Quantize a dense tensor, if it is to be: name -> the arrays of `parts_of`."""
-        if name not in self.packed or self.dense is None:
+        if name not in self.packed:
             return {name: tensor}
-        return {f"{name}_{part}": array for part, array in quantize(tensor, self.dense, name=name).parts.items()}
+        matrix = quantize(tensor, self.packed[name], name=name)
+        return {f"{name}_{part}": array for part, array in matrix.parts.items()}
 
 
 def contents(quantization: Quantization, fetched: Fetched) -> tuple[list[LayerContent], list[Content]]:
