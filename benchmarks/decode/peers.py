@@ -6,6 +6,9 @@
 Two made Qwen3-MoE: one of few wide experts, where what is beside them weighs most, and one of many. Rows take turns,
 each time in a process of its own; a round has each of them once. The limit is what has to be read: the weights of a
 token at the bandwidth of RAM, the best that was measured in any round.
+
+Output embeddings are matrices of their own, as most MoEs have them. With experts and dense layers in 4 bits they are half
+of what a token reads in bfloat16, so they are in 8 bits here; llama.cpp's q4_0 has them in its q6_K, 6.6 bits.
 """
 
 from __future__ import annotations
@@ -32,13 +35,19 @@ from transformers_moe_offload.bench.layers import sparse_layers
 from transformers_moe_offload.bench.tables import Table
 
 SHAPES = {
-    "wide": Shape(hidden=512, intermediate=2048, layers=8, experts=32, experts_per_token=4),
-    "many": Shape(hidden=2048, intermediate=1024, layers=4, experts=64, experts_per_token=8, heads=32),
+    "wide": Shape(hidden=512, intermediate=2048, layers=8, experts=32, experts_per_token=4, is_tied=False),
+    "many": Shape(hidden=2048, intermediate=1024, layers=4, experts=64, experts_per_token=8, heads=32, is_tied=False),
 }
 FOUR_BITS = HqqFormat(nbits=4, group_size=64, optimize=False)
+EIGHT_BITS = HqqFormat(nbits=8, group_size=64, optimize=False)
 OURS: dict[str, dict[str, Any]] = {
     "this package, bfloat16": {},
-    "this package, 4 bits": {"experts": FOUR_BITS, "dense": FOUR_BITS, "arithmetic": "int8"},
+    "this package, 4 bits": {
+        "experts": FOUR_BITS,
+        "dense": FOUR_BITS,
+        "lm_head": EIGHT_BITS,
+        "arithmetic": "int8",
+    },
 }
 PLAIN = "Transformers, bfloat16"
 LLAMA = {"llama.cpp, bfloat16": None, "llama.cpp, q4_0": "q4_0"}
@@ -64,7 +73,7 @@ def compare(
     """Measure all rows of both shapes."""
     if quick:
         rounds, tokens, prompt = 1, 4, 16
-    shapes = {"quick": replace(QUICK, intermediate=64)} if quick else SHAPES
+    shapes = {"quick": replace(QUICK, intermediate=64, is_tied=False)} if quick else SHAPES
     result: dict[str, Any] = {
         "date": time.strftime("%Y-%m-%d-%H%M", time.gmtime()),
         "conditions": conditions(made, threads),
@@ -92,7 +101,9 @@ def compare(
                     continue
                 runs[row].append(answer)
         result["shapes"][name] = {"runs": {row: found for row, found in runs.items() if found}, "bandwidth": bandwidth}
-    result["facts"] = {name: f"{shape.name}; {rounds} rounds" for name, shape in shapes.items()}
+    result["facts"] = {name: f"{shape.name}; {rounds} rounds" for name, shape in shapes.items()} | {
+        "output embedding": f"of the row 'this package, 4 bits': {EIGHT_BITS}; of 'llama.cpp, q4_0': q6_K, 6.6 bits"
+    }
     show(write(results, "peers", result), result, [table(result, name) for name in shapes], verdicts(result))
     raise typer.Exit(1 if result["failed"] else 0)
 
@@ -124,10 +135,10 @@ def measure(folder: str, row: str, tokens: int, prompt: int) -> dict[str, Any]:
 
 
 def _bytes_of_a_token(model: Any) -> int:
-    """Weights that a token is multiplied with: all that are dense but an embedding of its own, and its experts."""
-    embedding, head = model.get_input_embeddings().weight, model.get_output_embeddings().weight
-    tensors = [*model.parameters(), *model.buffers()]
-    nbytes = sum(one.nbytes for one in tensors if one is not embedding or one is head)
+    """Weights that a token is multiplied with: all that are dense but the input embedding, and its experts."""
+    embedding = model.get_input_embeddings().weight
+    assert embedding is not model.get_output_embeddings().weight, "a tied head is multiplied with, too"
+    nbytes = sum(one.nbytes for one in (*model.parameters(), *model.buffers()) if one is not embedding)
     plan = model.moe_offload.plan
     num_used = len(model.moe_offload.layers) * model.config.num_experts_per_tok
     return nbytes + num_used * plan.expert_bytes // plan.num_experts

@@ -66,7 +66,7 @@ def _config(shape: Shape) -> dict[str, object]:
         head_dim=shape.head_dim,
         vocab_size=shape.vocab,
         norm_topk_prob=True,
-        tie_word_embeddings=True,
+        tie_word_embeddings=shape.is_tied,
         bos_token_id=None,
         eos_token_id=None,  # a run must not end early
     )
@@ -86,7 +86,8 @@ def _shards(shape: Shape) -> Iterator[dict[str, Tensor]]:
     embedding = draw(shape.vocab, shape.hidden, std=shape.embedding_std)
     if shape.popularity:
         embedding[:, BIAS] = shape.embedding_std
-    yield {"model.embed_tokens.weight": embedding, "model.norm.weight": ones(shape.hidden)}
+    head = {} if shape.is_tied else {"lm_head.weight": embedding.clone()}
+    yield {"model.embed_tokens.weight": embedding, "model.norm.weight": ones(shape.hidden)} | head
     queries, keys = shape.heads * shape.head_dim, shape.kv_heads * shape.head_dim
     for layer in range(shape.layers):
         tensors = {

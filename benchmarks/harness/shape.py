@@ -38,6 +38,8 @@ class Shape:
     issues 1092 and 1050). The bias is all the locality there is: unlike in text, what a token takes says nothing about
     the next one, and five beams take as many experts as five unrelated tokens.
     """
+    is_tied: bool = True
+    """Whether the output embedding is the input embedding; otherwise it is a matrix of its own with the same weights."""
     seed: int = 0
 
     @property
@@ -45,7 +47,8 @@ class Shape:
         """Tells made models of different shapes apart; their folder is called so."""
         return (
             f"qwen3-moe-h{self.hidden}-i{self.intermediate}-l{self.layers}-e{self.experts}-k{self.experts_per_token}"
-            f"-v{self.vocab}-d{self.embedding_std:g}{f'-p{self.popularity:g}' if self.popularity else ''}-s{self.seed}"
+            f"-v{self.vocab}-d{self.embedding_std:g}{f'-p{self.popularity:g}' if self.popularity else ''}"
+            f"{'' if self.is_tied else '-untied'}-s{self.seed}"
         )
 
     @property

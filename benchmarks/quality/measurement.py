@@ -1,6 +1,6 @@
-"""A model in some formats of its experts and of attention: its sizes, and what it loses on a text.
+"""A model in some formats of its experts, of attention and of its head: its sizes, and what it loses on a text.
 
-Formats are written as bits x group size. `quality.py` and `hot_experts.py` choose which are measured.
+Formats are written as bits x group size. `quality.py`, `hot_experts.py` and `lm_head.py` choose which are measured.
 """
 
 # B windows
@@ -10,6 +10,7 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from functools import cached_property
 from itertools import groupby
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -32,17 +33,21 @@ FOUR_BITS = "4x32"
 
 @dataclass(frozen=True, kw_only=True)
 class Recipe:
-    """Formats of the experts by layer, and of attention."""
+    """Formats of the experts by layer, of attention, and of the output embedding."""
 
     experts: tuple[str, ...]
     attention: str = PLAIN
+    lm_head: str = PLAIN
     solver: str = "hqq"
 
     @property
     def config(self) -> OffloadConfig:
         layers = {str(number): self._format(text) for number, text in enumerate(self.experts)}
         return OffloadConfig(
-            cache_budget="100%", experts=ExpertFormats(layers=layers), dense=self._format(self.attention)
+            cache_budget="100%",
+            experts=ExpertFormats(layers=layers),
+            dense=self._format(self.attention),
+            lm_head=self._format(self.lm_head),
         )
 
     def _format(self, text: str) -> HqqFormat | None:
@@ -60,9 +65,10 @@ class Recipe:
 class Measurement:
     """A model, a text, and what has been measured of them."""
 
-    def __init__(self, text: Text) -> None:
+    def __init__(self, text: Text, folder: Path = TINY_MOE) -> None:
         self.text = text
-        self._source = meta_model(str(TINY_MOE), local_files_only=True)
+        self._folder = folder
+        self._source = meta_model(str(folder), local_files_only=True)
         self.num_layers = len(self._source.experts)
         self._losses: dict[Recipe, Tensor] = {}
 
@@ -81,11 +87,13 @@ class Measurement:
 
     def row(self, recipe: Recipe) -> dict[str, Any]:
         """Sizes and perplexities of a recipe, and how far above those of 16 and of 4 bits they are."""
-        typer.echo(f"measuring experts {recipe}, attention {recipe.attention}, {recipe.solver}", err=True)
+        formats = f"experts {recipe}, attention {recipe.attention}, head {recipe.lm_head}"
+        typer.echo(f"measuring {formats}, {recipe.solver}", err=True)
         found = self._of(recipe)
         return {
             "experts": str(recipe),
             "attention": recipe.attention,
+            "lm_head": recipe.lm_head,
             "solver": recipe.solver,
             **self.sizes(recipe),
             "perplexity": {name: part.mean().exp().item() for name, part in self.text.by_domain(found).items()},
@@ -114,7 +122,7 @@ class Measurement:
 
     def _measured(self, recipe: Recipe, windows: Tensor) -> Tensor:
         model = AutoModelForCausalLM.from_pretrained(
-            TINY_MOE, moe_offload=recipe.config, dtype=torch.float32, device_map="cpu"
+            self._folder, moe_offload=recipe.config, dtype=torch.float32, device_map="cpu"
         )
         found = losses(model.eval(), windows)
         model.moe_offload.close()

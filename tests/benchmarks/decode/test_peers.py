@@ -1,9 +1,11 @@
 """Rows with everything in memory are measured in processes of their own, and held against llama.cpp's."""
 
 import json
+from dataclasses import replace
 
 import pytest
 import typer
+from transformers import AutoModelForCausalLM
 from typer.testing import CliRunner
 
 
@@ -45,3 +47,23 @@ def test_all_rows_of_this_package_are_measured(peers, tmp_path):
     assert runs.keys() == {*peers.OURS, peers.PLAIN}
     dense, packed = (runs[row][0]["nbytes"] for row in peers.OURS)
     assert 0 < packed < dense
+    page = path.with_suffix(".md").read_text()
+    assert "output embedding: of the row 'this package, 4 bits': 8-bit, groups of 64" in page
+
+
+def test_the_bytes_of_a_token_have_the_head_as_it_is_stored_and_no_input_embedding(peers, script, tmp_path):
+    shapes = script("harness.shape")
+    shape = replace(shapes.QUICK, intermediate=64, is_tied=False)
+    folder = script("harness.make_model").made_model(shape, tmp_path)
+    with_head, without = (
+        peers._bytes_of_a_token(AutoModelForCausalLM.from_pretrained(folder, moe_offload={"lm_head": format}))
+        for format in (peers.EIGHT_BITS, None)
+    )
+    weights = shape.vocab * shape.hidden
+    packed = weights + 2 * weights // 64 + 2 * 4 * weights // 64 // 128  # codes, scales and zeros, and their ranges
+    assert without - with_head == 2 * weights - packed
+    attention = (2 * shape.heads + 2 * shape.kv_heads) * shape.head_dim * shape.hidden + 2 * shape.head_dim
+    layer = attention + 2 * shape.hidden + shape.experts * shape.hidden
+    experts = shape.experts_per_token * shape.expert_bytes
+    floats = 2 * (weights + shape.hidden + shape.layers * layer) + shape.layers * experts
+    assert 0 <= without - floats < 200  # frequencies of the rotary embedding
