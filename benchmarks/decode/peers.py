@@ -7,8 +7,8 @@ Two made Qwen3-MoE: one of few wide experts, where what is beside them weighs mo
 each time in a process of its own; a round has each of them once. The limit is what has to be read: the weights of a
 token at the bandwidth of RAM, the best that was measured in any round.
 
-Output embeddings are matrices of their own, as most MoEs have them. With experts and dense layers in 4 bits they are half
-of what a token reads in bfloat16, so they are in 8 bits here; llama.cpp's q4_0 has them in its q6_K, 6.6 bits.
+Output embeddings are matrices of their own, as most MoEs have them. In bfloat16 they would be half of what a token
+reads where everything else is in 4 bits, so there they are in 8 bits; llama.cpp's q4_0 has them in its q6_K, 6.6 bits.
 """
 
 from __future__ import annotations

@@ -39,7 +39,7 @@ class Shape:
     the next one, and five beams take as many experts as five unrelated tokens.
     """
     is_tied: bool = True
-    """Whether the output embedding is the input embedding; otherwise it is a matrix of its own with the same weights."""
+    """Whether the output embedding is the input embedding, or else a matrix of its own with the same weights."""
     seed: int = 0
 
     @property

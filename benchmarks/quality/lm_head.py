@@ -4,8 +4,8 @@
     python -m benchmarks.quality.lm_head --quick  # every line of it once, figures without meaning
 
 The head of the small trained model shares its matrix with the input embedding, and such a head cannot be quantized. So
-a copy is measured whose head is a matrix of its own with the same weights: with 16 bits it is the same model. Everything
-else is as in `quality.py`.
+a copy is measured whose head is a matrix of its own with the same weights: with 16 bits it is the same model.
+Everything else is as in `quality.py`.
 """
 
 from __future__ import annotations

@@ -79,7 +79,7 @@ def test_gradients_flow_through_what_was_compiled(small_checkpoint):
 def test_quantized_dense_layers_are_part_of_the_piece(packable_checkpoint):
     """Their kernels are nothing that torch could look into."""
     format = HqqFormat(nbits=3, group_size=16)
-    model = load(packable_checkpoint, experts=format, dense=format)
+    model = load(packable_checkpoint, experts=format, dense=format, lm_head=format)
     call, pieces = compiled(model)
     ids = prompt(1, 5)
     with torch.no_grad():
