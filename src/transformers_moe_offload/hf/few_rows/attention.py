@@ -133,10 +133,11 @@ def _make_kernel(module: Any, dtype: torch.dtype) -> AttentionKernel | None:
     if any(one is not None and not isinstance(one, FewRowsNorm) for one in norms):
         return None
     plain = [one.weight for one in (*linears, *norms) if one is not None and one not in packed]
-    if any(one.dtype != dtype for one in plain):
+    biases = [one.bias for one in linears if one.bias is not None]
+    if any(one.dtype != dtype for one in plain) or any(one.dtype not in TYPES for one in biases):
         return None
-    tensors = [*plain, *(one.bias for one in linears), *(part for one in packed for part in one.matrix.parts.values())]
-    if not all(one is None or (one.is_cpu and one.is_contiguous()) for one in tensors):
+    tensors = [*plain, *biases, *(part for one in packed for part in one.matrix.parts.values())]
+    if not all(one.is_cpu and one.is_contiguous() for one in tensors):
         return None
     return AttentionKernel(
         module.how,
