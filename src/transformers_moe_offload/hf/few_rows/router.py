@@ -86,9 +86,8 @@ def route_of(module: nn.Module) -> Route | None:
         if not isinstance(found, tuple) or len(found) != 3 or not all(isinstance(one, Tensor) for one in found):
             return None
         logits, scores, index = found
-        if [one.shape for one in of_texts] != [
-            one.shape for one in found
-        ]:  # the kernel forgets which text a token is of
+        # The kernel forgets which text a token is of.
+        if [one.shape for one in of_texts] != [one.shape for one in found]:
             return None
         if logits.shape != (_ROWS, len(weight)) or scores.shape != index.shape or index.dim() != 2:
             return None
