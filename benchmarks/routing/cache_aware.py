@@ -26,6 +26,7 @@ from transformers_moe_offload.bench.layers import files_of, store_of
 from transformers_moe_offload.bench.page_cache import drop
 from transformers_moe_offload.bench.session import unmap_dense
 from transformers_moe_offload.bench.tables import Table, mib
+from transformers_moe_offload.cli.tradeoff import HEADER
 
 STRENGTHS = (0.05, 0.1, 0.15, 0.175, 0.2, 0.3)
 MOST_MISSES, LEAST_SPEED = 0.5, 1.5
@@ -72,17 +73,6 @@ def measure_cache_aware(
 
 def table(result: dict[str, Any]) -> Table:
     """A row for each strength."""
-    header = [
-        "strength",
-        "hit rate",
-        "misses",
-        "MiB a token",
-        "tokens/s",
-        "speed",
-        "perplexity",
-        "KL, nats",
-        "same token",
-    ]
     rows = [
         [
             f"{one['strength']:g}",
@@ -97,7 +87,7 @@ def table(result: dict[str, Any]) -> Table:
         ]
         for one in result["figures"]
     ]
-    return Table("Each strength beside none", header, rows)
+    return Table("Each strength beside none", HEADER, rows)
 
 
 def verdicts(result: dict[str, Any]) -> list[Verdict]:

@@ -22,9 +22,7 @@ def bench(
     prefetch: Annotated[
         str | None, typer.Option(help="Load experts ahead of demand, by this predictor. Default: load none ahead.")
     ] = None,
-    mmap: Annotated[
-        bool | None, typer.Option(help="Use experts in the page cache, or copy them. Default: by the RAM that is free.")
-    ] = None,
+    mmap: options.Mmap = None,
     json_file: Annotated[Path | None, typer.Option("--json", help="Write all results to this file, too.")] = None,
     quick: Annotated[
         bool, typer.Option("--quick", help="One short run of everything; the figures mean little.")

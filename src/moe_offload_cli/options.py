@@ -26,6 +26,9 @@ CacheAware = Annotated[
     ),
 ]
 Arithmetic = Annotated[str, typer.Option(help="'fast', 'exact': bit for bit what Transformers computes, or 'int8'.")]
+Mmap = Annotated[
+    bool | None, typer.Option(help="Use experts in the page cache, or copy them. Default: by the RAM that is free.")
+]
 DeviceMap = Annotated[str | None, typer.Option(help="As in from_pretrained: 'auto', 'cpu', 'cuda:1', ...")]
 Dtype = Annotated[str, typer.Option(help="'auto' (as stored), or a torch dtype such as 'bfloat16'.")]
 Revision = Annotated[str, typer.Option(help="Branch, tag or commit on the Hub.")]

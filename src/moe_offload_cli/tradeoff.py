@@ -48,9 +48,7 @@ def tradeoff(
     cache_budget: options.CacheBudget = "auto",
     policy: options.Policy = "lru",
     arithmetic: options.Arithmetic = "fast",
-    mmap: Annotated[
-        bool | None, typer.Option(help="Use experts in the page cache, or copy them. Default: by the RAM that is free.")
-    ] = None,
+    mmap: options.Mmap = None,
     dtype: options.Dtype = "auto",
     device_map: options.DeviceMap = None,
     revision: options.Revision = "main",

@@ -17,15 +17,6 @@ TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 3e-2, torch.float16: 4e-3}
 FORMATS = [None, *(HqqFormat(nbits=nbits, group_size=32, optimize=False) for nbits in (8, 4, 3, 2))]
 
 
-@pytest.fixture(params=["avx512", "avx2", "portable"])
-def instruction_set(request):
-    library = native.library()
-    if native.choose(library, request.param) is None:
-        pytest.skip(f"this processor has no {request.param}")
-    yield request.param
-    native.choose(library)
-
-
 class Layer:
     """Random weights, and what attention with them is in float64."""
 

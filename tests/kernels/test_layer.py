@@ -25,15 +25,6 @@ FORMATS = [None, *(HqqFormat(nbits=nbits, group_size=64, optimize=False) for nbi
 TOLERANCE = {torch.float32: 3e-6, torch.bfloat16: 6e-3, torch.float16: 1e-3}
 
 
-@pytest.fixture(params=["avx512", "avx2", "portable"])
-def instruction_set(request):
-    library = native.library()
-    if native.choose(library, request.param) is None:
-        pytest.skip(f"this processor has no {request.param}")
-    yield request.param
-    native.choose(library)
-
-
 class Experts:
     """Random experts, and what they compute in float64."""
 

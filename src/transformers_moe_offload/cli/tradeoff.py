@@ -133,18 +133,10 @@ def _progress(resume: Path | None) -> Iterator[Callable[[int, int], None]]:
             raise
 
 
+HEADER = ["strength", "hit rate", "misses", "MiB a token", "tokens/s", "speed", "perplexity", "KL, nats", "same token"]
+
+
 def _show(found: Tradeoff) -> None:
-    header = [
-        "strength",
-        "hit rate",
-        "misses",
-        "MiB a token",
-        "tokens/s",
-        "speed",
-        "perplexity",
-        "KL, nats",
-        "same token",
-    ]
     rows = [
         [
             f"{one.strength:g}",
@@ -161,7 +153,7 @@ def _show(found: Tradeoff) -> None:
     ]
     console, best = Console(), found.recommended
     title = f"{found.num_tokens} tokens at each strength, step by step (misses, speed, perplexity: beside strength 0)"
-    show(console, Table(title, header, rows))
+    show(console, Table(title, HEADER, rows))
     if best.strength:
         said = (
             f"recommended: strength {best.strength:g}, the largest within {100 * found.max_loss:g} % of perplexity: "

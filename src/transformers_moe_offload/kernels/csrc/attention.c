@@ -35,8 +35,6 @@ struct attention {
     struct norm_of_heads norms[2]; /* of queries and keys */
 };
 
-static int64_t bytes_of(enum float_type type) { return type == FLOAT32 ? 4 : 2; }
-
 /* The next bytes of some memory. */
 static void *cut(char **next, int64_t nbytes)
 {
@@ -67,12 +65,6 @@ static struct product product_of(const struct linear *l, const struct matrix *m,
         chosen->round(&p, rows);
     }
     return p;
-}
-
-static int threads_for(int64_t nbytes, int threads)
-{
-    int64_t most = 1 + nbytes / BYTES_PER_THREAD;
-    return threads < most ? threads : (int)most;
 }
 
 static int64_t matrix_bytes(const struct matrix *m)
@@ -112,11 +104,11 @@ static void finish_row(const struct attention *a, const struct norm_of_heads *n,
     chosen->from_float(floats, type, cols, row);
 }
 
-/* hidden (B, H) of a type, cos and sin (`turns`, R) of another, for each text or for all -> queries (B, N, D), keys (B, M, D) and values (B, M, D) of the
- * first. Returns 0, or 1 if there is no memory. */
+/* hidden (B, H) of a type, cos and sin (`turns`, R) of another, for each text or for all -> queries (B, N, D), keys
+ * (B, M, D) and values (B, M, D) of the first. Returns 0, or 1 if there is no memory. */
 EXPORT int moe_project(const struct attention *a, const char *hidden, int type, int64_t texts, const char *cos,
-                       const char *sin, int rotary_type, int64_t turns, int64_t rotary_dim,
-                       char *queries, char *keys, char *values, int threads)
+                       const char *sin, int rotary_type, int64_t turns, int64_t rotary_dim, char *queries, char *keys,
+                       char *values, int threads)
 {
     const enum float_type of_rows = (enum float_type)type, of_rotary = (enum float_type)rotary_type;
     const int rounded = (int)a->rounded;

@@ -212,7 +212,7 @@ static void activate_some(const struct job *j, int64_t first, int64_t last)
             float *out = (float *)j->second[i].rows + within * inner;
             for (int64_t k = 0; k < wide; k += inner) { /* `out` holds the bias meanwhile */
                 int64_t part = wide - k < inner ? wide - k : inner;
-                to_floats((char *)e->first.bias + k * (shape->bias_type == FLOAT32 ? 4 : 2),
+                to_floats((char *)e->first.bias + k * bytes_of((enum float_type)shape->bias_type),
                           (enum float_type)shape->bias_type, part, out);
                 for (int64_t c = 0; c < part; c++)
                     products[k + c] += out[c];
@@ -234,7 +234,7 @@ static void sum_some(const struct job *j, int64_t first, int64_t last)
 {
     const struct layer *l = j->layer;
     const struct step *s = j->step;
-    int64_t hidden = l->first[0].cols, chunks = ceil_div(hidden, WEIGHED_AT_ONCE), size = s->type == FLOAT32 ? 4 : 2;
+    int64_t hidden = l->first[0].cols, chunks = ceil_div(hidden, WEIGHED_AT_ONCE), size = bytes_of(s->type);
     for (int64_t item = first; item < last; item++) {
         const float *rows[2 * MOST_CHOICES];
         float weights[2 * MOST_CHOICES];
@@ -356,8 +356,7 @@ static void compute(const struct layer *l, struct step *s, const int32_t *expert
         second_tiles += tiles_of(second);
         bytes += (wide * hidden * l->first[kind].nbits + hidden * inner * l->second[kind].nbits) / 8;
     }
-    int most = (int)(1 + bytes / BYTES_PER_THREAD);
-    threads = parallel && threads > 1 ? (threads < most ? threads : most) : 1;
+    threads = parallel && threads > 1 ? threads_for(bytes, threads) : 1;
     set_stage(&job.stages[FIRST], first_tiles, first_tiles / (32 * threads));
     set_stage(&job.stages[ACTIVATION], num_rows * ceil_div(inner, job.chunk), 1);
     set_stage(&job.stages[ROUNDING], l->rounded ? num : 0, 1);

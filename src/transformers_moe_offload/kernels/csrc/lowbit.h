@@ -12,6 +12,8 @@
 
 enum float_type { FLOAT32 = 0, BFLOAT16 = 1, FLOAT16 = 2 };
 
+static inline int64_t bytes_of(enum float_type type) { return type == FLOAT32 ? 4 : 2; }
+
 /* `nbits` of a matrix that is not packed: its `codes` are floats (N, K) of a type, and it has no scales and zeros. */
 #define PLAIN 16
 

@@ -152,7 +152,7 @@ static int multiply(const struct call *calls, int64_t count, const struct manner
 /* Do a call with any number of rows. */
 static int multiply_long(struct call c, const struct manner *how)
 {
-    int64_t inputs = c.inputs, most = inputs_at_once(c.matrix.cols), size = how->type == FLOAT32 ? 4 : 2;
+    int64_t inputs = c.inputs, most = inputs_at_once(c.matrix.cols), size = bytes_of(how->type);
     for (; inputs > 0; inputs -= most) {
         c.inputs = inputs < most ? inputs : most;
         if (multiply(&c, 1, how))
@@ -191,7 +191,7 @@ EXPORT int moe_linear(int64_t count, const int64_t *numbers, int type, int round
     for (int64_t i = 0; i < count && !failed; i++) {
         struct call c = call_of(numbers + i * NUMBERS);
         if (!c.matrix.cols) /* sums of no products */
-            memset(c.out, 0, (size_t)(c.inputs * c.matrix.rows * (type == FLOAT32 ? 4 : 2)));
+            memset(c.out, 0, (size_t)(c.inputs * c.matrix.rows * bytes_of((enum float_type)type)));
         else if (c.inputs > inputs_at_once(c.matrix.cols))
             failed = multiply_long(c, &how);
         else if (c.inputs)
@@ -215,8 +215,8 @@ EXPORT int moe_dense(const void *weight, const void *bias, int weight_type, int6
     struct call c = {.matrix = {.rows = rows, .cols = cols, .nbits = PLAIN, .group_size = (int)cols,
                                 .type = (enum float_type)weight_type, .codes = weight},
                      .bias = floats, .inputs = inputs, .rows = x, .out = out};
-    int64_t most = 1 + rows * cols * (weight_type == FLOAT32 ? 4 : 2) / BYTES_PER_THREAD;
-    const struct manner how = {(enum float_type)type, 0, threads < most ? threads : (int)most};
+    int64_t nbytes = rows * cols * bytes_of((enum float_type)weight_type);
+    const struct manner how = {(enum float_type)type, 0, threads_for(nbytes, threads)};
     int failed = multiply_long(c, &how);
     free(floats);
     return failed;
@@ -233,7 +233,7 @@ EXPORT int moe_norm(const char *x, int type, int64_t rows, int64_t cols, const v
         return 1;
     if (weight)
         to_floats(weight, (enum float_type)weight_type, cols, memory);
-    for (int64_t t = 0, size = type == FLOAT32 ? 4 : 2; t < rows; t++) {
+    for (int64_t t = 0, size = bytes_of((enum float_type)type); t < rows; t++) {
         to_floats(x + t * cols * size, (enum float_type)type, cols, memory + cols);
         chosen->norm(memory + cols, weight ? memory : NULL, cols, &how, (enum float_type)type, memory + 2 * cols);
         chosen->from_float(memory + 2 * cols, (enum float_type)type, cols, out + t * cols * size);

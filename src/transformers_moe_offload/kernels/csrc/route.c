@@ -87,7 +87,7 @@ EXPORT int moe_route(const void *weight, const void *x, int type, int64_t tokens
                      int scores_type, int64_t *index, const uint8_t *resident, double strength, int64_t protect,
                      double *sums, int threads)
 {
-    int64_t size = type == FLOAT32 ? 4 : 2, scores_size = scores_type == FLOAT32 ? 4 : 2;
+    int64_t size = bytes_of((enum float_type)type), scores_size = bytes_of((enum float_type)scores_type);
     float *values = malloc((size_t)(experts + choices + (sums ? tokens * experts : 0)) * sizeof *values);
     float *taken = values + experts, *affinities = taken + choices;
     if (!values || moe_dense(weight, NULL, type, experts, hidden, x, type, tokens, logits, threads)) {

@@ -47,6 +47,13 @@ static inline struct matrix matrix_of(const struct shape *s, const struct arrays
                            .zero_range = a->zero_range};
 }
 
+/* As many of the threads as reading these bytes of matrices is worth. */
+static inline int threads_for(int64_t nbytes, int threads)
+{
+    int64_t most = 1 + nbytes / BYTES_PER_THREAD;
+    return threads < most ? threads : (int)most;
+}
+
 static inline int64_t padded(int64_t count, int64_t to) { return ceil_div(count, to) * to; }
 
 static inline int64_t tiles_of(const struct product *p)
