@@ -200,6 +200,21 @@ def test_weights_that_are_replaced_are_used(model, attended):
     assert attended == [1] * 16
 
 
+def test_a_weight_of_another_shape_in_the_same_place_is_noticed(model, attended):
+    layer, name = layers(model)[0], kv_cache_parameter(layers(model)[0].plain_class.forward)
+    width = layer.o_proj.out_features
+    arguments = {
+        "hidden_states": torch.randn(1, 1, layer.q_proj.in_features).bfloat16(),
+        "position_embeddings": torch.randn(2, 1, 1, layer.how.rotary_dims[0]).bfloat16().unbind(),
+    }
+    with torch.no_grad():
+        whole, _ = layer(**arguments, **{name: DynamicCache()})
+        layer.o_proj.weight.data = layer.o_proj.weight.data[: width // 2]
+        half, _ = layer(**arguments, **{name: DynamicCache()})
+    assert attended == [1, 1]
+    assert torch.equal(half, whole[..., : width // 2])
+
+
 def test_a_copy_of_a_model_attends_with_its_own_weights(model, attended):
     before = step(model)
     copy = deepcopy(model)

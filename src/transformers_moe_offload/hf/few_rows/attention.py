@@ -115,7 +115,7 @@ def _kernel_for(module: Any, kwargs: dict[str, Any]) -> AttentionKernel | None:
             if tensor is not None:
                 if type(tensor) not in (nn.Parameter, Tensor):
                     return None
-                parts += (tensor.data_ptr(), tensor.dtype)
+                parts += (tensor.data_ptr(), tensor.dtype, tensor.shape)
     made = _made.get(module)
     if made is None or made.parts != parts:
         made = _made[module] = _Made(parts, _make_kernel(module, dtype))
