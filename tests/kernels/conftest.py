@@ -5,7 +5,7 @@ import pytest
 from transformers_moe_offload.kernels import native
 
 
-@pytest.fixture(params=["avx512", "avx2", "portable"])
+@pytest.fixture(params=["avx512_bf16", "avx512", "avx2", "portable"])
 def instruction_set(request):
     """Kernels of one instruction set are in use; skipped where this machine cannot run them."""
     library = native.library()

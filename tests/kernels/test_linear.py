@@ -33,7 +33,11 @@ def test_products_come_out_with_and_without_a_compiler(build, nbits, dtype):
 
 def test_what_is_there_is_said(build):
     said = kernels.available()["cpu"]
-    assert said in ("avx512", "avx2", "portable") if build == "compiled" else said == "not available: not built"
+    assert (
+        said in ("avx512_bf16", "avx512", "avx2", "portable")
+        if build == "compiled"
+        else said == "not available: not built"
+    )
 
 
 def test_rows_have_the_gradient_of_the_weights(build):

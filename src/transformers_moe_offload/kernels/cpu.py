@@ -1,7 +1,9 @@
 """Products with packed and with plain bfloat16 matrices on the CPU, by the compiled kernels of `csrc`.
 
 Exact products use float32 weights, rounded as in the reference, and add up in float32. The order of additions depends
-only on the instruction set, so results have the same bits for any number of threads and rows.
+only on the instruction set, so results have the same bits for any number of threads and rows. More than
+`dense.FEW_ROWS` rows of bfloat16, or rounded to int8, are multiplied with the codes themselves where the processor has
+instructions for sums of such products (`csrc/many.h`): as exactly, but in another order than few rows are.
 """
 
 # T rows of input, N rows and K columns of the matrix
@@ -40,7 +42,8 @@ def linear_each(
     `int8` rounds each group of a row of input to 8-bit integers: faster, and about 1 % off. `threads` defaults to at
     most `torch.get_num_threads()`.
 
-    One call computes all products, so threads are distributed once. Each row's product has the same bits as on its own.
+    One call computes all products, so threads are distributed once. Each matrix's products have the same bits as on
+    their own.
     Rows must satisfy `kernels.can_multiply_each`, or, for plain bfloat16 matrices, `dense.reads_fast`.
     """
     library = native.library()

@@ -88,7 +88,8 @@ def opened(path: Path) -> Native:
 
 
 def choose(found: ctypes.CDLL, name: str | None = None) -> str | None:
-    """Select the kernels `avx512`, `avx2` or `portable`, by default the best; returns the name, None if unsupported."""
+    """Select the kernels `avx512_bf16`, `avx512`, `avx2` or `portable`, by default the best; returns the name, None if
+    unsupported."""
     chosen = found.moe_choose(None if name is None else name.encode())
     return None if chosen is None else chosen.decode()
 

@@ -8,35 +8,12 @@
 #pragma GCC target("avx512f,avx512bw,avx512dq,avx512vl,avx512vnni,avx2,fma,f16c,prefer-vector-width=512")
 #endif
 
-#include <immintrin.h>
-#include <stdint.h>
-
-static void halves_to_floats(const uint16_t *halves, int64_t count, float *out)
-{
-    for (int64_t k = 0; k < count; k += 16) {
-        __mmask16 wanted = (__mmask16)(count - k < 16 ? (1u << (count - k)) - 1 : 0xffffu);
-        __m256i some = _mm256_maskz_loadu_epi16(wanted, halves + k);
-        _mm512_mask_storeu_ps(out + k, wanted, _mm512_cvtph_ps(some));
-    }
-}
-
-static void bytes_to_floats(const uint8_t *bytes, int64_t count, const uint16_t *range, float *out)
-{
-    __m512 minimum = _mm512_set1_ps(_cvtsh_ss(range[0])), step = _mm512_set1_ps(_cvtsh_ss(range[1]));
-    for (int64_t k = 0; k < count; k += 16) {
-        __mmask16 wanted = (__mmask16)(count - k < 16 ? (1u << (count - k)) - 1 : 0xffffu);
-        __m512 values = _mm512_cvtepi32_ps(_mm512_cvtepu8_epi32(_mm_maskz_loadu_epi8(wanted, bytes + k)));
-        _mm512_mask_storeu_ps(out + k, wanted, _mm512_add_ps(minimum, _mm512_mul_ps(step, values)));
-    }
-}
-
-#include "tile.h"
+#include "avx512.h"
 
 #define LANES 16
 #define WIDE_ROWS 8
 #define FUSED_INPUTS 2
 typedef __m512 vec;
-typedef __m512i ints;
 
 ALWAYS_INLINE vec load(const float *p) { return _mm512_loadu_ps(p); }
 ALWAYS_INLINE vec load_first(const float *p, int64_t count)
@@ -95,22 +72,6 @@ ALWAYS_INLINE vec multiplied(vec a, vec b) { return _mm512_mul_ps(a, b); }
 ALWAYS_INLINE vec negative(vec v) { return _mm512_sub_ps(_mm512_setzero_ps(), v); }
 ALWAYS_INLINE vec to_float(ints v) { return _mm512_cvtepi32_ps(v); }
 
-ALWAYS_INLINE ints load_bytes(const uint8_t *p) { return _mm512_loadu_si512(p); }
-
-ALWAYS_INLINE ints field(ints bytes, int shift, const int nbits)
-{
-    if (nbits == 8)
-        return bytes;
-    return _mm512_and_si512(shift ? _mm512_srli_epi16(bytes, (unsigned)shift) : bytes,
-                            _mm512_set1_epi8((char)((1 << nbits) - 1)));
-}
-
-ALWAYS_INLINE ints with_third_bits(ints codes, ints high, int place)
-{
-    __mmask64 third = _mm512_test_epi8_mask(high, _mm512_set1_epi8((char)(1 << place)));
-    return _mm512_or_si512(codes, _mm512_maskz_set1_epi8(third, 4));
-}
-
 ALWAYS_INLINE ints dot(ints codes, const int8_t *x, const int nbits)
 {
     (void)nbits;
@@ -126,14 +87,92 @@ ALWAYS_INLINE vec spread(const float *p, const int group_size)
     return _mm512_permutexvar_ps(group_size == 16 ? quarters : halves, load(p));
 }
 
+#define ROUNDS_GROUPS
+
+static void round_group(const float *x, int group_size, int8_t *codes, float *scale, float *sum_of_codes)
+{
+    vec largest = _mm512_setzero_ps();
+    __mmask16 broken = 0;
+    for (int k = 0; k < group_size; k += LANES) {
+        largest = _mm512_max_ps(largest, _mm512_abs_ps(load(x + k)));
+        broken |= _mm512_fpclass_ps_mask(load(x + k), 0x99); /* infinite, or not a number */
+    }
+    float most = _mm512_reduce_max_ps(largest);
+    if (broken || most < 0x1p-110f) { /* so small that 127 / most would be infinite */
+        memset(codes, 0, (size_t)group_size);
+        *scale = *sum_of_codes = broken ? NAN : 0;
+        return;
+    }
+    vec inverse = _mm512_set1_ps(127 / most);
+    ints total = _mm512_setzero_si512();
+    for (int k = 0; k < group_size; k += LANES) {
+        ints some = _mm512_cvtps_epi32(_mm512_mul_ps(load(x + k), inverse));
+        _mm_storeu_si128((__m128i *)(codes + k), _mm512_cvtepi32_epi8(some));
+        total = _mm512_add_epi32(total, some);
+    }
+    *scale = most / 127;
+    *sum_of_codes = *scale * (float)_mm512_reduce_add_epi32(total);
+}
+
 #include "rounded.h"
+#include "many.h"
+
+ALWAYS_INLINE void add_dots(const struct product *p, const ints *codes, int64_t column, int64_t group, int is_end,
+                            vec scale, vec zero, vec *sums, const int vectors)
+{
+    const struct rounded_rows *r = &p->rounded;
+    ints kept[16];
+#pragma GCC unroll 16
+    for (int q = 0; q < vectors; q++)
+        kept[q] = codes[q];
+    for (int64_t t = 0; t < p->inputs; t++) {
+        const int8_t *row = r->codes + t * r->cols + column;
+        ints totals[CHAINS];
+#pragma GCC unroll 4
+        for (int i = 0; i < CHAINS; i++)
+            totals[i] = _mm512_setzero_si512();
+#pragma GCC unroll 16
+        for (int q = 0; q < vectors; q++) {
+            int32_t four;
+            memcpy(&four, row + 4 * q, sizeof four);
+            totals[q % CHAINS] = _mm512_dpbusd_epi32(totals[q % CHAINS], kept[q], _mm512_set1_epi32(four));
+        }
+        ints total = totals[0];
+#pragma GCC unroll 4
+        for (int i = 1; i < CHAINS; i++)
+            total = _mm512_add_epi32(total, totals[i]);
+        vec product = _mm512_mul_ps(to_float(total), _mm512_set1_ps(r->scale[t * r->groups + group]));
+        if (is_end)
+            product = _mm512_fnmadd_ps(zero, _mm512_set1_ps(r->sum[t * r->groups + group]), product);
+        sums[t] = fused(product, scale, sums[t]);
+    }
+}
+
+static void add_rounded(const struct product *p, const ints *codes, int64_t column, int64_t count, int64_t group,
+                        int is_end, vec scale, vec zero, vec *sums)
+{
+    switch (count) {
+    case 16: add_dots(p, codes, column, group, is_end, scale, zero, sums, 4); break;
+    case 32: add_dots(p, codes, column, group, is_end, scale, zero, sums, 8); break;
+    default: add_dots(p, codes, column, group, is_end, scale, zero, sums, 16);
+    }
+}
+
+static void many_rounded(const struct product *p, int64_t first_tile, int64_t last_tile)
+{
+    multiply_blocks(p, first_tile, last_tile, add_rounded);
+}
+
 #include "stream.h"
 #include "gate.h"
 #include "norm.h"
 #include "attend.h"
 
-const struct kernels avx512_kernels = {"avx512", exact_tiles, rounded_tiles, plain_tiles, round_rows, values_to_floats,
-    activate, weigh, norm, floats_to_values, softmax, sigmoid, attend, read_memory};
+#define COMMON exact_tiles, rounded_tiles, plain_tiles, round_rows, values_to_floats, activate, weigh, norm, \
+    floats_to_values, softmax, sigmoid, attend, read_memory, many_rounded
+
+const struct kernels avx512_kernels = {"avx512", COMMON, NULL, NULL};
+const struct kernels avx512_bf16_kernels = {"avx512_bf16", COMMON, many_bfloats, sum_bfloats};
 
 #if defined(__clang__)
 #pragma clang attribute pop

@@ -33,11 +33,19 @@ struct rounded_rows {
     float *scale, *sum; /* (T, groups); sum is scale times the sum of the group's codes */
 };
 
+/* Rows of input in bfloat16, and the sum of each group of theirs. */
+struct bfloat_rows {
+    const uint16_t *rows; /* (T, K) */
+    int64_t groups;
+    float *sum; /* (T, groups) */
+};
+
 struct product {
     const struct matrix *matrix;
     int64_t inputs;              /* T */
     const float *rows;           /* (T, K), for `exact` */
-    struct rounded_rows rounded; /* for `rounded` */
+    struct rounded_rows rounded; /* for `rounded` and `many_rounded` */
+    struct bfloat_rows bfloats;  /* for `many_bfloats`, else NULL */
     const float *bias;           /* (N), added to products; NULL where there is none */
     void *out;                   /* (T, N) */
     enum float_type out_type;
@@ -83,8 +91,13 @@ struct span {
 /* The rows of a matrix are multiplied a tile at a time: as many rows of bytes as hold TILE_ROWS rows of codes. */
 #define TILE_ROWS 8
 
-/* Most rows of input that one call to a kernel takes. */
+/* Most rows of input that one call to a kernel takes, and to those for many. */
 #define MOST_INPUTS 48
+#define MOST_OF_MANY 128
+
+/* With more rows than that, kernels for many are used where there are some. As many as one call for a layer takes, so that
+ * a token has the same bits in a decode step and beside a few others. */
+#define FEW_INPUTS 8
 
 /* Most rows of memory that are read side by side, to measure how fast that is. */
 #define MOST_STREAMS 8
@@ -107,11 +120,17 @@ struct kernels {
     void (*sigmoid)(float *values, int64_t count);
     void (*attend)(const struct span *);
     uint64_t (*read_memory)(const char *memory, int64_t nbytes, int streams);
+    /* Of packed matrices and many rows; NULL where there are none. */
+    void (*many_rounded)(const struct product *, int64_t first_tile, int64_t last_tile);
+    void (*many_bfloats)(const struct product *, int64_t first_tile, int64_t last_tile);
+    void (*sum_bfloats)(const uint16_t *values, int64_t groups, int group_size, float *out);
 };
 
 extern const struct kernels portable_kernels;
 #if defined(__x86_64__)
-extern const struct kernels avx2_kernels, avx512_kernels;
+extern const struct kernels avx2_kernels, avx512_kernels, avx512_bf16_kernels;
+void many_bfloats(const struct product *, int64_t first_tile, int64_t last_tile); /* of avx512_bf16.c, as is */
+void sum_bfloats(const uint16_t *values, int64_t groups, int group_size, float *out);
 #endif
 
 static inline int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }

@@ -24,7 +24,9 @@ static const struct kernels *supported(const char *name)
     int avx512 = avx2 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
         __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl") &&
         __builtin_cpu_supports("avx512vnni");
+    int bf16 = avx512 && __builtin_cpu_supports("avx512bf16");
     const struct kernels *all[] = {
+        bf16 ? &avx512_bf16_kernels : NULL,
         avx512 ? &avx512_kernels : NULL,
         avx2 ? &avx2_kernels : NULL,
         &portable_kernels,
@@ -83,12 +85,6 @@ void multiply_all(const struct product *products, int64_t count, int rounded, in
 /* Bytes of float32 input that one pass over a matrix may use: half of the L2 of the cores we know. */
 #define INPUT_BYTES (1 << 20)
 
-/* Rows of input that go over the matrix at once. More share the work of decoding it, but must stay in the L2. */
-static int64_t inputs_at_once(int64_t cols)
-{
-    int64_t fit = INPUT_BYTES / (4 * cols);
-    return fit > MOST_INPUTS ? MOST_INPUTS : fit < 15 ? 15 : fit / 3 * 3;
-}
 
 /* Rows of input, the matrix that multiplies them, and where the products go. */
 struct call {
@@ -105,28 +101,70 @@ struct manner {
     int rounded, threads;
 };
 
+static int has_many(const struct call *c) { return c->matrix.nbits != PLAIN && c->inputs > FEW_INPUTS; }
+
+/* Whether a call's rows are multiplied in bfloat16. */
+static int in_bfloats(const struct call *c, const struct manner *how)
+{
+    return has_many(c) && how->type == BFLOAT16 && !how->rounded && chosen->many_bfloats;
+}
+
+/* Rows of input that go over the matrix at once. More share the work of decoding it, but must stay in the L2. */
+static int64_t inputs_at_once(const struct call *c, const struct manner *how)
+{
+    if (has_many(c) && (how->rounded ? chosen->many_rounded != NULL : in_bfloats(c, how)))
+        return MOST_OF_MANY;
+    int64_t fit = INPUT_BYTES / (4 * c->matrix.cols);
+    return fit > MOST_INPUTS ? MOST_INPUTS : fit < 15 ? 15 : fit / 3 * 3;
+}
+
 /* Bytes for a call's rows as the kernels take them. */
 static size_t prepared_bytes(const struct call *c, const struct manner *how)
 {
+    if (in_bfloats(c, how))
+        return (size_t)padded(c->inputs * (c->matrix.cols / c->matrix.group_size) * 4, 64);
     int64_t floats = how->type == FLOAT32 ? 0 : 4 * c->matrix.cols;
-    int64_t of_rounded = how->rounded ? rounded_bytes(&c->matrix) : 0;
-    return (size_t)padded(c->inputs * (floats + of_rounded), 64);
+    if (how->rounded)
+        return (size_t)padded(c->inputs * rounded_bytes(&c->matrix) + floats, 64);
+    return (size_t)padded(c->inputs * floats, 64);
+}
+
+/* Round rows of a type; those that are no floats by way of `one_row`. */
+static void round_all(const struct product *p, const char *rows, enum float_type type, float *one_row)
+{
+    if (type == FLOAT32) {
+        chosen->round(p, (const float *)rows);
+        return;
+    }
+    struct product one = *p;
+    one.inputs = 1;
+    for (int64_t t = 0; t < p->inputs; t++, rows += p->matrix->cols * bytes_of(type)) {
+        chosen->to_float(rows, type, p->matrix->cols, one_row);
+        chosen->round(&one, one_row);
+        one.rounded.codes += one.rounded.cols;
+        one.rounded.scale += one.rounded.groups;
+        one.rounded.sum += one.rounded.groups;
+    }
 }
 
 static void prepare(const struct call *c, const struct manner *how, char *memory, struct product *p)
 {
     *p = (struct product){.matrix = &c->matrix, .inputs = c->inputs, .out = c->out, .out_type = how->type,
                           .bias = c->bias};
-    p->rows = (const float *)c->rows;
-    if (how->type != FLOAT32) {
-        float *floats = (float *)memory;
-        chosen->to_float(c->rows, how->type, c->inputs * c->matrix.cols, floats);
-        p->rows = floats;
-        memory += c->inputs * c->matrix.cols * 4;
+    if (in_bfloats(c, how)) {
+        int64_t groups = c->matrix.cols / c->matrix.group_size;
+        p->bfloats = (struct bfloat_rows){(const uint16_t *)c->rows, groups, (float *)memory};
+        chosen->sum_bfloats(p->bfloats.rows, c->inputs * groups, c->matrix.group_size, p->bfloats.sum);
+        return;
     }
     if (how->rounded) {
         p->rounded = rounded_in(memory, &c->matrix, c->inputs);
-        chosen->round(p, p->rows);
+        round_all(p, c->rows, how->type, (float *)(memory + c->inputs * rounded_bytes(&c->matrix)));
+    } else if (how->type != FLOAT32) {
+        chosen->to_float(c->rows, how->type, c->inputs * c->matrix.cols, (float *)memory);
+        p->rows = (const float *)memory;
+    } else {
+        p->rows = (const float *)c->rows;
     }
 }
 
@@ -152,7 +190,8 @@ static int multiply(const struct call *calls, int64_t count, const struct manner
 /* Do a call with any number of rows. */
 static int multiply_long(struct call c, const struct manner *how)
 {
-    int64_t inputs = c.inputs, most = inputs_at_once(c.matrix.cols), size = bytes_of(how->type);
+    int64_t inputs = c.inputs, size = bytes_of(how->type);
+    int64_t most = ceil_div(inputs, ceil_div(inputs, inputs_at_once(&c, how))); /* so that parts are equal */
     for (; inputs > 0; inputs -= most) {
         c.inputs = inputs < most ? inputs : most;
         if (multiply(&c, 1, how))
@@ -192,7 +231,7 @@ EXPORT int moe_linear(int64_t count, const int64_t *numbers, int type, int round
         struct call c = call_of(numbers + i * NUMBERS);
         if (!c.matrix.cols) /* sums of no products */
             memset(c.out, 0, (size_t)(c.inputs * c.matrix.rows * bytes_of((enum float_type)type)));
-        else if (c.inputs > inputs_at_once(c.matrix.cols))
+        else if (c.inputs > inputs_at_once(&c, &how))
             failed = multiply_long(c, &how);
         else if (c.inputs)
             calls[together++] = c;

@@ -7,8 +7,10 @@
  *   to_float(ints), multiplied, negative
  *   spread(p, group_size)     lane i gets p[4 * i / group_size]
  *   load_first(p, count)      as `load`, with zeros from `count` on, which are not looked at
+ *   ROUNDS_GROUPS             defined if it has a `round_group` of its own, to the same bits
  */
 
+#ifndef ROUNDS_GROUPS
 static void round_group(const float *x, int group_size, int8_t *codes, float *scale, float *sum_of_codes)
 {
     float largest[16] = {0}, broken[16] = {0}, most = 0, any_broken = 0;
@@ -39,6 +41,7 @@ static void round_group(const float *x, int group_size, int8_t *codes, float *sc
     *scale = most / 127;
     *sum_of_codes = *scale * (float)total;
 }
+#endif
 
 static void round_rows(const struct product *p, const float *rows)
 {

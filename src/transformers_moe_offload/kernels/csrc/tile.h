@@ -99,7 +99,7 @@ static void put(const struct product *p, int64_t input, int64_t row, float value
         ((uint16_t *)p->out)[place] = p->out_type == BFLOAT16 ? bfloat_of_float(value) : half_of_float(value);
 }
 
-static void values_to_floats(const void *values, enum float_type type, int64_t count, float *out)
+static inline void values_to_floats(const void *values, enum float_type type, int64_t count, float *out)
 {
     const uint16_t *bits = (const uint16_t *)values;
     if (type == FLOAT16)

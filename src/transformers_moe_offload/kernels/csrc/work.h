@@ -63,6 +63,19 @@ static inline int64_t tiles_of(const struct product *p)
     return ceil_div(byte_rows(p->matrix), tile_byte_rows(p->matrix));
 }
 
+typedef void tiles_function(const struct product *, int64_t first_tile, int64_t last_tile);
+
+static inline tiles_function *kernel_for(const struct product *p, int rounded)
+{
+    if (p->matrix->nbits == PLAIN)
+        return chosen->plain;
+    if (p->bfloats.rows)
+        return chosen->many_bfloats;
+    if (!rounded)
+        return chosen->exact;
+    return p->inputs > FEW_INPUTS && chosen->many_rounded ? chosen->many_rounded : chosen->rounded;
+}
+
 /* The tiles from `first` up to `last`, as if those of all products were one after another. `rounded`: packed matrices are
  * multiplied with rounded rows. */
 static inline void multiply_tiles(const struct product *products, int64_t count, int rounded, int64_t first, int64_t last)
@@ -71,9 +84,7 @@ static inline void multiply_tiles(const struct product *products, int64_t count,
         const struct product *p = &products[i];
         int64_t tiles = tiles_of(p);
         if (first < tiles)
-            (p->matrix->nbits == PLAIN ? chosen->plain
-                 : rounded             ? chosen->rounded
-                                       : chosen->exact)(p, first > 0 ? first : 0, last < tiles ? last : tiles);
+            kernel_for(p, rounded)(p, first > 0 ? first : 0, last < tiles ? last : tiles);
         first -= tiles;
         last -= tiles;
     }
