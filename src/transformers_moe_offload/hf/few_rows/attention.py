@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torch.nn.modules import module as hooks
 from transformers import Cache
 
+from transformers_moe_offload.hf.few_rows.kept_tokens import extended
 from transformers_moe_offload.hf.few_rows.linear import FewRowsLinear
 from transformers_moe_offload.hf.few_rows.norm import FewRowsNorm
 from transformers_moe_offload.hf.few_rows.swapped import FewRows
@@ -56,7 +57,7 @@ class FewRowsAttention(FewRows):
         queries, keys, values = kernel.project(hidden, turn)
         cache = _cache(kwargs)
         assert cache is not None
-        keys, values = cache.update(keys, values, module.layer_idx)
+        keys, values = extended(cache, keys, values, module.layer_idx)
         return kernel.attend(queries, _as_rows(keys, hidden.dtype), _as_rows(values, hidden.dtype)), None
 
 
