@@ -9,6 +9,7 @@ from transformers import AutoModelForCausalLM
 
 from transformers_moe_offload import HqqFormat, OffloadConfig
 from transformers_moe_offload.bench.layers import sparse_layers
+from transformers_moe_offload.hf.model.paths.fast import FastPath
 from transformers_moe_offload.kernels import native
 from transformers_moe_offload.tracing.replay import replay
 
@@ -54,7 +55,7 @@ def test_a_replay_of_its_trace_has_its_hits():
     assert replay(trace, model.moe_offload.config.policy, pool.num_slots).hits == counts(model)[0]
 
 
-@pytest.mark.parametrize("num_tokens", [1, 2, 8])
+@pytest.mark.parametrize("num_tokens", [1, 2, 8, 21])
 @pytest.mark.parametrize("experts", [None, HqqFormat(nbits=4, group_size=32, optimize=False)], ids=["dense", "4 bits"])
 def test_logits_are_the_same_bits_wherever_experts_are(experts, num_tokens):
     options = [
@@ -68,8 +69,20 @@ def test_logits_are_the_same_bits_wherever_experts_are(experts, num_tokens):
     for one in options:
         model = load(experts=experts, arithmetic="int8", **one)
         with torch.inference_mode():
-            found += [model(PROMPT[:, :num_tokens]).logits for _ in range(2)]
+            found += [model(torch.arange(11, 11 + num_tokens)[None]).logits for _ in range(2)]
     assert all(torch.equal(one, found[0]) for one in found)
+
+
+@pytest.mark.parametrize("budget", ["15%", "100%"])
+def test_drafted_tokens_are_verified_by_it(budget, monkeypatch):
+    """The longest draft has 20 tokens by default."""
+    model = load(cache_budget=budget, mmap=False)
+    seen = []
+    monkeypatch.setattr(FastPath, "forward", lambda path, call: seen.append(len(call.inputs[0])))
+    with torch.inference_mode():
+        for num_tokens in (2, 9, 21):
+            model(torch.arange(11, 11 + num_tokens)[None])
+    assert not seen
 
 
 def test_prefetching_goes_on_beside_it():

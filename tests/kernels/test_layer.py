@@ -11,7 +11,7 @@ from transformers_moe_offload.config import HqqFormat
 from transformers_moe_offload.formats.hqq import quantize
 from transformers_moe_offload.kernels import native
 from transformers_moe_offload.kernels.grouped import Activation, Function
-from transformers_moe_offload.kernels.layer import LayerKernel, Workspace
+from transformers_moe_offload.kernels.layer import LayerKernel, Workspace, takes
 from transformers_moe_offload.kernels.reference import dequantize
 from transformers_moe_offload.kernels.stored import Stored
 
@@ -105,7 +105,7 @@ def test_dense_experts_are_as_near_to_float64_as_the_dtype_allows(activation, dt
 @pytest.mark.parametrize("format", FORMATS[1:], ids=lambda one: f"{one.nbits} bits")
 def test_experts_in_low_bits_are_near_to_their_decoded_weights(format, rounds, instruction_set):
     experts = Experts(format, ACTIVATIONS[0], torch.bfloat16, has_bias=True)
-    for num_tokens in (1, 4):
+    for num_tokens in (1, 4, 32):
         step = step_of(num_tokens, torch.bfloat16)
         out = torch.empty_like(step[0])
         assert experts.kernel(rounds=rounds).step(*step, out, 0.0)
@@ -114,7 +114,7 @@ def test_experts_in_low_bits_are_near_to_their_decoded_weights(format, rounds, i
 
 @pytest.mark.parametrize("threads", [1, 3])
 @pytest.mark.parametrize("format", FORMATS[:3], ids=["dense", "8 bits", "4 bits"])
-@pytest.mark.parametrize("num_tokens", [1, 5])
+@pytest.mark.parametrize("num_tokens", [1, 5, 32])
 def test_in_pieces_and_on_other_threads_the_bits_are_the_same(num_tokens, format, threads):
     experts, step = Experts(format, ACTIVATIONS[0], torch.bfloat16), step_of(num_tokens, torch.bfloat16)
     kernel = experts.kernel(rounds=True)
@@ -134,6 +134,23 @@ def test_in_pieces_and_on_other_threads_the_bits_are_the_same(num_tokens, format
     finally:
         torch.set_num_threads(before)
     assert torch.equal(pieces, whole)
+
+
+@pytest.mark.parametrize(
+    ("num_tokens", "choices", "num_experts", "is_taken"),
+    [
+        (0, 2, 8, False),
+        (8, 4, 4, True),
+        (9, 4, 4, False),  # more than eight rows for each expert
+        (21, 2, 8, True),
+        (32, 8, 64, True),
+        (33, 8, 64, False),
+        (32, 22, 512, False),  # more pairs than the kernel sorts
+        (1, 65, 512, False),
+    ],
+)
+def test_up_to_32_tokens_are_taken_while_experts_have_few_rows_each(num_tokens, choices, num_experts, is_taken):
+    assert takes(num_tokens, choices, num_experts) is is_taken
 
 
 def test_experts_are_wanted_in_the_order_of_the_last_token_that_wants_them():

@@ -1,4 +1,5 @@
-"""A few rows on a CPU, such as a decode step: all experts of the layer by one call of the compiled kernels."""
+"""A few rows on a CPU, such as those of a decode step or of drafted tokens: all experts of the layer by one call of the
+compiled kernels."""
 
 # T tokens, H hidden, K experts per token
 
@@ -16,7 +17,7 @@ from transformers_moe_offload.compute.one_call import OneCall
 from transformers_moe_offload.hf.model.layer_forward import Call, LayerExperts
 from transformers_moe_offload.kernels.cpu import TYPES
 from transformers_moe_offload.kernels.few_rows import is_watched
-from transformers_moe_offload.kernels.layer import MOST_CHOICES, MOST_PAIRS, MOST_TOKENS
+from transformers_moe_offload.kernels.layer import takes
 
 
 @dataclass(frozen=True)
@@ -38,11 +39,8 @@ class OneCallPath:
         hidden, index, weights = call.inputs
         if hidden.dim() != 2 or index.dim() != 2 or call.is_changed or has_hooks(module._modules.get("act_fn")):
             return False
-        num_tokens, choices = index.shape
         return (
-            0 < num_tokens <= MOST_TOKENS
-            and 0 < choices <= MOST_CHOICES
-            and num_tokens * choices <= MOST_PAIRS
+            takes(index.shape[0], index.shape[1], self.one_call.kernel.num_experts)
             and hidden.dtype == self.experts.dtype
             and index.dtype == torch.int64
             and weights.dtype in TYPES
