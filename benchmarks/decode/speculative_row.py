@@ -147,7 +147,7 @@ def _run(target: Any, way: Way, prompt: Tensor, new_tokens: int, samples: bool, 
         "misses": stats.misses,
         "disk_bytes": stats.disk_bytes,
         "stall_ms": stats.stall_ms,
-        "text": out[0, prompt.shape[1] :].tolist(),
+        "text": " ".join(map(str, out[0, prompt.shape[1] :].tolist())),
     }
 
 

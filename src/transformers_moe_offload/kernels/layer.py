@@ -25,7 +25,7 @@ from transformers_moe_offload.kernels.stored import Arrays, Matrix, Shape, Store
 MOST_TOKENS = 32
 """A forward that verifies drafted tokens has up to 21 by default. With 9 to 32 tokens a layer of 64 experts, 8 chosen,
 takes 0.60 to 0.66 times as long as expert by expert in bfloat16, 0.40 to 0.53 in 4 bits; one of 8 experts, 2 chosen,
-0.72 to 0.94 and 0.81 to 0.85 (hidden size 1024, two cores of an EPYC with bfloat16 units)."""
+0.72 to 0.94 and 0.81 to 0.85 (hidden size 1024, two cores of an EPYC with bfloat16 units; on one core 0.63 to 0.91)."""
 
 MOST_ROWS_PER_EXPERT = 8
 """On average, for more tokens than that: more rows are multiplied faster by other kernels (`dense.FEW_ROWS`)."""

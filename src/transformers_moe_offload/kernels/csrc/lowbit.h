@@ -95,8 +95,8 @@ struct span {
 #define MOST_INPUTS 48
 #define MOST_OF_MANY 128
 
-/* With more rows than that, kernels for many are used where there are some. As many as one call for a layer takes, so that
- * a token has the same bits in a decode step and beside a few others. */
+/* With more rows than that, kernels for many are used where there are some: a token has the same bits in a decode step and
+ * beside up to seven others. */
 #define FEW_INPUTS 8
 
 /* Most rows of memory that are read side by side, to measure how fast that is. */
