@@ -34,7 +34,7 @@ def test_products_come_out_with_and_without_a_compiler(build, nbits, dtype):
 def test_what_is_there_is_said(build):
     said = kernels.available()["cpu"]
     assert (
-        said in ("avx512_bf16", "avx512", "avx2", "portable")
+        said in ("avx512_bf16", "avx512", "avx2", "neon_dot", "neon", "portable")
         if build == "compiled"
         else said == "not available: not built"
     )

@@ -8,6 +8,9 @@ from transformers_moe_offload.kernels import dense, reference
 from .matrices import GROUP_SIZES, META_NBITS, NBITS, random_matrix, random_rows, with_meta
 from .test_cpu import ROUNDING, linear
 
+# Not those of ARM, which have no kernels of their own for many rows and would take minutes on an emulated processor.
+pytestmark = pytest.mark.parametrize("instruction_set", ["avx512_bf16", "avx512", "avx2", "portable"], indirect=True)
+
 SHAPES = [(1, 1, 9), (3, 2, 20), (45, 7, 70), (65, 11, 130), (64, 5, 17), (200, 3, 300)]
 """Rows of a matrix, groups in each, rows of input: whole blocks and broken ones, one call of the kernel and several."""
 

@@ -72,7 +72,8 @@ def test_a_library_of_an_older_interface_is_refused_with_both_numbers(compiled, 
 def test_the_best_kernels_are_in_use():
     if native.library() is None:
         pytest.skip("no compiled kernels")
-    runs = [name for name in ("avx512_bf16", "avx512", "avx2", "portable") if native.choose(native.library(), name)]
+    names = ("avx512_bf16", "avx512", "avx2", "neon_dot", "neon", "portable")
+    runs = [name for name in names if native.choose(native.library(), name)]
     assert native.choose(native.library()) == runs[0] == native.native().kernels
 
 

@@ -6,14 +6,20 @@ import torch
 from transformers_moe_offload.kernels import native
 from transformers_moe_offload.kernels.solver import FusedSolver, Solver, solver_for
 
+from . import arm
+
 GROUP_SIZES = (16, 32, 64, 128)
 
 
-@pytest.fixture(params=["torch", "fused"])
+@pytest.fixture(params=["torch", "fused", "fused, on ARM"])
 def solver(request):
     if request.param == "torch":
         return Solver()
-    return fused()
+    if request.param == "fused":
+        return fused()
+    if arm.missing():
+        pytest.skip(arm.missing())
+    return FusedSolver(arm.emulated(True).library)
 
 
 def fused():

@@ -10,8 +10,9 @@ import ctypes
 import functools
 import importlib.util
 import platform
+from collections.abc import Callable
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 ABI = 7
 """Must equal the number in `csrc/product.c`: a library with another number takes other arguments."""
@@ -41,10 +42,13 @@ def native() -> Native:
     return opened(Path(spec.origin))
 
 
-def opened(path: Path) -> Native:
-    """Open a library with the best kernels this processor can run, or say why it cannot be used."""
+def opened(path: Path, load: Callable[[str], Any] = ctypes.CDLL) -> Native:
+    """Open a library with the best kernels this processor can run, or say why it cannot be used.
+
+    `load` opens it; tests emulate other processors.
+    """
     try:
-        found = ctypes.CDLL(str(path))
+        found = load(str(path))
         abi = found.moe_abi()
     except (OSError, AttributeError) as error:
         return Native(None, missing=f"{path} is not the library of this package: {error}")
@@ -88,8 +92,10 @@ def opened(path: Path) -> Native:
 
 
 def choose(found: ctypes.CDLL, name: str | None = None) -> str | None:
-    """Select the kernels `avx512_bf16`, `avx512`, `avx2` or `portable`, by default the best; returns the name, None if
-    unsupported."""
+    """Select the kernels `avx512_bf16`, `avx512`, `avx2`, `neon_dot`, `neon` or `portable`, by default the best.
+
+    Returns the name, None if the processor cannot run them.
+    """
     chosen = found.moe_choose(None if name is None else name.encode())
     return None if chosen is None else chosen.decode()
 

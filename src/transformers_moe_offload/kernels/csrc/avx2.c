@@ -151,7 +151,8 @@ ALWAYS_INLINE vec spread(const float *p, const int group_size)
 #include "attend.h"
 
 const struct kernels avx2_kernels = {"avx2", exact_tiles, rounded_tiles, plain_tiles, round_rows, values_to_floats,
-    activate, weigh, norm, floats_to_values, softmax, sigmoid, attend, read_memory};
+    activate, weigh, norm, floats_to_values, softmax, sigmoid, attend, read_memory,
+    NULL, NULL, NULL};
 
 #if defined(__clang__)
 #pragma clang attribute pop

@@ -4,9 +4,8 @@
  *   LANES, vec, ints       floats, and codes, in a vector
  *   WIDE_ROWS              rows of a tile that are multiplied by three inputs at once without leaving the registers
  *   FUSED_INPUTS           1 or 2: as many are multiplied while a tile is decoded
- *   load, store, fused (a * b + c), sum, load_codes, shifted
- *   struct values, values_of(scale, zero, nbits), weights(codes, values, nbits): codes may have bits above theirs
- *   with_third(codes, high, place): 2-bit codes, which may have bits above theirs, and the bit of `high` at that place
+ *   load, store, fused (a * b + c), sum
+ *   what decode.h needs; or AT_ONCE, and what decode_wide.h needs
  *
  * A product is added up lane by lane in the order of the columns and by one thread, so that it depends neither on the
  * number of threads nor on the rows that are multiplied beside it.
@@ -15,59 +14,15 @@
 /* Columns that are decoded at a time: 8 rows of them in float32 are 16 KiB, which leaves most of an L1 to the input. */
 #define CHUNK 512
 
-/* Decode the columns of a tile from `column` on, at most MOST_GROUPS groups, whose scales and zeros have been read.
- * With inputs, at most FUSED_INPUTS, their products with the weights are added to `sums` (T, TILE_ROWS); with none, the
- * weights are written to `out` (TILE_ROWS, CHUNK). `third_in_one`: the rows of the matrix in a row of bytes also have their third
- * bits in one row of bytes, which is so if their number is a multiple of 8. */
-ALWAYS_INLINE void decode(const struct matrix *m, const struct tile *tile, int64_t column, int64_t length,
-                          const float *inputs, vec *sums, float *out, const int num_inputs, const int nbits,
-                          const int third_in_one, const int group_size)
-{
-    const int plane = nbits == 3 ? 2 : nbits, in_a_byte = 8 / plane, num_byte_rows = TILE_ROWS / in_a_byte;
-    const uint8_t *bytes[TILE_ROWS], *high[TILE_ROWS];
-    int place[TILE_ROWS];
-    vec sum[TILE_ROWS][FUSED_INPUTS];
-    struct values values[TILE_ROWS];
-#pragma GCC unroll 8
-    for (int i = 0; i < TILE_ROWS; i++) {
-        if (i < num_byte_rows)
-            bytes[i] = tile->bytes[i] + column;
-        if (nbits == 3)
-            high[third_in_one ? i / in_a_byte : i] = third_bits(m, tile->row[i], &place[i]) + column;
-#pragma GCC unroll 2
-        for (int t = 0; t < num_inputs; t++)
-            sum[i][t] = sums[t * TILE_ROWS + i];
-    }
-    for (int64_t group = 0; group < length / group_size; group++) {
-        int64_t start = group * group_size;
-        for (int k = 0; k < group_size && (start + k) % 64 == 0; k += 64)
-#pragma GCC unroll 8
-            for (int b = 0; b < num_byte_rows; b++)
-                fetch_ahead(bytes[b] + start + k, num_byte_rows * m->cols);
-#pragma GCC unroll 8
-        for (int i = 0; i < TILE_ROWS; i++)
-            values[i] = values_of(tile->scale[i][group], tile->zero[i][group], nbits);
-        for (int64_t k = start; k < start + group_size; k += LANES) {
-#pragma GCC unroll 8
-            for (int i = 0; i < TILE_ROWS; i++) {
-                ints codes = shifted(load_codes(bytes[i / in_a_byte] + k), 8 - plane * (i % in_a_byte + 1));
-                if (nbits == 3)
-                    codes = with_third(codes, load_codes(high[third_in_one ? i / in_a_byte : i] + k), place[i]);
-                vec w = weights(codes, values[i], nbits);
-                if (!num_inputs)
-                    store(out + i * CHUNK + k, w);
-#pragma GCC unroll 2
-                for (int t = 0; t < num_inputs; t++)
-                    sum[i][t] = fused(w, load(inputs + t * m->cols + k), sum[i][t]);
-            }
-        }
-    }
-#pragma GCC unroll 8
-    for (int i = 0; i < TILE_ROWS; i++)
-#pragma GCC unroll 2
-        for (int t = 0; t < num_inputs; t++)
-            sums[t * TILE_ROWS + i] = sum[i][t];
-}
+/* `decode` decodes the columns of a tile from `column` on, at most MOST_GROUPS groups, whose scales and zeros have been
+ * read. With inputs, at most FUSED_INPUTS, their products with the weights are added to `sums` (T, TILE_ROWS); with none,
+ * the weights are written to `out` (TILE_ROWS, CHUNK). `third_in_one`: the rows of the matrix in a row of bytes also have
+ * their third bits in one row of bytes, which is so if their number is a multiple of 8. */
+#if defined(AT_ONCE)
+#include "decode_wide.h"
+#else
+#include "decode.h"
+#endif
 
 ALWAYS_INLINE void decode_bits(const struct matrix *m, const struct tile *tile, int64_t column, int64_t length,
                                const float *inputs, vec *sums, float *out, const int num_inputs, const int nbits,

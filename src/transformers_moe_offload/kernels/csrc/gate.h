@@ -8,6 +8,7 @@
 
 typedef int32_t whole_numbers __attribute__((vector_size(4 * LANES)));
 
+#if !defined(all_of) /* as an instruction of its own */
 ALWAYS_INLINE vec all_of(float value)
 {
     float values[LANES];
@@ -15,6 +16,7 @@ ALWAYS_INLINE vec all_of(float value)
         values[i] = value;
     return load(values);
 }
+#endif
 
 /* `a` where the mask's bits are set, else `b`. */
 ALWAYS_INLINE vec either(whole_numbers mask, vec a, vec b)

@@ -270,6 +270,8 @@ static void wait_for(struct stage *stage)
 #if defined(__linux__)
         if (spins > SPINS)
             sched_yield();
+#else
+        (void)spins;
 #endif
     }
 }

@@ -132,6 +132,13 @@ extern const struct kernels avx2_kernels, avx512_kernels, avx512_bf16_kernels;
 void many_bfloats(const struct product *, int64_t first_tile, int64_t last_tile); /* of avx512_bf16.c, as is */
 void sum_bfloats(const uint16_t *values, int64_t groups, int group_size, float *out);
 #endif
+#if defined(__aarch64__)
+extern const struct kernels neon_kernels;
+#if !defined(__clang__) || __clang_major__ >= 16 || defined(__ARM_FEATURE_DOTPROD)
+#define HAS_NEON_DOT /* before 16, clang only knows the instructions if all of a file may use them */
+extern const struct kernels neon_dot_kernels;
+#endif
+#endif
 
 static inline int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 

@@ -1,6 +1,7 @@
 /* Products with matrices of floats as they are: nothing to decode, so reading them is all that takes time.
  *
- * Included once by each instruction set, after exact.h and, of its vectors, `load_bfloats` and `load_halves`. A row is
+ * Included once by each instruction set, after exact.h and, of its vectors, `load_bfloats` and `load_halves`; those that
+ * define AT_ONCE also have what rows_wide.h needs. A row is
  * added up lane by lane in the order of the columns and by one thread, as in exact.h, so its product depends neither on
  * threads nor on the rows beside it, nor on where in memory the matrix begins.
  */
@@ -21,41 +22,12 @@ static float value_at(const char *p, enum float_type type)
     return type == BFLOAT16 ? float_of_bfloat(bits) : float_of_half(bits);
 }
 
-/* Write the products of some rows of a tile, all K columns, and some inputs (T, K). */
-ALWAYS_INLINE void multiply_plain(const struct product *p, const char *const *weights, const int64_t *row,
-                                  int64_t input, const int rows, const int num_inputs, const enum float_type type)
-{
-    const int size = type == FLOAT32 ? 4 : 2;
-    int64_t cols = p->matrix->cols, whole = cols / LANES * LANES;
-    const float *inputs = p->rows + input * cols;
-    vec sums[8][3];
-    memset(sums, 0, sizeof sums);
-    for (int64_t k = 0; k < whole; k += LANES) {
-        vec x[3];
-#pragma GCC unroll 3
-        for (int t = 0; t < num_inputs; t++)
-            x[t] = load(inputs + t * cols + k);
-#pragma GCC unroll 8
-        for (int i = 0; i < rows; i++) {
-            if (size * k % 64 == 0)
-                fetch_ahead((const uint8_t *)weights[i] + size * k, TILE_ROWS * cols * size);
-            vec w = load_values(weights[i] + size * k, type);
-#pragma GCC unroll 3
-            for (int t = 0; t < num_inputs; t++)
-                sums[i][t] = fused(w, x[t], sums[i][t]);
-        }
-    }
-#pragma GCC unroll 8
-    for (int i = 0; i < rows; i++)
-#pragma GCC unroll 3
-        for (int t = 0; t < num_inputs; t++) {
-            float total = sum(sums[i][t]);
-            for (int64_t k = whole; k < cols; k++)
-                total += value_at(weights[i] + size * k, type) * inputs[t * cols + k];
-            if (row[i] < p->matrix->rows)
-                put(p, input + t, row[i], total);
-        }
-}
+/* `multiply_plain` writes the products of some rows of a tile, all K columns, and some inputs (T, K). */
+#if defined(AT_ONCE)
+#include "rows_wide.h"
+#else
+#include "rows.h"
+#endif
 
 ALWAYS_INLINE void plain_tiles_of(const struct product *p, int64_t first_tile, int64_t last_tile,
                                   const enum float_type type)

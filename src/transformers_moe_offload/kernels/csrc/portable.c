@@ -119,4 +119,5 @@ ALWAYS_INLINE vec spread(const float *p, const int group_size)
 #include "attend.h"
 
 const struct kernels portable_kernels = {"portable", exact_tiles, rounded_tiles, plain_tiles, round_rows,
-    values_to_floats, activate, weigh, norm, floats_to_values, softmax, sigmoid, attend, read_memory};
+    values_to_floats, activate, weigh, norm, floats_to_values, softmax, sigmoid, attend, read_memory,
+    NULL, NULL, NULL};

@@ -4,6 +4,10 @@
 #include <stdlib.h>
 #include <string.h>
 
+#if defined(__aarch64__) && defined(__linux__)
+#include <sys/auxv.h>
+#endif
+
 #include "work.h"
 
 #define ABI 7 /* as in native.py; one more whenever a function's arguments change */
@@ -15,6 +19,19 @@ parallel_function *parallel;
 EXPORT void moe_set_parallel(parallel_function *function) { parallel = function; }
 
 const struct kernels *chosen;
+
+#if defined(HAS_NEON_DOT)
+static int has_dot_product(void)
+{
+#if defined(__linux__)
+    return getauxval(AT_HWCAP) >> 20 & 1; /* HWCAP_ASIMDDP */
+#elif defined(__APPLE__) || defined(__ARM_FEATURE_DOTPROD)
+    return 1; /* every Mac with an ARM processor has it */
+#else
+    return 0;
+#endif
+}
+#endif
 
 static const struct kernels *supported(const char *name)
 {
@@ -29,6 +46,14 @@ static const struct kernels *supported(const char *name)
         bf16 ? &avx512_bf16_kernels : NULL,
         avx512 ? &avx512_kernels : NULL,
         avx2 ? &avx2_kernels : NULL,
+        &portable_kernels,
+    };
+#elif defined(__aarch64__)
+    const struct kernels *all[] = {
+#if defined(HAS_NEON_DOT)
+        has_dot_product() ? &neon_dot_kernels : NULL,
+#endif
+        &neon_kernels,
         &portable_kernels,
     };
 #else

@@ -3,9 +3,8 @@
  * Included once by each instruction set, after tile.h, exact.h's vectors and:
  *   BYTES, byte_vec           codes in a vector, 4 * LANES
  *   load_bytes(p), field(bytes, shift, nbits), with_third_bits(codes, high, place)
- *   dot(codes, x, nbits)      four products of a code and an int8 added up in each lane
  *   to_float(ints), multiplied, negative
- *   spread(p, group_size)     lane i gets p[4 * i / group_size]
+ *   what dots.h needs; or CODE_OFFSET(nbits), what `field` subtracts from codes, and what dots_of_groups.h needs
  *   load_first(p, count)      as `load`, with zeros from `count` on, which are not looked at
  *   ROUNDS_GROUPS             defined if it has a `round_group` of its own, to the same bits
  */
@@ -87,33 +86,12 @@ static void copy_tail(const struct matrix *m, const struct bytes *bytes, int64_t
     }
 }
 
-/* Add the products of a tile and one input to `sums` (TILE_ROWS). `scales` are both scales, multiplied. */
-ALWAYS_INLINE void multiply_bytes(const struct bytes *bytes, const int8_t *x,
-                                  float (*scales)[MOST_GROUPS + LANES], int64_t first_group, int64_t length,
-                                  int64_t tile_bytes, vec *sums, const int nbits, const int group_size)
-{
-    const int plane = nbits == 3 ? 2 : nbits, in_a_byte = 8 / plane, num_byte_rows = TILE_ROWS / in_a_byte;
-    vec sum[TILE_ROWS];
-#pragma GCC unroll 8
-    for (int i = 0; i < TILE_ROWS; i++)
-        sum[i] = sums[i];
-    for (int64_t k = 0; k < length; k += BYTES) {
-#pragma GCC unroll 8
-        for (int b = 0; b < num_byte_rows; b++)
-            fetch_ahead(bytes->low[b] + k, tile_bytes);
-#pragma GCC unroll 8
-        for (int i = 0; i < TILE_ROWS; i++) {
-            byte_vec codes = field(load_bytes(bytes->low[i / in_a_byte] + k), 8 - plane * (i % in_a_byte + 1), plane);
-            if (nbits == 3)
-                codes = with_third_bits(codes, load_bytes(bytes->high[i] + k), bytes->place[i]);
-            vec scale = spread(scales[i] + first_group + k / group_size, group_size);
-            sum[i] = fused(to_float(dot(codes, x + k, nbits)), scale, sum[i]);
-        }
-    }
-#pragma GCC unroll 8
-    for (int i = 0; i < TILE_ROWS; i++)
-        sums[i] = sum[i];
-}
+/* `multiply_bytes` adds the products of a tile and one input to `sums` (TILE_ROWS). `scales` are both scales, multiplied. */
+#if defined(CODE_OFFSET)
+#include "dots_of_groups.h"
+#else
+#include "dots.h"
+#endif
 
 ALWAYS_INLINE void multiply_rounded(const struct tile *tile, const struct product *p, int64_t column, int64_t length,
                                     vec *sums, const int nbits, const int group_size)
@@ -136,6 +114,9 @@ ALWAYS_INLINE void multiply_rounded(const struct tile *tile, const struct produc
             for (int64_t g = 0; g < count; g += LANES) {
                 int64_t left = count - g;
                 vec of_row = load_first(tile->scale[i] + g, left), zero = load_first(tile->zero[i] + g, left);
+#if defined(CODE_OFFSET)
+                zero -= CODE_OFFSET(nbits);
+#endif
                 store(scales[i] + g, multiplied(of_row, load(scale + g)));
                 sum = fused(multiplied(of_row, zero), negative(load(sum_of_codes + g)), sum);
             }
