@@ -65,9 +65,10 @@ class Emulated:
         ctypes.memmove(self._first_stub, RETURN * (PAGE // 4), PAGE)
         self._end = self._stub("the end of a call", None)
         self._handed = {}
-        parallel = getattr(ctypes.CDLL(None), "GOMP_parallel", None)
-        if parallel is not None:
-            self._handed[ctypes.cast(parallel, _pointer).value] = self._stub("GOMP_parallel", self._parallel)
+        for name, handler in (("GOMP_parallel", self._parallel), ("omp_get_max_threads", self._max_threads)):
+            of_this_process = getattr(ctypes.CDLL(None), name, None)
+            if of_this_process is not None:
+                self._handed[ctypes.cast(of_this_process, _pointer).value] = self._stub(name, handler)
         self._load(Path(path).read_bytes())
         unmapped = unicorn.UC_HOOK_MEM_READ_UNMAPPED | unicorn.UC_HOOK_MEM_WRITE_UNMAPPED
         self._uc.hook_add(unmapped, self._map)
@@ -154,6 +155,9 @@ class Emulated:
         for _ in range(threads):
             self._run(work, [data], [], stack)
         self._uc.context_restore(context)
+
+    def _max_threads(self):
+        self._set_result(_int, ctypes.CDLL(None).omp_get_max_threads())
 
     def _argument(self, number):
         return self._uc.reg_read(self._arm.UC_ARM64_REG_X0 + number)

@@ -14,7 +14,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
 
-ABI = 7
+ABI = 8
 """Must equal the number in `csrc/product.c`: a library with another number takes other arguments."""
 
 
@@ -58,7 +58,7 @@ def opened(path: Path, load: Callable[[str], Any] = ctypes.CDLL) -> Native:
     found.moe_choose.restype = ctypes.c_char_p
     found.moe_choose.argtypes = (ctypes.c_char_p,)
     found.moe_set_parallel.restype = None
-    found.moe_set_parallel.argtypes = (pointer,)
+    found.moe_set_parallel.argtypes = (pointer, pointer)
     found.moe_linear.argtypes = (size, pointer, *[number] * 3)
     found.moe_read.restype = ctypes.c_uint64
     found.moe_read.argtypes = (pointer, size, number, number)
@@ -104,5 +104,5 @@ def _share_threads(found: ctypes.CDLL) -> None:
     """Let the library use the threads of torch's OpenMP runtime, which torch has loaded with global symbols."""
     if platform.system() != "Linux":
         return
-    parallel = getattr(ctypes.CDLL(None), "GOMP_parallel", None)
-    found.moe_set_parallel(ctypes.cast(parallel, ctypes.c_void_p) if parallel is not None else None)
+    symbols = [getattr(ctypes.CDLL(None), name, None) for name in ("GOMP_parallel", "omp_get_max_threads")]
+    found.moe_set_parallel(*(None if one is None else ctypes.cast(one, ctypes.c_void_p) for one in symbols))

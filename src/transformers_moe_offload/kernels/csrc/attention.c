@@ -245,10 +245,7 @@ EXPORT int moe_attend(const struct attention *a, const char *queries, int type, 
     atomic_init(&t.next, 0);
     to_floats(queries, of_rows, width, floats);
     int wanted = threads_for(2 * tokens * texts * t.kv_heads * a->head_dim * bytes_of(of_rows), threads);
-    if (wanted > 1 && parallel)
-        parallel(attend_some, &t, (unsigned)wanted, 0);
-    else
-        attend_some(&t);
+    on_threads(wanted, attend_some, &t);
     for (int64_t h = 0; h < all_heads; h++)
         join_spans(&t, h, floats + h * a->head_dim);
     chosen->from_float(floats, of_rows, width, values_of_type);

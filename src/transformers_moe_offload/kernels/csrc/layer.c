@@ -358,16 +358,13 @@ static void compute(const struct layer *l, struct step *s, const int32_t *expert
         second_tiles += tiles_of(second);
         bytes += (wide * hidden * l->first[kind].nbits + hidden * inner * l->second[kind].nbits) / 8;
     }
-    threads = parallel && threads > 1 ? threads_for(bytes, threads) : 1;
+    threads = threads > 1 ? threads_for(bytes, threads) : 1;
     set_stage(&job.stages[FIRST], first_tiles, first_tiles / (32 * threads));
     set_stage(&job.stages[ACTIVATION], num_rows * ceil_div(inner, job.chunk), 1);
     set_stage(&job.stages[ROUNDING], l->rounded ? num : 0, 1);
     set_stage(&job.stages[SECOND], second_tiles, second_tiles / (32 * threads));
     set_stage(&job.stages[SUM], sums ? s->tokens * ceil_div(hidden, WEIGHED_AT_ONCE) : 0, 1);
-    if (threads > 1)
-        parallel(do_stages, &job, (unsigned)threads, 0);
-    else
-        do_stages(&job);
+    on_threads(threads, do_stages, &job);
 }
 
 static void begin(const struct layer *l, struct step *s, int64_t tokens, int64_t choices, const char *hidden, int type,

@@ -10,13 +10,9 @@
 
 #include "work.h"
 
-#define ABI 7 /* as in native.py; one more whenever a function's arguments change */
+#define ABI 8 /* as in native.py; one more whenever a function's arguments change */
 
 EXPORT int moe_abi(void) { return ABI; }
-
-parallel_function *parallel;
-
-EXPORT void moe_set_parallel(parallel_function *function) { parallel = function; }
 
 const struct kernels *chosen;
 
@@ -98,13 +94,9 @@ void multiply_all(const struct product *products, int64_t count, int rounded, in
     struct shared shared = {.products = products, .count = count, .rounded = rounded};
     for (int64_t i = 0; i < count; i++)
         shared.tiles += tiles_of(&products[i]);
-    if (threads <= 1 || !parallel || shared.tiles == 1) {
-        multiply_tiles(products, count, rounded, 0, shared.tiles);
-        return;
-    }
-    shared.at_once = ceil_div(shared.tiles, 8 * threads);
+    shared.at_once = threads > 1 ? ceil_div(shared.tiles, 8 * threads) : shared.tiles;
     atomic_init(&shared.next, 0);
-    parallel(take_tiles, &shared, (unsigned)threads, 0);
+    on_threads(shared.tiles == 1 ? 1 : threads, take_tiles, &shared);
 }
 
 /* Bytes of float32 input that one pass over a matrix may use: half of the L2 of the cores we know. */
@@ -337,9 +329,6 @@ EXPORT uint64_t moe_read(const void *memory, int64_t nbytes, int streams, int th
     struct reading reading = {.memory = memory, .nbytes = nbytes, .streams = streams};
     atomic_init(&reading.next, 0);
     atomic_init(&reading.seen, 0);
-    if (threads <= 1 || !parallel)
-        read_parts(&reading);
-    else
-        parallel(read_parts, &reading, (unsigned)threads, 0);
+    on_threads(threads, read_parts, &reading);
     return atomic_load(&reading.seen);
 }

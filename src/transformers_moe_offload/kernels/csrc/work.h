@@ -15,10 +15,11 @@
 /* Bytes of matrices for each additional thread, as in cpu.py. */
 #define BYTES_PER_THREAD (1 << 18)
 
-/* An OpenMP runtime's GOMP_parallel(work, data, num_threads, flags), or NULL: torch's own, so that its threads, which
- * are awake between torch's operations, do this work too instead of spinning beside ours. */
+/* An OpenMP runtime's GOMP_parallel(work, data, num_threads, flags). */
 typedef void parallel_function(void (*)(void *), void *, unsigned, unsigned);
-extern parallel_function *parallel;
+
+/* Have so many threads, or as many of them as there are, each call `work(data)`, which shares it out; of threads.c. */
+void on_threads(int threads, void (*work)(void *), void *data);
 
 extern const struct kernels *chosen;
 
