@@ -5,12 +5,13 @@ from __future__ import annotations
 import ctypes
 import math
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 from typing import NamedTuple
 
 import psutil
 import torch
+
+from transformers_moe_offload.system.control_groups import MEMBERSHIP, ROOT, groups
 
 HOST_SHARE = 0.5
 """Share of the free RAM; the rest is left to activations, other programs, and the page cache that serves misses."""
@@ -22,17 +23,10 @@ MAPPED_SHARE = 0.8
 """Share of the free RAM. Experts that take no more than this stay in the page cache once they have been read. Beyond it
 mapped pages would be dropped and read again in the middle of a layer, where explicit reads are several times faster."""
 
-ROOT = Path("/sys/fs/cgroup")
-"""Where Linux shows the hierarchies of control groups."""
-
-MEMBERSHIP = Path("/proc/self/cgroup")
-"""The groups of this process."""
-
 
 class _Version(NamedTuple):
     """What the files of a hierarchy are called."""
 
-    folder: str
     limit: str
     used: str
     droppable: str
@@ -40,9 +34,8 @@ class _Version(NamedTuple):
 
 
 # Documentation/admin-guide/cgroup-v1/memory.rst and cgroup-v2.rst of Linux 6.1.
-_V1 = _Version("memory", "memory.limit_in_bytes", "memory.usage_in_bytes", "total_inactive_file")
-_V2 = _Version("", "memory.max", "memory.current", "inactive_file")
-_V2_BESIDE_V1 = _V2._replace(folder="unified")
+_V1 = _Version("memory.limit_in_bytes", "memory.usage_in_bytes", "total_inactive_file")
+_V2 = _Version("memory.max", "memory.current", "inactive_file")
 
 
 def available_bytes(device: torch.device, held_bytes: int = 0) -> int:
@@ -86,28 +79,8 @@ def memory_left(root: Path = ROOT, membership: Path = MEMBERSHIP) -> float:
 
     The tightest group counts, of this process's own and of those around it.
     """
-    return min((_left(group, version) for group, version in _groups(root, membership)), default=math.inf)
-
-
-def _groups(root: Path, membership: Path) -> Iterator[tuple[Path, _Version]]:
-    """This process's groups, and all groups around them that are visible: a container may see itself as the root."""
-    own = _own_groups(membership)
-    for version, path in ((_V1, own.get("memory")), (_V2, own.get("")), (_V2_BESIDE_V1, own.get(""))):
-        top = root / version.folder
-        yield top, version
-        inside = Path((path or "/").lstrip("/"))
-        for group in (inside, *inside.parents):
-            if group.parts and ".." not in group.parts:
-                yield top / group, version
-
-
-def _own_groups(membership: Path) -> dict[str, str]:
-    """The path of this process's group by controller; that of version 2 has no controller's name (man 7 cgroups)."""
-    try:
-        lines = [line.split(":", 2) for line in membership.read_text().splitlines()]
-    except OSError:
-        return {}
-    return {name: fields[2] for fields in lines if len(fields) == 3 for name in fields[1].split(",")}
+    found = groups("memory", root, membership)
+    return min((_left(group, _V1 if version == 1 else _V2) for group, version in found), default=math.inf)
 
 
 def _left(group: Path, version: _Version) -> float:

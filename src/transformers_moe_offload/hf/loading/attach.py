@@ -23,6 +23,7 @@ from transformers_moe_offload.hf.peft.register import install_adapters
 from transformers_moe_offload.hf.prebuilt.names import GUARD
 from transformers_moe_offload.kernels import Activations
 from transformers_moe_offload.store.layer_source import LayerSource
+from transformers_moe_offload.system.cores import warn_of_idle_threads
 
 logger = logging.getLogger(__name__)
 
@@ -39,6 +40,8 @@ def attach(model: Any, config: OffloadConfig, layers: Sequence[SparseLayer], sou
     model.moe_offload = runtime
     if arithmetic:
         use_kernels(model, [layer.name for layer in placed])
+    if any(layer.device.type == "cpu" for layer in placed):
+        warn_of_idle_threads()
     install_adapters()
     install_state_dict_hooks(model)
     _unmark_as_quantized(model)
