@@ -50,8 +50,11 @@ class Text:
         return dict(zip(DOMAINS, losses.chunk(len(DOMAINS)), strict=True)) | {"all": losses}
 
 
-def load_text(path: Path | None, *, held_out: int, trained: int, length: int) -> Text:
-    """So many windows of each domain, evenly spread over a `texts.json` of `corpus.py`, or over this machine's text."""
+def load_text(path: Path | None, *, held_out: int, trained: int, length: int, files: slice = slice(None)) -> Text:
+    """So many windows of each domain, evenly spread over a `texts.json` of `corpus.py`, or over this machine's text.
+
+    `files` are those of the held-out ones of each domain that windows are taken from.
+    """
     texts = collect() if path is None else json.loads(path.read_text())
     tokenizer = AutoTokenizer.from_pretrained(TINY_MOE)
 
@@ -66,7 +69,7 @@ def load_text(path: Path | None, *, held_out: int, trained: int, length: int) ->
         return whole[torch.linspace(0, len(whole) - 1, count, dtype=torch.float64).long()]
 
     return Text(
-        torch.cat([windows(d, "held out", texts[d]["held_out"], held_out) for d in DOMAINS]),
+        torch.cat([windows(d, "held out", texts[d]["held_out"][files], held_out) for d in DOMAINS]),
         torch.cat([windows(d, "trained on", texts[d]["train"][:SEARCHED_FILES], trained) for d in DOMAINS]),
         _origin(texts),
     )

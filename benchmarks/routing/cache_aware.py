@@ -2,20 +2,23 @@
 
     python -m benchmarks.routing.cache_aware          # the small trained model, about five minutes
     python -m benchmarks.routing.cache_aware --quick  # every line of it once, figures without meaning
+    python -m benchmarks.routing.cache_aware --model benchmarks/made/olmoe-4x32  # that of train_olmoe.py
 
-The meter of the package (`moe-offload tradeoff`) on the text that the model was not trained on. The experts' files are
-dropped from the page cache before every step, while the clock stands still, as if the model were much larger than RAM.
+The meter of the package (`moe-offload tradeoff`) on text that the model was not trained on. One half of the held-out
+files recommends a strength; then every strength is measured on the other half. There the experts' files are dropped
+from the page cache before every step, while the clock stands still, as if the model were much larger than RAM.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Annotated, Any
 
 import torch
 import typer
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from benchmarks import RESULTS, TINY_MOE
 from benchmarks.harness.outcome import Verdict, show, write
@@ -27,51 +30,66 @@ from transformers_moe_offload.bench.page_cache import drop
 from transformers_moe_offload.bench.session import unmap_dense
 from transformers_moe_offload.bench.tables import Table, mib
 from transformers_moe_offload.cli.tradeoff import HEADER
+from transformers_moe_offload.routing import Tradeoff
 
-STRENGTHS = (0.05, 0.1, 0.15, 0.175, 0.2, 0.3)
+STRENGTHS = (0.05, 0.1, 0.15, 0.2, 0.25, 0.3)
+CHOOSING, MEASURED = slice(0, None, 2), slice(1, None, 2)
+"""Held-out files of each domain."""
 MOST_MISSES, LEAST_SPEED = 0.5, 1.5
 """Of those without it, at a strength by which the perplexity rises by 1 % at most."""
 
 
 def measure_cache_aware(
+    model: Annotated[str, typer.Option(help="A model with the tokenizer of examples/models.")] = str(TINY_MOE),
     quick: Annotated[bool, typer.Option("--quick", help="Try every line once, with next to no text.")] = False,
     tokens: Annotated[int, typer.Option(min=1, help="Tokens predicted at each strength.")] = 3072,
-    resume: Annotated[Path | None, typer.Option(help="Keep measurements there, and go on from them.")] = None,
     results: Annotated[Path, typer.Option(help="Where results are written.")] = RESULTS,
     text: Annotated[Path | None, typer.Option(help="A texts.json of examples/models/corpus.py.")] = None,
     threads: Annotated[int, typer.Option(min=1, help="Threads of PyTorch.")] = 1,
 ) -> None:
-    """Measure the small trained model with a quarter of its experts resident."""
+    """Measure a model, by default the small trained one, with a quarter of its experts resident."""
     torch.set_num_threads(threads)
     tokens, length = (40, 21) if quick else (tokens, 257)
-    windows = load_text(text, held_out=-(-tokens // (length - 1) // 3), trained=1, length=length)
+    strengths = STRENGTHS[1:3] if quick else STRENGTHS
+    if AutoTokenizer.from_pretrained(model).get_vocab() != AutoTokenizer.from_pretrained(TINY_MOE).get_vocab():
+        raise typer.BadParameter(f"--model {model} has another tokenizer than {TINY_MOE}; name one that has the same")
     config = OffloadConfig(cache_budget="25%", mmap=False, direct_io=False)
-    model = AutoModelForCausalLM.from_pretrained(TINY_MOE, moe_offload=config)
-    unmap_dense(model)
-    files = files_of(store_of(model))
-    found = routing.tradeoff(
-        model,
-        list(windows.held_out),
-        STRENGTHS[1:3] if quick else STRENGTHS,
-        tokens=tokens,
-        window=length,
-        resume=resume,
-        before_step=lambda: drop(files),
-    )
+    offloaded = AutoModelForCausalLM.from_pretrained(model, moe_offload=config)
+    unmap_dense(offloaded)
+    files = files_of(store_of(offloaded))
+
+    def measured(half: slice, before_step: Callable[[], None]) -> tuple[Tradeoff, str]:
+        count = -(-tokens // (length - 1) // 3)
+        windows = load_text(text, held_out=count, trained=1, length=length, files=half)
+        held_out = list(windows.held_out)
+        found = routing.tradeoff(offloaded, held_out, strengths, tokens=tokens, window=length, before_step=before_step)
+        return found, windows.origin
+
+    chosen, _ = measured(CHOOSING, lambda: None)
+    found, origin = measured(MEASURED, lambda: drop(files))
+    experts = offloaded.moe_offload.layers
     result: dict[str, Any] = found.to_dict() | {
         "date": datetime.now(UTC).strftime("%Y-%m-%d-%H%M"),
-        "conditions": conditions(TINY_MOE, threads),
+        "conditions": conditions(files[0], threads),
         "facts": {
-            "model": "examples/models/tiny-moe; 16 experts in each of 8 layers, 4 for each token; 25 % resident",
-            "held-out text": f"{found.num_tokens} tokens predicted at each strength, {windows.origin}",
+            "model": f"{Path(model).name}; {experts[0].num_experts} experts in each of {len(experts)} layers, "
+            f"{offloaded.config.num_experts_per_tok} for each token; 25 % resident",
+            "held-out text": f"{found.num_tokens} tokens predicted at each strength, {origin}; as many of other files "
+            "recommend one",
             "steps": f"teacher-forced, in windows of {length} tokens, each from an empty cache; cold page cache",
             "± and to": "95 %, a bootstrap over blocks of 32 tokens",
         },
+        "recommended": chosen.recommended.strength,
+        "chosen by": chosen.to_dict(),
     }
-    show(write(results, "cache-aware", result), result, [table(result)], verdicts(result))
+    tables = [
+        table("Each strength beside none", result),
+        table("The same on the text that recommends one, page cache warm", result["chosen by"]),
+    ]
+    show(write(results, "cache-aware", result), result, tables, verdicts(result))
 
 
-def table(result: dict[str, Any]) -> Table:
+def table(title: str, result: dict[str, Any]) -> Table:
     """A row for each strength."""
     rows = [
         [
@@ -87,7 +105,7 @@ def table(result: dict[str, Any]) -> Table:
         ]
         for one in result["figures"]
     ]
-    return Table("Each strength beside none", HEADER, rows)
+    return Table(title, HEADER, rows)
 
 
 def verdicts(result: dict[str, Any]) -> list[Verdict]:

@@ -19,8 +19,9 @@ class CacheAwareConfig:
     Results then depend on what is resident. `moe-offload tradeoff` measures what that costs and what it gains.
 
     Args:
-        strength: what is added to a resident expert's score before the experts are chosen, as a share of the router's
-            mean distance between best and worst score. 0 changes nothing; 1 is the largest that makes sense.
+        strength: what is added to a resident expert's score before the experts are chosen, as a share of the mean
+            distance between a router's best and worst score; the first router adds half as much. 0 changes nothing; 1
+            is the largest that makes sense.
         protect: so many experts that the router ranks highest are always chosen.
     """
 

@@ -57,7 +57,7 @@ class RouterCall:
     is_step: bool = False
     """Whether this is a step of decoding: every text goes on by one token, or by a few that a draft has proposed."""
     memory: Any = None
-    """What `RoutingStrategy.memory` made for this router when the strategy was set."""
+    """What `RoutingStrategy.memory` made when the strategy was set, for all routers that it was set for."""
     find_resident: Callable[[], Tensor | None] = lambda: None
     """Called for `resident`."""
 

@@ -78,7 +78,7 @@ class RouterHook(Preferring, Capturable):
         self._context = context
         self._pending = PendingForwards()
         self._memory: Any = None
-        """What the strategy remembers of this router."""
+        """What the strategy remembers, of this router and of others that it was set for."""
         self._residents = Residents(context, site.experts_paths)
         self._watching = _Watching()
         self._reading: Reading | None = None
@@ -108,10 +108,10 @@ class RouterHook(Preferring, Capturable):
             hooks.before(site.ends_at, self._reach_experts)
         hooks.after(site.module, self._leave)
 
-    def follow(self, strategy: RoutingStrategy | None) -> None:
-        """Choose by a strategy from the next forward on; None lets the router choose."""
+    def follow(self, strategy: RoutingStrategy | None, memory: Any = None) -> None:
+        """Choose by a strategy, with a memory that it made, from the next forward on; None lets the router choose."""
         self.strategy = strategy
-        self._memory = None if strategy is None else strategy.memory()
+        self._memory = memory
         self._first_forward = self._context.num_forwards
         self._pending = PendingForwards()
         self._follow_texts()
@@ -136,7 +136,7 @@ class RouterHook(Preferring, Capturable):
         resident = self._residents() if is_step(self._context.forward) else None
         sums = self._memory.sums(torch.device("cpu"))
         on_host = None if resident is None else resident.cpu()  # where the router is; experts may be elsewhere
-        return Preference(on_host, self.strategy.strength, self.strategy.protect, sums)
+        return Preference(on_host, self.strategy.strength_of(self.index), self.strategy.protect, sums)
 
     def break_off(self) -> None:
         """Stop watching routers of a forward that this thread has not finished: Ctrl-C ends it without any hook."""

@@ -20,7 +20,7 @@ class RoutingStrategy(ABC):
     """Chooses experts for tokens; the architecture computes their weights.
 
     One strategy serves all layers that it is set for, of any number of models. Options are the arguments of its
-    constructor, and it does not change: what it has to remember of the calls of a router is in `RouterCall.memory`.
+    constructor, and it does not change: what it has to remember of its calls is in `RouterCall.memory`.
     """
 
     knows_texts: bool = False
@@ -41,7 +41,8 @@ class RoutingStrategy(ABC):
         """
 
     def memory(self) -> Any:
-        """A new memory for the calls of one router, made whenever the strategy is set. A copy of a model copies it."""
+        """A new memory, made whenever the strategy is set and shared by the routers that it is set for then. A copy of
+        a model copies it."""
         return None
 
     def check_model(self, num_routers: int) -> None:  # noqa: B027

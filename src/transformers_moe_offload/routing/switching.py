@@ -31,8 +31,9 @@ class RoutingChange:
     def __exit__(self, *_: object) -> None:
         base = unwrapped(self._model)
         sites = find_sites(base)
+        memories = {id(strategy): strategy.memory() for strategy in self._before.values() if strategy is not None}
         for index, strategy in self._before.items():
-            router_hook_at(base, sites[index]).follow(strategy)
+            router_hook_at(base, sites[index]).follow(strategy, memories.get(id(strategy)))
         _tidy(base)
 
     def __repr__(self) -> str:
@@ -68,8 +69,9 @@ def set_routing(model: Any, strategy: str | RoutingStrategy, layers: Layers = No
             f"{made} chooses by what is in the cache, and the experts of {type(base).__name__} are not "
             f"offloaded; load it with moe_offload=OffloadConfig(...)"
         )
+    chosen, memory = (None, None) if made.is_neutral else (made, made.memory())
     for hook in router_hooks:
-        hook.follow(None if made.is_neutral else made)
+        hook.follow(chosen, memory)
     _tidy(base)
     return RoutingChange(model, before, made)
 

@@ -15,7 +15,7 @@ def benchmark(script):
 
 def test_quick_writes_a_row_for_each_strength_and_both_verdicts(benchmark, one_thread, tmp_path):
     licence = LICENCE.read_text()
-    texts = {domain: {"held_out": [licence], "train": [licence]} for domain in ("prose", "python", "c")}
+    texts = {domain: {"held_out": [licence, licence], "train": [licence]} for domain in ("prose", "python", "c")}
     (tmp_path / "texts.json").write_text(json.dumps(texts))
     benchmark.measure_cache_aware(quick=True, text=tmp_path / "texts.json", results=tmp_path / "results", threads=1)
     (path,) = (tmp_path / "results").glob("cache-aware-*.json")
