@@ -1,4 +1,4 @@
-"""Train an OLMoE that no choice in this package was made with: 4 layers of 32 experts, 4 for each token, 768 KiB each.
+"""Train an OLMoE, a second model for cache-aware routing: 4 layers of 32 experts, 4 for each token, 768 KiB each.
 
     python -m benchmarks.routing.train_olmoe                # to the end, about half an hour on two cores
     python -m benchmarks.routing.train_olmoe --minutes 4    # as far as it comes; the same command goes on from there
