@@ -19,8 +19,9 @@ from moe_offload_cli.report import report
 from moe_offload_cli.subcommand import Subcommand, carried_out
 from moe_offload_cli.trace import trace
 from moe_offload_cli.tradeoff import tradeoff
+from moe_offload_cli.tune import tune
 
-SUBCOMMANDS = (plan, chat, quantize, convert, build, bake, push, bench, trace, replay, report, tradeoff)
+SUBCOMMANDS = (plan, chat, quantize, convert, build, bake, push, bench, trace, replay, report, tradeoff, tune)
 """In the order of the help."""
 
 app = typer.Typer(

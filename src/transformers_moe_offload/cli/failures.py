@@ -25,7 +25,7 @@ _ARGUMENT = re.compile(
     r"""(?:=(?P<value>'[^']*'|"[^"]*"|-?\w+(?:\.\w+)*))?"""
 )
 
-_TYPED_AS = {"predictor": "prefetch", "model": "source", "output": "folder"}
+_TYPED_AS = {"predictor": "prefetch", "model": "source", "output": "folder", "cache_budget": "ram"}
 """Arguments and fields of configs that have another name on the command line."""
 _FORMAT = re.compile(r"HqqFormat\(nbits=(\d), group_size=(\d+)\)")
 

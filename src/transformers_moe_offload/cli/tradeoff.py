@@ -52,7 +52,7 @@ def tradeoff(
         arithmetic=arithmetic,  # type: ignore[arg-type]
         mmap="auto" if mmap is None else mmap,
     )
-    asked, most = _strengths(strengths), _share(max_loss)
+    asked, most = numbers_in("--strengths", strengths), share_in("--max-loss", max_loss)
     if cold and not can_drop():
         raise CommandError("--cold needs Linux, which can be asked to drop files from the page cache")
     for option, file in (("--json", json_file), ("--picture", picture), ("--resume", resume)):
@@ -60,9 +60,9 @@ def tradeoff(
     if picture is not None:
         expect_picture(picture)
     origin, loading = options.parse_loading(typed)
-    written = [_read(path) for path in text]
+    written = [read_text(path) for path in text]
     tokenizer = options.load_tokenizer(model, **origin)
-    ids = [_tokens(tokenizer, path, content) for path, content in zip(text, written, strict=True)]
+    ids = [tokens_of(tokenizer, path, content) for path, content in zip(text, written, strict=True)]
     with options.loaded(model, config, **loading) as offloaded, _progress(resume) as report:
         if cold:
             unmap_dense(offloaded)
@@ -86,28 +86,30 @@ def tradeoff(
     write_json(json_file, about | found.to_dict())
 
 
-def _strengths(text: str) -> list[float]:
+def numbers_in(option: str, text: str) -> list[float]:
     """The numbers in `0.1,0.2`."""
     try:
         return [float(part) for part in text.split(",")]
     except ValueError:
-        raise CommandError(f"--strengths {quoted(text)} is not a list of numbers such as 0.1,0.2,0.4") from None
+        raise CommandError(f"{option} {quoted(text)} is not a list of numbers such as 0.1,0.2,0.4") from None
 
 
-def _share(text: str) -> float:
+def share_in(option: str, text: str) -> float:
     """The share in `1%`, or a number."""
     match = re.fullmatch(r"(\d{1,9}(?:\.\d{1,9})?)(%?)", text.strip())
     if match is None:
-        raise CommandError(f"--max-loss {quoted(text)} is not a share of the perplexity such as 1%")
+        raise CommandError(f"{option} {quoted(text)} is not a share of the perplexity such as 1%")
     return float(match[1]) / (100 if match[2] else 1)
 
 
-def _read(path: Path) -> str:
+def read_text(path: Path) -> str:
+    """A text in UTF-8."""
     with reading(f"cannot read --text {path}"):
         return path.read_text(encoding="utf-8")
 
 
-def _tokens(tokenizer: Any, path: Path, text: str) -> list[int]:
+def tokens_of(tokenizer: Any, path: Path, text: str) -> list[int]:
+    """A text as the model's tokenizer splits it; raises `CommandError` for fewer than two tokens."""
     ids: list[int] = tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
     if len(ids) < 2:
         raise CommandError(

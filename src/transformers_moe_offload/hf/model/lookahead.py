@@ -5,6 +5,7 @@
 from __future__ import annotations
 
 import logging
+import time
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -27,7 +28,12 @@ class Lookahead:
     """Prefetching for one model. `caches` and `specs` by sparse layer, in the order in which a token passes them."""
 
     def __init__(
-        self, model: Any, config: PrefetchConfig, caches: Mapping[int, ExpertCache], specs: Mapping[int, ExpertSpec]
+        self,
+        model: Any,
+        config: PrefetchConfig,
+        caches: Mapping[int, ExpertCache],
+        specs: Mapping[int, ExpertSpec],
+        clock: Callable[[], float] = time.perf_counter,
     ) -> None:
         found = {layer: find_probe(model, spec.name) for layer, spec in specs.items()}
         self._probes: dict[int, RouterProbe] = {layer: probe for layer, probe in found.items() if probe is not None}
@@ -45,6 +51,7 @@ class Lookahead:
             max_bytes=config.max_nbytes,
             record_bytes={layer: spec.expert_nbytes for layer, spec in specs.items()},
             controller=Controller if config.adaptive else None,
+            clock=clock,
         )
 
     def started(self, layer: int, hidden: Tensor) -> Callable[[Sequence[int]], None]:

@@ -1,0 +1,150 @@
+"""A setting that may be recommended, what is predicted of it, and what was measured."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+from transformers_moe_offload.config import HqqFormat, OffloadConfig
+from transformers_moe_offload.routing.meter import Interval
+from transformers_moe_offload.tuning.prediction import Prediction
+
+WITHIN = 0.15
+"""Share of the measured speed by which a prediction may be off."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Setting:
+    """A config, and how its results differ from the model's."""
+
+    config: OffloadConfig
+    loss: Interval | None = None
+    """By what share the perplexity is higher; None where results are the model's own."""
+
+    @property
+    def line(self) -> str:
+        """The config as code."""
+        return line_of(self.config)
+
+    @property
+    def format(self) -> str:
+        """How experts are stored, as it is typed: `4x64`."""
+        experts = self.config.experts
+        return f"{experts.nbits}x{experts.group_size}" if isinstance(experts, HqqFormat) else "as stored"
+
+    @property
+    def prefetch(self) -> str:
+        """The predictor's name."""
+        return "none" if self.config.prefetch is None else self.config.prefetch.predictor
+
+    @property
+    def strength(self) -> float:
+        """Of cache-aware routing."""
+        return 0.0 if self.config.cache_aware is None else self.config.cache_aware.strength
+
+
+def line_of(config: OffloadConfig) -> str:
+    """What differs from the defaults, as code that makes it."""
+    changed: dict[str, Any] = {name: value for name, value in config.to_diff_dict().items() if name != "quant_method"}
+    if config.prefetch is not None:
+        changed["prefetch"] = _less_defaults(config.prefetch, changed["prefetch"])
+    if config.cache_aware is not None and config.cache_aware.protect == 1:
+        changed["cache_aware"] = config.cache_aware.strength
+    if isinstance(config.experts, HqqFormat):
+        changed["experts"] = _less_defaults(config.experts, changed["experts"], keep=("nbits", "group_size"))
+    return f"OffloadConfig({', '.join(f'{name}={value!r}' for name, value in changed.items())})"
+
+
+def _less_defaults(config: Any, values: dict[str, Any], keep: tuple[str, ...] = ("predictor",)) -> dict[str, Any]:
+    default = type(config)()
+    return {name: value for name, value in values.items() if name in keep or value != getattr(default, name)}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Candidate:
+    """A setting, and what is known of its speed."""
+
+    setting: Setting
+    num_slots: int
+    ranked: Prediction
+    """On the trace, or on the text."""
+    predicted: Prediction
+    """On the text that it is checked with: the same unless there is a trace."""
+    measured: tuple[float, ...] = ()
+    """Tokens per second of each run; empty if it was not run."""
+
+    @property
+    def measured_tokens_per_s(self) -> float | None:
+        """Of all runs together, which read the same number of tokens; None if it was not run."""
+        return len(self.measured) / sum(1 / one for one in self.measured) if self.measured else None
+
+    @property
+    def error(self) -> float | None:
+        """By what share of the measured speed the predicted one is higher; negative if it is lower."""
+        measured = self.measured_tokens_per_s
+        return None if measured is None else self.predicted.tokens_per_s / measured - 1
+
+    def to_dict(self) -> dict[str, Any]:
+        """Ready for JSON."""
+        setting = self.setting
+        return {
+            "line": setting.line,
+            "config": setting.config.to_dict(),
+            "slots": self.num_slots,
+            "loss": None if setting.loss is None else list(setting.loss),
+            "hit_rate": self.ranked.hit_rate,
+            "misses_per_token": self.ranked.misses / self.ranked.steps,
+            "ranked_by_tokens_per_s": self.ranked.tokens_per_s,
+            "predicted_tokens_per_s": self.predicted.tokens_per_s,
+            "measured_tokens_per_s": self.measured_tokens_per_s,
+            "runs_tokens_per_s": list(self.measured),
+            "error": self.error,
+        }
+
+
+@dataclass(frozen=True, kw_only=True)
+class Tuned:
+    """What was predicted and measured, and the setting that it recommends."""
+
+    candidates: tuple[Candidate, ...]
+    """Those that were compared, the fastest by prediction first."""
+    ram_bytes: int
+    max_loss: float
+    tokens: int
+    """Read in each run."""
+    notes: tuple[str, ...]
+    """What was left out, and why."""
+
+    @property
+    def checked(self) -> tuple[Candidate, ...]:
+        """Those that were run."""
+        return tuple(one for one in self.candidates if one.measured)
+
+    @property
+    def best(self) -> Candidate:
+        """The fastest of those that were run, as measured."""
+        return max(self.checked, key=lambda one: one.measured_tokens_per_s or 0.0)
+
+    @property
+    def line(self) -> str:
+        """The recommended config, as code."""
+        return self.best.setting.line
+
+    @property
+    def is_within(self) -> bool:
+        """Whether the recommended setting's prediction was within 15 % of what was measured."""
+        return abs(self.best.error or 0.0) <= WITHIN
+
+    def to_dict(self) -> dict[str, Any]:
+        """Ready for JSON."""
+        return {
+            "ram_bytes": self.ram_bytes,
+            "max_loss": self.max_loss,
+            "tokens": self.tokens,
+            "notes": list(self.notes),
+            "candidates": [one.to_dict() for one in self.candidates],
+            "line": self.line,
+            "predicted_tokens_per_s": self.best.predicted.tokens_per_s,
+            "measured_tokens_per_s": self.best.measured_tokens_per_s,
+            "is_within_15_percent": self.is_within,
+        }
