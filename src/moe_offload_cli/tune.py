@@ -41,7 +41,7 @@ def tune(
     ] = None,
     formats: Annotated[
         str, typer.Option(help="Formats of experts to compare, beside that they are stored in; 'none' for no other.")
-    ] = "8x64,4x32",
+    ] = "8x32,4x32",
     strengths: Annotated[
         str, typer.Option(help="Strengths of cache-aware routing to compare, beside 0; 'none' for no other.")
     ] = "0.1,0.2",
@@ -49,7 +49,7 @@ def tune(
         str, typer.Option(help="By how much the perplexity may rise for the setting that is recommended.")
     ] = "1%",
     tokens: Annotated[int, typer.Option(min=1, help="Tokens that each run reads.")] = 512,
-    window: Annotated[int, typer.Option(min=2, help="Tokens that are read from an empty cache, in one piece.")] = 128,
+    window: Annotated[int, typer.Option(min=2, help="Tokens that are read from an empty cache, in one piece.")] = 256,
     json_file: Annotated[
         Path | None, typer.Option("--json", metavar="FILE", help="Write all figures there, too.", show_default=False)
     ] = None,

@@ -16,10 +16,11 @@ import torch
 from torch import Tensor, nn
 
 from transformers_moe_offload.bench.layers import sparse_layers
+from transformers_moe_offload.expert import ExpertId
 from transformers_moe_offload.hf.model.experts_module import offloaded
 from transformers_moe_offload.hf.model.sparse_layer import SparseLayer
 from transformers_moe_offload.routing.meter.steps import Steps
-from transformers_moe_offload.tuning.costs import Timing
+from transformers_moe_offload.tuning.costs import Landings, Timing
 from transformers_moe_offload.tuning.reading import Recording, read
 
 
@@ -42,7 +43,7 @@ def timed(model: Any, texts: Sequence[Tensor], before_step: Callable[[], None]) 
     """Read texts, each from an empty cache."""
     found = Timed()
     with _watched(model, found.layers):
-        found.steps += [steps for steps, _ in read(model, texts, before_step)]
+        found.steps += read(model, texts, before_step)
     return found
 
 
@@ -84,9 +85,42 @@ def at_rest(recording: Recording) -> list[Timing]:
     For models whose experts have no room in memory all together.
     """
     found = []
-    for call, visit in zip(recording.asked[0], recording.traces[0].visits, strict=True):
-        call.module(*call.args, **call.kwargs)
+    for call, visit in zip(recording.calls[0], recording.traces[0].visits, strict=True):
+        call.module(*call.inputs)
         began, own = time.perf_counter(), time.thread_time()
-        call.module(*call.args, **call.kwargs)
+        call.module(*call.inputs)
         found.append(Timing(len(visit.wanted), 0, time.perf_counter() - began, time.thread_time() - own))
+    return found
+
+
+MOST_WATCHED = 64
+"""Visits whose loads are watched: their median is known to a few per cent then."""
+
+
+def watched(recording: Recording, before: Callable[[], None]) -> list[Landings]:
+    """Load the experts that visits of a recording want, all at once, and see when each of them lands.
+
+    The thread does not wait for them, which would add the time until it wakes up.
+    """
+    pairs = [
+        pair
+        for calls, trace in zip(recording.calls, recording.traces, strict=True)
+        for pair in zip(calls, trace.visits, strict=True)
+    ]
+    found = []
+    for call, visit in pairs[:: max(1, len(pairs) // MOST_WATCHED)][:MOST_WATCHED]:
+        cache = offloaded(call.module).ready(call.inputs[0].device).experts.cache
+        cache.clear()
+        before()
+        began = time.perf_counter()
+        started = [one for one in (ExpertId(visit.layer, expert) for expert in visit.wanted) if cache.load_ahead(one)]
+        landed = []
+        with cache.turn:
+            for expert in started:
+                while not cache.has_landed(expert):
+                    time.sleep(0)  # lets reader threads run
+                landed.append(time.perf_counter())
+            cache.settle()
+        if landed:
+            found.append(Landings(began, tuple(landed)))
     return found

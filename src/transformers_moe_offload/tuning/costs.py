@@ -4,12 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from statistics import median
 from typing import NamedTuple
 
-_LENGTHS = 32
-"""Lengths that are tried for the latency of a load, and for the time between two, in each of `_ROUNDS`."""
-_ROUNDS = 3
-"""Each on a grid that is finer by a factor of `_LENGTHS / 4`: after these, costs are known to a thousandth."""
+_HALVINGS = 30
+"""Of the range in which the time to wake up is searched: then it is known to a billionth."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -28,6 +27,8 @@ class Costs:
     """From the start of a load to its landing, if no other is in flight."""
     next_s: float = 0.0
     """From the landing of a load to that of the next one, if that has begun meanwhile."""
+    wake_s: float = 0.0
+    """From the landing of a load that is waited for until the computing thread goes on."""
 
     def landing_s(self, begun_s: float, last_s: float) -> float:
         """When a load lands that begins at `begun_s`; `last_s` is when the one before it lands.
@@ -36,6 +37,10 @@ class Costs:
         bandwidth.
         """
         return max(begun_s + self.first_s, last_s + self.next_s)
+
+    def arrival_s(self, now_s: float, lands_s: float) -> float:
+        """When the computing thread has a load that lands then: at once if it has landed, else once it wakes up."""
+        return now_s if lands_s <= now_s else lands_s + self.wake_s
 
     def layer_s(self, wanted: int, loads: int) -> float:
         """A layer's experts in one step, of which some have to be loaded and have slots: residents are computed while
@@ -48,7 +53,7 @@ class Costs:
             landings.append(last)
         now = self.visit_s + loads * self.start_s + (wanted - loads) * self.expert_s
         for lands in landings:
-            now = max(now, lands) + self.expert_s
+            now = self.arrival_s(now, lands) + self.expert_s
         return now
 
 
@@ -62,24 +67,43 @@ class Timing(NamedTuple):
     """Processor time of the computing thread."""
 
 
-def fitted(step_s: float, timings: Sequence[Timing]) -> Costs:
-    """The costs with which layers take the time that they took, least squares over their means.
+class Landings(NamedTuple):
+    """Loads that were started together."""
 
-    Some layers must have had nothing to load. What loads take of the computing thread is the line through its
-    processor time; the rest of the time is the way into the slots, its latency and its bandwidth.
+    begun_s: float
+    """When the first was started."""
+    landed_s: tuple[float, ...]
+    """When each of them had landed."""
+
+
+def fitted(step_s: float, timings: Sequence[Timing], landings: Sequence[Landings]) -> Costs:
+    """The costs with which layers take the time that they took.
+
+    Some of the layers must have had nothing to load. Latency and bandwidth are those of loads that were watched as they
+    landed. What loads take of the computing thread is the line through its processor time, least squares over numbers
+    of loads. What is left of the time is that of waking up.
     """
     kinds = sorted({(one.wanted, one.loads) for one in timings})
     means = [_mean([one for one in timings if (one.wanted, one.loads) == kind]) for kind in kinds]
-    at_rest = [mean for mean in means if mean.loads == 0 and mean.wanted]
-    expert_s = _share(
-        sum(mean.number * mean.seconds for mean in at_rest), sum(mean.number * mean.wanted for mean in at_rest)
-    )
-    costs = Costs(step_s=step_s, expert_s=expert_s)
+    resident = [mean for mean in means if mean.loads == 0 and mean.wanted]
+    arithmetic_s = sum(mean.number * mean.seconds for mean in resident)
+    expert_s = arithmetic_s / max(1, sum(mean.number * mean.wanted for mean in resident))
     loading = [mean for mean in means if mean.loads]
-    if not loading:
-        return costs
+    if not loading or not landings:
+        return Costs(step_s=step_s, expert_s=expert_s)
     visit_s, start_s = _line([(mean.number, mean.loads, mean.own_s - mean.wanted * expert_s) for mean in loading])
-    return _with_way(replace(costs, visit_s=visit_s, start_s=start_s), loading)
+    first_s = median(one.landed_s[0] - one.begun_s for one in landings)
+    several = [one.landed_s for one in landings if len(one.landed_s) > 1]
+    next_s = median((landed[-1] - landed[0]) / (len(landed) - 1) for landed in several) if several else first_s
+    costs = Costs(
+        step_s=step_s,
+        expert_s=expert_s,
+        visit_s=visit_s,
+        start_s=start_s,
+        first_s=max(0.0, first_s),
+        next_s=max(0.0, next_s),
+    )
+    return replace(costs, wake_s=_wake_s(costs, loading))
 
 
 class _Mean(NamedTuple):
@@ -107,26 +131,13 @@ def _line(points: Sequence[tuple[int, int, float]]) -> tuple[float, float]:
     return max(mean_y - slope * mean_x, 0.0), slope
 
 
-def _with_way(costs: Costs, loading: Sequence[_Mean]) -> Costs:
-    """Latency and bandwidth of loads, searched on finer and finer grids."""
-    longest = max(mean.seconds for mean in loading)
-    first, next_, width = longest / 2, longest / 2, longest
-    for _ in range(_ROUNDS):
-        step = width / _LENGTHS
-        around = [(place - _LENGTHS // 2) * step for place in range(_LENGTHS + 1)]
-        tried = [
-            replace(costs, first_s=max(0.0, first + by), next_s=max(0.0, next_ + other))
-            for by in around
-            for other in around
-        ]
-        best = min(tried, key=lambda one: _error(one, loading))
-        first, next_, width = best.first_s, best.next_s, 4 * step
-    return best
-
-
-def _error(costs: Costs, loading: Sequence[_Mean]) -> float:
-    return sum(mean.number * (costs.layer_s(mean.wanted, mean.loads) - mean.seconds) ** 2 for mean in loading)
-
-
-def _share(total: float, count: int) -> float:
-    return total / count if count else 0.0
+def _wake_s(costs: Costs, loading: Sequence[_Mean]) -> float:
+    """The time to wake up with which all layers together take as long as they took; 0 if they took less without it."""
+    measured = sum(mean.number * mean.seconds for mean in loading)
+    low, high = 0.0, max(mean.seconds for mean in loading)
+    for _ in range(_HALVINGS):
+        middle = (low + high) / 2
+        tried = replace(costs, wake_s=middle)
+        total = sum(mean.number * tried.layer_s(mean.wanted, mean.loads) for mean in loading)
+        low, high = (middle, high) if total < measured else (low, middle)
+    return low

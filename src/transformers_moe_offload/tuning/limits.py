@@ -11,9 +11,10 @@ import psutil
 
 from transformers_moe_offload.bench.layers import files_of, store_of
 from transformers_moe_offload.bench.page_cache import can_drop, drop
-from transformers_moe_offload.config import Budget, HqqFormat, OffloadConfig
+from transformers_moe_offload.config import Budget, OffloadConfig
 from transformers_moe_offload.errors import ConfigError, UnsupportedModelError
 from transformers_moe_offload.hf.model.handle import runtime_of
+from transformers_moe_offload.hf.model.plan import OffloadPlan
 from transformers_moe_offload.store.direct_io_probe import is_faster_past_cache
 from transformers_moe_offload.tracing import Trace, TraceError
 
@@ -58,25 +59,24 @@ def _described(num_experts: Sequence[int]) -> str:
     return f"{len(num_experts)} sparse layers of {counts} experts"
 
 
-def loaded_within(load: Load, config: OffloadConfig, notes: list[str]) -> tuple[Any, int, OffloadConfig]:
-    """The model with its experts in so much RAM and not in the page cache, the bytes of that, and the config.
+def loaded_within(load: Load, config: OffloadConfig, notes: list[str]) -> tuple[Any, OffloadConfig]:
+    """The model with its experts in the RAM of the config and not in the page cache, and its config.
 
     Experts are read past the page cache where that is faster, else through it, and then it is emptied before each step.
     """
-    model = load(replace(config, direct_io=True))
-    _expect_on_cpu(model)
-    if not past_cache(model):
-        model.moe_offload.close()
-        config = replace(config, direct_io=False)
-        model = load(config)
-        if not can_drop():
-            notes.append("RAM is not short here: this system cannot be asked to forget files that it has cached")
-    else:
-        config = replace(config, direct_io=True)
-    return model, checked_ram(config.cache_budget), config
+    past = replace(config, direct_io=True)
+    model = load(past)
+    expect_on_cpu(runtime_of(model).plan)
+    if is_past_cache_faster(model):
+        return model, past
+    model.moe_offload.close()
+    if not can_drop():
+        notes.append("RAM is not short here: this system cannot be asked to forget files that it has cached")
+    through = replace(config, direct_io=False)
+    return load(through), through
 
 
-def past_cache(model: Any) -> bool:
+def is_past_cache_faster(model: Any) -> bool:
     """Whether a model's experts are read faster past the page cache, once they are not in it."""
     store = store_of(model)
     if any(source.is_in_ram for source in store.layers.values()):
@@ -86,8 +86,9 @@ def past_cache(model: Any) -> bool:
     return is_faster_past_cache(store)
 
 
-def _expect_on_cpu(model: Any) -> None:
-    devices = sorted({str(pool.device) for pool in runtime_of(model).plan.pools})
+def expect_on_cpu(plan: OffloadPlan) -> None:
+    """Raise `UnsupportedModelError` if experts are computed anywhere else."""
+    devices = sorted({str(pool.device) for pool in plan.pools})
     if devices != ["cpu"]:
         raise UnsupportedModelError(
             f"experts are computed on {', '.join(devices)}, and what is timed are experts in the RAM of a CPU; load "
@@ -95,8 +96,7 @@ def _expect_on_cpu(model: Any) -> None:
         )
 
 
-def bytes_in_format(model: Any, format_: HqqFormat) -> int:
-    """About how many bytes all experts take in a format."""
+def num_weights(model: Any) -> int:
+    """Weights of all experts."""
     specs = [source.spec for source in store_of(model).layers.values()]
-    weights = sum(spec.num_experts * prod(field.shape) for spec in specs for field in spec.fields)
-    return int(weights * format_.bits_per_weight / 8)
+    return sum(spec.num_experts * prod(field.shape) for spec in specs for field in spec.fields)

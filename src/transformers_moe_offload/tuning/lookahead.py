@@ -52,10 +52,8 @@ class _OnClock:
 
 
 def inputs_of(recording: Recording) -> list[list[Tensor]]:
-    """What experts modules were called with, by text and visit: (..., H) each."""
-    return [
-        [call.args[0] if call.args else next(iter(call.kwargs.values())) for call in text] for text in recording.asked
-    ]
+    """The hidden states that experts modules were called with, by text and visit: (T, H) each."""
+    return [[call.inputs[0] for call in calls] for calls in recording.calls]
 
 
 def stand_ins(model: Any, trace: Trace) -> list[list[Tensor]]:

@@ -1,41 +1,41 @@
-"""Read texts with a model token by token: what its layers want, and how long it takes."""
+"""Read texts with a model token by token: what its layers want, how long it takes, and what it says of the text."""
 
-# S tokens of a text, N = S - 1 steps
+# S tokens of a text, H hidden
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, NamedTuple
 
-import torch
 from torch import Tensor, nn
 
 from transformers_moe_offload.bench.layers import files_of, sparse_layers, store_of
 from transformers_moe_offload.bench.page_cache import can_drop, drop
 from transformers_moe_offload.bench.session import unmap_dense
+from transformers_moe_offload.hf.model.sparse_layer import SparseLayer
 from transformers_moe_offload.routing.meter.steps import Meter, Steps
 from transformers_moe_offload.tracing import Trace
 
 
-@dataclass(frozen=True)
-class Asked:
+class Call(NamedTuple):
     """What an experts module was called with."""
 
     module: nn.Module
     layer: int
-    args: tuple[Any, ...]
-    kwargs: dict[str, Any]
+    inputs: tuple[Any, ...]
+    """Hidden states (T, H), and what its router chose."""
 
 
 @dataclass
 class Recording:
-    """Texts as a model reads them."""
+    """Texts as a model reads them, one entry for each text."""
 
     traces: list[Trace] = field(default_factory=list)
-    asked: list[list[Asked]] = field(default_factory=list)
-    """By text, one for each visit of its trace."""
+    steps: list[Steps] = field(default_factory=list)
+    calls: list[list[Call]] = field(default_factory=list)
+    """One for each visit of the trace."""
 
 
 def short_of_ram(model: Any) -> Callable[[], None]:
@@ -51,46 +51,43 @@ def short_of_ram(model: Any) -> Callable[[], None]:
     return lambda: drop(files)
 
 
-def read(
-    model: Any,
-    texts: Sequence[Tensor],
-    before_step: Callable[[], None] = lambda: None,
-    references: Sequence[Tensor] | None = None,
-) -> list[tuple[Steps, Tensor]]:
-    """The steps of each text (S,), read from an empty cache, and its log-probabilities (N, V).
-
-    `references` are those that they are compared with, of the model as it is.
-    """
+def read(model: Any, texts: Sequence[Tensor], before_step: Callable[[], None]) -> list[Steps]:
+    """The steps of each text (S,), read from an empty cache."""
     meter = Meter(model.eval(), before_step, lambda: None)
-    return [meter.read(text, None if references is None else references[n]) for n, text in enumerate(texts)]
+    return [meter.read(text, None)[0] for text in texts]
 
 
-def record(model: Any, texts: Sequence[Tensor]) -> Recording:
+def record(model: Any, texts: Sequence[Tensor], before_step: Callable[[], None]) -> Recording:
     """What the layers are asked for, text by text."""
     found = Recording()
     for text in texts:
-        calls: list[Asked] = []
-        with model.moe_offload.trace() as trace, _calls(model, calls):
-            read(model, [text])
+        calls: list[Call] = []
+        with model.moe_offload.trace() as trace, _noted(model, calls):
+            found.steps += read(model, [text], before_step)
         found.traces.append(trace)
-        found.asked.append(calls)
+        found.calls.append(calls)
     return found
 
 
 @contextmanager
-def _calls(model: Any, calls: list[Asked]) -> Iterator[None]:
-    def note(layer: int) -> Callable[..., None]:
-        def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-            kept = tuple(one.clone() if isinstance(one, torch.Tensor) else one for one in args)
-            calls.append(Asked(module, layer, kept, kwargs))
-
-        return hook
-
+def _noted(model: Any, calls: list[Call]) -> Iterator[None]:
+    """Append each call of an experts module."""
     hooks = [
-        module.register_forward_pre_hook(note(layer.index), with_kwargs=True) for module, layer in sparse_layers(model)
+        module.register_forward_pre_hook(_note(layer, calls), with_kwargs=True)
+        for module, layer in sparse_layers(model)
     ]
     try:
         yield
     finally:
         for hook in hooks:
             hook.remove()
+
+
+def _note(layer: SparseLayer, calls: list[Call]) -> Callable[..., None]:
+    def note(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        inputs = layer.inputs(args, kwargs) if kwargs else args
+        calls.append(
+            Call(module, layer.index, tuple(one.clone() if isinstance(one, Tensor) else one for one in inputs))
+        )
+
+    return note

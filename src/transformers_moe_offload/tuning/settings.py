@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import Any
 
 from transformers_moe_offload.config import HqqFormat, OffloadConfig
@@ -44,20 +44,23 @@ class Setting:
 
 
 def line_of(config: OffloadConfig) -> str:
-    """What differs from the defaults, as code that makes it."""
+    """What differs from the defaults, as code that makes it; formats need `HqqFormat`."""
     changed: dict[str, Any] = {name: value for name, value in config.to_diff_dict().items() if name != "quant_method"}
     if config.prefetch is not None:
-        changed["prefetch"] = _less_defaults(config.prefetch, changed["prefetch"])
+        changed["prefetch"] = _less_defaults(config.prefetch, "predictor")
     if config.cache_aware is not None and config.cache_aware.protect == 1:
         changed["cache_aware"] = config.cache_aware.strength
+    written = {name: repr(value) for name, value in changed.items()}
     if isinstance(config.experts, HqqFormat):
-        changed["experts"] = _less_defaults(config.experts, changed["experts"], keep=("nbits", "group_size"))
-    return f"OffloadConfig({', '.join(f'{name}={value!r}' for name, value in changed.items())})"
+        values = _less_defaults(config.experts, "nbits", "group_size")
+        written["experts"] = f"HqqFormat({', '.join(f'{name}={value!r}' for name, value in values.items())})"
+    return f"OffloadConfig({', '.join(f'{name}={value}' for name, value in written.items())})"
 
 
-def _less_defaults(config: Any, values: dict[str, Any], keep: tuple[str, ...] = ("predictor",)) -> dict[str, Any]:
+def _less_defaults(config: Any, *kept: str) -> dict[str, Any]:
+    """The fields of a config that are kept, or differ from the defaults."""
     default = type(config)()
-    return {name: value for name, value in values.items() if name in keep or value != getattr(default, name)}
+    return {name: value for name, value in asdict(config).items() if name in kept or value != getattr(default, name)}
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -16,10 +16,6 @@ class Clock:
 
     now_s: float = 0.0
 
-    def wait_until(self, then_s: float) -> None:
-        """Let time pass until then, if it has not."""
-        self.now_s = max(self.now_s, then_s)
-
 
 class TimedSlots(NoSlots):
     """The slots of a replay, with loads that land when a machine of these costs would have them."""
@@ -34,17 +30,21 @@ class TimedSlots(NoSlots):
         """Begin a load, which takes the computing thread for a moment."""
         self._clock.now_s += self._costs.start_s
         self._last_s = self._costs.landing_s(self._clock.now_s, self._last_s)
-        return TimedLoad(self._clock, self._last_s, self._costs.next_s)
+        return TimedLoad(self._costs, self._clock, self._last_s)
 
 
 @dataclass
 class TimedLoad:
     """An expert on its way."""
 
+    costs: Costs
     clock: Clock
     lands_s: float
-    seconds: float
-    """How long it has the way into the slots for itself."""
+
+    @property
+    def seconds(self) -> float:
+        """How long it has the way into the slots for itself."""
+        return self.costs.next_s
 
     def is_done(self) -> bool:
         """Whether it has landed by now."""
@@ -52,7 +52,7 @@ class TimedLoad:
 
     def finish(self) -> int:
         """Wait for it."""
-        self.clock.wait_until(self.lands_s)
+        self.clock.now_s = self.costs.arrival_s(self.clock.now_s, self.lands_s)
         return 0
 
     def cancel(self) -> bool:

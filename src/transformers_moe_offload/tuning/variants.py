@@ -1,6 +1,6 @@
-"""A model in one format with one strength: what it asks for on some texts, what its steps cost, what it says."""
+"""A model in one format with one strength: what it asks for on some texts, what it loses, and what its steps cost."""
 
-# S tokens of a text, N = S - 1 steps, V tokens of the vocabulary
+# S tokens of a text
 
 from __future__ import annotations
 
@@ -12,14 +12,10 @@ import torch
 from torch import Tensor
 
 from transformers_moe_offload.hf.model.handle import runtime_of
-from transformers_moe_offload.routing.meter.steps import Steps
 from transformers_moe_offload.system.free_memory import available_bytes
-from transformers_moe_offload.tuning.calibration import at_rest, timed
-from transformers_moe_offload.tuning.costs import Costs, fitted
-from transformers_moe_offload.tuning.reading import Recording, read, record, short_of_ram
-
-FEWER = 0.5
-"""Share of the slots with which layers are timed once more: then more of them have several experts to load."""
+from transformers_moe_offload.tuning.calibration import at_rest, timed, watched
+from transformers_moe_offload.tuning.costs import Costs, Timing, fitted
+from transformers_moe_offload.tuning.reading import Recording, record, short_of_ram
 
 
 @dataclass(frozen=True)
@@ -28,39 +24,34 @@ class Variant:
 
     recording: Recording
     costs: Costs
-    steps: list[Steps]
-    """Of each text."""
-    predictions: list[Tensor]
-    """Log-probabilities of each text, (N, V)."""
 
 
-def studied(
-    model: Any,
-    texts: Sequence[Tensor],
-    references: Sequence[Tensor] | None = None,
-) -> Variant:
+def studied(model: Any, texts: Sequence[Tensor]) -> Variant:
     """Read texts (S,) with a model: for what its layers ask for, and with a clock at every layer.
 
-    `references` are the log-probabilities that its own are compared with. Layers are timed on every other text only:
-    predictions for the texts between them are put to the test. A model whose routers follow its cache is read with the
-    budget that it has; any other one with fewer slots as well, and with all experts resident, if there is room.
+    Layers are timed on every other text only: predictions for the texts between them are put to the test. Where no step
+    finds all of a layer's experts resident, layers are timed with all of them resident as well, if there is room for
+    that, else again with the inputs that they had just before.
     """
-    runtime, before = runtime_of(model), short_of_ram(model)
-    steps, predictions = zip(*read(model, texts, before, references), strict=True)
-    recording = record(model, texts)
-    some = texts[::2]
-    first = timed(model, some, before)
-    layers = list(first.layers)
-    if runtime.stats().follows_cache is None:
-        budget, plan = runtime.config.cache_budget, runtime.plan
-        budgets = [max(plan.smallest_budget, int(FEWER * plan.cache_bytes))]
-        room = available_bytes(torch.device("cpu")) + plan.cache_bytes
-        if plan.num_slots < plan.num_experts and plan.expert_bytes < room:
-            budgets.append(plan.expert_bytes)
-        for other in budgets:
-            runtime.resize(other)
-            layers += timed(model, some, before).layers
+    before = short_of_ram(model)
+    recording = record(model, texts, before)
+    found = timed(model, texts[::2], before)
+    layers = list(found.layers)
+    if not any(_is_at_rest(one) for one in layers) and _has_room_for_all(model):
+        runtime = runtime_of(model)
+        budget = runtime.config.cache_budget
+        runtime.resize("100%")
+        layers += [one for one in timed(model, texts[:1], before).layers if _is_at_rest(one)]
         runtime.resize(budget)
-    if not any(one.wanted and not one.loads for one in layers):
+    if not any(_is_at_rest(one) for one in layers):
         layers += at_rest(recording)
-    return Variant(recording, fitted(first.step_s, layers), list(steps), list(predictions))
+    return Variant(recording, fitted(found.step_s, layers, watched(recording, before)))
+
+
+def _is_at_rest(timing: Timing) -> bool:
+    return timing.wanted > 0 and timing.loads == 0
+
+
+def _has_room_for_all(model: Any) -> bool:
+    plan = runtime_of(model).plan
+    return plan.expert_bytes <= available_bytes(torch.device("cpu")) + plan.cache_bytes
