@@ -9,7 +9,7 @@ from transformers import AutoModelForCausalLM
 from transformers_moe_offload import CapacityError, ConfigError, HqqFormat, OffloadConfig, UnsupportedModelError
 from transformers_moe_offload.routing.meter import Interval
 from transformers_moe_offload.tracing import Trace, TraceError
-from transformers_moe_offload.tuning import Candidate, Setting, Tuned, tune
+from transformers_moe_offload.tuning import Candidate, Measured, Setting, Tuned, tune
 from transformers_moe_offload.tuning.limits import expect_on_cpu, is_past_cache_faster
 from transformers_moe_offload.tuning.prediction import Prediction
 from transformers_moe_offload.tuning.reading import record
@@ -31,7 +31,7 @@ def ram(load):
 def test_what_is_recommended_is_the_fastest_of_the_three_that_were_run(load, text, ram):
     found = tune(load, [text], ram=ram, formats=[HqqFormat(nbits=4, group_size=16)], max_loss=1e9, **FEW)
     assert len(found.checked) == 3
-    assert all(len(one.measured) == 2 for one in found.checked)
+    assert all(len(one.measured.runs) == 3 for one in found.checked)
     assert found.best in found.checked
     assert found.best.measured_tokens_per_s == max(one.measured_tokens_per_s for one in found.checked)
     assert found.line == line_of(found.best.setting.config)
@@ -82,8 +82,8 @@ def test_a_trace_ranks_settings_and_leaves_out_what_changes_results(load, text, 
 
 def test_with_room_for_all_experts_there_is_one_setting_of_those_that_keep_results(load, text):
     found = tune(load, [text], ram="64MiB", formats=[], strengths=[0.1], **FEW | {"policies": None})
-    assert [one.setting.config.policy for one in found.candidates if one.num_slots == found.best.num_slots] == ["lru"]
-    assert found.best.ranked.hit_rate > 0.5
+    most = max(one.num_slots for one in found.candidates)
+    assert [one.setting.config.policy for one in found.candidates if one.num_slots == most] == ["lru"]
 
 
 def test_a_format_that_does_not_fit_is_left_out_with_the_reason(load, text, ram):
@@ -159,18 +159,23 @@ def test_experts_on_another_device_are_refused(load):
 
 
 def test_a_prediction_that_was_off_is_called_so():
-    def candidate(predicted, *measured):
+    def candidate(predicted, measured=None):
         setting = Setting(config=OffloadConfig(), loss=Interval(0.01, 0, 0.02))
         prediction = Prediction(steps=100, seconds=100 / predicted, asked=10, hits=5, misses=5)
-        return Candidate(setting=setting, num_slots=3, ranked=prediction, predicted=prediction, measured=measured)
+        speed = measured and Measured(measured, (measured,) * 3)
+        return Candidate(setting=setting, num_slots=3, ranked=prediction, predicted=prediction, measured=speed)
 
-    near, far, fast = candidate(11, 10, 10), candidate(12, 10, 10), candidate(99)
+    near, far, fast = candidate(11, 10), candidate(12, 10), candidate(99)
     found = Tuned(candidates=(fast, near), ram_bytes=1, max_loss=0.1, tokens=100, notes=())
     assert (found.best, found.is_within, found.best.error) == (near, True, pytest.approx(0.1))
     found = replace(found, candidates=(fast, far))
     assert (found.best, found.is_within, found.best.error) == (far, False, pytest.approx(0.2))
-    assert candidate(1, 10, 30).measured_tokens_per_s == 15, "the tokens of both over the seconds of both"
     assert found.to_dict()["is_within_15_percent"] is False
+
+
+def test_what_holds_up_one_step_of_one_run_does_not_count():
+    found = Measured.of([[1.0, 2.0, 3.0], [1.0, 2.0, 30.0], [9.0, 2.0, 3.0]])
+    assert found == (3 / 6, (3 / 6, 3 / 33, 3 / 14))
 
 
 def test_which_way_of_reading_is_faster_is_tried_with_nothing_cached(load):

@@ -145,15 +145,15 @@ def _row(one: Candidate) -> list[str]:
 def verdict_of(found: Tuned) -> str:
     """The recommended setting's speeds, and whether the prediction held."""
     best = found.best
-    measured, error = best.measured_tokens_per_s or 0.0, best.error or 0.0
+    assert best.measured is not None, "it was run"
+    error, runs = best.error or 0.0, best.measured.runs
     held = "within" if found.is_within else "NOT within"
     said = (
-        f"recommended: {measured:.1f} tokens/s measured, {best.predicted.tokens_per_s:.1f} predicted "
+        f"recommended: {best.measured.tokens_per_s:.1f} tokens/s measured, {best.predicted.tokens_per_s:.1f} predicted "
         f"({100 * error:+.1f} %, {held} {100 * WITHIN:.0f} %)"
     )
-    low, high = min(best.measured), max(best.measured)
-    if high > low * (1 + WITHIN):
-        said += f"; its runs were at {low:.1f} to {high:.1f}: the machine was not left alone, measure again"
+    if max(runs) > min(runs) * (1 + WITHIN):
+        said += f"; its runs were at {min(runs):.1f} to {max(runs):.1f}: was the machine left alone?"
     return said
 
 

@@ -9,8 +9,8 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
-from typing import Any
+from statistics import median
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -19,36 +19,39 @@ from transformers_moe_offload.bench.layers import sparse_layers
 from transformers_moe_offload.expert import ExpertId
 from transformers_moe_offload.hf.model.experts_module import offloaded
 from transformers_moe_offload.hf.model.sparse_layer import SparseLayer
-from transformers_moe_offload.routing.meter.steps import Steps
 from transformers_moe_offload.tuning.costs import Landings, Timing
 from transformers_moe_offload.tuning.reading import Recording, read
 
 
-@dataclass
-class Timed:
-    """Texts, read while every layer was timed."""
+class Timed(NamedTuple):
+    """Texts, read twice, the second time with a clock at every layer."""
 
-    steps: list[Steps] = field(default_factory=list)
-    """Of each text."""
-    layers: list[Timing] = field(default_factory=list)
-
-    @property
-    def step_s(self) -> float:
-        """A step without its experts' modules, on average."""
-        count = sum(len(one.seconds) for one in self.steps)
-        return (sum(float(one.seconds.sum()) for one in self.steps) - sum(one.seconds for one in self.layers)) / count
+    step_s: float
+    """A step without its experts' modules: the median, of each step of the first time less its modules of the second,
+    because clocks take time as well."""
+    layers: list[Timing]
 
 
 def timed(model: Any, texts: Sequence[Tensor], before_step: Callable[[], None]) -> Timed:
     """Read texts, each from an empty cache."""
-    found = Timed()
-    with _watched(model, found.layers):
-        found.steps += read(model, texts, before_step)
-    return found
+    whole = [seconds for one in read(model, texts, before_step) for seconds in one.seconds.tolist()]
+    layers: list[Timing] = []
+    ends: list[int] = []
+
+    def next_step() -> None:
+        ends.append(len(layers))
+        before_step()
+
+    with _clocks(model, layers):
+        read(model, texts, next_step)
+    bounds = zip(ends, [*ends[1:], len(layers)], strict=True)
+    inside = [sum(one.seconds for one in layers[begin:end]) for begin, end in bounds]
+    return Timed(median(step - part for step, part in zip(whole, inside, strict=True)), layers)
 
 
 @contextmanager
-def _watched(model: Any, layers: list[Timing]) -> Iterator[None]:
+def _clocks(model: Any, layers: list[Timing]) -> Iterator[None]:
+    """Append a timing for each call of an experts module."""
     hooks = [hook for module, layer in sparse_layers(model) for hook in _hooks(module, layer, layers)]
     try:
         yield

@@ -84,14 +84,14 @@ def fitted(step_s: float, timings: Sequence[Timing], landings: Sequence[Landings
     of loads. What is left of the time is that of waking up.
     """
     kinds = sorted({(one.wanted, one.loads) for one in timings})
-    means = [_mean([one for one in timings if (one.wanted, one.loads) == kind]) for kind in kinds]
-    resident = [mean for mean in means if mean.loads == 0 and mean.wanted]
-    arithmetic_s = sum(mean.number * mean.seconds for mean in resident)
-    expert_s = arithmetic_s / max(1, sum(mean.number * mean.wanted for mean in resident))
-    loading = [mean for mean in means if mean.loads]
+    all_kinds = [_Kind.of([one for one in timings if (one.wanted, one.loads) == kind]) for kind in kinds]
+    resident = [kind for kind in all_kinds if kind.loads == 0 and kind.wanted]
+    arithmetic_s = sum(kind.number * kind.seconds for kind in resident)
+    expert_s = arithmetic_s / max(1, sum(kind.number * kind.wanted for kind in resident))
+    loading = [kind for kind in all_kinds if kind.loads]
     if not loading or not landings:
         return Costs(step_s=step_s, expert_s=expert_s)
-    visit_s, start_s = _line([(mean.number, mean.loads, mean.own_s - mean.wanted * expert_s) for mean in loading])
+    visit_s, start_s = _line([(kind.number, kind.loads, kind.own_s - kind.wanted * expert_s) for kind in loading])
     first_s = median(one.landed_s[0] - one.begun_s for one in landings)
     several = [one.landed_s for one in landings if len(one.landed_s) > 1]
     next_s = median((landed[-1] - landed[0]) / (len(landed) - 1) for landed in several) if several else first_s
@@ -106,19 +106,25 @@ def fitted(step_s: float, timings: Sequence[Timing], landings: Sequence[Landings
     return replace(costs, wake_s=_wake_s(costs, loading))
 
 
-class _Mean(NamedTuple):
+class _Kind(NamedTuple):
+    """Layers that want, and load, equally many experts: the medians of their times, which hold-ups do not change."""
+
     number: int
-    """Timings that it is the mean of."""
     wanted: int
     loads: int
     seconds: float
     own_s: float
 
-
-def _mean(alike: Sequence[Timing]) -> _Mean:
-    count = len(alike)
-    seconds, own_s = sum(one.seconds for one in alike) / count, sum(one.own_s for one in alike) / count
-    return _Mean(count, alike[0].wanted, alike[0].loads, seconds, own_s)
+    @classmethod
+    def of(cls, alike: Sequence[Timing]) -> _Kind:
+        first = alike[0]
+        return cls(
+            len(alike),
+            first.wanted,
+            first.loads,
+            median(one.seconds for one in alike),
+            median(one.own_s for one in alike),
+        )
 
 
 def _line(points: Sequence[tuple[int, int, float]]) -> tuple[float, float]:
@@ -131,13 +137,13 @@ def _line(points: Sequence[tuple[int, int, float]]) -> tuple[float, float]:
     return max(mean_y - slope * mean_x, 0.0), slope
 
 
-def _wake_s(costs: Costs, loading: Sequence[_Mean]) -> float:
+def _wake_s(costs: Costs, loading: Sequence[_Kind]) -> float:
     """The time to wake up with which all layers together take as long as they took; 0 if they took less without it."""
-    measured = sum(mean.number * mean.seconds for mean in loading)
-    low, high = 0.0, max(mean.seconds for mean in loading)
+    measured = sum(kind.number * kind.seconds for kind in loading)
+    low, high = 0.0, max(kind.seconds for kind in loading)
     for _ in range(_HALVINGS):
         middle = (low + high) / 2
         tried = replace(costs, wake_s=middle)
-        total = sum(mean.number * tried.layer_s(mean.wanted, mean.loads) for mean in loading)
+        total = sum(kind.number * tried.layer_s(kind.wanted, kind.loads) for kind in loading)
         low, high = (middle, high) if total < measured else (low, middle)
     return low

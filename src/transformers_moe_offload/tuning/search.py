@@ -29,7 +29,7 @@ from transformers_moe_offload.tuning.limits import Load, checked_ram, expect_sam
 from transformers_moe_offload.tuning.lookahead import inputs_of, prefetching, stand_ins
 from transformers_moe_offload.tuning.prediction import Pool, Prediction, predict, single_steps
 from transformers_moe_offload.tuning.reading import read, short_of_ram
-from transformers_moe_offload.tuning.settings import Candidate, Setting, Tuned
+from transformers_moe_offload.tuning.settings import Candidate, Measured, Setting, Tuned
 from transformers_moe_offload.tuning.variants import studied
 
 FORMATS = (HqqFormat(nbits=8, group_size=32), HqqFormat(nbits=4, group_size=32))
@@ -40,8 +40,8 @@ TOKENS, WINDOW = 512, 256
 MAX_LOSS = 0.01
 CHECKED = 3
 """Settings that are run."""
-RUNS = 2
-"""Of each, one after the other: how far they are apart tells whether the machine was left alone."""
+RUNS = 3
+"""Of each: what holds up one step of one of them does not count."""
 
 Progress = Callable[[str, int, int], None]
 """Called with what is being done, how much of it is done, and how much there is."""
@@ -190,28 +190,27 @@ class _Search:
             chosen = [*chosen[: CHECKED - 1], self._fastest(0)[0]]
         speeds = {id(one): self._run(one, place * RUNS, len(chosen) * RUNS) for place, one in enumerate(chosen)}
         return Tuned(
-            candidates=tuple(replace(one, measured=speeds.get(id(one), ())) for one in self._by_speed()),
+            candidates=tuple(replace(one, measured=speeds.get(id(one))) for one in self._by_speed()),
             ram_bytes=self._ram_bytes,
             max_loss=max_loss,
             tokens=sum(len(text) - 1 for text in self._texts),
             notes=tuple(self.notes),
         )
 
-    def _run(self, candidate: Candidate, done: int, total: int) -> tuple[float, ...]:
-        """Tokens per second of each run of a setting, after a text that is not counted."""
+    def _run(self, candidate: Candidate, done: int, total: int) -> Measured:
+        """The speed of a setting, after a text that is not counted."""
         self._progress("running the best", done, total)
         model = self._load(candidate.setting.config)
         try:
             before = short_of_ram(model)
             read(model, self._texts[:1], before)
-            speeds = []
+            runs = []
             for number in range(RUNS):
                 self._progress("running the best", done + number, total)
-                steps = read(model, self._texts, before)
-                speeds.append(sum(len(one.seconds) for one in steps) / sum(float(one.seconds.sum()) for one in steps))
+                runs.append([seconds for one in read(model, self._texts, before) for seconds in one.seconds.tolist()])
         finally:
             model.moe_offload.close()
-        return tuple(speeds)
+        return Measured.of(runs)
 
     def _fastest(self, max_loss: float) -> list[Candidate]:
         """Those within a loss, by predicted speed; those that keep the model's results if it is 0."""

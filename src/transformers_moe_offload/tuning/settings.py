@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
-from typing import Any
+from statistics import median
+from typing import Any, NamedTuple
 
 from transformers_moe_offload.config import HqqFormat, OffloadConfig
 from transformers_moe_offload.routing.meter import Interval
@@ -63,6 +65,21 @@ def _less_defaults(config: Any, *kept: str) -> dict[str, Any]:
     return {name: value for name, value in asdict(config).items() if name in kept or value != getattr(default, name)}
 
 
+class Measured(NamedTuple):
+    """The speed of some runs."""
+
+    tokens_per_s: float
+    """With the time that each step takes in most of the runs: the median of them."""
+    runs: tuple[float, ...]
+    """Of each run, hold-ups included."""
+
+    @classmethod
+    def of(cls, runs: Sequence[Sequence[float]]) -> Measured:
+        """From the seconds of each step in each run."""
+        typical = [median(step) for step in zip(*runs, strict=True)]
+        return cls(len(typical) / sum(typical), tuple(len(run) / sum(run) for run in runs))
+
+
 @dataclass(frozen=True, kw_only=True)
 class Candidate:
     """A setting, and what is known of its speed."""
@@ -73,19 +90,18 @@ class Candidate:
     """On the trace, or on the text."""
     predicted: Prediction
     """On the text that it is checked with: the same unless there is a trace."""
-    measured: tuple[float, ...] = ()
-    """Tokens per second of each run; empty if it was not run."""
+    measured: Measured | None = None
+    """None if it was not run."""
 
     @property
     def measured_tokens_per_s(self) -> float | None:
-        """Of all runs together, which read the same number of tokens; None if it was not run."""
-        return len(self.measured) / sum(1 / one for one in self.measured) if self.measured else None
+        """None if it was not run."""
+        return None if self.measured is None else self.measured.tokens_per_s
 
     @property
     def error(self) -> float | None:
         """By what share of the measured speed the predicted one is higher; negative if it is lower."""
-        measured = self.measured_tokens_per_s
-        return None if measured is None else self.predicted.tokens_per_s / measured - 1
+        return None if self.measured is None else self.predicted.tokens_per_s / self.measured.tokens_per_s - 1
 
     def to_dict(self) -> dict[str, Any]:
         """Ready for JSON."""
@@ -100,7 +116,7 @@ class Candidate:
             "ranked_by_tokens_per_s": self.ranked.tokens_per_s,
             "predicted_tokens_per_s": self.predicted.tokens_per_s,
             "measured_tokens_per_s": self.measured_tokens_per_s,
-            "runs_tokens_per_s": list(self.measured),
+            "runs_tokens_per_s": [] if self.measured is None else list(self.measured.runs),
             "error": self.error,
         }
 
@@ -121,7 +137,7 @@ class Tuned:
     @property
     def checked(self) -> tuple[Candidate, ...]:
         """Those that were run."""
-        return tuple(one for one in self.candidates if one.measured)
+        return tuple(one for one in self.candidates if one.measured is not None)
 
     @property
     def best(self) -> Candidate:

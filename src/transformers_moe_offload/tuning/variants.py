@@ -27,7 +27,7 @@ class Variant:
 
 
 def studied(model: Any, texts: Sequence[Tensor]) -> Variant:
-    """Read texts (S,) with a model: for what its layers ask for, and with a clock at every layer.
+    """Read texts (S,) with a model: for what its layers ask for, and with and without a clock at every layer.
 
     Layers are timed on every other text only: predictions for the texts between them are put to the test. Where no step
     finds all of a layer's experts resident, layers are timed with all of them resident as well, if there is room for
