@@ -49,8 +49,8 @@ def test_waking_up_is_paid_for_by_those_that_wait():
 )
 def test_costs_are_found_that_give_the_times_that_were_measured(costs, wanted):
     timings = [_timing(costs, wanted, loads) for loads in range(wanted + 1) for _ in range(3)]
-    landed = tuple(7.0 + costs.first_s + number * costs.next_s for number in range(wanted))
-    found = fitted(costs.step_s, timings, [Landings(7.0, landed)] * 3)
+    landings = [Landings(loads, costs.first_s + (loads - 1) * costs.next_s) for loads in (1, wanted)]
+    found = fitted(costs.step_s, timings, landings * 3)
     total = sum(costs.layer_s(wanted, loads) for loads in range(1, wanted + 1))
     assert sum(found.layer_s(wanted, loads) for loads in range(1, wanted + 1)) == pytest.approx(total)
     assert found.first_s == pytest.approx(costs.first_s)
@@ -67,7 +67,7 @@ def _timing(costs, wanted, loads):
 
 def test_noise_gives_no_negative_costs():
     timings = [Timing(2, 0, 4.0, 4.0), Timing(2, 1, 3.0, 3.0), Timing(2, 2, 2.5, 2.0)]
-    found = fitted(1.0, timings, [Landings(0.0, (0.1, 0.05))])
+    found = fitted(1.0, timings, [Landings(1, 0.1), Landings(2, 0.05)])
     assert found.expert_s == 2
     assert min(found.visit_s, found.start_s, found.first_s, found.next_s, found.wake_s) >= 0
 

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from transformers_moe_offload.bench.layers import sparse_layers
+from transformers_moe_offload.cache.cache import ExpertCache
 from transformers_moe_offload.expert import ExpertId
 from transformers_moe_offload.hf.model.experts_module import offloaded
 from transformers_moe_offload.hf.model.sparse_layer import SparseLayer
@@ -101,29 +102,34 @@ MOST_WATCHED = 64
 
 
 def watched(recording: Recording, before: Callable[[], None]) -> list[Landings]:
-    """Load the experts that visits of a recording want, all at once, and see when each of them lands.
+    """Load the first of the experts that a visit of a recording wants, then all of them, and see when they have landed.
 
     The thread does not wait for them, which would add the time until it wakes up.
     """
-    pairs = [
-        pair
-        for calls, trace in zip(recording.calls, recording.traces, strict=True)
-        for pair in zip(calls, trace.visits, strict=True)
-    ]
+    calls = [call for text in recording.calls for call in text]
+    visits = [visit for trace in recording.traces for visit in trace.visits]
+    some = slice(0, None, max(1, len(calls) // MOST_WATCHED))
     found = []
-    for call, visit in pairs[:: max(1, len(pairs) // MOST_WATCHED)][:MOST_WATCHED]:
+    for call, visit in zip(calls[some], visits[some], strict=True):
         cache = offloaded(call.module).ready(call.inputs[0].device).experts.cache
-        cache.clear()
-        before()
-        began = time.perf_counter()
-        started = [one for one in (ExpertId(visit.layer, expert) for expert in visit.wanted) if cache.load_ahead(one)]
-        landed = []
-        with cache.turn:
-            for expert in started:
-                while not cache.has_landed(expert):
-                    time.sleep(0)  # lets reader threads run
-                landed.append(time.perf_counter())
-            cache.settle()
-        if landed:
-            found.append(Landings(began, tuple(landed)))
+        for count in sorted({min(1, len(visit.wanted)), len(visit.wanted)}):
+            cache.clear()
+            before()
+            found += _landings(cache, [ExpertId(visit.layer, expert) for expert in visit.wanted[:count]])
     return found
+
+
+def _landings(cache: ExpertCache, experts: Sequence[ExpertId]) -> list[Landings]:
+    """How long experts take to land that are loaded ahead of demand; empty if none has a slot."""
+    started, on_its_way = [], 0.0
+    for expert in experts:
+        if cache.load_ahead(expert):
+            started.append(expert)
+            on_its_way = on_its_way or time.perf_counter()
+    with cache.turn:
+        for expert in started:
+            while not cache.has_landed(expert):
+                time.sleep(0)  # lets reader threads run
+        seconds = time.perf_counter() - on_its_way
+        cache.settle()
+    return [Landings(len(started), seconds)] if started else []

@@ -68,12 +68,11 @@ class Timing(NamedTuple):
 
 
 class Landings(NamedTuple):
-    """Loads that were started together."""
+    """Some loads that were started one after the other."""
 
-    begun_s: float
-    """When the first was started."""
-    landed_s: tuple[float, ...]
-    """When each of them had landed."""
+    loads: int
+    seconds: float
+    """From when the first was on its way until all had landed."""
 
 
 def fitted(step_s: float, timings: Sequence[Timing], landings: Sequence[Landings]) -> Costs:
@@ -92,17 +91,8 @@ def fitted(step_s: float, timings: Sequence[Timing], landings: Sequence[Landings
     if not loading or not landings:
         return Costs(step_s=step_s, expert_s=expert_s)
     visit_s, start_s = _line([(kind.number, kind.loads, kind.own_s - kind.wanted * expert_s) for kind in loading])
-    first_s = median(one.landed_s[0] - one.begun_s for one in landings)
-    several = [one.landed_s for one in landings if len(one.landed_s) > 1]
-    next_s = median((landed[-1] - landed[0]) / (len(landed) - 1) for landed in several) if several else first_s
-    costs = Costs(
-        step_s=step_s,
-        expert_s=expert_s,
-        visit_s=visit_s,
-        start_s=start_s,
-        first_s=max(0.0, first_s),
-        next_s=max(0.0, next_s),
-    )
+    first_s, next_s = _way(landings)
+    costs = Costs(step_s=step_s, expert_s=expert_s, visit_s=visit_s, start_s=start_s, first_s=first_s, next_s=next_s)
     return replace(costs, wake_s=_wake_s(costs, loading))
 
 
@@ -135,6 +125,13 @@ def _line(points: Sequence[tuple[int, int, float]]) -> tuple[float, float]:
     slope = sum(count * (x - mean_x) * (y - mean_y) for count, x, y in points) / spread if spread else 0.0
     slope = min(max(slope, 0.0), max(mean_y, 0.0) / mean_x)
     return max(mean_y - slope * mean_x, 0.0), slope
+
+
+def _way(landings: Sequence[Landings]) -> tuple[float, float]:
+    """Latency, from loads that were alone, and seconds of each further one, from others."""
+    first_s = median(one.seconds for one in landings if one.loads == 1)
+    further = [(one.seconds - first_s) / (one.loads - 1) for one in landings if one.loads > 1]
+    return first_s, max(0.0, median(further)) if further else first_s
 
 
 def _wake_s(costs: Costs, loading: Sequence[_Kind]) -> float:
