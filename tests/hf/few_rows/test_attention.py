@@ -112,11 +112,15 @@ def test_a_step_attends_once_a_layer_and_says_the_same(model, attended):
     assert (found - expected).abs().max() < 0.05 * expected.std()
 
 
-def test_texts_of_one_length_are_attended_together(model, attended):
+def test_texts_of_one_length_are_attended_together(attended):
+    # Prompts of one text and of three are added up in another order, so a router in bfloat16 may choose another expert.
+    config = OffloadConfig(cache_budget="100%")
+    model = AutoModelForCausalLM.from_pretrained(TINY_MOE, moe_offload=config, dtype=torch.float32).eval()
+    attended.clear()  # layers were tried
     together = step(model, tokens=((7,), (9,), (11,)))
     assert attended == [3] * 8
     apart = torch.cat([step(model, tokens=((token,),)) for token in (7, 9, 11)])
-    assert (together - apart).abs().max() < 0.05 * apart.std()
+    assert (together - apart).abs().max() < 1e-4 * apart.std()
 
 
 @pytest.mark.parametrize("bits", [8, 4])
