@@ -4,7 +4,8 @@ import copy
 
 import pytest
 import torch
-from transformers import DynamicCache
+from transformers import Cache, DynamicCache
+from transformers.cache_utils import DynamicLayer
 
 from transformers_moe_offload.hf.few_rows import kept_tokens
 from transformers_moe_offload.hf.few_rows.kept_tokens import extended
@@ -70,8 +71,14 @@ CHANGES = {
     "repeated": lambda cache: cache.batch_repeat_interleave(2),
     "selected": lambda cache: cache.batch_select_indices(torch.tensor([1])),
     "emptied": lambda cache: cache.reset(),
+    "given other data": lambda cache: _turn_round(cache),
     "extended by its own update": lambda cache: grow(cache, own, [50]),
 }
+
+
+def _turn_round(cache):
+    for layer in cache.layers:
+        layer.keys.data = layer.keys.data.flip(2)
 
 
 @pytest.mark.parametrize("change", CHANGES.values(), ids=list(CHANGES))
@@ -136,6 +143,39 @@ def test_a_cache_with_an_update_of_its_own_is_asked():
     cache.update(*tokens(5, 0), 0)
     extended(cache, *tokens(1, 1), 0)
     assert cache.count == 2
+
+
+def put_in_place_of(owner, monkeypatch):
+    """Replace `update` by one that counts calls."""
+    calls, update = [], owner.update
+
+    def counting(*args, **kwargs):
+        calls.append(args)
+        return update(*args, **kwargs)
+
+    monkeypatch.setattr(owner, "update", counting)
+    return calls
+
+
+@pytest.mark.parametrize("owner", [Cache, DynamicLayer, None], ids=["caches", "layers", "one cache"])
+def test_an_update_that_was_put_in_place_of_the_own_one_is_asked(owner, monkeypatch):
+    cache = filled()
+    calls = put_in_place_of(owner or cache, monkeypatch)
+    grow(cache, extended, [1, 2])
+    assert len(calls) == 4
+
+
+def test_gradients_of_what_was_computed_with_held_tokens_survive_a_step():
+    cache = filled()
+    with torch.no_grad():
+        grow(cache, extended, [1])
+    keys = cache.layers[0].keys
+    weight = torch.ones_like(keys, requires_grad=True)
+    total = (weight * keys).sum()
+    with torch.no_grad():
+        grow(cache, extended, [2])
+    total.backward()
+    assert torch.equal(weight.grad, keys)
 
 
 def test_short_texts_are_left_to_the_cache(monkeypatch):

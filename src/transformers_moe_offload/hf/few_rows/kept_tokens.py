@@ -34,6 +34,9 @@ class _Kept(NamedTuple):
     """(B, M, S and more, D)."""
 
 
+_UPDATES = (Cache.update, DynamicLayer.update)
+"""Transformers' own; those that were put in their place later are asked, for they may do anything."""
+
 _kept: WeakKeyDictionary[DynamicLayer, list[_Kept]] = WeakKeyDictionary()
 """Keys and values by layers of caches. A layer that holds another tensor by now, such as one that was cropped, gets new
 memory: nothing is written behind tokens that anything else may have written behind."""
@@ -42,7 +45,8 @@ memory: nothing is written behind tokens that anything else may have written beh
 def extended(cache: Cache, keys: Tensor, values: Tensor, layer_idx: int) -> tuple[Tensor, Tensor]:
     """Put keys and values (B, M, 1, D) into a cache -> those of all its tokens, (B, M, S, D), as `cache.update`."""
     layer = cache.layers[layer_idx] if layer_idx < len(cache.layers) else None
-    if type(cache).update is not Cache.update or cache.offloading or not _concatenates(layer, keys, values):
+    is_own = (type(cache).update, DynamicLayer.update) == _UPDATES and "update" not in vars(cache)
+    if not is_own or cache.offloading or not _concatenates(layer, keys, values):
         found: tuple[Tensor, Tensor] = cache.update(keys, values, layer_idx)
         return found
     assert isinstance(layer, DynamicLayer)
@@ -71,7 +75,12 @@ def _concatenates(layer: Any, keys: Tensor, values: Tensor) -> bool:
 def _appended(kept: _Kept | None, held: Tensor, new: Tensor) -> _Kept:
     """Tokens with some more behind them: in the same memory if they are all that is in it."""
     tokens, more = held.shape[2], new.shape[2]
-    if kept is None or kept.view is not held or kept.memory.shape[2] < tokens + more:
+    if (
+        kept is None
+        or kept.view is not held
+        or held.data_ptr() != kept.memory.data_ptr()  # another `data` was set
+        or kept.memory.shape[2] < tokens + more
+    ):
         with torch.inference_mode(False):  # so that steps outside of it may write there, too
             room = max(LEAST_ROOM, tokens // SHARE_OF_ROOM)
             memory = held.new_empty(*held.shape[:2], tokens + room, held.shape[3])
@@ -79,4 +88,5 @@ def _appended(kept: _Kept | None, held: Tensor, new: Tensor) -> _Kept:
     else:
         memory = kept.memory
     memory.narrow(2, tokens, more).copy_(new)
-    return _Kept(memory.narrow(2, 0, tokens + more), memory)
+    # By `data`: to write behind a view does not count as a change of it, which gradients would refuse.
+    return _Kept(memory.data.narrow(2, 0, tokens + more), memory)
