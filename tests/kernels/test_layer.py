@@ -112,6 +112,20 @@ def test_experts_in_low_bits_are_near_to_their_decoded_weights(format, rounds, i
         assert error(out, experts.expected(*step)) < (0.03 if rounds else TOLERANCE[torch.bfloat16])
 
 
+@pytest.mark.parametrize("rounds", [False, True], ids=["exact", "int8"])
+@pytest.mark.parametrize("format", FORMATS[:3], ids=["dense", "8 bits", "4 bits"])
+def test_tokens_may_choose_an_expert_many_times(format, rounds, instruction_set):
+    """Up to 512 rows of one expert, more than a kernel takes at once."""
+    experts = Experts(format, ACTIVATIONS[0], torch.float32)
+    for num_tokens, choices in ((8, 8), (8, 17), (8, 64), (16, 32)):
+        hidden = torch.randn(num_tokens, HIDDEN, generator=torch.Generator().manual_seed(num_tokens))
+        index, weights = torch.ones(num_tokens, choices, dtype=torch.int64), torch.rand(num_tokens, choices)
+        out = torch.empty_like(hidden)
+        assert experts.kernel(rounds=rounds).step(hidden, index, weights, out, 0.0)
+        expected = experts.expected(hidden, index[:, :1], weights.sum(1, keepdim=True))
+        assert error(out, expected) < (0.03 if rounds and format else 1e-5)
+
+
 @pytest.mark.parametrize("threads", [1, 3])
 @pytest.mark.parametrize("format", FORMATS[:3], ids=["dense", "8 bits", "4 bits"])
 @pytest.mark.parametrize("num_tokens", [1, 5, 32])

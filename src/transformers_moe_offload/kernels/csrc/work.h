@@ -66,6 +66,11 @@ static inline int64_t tiles_of(const struct product *p)
 
 typedef void tiles_function(const struct product *, int64_t first_tile, int64_t last_tile);
 
+static inline int has_many_kernel(const struct product *p, int rounded)
+{
+    return p->bfloats.rows || (rounded && p->inputs > FEW_INPUTS && chosen->many_rounded);
+}
+
 static inline tiles_function *kernel_for(const struct product *p, int rounded)
 {
     if (p->matrix->nbits == PLAIN)
@@ -74,7 +79,33 @@ static inline tiles_function *kernel_for(const struct product *p, int rounded)
         return chosen->many_bfloats;
     if (!rounded)
         return chosen->exact;
-    return p->inputs > FEW_INPUTS && chosen->many_rounded ? chosen->many_rounded : chosen->rounded;
+    return has_many_kernel(p, rounded) ? chosen->many_rounded : chosen->rounded;
+}
+
+/* Some tiles of a product: by several calls of the kernel if it has more rows of input than one takes, as when tokens
+ * choose an expert more than once. */
+static inline void multiply_product(const struct product *p, int rounded, int64_t first, int64_t last)
+{
+    tiles_function *kernel = kernel_for(p, rounded);
+    const struct matrix *m = p->matrix;
+    int64_t most = m->nbits == PLAIN ? p->inputs : has_many_kernel(p, rounded) ? MOST_OF_MANY : MOST_INPUTS;
+    struct product part = *p;
+    for (int64_t left = p->inputs; left > 0; left -= most) {
+        part.inputs = left < most ? left : most;
+        kernel(&part, first, last);
+        if (part.rows)
+            part.rows += most * m->cols;
+        if (part.bfloats.rows) {
+            part.bfloats.rows += most * m->cols;
+            part.bfloats.sum += most * part.bfloats.groups;
+        }
+        if (part.rounded.codes) {
+            part.rounded.codes += most * part.rounded.cols;
+            part.rounded.scale += most * part.rounded.groups;
+            part.rounded.sum += most * part.rounded.groups;
+        }
+        part.out = (char *)part.out + most * m->rows * bytes_of(part.out_type);
+    }
 }
 
 /* The tiles from `first` up to `last`, as if those of all products were one after another. `rounded`: packed matrices are
@@ -85,7 +116,7 @@ static inline void multiply_tiles(const struct product *products, int64_t count,
         const struct product *p = &products[i];
         int64_t tiles = tiles_of(p);
         if (first < tiles)
-            kernel_for(p, rounded)(p, first > 0 ? first : 0, last < tiles ? last : tiles);
+            multiply_product(p, rounded, first > 0 ? first : 0, last < tiles ? last : tiles);
         first -= tiles;
         last -= tiles;
     }
