@@ -117,7 +117,7 @@ def test_experts_in_low_bits_are_near_to_their_decoded_weights(format, rounds, i
 def test_tokens_may_choose_an_expert_many_times(format, rounds, instruction_set):
     """Up to 512 rows of one expert, more than a kernel takes at once."""
     experts = Experts(format, ACTIVATIONS[0], torch.float32)
-    for num_tokens, choices in ((8, 8), (8, 17), (8, 64), (16, 32)):
+    for num_tokens, choices in ((1, 2), (1, 5), (8, 8), (8, 17), (8, 64), (16, 32)):
         hidden = torch.randn(num_tokens, HIDDEN, generator=torch.Generator().manual_seed(num_tokens))
         index, weights = torch.ones(num_tokens, choices, dtype=torch.int64), torch.rand(num_tokens, choices)
         out = torch.empty_like(hidden)

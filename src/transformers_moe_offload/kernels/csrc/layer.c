@@ -96,7 +96,7 @@ static int64_t lay_out(const struct layer *l, struct step *s, char *memory)
     ROOM(token_of_row, 4 * pairs);
     ROOM(weights, 4 * pairs);
     ROOM(inputs, 4 * s->tokens * hidden);
-    ROOM(rows, s->tokens > 1 ? 4 * pairs * hidden : 0);
+    ROOM(rows, pairs > 1 ? 4 * pairs * hidden : 0);
     ROOM(products, 4 * pairs * l->first[0].rows);
     ROOM(activated, 4 * pairs * inner);
     ROOM(outputs, 4 * pairs * hidden);
@@ -334,14 +334,14 @@ static void compute(const struct layer *l, struct step *s, const int32_t *expert
                                   .out = s->products + row * wide, .out_type = FLOAT32};
         *second = (struct product){.matrix = matrices + 1, .inputs = inputs, .rows = s->activated + row * inner,
                                    .out = s->outputs + row * hidden, .out_type = FLOAT32};
-        if (s->tokens > 1) {
+        if (s->tokens > 1 || inputs > 1) { /* a token may choose an expert more than once */
             first->rows = s->rows + row * hidden;
             for (int64_t t = 0; t < inputs; t++)
                 memcpy(s->rows + (row + t) * hidden, s->inputs + s->token_of_row[row + t] * hidden,
                        (size_t)hidden * sizeof(float));
         }
         if (l->rounded && matrices[0].nbits != PLAIN) {
-            if (s->tokens == 1 && shared[kind]) {
+            if (s->tokens == 1 && inputs == 1 && shared[kind]) {
                 first->rounded = *shared[kind];
             } else {
                 first->rounded = rounded_in(rounded, matrices, inputs);
