@@ -44,7 +44,8 @@ def test_a_model_prepared_by_peft_has_the_logits_of_the_plain_one_prepared(half,
     assert expected.dtype == torch.float32
     assert torch.equal(logits(ours, token_ids), expected)
     fast = prepare_model_for_kbit_training(load(half, arithmetic="fast"))
-    assert torch.equal(logits(fast, token_ids), logits(load(half, arithmetic="fast").float(), token_ids))
+    # Experts that are cast when they are used are not computed by one call, and are added up in another order.
+    torch.testing.assert_close(logits(fast, token_ids), logits(load(half, arithmetic="fast").float(), token_ids))
     torch.testing.assert_close(logits(fast, token_ids), expected)
 
 

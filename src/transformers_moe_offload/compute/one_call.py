@@ -35,10 +35,18 @@ def activation_for_one_call(
         return None
     if any(torch_dtype(field.dtype) not in TYPES for field in spec.fields):
         return None
-    for codec in codecs.kinds:
-        if mlp.is_transposed if codec is None else not (isinstance(codec, ExpertCodec) and codec.is_packed):
-            return None
+    if not all(_takes(codec, mlp.is_transposed) for codec in codecs.kinds):
+        return None
     return recognised(mlp, experts)
+
+
+def _takes(codec: Codec | None, is_transposed: bool) -> bool:
+    """Whether experts that are stored so are multiplied with where they are."""
+    if codec is None:
+        return not is_transposed
+    if not isinstance(codec, ExpertCodec):
+        return False
+    return codec.is_packed or (codec.is_as_stored and not is_transposed)
 
 
 class OneCall:

@@ -157,6 +157,11 @@ class ExpertCodec(Codec):
         """Whether all matrices are in low bits that there are kernels for."""
         return self.format is not None and self.format.axis == 1
 
+    @property
+    def is_as_stored(self) -> bool:
+        """Whether `matrices` returns the very arrays that are stored."""
+        return self.format is None and all(self.loaded_dtype in (None, field.dtype) for field in self.fields)
+
     def matrices(self, parts: Mapping[str, Tensor]) -> dict[str, Tensor | PackedMatrix]:
         """As in `Codec`."""
         return {
