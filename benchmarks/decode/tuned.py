@@ -97,7 +97,7 @@ def _said(found: Tuned) -> str:
     return f"{found.line}: {found.best.predicted.tokens_per_s:.1f} predicted, {found.best.measured_tokens_per_s:.1f}"
 
 
-HEADER = ["model and RAM", "setting", "hit rate", "predicted", "measured", "off by"]
+HEADER = ["model and RAM", "setting", "hit rate", "predicted", "measured", "off by", "other programs, cores"]
 
 
 def table(result: dict[str, Any]) -> Table:
@@ -110,6 +110,7 @@ def table(result: dict[str, Any]) -> Table:
             f"{one['predicted_tokens_per_s']:.1f}",
             f"{one['measured_tokens_per_s']:.1f}",
             f"{one['error']:+.1%}",
+            f"{max(one['other_cores'], row['other_cores']):.2f}",
         ]
         for name, row in result["rows"].items()
         for one in row["checked"]

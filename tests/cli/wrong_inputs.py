@@ -74,6 +74,20 @@ CASES = [
     ("tradeoff moe --text text.txt --strengths 3", "strength=3.0 of cache_aware is not a number from 0"),
     ("tradeoff moe --text text.txt --picture p.pdf", "is neither .svg nor .png"),
     ("tradeoff moe --text text.txt --resume text.txt", "text.txt is not valid JSON"),
+    ("tune moe", "--ram"),
+    (
+        "tune moe --ram 4MiB",
+        "give what to tune for either with --text FILE, as often as you like, or with --trace TRACE",
+    ),
+    ("tune moe --ram 4MiB --text text.txt --trace text.txt", "give what to tune for either with --text FILE"),
+    ("tune moe --ram 4MiB --text nowhere", "cannot read --text nowhere: No such file or directory"),
+    ("tune moe --ram 4MiB --text blank.yaml", "--text blank.yaml has 0 tokens, and nothing to predict in fewer than 2"),
+    ("tune moe --ram 4MiB --trace text.txt", "cannot read the trace text.txt: it is not an .npz archive"),
+    ("tune moe --ram 40% --text text.txt", "--ram '40%' is not a size; write bytes as an int, or a size such as"),
+    ("tune moe --ram 1 --text text.txt", "one slot for an expert takes"),
+    ("tune moe --ram 4MiB --text text.txt --strengths -1", "strength=-1.0 of cache_aware is not a number from 0"),
+    ("tune dense --ram 4MiB --text text.txt", "has no routed experts that can be offloaded"),
+    ("tune full --ram 4MiB --text text.txt", "full' is neither a folder with a model nor one that can be read"),
     *((f"{command} {'n' * 300} out", "File name too long") for command in ("bake", "push")),
 ]
 

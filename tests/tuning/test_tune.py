@@ -1,5 +1,9 @@
 """`tune` predicts settings, runs the best three, and recommends the fastest of them."""
 
+import os
+import subprocess
+import sys
+import time
 from dataclasses import replace
 
 import pytest
@@ -11,6 +15,7 @@ from transformers_moe_offload.routing.meter import Interval
 from transformers_moe_offload.tracing import Trace, TraceError
 from transformers_moe_offload.tuning import Candidate, Measured, Setting, Tuned, tune
 from transformers_moe_offload.tuning.limits import expect_on_cpu, is_past_cache_faster
+from transformers_moe_offload.tuning.other_programs import OtherPrograms
 from transformers_moe_offload.tuning.prediction import Prediction
 from transformers_moe_offload.tuning.reading import record
 from transformers_moe_offload.tuning.settings import line_of
@@ -159,10 +164,10 @@ def test_experts_on_another_device_are_refused(load):
 
 
 def test_a_prediction_that_was_off_is_called_so():
-    def candidate(predicted, measured=None):
+    def candidate(predicted, measured=None, other_cores=0.1):
         setting = Setting(config=OffloadConfig(), loss=Interval(0.01, 0, 0.02))
         prediction = Prediction(steps=100, seconds=100 / predicted, asked=10, hits=5, misses=5)
-        speed = measured and Measured(measured, (measured,) * 3)
+        speed = measured and Measured(measured, (measured,) * 3, other_cores)
         return Candidate(setting=setting, num_slots=3, ranked=prediction, predicted=prediction, measured=speed)
 
     near, far, fast = candidate(11, 10), candidate(12, 10), candidate(99)
@@ -171,11 +176,34 @@ def test_a_prediction_that_was_off_is_called_so():
     found = replace(found, candidates=(fast, far))
     assert (found.best, found.is_within, found.best.error) == (far, False, pytest.approx(0.2))
     assert found.to_dict()["is_within_15_percent"] is False
+    assert found.disturbed_by == 0
+    assert replace(found, other_cores=0.7).disturbed_by == 0.7
+    assert replace(found, candidates=(candidate(11, 10, 0.9),)).disturbed_by == 0.9
 
 
 def test_what_holds_up_one_step_of_one_run_does_not_count():
-    found = Measured.of([[1.0, 2.0, 3.0], [1.0, 2.0, 30.0], [9.0, 2.0, 3.0]])
-    assert found == (3 / 6, (3 / 6, 3 / 33, 3 / 14))
+    found = Measured.of([[1.0, 2.0, 3.0], [1.0, 2.0, 30.0], [9.0, 2.0, 3.0]], other_cores=0.5)
+    assert found == (3 / 6, (3 / 6, 3 / 33, 3 / 14), 0.5)
+
+
+def test_other_programs_are_noticed():
+    others = OtherPrograms()
+    spinning = subprocess.Popen([sys.executable, "-c", "while True: pass"])
+    try:
+        time.sleep(1)
+        assert others.cores() > 0.3
+    finally:
+        spinning.kill()
+        spinning.wait()
+
+
+def test_our_own_work_is_none_of_other_programs():
+    others, began = OtherPrograms(), time.monotonic()
+    own = time.process_time()
+    while time.monotonic() < began + 0.5:
+        pass
+    own = time.process_time() - own
+    assert 0 <= others.cores() <= os.cpu_count() - own / 0.5 + 0.2
 
 
 def test_which_way_of_reading_is_faster_is_tried_with_nothing_cached(load):

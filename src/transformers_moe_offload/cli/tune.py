@@ -152,8 +152,11 @@ def verdict_of(found: Tuned) -> str:
         f"recommended: {best.measured.tokens_per_s:.1f} tokens/s measured, {best.predicted.tokens_per_s:.1f} predicted "
         f"({100 * error:+.1f} %, {held} {100 * WITHIN:.0f} %)"
     )
-    if max(runs) > min(runs) * (1 + WITHIN):
-        said += f"; its runs were at {min(runs):.1f} to {max(runs):.1f}: was the machine left alone?"
+    if found.disturbed_by:
+        said += (
+            f"; other programs kept {found.disturbed_by:.1f} cores busy meanwhile, and runs were at {min(runs):.1f} to "
+            f"{max(runs):.1f}: leave the machine alone, and run it again"
+        )
     return said
 
 

@@ -27,6 +27,7 @@ from transformers_moe_offload.routing.strategy import check_count, check_number
 from transformers_moe_offload.tracing import Trace
 from transformers_moe_offload.tuning.limits import Load, checked_ram, expect_same_layers, loaded_within, num_weights
 from transformers_moe_offload.tuning.lookahead import inputs_of, prefetching, stand_ins
+from transformers_moe_offload.tuning.other_programs import OtherPrograms
 from transformers_moe_offload.tuning.prediction import Pool, Prediction, predict, single_steps
 from transformers_moe_offload.tuning.reading import read, short_of_ram
 from transformers_moe_offload.tuning.settings import Candidate, Measured, Setting, Tuned
@@ -132,7 +133,9 @@ class _Search:
             expect_same_layers(trace, layers, type(model).__name__)
         self._texts = windows_of(texts, min(window, most_positions(model) or window), tokens)
         self._progress("timing its steps", 0, 1)
+        others = OtherPrograms()
         self._own = studied(model, self._texts)
+        self._other_cores = others.cores()
         self._trace = trace
 
     def compare_policies(self, policies: Sequence[str]) -> None:
@@ -195,6 +198,7 @@ class _Search:
             max_loss=max_loss,
             tokens=sum(len(text) - 1 for text in self._texts),
             notes=tuple(self.notes),
+            other_cores=self._other_cores,
         )
 
     def _run(self, candidate: Candidate, done: int, total: int) -> Measured:
@@ -204,13 +208,13 @@ class _Search:
         try:
             before = short_of_ram(model)
             read(model, self._texts[:1], before)
-            runs = []
+            runs, others = [], OtherPrograms()
             for number in range(RUNS):
                 self._progress("running the best", done + number, total)
                 runs.append([seconds for one in read(model, self._texts, before) for seconds in one.seconds.tolist()])
+            return Measured.of(runs, others.cores())
         finally:
             model.moe_offload.close()
-        return Measured.of(runs)
 
     def _fastest(self, max_loss: float) -> list[Candidate]:
         """Those within a loss, by predicted speed; those that keep the model's results if it is 0."""

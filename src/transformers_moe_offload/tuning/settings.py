@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 
 from transformers_moe_offload.config import HqqFormat, OffloadConfig
 from transformers_moe_offload.routing.meter import Interval
+from transformers_moe_offload.tuning.other_programs import LITTLE
 from transformers_moe_offload.tuning.prediction import Prediction
 
 WITHIN = 0.15
@@ -72,12 +73,14 @@ class Measured(NamedTuple):
     """With the time that each step takes in most of the runs: the median of them."""
     runs: tuple[float, ...]
     """Of each run, hold-ups included."""
+    other_cores: float
+    """Cores that other programs kept busy meanwhile."""
 
     @classmethod
-    def of(cls, runs: Sequence[Sequence[float]]) -> Measured:
+    def of(cls, runs: Sequence[Sequence[float]], other_cores: float) -> Measured:
         """From the seconds of each step in each run."""
         typical = [median(step) for step in zip(*runs, strict=True)]
-        return cls(len(typical) / sum(typical), tuple(len(run) / sum(run) for run in runs))
+        return cls(len(typical) / sum(typical), tuple(len(run) / sum(run) for run in runs), other_cores)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -117,6 +120,7 @@ class Candidate:
             "predicted_tokens_per_s": self.predicted.tokens_per_s,
             "measured_tokens_per_s": self.measured_tokens_per_s,
             "runs_tokens_per_s": [] if self.measured is None else list(self.measured.runs),
+            "other_cores": None if self.measured is None else self.measured.other_cores,
             "error": self.error,
         }
 
@@ -133,6 +137,8 @@ class Tuned:
     """Read in each run."""
     notes: tuple[str, ...]
     """What was left out, and why."""
+    other_cores: float = 0.0
+    """Cores that other programs kept busy while the model's steps were timed."""
 
     @property
     def checked(self) -> tuple[Candidate, ...]:
@@ -154,10 +160,19 @@ class Tuned:
         """Whether the recommended setting's prediction was within 15 % of what was measured."""
         return abs(self.best.error or 0.0) <= WITHIN
 
+    @property
+    def disturbed_by(self) -> float:
+        """Cores that other programs kept busy, while steps were timed or while the recommended setting was run; 0 for
+        as little as there always is."""
+        assert self.best.measured is not None
+        most = max(self.other_cores, self.best.measured.other_cores)
+        return most if most > LITTLE else 0.0
+
     def to_dict(self) -> dict[str, Any]:
         """Ready for JSON."""
         return {
             "ram_bytes": self.ram_bytes,
+            "other_cores": self.other_cores,
             "max_loss": self.max_loss,
             "tokens": self.tokens,
             "notes": list(self.notes),
