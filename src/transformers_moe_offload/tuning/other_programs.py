@@ -27,4 +27,5 @@ def _busy_s() -> float:
     """Seconds that all cores together were busy with anything else than this process."""
     times, own = psutil.cpu_times(), psutil.Process().cpu_times()
     names = ("user", "system", "nice", "irq", "softirq", "steal")  # guests are part of user
-    return sum(getattr(times, name, 0.0) for name in names) - own.user - own.system
+    busy_s: float = sum(getattr(times, name, 0.0) for name in names) - own.user - own.system
+    return busy_s
