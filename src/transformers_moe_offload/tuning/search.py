@@ -171,9 +171,7 @@ class _Search:
     def try_format(self, format_: HqqFormat) -> None:
         """All experts in a format, in RAM."""
         name = f"{format_.nbits}x{format_.group_size}"
-        nbytes = int(self._num_weights * format_.bits_per_weight / 8)
-        if nbytes > self._ram_bytes:
-            self.notes.append(f"{name} is left out: experts take {nbytes:,} bytes in it, more than {self._ram_bytes:,}")
+        if not self._has_room(name, int(self._num_weights * format_.bits_per_weight / 8)):
             return
         config = OffloadConfig(experts=format_, cache_budget="100%", arithmetic=self._base.arithmetic)
         self._try_lossy(config, name)
@@ -255,12 +253,21 @@ class _Search:
             self.notes.append(f"{name} is left out: {error}")
             return
         try:
-            found, plan = studied(model, self._texts), model.moe_offload.plan
+            plan = model.moe_offload.plan
+            if config.experts is not None and not self._has_room(name, plan.expert_bytes):  # they are aligned, too
+                return
+            found = studied(model, self._texts)
         finally:
             model.moe_offload.close()
         loss = figures_of({0.0: self._own.recording.steps, 1.0: found.recording.steps})[1].loss
         predicted = predict(found.recording.traces, pools_of(plan), config.policy, found.costs)
         self._append(Setting(config=config, loss=loss), plan, predicted, predicted)
+
+    def _has_room(self, name: str, nbytes: int) -> bool:
+        """Whether experts of so many bytes fit; notes it if they do not."""
+        if nbytes > self._ram_bytes:
+            self.notes.append(f"{name} is left out: experts take {nbytes:,} bytes in it, more than {self._ram_bytes:,}")
+        return nbytes <= self._ram_bytes
 
     def _add(self, config: OffloadConfig, plan: OffloadPlan) -> None:
         """A setting that keeps the model's results."""
